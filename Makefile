@@ -1,0 +1,90 @@
+# Every target sets itself up from a clean checkout: it needs make, python3 (3.10 or newer, with venv) and, for the fast
+# backend, a C++20 compiler.
+#
+#   make demo       upscale assets/sample.png and write demo/
+#   make test       run the tests
+#   make lint       ruff, mypy and clang-format; changes nothing        make format   apply ruff and clang-format
+#   make build      the environment in .venv with the package installed, its extension compiled
+#   make benchmark  the benchmarks
+#   make wheel      a wheel in dist/                                    make clean    remove all of the above
+#
+# Variables: PYTHON, the Python that makes the environment; TORCH, what pip installs where torch is missing. A machine
+# with a GPU may want:  make build TORCH="torch --index-url <the index of its CUDA version>"
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV ?= .venv
+
+RUN := $(VENV)/bin/python
+PIP := $(RUN) -m pip --disable-pip-version-check
+CPP := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+# What the extension and the installed metadata are made of; an edit of other Python files needs no new install.
+SOURCES := pyproject.toml setup.py fastroute/__init__.py $(wildcard fastroute/ops/*.py) $(CPP)
+
+.DELETE_ON_ERROR:
+.PHONY: demo test lint lint-ruff lint-format lint-types lint-cpp format build benchmark wheel clean
+
+demo: $(VENV)/installed
+	mkdir -p demo
+	$(RUN) -m fastroute upscale assets/sample.png demo/sample-x4.png --class-map demo/sample-classes.png
+
+test: $(VENV)/installed
+	$(RUN) -m pytest -q tests
+
+benchmark: $(VENV)/installed
+	$(RUN) -m pytest benchmarks
+
+build: $(VENV)/installed
+
+# `make -k lint` reports the findings of all tools, not only the first that has any.
+lint: lint-ruff lint-format lint-types lint-cpp
+
+lint-ruff: $(VENV)/dev
+	$(RUN) -m ruff check --output-format concise .
+
+lint-format: $(VENV)/dev
+	$(RUN) -m ruff format --check .
+
+lint-types: $(VENV)/dev
+	$(RUN) -m mypy fastroute
+
+lint-cpp: $(VENV)/dev
+	$(VENV)/bin/clang-format --dry-run -Werror $(CPP)
+
+format: $(VENV)/dev
+	$(RUN) -m ruff check --fix-only .
+	$(RUN) -m ruff format .
+	$(VENV)/bin/clang-format -i $(CPP)
+
+# build/lib* may hold files that are gone from the sources.
+wheel: $(VENV)/torch
+	rm -rf build/lib* build/bdist*
+	$(PIP) wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
+
+clean:
+	rm -rf $(VENV) build dist demo *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -f fastroute/_C*.so fastroute/_ops*.so
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The files below record what has been done to the environment.
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+# The build requirements of pyproject.toml: without isolation pip leaves them to us. Isolated, it would fetch a torch of
+# its own to build against.
+$(VENV)/torch: pyproject.toml | $(VENV)/bin/python
+	$(RUN) -c "import torch" 2>/dev/null || $(PIP) install --quiet $(TORCH)
+	$(PIP) install --quiet "setuptools>=77" wheel pybind11 ninja numpy
+	touch $@
+
+$(VENV)/installed: $(VENV)/torch $(SOURCES)
+	$(PIP) install --quiet --no-build-isolation --editable ".[test]"
+	@$(RUN) -c "import fastroute; from fastroute.backends import EXTENSION as e; \
+		print('fastroute:', *e.reasons or ['the compiled operators are in place']); \
+		e.reasons and print('The reference backend will be used. For the fast one install g++, then: touch setup.py && make build')"
+	touch $@
+
+# The tools that pyproject.toml pins; mypy also reads the types of what is installed.
+$(VENV)/dev: pyproject.toml | $(VENV)/installed
+	$(PIP) install --quiet "fastroute[dev]"
+	touch $@

@@ -1,0 +1,61 @@
+// Tile-grid arithmetic, host and device, free of torch: the C++ twin of fastroute/grid.py.
+#pragma once
+
+#include <cstdint>
+
+#if defined(__CUDACC__)
+#define FASTROUTE_HOST_DEVICE __host__ __device__ __forceinline__
+#else
+#define FASTROUTE_HOST_DEVICE inline
+#endif
+
+namespace fastroute {
+
+struct TileRange {
+    int64_t first;
+    int64_t last;  // inclusive
+};
+
+// One axis of a TileGrid, in LR pixels.
+struct TileAxis {
+    int64_t size;
+    int64_t patch;
+    int64_t stride;
+    bool crop;
+
+    FASTROUTE_HOST_DEVICE int64_t count() const {
+        if (size <= patch) return 1;
+        return crop ? (size - patch) / stride + 1 : (size - patch + stride - 1) / stride + 1;
+    }
+
+    // Largest origin: the last tile is shifted inward to end where the image ends.
+    FASTROUTE_HOST_DEVICE int64_t last_origin() const { return size > patch ? size - patch : 0; }
+
+    FASTROUTE_HOST_DEVICE int64_t origin(int64_t tile) const {
+        const int64_t at = tile * stride, last = last_origin();
+        return at < last ? at : last;
+    }
+
+    // Pixels that the stitched output spans.
+    FASTROUTE_HOST_DEVICE int64_t covered() const { return crop ? (count() - 1) * stride + patch : size; }
+
+    // Tiles that cover pixel `at`; they are consecutive.
+    FASTROUTE_HOST_DEVICE TileRange covering(int64_t at) const {
+        const int64_t end = count() - 1;
+        int64_t first = at < patch ? 0 : (at - patch) / stride + 1;
+        int64_t last = at / stride;
+        if (first > end) first = end;
+        if (last > end || at >= origin(end)) last = end;
+        return {first, last};
+    }
+};
+
+// Both axes, and the numbering of patches: image-major, rows before columns.
+struct TileGrid {
+    TileAxis y;
+    TileAxis x;
+
+    FASTROUTE_HOST_DEVICE int64_t num_patches() const { return y.count() * x.count(); }
+};
+
+}  // namespace fastroute

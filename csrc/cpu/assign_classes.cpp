@@ -1,0 +1,237 @@
+// assign_classes: argmax over classes of score / cost^penalty; with a budget, of log2(score) - penalty · log2(cost) at
+// the smallest penalty whose mean cost fits. The choice of an item moves to cheaper classes as the penalty grows, so
+// bisection needs to look again only at items whose choice differs between its two ends: the work per step halves with
+// the interval.
+#include <torch/csrc/stable/library.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <limits>
+#include <vector>
+
+#include "common/dispatch.h"
+#include "cpu/isa.h"
+
+namespace fastroute {
+namespace {
+
+constexpr const char* kOp = "assign_classes";
+constexpr int64_t kBlock = 256;         // items compared side by side
+constexpr double kSmallest = 0x1p-126;  // scores below count as this much
+constexpr double kLargestLog = 1152.0;  // above the log2 range of clamped scores, 126 + 1024
+
+// Scores [B, K, L]: item (b, l) has class k's score at (b·K + k)·L + l.
+struct Items {
+    int64_t batch, classes, length;
+};
+
+// best[l] = argmax over k of score · scale[k]; the lowest class wins a tie. Returns whether a score was NaN.
+template <typename T>
+struct ArgmaxBody {
+    using W = Work<T>;
+
+    FASTROUTE_INLINE static void run(const T* score, Items items, const W* scale, int64_t count, int32_t* best,
+                                     W* value, int32_t* nan) {
+        int32_t bad = 0;
+        for (int64_t l = 0; l < count; ++l) {
+            value[l] = static_cast<W>(score[l]) * scale[0];
+            best[l] = 0;
+            bad |= value[l] != value[l];
+        }
+        for (int64_t k = 1; k < items.classes; ++k) {
+            const T* row = score + k * items.length;
+            for (int64_t l = 0; l < count; ++l) {
+                const W other = static_cast<W>(row[l]) * scale[k];
+                bad |= other != other;
+                best[l] = other > value[l] ? static_cast<int32_t>(k) : best[l];
+                value[l] = other > value[l] ? other : value[l];
+            }
+        }
+        *nan = bad;
+    }
+};
+
+template <typename T>
+void assign_by_penalty(const T* score, Items items, const std::vector<double>& cost, double penalty,
+                       std::vector<uint8_t>& ids) {
+    using W = Work<T>;
+    std::vector<W> scale(items.classes, W(1));
+    if (penalty != 0) {
+        for (int64_t k = 0; k < items.classes; ++k) scale[k] = static_cast<W>(std::pow(cost[k], -penalty));
+    }
+    std::atomic<bool> nan{false};
+    if (items.length == 1) {
+        // Scores of one item lie side by side.
+        parallel(items.batch, 4096, [&](int64_t begin, int64_t end) {
+            for (int64_t n = begin; n < end; ++n) {
+                const T* row = score + n * items.classes;
+                int64_t best = 0;
+                W value = static_cast<W>(row[0]) * scale[0];
+                bool bad = value != value;
+                for (int64_t k = 1; k < items.classes; ++k) {
+                    const W other = static_cast<W>(row[k]) * scale[k];
+                    bad |= other != other;
+                    if (other > value) value = other, best = k;
+                }
+                if (bad) nan = true;
+                ids[n] = static_cast<uint8_t>(best);
+            }
+        });
+    } else {
+        const int64_t blocks = (items.length + kBlock - 1) / kBlock;
+        parallel(items.batch * blocks, 16, [&](int64_t begin, int64_t end) {
+            int32_t best[kBlock];
+            W value[kBlock];
+            for (int64_t item = begin; item < end; ++item) {
+                const int64_t b = item / blocks, first = item % blocks * kBlock;
+                const int64_t count = std::min(kBlock, items.length - first);
+                int32_t bad = 0;
+                run_isa<ArgmaxBody<T>>(score + b * items.classes * items.length + first, items, scale.data(), count,
+                                       &best[0], &value[0], static_cast<int32_t*>(&bad));
+                if (bad != 0) nan = true;
+                for (int64_t l = 0; l < count; ++l) ids[b * items.length + first + l] = static_cast<uint8_t>(best[l]);
+            }
+        });
+    }
+    if (nan) value_error(kOp, ": score must not be NaN");
+}
+
+// Items still open in a bisection: their logarithms, class by class, and their choice at both ends.
+struct Open {
+    std::vector<int64_t> item;
+    std::vector<double> log_score;  // [items, K]
+    std::vector<uint8_t> dear, cheap;
+};
+
+uint8_t choose(const double* log_score, const std::vector<double>& log_cost, double penalty) {
+    size_t best = 0;
+    double value = log_score[0] - penalty * log_cost[0];
+    for (size_t k = 1; k < log_cost.size(); ++k) {
+        const double other = log_score[k] - penalty * log_cost[k];
+        if (other > value) value = other, best = k;
+    }
+    return static_cast<uint8_t>(best);
+}
+
+double mean_share(const std::vector<int64_t>& counts, const std::vector<double>& share, int64_t total) {
+    double sum = 0;
+    for (size_t k = 0; k < share.size(); ++k) sum += static_cast<double>(counts[k]) * share[k];
+    return sum / static_cast<double>(total);
+}
+
+template <typename T>
+void assign_by_budget(const T* score, Items items, const std::vector<double>& cost, double budget,
+                      std::vector<uint8_t>& ids) {
+    const int64_t total = items.batch * items.length, classes = items.classes;
+    if (total == 0) return;
+    const double dearest = *std::max_element(cost.begin(), cost.end());
+    std::vector<double> log_cost, share;
+    for (double c : cost) log_cost.push_back(std::log2(c)), share.push_back(c / dearest);
+    std::vector<double> sorted = log_cost;
+    std::sort(sorted.begin(), sorted.end());
+    double gap = std::numeric_limits<double>::infinity();
+    for (size_t k = 1; k < sorted.size(); ++k) {
+        if (sorted[k] > sorted[k - 1]) gap = std::min(gap, sorted[k] - sorted[k - 1]);
+    }
+    const double bound = kLargestLog / (std::isfinite(gap) ? gap : 1.0);
+    double low = -bound, high = bound;
+
+    Open open;
+    open.item.resize(total), open.dear.resize(total), open.cheap.resize(total), open.log_score.resize(total * classes);
+    std::atomic<bool> nan{false};
+    parallel(total, 4096, [&](int64_t begin, int64_t end) {
+        for (int64_t n = begin; n < end; ++n) {
+            double* log_score = &open.log_score[n * classes];
+            for (int64_t k = 0; k < classes; ++k) {
+                const double s = static_cast<double>(
+                    static_cast<Work<T>>(score[(n / items.length * classes + k) * items.length + n % items.length]));
+                if (s != s) nan = true;
+                log_score[k] = std::log2(std::max(s, kSmallest));
+            }
+            open.item[n] = n;
+            open.dear[n] = choose(log_score, log_cost, low);
+            open.cheap[n] = choose(log_score, log_cost, high);
+        }
+    });
+    if (nan) value_error(kOp, ": score must not be NaN");
+    std::vector<int64_t> counts(classes, 0);
+    for (int64_t n = 0; n < total; ++n) ++counts[open.dear[n]];
+    if (mean_share(counts, share, total) <= budget) {
+        std::copy(open.dear.begin(), open.dear.end(), ids.begin());
+        return;
+    }
+
+    std::vector<int64_t> settled(classes, 0);  // classes of the items that no longer change
+    std::vector<uint8_t> here;
+    for (;;) {
+        // Drop the items whose class is the same at both ends, and so between them.
+        size_t kept = 0;
+        for (size_t n = 0; n < open.item.size(); ++n) {
+            ids[open.item[n]] = open.cheap[n];
+            if (open.dear[n] == open.cheap[n]) {
+                ++settled[open.cheap[n]];
+                continue;
+            }
+            open.item[kept] = open.item[n], open.dear[kept] = open.dear[n], open.cheap[kept] = open.cheap[n];
+            std::copy_n(&open.log_score[n * classes], classes, &open.log_score[kept * classes]);
+            ++kept;
+        }
+        open.item.resize(kept), open.dear.resize(kept), open.cheap.resize(kept);
+        const double middle = 0.5 * (low + high);
+        if (kept == 0 || middle == low || middle == high) return;
+        here.resize(kept);
+        parallel(static_cast<int64_t>(kept), 4096, [&](int64_t begin, int64_t end) {
+            for (int64_t n = begin; n < end; ++n) here[n] = choose(&open.log_score[n * classes], log_cost, middle);
+        });
+        counts = settled;
+        for (size_t n = 0; n < kept; ++n) ++counts[here[n]];
+        if (mean_share(counts, share, total) <= budget) {
+            high = middle;
+            open.cheap = here;
+        } else {
+            low = middle;
+            open.dear = here;
+        }
+    }
+}
+
+Tensor assign_classes_cpu(const Tensor& score,  // [N, K, ...]
+                          const Tensor& cost,   // [K]
+                          double penalty, std::optional<double> budget, ScalarType dtype) {
+    FASTROUTE_CHECK(score.dim() >= 2, kOp, ": score must have at least 2 dimensions; got ", score.dim());
+    check_cpu(kOp, "cost", cost);
+    const int64_t classes = score.size(1);
+    FASTROUTE_CHECK(classes >= 1 && classes <= 256, kOp, ": score must have 1 to 256 classes; got ", classes);
+    FASTROUTE_CHECK(cost.dim() == 1 && cost.size(0) == classes && cost.scalar_type() == ScalarType::Double, kOp,
+                    ": cost must be ", classes, " float64 values");
+    const Tensor dense = torch::stable::contiguous(score), dense_cost = torch::stable::contiguous(cost);
+    const double* values = dense_cost.const_data_ptr<double>();
+    const std::vector<double> costs(values, values + classes);
+    Items items{score.size(0), classes, 1};
+    std::vector<int64_t> size{score.size(0)};
+    for (int64_t d = 2; d < score.dim(); ++d) items.length *= score.size(d), size.push_back(score.size(d));
+    const int64_t total = items.batch * items.length;
+    std::vector<uint8_t> ids(total, 0);
+    dispatch_floating(kOp, dense.scalar_type(), [&](auto zero) {
+        using T = decltype(zero);
+        const T* data = dense.template const_data_ptr<T>();
+        if (budget.has_value()) {
+            assign_by_budget(data, items, costs, *budget, ids);
+        } else {
+            assign_by_penalty(data, items, costs, penalty, ids);
+        }
+    });
+    const Tensor out = torch::stable::empty({size.data(), size.size()}, dtype, std::nullopt, score.device());
+    dispatch_index(kOp, dtype, [&](auto zero) {
+        using T = decltype(zero);
+        std::copy(ids.begin(), ids.end(), out.mutable_data_ptr<T>());
+    });
+    return out;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(fastroute, CPU, m) { m.impl("assign_classes", TORCH_BOX(&assign_classes_cpu)); }
+
+}  // namespace fastroute

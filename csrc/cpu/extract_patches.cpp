@@ -1,0 +1,234 @@
+// extract_patches: out[m, c, k, l] = (image[b, c, y0 + k, x0 + l] / maximum - mean[c]) / std[c] for the patch order[m]
+// of image b at (y0, x0), reads clamped to the image. One patch is one item of work.
+#include <torch/csrc/stable/library.h>
+
+#include <algorithm>
+#include <cstring>
+#include <vector>
+
+#include "common/geometry.h"
+#include "cpu/convert.h"
+
+namespace fastroute {
+namespace {
+
+constexpr const char* kOp = "extract_patches";
+
+struct Layout {
+    int64_t n, c, y, x;  // strides in elements
+};
+
+template <typename In, typename Out>
+struct Convert {
+    using W = std::conditional_t<std::is_same_v<In, double> || std::is_same_v<Out, double>, double, float>;
+    const W* mean;  // [C] or null
+    const W* std;   // [C] or null
+
+    FASTROUTE_INLINE Out operator()(In pixel, int64_t c) const {
+        if constexpr (std::is_same_v<In, Out>) {
+            if (mean == nullptr && std == nullptr) return pixel;
+        }
+        W value = static_cast<W>(pixel);
+        if constexpr (std::is_integral_v<In>) value = value / W(kMaximum<In>);
+        if (mean != nullptr) value = value - mean[c];
+        if (std != nullptr) value = value / std[c];
+        return static_cast<Out>(value);
+    }
+};
+
+template <typename In, typename Out>
+struct ExtractBody {
+    // Patch at (y0, x0) of one image; `in` and `out` point at its image and its patch.
+    FASTROUTE_INLINE static void run(const In* in, Layout from, Out* out, Layout to, int64_t channels, int64_t height,
+                                     int64_t width, int64_t patch, int64_t y0, int64_t x0, Convert<In, Out> convert) {
+        const bool inside = x0 + patch <= width;
+        const bool plain = std::is_same_v<In, Out> && convert.mean == nullptr && convert.std == nullptr;
+        for (int64_t k = 0; k < patch; ++k) {
+            const In* row = in + std::min(y0 + k, height - 1) * from.y;
+            // Both channels_last: a patch row is one run of pixels.
+            if (plain && inside && from.c == 1 && to.c == 1 && from.x == channels && to.x == channels) {
+                std::memcpy(static_cast<void*>(out + k * to.y), row + x0 * from.x, patch * channels * sizeof(In));
+                continue;
+            }
+            for (int64_t c = 0; c < channels; ++c) {
+                const In* source = row + c * from.c;
+                Out* target = out + k * to.y + c * to.c;
+                if (!inside) {
+                    for (int64_t l = 0; l < patch; ++l) {
+                        target[l * to.x] = convert(source[std::min(x0 + l, width - 1) * from.x], c);
+                    }
+                } else if (from.x == 1 && to.x == 1) {
+                    if (plain) {
+                        std::memcpy(static_cast<void*>(target), source + x0, patch * sizeof(In));
+                    } else {
+                        for (int64_t l = 0; l < patch; ++l) target[l] = convert(source[x0 + l], c);
+                    }
+                } else {
+                    for (int64_t l = 0; l < patch; ++l) target[l * to.x] = convert(source[(x0 + l) * from.x], c);
+                }
+            }
+        }
+    }
+};
+
+template <typename W>
+std::vector<W> statistic(const char* name, const std::optional<Tensor>& values, int64_t channels) {
+    std::vector<W> result;
+    if (!values.has_value()) return result;
+    check_cpu(kOp, name, *values);
+    check_rank(kOp, name, *values, 1);
+    FASTROUTE_CHECK(values->size(0) == channels, kOp, ": ", name, " must have ", channels, " entries; got ",
+                    values->size(0));
+    const Tensor dense = torch::stable::contiguous(*values);
+    dispatch_floating(kOp, dense.scalar_type(), [&](auto zero) {
+        using T = decltype(zero);
+        const T* data = dense.const_data_ptr<T>();
+        for (int64_t c = 0; c < channels; ++c) result.push_back(static_cast<W>(data[c]));
+    });
+    return result;
+}
+
+Layout layout_of(const Tensor& x) { return {x.stride(0), x.stride(1), x.stride(2), x.stride(3)}; }
+
+Tensor extract_patches_cpu(const Tensor& image,                 // [B, C, H, W]
+                           const std::optional<Tensor>& order,  // [M]
+                           const std::optional<Tensor>& mean,   // [C]
+                           const std::optional<Tensor>& std,    // [C]
+                           int64_t patch, int64_t stride, bool crop, std::optional<ScalarType> dtype,
+                           bool channels_last) {
+    check_rank(kOp, "image", image, 4);
+    const int64_t batch = image.size(0), channels = image.size(1), height = image.size(2), width = image.size(3);
+    FASTROUTE_CHECK(channels > 0 && height > 0 && width > 0, kOp,
+                    ": image must have at least one channel and one pixel");
+    FASTROUTE_CHECK(patch > 0 && stride > 0 && stride <= patch, kOp, ": stride must lie in [1, patch]");
+    const TileGrid grid{{height, patch, stride, crop}, {width, patch, stride, crop}};
+    const int64_t tiles = grid.num_patches(), cols = grid.x.count();
+    const std::optional<Tensor> numbers = checked_index(kOp, "order", order);
+    const int64_t* number = numbers.has_value() ? numbers->const_data_ptr<int64_t>() : nullptr;
+    const int64_t count = numbers.has_value() ? numbers->size(0) : batch * tiles;
+    if (number != nullptr) check_in_range(kOp, "order", number, count, batch * tiles);
+
+    const ScalarType target = dtype.value_or(image.scalar_type());
+    const int64_t size[] = {count, channels, patch, patch};
+    const Tensor out = torch::stable::empty(
+        {size, 4}, target, std::nullopt, image.device(), std::nullopt,
+        channels_last ? torch::headeronly::MemoryFormat::ChannelsLast : torch::headeronly::MemoryFormat::Contiguous);
+    const Layout from = layout_of(image), to = layout_of(out);
+    dispatch_image(kOp, image.scalar_type(), [&](auto in_zero) {
+        dispatch_image(kOp, target, [&](auto out_zero) {
+            using In = decltype(in_zero);
+            using Out = decltype(out_zero);
+            // Integers are written only as they were read.
+            if constexpr (std::is_integral_v<Out> && !std::is_same_v<In, Out>) {
+                fail("fastroute error: ", kOp, ": dtype must be floating to convert");
+            } else {
+                using W = typename Convert<In, Out>::W;
+                const std::vector<W> means = statistic<W>("mean", mean, channels);
+                const std::vector<W> stds = statistic<W>("std", std, channels);
+                const Convert<In, Out> convert{means.empty() ? nullptr : means.data(),
+                                               stds.empty() ? nullptr : stds.data()};
+                const In* in = image.const_data_ptr<In>();
+                Out* result = out.mutable_data_ptr<Out>();
+                const int64_t bytes = channels * patch * patch * static_cast<int64_t>(sizeof(In) + sizeof(Out));
+                parallel(count, grain_for(bytes), [&](int64_t begin, int64_t end) {
+                    for (int64_t m = begin; m < end; ++m) {
+                        const int64_t n = number == nullptr ? m : number[m];
+                        const int64_t tile = n % tiles;
+                        run_isa<ExtractBody<In, Out>>(in + n / tiles * from.n, from, result + m * to.n, to, channels,
+                                                      height, width, patch, grid.y.origin(tile / cols),
+                                                      grid.x.origin(tile % cols), convert);
+                    }
+                });
+            }
+        });
+    });
+    return out;
+}
+
+// The adjoint: image pixel (y, x) sums the gradients of all patch pixels that read it, tile rows before tile columns
+// before repeated patches. One image row of one channel is one item of work, so no two threads write one pixel.
+template <typename T>
+struct BackwardBody {
+    using W = Work<T>;
+
+    FASTROUTE_INLINE static void run(const T* grad, const int64_t* start, const int64_t* rows, TileGrid grid,
+                                     int64_t channels, int64_t image, int64_t c, int64_t y, W* folded, W* sum, T* out) {
+        const int64_t width = grid.x.size, patch = grid.x.patch, cols = grid.x.count();
+        for (int64_t x = 0; x < width; ++x) sum[x] = W(0);
+        const TileRange range = grid.y.covering(y);
+        const int64_t kept = std::min(patch, width);
+        for (int64_t i = range.first; i <= range.last; ++i) {
+            const int64_t first = y - grid.y.origin(i);
+            if (first >= patch) continue;  // the remainder that "crop" drops
+            // Patch rows below a small image read its last row.
+            const int64_t last =
+                y == grid.y.size - 1 ? std::max(first, grid.y.size < patch ? patch - 1 : first) : first;
+            for (int64_t j = 0; j < cols; ++j) {
+                const int64_t tile = (image * grid.y.count() + i) * cols + j;
+                if (start[tile] == start[tile + 1]) continue;
+                for (int64_t l = 0; l < patch; ++l) folded[l] = W(0);
+                for (int64_t k = first; k <= last; ++k) {
+                    for (int64_t l = 0; l < patch; ++l) {
+                        W repeated = W(0);
+                        for (int64_t r = start[tile]; r < start[tile + 1]; ++r) {
+                            repeated += static_cast<W>(grad[((rows[r] * channels + c) * patch + k) * patch + l]);
+                        }
+                        folded[l] += repeated;
+                    }
+                }
+                for (int64_t l = kept; l < patch; ++l) folded[kept - 1] += folded[l];
+                W* target = sum + grid.x.origin(j);
+                for (int64_t l = 0; l < kept; ++l) target[l] += folded[l];
+            }
+        }
+        for (int64_t x = 0; x < width; ++x) out[x] = static_cast<T>(sum[x]);
+    }
+};
+
+Tensor _extract_patches_backward_cpu(const Tensor& grad,                  // [M, C, p, p]
+                                     const std::optional<Tensor>& order,  // [M]
+                                     int64_t batch, int64_t height, int64_t width, int64_t patch, int64_t stride,
+                                     bool crop) {
+    check_rank(kOp, "grad", grad, 4);
+    const TileGrid grid{{height, patch, stride, crop}, {width, patch, stride, crop}};
+    const int64_t tiles = grid.num_patches() * batch, count = grad.size(0), channels = grad.size(1);
+    const std::optional<Tensor> numbers = checked_index(kOp, "order", order);
+    FASTROUTE_CHECK(numbers.has_value() ? numbers->size(0) == count : tiles == count, kOp,
+                    ": grad must have one row per extracted patch; got ", count);
+    // Rows of `grad` by patch number: a stable counting sort.
+    std::vector<int64_t> start(tiles + 1, 0), rows(count);
+    const int64_t* number = numbers.has_value() ? numbers->const_data_ptr<int64_t>() : nullptr;
+    if (number != nullptr) check_in_range(kOp, "order", number, count, tiles);
+    for (int64_t m = 0; m < count; ++m) ++start[(number == nullptr ? m : number[m]) + 1];
+    for (int64_t n = 0; n < tiles; ++n) start[n + 1] += start[n];
+    std::vector<int64_t> next(start.begin(), start.end() - 1);
+    for (int64_t m = 0; m < count; ++m) rows[next[number == nullptr ? m : number[m]]++] = m;
+
+    const Tensor dense = torch::stable::contiguous(grad);
+    const int64_t size[] = {batch, channels, height, width};
+    const Tensor out = torch::stable::empty({size, 4}, grad.scalar_type(), std::nullopt, grad.device());
+    dispatch_floating(kOp, grad.scalar_type(), [&](auto zero) {
+        using T = decltype(zero);
+        using W = Work<T>;
+        const T* data = dense.template const_data_ptr<T>();
+        T* result = out.mutable_data_ptr<T>();
+        parallel(batch * channels * height, grain_for(width * 8), [&](int64_t begin, int64_t end) {
+            std::vector<W> folded(patch), sum(width);
+            for (int64_t item = begin; item < end; ++item) {
+                const int64_t y = item % height, c = item / height % channels, b = item / height / channels;
+                run_isa<BackwardBody<T>>(data, start.data(), rows.data(), grid, channels, b, c, y, folded.data(),
+                                         sum.data(), result + item * width);
+            }
+        });
+    });
+    return out;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(fastroute, CPU, m) {
+    m.impl("extract_patches", TORCH_BOX(&extract_patches_cpu));
+    m.impl("_extract_patches_backward", TORCH_BOX(&_extract_patches_backward_cpu));
+}
+
+}  // namespace fastroute

@@ -1,0 +1,81 @@
+// Instruction sets chosen at run time: a kernel body is an always-inlined template, compiled once per instruction set.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+
+#define FASTROUTE_INLINE inline __attribute__((always_inline))
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#define FASTROUTE_X86 1
+#define FASTROUTE_AVX2 __attribute__((target("avx2,fma,f16c,bmi,bmi2")))
+#define FASTROUTE_AVX512 \
+    __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,bmi,bmi2,prefer-vector-width=512")))
+#else
+#define FASTROUTE_X86 0
+#endif
+
+namespace fastroute {
+
+enum class Isa { baseline, avx2, avx512 };
+
+// The widest instruction set of this processor, or a narrower one that FASTROUTE_ISA=baseline|avx2|avx512 names.
+inline Isa active_isa() {
+    static const Isa isa = [] {
+#if FASTROUTE_X86
+        Isa widest = Isa::baseline;
+        if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) widest = Isa::avx2;
+        if (widest == Isa::avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
+            widest = Isa::avx512;
+        }
+        const char* name = std::getenv("FASTROUTE_ISA");
+        if (name != nullptr && std::strcmp(name, "baseline") == 0) return Isa::baseline;
+        if (name != nullptr && std::strcmp(name, "avx2") == 0 && widest == Isa::avx512) return Isa::avx2;
+        return widest;
+#else
+        return Isa::baseline;
+#endif
+    }();
+    return isa;
+}
+
+#if FASTROUTE_X86
+template <typename Body, typename... Args>
+FASTROUTE_AVX512 __attribute__((noinline)) void run_avx512(const Args&... args) {
+    Body::run(args...);
+}
+
+template <typename Body, typename... Args>
+FASTROUTE_AVX2 __attribute__((noinline)) void run_avx2(const Args&... args) {
+    Body::run(args...);
+}
+#endif
+
+// Body::run(args...) in the active instruction set; Body::run must be FASTROUTE_INLINE, and so must all that it calls.
+template <typename Body, typename... Args>
+void run_isa(const Args&... args) {
+#if FASTROUTE_X86
+    switch (active_isa()) {
+        case Isa::avx512: return run_avx512<Body>(args...);
+        case Isa::avx2: return run_avx2<Body>(args...);
+        case Isa::baseline: break;
+    }
+#endif
+    Body::run(args...);
+}
+
+// Splits [0, count) over torch's own threads, at least `grain` items each.
+template <typename F>
+void parallel(int64_t count, int64_t grain, const F& f) {
+    if (count <= 0) return;
+    torch::stable::parallel_for(0, count, grain < 1 ? 1 : grain, f);
+}
+
+// Items that make a chunk of work worth a thread: about 64 KiB of traffic.
+inline int64_t grain_for(int64_t bytes_per_item) { return 65536 / (bytes_per_item < 1 ? 1 : bytes_per_item) + 1; }
+
+}  // namespace fastroute

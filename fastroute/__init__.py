@@ -1,0 +1,27 @@
+"""fastroute: kernels that turn the FLOPs saved by dynamic-routing super-resolution into time saved."""
+
+from fastroute.backends import use_backend
+from fastroute.grid import TileGrid
+from fastroute.ops.assign_classes import assign_classes
+from fastroute.ops.extract_patches import extract_patches
+from fastroute.ops.gather_groups import gather_groups
+from fastroute.ops.group_by_class import ClassGroups, group_by_class
+from fastroute.ops.scatter_groups import scatter_groups
+from fastroute.ops.stitch_patches import stitch_patches
+from fastroute.windows import make_window
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ClassGroups",
+    "TileGrid",
+    "__version__",
+    "assign_classes",
+    "extract_patches",
+    "gather_groups",
+    "group_by_class",
+    "make_window",
+    "scatter_groups",
+    "stitch_patches",
+    "use_backend",
+]

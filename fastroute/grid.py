@@ -1,0 +1,123 @@
+"""Where the patches of an image lie."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+COVERAGES = ("full", "crop")
+
+
+@dataclass(frozen=True)
+class TileGrid:
+    """Overlapping square patches over an image, rows before columns.
+
+    The origin of tile row i is ``min(i * stride, max(height - patch, 0))``: the last row and column are shifted inward, so
+    that every pixel is covered and no patch reaches outside an image that is at least as large as one.
+
+    Args:
+        height, width: size of the LR image in pixels.
+        patch: side of a patch in LR pixels.
+        stride: distance of two patches in LR pixels, at most `patch`.
+        scale: factor between a patch and what is stitched: an output patch is ``patch * scale`` wide.
+        coverage: "full" covers every pixel; "crop" drops the remainder below and to the right of the last whole stride,
+            as the published ClassSR code does.
+
+    Raises:
+        ValueError: a size below 1, a stride above the patch, an unknown coverage, or "crop" on an image smaller than one
+            patch.
+
+    Example:
+        >>> grid = TileGrid(540, 960, patch=32, stride=28, scale=4)
+        >>> grid.rows, grid.cols, grid.num_patches
+        (20, 35, 700)
+    """
+
+    height: int
+    width: int
+    patch: int = 32
+    stride: int = 28
+    scale: int = 1
+    coverage: str = "full"
+
+    def __post_init__(self) -> None:
+        for name in ("height", "width", "patch", "stride", "scale"):
+            value = getattr(self, name)
+            if isinstance(value, (bool, float, str)) or value is None:
+                raise TypeError(f"TileGrid: {name} must be an integer; got {value!r}")
+            if value < 1:
+                raise ValueError(f"TileGrid: {name} must be at least 1; got {value}")
+        if self.stride > self.patch:
+            raise ValueError(
+                f"TileGrid: stride must be at most patch ({self.patch}), or pixels between patches are lost; got {self.stride}"
+            )
+        if self.coverage not in COVERAGES:
+            raise ValueError(f"TileGrid: coverage must be one of {COVERAGES}; got {self.coverage!r}")
+        if self.crop and (self.height < self.patch or self.width < self.patch):
+            raise ValueError(
+                f"TileGrid: coverage='crop' needs an image of at least {self.patch} x {self.patch} pixels; "
+                f"got {self.height} x {self.width}; use coverage='full'"
+            )
+
+    @property
+    def crop(self) -> bool:
+        """Whether the remainder is dropped."""
+        return self.coverage == "crop"
+
+    @property
+    def rows(self) -> int:
+        """Number of tile rows."""
+        return tile_count(self.height, self.patch, self.stride, self.crop)
+
+    @property
+    def cols(self) -> int:
+        """Number of tile columns."""
+        return tile_count(self.width, self.patch, self.stride, self.crop)
+
+    @property
+    def num_patches(self) -> int:
+        """Patches per image."""
+        return self.rows * self.cols
+
+    @property
+    def output_size(self) -> tuple[int, int]:
+        """Height and width of the stitched image in output pixels."""
+        return (
+            covered_size(self.height, self.patch, self.stride, self.crop) * self.scale,
+            covered_size(self.width, self.patch, self.stride, self.crop) * self.scale,
+        )
+
+    @property
+    def row_origins(self) -> list[int]:
+        """First LR row of each tile row."""
+        return tile_origins(self.height, self.patch, self.stride, self.crop)
+
+    @property
+    def col_origins(self) -> list[int]:
+        """First LR column of each tile column."""
+        return tile_origins(self.width, self.patch, self.stride, self.crop)
+
+    def origins(self) -> Tensor:
+        """Top left corner of every patch: int64 (num_patches, 2), row and column in LR pixels."""
+        rows, cols = torch.tensor(self.row_origins), torch.tensor(self.col_origins)
+        return torch.cartesian_prod(rows, cols).view(-1, 2)
+
+
+def tile_count(size: int, patch: int, stride: int, crop: bool) -> int:
+    """Tiles along one axis."""
+    if size <= patch:
+        return 1
+    return (size - patch) // stride + 1 if crop else (size - patch + stride - 1) // stride + 1
+
+
+def tile_origins(size: int, patch: int, stride: int, crop: bool) -> list[int]:
+    """First pixel of each tile along one axis."""
+    last = max(size - patch, 0)
+    return [min(i * stride, last) for i in range(tile_count(size, patch, stride, crop))]
+
+
+def covered_size(size: int, patch: int, stride: int, crop: bool) -> int:
+    """Pixels that the stitched output spans along one axis."""
+    return (tile_count(size, patch, stride, crop) - 1) * stride + patch if crop else size

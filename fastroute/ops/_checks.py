@@ -1,0 +1,52 @@
+"""The wording of argument checks, once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+INTEGER_IMAGE = (torch.uint8, torch.uint16)
+INDEX = (torch.int64, torch.int32, torch.int16, torch.uint8)
+
+
+def tensor(op: str, name: str, x: object) -> Tensor:
+    """`x` is a tensor."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{op}: {name} must be a torch.Tensor; got {type(x).__name__}")
+    return x
+
+
+def rank(op: str, name: str, x: Tensor, shape: str, number: int) -> None:
+    """`x` has `number` dimensions, called `shape`."""
+    tensor(op, name, x)
+    if x.ndim != number:
+        hint = "; add a batch dimension with unsqueeze(0)" if number == 4 and x.ndim == 3 else ""
+        raise ValueError(f"{op}: {name} must be {shape}; got {x.ndim} dimension(s), {tuple(x.shape)}{hint}")
+
+
+def dtype(op: str, name: str, got: torch.dtype, allowed: Iterable[torch.dtype]) -> None:
+    """`got` is one of `allowed`."""
+    if got not in allowed:
+        names = ", ".join(str(d).removeprefix("torch.") for d in allowed)
+        raise TypeError(f"{op}: {name} must be one of {names}; got {str(got).removeprefix('torch.')}")
+
+
+def same_device(op: str, first: str, x: Tensor, second: str, y: Tensor | None) -> None:
+    """`y`, when given, is where `x` is."""
+    if y is not None and x.device != y.device:
+        raise ValueError(
+            f"{op}: {first} and {second} must be on one device; got {x.device} and {y.device}; move one with .to()"
+        )
+
+
+def index(op: str, name: str, x: Tensor | None, length: int | None) -> None:
+    """`x`, when given, is a 1-D integer tensor, of `length` when that is not None."""
+    if x is None:
+        return
+    rank(op, name, x, "1-D", 1)
+    dtype(op, name, x.dtype, (torch.int64,))
+    if length is not None and x.shape[0] != length:
+        raise ValueError(f"{op}: {name} must have {length} entries; got {x.shape[0]}")

@@ -1,0 +1,101 @@
+"""`assign_classes`: from scores to classes, under a cost penalty or a budget."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastroute.ops import _checks as check
+from fastroute.ops._library import call, register
+from fastroute.reference.assign_classes import assign_classes_reference
+
+SCHEMAS = ["assign_classes(Tensor score, Tensor cost, float penalty, float? budget, ScalarType dtype) -> Tensor"]
+
+# A budget may fall short of what it is compared with by this much: both are sums of rounded fractions.
+SLACK = 1e-9
+
+
+def assign_classes(
+    score: Tensor,  # [N, K] or [B, K, H, W]
+    cost: Tensor | Sequence[float],  # [K]
+    penalty: float = 0.0,
+    budget: float | None = None,
+    dtype: torch.dtype = torch.int64,
+) -> Tensor:  # [N] or [B, H, W]
+    """The class of largest score / cost^penalty; with `budget`, the penalty is solved for.
+
+    With a budget b the penalty is the smallest, negative ones included, at which the mean cost of the chosen classes is at
+    most b times that of the dearest class: the budget is spent as far as whole items allow, first where the score gains
+    most per cost. Items whose scores are exactly alike change class together. b = 1 sends everything to the dearest class.
+
+    Args:
+        score: class scores along dim 1, (N, K) per patch or (B, K, H, W) per pixel; floating. Probabilities, when a
+            penalty or a budget is given: those below 2^-126 count as 2^-126.
+        cost: (K,) positive cost of each class, in any unit (FLOPs, milliseconds).
+        penalty: exponent of the cost; PCSR's k. 0 is the plain argmax.
+        budget: mean cost allowed, as a fraction of the dearest class's, in [min(cost) / max(cost), 1].
+        dtype: int64, or uint8 to keep a pixel map small.
+
+    Returns:
+        class ids, `score` without dim 1. On equal values the lowest class wins.
+
+    Raises:
+        ValueError: shapes that do not match, K above 256, a cost that is not positive and finite, a score that is NaN, an
+            impossible budget (the message says what is possible), or both `penalty` and `budget`.
+        TypeError: an unsupported dtype.
+
+    Differentiable: no, its output is an index.
+    Deterministic: yes.
+    Synchronises: no.
+    CUDA-graph safe: yes.
+    Memory layout: any strides; contiguous output.
+
+    Source: PCSR (Jeong et al., ECCV 2024), section 3.4: argmax of p / cost^k; the budget is ours.
+    """
+    op = "assign_classes"
+    check.tensor(op, "score", score)
+    if score.ndim < 2:
+        raise ValueError(f"{op}: score must be (N, K) or (B, K, H, W); got {tuple(score.shape)}")
+    check.dtype(op, "score", score.dtype, check.FLOATING)
+    check.dtype(op, "dtype", dtype, (torch.int64, torch.int32, torch.uint8))
+    costs = torch.as_tensor(cost, dtype=torch.float64, device="cpu")
+    if costs.ndim != 1 or costs.shape[0] != score.shape[1]:
+        raise ValueError(
+            f"{op}: cost must have one entry per class, {score.shape[1]} as score has; got shape {tuple(costs.shape)}"
+        )
+    if not 1 <= score.shape[1] <= 256:
+        raise ValueError(f"{op}: score must have 1 to 256 classes; got {score.shape[1]}")
+    if torch.compiler.is_compiling():
+        return call(op, assign_classes_reference, score.device, score, costs, float(penalty), budget, dtype)
+    values = costs.tolist()
+    if not all(math.isfinite(v) and v > 0 for v in values):
+        raise ValueError(f"{op}: cost must be positive and finite; got {values}; give a free class its small true cost")
+    if not math.isfinite(penalty):
+        raise ValueError(f"{op}: penalty must be finite; got {penalty}")
+    if budget is not None:
+        if penalty != 0:
+            raise ValueError(f"{op}: give either penalty or budget; got penalty={penalty} and budget={budget}")
+        possible = min(values) / max(values)
+        if not possible - SLACK <= budget <= 1 + SLACK:
+            raise ValueError(
+                f"{op}: budget must lie in [{possible:.4g}, 1], from everything in the cheapest class to everything in the "
+                f"dearest; got {budget:g}"
+            )
+        budget = min(max(float(budget), possible) + SLACK, 1 + SLACK)
+    return call(op, _checked_reference, score.device, score, costs, float(penalty), budget, dtype)
+
+
+def _checked_reference(score: Tensor, cost: Tensor, penalty: float, budget: float | None, dtype: torch.dtype) -> Tensor:
+    if score.device.type == "cpu" and bool(score.isnan().any()):
+        raise ValueError("assign_classes: score must not be NaN")
+    return assign_classes_reference(score, cost, penalty, budget, dtype)
+
+
+def _fake(score: Tensor, cost: Tensor, penalty: float, budget: float | None, dtype: torch.dtype) -> Tensor:
+    return score.new_empty((score.shape[0], *score.shape[2:]), dtype=dtype)
+
+
+register("assign_classes", _checked_reference, _fake)

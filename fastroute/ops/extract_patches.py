@@ -1,0 +1,154 @@
+"""`extract_patches`: all patches of an image, converted, normalised and in class order, in one pass."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastroute.grid import TileGrid, tile_count
+from fastroute.ops import _checks as check
+from fastroute.ops._library import call, register
+from fastroute.reference.extract_patches import (
+    _extract_patches_backward_reference,
+    extract_patches_reference,
+)
+
+SCHEMAS = [
+    "extract_patches(Tensor image, Tensor? order, Tensor? mean, Tensor? std, int patch, int stride, bool crop, "
+    "ScalarType? dtype, bool channels_last) -> Tensor",
+    "_extract_patches_backward(Tensor grad, Tensor? order, SymInt batch, SymInt height, SymInt width, int patch, "
+    "int stride, bool crop) -> Tensor",
+]
+
+
+def extract_patches(
+    image: Tensor,  # [B, C, H, W]
+    grid: TileGrid,
+    order: Tensor | None = None,  # [M]
+    mean: Tensor | None = None,  # [C]
+    std: Tensor | None = None,  # [C]
+    dtype: torch.dtype | None = None,
+    memory_format: torch.memory_format | None = None,
+) -> Tensor:  # [M, C, p, p]
+    """Crop the patches of `grid`, convert and normalise them, in class order when `order` is given.
+
+    A read outside the image repeats its edge, so an image smaller than a patch works.
+
+    Args:
+        image: (B, C, H, W), float32, float16, bfloat16, float64, uint8 or uint16; any strides.
+        grid: where the patches lie; its height and width are those of `image`.
+        order: int64 (M,), numbers of the patches wanted, in the order wanted: `ClassGroups.order`, a slice of it, or any
+            selection. Patch numbers are image-major, then rows, then columns. Default: all of them in that order.
+        mean, std: (C,), subtracted and divided by; in units of the converted image.
+        dtype: floating type of the patches, default that of `image`. Integer images turn into [0, 1]: uint8 values are
+            divided by 255, uint16 values by 65535. Arithmetic is float32.
+        memory_format: torch.contiguous_format or torch.channels_last; default as `image`.
+
+    Returns:
+        (M, C, patch, patch), M = B * grid.num_patches without `order`.
+
+    Raises:
+        ValueError: a wrong rank or size, tensors on several devices, or a patch number out of range.
+        TypeError: an unsupported dtype, or an integer image with `mean` or `std` and no floating `dtype`.
+
+    Differentiable: with respect to `image`, for floating images.
+    Deterministic: yes, bit for bit, forward and backward.
+    Synchronises: no.
+    CUDA-graph safe: yes.
+    Memory layout: reads any strides; writes contiguous or channels_last.
+
+    Source: patch sampling of ClassSR (Kong et al., CVPR 2021, section 3.1).
+    """
+    op = "extract_patches"
+    check.rank(op, "image", image, "(B, C, H, W)", 4)
+    check.dtype(op, "image", image.dtype, check.FLOATING + check.INTEGER_IMAGE)
+    if (image.shape[2], image.shape[3]) != (grid.height, grid.width):
+        raise ValueError(
+            f"{op}: image must be {grid.height} x {grid.width} as the grid says; got {image.shape[2]} x {image.shape[3]}"
+        )
+    if image.shape[1] < 1:
+        raise ValueError(f"{op}: image must have at least one channel; got {tuple(image.shape)}")
+    check.index(op, "order", order, None)
+    target = image.dtype if dtype is None else dtype
+    for name, statistic in (("mean", mean), ("std", std)):
+        if statistic is None:
+            continue
+        check.rank(op, name, statistic, "(C,)", 1)
+        check.dtype(op, name, statistic.dtype, check.FLOATING)
+        if statistic.shape[0] != image.shape[1]:
+            raise ValueError(f"{op}: {name} must have {image.shape[1]} entries, one per channel; got {statistic.shape[0]}")
+        check.same_device(op, "image", image, name, statistic)
+        if statistic.requires_grad:
+            raise ValueError(f"{op}: {name} must not require a gradient; normalise the patches yourself")
+    check.same_device(op, "image", image, "order", order)
+    if not target.is_floating_point and (mean is not None or std is not None or target != image.dtype):
+        raise TypeError(f"{op}: dtype must be floating to convert or normalise; got {target}")
+    check.dtype(op, "dtype", target, check.FLOATING + check.INTEGER_IMAGE)
+    return call(
+        op,
+        extract_patches_reference,
+        image.device,
+        image,
+        order,
+        mean,
+        std,
+        grid.patch,
+        grid.stride,
+        grid.crop,
+        target,
+        _is_channels_last(image, memory_format),
+    )
+
+
+def _is_channels_last(image: Tensor, memory_format: torch.memory_format | None) -> bool:
+    if memory_format is None:
+        return not image.is_contiguous() and image.is_contiguous(memory_format=torch.channels_last)
+    if memory_format not in (torch.contiguous_format, torch.channels_last):
+        raise ValueError(f"extract_patches: memory_format must be contiguous_format or channels_last; got {memory_format}")
+    return memory_format == torch.channels_last
+
+
+def _fake(
+    image: Tensor,
+    order: Tensor | None,
+    mean: Tensor | None,
+    std: Tensor | None,
+    patch: int,
+    stride: int,
+    crop: bool,
+    dtype: torch.dtype | None,
+    channels_last: bool,
+) -> Tensor:
+    b, c, height, width = image.shape
+    tiles = tile_count(height, patch, stride, crop) * tile_count(width, patch, stride, crop)
+    m = b * tiles if order is None else order.shape[0]
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    return torch.empty((m, c, patch, patch), dtype=dtype or image.dtype, device=image.device, memory_format=memory_format)
+
+
+def _backward_fake(
+    grad: Tensor, order: Tensor | None, batch: int, height: int, width: int, patch: int, stride: int, crop: bool
+) -> Tensor:
+    return grad.new_empty((batch, grad.shape[1], height, width))
+
+
+def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    image, order, _, std, patch, stride, crop, _, _ = inputs
+    ctx.save_for_backward(order, std)
+    ctx.size = (image.shape[0], image.shape[2], image.shape[3])
+    ctx.grid = (patch, stride, crop)
+    ctx.dtype = image.dtype
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple:
+    order, std = ctx.saved_tensors
+    if std is not None:
+        grad = grad / std.to(grad.dtype)[:, None, None]
+    image_grad = torch.ops.fastroute._extract_patches_backward(grad, order, *ctx.size, *ctx.grid)
+    return image_grad.to(ctx.dtype), None, None, None, None, None, None, None, None
+
+
+register("extract_patches", extract_patches_reference, _fake, _backward, _setup_context)
+register("_extract_patches_backward", _extract_patches_backward_reference, _backward_fake)

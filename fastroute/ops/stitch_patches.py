@@ -1,0 +1,190 @@
+"""`stitch_patches`: overlapping patches merged into an image, one write per pixel."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fastroute.grid import TileGrid, covered_size, tile_count
+from fastroute.ops import _checks as check
+from fastroute.ops._library import call, register
+from fastroute.reference.stitch_patches import (
+    _stitch_patches_backward_reference,
+    stitch_patches_reference,
+)
+from fastroute.windows import make_window
+
+SCHEMAS = [
+    "stitch_patches(Tensor patches, Tensor? inverse, Tensor window, SymInt height, SymInt width, int patch, int stride, "
+    "int scale, bool crop, int shuffle, ScalarType? dtype, SymInt row_begin, SymInt row_end) -> Tensor",
+    "stitch_patches.out(Tensor patches, Tensor? inverse, Tensor window, SymInt height, SymInt width, int patch, int stride, "
+    "int scale, bool crop, int shuffle, SymInt row_begin, SymInt row_end, *, Tensor(a!) out) -> Tensor(a!)",
+    "_stitch_patches_backward(Tensor grad, Tensor? inverse, Tensor window, SymInt height, SymInt width, int patch, "
+    "int stride, int scale, bool crop, SymInt num_patches) -> Tensor",
+]
+
+
+def stitch_patches(
+    patches: Tensor,  # [M, C, P, P] or [M, C·r·r, P / r, P / r]
+    grid: TileGrid,
+    window: str | Tensor = "uniform",
+    inverse: Tensor | None = None,  # [N]
+    dtype: torch.dtype | None = None,
+    shuffle: int = 1,
+    rows: tuple[int, int] | None = None,
+    out: Tensor | None = None,  # [B, C, rows, W·s]
+) -> Tensor:  # [B, C, H·s, W·s]
+    """Merge overlapping patches into images, weighted by a separable window, reading class-ordered patches directly.
+
+    The weights of all patches that cover a pixel are normalised to sum to 1, once per axis. A write outside the image is
+    dropped.
+
+    Args:
+        patches: (M, C, P, P) with P = grid.patch * grid.scale; float32, float16, bfloat16 or float64.
+        grid: where the patches lie, in LR pixels.
+        window: "uniform", "linear", "hann", "gaussian", or 1-D weights (P,); see :func:`fastroute.make_window`.
+        inverse: int64 (N,), N = B * grid.num_patches: the row of `patches` that holds patch n, as `ClassGroups.inverse`
+            says. Default: row n.
+        dtype: type of the image, default that of `patches`. uint8 and uint16 are also possible: [0, 1] is multiplied by
+            255 or 65535, clamped and rounded half to even.
+        shuffle: factor r of a pixel shuffle to undo on the way: `patches` is then (M, C * r * r, P / r, P / r), the output
+            of a sub-pixel convolution, and the pixel shuffle costs no pass of its own.
+        rows: write only these output rows (first, one past the last); for streaming. Rows of `patches` that other output
+            rows need may then be missing: their `inverse` is not read.
+        out: write into this tensor, for example a band of a larger image; its last dimension must be contiguous and its
+            dtype is that of the result.
+
+    Returns:
+        (B, C, height, width) with the size that ``grid.output_size`` gives, contiguous.
+
+    Raises:
+        ValueError: a wrong rank or size, a number of patches that fills no whole images, tensors on several devices, or
+            an entry of `inverse` out of range.
+        TypeError: an unsupported dtype, or both `dtype` and an `out` of another.
+
+    Differentiable: with respect to `patches`, for whole floating images without `out`.
+    Deterministic: yes, bit for bit: every pixel sums its patches in one order, columns before rows, in float32.
+    Synchronises: no.
+    CUDA-graph safe: yes.
+    Memory layout: reads contiguous or channels_last patches (others are copied first); writes contiguous images.
+    """
+    op = "stitch_patches"
+    check.rank(op, "patches", patches, "(M, C, P, P)", 4)
+    check.dtype(op, "patches", patches.dtype, check.FLOATING)
+    if shuffle < 1:
+        raise ValueError(f"{op}: shuffle must be at least 1; got {shuffle}")
+    span = grid.patch * grid.scale
+    if span % shuffle or tuple(patches.shape[2:]) != (span // shuffle, span // shuffle):
+        raise ValueError(
+            f"{op}: patches must be {grid.patch} * {grid.scale} / {shuffle} = {span / shuffle:g} pixels wide, as the grid "
+            f"says; got {tuple(patches.shape)}"
+        )
+    if patches.shape[1] < 1 or patches.shape[1] % shuffle**2:
+        raise ValueError(f"{op}: patches must have C * {shuffle**2} channels, C at least 1; got {tuple(patches.shape)}")
+    if out is not None:
+        check.rank(op, "out", out, "(B, C, rows, W)", 4)
+        check.same_device(op, "patches", patches, "out", out)
+        if dtype not in (None, out.dtype):
+            raise TypeError(f"{op}: dtype must be that of out, {out.dtype}; got {dtype}")
+        dtype = out.dtype
+    target = patches.dtype if dtype is None else dtype
+    check.dtype(op, "dtype", target, check.FLOATING + check.INTEGER_IMAGE)
+    check.index(op, "inverse", inverse, None)
+    check.same_device(op, "patches", patches, "inverse", inverse)
+    number = patches.shape[0] if inverse is None else inverse.shape[0]
+    if number % grid.num_patches:
+        name = "patches" if inverse is None else "inverse"
+        raise ValueError(f"{op}: {name} must hold a multiple of {grid.num_patches}, whole images; got {number}")
+    weights = make_window(window, span).to(device=patches.device, dtype=_work(patches.dtype))
+    height, width = grid.output_size
+    begin, end = (0, height) if rows is None else rows
+    if not 0 <= begin <= end <= height:
+        raise ValueError(f"{op}: rows must be ordered and lie in [0, {height}]; got {rows}")
+    if out is not None:
+        size = (number // grid.num_patches, patches.shape[1] // shuffle**2, end - begin, width)
+        if tuple(out.shape) != size or out.stride(3) != 1:
+            raise ValueError(
+                f"{op}: out must be {size} with contiguous rows; got {tuple(out.shape)} with strides {out.stride()}"
+            )
+    if rows is not None or out is not None or not target.is_floating_point:
+        patches = patches.detach()
+    elif shuffle > 1 and patches.requires_grad and torch.is_grad_enabled():
+        patches, shuffle = F.pixel_shuffle(patches, shuffle), 1
+    geometry = (grid.height, grid.width, grid.patch, grid.stride, grid.scale, grid.crop, shuffle)
+    if out is not None:
+        return call(op, _reference_out, patches.device, patches, inverse, weights, *geometry, begin, end, out=out)
+    return call(op, stitch_patches_reference, patches.device, patches, inverse, weights, *geometry, target, begin, end)
+
+
+def _reference_out(*args: Any, out: Tensor) -> Tensor:
+    head, (begin, end) = args[:-2], args[-2:]
+    return out.copy_(stitch_patches_reference(*head, dtype=out.dtype, row_begin=begin, row_end=end))
+
+
+def _work(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _fake(
+    patches: Tensor,
+    inverse: Tensor | None,
+    window: Tensor,
+    height: int,
+    width: int,
+    patch: int,
+    stride: int,
+    scale: int,
+    crop: bool,
+    shuffle: int,
+    dtype: torch.dtype | None,
+    row_begin: int,
+    row_end: int,
+) -> Tensor:
+    tiles = tile_count(height, patch, stride, crop) * tile_count(width, patch, stride, crop)
+    number = patches.shape[0] if inverse is None else inverse.shape[0]
+    size = (
+        number // tiles,
+        patches.shape[1] // shuffle**2,
+        row_end - row_begin,
+        covered_size(width, patch, stride, crop) * scale,
+    )
+    return torch.empty(size, dtype=dtype or patches.dtype, device=patches.device)
+
+
+def _backward_fake(
+    grad: Tensor,
+    inverse: Tensor | None,
+    window: Tensor,
+    height: int,
+    width: int,
+    patch: int,
+    stride: int,
+    scale: int,
+    crop: bool,
+    num_patches: int,
+) -> Tensor:
+    return grad.new_empty((num_patches, grad.shape[1], patch * scale, patch * scale))
+
+
+def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    patches, inverse, window, height, width, patch, stride, scale, crop, shuffle, _, begin, end = inputs
+    whole = covered_size(height, patch, stride, crop) * scale
+    if shuffle != 1 or begin != 0 or end != whole:
+        raise ValueError("stitch_patches: only whole images without a fused pixel shuffle have a gradient")
+    ctx.save_for_backward(inverse, window)
+    ctx.grid = (height, width, patch, stride, scale, crop, patches.shape[0])
+    ctx.dtype = patches.dtype
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple:
+    inverse, window = ctx.saved_tensors
+    patches_grad = torch.ops.fastroute._stitch_patches_backward(grad, inverse, window, *ctx.grid).to(ctx.dtype)
+    return patches_grad, *[None] * 12
+
+
+register("stitch_patches", stitch_patches_reference, _fake, _backward, _setup_context)
+register("stitch_patches.out", _reference_out, lambda *args, out: out)
+register("_stitch_patches_backward", _stitch_patches_backward_reference, _backward_fake)

@@ -1,0 +1,114 @@
+"""Reference of `stitch_patches`: patches added one by one, columns before rows."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fastroute.grid import covered_size, tile_origins
+from fastroute.reference.extract_patches import MAXIMUM
+
+
+def axis_weights(window: Tensor, size: int, patch: int, stride: int, scale: int, crop: bool) -> Tensor:
+    """Normalised weights of every tile along one axis: [tiles, patch * scale], summing to 1 over the tiles of a pixel.
+
+    Weights of pixels outside the image are 0.
+    """
+    origins = tile_origins(size, patch, stride, crop)
+    length, span = covered_size(size, patch, stride, crop) * scale, patch * scale
+    total = window.new_zeros(max(length, span))
+    for origin in origins:
+        total[origin * scale : origin * scale + span] += window
+    weights = torch.stack([window / total[o * scale : o * scale + span] for o in origins])
+    inside = torch.tensor([[o * scale + k < length for k in range(span)] for o in origins], device=window.device)
+    return weights * inside
+
+
+def stitch_patches_reference(
+    patches: Tensor,  # [M, C·r·r, P / r, P / r]
+    inverse: Tensor | None,  # [N]
+    window: Tensor,  # [P]
+    height: int,
+    width: int,
+    patch: int,
+    stride: int,
+    scale: int,
+    crop: bool,
+    shuffle: int = 1,
+    dtype: torch.dtype | None = None,
+    row_begin: int = 0,
+    row_end: int = -1,
+) -> Tensor:  # [B, C, rows, W·s]
+    """See :func:`fastroute.stitch_patches`; `row_end` -1 is the last output row."""
+    if shuffle > 1:
+        patches = F.pixel_shuffle(patches, shuffle)
+    work = torch.float64 if patches.dtype == torch.float64 else torch.float32
+    out_height = covered_size(height, patch, stride, crop) * scale
+    out_width = covered_size(width, patch, stride, crop) * scale
+    row_end = out_height if row_end < 0 else row_end
+    row_origins = tile_origins(height, patch, stride, crop)
+    col_origins = tile_origins(width, patch, stride, crop)
+    weights_y = axis_weights(window.to(work), height, patch, stride, scale, crop)
+    weights_x = axis_weights(window.to(work), width, patch, stride, scale, crop)
+    span, tiles = patch * scale, len(row_origins) * len(col_origins)
+    batch = (patches.shape[0] if inverse is None else inverse.numel()) // tiles
+    image = patches.new_zeros(batch, patches.shape[1], out_height, out_width, dtype=work)
+    first = torch.arange(batch, device=patches.device) * tiles
+    for i, y in enumerate(row_origins):
+        top, bottom = y * scale, min(y * scale + span, out_height)
+        if bottom <= row_begin or top >= row_end:
+            continue
+        strip = image.new_zeros(batch, patches.shape[1], span, out_width)
+        for j, x in enumerate(col_origins):
+            number = first + (i * len(col_origins) + j)
+            rows = patches[number if inverse is None else inverse[number].long()].to(work)
+            right = min(x * scale + span, out_width)
+            n = right - x * scale
+            strip[:, :, :, x * scale : right] += rows[:, :, :, :n] * weights_x[j, :n]
+        n = bottom - top
+        image[:, :, top:bottom] += strip[:, :, :n] * weights_y[i, :n, None]
+    return quantise(image[:, :, row_begin:row_end], dtype or patches.dtype)
+
+
+def quantise(image: Tensor, dtype: torch.dtype) -> Tensor:
+    """Sums to the output type; integers are clamped and rounded half to even. Always contiguous."""
+    if dtype not in MAXIMUM:
+        return image.to(dtype).contiguous()
+    value = (image.clamp(0, 1) * MAXIMUM[dtype]).round().nan_to_num(0)
+    # Casts to uint16 go through int32, the route that every backend of PyTorch implements.
+    return value.to(torch.int32).to(dtype).contiguous()
+
+
+def _stitch_patches_backward_reference(
+    grad: Tensor,  # [B, C, H·s, W·s]
+    inverse: Tensor | None,  # [N]
+    window: Tensor,  # [P]
+    height: int,
+    width: int,
+    patch: int,
+    stride: int,
+    scale: int,
+    crop: bool,
+    num_patches: int,
+) -> Tensor:  # [M, C, P, P]
+    """The adjoint: every patch pixel reads the gradient of its output pixel times its weight."""
+    work = torch.float64 if grad.dtype == torch.float64 else torch.float32
+    c, out_height, out_width = grad.shape[1:]
+    row_origins = tile_origins(height, patch, stride, crop)
+    col_origins = tile_origins(width, patch, stride, crop)
+    weights_y = axis_weights(window.to(work), height, patch, stride, scale, crop)
+    weights_x = axis_weights(window.to(work), width, patch, stride, scale, crop)
+    span = patch * scale
+    padded = F.pad(grad.to(work), (0, max(span - out_width, 0), 0, max(span - out_height, 0)))
+    rows = []
+    for y, wy in zip(row_origins, weights_y, strict=True):
+        for x, wx in zip(col_origins, weights_x, strict=True):
+            piece = padded[:, :, y * scale : y * scale + span, x * scale : x * scale + span]
+            rows.append(piece * wy[:, None] * wx)
+    patches = torch.stack(rows, dim=1).flatten(0, 1)  # image-major
+    if inverse is None:
+        return patches.to(grad.dtype)
+    result = patches.new_zeros(num_patches, c, span, span)
+    # A row that several patches read collects all their gradients; one that none reads gets none.
+    return result.index_add_(0, inverse.long(), patches).to(grad.dtype)

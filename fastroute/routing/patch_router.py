@@ -1,0 +1,334 @@
+"""The patch path: classify, assign, group, extract in class order, one batched branch per class, stitch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from fastroute.grid import TileGrid
+from fastroute.models.optimize import optimize, parameter_dtype, split_shuffle
+from fastroute.ops import _checks as check
+from fastroute.ops.assign_classes import assign_classes
+from fastroute.ops.extract_patches import extract_patches
+from fastroute.ops.group_by_class import group_by_class
+from fastroute.ops.stitch_patches import stitch_patches
+from fastroute.profiling import RoutedFlops, count_flops, mix_flops
+from fastroute.routing import memory
+from fastroute.routing.classify import classify_patches
+from fastroute.routing.result import RoutingStats, Stopwatch, Upscaled
+from fastroute.routing.tuning import Tuning, tune
+from fastroute.windows import make_window
+
+# Patches whose outputs are held at a time: enough for full batches of every class, little enough to stay near the caches.
+PATCHES_PER_BAND = 256
+
+
+@dataclass(frozen=True)
+class Band:
+    """Consecutive tile rows of some images, routed together.
+
+    Attributes:
+        images: first image and one past the last; several only when the band holds them whole.
+        rows: first tile row and one past the last.
+    """
+
+    images: tuple[int, int]
+    rows: tuple[int, int]
+
+
+class PatchRouter:
+    """Super-resolution of whole images by several networks, each patch by the one that its class says.
+
+    Args:
+        branches: one network per class, from the cheapest to the dearest; each maps (N, C, p, p) to (N, C, p * scale,
+            p * scale). They are copied, and rewritten by :func:`fastroute.models.optimize` unless `optimized` is False.
+        classifier: maps patches (N, C, p, p) to class scores (N, K). Without one, every call needs a `class_map` or
+            ``budget=1``.
+        patch, stride: LR patch size and distance; the published ClassSR uses 32 and 28.
+        scale: upscaling factor of the branches.
+        window: how overlaps are merged, see :func:`fastroute.make_window`; published code averages ("uniform").
+        optimized: run the branches in their fastest exact form.
+
+    Raises:
+        ValueError: no branches, or impossible sizes.
+
+    Example:
+        >>> router = fastroute.load("classsr-fsrcnn-x4")
+        >>> result = router.upscale(image, budget=0.7)
+        >>> result.image.shape, result.stats.patches_per_class
+    """
+
+    def __init__(
+        self,
+        branches: Sequence[nn.Module],
+        classifier: nn.Module | None = None,
+        patch: int = 32,
+        stride: int = 28,
+        scale: int = 4,
+        window: str | Tensor = "uniform",
+        optimized: bool = True,
+    ) -> None:
+        if not branches:
+            raise ValueError("PatchRouter: branches must hold at least one network; got none")
+        TileGrid(patch, patch, patch, stride, scale)  # raises for impossible sizes
+        make_window(window, patch * scale)
+        self.patch, self.stride, self.scale, self.window = patch, stride, scale, window
+        self.num_classes = len(branches)
+        self.classifier = None if classifier is None else classifier.eval().requires_grad_(False)
+        self.channels = _first_channels(branches[0])
+        self.dtype = parameter_dtype(branches[0])
+        size = (1, self.channels, patch, patch)
+        self.branch_flops = [count_flops(branch, size) for branch in branches]
+        self.paper_flops = [count_flops(branch, size, "paper") for branch in branches]
+        prepared = [optimize(b) if optimized else b.eval().requires_grad_(False) for b in branches]
+        split = [split_shuffle(branch) for branch in prepared]
+        # The stitching undoes a pixel shuffle on the way when all branches end with the same one.
+        self.shuffle = split[0][1] if len({factor for _, factor in split}) == 1 else 1
+        self.branches = [body for body, _ in split] if self.shuffle > 1 else prepared
+        self._tunings: dict[tuple[int, torch.device, int], Tuning] = {}
+
+    @property
+    def device(self) -> torch.device:
+        """Where the networks are."""
+        return next((p.device for branch in self.branches for p in branch.parameters()), torch.device("cpu"))
+
+    def to(self, device: str | torch.device) -> PatchRouter:
+        """Move the networks; returns self."""
+        for module in [*self.branches, *([] if self.classifier is None else [self.classifier])]:
+            module.to(device)
+        self._tunings.clear()
+        return self
+
+    @torch.inference_mode()
+    def upscale(
+        self,
+        image: Tensor,  # [B, C, H, W] or [C, H, W]
+        budget: float | None = None,
+        penalty: float = 0.0,
+        class_map: Tensor | None = None,  # [B, rows, cols] or [rows, cols]
+        progress: bool = False,
+    ) -> Upscaled:
+        """Super-resolve an image or a batch of images.
+
+        Args:
+            image: (B, C, H, W) or (C, H, W), floating in [0, 1], uint8 or uint16, on the device of the networks; any size
+                from one pixel on.
+            budget: mean FLOPs of the chosen branches as a fraction of the dearest branch's, see
+                :func:`fastroute.assign_classes`; 1 sends every patch to the dearest branch. Default: the classifier's own
+                choice.
+            penalty: exponent k of score / cost^k, when there is no budget.
+            class_map: use these classes instead of classifying, for example those of the previous video frame.
+            progress: show a progress bar.
+
+        Returns:
+            :class:`Upscaled`. A floating image is not clamped; an integer one is, and rounded half to even.
+
+        Raises:
+            ValueError: a wrong rank, number of channels, empty image, another device, an impossible budget, or a class map
+                of another shape or with ids out of range. Nothing has been computed then.
+            TypeError: an unsupported dtype.
+        """
+        images, grid = self._check(image, budget, penalty, class_map)
+        watch = Stopwatch(images.device)
+        number = images.shape[0] * grid.num_patches
+        # The dearest class costs the most: nothing to classify.
+        if class_map is None and budget == 1:
+            dearest = max(range(self.num_classes), key=self.branch_flops.__getitem__)
+            class_ids, classifier_flops = torch.full((number,), dearest, device=images.device), 0
+        elif class_map is not None:
+            class_ids, classifier_flops = class_map.reshape(-1).to(torch.int64), 0
+        else:
+            with watch.stage("classify"):
+                assert self.classifier is not None  # checked
+                scores = classify_patches(self.classifier, images, grid)
+            with watch.stage("assign"):
+                class_ids = assign_classes(scores.score, self.branch_flops, penalty, budget)
+            classifier_flops = scores.flops
+        output, counts = self._route(images, grid, class_ids, watch, progress)
+        shape = (images.shape[0], grid.rows, grid.cols)
+        maps = class_ids.view(shape)
+        stats = self._stats(counts, classifier_flops, watch)
+        if image.ndim == 3:
+            return Upscaled(output[0], maps[0], stats)
+        return Upscaled(output, maps, stats)
+
+    def _check(self, image: Tensor, budget: float | None, penalty: float, class_map: Tensor | None) -> tuple[Tensor, TileGrid]:
+        op = "upscale"
+        check.tensor(op, "image", image)
+        if image.ndim not in (3, 4):
+            raise ValueError(f"{op}: image must be (B, C, H, W) or (C, H, W); got {tuple(image.shape)}")
+        check.dtype(op, "image", image.dtype, check.FLOATING + check.INTEGER_IMAGE)
+        images = image if image.ndim == 4 else image[None]
+        if images.shape[1] != self.channels:
+            raise ValueError(f"{op}: image must have {self.channels} channels; got {tuple(image.shape)}")
+        if 0 in images.shape[2:]:
+            raise ValueError(f"{op}: image must have at least one pixel; got {tuple(image.shape)}")
+        if images.device != self.device:
+            raise ValueError(f"{op}: image must be on {self.device}, where the networks are; got {images.device}")
+        grid = TileGrid(images.shape[2], images.shape[3], self.patch, self.stride, self.scale)
+        if class_map is not None:
+            if budget is not None or penalty != 0:
+                raise ValueError(f"{op}: give either class_map or budget and penalty")
+            check.tensor(op, "class_map", class_map)
+            check.dtype(op, "class_map", class_map.dtype, check.INDEX)
+            shape = (images.shape[0], grid.rows, grid.cols)
+            if tuple(class_map.shape) not in ((shape[1:], shape) if shape[0] == 1 else (shape,)):
+                raise ValueError(f"{op}: class_map must be {shape} for this image; got {tuple(class_map.shape)}")
+            check.same_device(op, "image", images, "class_map", class_map)
+        else:
+            # Also refuses an impossible budget, before anything is classified.
+            assign_classes(torch.ones(1, self.num_classes), self.branch_flops, penalty, budget)
+            if self.classifier is None and budget != 1:
+                raise ValueError(f"{op}: this router has no classifier; give a class_map or budget=1")
+        return images, grid
+
+    def _route(
+        self, images: Tensor, grid: TileGrid, class_ids: Tensor, watch: Stopwatch, progress: bool
+    ) -> tuple[Tensor, list[int]]:
+        bands = plan_bands(images.shape[0], grid)
+        k = self.num_classes
+        with watch.stage("assign"):
+            # Band-major, class-minor: one sort gives every band's batches.
+            sizes = torch.tensor(
+                [(b.images[1] - b.images[0]) * (b.rows[1] - b.rows[0]) * grid.cols for b in bands], dtype=torch.int64
+            )
+            band_of = torch.repeat_interleave(torch.arange(len(bands)), sizes).to(class_ids.device)
+            check_ids = group_by_class(class_ids, k).offsets  # refuses ids out of range
+            groups = group_by_class(band_of * k + class_ids, max(len(bands), 1) * k)
+            offsets, totals = torch.cat([groups.offsets, check_ids]).tolist(), None  # the one wait for the device
+            offsets, totals = offsets[: len(bands) * k + 1] or [0], offsets[-k - 1 :]
+        size = (images.shape[0], images.shape[1], *grid.output_size)
+        output = memory.empty(size, images.dtype, images.device)
+        workspace = Workspace(self, grid, bands, images)
+        with tqdm(total=class_ids.numel(), unit="patch", desc="upscale", disable=not progress) as bar:
+            for number, band in enumerate(bands):
+                begin = offsets[number * k]
+                for c in range(k):
+                    first, last = offsets[number * k + c], offsets[number * k + c + 1]
+                    self._run_branch(c, images, grid, groups.order[first:last], workspace, first - begin, watch)
+                    bar.update(last - first)
+                with watch.stage("stitch"):
+                    workspace.stitch(band, groups.inverse, begin, output, self.window)
+        return output, [totals[c + 1] - totals[c] for c in range(k)]
+
+    def _run_branch(
+        self, c: int, images: Tensor, grid: TileGrid, order: Tensor, workspace: Workspace, place: int, watch: Stopwatch
+    ) -> None:
+        if order.numel() == 0:
+            return
+        tuning = self.tuning(c, images.device)
+        # Batches of one size: the last is not left with a few patches, which run at a fraction of the speed.
+        batches = -(-order.numel() // tuning.batch)
+        for chunk in order.tensor_split(batches):
+            with watch.stage("extract"):
+                patches = extract_patches(images, grid, order=chunk, dtype=self.dtype, memory_format=tuning.memory_format)
+            with watch.stage("branches"):
+                result = self.branches[c](patches)
+            with watch.stage("extract"):
+                workspace.put(place, result)
+            place += chunk.numel()
+
+    def tuning(self, c: int, device: torch.device) -> Tuning:
+        """How branch `c` runs on `device`; measured on the first call."""
+        key = (c, device, torch.get_num_threads())
+        if key not in self._tunings:
+            example = torch.rand(1, self.channels, self.patch, self.patch, dtype=self.dtype, device=device)
+            self._tunings[key] = tune(self.branches[c], example)
+            self.branches[c].to(memory_format=self._tunings[key].memory_format)  # type: ignore[call-overload]
+        return self._tunings[key]
+
+    def _stats(self, counts: list[int], classifier_flops: int, watch: Stopwatch) -> RoutingStats:
+        seconds = {"classify": 0.0, "assign": 0.0, "extract": 0.0, "branches": 0.0, "stitch": 0.0, **watch.finish()}
+        paper: RoutedFlops = mix_flops(self.paper_flops, counts)
+        return RoutingStats(counts, mix_flops(self.branch_flops, counts, classifier_flops), paper, seconds)
+
+
+class Workspace:
+    """Branch outputs of one band, behind those of earlier tile rows that its first output rows still need."""
+
+    def __init__(self, router: PatchRouter, grid: TileGrid, bands: list[Band], images: Tensor) -> None:
+        self.router, self.grid, self.images = router, grid, images
+        self.carried = (0, 0)  # tile rows of the current image held at the front
+        rows = max(((b.images[1] - b.images[0]) * (b.rows[1] - b.rows[0]) for b in bands), default=0)
+        carry = max((b.rows[0] - self._first_needed(b.rows[0]) for b in bands), default=0)
+        self.front = carry * grid.cols
+        self.capacity = self.front + rows * grid.cols
+        self.buffer: Tensor | None = None
+
+    def put(self, place: int, result: Tensor) -> None:  # [n, C·r·r, P / r, P / r]
+        """Keep a batch of branch outputs at `place` of the band."""
+        if self.buffer is None:
+            self.buffer = self._allocate(result)
+        self.buffer[self.front + place : self.front + place + result.shape[0]] = result
+
+    def stitch(self, band: Band, inverse: Tensor, begin: int, output: Tensor, window: str | Tensor) -> None:
+        """Write the output rows that are complete with `band`, and keep what the next band needs."""
+        grid, cols = self.grid, self.grid.cols
+        (image, end), (top, bottom) = band.images, band.rows
+        tiles = grid.num_patches
+        # Where each patch of these images lies in the buffer; tile rows outside the band and the carried ones are not read.
+        places = torch.full(((end - image), tiles), -1, dtype=torch.int64, device=inverse.device)
+        first, last = self.carried if top > 0 else (0, 0)
+        places[:, first * cols : last * cols] = torch.arange((last - first) * cols, device=inverse.device)
+        here = inverse[image * tiles + top * cols : (end - 1) * tiles + bottom * cols] - begin + self.front
+        places[:, top * cols : bottom * cols] = here.view(end - image, (bottom - top) * cols)
+        y0 = grid.row_origins[top] * grid.scale if top else 0
+        y1 = grid.row_origins[bottom] * grid.scale if bottom < grid.rows else grid.output_size[0]
+        assert self.buffer is not None  # every band holds at least one patch
+        stitch_patches(
+            self.buffer,
+            grid,
+            window,
+            inverse=places.flatten(),
+            shuffle=self.router.shuffle,
+            rows=(y0, y1),
+            out=output[image:end, :, y0:y1],
+        )
+        if bottom < grid.rows:
+            first = self._first_needed(bottom)
+            keep = places[0, first * cols : bottom * cols]
+            self.buffer[: keep.numel()] = self.buffer[keep]
+            self.carried = (first, bottom)
+
+    def _first_needed(self, row: int) -> int:
+        """First tile row that covers the first pixel of tile row `row`."""
+        if row >= self.grid.rows:
+            return row
+        at = self.grid.row_origins[row]
+        return next(i for i, y in enumerate(self.grid.row_origins) if y + self.grid.patch > at)
+
+    def _allocate(self, like: Tensor) -> Tensor:
+        n, c, height, width = (self.capacity, *like.shape[1:])
+        span = self.grid.patch * self.grid.scale // self.router.shuffle
+        channels = self.images.shape[1] * self.router.shuffle**2
+        if (c, height, width) != (channels, span, span):
+            raise ValueError(
+                f"upscale: a branch must map {self.grid.patch} x {self.grid.patch} patches to {channels} x {span} x {span} "
+                f"before any pixel shuffle of factor {self.router.shuffle}; got {tuple(like.shape[1:])}"
+            )
+        if like.is_contiguous(memory_format=torch.channels_last):
+            return memory.empty((n, height, width, c), like.dtype, like.device).permute(0, 3, 1, 2)
+        return memory.empty((n, c, height, width), like.dtype, like.device)
+
+
+def plan_bands(batch: int, grid: TileGrid) -> list[Band]:
+    """Whole images while they fit in one band, else bands of tile rows of one image."""
+    if grid.num_patches <= PATCHES_PER_BAND:
+        per_band = max(1, PATCHES_PER_BAND // grid.num_patches)
+        return [Band((i, min(i + per_band, batch)), (0, grid.rows)) for i in range(0, batch, per_band)]
+    count = -(-grid.num_patches // PATCHES_PER_BAND)
+    # Bands of equal height, so that none is left with one row.
+    edges = sorted({round(grid.rows * i / count) for i in range(count + 1)})
+    return [Band((b, b + 1), rows) for b in range(batch) for rows in pairwise(edges)]
+
+
+def _first_channels(branch: nn.Module) -> int:
+    channels = getattr(branch, "channels", None)
+    if isinstance(channels, int):
+        return channels
+    return next((m.in_channels for m in branch.modules() if isinstance(m, nn.Conv2d)), 3)

@@ -1,0 +1,90 @@
+"""What a routed upscale returns, and how its time is taken."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from fastroute.profiling import RoutedFlops
+
+
+@dataclass(frozen=True)
+class RoutingStats:
+    """What was done for one call of `upscale`.
+
+    Attributes:
+        patches_per_class: number of patches that went through each branch, cheapest first.
+        flops: true convention: multiply-adds done, classifier included, times two.
+        paper_flops: the papers' convention; they leave the classifier out.
+        seconds: wall time of each stage: classify, assign, extract, branches, stitch, and total.
+    """
+
+    patches_per_class: list[int]
+    flops: RoutedFlops
+    paper_flops: RoutedFlops
+    seconds: dict[str, float]
+
+    @property
+    def overhead(self) -> float:
+        """Share of the time spent on anything but networks (classifier and branches)."""
+        networks = self.seconds["classify"] + self.seconds["branches"]
+        return 1 - networks / self.seconds["total"]
+
+    def __str__(self) -> str:
+        total = max(sum(self.patches_per_class), 1)
+        shares = " / ".join(f"{100 * n / total:.0f} %" for n in self.patches_per_class)
+        return (
+            f"{total} patches, {shares} per class (cheapest first); {100 * self.flops.fraction:.0f} % of the dense FLOPs "
+            f"({100 * self.paper_flops.fraction:.0f} % as the papers count); {self.seconds['total']:.2f} s, "
+            f"{100 * self.overhead:.1f} % of it routing"
+        )
+
+
+@dataclass(frozen=True)
+class Upscaled:
+    """A super-resolved image and how it came about.
+
+    Attributes:
+        image: like the input: rank, dtype and device; `scale` times as high and wide.
+        class_map: int64 (B, rows, cols), or (rows, cols) for an unbatched input: the branch of every patch, 0 the cheapest.
+        stats: counts, FLOPs and times.
+    """
+
+    image: Tensor
+    class_map: Tensor
+    stats: RoutingStats
+
+
+@dataclass
+class Stopwatch:
+    """Wall time by stage. On a GPU a stage ends when its kernels do, so timing costs waits: only the total is taken there
+    unless `detailed`."""
+
+    device: torch.device
+    detailed: bool = True
+    seconds: dict[str, float] = field(default_factory=dict)
+    start: float = field(default_factory=time.perf_counter)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Add the time of the ``with`` block to stage `name`."""
+        self._wait()
+        begin = time.perf_counter()
+        yield
+        self._wait()
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - begin
+
+    def finish(self) -> dict[str, float]:
+        """All stages and the total."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return {**self.seconds, "total": time.perf_counter() - self.start}
+
+    def _wait(self) -> None:
+        if self.detailed and self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)

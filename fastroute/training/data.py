@@ -1,0 +1,133 @@
+"""Training data: LR by antialiased bicubic downscaling, patches ranked into difficulty classes by PSNR."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from fastroute import io
+
+
+def downscale(image: Tensor, scale: float) -> Tensor:  # [B, C, H, W] -> [B, C, H / s, W / s]
+    """Bicubic downscaling with antialiasing, the kernel of MATLAB's imresize (a = -0.5, widened by the factor).
+
+    Args:
+        image: float32 in [0, 1].
+        scale: factor >= 1; the output sides are rounded to the nearest pixel.
+    """
+    size = [max(1, round(side / scale)) for side in image.shape[-2:]]
+    return F.interpolate(image, size=size, mode="bicubic", antialias=True).clamp(0, 1)
+
+
+def to_uint8(image: Tensor) -> Tensor:
+    """[0, 1] floats to 0 … 255, rounded half to even: the precision in which the papers store LR images."""
+    return image.clamp(0, 1).mul(255).round().to(torch.uint8)
+
+
+def make_pair(hr: Tensor, scale: int) -> tuple[Tensor, Tensor]:  # [C, H, W] -> [C, h, w], [C, h·s, w·s]
+    """An (LR, HR) pair of uint8 images: HR is cropped to a multiple of `scale`, LR is its bicubic reduction."""
+    height, width = (side // scale * scale for side in hr.shape[-2:])
+    hr = hr[:, :height, :width]
+    lr = downscale(hr[None].float() / 255, scale)[0]
+    return to_uint8(lr), hr.contiguous()
+
+
+@dataclass(frozen=True)
+class Pool:
+    """LR/HR images and the patches drawn from them, sorted from the easiest to the hardest.
+
+    Attributes:
+        lr, hr: uint8 images (C, h, w) and (C, h * scale, w * scale).
+        positions: int32 (M, 3): image, row and column of each patch in LR pixels.
+        psnr: float32 (M,): PSNR of its bicubic upscaling in dB, falling.
+        patch: LR patch size.
+        scale: upscaling factor.
+    """
+
+    lr: list[Tensor]
+    hr: list[Tensor]
+    positions: np.ndarray
+    psnr: np.ndarray
+    patch: int
+    scale: int
+
+    @staticmethod
+    def build(
+        folder: str | Path,
+        scale: int = 4,
+        patch: int = 32,
+        shrinks: Sequence[float] = (1.0, 1.6),
+        stride: int = 16,
+    ) -> Pool:
+        """Read every image below `folder` and rank its patches.
+
+        Args:
+            folder: searched recursively.
+            scale, patch: upscaling factor and LR patch size.
+            shrinks: each image is also used reduced by these factors, which adds sharper material.
+            stride: distance of the patch positions in LR pixels.
+
+        Raises:
+            ValueError: `folder` holds no image as large as one patch.
+            fastroute.io.ImageError: an image cannot be read.
+        """
+        paths = io.list_images(folder)
+        lrs: list[Tensor] = []
+        hrs: list[Tensor] = []
+        positions, psnrs = [], []
+        for path in tqdm(paths, desc="reading images", unit="image"):
+            image = io.read_image(path)
+            for shrink in shrinks:
+                smaller = image if shrink == 1 else to_uint8(downscale(image[None].float() / 255, shrink)[0])
+                if min(smaller.shape[-2:]) < patch * scale:
+                    continue
+                lr, hr = make_pair(smaller, scale)
+                psnr = bicubic_psnr(lr, hr, patch, stride, scale)  # [rows, cols]
+                rows, cols = np.indices(psnr.shape)
+                number = np.full(rows.size, len(lrs))
+                positions.append(np.stack([number, rows.ravel() * stride, cols.ravel() * stride], axis=1))
+                psnrs.append(psnr.numpy().ravel())
+                lrs.append(lr)
+                hrs.append(hr)
+        if not lrs:
+            raise ValueError(
+                f"train: no image in {folder} is at least {patch * scale} x {patch * scale} pixels; found {len(paths)} image(s)"
+            )
+        psnr_all = np.concatenate(psnrs)
+        order = np.argsort(-psnr_all, kind="stable")
+        where = np.concatenate(positions).astype(np.int32)[order]
+        return Pool(lrs, hrs, where, psnr_all[order].astype(np.float32), patch, scale)
+
+    def class_range(self, k: int, num_classes: int) -> tuple[int, int]:
+        """Patches of difficulty class `k`: equal shares by rank, 0 the easiest."""
+        total = len(self.positions)
+        return total * k // num_classes, total * (k + 1) // num_classes
+
+    def batch(self, indices: np.ndarray, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+        """Float patches (N, C, p, p) and (N, C, p * s, p * s), each flipped and turned at random."""
+        p, s = self.patch, self.scale
+        lrs, hrs = [], []
+        for (image, y, x), turn in zip(self.positions[indices], rng.integers(0, 8, len(indices)), strict=True):
+            lr = self.lr[image][:, y : y + p, x : x + p]
+            hr = self.hr[image][:, y * s : (y + p) * s, x * s : (x + p) * s]
+            lr, hr = (torch.rot90(t, int(turn) % 4, (1, 2)) for t in (lr, hr))
+            if turn >= 4:
+                lr, hr = lr.flip(2), hr.flip(2)
+            lrs.append(lr)
+            hrs.append(hr)
+        return torch.stack(lrs).float().div_(255), torch.stack(hrs).float().div_(255)
+
+
+def bicubic_psnr(lr: Tensor, hr: Tensor, patch: int, stride: int, scale: int) -> Tensor:
+    """PSNR in dB, (rows, cols), of the bicubic upscaling of each patch of `lr` (C, h, w); 100 where it is exact."""
+    up = F.interpolate(lr[None].float(), scale_factor=scale, mode="bicubic").clamp(0, 255)[0]
+    error = (up - hr.float()).square().mean(dim=0)
+    mean = F.avg_pool2d(error[None, None], patch * scale, stride * scale)[0, 0]
+    return (10 * torch.log10(255**2 / mean.clamp(min=1e-30))).clamp(max=100)

@@ -1,0 +1,57 @@
+"""Separable weights with which overlapping patches are merged."""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+WINDOWS = ("uniform", "linear", "hann", "gaussian")
+
+
+def make_window(window: str | Tensor, size: int) -> Tensor:
+    """The 1-D weights of `window` for patches of `size` output pixels; the 2-D weight is their outer product.
+
+    Args:
+        window: "uniform" (plain average of all patches that cover a pixel), "linear" (a triangle), "hann" (a raised
+            cosine), "gaussian" (standard deviation size / 8, as tiled diffusion and nnU-Net use it), or a 1-D tensor of
+            `size` positive weights. They need not sum to 1: normalisation is part of stitching.
+        size: patch side in output pixels.
+
+    Returns:
+        float32 (size,), on the CPU for a named window, on its own device for a tensor.
+
+    Raises:
+        ValueError: an unknown name, or weights of another length or not all positive and finite.
+        TypeError: neither a name nor a floating tensor.
+    """
+    if isinstance(window, str):
+        if window not in WINDOWS:
+            raise ValueError(f"window: must be one of {WINDOWS} or a 1-D tensor; got {window!r}")
+        return _named(window, int(size))
+    if not isinstance(window, Tensor) or not window.is_floating_point():
+        raise TypeError(f"window: must be one of {WINDOWS} or a floating 1-D tensor; got {type(window).__name__}")
+    if window.shape != (size,):
+        raise ValueError(
+            f"window: must have shape ({size},), one weight per output pixel of a patch; got {tuple(window.shape)}"
+        )
+    if not torch.compiler.is_compiling() and not bool(((window > 0) & window.isfinite()).all()):
+        raise ValueError("window: weights must be positive and finite, or a pixel could end up with no weight")
+    return window
+
+
+@lru_cache(maxsize=64)
+def _named(window: str, size: int) -> Tensor:
+    # Sample points at pixel centres, so that no weight is 0 and the window is symmetric.
+    position = (torch.arange(size, dtype=torch.float64) + 0.5) / size
+    if window == "uniform":
+        weights = torch.ones(size, dtype=torch.float64)
+    elif window == "linear":
+        weights = 1 - (2 * position - 1).abs()
+    elif window == "hann":
+        weights = torch.sin(math.pi * position) ** 2
+    else:
+        weights = torch.exp(-0.5 * ((position - 0.5) * 8) ** 2)
+    return weights.float()

@@ -1,0 +1,105 @@
+"""Fixtures of all tests. A new backend or device is added here and nowhere else."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+import fastroute
+from fastroute.backends import BACKENDS, unsupported_reasons
+from fastroute.ops import _library
+
+# The backend of an operator is fixed for a whole test, whatever the examples.
+settings.register_profile(
+    "fastroute",
+    deadline=None,
+    derandomize=True,
+    max_examples=50,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+settings.load_profile("fastroute")
+
+# The registered operator, whichever kernel the dispatcher finds: without an extension the only way to
+# test schema, fake kernel and gradient.
+DISPATCHER = "dispatcher"
+
+
+@dataclass(frozen=True)
+class Backend:
+    """What runs an operator in a test, and where its tensors lie."""
+
+    name: str
+    device: torch.device
+
+    @property
+    def is_reference(self) -> bool:
+        """Whether plain PyTorch runs instead of a registered operator."""
+        return self.name == "reference"
+
+    @property
+    def index_errors(self) -> tuple[type[Exception], ...]:
+        """What an index out of range raises: kernels say ValueError, indexing in PyTorch says IndexError."""
+        return (ValueError, IndexError) if self.name in ("reference", DISPATCHER) else (ValueError,)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "slow: takes seconds")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "backend" in metafunc.fixturenames:
+        targets = [("reference", "cpu"), ("cpu", "cpu"), (DISPATCHER, "cpu")]
+        if os.environ.get("TRITON_INTERPRET") == "1":
+            targets += [("triton", "cpu")]
+        if torch.cuda.is_available():
+            targets += [("reference", "cuda"), ("triton", "cuda"), ("cuda", "cuda"), (DISPATCHER, "cuda")]
+        metafunc.parametrize("backend", targets, ids=["-".join(t) for t in targets], indirect=True)
+
+
+@pytest.fixture
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Backend]:
+    """Each backend that can run the operators of the test file: its OPS, else the one in its name."""
+    name, device = request.param[0], torch.device(request.param[1])
+    ops = getattr(request.module, "OPS", (request.module.__name__.removeprefix("test_"),))
+    if name == DISPATCHER:
+        if any(not unsupported_reasons(op, b, device) for op in ops for b in BACKENDS if b != "reference"):
+            pytest.skip("a kernel is registered for this device: its own backend tests the dispatcher")
+        monkeypatch.setattr(_library, "select", lambda op, device: DISPATCHER)
+        yield Backend(name, device)
+        return
+    reasons = [f"{op}: {reason}" for op in ops for reason in unsupported_reasons(op, name, device)]
+    if reasons:
+        pytest.skip("; ".join(dict.fromkeys(reasons)))
+    with fastroute.use_backend(name):
+        yield Backend(name, device)
+
+
+@pytest.fixture
+def operator(backend: Backend) -> Backend:
+    """A backend that is a registered operator: opcheck, compilation and registered gradients."""
+    if backend.is_reference:
+        pytest.skip("the reference is plain PyTorch, not an operator")
+    return backend
+
+
+@pytest.fixture
+def poisoned() -> Iterator[None]:
+    """Fresh allocations hold NaN (integers: the largest value), those made in C++ too."""
+    was = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+        torch.utils.deterministic.fill_uninitialized_memory,
+    )
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    try:
+        assert torch.empty(1000).isnan().all(), "allocations are not poisoned: the test would prove nothing"
+        yield
+    finally:
+        torch.use_deterministic_algorithms(was[0], warn_only=was[1])
+        torch.utils.deterministic.fill_uninitialized_memory = was[2]

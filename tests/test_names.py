@@ -1,0 +1,89 @@
+"""One op, one name: in every folder, file and function that concerns it."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import fastroute
+
+ROOT = Path(__file__).parents[1]
+OPS = sorted(path.stem for path in (ROOT / "fastroute" / "ops").glob("*.py") if not path.stem.startswith("_"))
+FIXED_LINES = ("Differentiable:", "Deterministic:", "Synchronises:", "CUDA-graph safe:", "Memory layout:")
+
+
+def test_there_are_ops():
+    assert {"extract_patches", "stitch_patches", "group_by_class"} <= set(OPS)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_public_function(op):
+    assert op in fastroute.__all__
+    function = getattr(fastroute, op)
+    assert inspect.isfunction(function)
+    assert function.__module__ == f"fastroute.ops.{op}"
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_docstring_has_the_fixed_lines(op):
+    lines = [line.strip() for line in inspect.getdoc(getattr(fastroute, op)).splitlines()]
+    for start in FIXED_LINES:
+        found = [line for line in lines if line.startswith(start)]
+        assert len(found) == 1, f"one line must start with '{start}'"
+        assert len(found[0]) > len(start), f"'{start}' says nothing"
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_schemas(op):
+    schemas = importlib.import_module(f"fastroute.ops.{op}").SCHEMAS
+    names = [schema.split("(")[0] for schema in schemas]
+    assert names[0] == op
+    # Overloads such as op.out aside, there is at most a gradient beside the op.
+    assert {name.split(".")[0] for name in names} <= {op, f"_{op}_backward"}
+    for name in names:
+        packet, _, overload = name.partition(".")
+        assert hasattr(getattr(torch.ops.fastroute, packet), overload or "default")
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_reference(op):
+    module = importlib.import_module(f"fastroute.reference.{op}")
+    assert getattr(module, f"{op}_reference").__module__ == module.__name__
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_cpu_kernel(op):
+    source = (ROOT / "csrc" / "cpu" / f"{op}.cpp").read_text()
+    assert re.search(rf"\b{op}_cpu\(", source)
+    assert f'm.impl("{op}"' in source
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_other_kernels(op):
+    cuda, triton = ROOT / "csrc" / "cuda" / f"{op}.cu", ROOT / "fastroute" / "triton" / f"{op}.py"
+    if cuda.exists():
+        assert re.search(rf"\b{op}_cuda\(", cuda.read_text())
+    if triton.exists():
+        assert re.search(rf"^def {op}_triton\(", triton.read_text(), re.MULTILINE)
+        assert re.search(r"^def unsupported_reasons\(", triton.read_text(), re.MULTILINE)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_has_tests(op):
+    assert (ROOT / "tests" / "ops" / f"test_{op}.py").exists()
+
+
+@pytest.mark.parametrize("pattern", ["fastroute/reference/*.py", "fastroute/triton/*.py", "csrc/cpu/*.cpp", "csrc/cuda/*.cu"])
+def test_no_other_names(pattern):
+    stems = {path.stem for path in ROOT.glob(pattern) if not path.stem.startswith("_")}
+    assert stems <= set(OPS)
+
+
+def test_test_files_start_with_an_op():
+    for path in (ROOT / "tests" / "ops").glob("test_*.py"):
+        assert path.stem.removeprefix("test_").startswith(tuple(OPS)), path.name
