@@ -49,7 +49,7 @@ def _rewrite(module: nn.Module) -> nn.Module:
 def _rewrite_sequence(sequence: nn.Sequential) -> nn.Sequential:
     flat: list[nn.Module] = []
     for child in sequence:
-        flat += child.children() if type(child) is nn.Sequential else [child]
+        flat.extend(child.children() if type(child) is nn.Sequential else [child])
     layers: list[nn.Module] = []
     for layer in flat:
         previous = layers[-1] if layers else None
