@@ -2,24 +2,36 @@
 
 from fastroute.backends import use_backend
 from fastroute.grid import TileGrid
+from fastroute.info import info
+from fastroute.models.checkpoints import CheckpointError
 from fastroute.ops.assign_classes import assign_classes
 from fastroute.ops.extract_patches import extract_patches
 from fastroute.ops.gather_groups import gather_groups
 from fastroute.ops.group_by_class import ClassGroups, group_by_class
 from fastroute.ops.scatter_groups import scatter_groups
 from fastroute.ops.stitch_patches import stitch_patches
+from fastroute.routing.load import list_models, load
+from fastroute.routing.patch_router import PatchRouter
+from fastroute.routing.result import RoutingStats, Upscaled
 from fastroute.windows import make_window
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "CheckpointError",
     "ClassGroups",
+    "PatchRouter",
+    "RoutingStats",
     "TileGrid",
+    "Upscaled",
     "__version__",
     "assign_classes",
     "extract_patches",
     "gather_groups",
     "group_by_class",
+    "info",
+    "list_models",
+    "load",
     "make_window",
     "scatter_groups",
     "stitch_patches",

@@ -67,7 +67,7 @@ def assign_classes(
         )
     if not 1 <= score.shape[1] <= 256:
         raise ValueError(f"{op}: score must have 1 to 256 classes; got {score.shape[1]}")
-    if not math.isfinite(penalty):
+    if not -math.inf < penalty < math.inf:
         raise ValueError(f"{op}: penalty must be finite; got {penalty}")
     if budget is not None and penalty != 0:
         raise ValueError(f"{op}: give either penalty or budget; got penalty={penalty} and budget={budget}")
@@ -78,7 +78,7 @@ def assign_classes(
 
 
 def _check_values(op: str, cost: list[float], budget: float | None) -> None:
-    if not all(math.isfinite(c) and c > 0 for c in cost):
+    if not all(0 < c < math.inf for c in cost):
         raise ValueError(f"{op}: cost must be positive and finite; got {cost}; give a free class its small true cost")
     possible = min(cost) / max(cost)
     if budget is not None and not possible - BUDGET_SLACK <= budget <= 1 + BUDGET_SLACK:
