@@ -92,7 +92,13 @@ def save(name: str, rows: list[dict], notes: str) -> Path:
 
 
 def copy_bandwidth(bytes_moved: int) -> Callable[[], object]:
-    """A copy that reads and writes `bytes_moved` bytes in all, into memory that is mapped already: the floor of a movement op."""
+    """A copy that reads and writes `bytes_moved` bytes in all, into mapped memory: the floor of a movement op."""
     source = torch.ones(bytes_moved // 8, dtype=torch.float32)
     target = torch.empty_like(source)
     return lambda: target.copy_(source)
+
+
+def clone_bandwidth(bytes_moved: int) -> Callable[[], object]:
+    """The same copy into a newly allocated tensor, as an operator that returns its result must do it."""
+    source = torch.ones(bytes_moved // 8, dtype=torch.float32)
+    return source.clone

@@ -1,6 +1,6 @@
 """fastroute: kernels that turn the FLOPs saved by dynamic-routing super-resolution into time saved."""
 
-from fastroute.backends import use_backend
+from fastroute.backends import BackendError, use_backend
 from fastroute.grid import TileGrid
 from fastroute.info import info
 from fastroute.models.checkpoints import CheckpointError
@@ -18,6 +18,7 @@ from fastroute.windows import make_window
 __version__ = "0.1.0"
 
 __all__ = [
+    "BackendError",
     "CheckpointError",
     "ClassGroups",
     "PatchRouter",

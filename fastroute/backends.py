@@ -16,6 +16,10 @@ VARIABLE = "FASTROUTE_BACKEND"
 _requested: str | None = None
 
 
+class BackendError(RuntimeError):
+    """A backend that was asked for cannot run; the message gives the reasons."""
+
+
 class Extension:
     """The compiled operators: loaded once, on first import of the package; compiles nothing.
 
@@ -76,14 +80,14 @@ def select(op: str, device: torch.device) -> str:
     """The backend that runs `op` on `device`: the requested one, else the fastest that can.
 
     Raises:
-        RuntimeError: the requested backend cannot run it; the message gives the reasons.
+        BackendError: the requested backend cannot run it; the message gives the reasons.
     """
     request = requested()
     if request:
         _check_name(request)
         reasons = unsupported_reasons(op, request, device)
         if reasons:
-            raise RuntimeError(f"{op}: backend '{request}' was asked for but cannot run: {'; '.join(reasons)}")
+            raise BackendError(f"{op}: backend '{request}' was asked for but cannot run: {'; '.join(reasons)}")
         return request
     for backend in ("cuda", "triton", "cpu"):
         if not unsupported_reasons(op, backend, device):

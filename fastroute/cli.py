@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import signal
+import sys
 import time
 from pathlib import Path
 
@@ -22,10 +24,16 @@ class Group(click.Group):
 
     def invoke(self, ctx: click.Context) -> object:
         """Run the command; see the class."""
+        # A terminated run tidies up like an interrupted one: no temporary file is left.
+        signal.signal(signal.SIGTERM, _terminate)
         try:
             return super().invoke(ctx)
-        except (ValueError, TypeError) as error:
-            raise click.ClickException(str(error)) from error
+        except (ValueError, TypeError, fastroute.BackendError, MemoryError, torch.OutOfMemoryError) as error:
+            raise click.ClickException(str(error) or "out of memory") from error
+
+
+def _terminate(number: int, frame: object) -> None:
+    sys.exit(128 + number)
 
 
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
@@ -46,6 +54,8 @@ def upscale(
     source: Path, target: Path, model: str, budget: float | None, class_map: Path | None, device: str, quiet: bool
 ) -> None:
     """Super-resolve image IN and write OUT; the format follows OUT's ending."""
+    if class_map is not None and class_map.resolve() == target.resolve():
+        raise click.UsageError("OUT and --class-map are the same file")
     for path in (target, class_map):
         if path is not None:
             io.check_writable(path)
@@ -122,7 +132,7 @@ def train(recipe: str, images: Path, out: Path, exclude: tuple[str, ...], init: 
         raise click.ClickException(f"cannot make the folder {out}: {error.strerror}") from error
     pool = Pool.build(images, plan.scale, plan.patch, exclude=exclude)
     click.echo(f"{len(pool.positions)} patches in {len(pool.lr)} images and their reductions")
-    model = Trainer(pool, plan, out / "state.pt", start).run()
+    model = Trainer(pool, plan, out / "state.pt", start, str(init)).run()
     target = out / f"{recipe}-x{plan.scale}.safetensors"
     save_checkpoint(target, model, {**dataclasses.asdict(plan), "stride": 28, "system": recipe})
     click.echo(f"wrote {target}; use it with: fastroute upscale IN OUT --model {target}")

@@ -10,7 +10,7 @@ from typing import BinaryIO
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp")
@@ -36,14 +36,24 @@ def list_images(folder: str | Path) -> list[Path]:
 
 
 def read_image(path: str | Path) -> Tensor:
-    """An image file as a uint8 RGB tensor (3, H, W).
+    """An image file as a uint8 RGB tensor (3, H, W), upright as its EXIF orientation says; transparency is dropped.
 
     Raises:
         ImageError: the file is missing, unreadable, no image, damaged or cut short.
     """
     try:
         with Image.open(path) as image:
-            pixels = np.array(image.convert("RGB"))
+            upright = ImageOps.exif_transpose(image)
+            if upright.mode.startswith("I;16"):
+                # Pillow would clip 16-bit values at 255.
+                gray = np.rint(np.array(upright).astype(np.float32) / 257).astype(np.uint8)
+                pixels = np.repeat(gray[:, :, None], 3, axis=2)
+            elif upright.mode in ("I", "F"):
+                raise ImageError(f"cannot read {path}: pixels of mode {upright.mode} (32 bits) are not supported")
+            else:
+                pixels = np.array(upright.convert("RGB"))
+    except ImageError:
+        raise
     except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
         raise ImageError(f"cannot read {path}: {error.strerror}") from error
     except UnidentifiedImageError as error:
@@ -90,7 +100,8 @@ def write_image(path: str | Path, image: Tensor) -> None:  # [C, H, W]
 def write_atomically(path: str | Path, write: Callable[[BinaryIO], object]) -> None:
     """Call `write` on a temporary file beside `path` and rename it when whole; an interrupted run leaves `path` as it was."""
     path = Path(path)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+    # The name keeps a hint of the target and stays short of what file systems allow.
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:80]}.", suffix=".part")
     try:
         with os.fdopen(handle, "wb") as file:
             write(file)

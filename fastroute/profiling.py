@@ -43,15 +43,16 @@ def count_flops(model: nn.Module, input_size: Sequence[int], convention: str = "
             taps *= module.kernel_size[0] * module.kernel_size[1] * output.shape[0]
             extra += taps * (output.shape[2] * output.shape[3] - inputs[0].shape[2] * inputs[0].shape[3])
 
-    training = model.training
+    training = [(module, module.training) for module in model.modules()]
     handles = [module.register_forward_hook(count_outputs) for module in model.modules()]
-    dtype = next((p.dtype for p in model.parameters()), torch.float32)
+    like = next(model.parameters(), torch.empty(0))
     try:
         model.eval()
         with FakeTensorMode(allow_non_fake_inputs=True), FlopCounterMode(display=False) as counter, torch.no_grad():
-            model(torch.empty(tuple(input_size), dtype=dtype))
+            model(torch.empty(tuple(input_size), dtype=like.dtype, device=like.device))
     finally:
-        model.train(training)
+        for module, was in training:
+            module.training = was
         for handle in handles:
             handle.remove()
     return counter.get_total_flops() + (extra if convention == "paper" else 0)
@@ -71,8 +72,8 @@ class RoutedFlops:
 
     @property
     def fraction(self) -> float:
-        """Routed over dense."""
-        return self.routed / self.dense
+        """Routed over dense; 1 where there was nothing to do."""
+        return self.routed / self.dense if self.dense else 1.0
 
 
 def mix_flops(branch_flops: Sequence[float], counts: Sequence[float], classifier_flops: float = 0.0) -> RoutedFlops:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from hypothesis import HealthCheck, settings
 import fastroute
 from fastroute.backends import BACKENDS, unsupported_reasons
 from fastroute.ops import _library
+from fastroute.routing import tuning
 
 # The backend of an operator is fixed for a whole test, whatever the examples.
 settings.register_profile(
@@ -103,3 +105,31 @@ def poisoned() -> Iterator[None]:
     finally:
         torch.use_deterministic_algorithms(was[0], warn_only=was[1])
         torch.utils.deterministic.fill_uninitialized_memory = was[2]
+
+
+@pytest.fixture(scope="session")
+def data_folder() -> Path:
+    """The folder of published checkpoints, recorded outputs and photographs."""
+    folder = os.environ.get("FASTROUTE_DATA")
+    if not folder:
+        pytest.skip("FASTROUTE_DATA names no folder with the recorded fixtures")
+    return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def session_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Tunings measured by these tests, so that each network is measured once."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(autouse=True)
+def no_user_cache(monkeypatch: pytest.MonkeyPatch, session_cache: Path) -> None:
+    """No test reads or writes the user's cache."""
+    monkeypatch.setenv("FASTROUTE_CACHE", str(session_cache))
+
+
+@pytest.fixture
+def quick_tuning(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Micro-batches hardly measured: the result is the same, only not the fastest."""
+    monkeypatch.setattr(tuning, "BATCHES", (8,))
+    monkeypatch.setattr(tuning, "REPEATS", 1)

@@ -25,7 +25,7 @@ def loop_over_patches(model: ClassSR, image: Tensor, grid: TileGrid) -> Tensor: 
 
 
 def batch_per_class(model: ClassSR, image: Tensor, grid: TileGrid, batch: int = 32) -> Tensor:  # [1, C, H, W]
-    """Plain PyTorch at its best: patches by one stack of slices, classes by boolean masks, batches per class in channels_last."""
+    """Plain PyTorch at its best: patches by one stack of slices, classes by masks, channels_last batches."""
     span, scale = grid.patch, grid.scale
     places = [(y, x) for y in grid.row_origins for x in grid.col_origins]
     patches = torch.cat([image[:, :, y : y + span, x : x + span] for y, x in places])

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import fastroute
-from benchmarks.measure import alternate, copy_bandwidth, save
+from benchmarks.measure import alternate, clone_bandwidth, copy_bandwidth, save
 from fastroute import TileGrid
 
 PATCH, STRIDE = 32, 28
@@ -77,6 +77,7 @@ def test_movement(kind: str, smoke: bool, saving: bool) -> None:
             {
                 "fastroute": lambda: fastroute.extract_patches(image, grid),
                 "copy of the same bytes": copy_bandwidth(bytes_moved),
+                "copy to a new tensor": clone_bandwidth(bytes_moved),
                 "unfold": lambda: unfold_patches(image, grid),
             },
             rounds,
@@ -97,6 +98,7 @@ def test_movement(kind: str, smoke: bool, saving: bool) -> None:
                 "fastroute": lambda: fastroute.stitch_patches(patches, grid),
                 "fastroute, out=": lambda: fastroute.stitch_patches(patches, grid, out=out),
                 "copy of the same bytes": copy_bandwidth(bytes_moved),
+                "copy to a new tensor": clone_bandwidth(bytes_moved),
                 "fold": lambda: fold_patches(patches, grid, count),
             },
             rounds,

@@ -8,6 +8,7 @@
 
 #include "common/geometry.h"
 #include "cpu/convert.h"
+#include "cpu/memory.h"
 
 namespace fastroute {
 namespace {
@@ -36,35 +37,47 @@ struct Convert {
     }
 };
 
+// Where a patch begins in its image.
+struct Place {
+    int64_t image, y, x;
+};
+
 template <typename In, typename Out>
 struct ExtractBody {
-    // Patch at (y0, x0) of one image; `in` and `out` point at its image and its patch.
-    FASTROUTE_INLINE static void run(const In* in, Layout from, Out* out, Layout to, int64_t channels, int64_t height,
-                                     int64_t width, int64_t patch, int64_t y0, int64_t x0, Convert<In, Out> convert) {
-        const bool inside = x0 + patch <= width;
+    // One patch into `out`; `next` is the patch after it, whose pixels are asked for on the way.
+    FASTROUTE_INLINE static void run(const In* images, Layout from, Out* out, Layout to, int64_t channels,
+                                     int64_t height, int64_t width, int64_t patch, Place place, Place next,
+                                     Convert<In, Out> convert) {
+        const bool inside = place.x + patch <= width;
         const bool plain = std::is_same_v<In, Out> && convert.mean == nullptr && convert.std == nullptr;
+        // Both channels_last: a patch row is one run of pixels.
+        const bool runs = plain && inside && from.c == 1 && to.c == 1 && from.x == channels && to.x == channels;
+        const int64_t run_bytes = (from.c == 1 ? patch * from.x : patch) * static_cast<int64_t>(sizeof(In));
         for (int64_t k = 0; k < patch; ++k) {
-            const In* row = in + std::min(y0 + k, height - 1) * from.y;
-            // Both channels_last: a patch row is one run of pixels.
-            if (plain && inside && from.c == 1 && to.c == 1 && from.x == channels && to.x == channels) {
-                std::memcpy(static_cast<void*>(out + k * to.y), row + x0 * from.x, patch * channels * sizeof(In));
+            const In* row = images + place.image * from.n + std::min(place.y + k, height - 1) * from.y;
+            const In* ahead =
+                images + next.image * from.n + std::min(next.y + k, height - 1) * from.y + next.x * from.x;
+            if (from.c == 1) prefetch_run(ahead, run_bytes);
+            if (runs) {
+                copy_run(out + k * to.y, row + place.x * from.x, patch * channels * sizeof(In));
                 continue;
             }
             for (int64_t c = 0; c < channels; ++c) {
                 const In* source = row + c * from.c;
                 Out* target = out + k * to.y + c * to.c;
+                if (from.x == 1) prefetch_run(ahead + c * from.c, run_bytes);
                 if (!inside) {
                     for (int64_t l = 0; l < patch; ++l) {
-                        target[l * to.x] = convert(source[std::min(x0 + l, width - 1) * from.x], c);
+                        target[l * to.x] = convert(source[std::min(place.x + l, width - 1) * from.x], c);
                     }
                 } else if (from.x == 1 && to.x == 1) {
                     if (plain) {
-                        std::memcpy(static_cast<void*>(target), source + x0, patch * sizeof(In));
+                        copy_run(target, source + place.x, patch * sizeof(In));
                     } else {
-                        for (int64_t l = 0; l < patch; ++l) target[l] = convert(source[x0 + l], c);
+                        for (int64_t l = 0; l < patch; ++l) target[l] = convert(source[place.x + l], c);
                     }
                 } else {
-                    for (int64_t l = 0; l < patch; ++l) target[l * to.x] = convert(source[(x0 + l) * from.x], c);
+                    for (int64_t l = 0; l < patch; ++l) target[l * to.x] = convert(source[(place.x + l) * from.x], c);
                 }
             }
         }
@@ -113,6 +126,7 @@ Tensor extract_patches_cpu(const Tensor& image,                 // [B, C, H, W]
     const Tensor out = torch::stable::empty(
         {size, 4}, target, std::nullopt, image.device(), std::nullopt,
         channels_last ? torch::headeronly::MemoryFormat::ChannelsLast : torch::headeronly::MemoryFormat::Contiguous);
+    prefer_huge_pages(out.mutable_data_ptr(), out.numel() * static_cast<int64_t>(out.element_size()));
     const Layout from = layout_of(image), to = layout_of(out);
     dispatch_image(kOp, image.scalar_type(), [&](auto in_zero) {
         dispatch_image(kOp, target, [&](auto out_zero) {
@@ -131,12 +145,13 @@ Tensor extract_patches_cpu(const Tensor& image,                 // [B, C, H, W]
                 Out* result = out.mutable_data_ptr<Out>();
                 const int64_t bytes = channels * patch * patch * static_cast<int64_t>(sizeof(In) + sizeof(Out));
                 parallel(count, grain_for(bytes), [&](int64_t begin, int64_t end) {
+                    const auto place_of = [&](int64_t m) -> Place {
+                        const int64_t n = number == nullptr ? m : number[m], tile = n % tiles;
+                        return {n / tiles, grid.y.origin(tile / cols), grid.x.origin(tile % cols)};
+                    };
                     for (int64_t m = begin; m < end; ++m) {
-                        const int64_t n = number == nullptr ? m : number[m];
-                        const int64_t tile = n % tiles;
-                        run_isa<ExtractBody<In, Out>>(in + n / tiles * from.n, from, result + m * to.n, to, channels,
-                                                      height, width, patch, grid.y.origin(tile / cols),
-                                                      grid.x.origin(tile % cols), convert);
+                        run_isa<ExtractBody<In, Out>>(in, from, result + m * to.n, to, channels, height, width, patch,
+                                                      place_of(m), place_of(std::min(m + 1, end - 1)), convert);
                     }
                 });
             }

@@ -17,6 +17,8 @@ namespace fastroute {
 namespace {
 
 constexpr const char* kOp = "stitch_patches";
+constexpr int64_t kRows = 8;  // output rows per item of work: 8 rows of a 128-pixel patch are one 4 KiB page
+constexpr int64_t kStreamFrom = 8 << 20;  // bytes of output from which it is written past the caches
 
 // Normalised weights of every tile along one axis, [tiles, span]; 0 outside the image.
 template <typename W>
@@ -66,6 +68,19 @@ FASTROUTE_INLINE const Work<T>* load_row(const T* patch, PatchLayout at, int64_t
     return buffer;
 }
 
+// Asks for one row of a patch; with a fused pixel shuffle r rows lie together and are asked for once.
+template <typename T>
+FASTROUTE_INLINE void prefetch_row(const T* patch, PatchLayout at, int64_t c, int64_t k, int64_t span) {
+    const int64_t r = at.shuffle;
+    if (r > 1 && (at.c != 1 || k % r != 0)) return;
+    const T* row = patch + c * r * r * at.c + k / r * at.y;
+    if (at.x == 1) {
+        prefetch_run(row, span * static_cast<int64_t>(sizeof(T)));
+    } else {
+        for (int64_t l = 0; l < span / r; ++l) __builtin_prefetch(row + l * at.x);
+    }
+}
+
 template <typename T>
 struct StitchPlan {
     using W = Work<T>;
@@ -76,56 +91,93 @@ struct StitchPlan {
     const W* weights_x;      // [cols, span]
     TileGrid grid;
     int64_t scale, span, width;  // width in output pixels
+
+    // The row of `patches` that holds patch n.
+    FASTROUTE_INLINE int64_t place(int64_t n) const { return inverse == nullptr ? n : inverse[n]; }
+};
+
+// Buffers of one thread.
+template <typename W>
+struct Scratch {
+    std::vector<W> window;  // [kRows, span]: columns that the tiles so far cover and later ones may add to
+    std::vector<W> sum;     // [kRows, width]: for rows that several tile rows cover
+    std::vector<W> row;     // [span]
+
+    Scratch(int64_t width, int64_t span) : window(kRows * span), sum(kRows * width), row(span) {}
 };
 
 template <typename T, typename Out>
 struct StitchBody {
     using W = Work<T>;
 
-    // Σ_j wx · patch over the tile columns of tile row i, into strip [width].
-    FASTROUTE_INLINE static void sum_columns(const StitchPlan<T>& plan, int64_t image, int64_t c, int64_t i, int64_t k,
-                                             W* strip, W* buffer) {
-        const int64_t cols = plan.grid.x.count();
-        int64_t done = 0;
-        for (int64_t j = 0; j < cols; ++j) {
-            const int64_t n = (image * plan.grid.y.count() + i) * cols + j;
-            const T* patch = plan.patches + (plan.inverse == nullptr ? n : plan.inverse[n]) * plan.layout.n;
-            const W* row = load_row(patch, plan.layout, c, k, plan.span, buffer);
-            const W* weight = plan.weights_x + j * plan.span;
-            const int64_t x0 = plan.grid.x.origin(j) * plan.scale;
-            const int64_t kept = std::min(plan.span, plan.width - x0), shared = std::min(done - x0, kept);
-            W* target = strip + x0;
-            for (int64_t l = 0; l < shared; ++l) target[l] += weight[l] * row[l];
-            for (int64_t l = shared; l < kept; ++l) target[l] = W(0) + weight[l] * row[l];
-            done = std::max(done, x0 + kept);
+    // Finished columns [x, x + count) of the rows: to the image, or times wy into the sum over tile rows.
+    FASTROUTE_INLINE static void emit(const W* window, int64_t span, int64_t rows, int64_t x, int64_t count, Out* out,
+                                      int64_t row_step, bool stream) {
+        for (int64_t r = 0; r < rows; ++r) {
+            const W* from = window + r * span;
+            Out* to = out + r * row_step + x;
+            if constexpr (std::is_same_v<Out, W>) {
+                stream ? stream_copy(to, from, count * sizeof(W)) : copy_run(to, from, count * sizeof(W));
+            } else {
+                for (int64_t l = 0; l < count; ++l) to[l] = to_pixel<Out>(from[l]);
+            }
         }
     }
 
-    FASTROUTE_INLINE static void run(const StitchPlan<T>& plan, int64_t image, int64_t c, int64_t at, W* strip, W* sum,
-                                     W* buffer, Out* out) {
-        const TileRange range = plan.grid.y.covering(at / plan.scale);
-        const auto weight_of = [&](int64_t i, int64_t k) { return plan.weights_y[i * plan.span + k]; };
-        const int64_t first = at - plan.grid.y.origin(range.first) * plan.scale;
-        // One tile row of weight 1, as almost everywhere under a uniform window: the strip is the result.
-        if (range.first == range.last && weight_of(range.first, first) == W(1)) {
-            if constexpr (std::is_same_v<Out, W>) {
-                sum_columns(plan, image, c, range.first, first, out, buffer);
-            } else {
-                sum_columns(plan, image, c, range.first, first, strip, buffer);
-                for (int64_t x = 0; x < plan.width; ++x) out[x] = to_pixel<Out>(strip[x]);
-            }
-            return;
+    FASTROUTE_INLINE static void add(const W* window, int64_t span, int64_t rows, int64_t x, int64_t count,
+                                     const W* weight, bool first, W* sum, int64_t width) {
+        for (int64_t r = 0; r < rows; ++r) {
+            const W* from = window + r * span;
+            W* to = sum + r * width + x;
+            for (int64_t l = 0; l < count; ++l) to[l] = (first ? W(0) : to[l]) + weight[r] * from[l];
         }
-        for (int64_t x = 0; x < plan.width; ++x) sum[x] = W(0);
+    }
+
+    // Output rows [at, at + rows), which the same tile rows cover. Columns outside and rows inside: a patch is then
+    // read in runs of several rows, which the hardware prefetches; and what is being summed stays in the first-level
+    // cache.
+    FASTROUTE_INLINE static void run(const StitchPlan<T>& plan, int64_t image, int64_t c, int64_t at, int64_t rows,
+                                     TileRange range, bool stream, Scratch<W>* scratch, Out* out, int64_t row_step) {
+        W* window = scratch->window.data();
+        W* sum = scratch->sum.data();
+        const int64_t cols = plan.grid.x.count(), span = plan.span, width = plan.width;
+        const W* top = plan.weights_y + range.first * span + at - plan.grid.y.origin(range.first) * plan.scale;
+        // One tile row of weight 1, as almost everywhere under a uniform window: nothing to sum over tile rows.
+        bool direct = range.first == range.last;
+        for (int64_t r = 0; r < rows; ++r) direct = direct && top[r] == W(1);
         for (int64_t i = range.first; i <= range.last; ++i) {
             const int64_t k = at - plan.grid.y.origin(i) * plan.scale;
-            const W weight = plan.weights_y[i * plan.span + k];
-            sum_columns(plan, image, c, i, k, strip, buffer);
-            for (int64_t x = 0; x < plan.width; ++x) sum[x] += weight * strip[x];
+            int64_t shared = 0;  // columns at the front of the window that earlier tiles began
+            for (int64_t j = 0; j < cols; ++j) {
+                const int64_t n = (image * plan.grid.y.count() + i) * cols + j;
+                const T* patch = plan.patches + plan.place(n) * plan.layout.n;
+                const T* ahead = j + 1 < cols ? plan.patches + plan.place(n + 1) * plan.layout.n : patch;
+                const W* weight = plan.weights_x + j * span;
+                const int64_t x0 = plan.grid.x.origin(j) * plan.scale, kept = std::min(span, width - x0);
+                for (int64_t r = 0; r < rows; ++r) {
+                    prefetch_row(ahead, plan.layout, c, k + r, span);
+                    const W* row = load_row(patch, plan.layout, c, k + r, span, scratch->row.data());
+                    W* target = window + r * span;
+                    for (int64_t l = 0; l < shared; ++l) target[l] += weight[l] * row[l];
+                    for (int64_t l = shared; l < kept; ++l) target[l] = W(0) + weight[l] * row[l];
+                }
+                const int64_t finished = (j + 1 < cols ? plan.grid.x.origin(j + 1) * plan.scale : width) - x0;
+                if (direct) {
+                    emit(window, span, rows, x0, finished, out, row_step, stream);
+                } else {
+                    add(window, span, rows, x0, finished, plan.weights_y + i * span + k, i == range.first, sum, width);
+                }
+                shared = kept - finished;
+                for (int64_t r = 0; r < rows && shared > 0; ++r) {
+                    std::memmove(window + r * span, window + r * span + finished, shared * sizeof(W));
+                }
+            }
         }
-        for (int64_t x = 0; x < plan.width; ++x) out[x] = to_pixel<Out>(sum[x]);
+        if (!direct) emit(sum, width, rows, 0, width, out, row_step, stream);
     }
 };
+
+bool same(TileRange a, TileRange b) { return a.first == b.first && a.last == b.last; }
 
 // Images of N patches each; checks what the rows [begin, end) of the output will read.
 int64_t checked_batch(const std::optional<Tensor>& inverse, int64_t num_patches, const TileGrid& grid, int64_t scale,
@@ -194,14 +246,29 @@ void stitch_into(const Tensor& out, const Tensor& patches, const std::optional<T
             using Out = decltype(out_zero);
             Out* result = out.mutable_data_ptr<Out>();
             const int64_t image_step = out.stride(0), channel_step = out.stride(1), row_step = out.stride(2);
-            parallel(target.batch * channels * rows, grain_for(target.width * 8), [&](int64_t begin, int64_t end) {
-                std::vector<W> strip(target.width), sum(target.width), buffer(span);
-                for (int64_t item = begin; item < end; ++item) {
-                    const int64_t y = item % rows, c = item / rows % channels, b = item / rows / channels;
-                    run_isa<StitchBody<T, Out>>(plan, b, c, row_begin + y, strip.data(), sum.data(), buffer.data(),
-                                                result + b * image_step + c * channel_step + y * row_step);
-                }
-            });
+            // What does not fit in the caches anyway should not push anything else out of them.
+            const bool stream = target.batch * channels * rows * target.width * int64_t(sizeof(Out)) >= kStreamFrom;
+            const int64_t blocks = (rows + kRows - 1) / kRows;
+            parallel(
+                target.batch * channels * blocks, grain_for(kRows * target.width * 8), [&](int64_t begin, int64_t end) {
+                    Scratch<W> scratch(target.width, span);
+                    for (int64_t item = begin; item < end; ++item) {
+                        const int64_t c = item / blocks % channels, b = item / blocks / channels;
+                        int64_t y = item % blocks * kRows;
+                        const int64_t last = std::min(rows, y + kRows);
+                        while (y < last) {
+                            // As many rows as the same tile rows cover; that changes between LR rows alone.
+                            const TileRange range = grid.y.covering((row_begin + y) / scale);
+                            int64_t next = y + 1;
+                            while (next < last && same(range, grid.y.covering((row_begin + next) / scale))) ++next;
+                            run_isa<StitchBody<T, Out>>(plan, b, c, row_begin + y, next - y, range, stream, &scratch,
+                                                        result + b * image_step + c * channel_step + y * row_step,
+                                                        row_step);
+                            y = next;
+                        }
+                    }
+                    if (stream) stream_fence();
+                });
         });
     });
 }

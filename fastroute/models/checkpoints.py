@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import struct
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,10 @@ from fastroute import io
 # Names under which training code stores a state dict beside other things.
 WRAPPERS = ("state_dict", "params", "params_ema", "model_state_dict")
 NAMED_AT_MOST = 4
+
+
+# What unpickling something else, or half a checkpoint, may raise.
+DAMAGE = (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError, IndexError, TypeError, struct.error)
 
 
 class CheckpointError(ValueError):
@@ -52,9 +57,10 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, Any], dict[str, str]]:
         raise CheckpointError(f"cannot read {path}: no whole safetensors file ({error})") from error
     except pickle.UnpicklingError as error:
         # Both a damaged pickle and one with code in it end here; torch's own text tells them apart.
-        reason = "it holds more than tensors and plain values" if "weights_only" in str(error).lower() else "it is damaged"
+        code = "GLOBAL" in str(error)
+        reason = "it holds more than tensors and plain values" if code else "it is damaged or no checkpoint"
         raise CheckpointError(f"cannot read {path}: {reason}; only weights are loaded, never code") from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError, IndexError, TypeError) as error:
+    except DAMAGE as error:
         raise CheckpointError(f"cannot read {path}: damaged, cut short, or no checkpoint ({_first_line(error)})") from error
     if not isinstance(content, Mapping):
         raise CheckpointError(f"cannot read {path}: it holds a {type(content).__name__}, not a state dict")

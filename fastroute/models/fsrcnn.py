@@ -54,6 +54,8 @@ class FSRCNN(nn.Module):
         upsample: bool = True,
     ) -> None:
         super().__init__()
+        if width < channels or shrink < channels:
+            raise ValueError(f"FSRCNN: width and shrink must be at least channels ({channels}); got {width} and {shrink}")
         self.width, self.scale, self.channels = width, scale if upsample else 1, channels
         self.head_conv = nn.Sequential(nn.Conv2d(channels, width, 5, padding=2), nn.PReLU())
         body: list[nn.Module] = [nn.Sequential(nn.Conv2d(width, shrink, 1), nn.PReLU())]

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from fastroute.models.fsrcnn import TransposedConv2d
 from fastroute.models.subpixel import SubpixelPlan, dense_equivalent
 
 
@@ -19,15 +20,16 @@ def optimize(branch: nn.Module) -> nn.Module:
     - A PReLU of one slope behind a convolution becomes a leaky ReLU in place.
     - Nested sequences are flattened, so that the router finds a final pixel shuffle and leaves it to the stitching.
 
-    Every rewrite is exact up to the order of float32 sums (relative error about 1e-6). Modules of other kinds stay as they
-    are. The original is not touched.
+    Inside modules of other classes only whole transposed convolutions are replaced, since such a module may use its parts in
+    ways that cannot be seen from outside. Every rewrite is exact up to the order of float32 sums (relative error about 1e-6).
+    The original is not touched.
 
     Args:
         branch: any module; in the result it is in evaluation mode and needs no gradients.
     """
     result = copy.deepcopy(branch).eval().requires_grad_(False)
     as_sequential = getattr(result, "as_sequential", None)
-    return _rewrite(as_sequential() if callable(as_sequential) else result)
+    return _rewrite(as_sequential() if callable(as_sequential) else result, owned=True).eval()
 
 
 def split_shuffle(branch: nn.Module) -> tuple[nn.Module, int]:
@@ -37,13 +39,17 @@ def split_shuffle(branch: nn.Module) -> tuple[nn.Module, int]:
     return branch, 1
 
 
-def _rewrite(module: nn.Module) -> nn.Module:
-    if isinstance(module, nn.ConvTranspose2d):
+def _rewrite(module: nn.Module, owned: bool) -> nn.Module:
+    """`owned`: nobody but the sequence around it calls `module` or looks inside; a network of someone else may do either."""
+    # Types are compared exactly throughout: a subclass may compute something else.
+    if type(module) in (nn.ConvTranspose2d, TransposedConv2d):
+        assert isinstance(module, nn.ConvTranspose2d)  # for the type checker
         return module if SubpixelPlan.unsupported_reasons(module) else dense_equivalent(module).requires_grad_(False)
+    sequence = type(module) is nn.Sequential
+    within = (owned and sequence) or type(module).__module__.startswith("fastroute.")
     for name, child in module.named_children():
-        setattr(module, name, _rewrite(child))
-    # A subclass of Sequential may have a forward of its own.
-    return _rewrite_sequence(module) if type(module) is nn.Sequential else module
+        setattr(module, name, _rewrite(child, within))
+    return _rewrite_sequence(module) if sequence and owned else module  # type: ignore[arg-type]
 
 
 def _rewrite_sequence(sequence: nn.Sequential) -> nn.Sequential:
@@ -53,12 +59,12 @@ def _rewrite_sequence(sequence: nn.Sequential) -> nn.Sequential:
     layers: list[nn.Module] = []
     for layer in flat:
         previous = layers[-1] if layers else None
-        if isinstance(layer, nn.BatchNorm2d) and isinstance(previous, nn.Conv2d) and layer.track_running_stats:
+        if type(layer) is nn.BatchNorm2d and type(previous) is nn.Conv2d and layer.track_running_stats:
             layers[-1] = fuse_conv_bn_eval(previous, layer).requires_grad_(False)
-        elif isinstance(layer, nn.PReLU) and layer.num_parameters == 1 and isinstance(previous, nn.Conv2d):
+        elif type(layer) is nn.PReLU and layer.num_parameters == 1 and type(previous) is nn.Conv2d:
             # Nothing else reads what the convolution wrote.
             layers.append(nn.LeakyReLU(float(layer.weight), inplace=True))
-        elif isinstance(layer, nn.Identity):
+        elif type(layer) is nn.Identity:
             continue
         else:
             layers.append(layer)

@@ -119,4 +119,4 @@ def dense_equivalent(layer: nn.ConvTranspose2d) -> nn.Sequential:
     layers: list[nn.Module] = [conv, nn.PixelShuffle(plan.scale)]
     if not symmetric:
         layers.insert(0, nn.ZeroPad2d((plan.before, plan.after, plan.before, plan.after)))
-    return nn.Sequential(*layers)
+    return nn.Sequential(*layers).train(layer.training)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -69,7 +70,8 @@ def classify_patches(classifier: nn.Module, image: Tensor, grid: TileGrid) -> Sc
 
 
 def _cellwise(classifier: nn.Module, grid: TileGrid) -> bool:
-    if not isinstance(classifier, PatchClassifier):
+    # A subclass may have a forward of its own.
+    if type(classifier) is not PatchClassifier:
         return False
     cell = classifier.CELL
     fits = grid.patch % cell == 0 and grid.stride % cell == 0
@@ -134,6 +136,17 @@ def _to_float(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x.to(dtype) / (255 if x.dtype == torch.uint8 else 65535)
 
 
+_FLOPS: WeakKeyDictionary[nn.Module, dict[tuple[int, ...], int]] = WeakKeyDictionary()
+
+
+def _patch_flops(classifier: nn.Module, size: tuple[int, ...]) -> int:
+    """FLOPs of one patch; counting takes longer than classifying, so it is done once."""
+    known = _FLOPS.setdefault(classifier, {})
+    if size not in known:
+        known[size] = count_flops(classifier, size)
+    return known[size]
+
+
 def _by_patch(classifier: nn.Module, image: Tensor, grid: TileGrid, numbers: Tensor | None) -> Scores:
     if numbers is None:
         numbers = torch.arange(image.shape[0] * grid.num_patches, device=image.device)
@@ -147,7 +160,7 @@ def _by_patch(classifier: nn.Module, image: Tensor, grid: TileGrid, numbers: Ten
             )
         pieces.append(piece)
     size = (1, image.shape[1], grid.patch, grid.patch)
-    flops = count_flops(classifier, size) * numbers.shape[0]
+    flops = _patch_flops(classifier, size) * numbers.shape[0]
     if not pieces:
         # No patch: one throw-away patch tells the number of classes.
         return Scores(classifier(image.new_zeros(size, dtype=dtype))[:0], 0)

@@ -47,25 +47,49 @@ def load(name_or_path: str | Path = DEFAULT_MODEL, device: str | torch.device = 
                 f"no model or file {str(name_or_path)!r}; the models are {', '.join(list_models()) or 'none'}"
             )
     content, metadata = read_checkpoint(path)
-    settings = {k: json.loads(v) for k, v in metadata.items() if k in ("scale", "patch", "stride")}
+    settings = _settings(metadata, path)
     model = content.get("model")
-    if isinstance(model, Mapping) and "sd" in model:
+    if isinstance(model, Mapping) and isinstance(model.get("sd"), Mapping):
         # PCSR's format names the network beside its weights.
-        settings.setdefault("scale", int(model.get("args", {}).get("upscale", 4)))
+        arguments = model.get("args")
+        if isinstance(arguments, Mapping) and "upscale" in arguments:
+            settings["scale"] = _positive(arguments["upscale"], "upscale", path)
         content = model["sd"]
     state = state_dict_of(content, path)
-    return _router(state, path, settings).to(device)
+    try:
+        return _router(state, path, **settings).to(device)
+    except CheckpointError:
+        raise
+    except ValueError as error:
+        raise CheckpointError(f"cannot use {path}: {error}") from error
 
 
-def _router(state: dict[str, Tensor], path: Path, settings: dict[str, int]) -> PatchRouter:
-    scale, patch, stride = settings.get("scale", 4), settings.get("patch", 32), settings.get("stride", 28)
+def _settings(metadata: Mapping[str, str], path: Path) -> dict[str, int]:
+    found = {}
+    for name in ("scale", "patch", "stride"):
+        if name in metadata:
+            try:
+                found[name] = _positive(json.loads(metadata[name]), name, path)
+            except json.JSONDecodeError as error:
+                raise CheckpointError(f"cannot use {path}: its {name} is {metadata[name]!r}, not a number") from error
+    return found
+
+
+def _positive(value: object, name: str, path: Path) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise CheckpointError(f"cannot use {path}: its {name} must be a positive whole number; it is {value!r}")
+    return value
+
+
+def _router(state: dict[str, Tensor], path: Path, scale: int = 4, patch: int = 32, stride: int = 28) -> PatchRouter:
     widths = _widths(state, r"net(\d+)\.head_conv\.0\.weight")
     if widths:
         system = ClassSR.fsrcnn(widths, scale)
         load_weights(system, state, path)
         return PatchRouter(system.branches, system.classifier, patch, stride, scale)
-    if "head_conv.0.weight" in state:
-        network = FSRCNN(state["head_conv.0.weight"].shape[0], scale)
+    alone = _widths(state, r"head_conv\.0\.weight()")
+    if alone:
+        network = FSRCNN(alone[0], scale)
         load_weights(network, state, path)
         return PatchRouter([network], None, patch, stride, scale)
     known = "ClassSR over FSRCNN (classifier.*, net1.head_conv.*, …) and FSRCNN (head_conv.*, body_conv.*, tail_conv.*)"
@@ -74,5 +98,5 @@ def _router(state: dict[str, Tensor], path: Path, settings: dict[str, int]) -> P
 
 
 def _widths(state: Mapping[str, Tensor], pattern: str) -> list[int]:
-    found = {int(m[1]): int(v.shape[0]) for k, v in state.items() if (m := re.fullmatch(pattern, k))}
+    found = {int(m[1] or 0): v.shape[0] for k, v in state.items() if (m := re.fullmatch(pattern, k)) and v.ndim == 4 and len(v)}
     return [found[k] for k in sorted(found)]

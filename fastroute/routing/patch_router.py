@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -46,13 +47,15 @@ class PatchRouter:
 
     Args:
         branches: one network per class, from the cheapest to the dearest; each maps (N, C, p, p) to (N, C, p * scale,
-            p * scale). They are copied, and rewritten by :func:`fastroute.models.optimize` unless `optimized` is False.
+            p * scale). They are copied, as is the classifier, and rewritten by `optimize` unless `optimized` is False.
         classifier: maps patches (N, C, p, p) to class scores (N, K). Without one, several branches need a `class_map` or
             ``budget=1`` in every call.
         patch, stride: LR patch size and distance; the published ClassSR uses 32 and 28.
         scale: upscaling factor of the branches.
         window: how overlaps are merged, see :func:`fastroute.make_window`; published code averages ("uniform").
         optimized: run the branches in their fastest exact form.
+        costs: cost of each branch per patch, by which `budget` and `penalty` go, in any unit. Default: its FLOPs, and for a
+            branch that has none, such as an interpolation, one per output value.
 
     Raises:
         ValueError: no branches, or impossible sizes.
@@ -72,6 +75,7 @@ class PatchRouter:
         scale: int = 4,
         window: str | Tensor = "uniform",
         optimized: bool = True,
+        costs: Sequence[float] | None = None,
     ) -> None:
         if not branches:
             raise ValueError("PatchRouter: branches must hold at least one network; got none")
@@ -79,13 +83,17 @@ class PatchRouter:
         make_window(window, patch * scale)
         self.patch, self.stride, self.scale, self.window = patch, stride, scale, window
         self.num_classes = len(branches)
-        self.classifier = None if classifier is None else classifier.eval().requires_grad_(False)
+        self.classifier = None if classifier is None else frozen_copy(classifier)
         self.channels = _first_channels(branches[0])
         self.dtype = parameter_dtype(branches[0])
         size = (1, self.channels, patch, patch)
         self.branch_flops = [count_flops(branch, size) for branch in branches]
         self.paper_flops = [count_flops(branch, size, "paper") for branch in branches]
-        prepared = [optimize(b) if optimized else b.eval().requires_grad_(False) for b in branches]
+        if costs is not None and len(costs) != len(branches):
+            raise ValueError(f"PatchRouter: costs must have one entry per branch, {len(branches)}; got {len(costs)}")
+        values = self.channels * (patch * scale) ** 2
+        self.costs = list(costs) if costs is not None else [float(f or values) for f in self.branch_flops]
+        prepared = [optimize(b) if optimized else frozen_copy(b) for b in branches]
         split = [split_shuffle(branch) for branch in prepared]
         # The stitching undoes a pixel shuffle on the way when all branches end with the same one.
         self.shuffle = split[0][1] if len({factor for _, factor in split}) == 1 else 1
@@ -138,7 +146,7 @@ class PatchRouter:
         number = images.shape[0] * grid.num_patches
         # All patches go to the dearest class: nothing to classify.
         if class_map is None and (budget == 1 or self.num_classes == 1):
-            dearest = max(range(self.num_classes), key=self.branch_flops.__getitem__)
+            dearest = max(range(self.num_classes), key=self.costs.__getitem__)
             class_ids, classifier_flops = torch.full((number,), dearest, device=images.device), 0
         elif class_map is not None:
             class_ids, classifier_flops = class_map.reshape(-1).to(torch.int64), 0
@@ -147,15 +155,23 @@ class PatchRouter:
                 assert self.classifier is not None  # checked
                 scores = classify_patches(self.classifier, images, grid)
             with watch.stage("assign"):
-                class_ids = assign_classes(scores.score, self.branch_flops, penalty, budget)
+                class_ids = assign_classes(self._checked_scores(scores.score), self.costs, penalty, budget)
             classifier_flops = scores.flops
         output, counts = self._route(images, grid, class_ids, watch, progress)
         shape = (images.shape[0], grid.rows, grid.cols)
-        maps = class_ids.view(shape)
+        with torch.inference_mode(False):
+            maps = class_ids.clone().view(shape)
         stats = self._stats(counts, classifier_flops, watch)
         if image.ndim == 3:
             return Upscaled(output[0], maps[0], stats)
         return Upscaled(output, maps, stats)
+
+    def _checked_scores(self, score: Tensor) -> Tensor:
+        if score.shape[1:] != (self.num_classes,):
+            raise ValueError(
+                f"upscale: the classifier must give one score per branch, {self.num_classes}; got {tuple(score.shape[1:])}"
+            )
+        return score
 
     def _check(self, image: Tensor, budget: float | None, penalty: float, class_map: Tensor | None) -> tuple[Tensor, TileGrid]:
         op = "upscale"
@@ -182,7 +198,7 @@ class PatchRouter:
             check.same_device(op, "image", images, "class_map", class_map)
         else:
             # Also refuses an impossible budget, before anything is classified.
-            assign_classes(torch.ones(1, self.num_classes), self.branch_flops, penalty, budget)
+            assign_classes(torch.ones(1, self.num_classes), self.costs, penalty, budget)
             if self.classifier is None and budget != 1 and self.num_classes > 1:
                 raise ValueError(f"{op}: this router has no classifier; give a class_map or budget=1")
         return images, grid
@@ -203,7 +219,9 @@ class PatchRouter:
             read = torch.cat([per_class, groups.offsets]).tolist()  # the one wait for the device
             totals, offsets = read[: k + 1], read[k + 1 :]
         size = (images.shape[0], images.shape[1], *grid.output_size)
-        output = memory.empty(size, images.dtype, images.device)
+        # What leaves is an ordinary tensor, which may be changed in place.
+        with torch.inference_mode(False):
+            output = memory.empty(size, images.dtype, images.device)
         workspace = Workspace(self, grid, bands, images)
         with tqdm(total=class_ids.numel(), unit="patch", desc="upscale", disable=not progress) as bar:
             for number, band in enumerate(bands):
@@ -237,7 +255,7 @@ class PatchRouter:
         """How branch `c` runs on `device`; measured on the first call."""
         key = (c, device, torch.get_num_threads())
         if key not in self._tunings:
-            example = torch.rand(1, self.channels, self.patch, self.patch, dtype=self.dtype, device=device)
+            example = torch.full((1, self.channels, self.patch, self.patch), 0.5, dtype=self.dtype, device=device)
             self._tunings[key] = tune(self.branches[c], example)
             self.branches[c].to(memory_format=self._tunings[key].memory_format)  # type: ignore[call-overload]
         return self._tunings[key]
@@ -262,6 +280,12 @@ class Workspace:
 
     def put(self, place: int, result: Tensor) -> None:  # [n, C·r·r, P / r, P / r]
         """Keep a batch of branch outputs at `place` of the band."""
+        span = self.grid.patch * self.grid.scale // self.router.shuffle
+        size = (self.images.shape[1] * self.router.shuffle**2, span, span)
+        if tuple(result.shape[1:]) != size:
+            patch = f"{self.grid.patch} x {self.grid.patch}"
+            before = f" before its pixel shuffle of factor {self.router.shuffle}" if self.router.shuffle > 1 else ""
+            raise ValueError(f"upscale: a branch must map {patch} patches to {size}{before}; got {tuple(result.shape[1:])}")
         if self.buffer is None:
             self.buffer = self._allocate(result)
         self.buffer[self.front + place : self.front + place + result.shape[0]] = result
@@ -304,13 +328,6 @@ class Workspace:
 
     def _allocate(self, like: Tensor) -> Tensor:
         n, c, height, width = (self.capacity, *like.shape[1:])
-        span = self.grid.patch * self.grid.scale // self.router.shuffle
-        channels = self.images.shape[1] * self.router.shuffle**2
-        if (c, height, width) != (channels, span, span):
-            raise ValueError(
-                f"upscale: a branch must map {self.grid.patch} x {self.grid.patch} patches to {channels} x {span} x {span} "
-                f"before any pixel shuffle of factor {self.router.shuffle}; got {tuple(like.shape[1:])}"
-            )
         if like.is_contiguous(memory_format=torch.channels_last):
             return memory.empty((n, height, width, c), like.dtype, like.device).permute(0, 3, 1, 2)
         return memory.empty((n, c, height, width), like.dtype, like.device)
@@ -325,6 +342,11 @@ def plan_bands(batch: int, grid: TileGrid) -> list[Band]:
     # Bands of equal height, so that none is left with one row.
     edges = sorted({round(grid.rows * i / count) for i in range(count + 1)})
     return [Band((b, b + 1), rows) for b in range(batch) for rows in pairwise(edges)]
+
+
+def frozen_copy(module: nn.Module) -> nn.Module:
+    """A copy for inference; the caller's own stays as it is."""
+    return copy.deepcopy(module).eval().requires_grad_(False)
 
 
 def _first_channels(branch: nn.Module) -> int:

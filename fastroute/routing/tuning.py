@@ -61,7 +61,7 @@ def tune(branch: nn.Module, example: Tensor) -> Tuning:  # [1, C, p, p]
     key = _key(branch, example)
     remembered = _read().get(key)
     if remembered is not None:
-        return Tuning(**remembered)
+        return remembered
     best: Tuning | None = None
     with torch.inference_mode():
         for channels_last in (True, False):
@@ -112,20 +112,29 @@ def cpu_name() -> str:
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
 
 
-def _read() -> dict[str, dict]:
+def _read() -> dict[str, Tuning]:
     try:
         table = json.loads(cache_path().read_text())
     except (OSError, ValueError):
         return {}
-    fields = set(Tuning.__dataclass_fields__)
-    return {k: v for k, v in table.items() if isinstance(v, dict) and set(v) == fields} if isinstance(table, dict) else {}
+    if not isinstance(table, dict):
+        return {}
+    return {key: Tuning(**entry) for key, entry in table.items() if _is_tuning(entry)}
+
+
+def _is_tuning(entry: object) -> bool:
+    """Whether an entry of the file is one that this version wrote."""
+    if not isinstance(entry, dict) or set(entry) != set(Tuning.__dataclass_fields__):
+        return False
+    whole = type(entry["batch"]) is int and entry["batch"] >= 1
+    return whole and type(entry["channels_last"]) is bool and isinstance(entry["milliseconds"], (int, float))
 
 
 def _remember(key: str, tuning: Tuning) -> None:
     path = cache_path()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps({**_read(), key: asdict(tuning)}, indent=1)
+        text = json.dumps({k: asdict(v) for k, v in {**_read(), key: tuning}.items()}, indent=1)
         io.write_atomically(path, lambda file: file.write(text.encode()))
     except OSError as error:
         # A read-only home costs a second of measuring next time, nothing else.

@@ -13,9 +13,12 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from fastroute import io
+from fastroute.models.checkpoints import CheckpointError, load_weights, read_checkpoint
 from fastroute.models.classsr import ClassSR
 from fastroute.training.data import Pool
 from fastroute.training.losses import average_loss, class_loss
+
+STATE_KEYS = {"recipe", "stage", "step", "model", "optimizer"}
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,8 @@ class Recipe:
                 raise ValueError(f"train: {name} must be at least 1; got {getattr(self, name)}")
         if not 0 <= self.focus <= 1:
             raise ValueError(f"train: focus must lie in [0, 1]; got {self.focus}")
+        if self.seed < 0:
+            raise ValueError(f"train: seed must be at least 0; got {self.seed}")
         if not self.widths or list(self.widths) != sorted(set(self.widths)):
             raise ValueError(f"train: widths must rise; got {self.widths}")
 
@@ -86,17 +91,24 @@ class Trainer:
         recipe: what to train.
         state_path: checkpoint written every `save_every` steps and read on start when it exists.
         init: weights to start from, in the published layout; default a fresh initialisation.
+        init_name: what a message calls `init`.
         save_every: steps between two checkpoints.
     """
 
     def __init__(
-        self, pool: Pool, recipe: Recipe, state_path: Path, init: dict[str, Tensor] | None = None, save_every: int = 500
+        self,
+        pool: Pool,
+        recipe: Recipe,
+        state_path: Path,
+        init: dict[str, Tensor] | None = None,
+        init_name: str = "init",
+        save_every: int = 500,
     ) -> None:
         self.pool, self.recipe, self.state_path, self.save_every = pool, recipe, Path(state_path), save_every
         torch.manual_seed(recipe.seed)
         self.model = ClassSR.fsrcnn(recipe.widths, recipe.scale).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if init is not None:
-            self.model.load_state_dict(init)
+            load_weights(self.model, init, init_name)
         self.model.train()
         self.stages = self._plan()
         self.stage, self.step = 0, 0
@@ -199,7 +211,9 @@ class Trainer:
     def _load(self) -> dict | None:
         if not self.state_path.exists():
             return None
-        state = torch.load(self.state_path, weights_only=True, map_location="cpu")
+        state, _ = read_checkpoint(self.state_path)
+        if set(state) != STATE_KEYS or not isinstance(state["recipe"], dict):
+            raise CheckpointError(f"cannot resume from {self.state_path}: it is no state of training; delete it to start anew")
         saved = {k: tuple(v) if isinstance(v, list) else v for k, v in state["recipe"].items()}
         if saved != asdict(self.recipe):
             changed = [k for k, v in asdict(self.recipe).items() if saved.get(k) != v]
@@ -207,6 +221,6 @@ class Trainer:
                 f"train: {self.state_path} was saved by a recipe with other {', '.join(changed)}; "
                 "train to another folder or delete it"
             )
-        self.model.load_state_dict(state["model"])
+        load_weights(self.model, state["model"], self.state_path)
         self.stage, self.step = state["stage"], state["step"]
         return state["optimizer"]

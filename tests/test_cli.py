@@ -1,0 +1,247 @@
+"""The command line: what it writes, and what it says when it cannot."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from networks import picture, random_classsr
+from PIL import Image
+
+import fastroute
+from fastroute import TileGrid, io
+from fastroute.cli import main
+from fastroute.models.checkpoints import save_checkpoint
+from fastroute.routing.load import DEFAULT_MODEL
+from fastroute.visualize import class_overlay
+
+pytestmark = pytest.mark.usefixtures("quick_tuning")
+SCALE, PATCH, STRIDE = 2, 16, 12
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model") / "random.safetensors"
+    system = random_classsr((3, 5, 20), SCALE, PATCH)
+    save_checkpoint(path, system, {"scale": SCALE, "patch": PATCH, "stride": STRIDE})
+    return path
+
+
+@pytest.fixture
+def source(tmp_path):
+    path = tmp_path / "in" / "photo.png"
+    path.parent.mkdir()
+    io.write_image(path, (picture(1, 3, 45, 61)[0] * 255).to(torch.uint8))
+    return path
+
+
+@pytest.fixture
+def out(tmp_path):
+    (tmp_path / "out").mkdir()
+    return tmp_path / "out"
+
+
+def call(*arguments: object) -> Result:
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+def fails(result: Result, *words: str) -> None:
+    """Non-zero exit by intention, with a message in place of a traceback."""
+    assert result.exit_code != 0
+    assert isinstance(result.exception, SystemExit), repr(result.exception)
+    assert "Error: " in result.output and "Traceback" not in result.output
+    assert all(word in result.output for word in words), result.output
+
+
+def test_upscale(model, source, out):
+    target, class_map = out / "big.png", out / "classes.png"
+    result = call("upscale", source, target, "--model", model, "--class-map", class_map)
+    assert result.exit_code == 0, result.output
+    image, router = io.read_image(source), fastroute.load(model)
+    expected = router.upscale(image)
+    assert min(expected.stats.patches_per_class) > 0
+    assert (io.read_image(target).int() - expected.image.int()).abs().max() <= 1
+    assert Image.open(target).size == (122, 90)
+    grid = TileGrid(45, 61, PATCH, STRIDE, SCALE)
+    overlay = class_overlay(expected.image, expected.class_map, grid, 3)
+    assert (io.read_image(class_map).int() - overlay.int()).abs().max() <= 1
+    assert sorted(path.name for path in out.iterdir()) == ["big.png", "classes.png"]
+    for k, count in enumerate(expected.stats.patches_per_class):
+        assert f"class {k + 1}: {count:5d} patches" in result.output
+    assert "(61 x 45)" in result.output and "(122 x 90)" in result.output and "FLOPs" in result.output
+
+
+def test_upscale_quietly_with_a_budget(model, source, out):
+    result = call("upscale", source, out / "a.jpg", "--model", model, "--budget", 1, "--quiet")
+    assert (result.exit_code, result.output) == (0, "")
+    dearest = fastroute.load(model).upscale(io.read_image(source), budget=1)
+    assert set(dearest.class_map.flatten().tolist()) == {2}
+    # JPEG keeps noise within some levels on average.
+    assert (io.read_image(out / "a.jpg").int() - dearest.image.int()).abs().float().mean() < 12
+
+
+def test_in_place(model, source):
+    assert call("upscale", source, source, "--model", model, "--quiet").exit_code == 0
+    assert Image.open(source).size == (122, 90)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--budget", "0.01"], ["budget must lie in ["]),
+        (["--budget", "nan"], ["budget must lie in ["]),
+        (["--budget", "much"], ["'--budget'", "not a valid float"]),
+        (["--model", "absent"], ["no model or file 'absent'"]),
+        (["--model", "absent.pth"], ["cannot read absent.pth: no such file"]),
+        (["--device", "nowhere"], ["--device", "'nowhere' cannot be used"]),
+        (["--class-map", "absent/map.png"], ["absent", "does not exist"]),
+        (["--class-map", "map.txt"], ["its ending must be one of"]),
+        (["--more"], ["No such option"]),
+    ],
+)
+def test_bad_options(model, source, out, options, words):
+    fails(call("upscale", source, out / "a.png", "--model", model, *options), *words)
+    assert list(out.iterdir()) == []
+
+
+def test_bad_input(model, source, out, tmp_path):
+    (tmp_path / "text.png").write_text("no image")
+    (tmp_path / "cut.png").write_bytes(source.read_bytes()[:2000])
+    for path, word in (("text.png", "not an image"), ("cut.png", "cannot read"), ("absent.png", "No such file"), ("in", "")):
+        fails(call("upscale", tmp_path / path, out / "a.png", "--model", model), f"cannot read {tmp_path / path}", word)
+    (tmp_path / "text.pth").write_text("no weights")
+    fails(call("upscale", source, out / "a.png", "--model", tmp_path / "text.pth"), "text.pth")
+    assert list(out.iterdir()) == []
+
+
+@pytest.mark.parametrize("target", ["a.xyz", "a", "absent/a.png", "folder.png"])
+def test_bad_output_is_refused_before_reading(model, source, out, monkeypatch, target):
+    (out / "folder.png").mkdir()
+    monkeypatch.setattr(io, "read_image", lambda path: pytest.fail("the input was read"))
+    fails(call("upscale", source, out / target, "--model", model), f"cannot write {out / target}")
+    # Root may write anywhere, so that permissions are told, not set.
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)
+    fails(call("upscale", source, out / "a.png", "--model", model), "permission denied")
+    assert [path.name for path in out.iterdir()] == ["folder.png"]
+
+
+def test_a_failing_encoder_keeps_the_old_output(model, source, out, monkeypatch):
+    (out / "a.png").write_bytes(b"old")
+
+    def save(self, file, **options):
+        file.write(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(Image.Image, "save", save)
+    fails(call("upscale", source, out / "a.png", "--model", model), "disk full")
+    assert (out / "a.png").read_bytes() == b"old" and len(list(out.iterdir())) == 1
+
+
+def test_a_backend_that_cannot_run(model, source, out, monkeypatch):
+    monkeypatch.setenv("FASTROUTE_BACKEND", "cuda")
+    fails(call("info"), "'cuda'", "cannot run")
+    fails(call("upscale", source, out / "a.png", "--model", model), "'cuda'", "cannot run")
+    assert list(out.iterdir()) == []
+
+
+def test_info():
+    result = call("info")
+    assert result.exit_code == 0
+    for word in (f"fastroute {fastroute.__version__}", f"torch {torch.__version__.split('+')[0]}", "extension", "cpu"):
+        assert word in result.output
+    for op in ("extract_patches", "stitch_patches", "group_by_class", "assign_classes"):
+        assert op in result.output
+
+
+def test_models(monkeypatch):
+    result = call("models")
+    assert result.exit_code == 0
+    assert result.output.split("\n")[:-1] == [
+        name + ("  (default)" if name == DEFAULT_MODEL else "") for name in fastroute.list_models()
+    ]
+    monkeypatch.setattr(fastroute, "list_models", lambda: ["a", DEFAULT_MODEL])
+    assert call("models").output == f"a\n{DEFAULT_MODEL}  (default)\n"
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ([], ["upscale", "info", "models", "train", "--version"]),
+        (["upscale"], ["IN OUT", "--model", DEFAULT_MODEL, "--budget", "--class-map", "--device", "--quiet"]),
+        (["train"], ["classsr-fsrcnn", "--images", "--out", "--branch-steps", "--init", "resume"]),
+        (["info"], ["backend"]),
+        (["models"], ["shipped models"]),
+    ],
+)
+def test_help(command, words):
+    for flag in ("-h", "--help"):
+        result = call(*command, flag)
+        # Lines break at hyphens too.
+        text = "".join(result.output.split())
+        assert result.exit_code == 0 and all(word.replace(" ", "") in text for word in words)
+    assert fastroute.__version__ in call("--version").output
+
+
+def test_unknown_commands():
+    fails(call("upscal"), "No such command 'upscal'")
+    fails(call("train", "esrgan", "--images", "x"), "'classsr-fsrcnn'")
+
+
+# A run whose encoder writes half of a file, says so, and waits to be interrupted.
+SLOW = """
+import sys, time
+from PIL import Image
+from fastroute.__main__ import main
+def save(self, file, **options):
+    file.write(b"half")
+    file.flush()
+    print("writing", flush=True)
+    time.sleep(60)
+Image.Image.save = save
+main(sys.argv[1:], prog_name="fastroute")
+"""
+
+
+def python(*arguments: object) -> subprocess.Popen:
+    path = os.pathsep.join([str(Path(fastroute.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    return subprocess.Popen(
+        [sys.executable, *map(str, arguments)],
+        env={**os.environ, "PYTHONPATH": path},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_as_a_process(model, source, out):
+    process = python("-m", "fastroute", "upscale", source, out / "a.png", "--model", model, "--class-map", out / "map.png")
+    output, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    assert "122 x 90" in output and Image.open(out / "a.png").size == Image.open(out / "map.png").size == (122, 90)
+
+
+def test_an_error_of_a_process(source, out):
+    process = python("-m", "fastroute", "upscale", source.parent / "absent.png", out / "a.png")
+    output, errors = process.communicate(timeout=120)
+    assert process.returncode == 1 and output == ""
+    assert errors.startswith("Error: cannot read") and "Traceback" not in errors and len(errors.splitlines()) == 1
+    assert list(out.iterdir()) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_process_keeps_the_old_output(model, source, out, number):
+    (out / "a.png").write_bytes(b"old")
+    process = python("-c", textwrap.dedent(SLOW), "upscale", source, out / "a.png", "--model", model, "--quiet")
+    assert process.stdout.readline() == "writing\n", process.stderr.read()
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode != 0 and "Traceback" not in errors
+    assert (out / "a.png").read_bytes() == b"old"
+    assert [path.name for path in out.iterdir()] == ["a.png"], "half a file was left behind"
