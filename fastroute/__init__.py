@@ -2,10 +2,13 @@
 
 from fastroute.backends import use_backend
 from fastroute.grid import TileGrid
+from fastroute.ops.adaptive_threshold import adaptive_threshold
 from fastroute.ops.assign_classes import assign_classes
 from fastroute.ops.extract_patches import extract_patches
 from fastroute.ops.gather_groups import gather_groups
 from fastroute.ops.group_by_class import ClassGroups, group_by_class
+from fastroute.ops.pixel_mlp import pixel_mlp
+from fastroute.ops.refine_boundaries import refine_boundaries
 from fastroute.ops.scatter_groups import scatter_groups
 from fastroute.ops.stitch_patches import stitch_patches
 from fastroute.windows import make_window
@@ -16,11 +19,14 @@ __all__ = [
     "ClassGroups",
     "TileGrid",
     "__version__",
+    "adaptive_threshold",
     "assign_classes",
     "extract_patches",
     "gather_groups",
     "group_by_class",
     "make_window",
+    "pixel_mlp",
+    "refine_boundaries",
     "scatter_groups",
     "stitch_patches",
     "use_backend",

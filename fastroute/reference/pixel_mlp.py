@@ -31,10 +31,17 @@ def bilinear_axis(size: int, out_size: int) -> tuple[Tensor, Tensor, Tensor]:
     return first, (first + 1).clamp(max=size - 1), (place % (2 * out_size)).double() / (2 * out_size)
 
 
-def bilinear_reference(image: Tensor, height: int, width: int) -> Tensor:  # [B, C, h, w] -> [B, C, H, W]
-    """Bilinear interpolation between pixel centres (`align_corners=False`), edges repeated."""
+def bilinear_reference(
+    image: Tensor,  # [B, C, h, w]
+    height: int,
+    width: int,
+    rows: tuple[int, int] | None = None,
+) -> Tensor:  # [B, C, H, W]
+    """Bilinear interpolation between pixel centres (`align_corners=False`), edges repeated; only some rows with `rows`."""
     for dim, out_size in ((2, height), (3, width)):
         first, second, weight = (t.to(image.device) for t in bilinear_axis(image.shape[dim], out_size))
+        if dim == 2 and rows is not None:
+            first, second, weight = (t[rows[0] : rows[1]] for t in (first, second, weight))
         weight = weight.to(image.dtype)[:, None] if dim == 2 else weight.to(image.dtype)
         image = image.index_select(dim, first) * (1 - weight) + image.index_select(dim, second) * weight
     return image
@@ -49,6 +56,7 @@ def pixel_mlp_reference(
     width: int,
     class_map: Tensor | None = None,  # [B, H, W]
     residual: Tensor | None = None,  # [B, C, h, w]
+    rows: tuple[int, int] | None = None,
 ) -> Tensor:  # [B, C, H, W]
     """See :func:`fastroute.pixel_mlp`; `depths` says how many of the layers belong to each class.
 
@@ -89,10 +97,11 @@ def pixel_mlp_reference(
     rel_y, rel_x = rel_y.to(work) / height, rel_x.to(work) / width
     cell = torch.tensor([2 * h / height, 2 * w / width], dtype=work, device=device)
     pieces = []
-    for rows in torch.split(torch.arange(height, device=device), max(CHUNK // max(batch * width, 1), 1)):
-        n = len(rows)
-        feature = features.index_select(2, row[rows]).index_select(3, col).to(work).permute(0, 2, 3, 1)
-        relative = torch.stack([rel_y[rows, None].expand(n, width), rel_x.expand(n, width)], dim=-1)
+    begin, end = (0, height) if rows is None else rows
+    for part in torch.split(torch.arange(begin, end, device=device), max(CHUNK // max(batch * width, 1), 1)):
+        n = len(part)
+        feature = features.index_select(2, row[part]).index_select(3, col).to(work).permute(0, 2, 3, 1)
+        relative = torch.stack([rel_y[part, None].expand(n, width), rel_x.expand(n, width)], dim=-1)
         query = torch.cat([feature, relative.expand(batch, n, width, 2), cell.expand(batch, n, width, 2)], dim=-1)
         piece = query.new_zeros(batch, n, width, channels)
         for k, mlp in enumerate(mlps):
@@ -101,12 +110,12 @@ def pixel_mlp_reference(
             if class_map is None:
                 piece = apply_mlp(query, mlp)
             else:
-                mask = class_map[:, rows] == k
+                mask = class_map[:, part] == k
                 piece[mask] = apply_mlp(query[mask], mlp)
         pieces.append(piece)
     output = torch.cat(pieces, dim=1).permute(0, 3, 1, 2)
     if residual is not None:
-        output = output + bilinear_reference(residual.to(work), height, width)
+        output = output + bilinear_reference(residual.to(work), height, width, (begin, end))
     return output.to(features.dtype).contiguous()
 
 
@@ -115,3 +124,40 @@ def apply_mlp(x: Tensor, layers: list[tuple[Tensor, Tensor]]) -> Tensor:  # [...
     for number, (weight, bias) in enumerate(layers):
         x = F.linear(x if number == 0 else F.relu(x), weight.to(x.dtype), bias.to(x.dtype))
     return x
+
+
+def _pixel_mlp_backward_reference(
+    grad: Tensor,  # [B, C, rows, W]
+    features: Tensor,  # [B, D, h, w]
+    weights: list[Tensor],  # [F_out, F_in] each
+    biases: list[Tensor],  # [F_out] each
+    depths: list[int],
+    height: int,
+    width: int,
+    class_map: Tensor | None,  # [B, H, W]
+    residual: Tensor | None,  # [B, C, h, w]
+    row_begin: int,
+    row_end: int,
+) -> list[Tensor]:
+    """Gradients of features, weights, biases and residual, in that order: autograd through a second forward pass.
+
+    A few rows at a time, so that the queries and activations of only those are held.
+    """
+    inputs = [features, *weights, *biases, *([] if residual is None else [residual])]
+    number, work = len(weights), torch.float64 if features.dtype == torch.float64 else torch.float32
+    sums = [torch.zeros(x.shape, dtype=work, device=x.device) for x in inputs]
+    step = max(CHUNK // max(features.shape[0] * width, 1), 1)
+    for begin in range(row_begin, row_end, step):
+        rows = (begin, min(begin + step, row_end))
+        with torch.enable_grad():
+            leaves = [x.detach().to(work).requires_grad_() for x in inputs]
+            ws, bs = leaves[1 : 1 + number], leaves[1 + number : 1 + 2 * number]
+            last = None if residual is None else leaves[-1]
+            output = pixel_mlp_reference(leaves[0], ws, bs, depths, height, width, class_map, last, rows)
+        if not output.requires_grad:
+            continue
+        part = grad[:, :, rows[0] - row_begin : rows[1] - row_begin].to(work)
+        for total, value in zip(sums, torch.autograd.grad(output, leaves, part, allow_unused=True), strict=True):
+            if value is not None:
+                total += value
+    return [total.to(x.dtype) for total, x in zip(sums, inputs, strict=True)]
