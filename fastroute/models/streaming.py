@@ -1,0 +1,160 @@
+"""Encoders run in bands of rows: the same numbers, with activations that stay near the caches.
+
+A layer that reads rows above and below keeps the last rows it has seen, so a band flows through all layers without a row
+being computed twice. A layer of kernel 2p + 1 lags p rows behind its input; where two paths meet, the shorter one waits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from itertools import chain
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fastroute.models.carn import CARN, CascadingBlock, EfficientResidualBlock
+
+
+class Stage:
+    """Part of a network that takes consecutive rows of an image and gives those rows of its output that are complete."""
+
+    def push(self, x: Tensor, last: bool) -> Tensor:  # [B, C, n, w] -> [B, C', m, w]
+        """Take the next rows; `last` says that none follow."""
+        raise NotImplementedError
+
+
+class Pointwise(Stage):
+    """A layer that reads one pixel at a time."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        self.layer = layer
+
+    def push(self, x: Tensor, last: bool) -> Tensor:
+        """See :class:`Stage`."""
+        return self.layer(x) if x.shape[2] else self.layer(x.new_zeros(x.shape[0], x.shape[1], 1, x.shape[3]))[:, :, :0]
+
+
+class RowConvolution(Stage):
+    """A convolution of odd kernel that keeps the size of its input."""
+
+    def __init__(self, layer: nn.Conv2d) -> None:
+        self.layer, self.pad = layer, layer.kernel_size[0] // 2
+        self.held: Tensor | None = None
+
+    def push(self, x: Tensor, last: bool) -> Tensor:
+        """See :class:`Stage`."""
+        b, c, _, w = x.shape
+        edge = x.new_zeros(b, c, self.pad, w).contiguous(memory_format=torch.channels_last)
+        pieces = [edge if self.held is None else self.held, x, *([edge] if last else [])]
+        rows = torch.cat(pieces, dim=2)
+        self.held = rows[:, :, max(rows.shape[2] - 2 * self.pad, 0) :]
+        layer = self.layer
+        if rows.shape[2] <= 2 * self.pad:
+            return x.new_zeros(b, layer.out_channels, 0, w)
+        return F.conv2d(rows, layer.weight, layer.bias, padding=(0, self.pad), groups=layer.groups)
+
+
+class Chain(Stage):
+    """Stages one after the other."""
+
+    def __init__(self, stages: Iterable[Stage]) -> None:
+        self.stages = list(stages)
+
+    def push(self, x: Tensor, last: bool) -> Tensor:
+        """See :class:`Stage`."""
+        for stage in self.stages:
+            x = stage.push(x, last)
+        return x
+
+
+class Waiting:
+    """Rows of a short path that wait for those of a longer one."""
+
+    def __init__(self) -> None:
+        self.held: Tensor | None = None
+
+    def take(self, x: Tensor, count: int) -> Tensor:  # [B, C, n, w] -> [B, C, count, w]
+        """Add the next rows and take the first `count` that wait."""
+        rows = x if self.held is None or self.held.shape[2] == 0 else torch.cat([self.held, x], dim=2)
+        self.held = rows[:, :, count:]
+        return rows[:, :, :count]
+
+
+class Residual(Stage):
+    """relu(body(x) + x)."""
+
+    def __init__(self, body: Stage) -> None:
+        self.body, self.shortcut = body, Waiting()
+
+    def push(self, x: Tensor, last: bool) -> Tensor:
+        """See :class:`Stage`."""
+        y = self.body.push(x, last)
+        return F.relu_(y.add_(self.shortcut.take(x, y.shape[2])))
+
+
+class Cascade(Stage):
+    """CARN's cascade: each merge sees the input and the outputs of all blocks so far."""
+
+    def __init__(self, blocks: Sequence[Stage], merges: Sequence[Stage]) -> None:
+        self.steps = [(block, merge, Waiting()) for block, merge in zip(blocks, merges, strict=True)]
+
+    def push(self, x: Tensor, last: bool) -> Tensor:
+        """See :class:`Stage`."""
+        trail = x
+        for block, merge, waiting in self.steps:
+            y = block.push(x, last)
+            trail = torch.cat([waiting.take(trail, y.shape[2]), y], dim=1)
+            x = merge.push(trail, last)
+        return x
+
+
+def unsupported_reasons(module: nn.Module) -> list[str]:
+    """Why `module` cannot run in bands; empty when it can."""
+    if isinstance(module, CARN) and module.upsample is not None:
+        return ["it changes the size of its input"]
+    if isinstance(module, nn.Sequential | CARN | CascadingBlock | EfficientResidualBlock):
+        return [reason for child in module.children() for reason in unsupported_reasons(child)]
+    if isinstance(module, nn.Conv2d):
+        kernel = module.kernel_size
+        plain = module.stride == (1, 1) and module.dilation == (1, 1) and module.padding_mode == "zeros"
+        same = kernel[0] == kernel[1] and kernel[0] % 2 == 1 and module.padding == (kernel[0] // 2, kernel[0] // 2)
+        return [] if plain and same else [f"{module} is not a plain convolution that keeps its size"]
+    if isinstance(module, nn.ReLU | nn.LeakyReLU | nn.PReLU | nn.BatchNorm2d | nn.Identity):
+        return []
+    return [f"{type(module).__name__} is unknown"]
+
+
+def make_stage(module: nn.Module) -> Stage:
+    """`module` in bands, ready for the first row of an image."""
+    if isinstance(module, CARN):
+        # The blocks keep their state, so each use of a shared block is a stage of its own.
+        blocks = [make_stage(block) for block in (module.b1, module.b2, module.b3)]
+        merges = [make_stage(merge) for merge in (module.c1, module.c2, module.c3)]
+        return Chain([make_stage(module.entry), Cascade(blocks, merges)])
+    if isinstance(module, CascadingBlock):
+        merges = [make_stage(merge) for merge in (module.c1, module.c2, module.c3)]
+        return Cascade([make_stage(module.b1) for _ in merges], merges)
+    if isinstance(module, EfficientResidualBlock):
+        return Residual(make_stage(module.body))
+    if isinstance(module, nn.Sequential):
+        return Chain(make_stage(child) for child in module)
+    if isinstance(module, nn.Conv2d) and module.kernel_size != (1, 1):
+        return RowConvolution(module)
+    if isinstance(module, nn.ReLU):
+        return Pointwise(nn.ReLU(inplace=True))
+    return Pointwise(module)
+
+
+def run_in_bands(module: nn.Module, bands: Iterable[Tensor], out: Tensor) -> None:  # [B, C, n, w] each, [B, D, h, w]
+    """Write into `out` what `module` makes of an image given as bands of rows from top to bottom."""
+    stage, row = make_stage(module), 0
+    previous: Tensor | None = None
+    # One band behind, so that the last is known to be the last.
+    for band in chain(bands, [None]):
+        if previous is not None:
+            result = stage.push(previous, band is None)
+            out[:, :, row : row + result.shape[2]] = result
+            row += result.shape[2]
+        previous = band
+
