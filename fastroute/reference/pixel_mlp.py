@@ -95,7 +95,7 @@ def pixel_mlp_reference(
     row, rel_y = (t.to(device) for t in nearest_axis(h, height))
     col, rel_x = (t.to(device) for t in nearest_axis(w, width))
     rel_y, rel_x = rel_y.to(work) / height, rel_x.to(work) / width
-    cell = torch.tensor([2 * h / height, 2 * w / width], dtype=work, device=device)
+    cell = torch.tensor([2 * h / max(height, 1), 2 * w / max(width, 1)], dtype=work, device=device)
     pieces = []
     begin, end = (0, height) if rows is None else rows
     for part in torch.split(torch.arange(begin, end, device=device), max(CHUNK // max(batch * width, 1), 1)):

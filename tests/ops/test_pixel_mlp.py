@@ -1,226 +1,280 @@
-"""`pixel_mlp`: the reference against tables worked by hand and against `grid_sample` in float64."""
+"""Tests of `pixel_mlp`: a table, sweeps against float64, gradients, and what it refuses."""
 
 from __future__ import annotations
 
-from fractions import Fraction
 from itertools import pairwise
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from support import LAYOUTS, compiles_once, in_layout, inductor_equals_eager, repeats, same
 from torch import Tensor
-from torch.nn import functional as F
+from torch.library import opcheck
 
-from fastroute.reference import pixel_mlp as module
-from fastroute.reference.pixel_mlp import bilinear_axis, bilinear_reference, nearest_axis, pixel_mlp_reference
+from fastroute import pixel_mlp
+from fastroute.reference.pixel_mlp import pixel_mlp_reference
 
+OP = torch.ops.fastroute.pixel_mlp.default
+FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
-@pytest.mark.parametrize(
-    ("size", "out_size", "index", "relative"),
-    [
-        (2, 4, [0, 0, 1, 1], ["-1/2", "1/2", "-1/2", "1/2"]),
-        (2, 6, [0, 0, 0, 1, 1, 1], ["-2/3", "0", "2/3", "-2/3", "0", "2/3"]),
-        (1, 4, [0, 0, 0, 0], ["-3/4", "-1/4", "1/4", "3/4"]),
-        (3, 3, [0, 1, 2], ["0", "0", "0"]),
-        (3, 4, [0, 1, 1, 2], ["-1/4", "-3/4", "3/4", "1/4"]),
-        (3, 5, [0, 0, 1, 2, 2], ["-2/5", "4/5", "0", "-4/5", "2/5"]),
-        # Half way: the even feature, so the pixel lies on its upper edge, +1.
-        (2, 3, [0, 0, 1], ["-1/3", "1", "1/3"]),
-        # Half way twice: feature 0 over 1 and feature 2 over 3.
-        (4, 6, [0, 0, 1, 2, 2, 3], ["-1/3", "1", "1/3", "-1/3", "1", "1/3"]),
-        (6, 9, [0, 0, 1, 2, 2, 3, 4, 4, 5], ["-1/3", "1", "1/3"] * 3),
-        (4, 2, [0, 2], ["1", "1"]),
-        # Half way between 1 and 2 and between 5 and 6: the even feature again, on whose lower edge the pixel lies, -1.
-        (8, 2, [2, 6], ["-1", "-1"]),
-        (6, 2, [1, 4], ["0", "0"]),
-    ],
-)
-def test_nearest_table(size: int, out_size: int, index: list[int], relative: list[str]) -> None:
-    got_index, doubled = nearest_axis(size, out_size)
-    assert got_index.tolist() == index
-    assert [Fraction(n, out_size) for n in doubled.tolist()] == [Fraction(r) for r in relative]
-
-
-@pytest.mark.parametrize(
-    ("size", "out_size", "first", "second", "weight"),
-    [
-        (2, 4, [0, 0, 0, 1], [1, 1, 1, 1], [0, 0.25, 0.75, 0]),
-        (2, 3, [0, 0, 1], [1, 1, 1], [0, 0.5, 0]),
-        (1, 3, [0, 0, 0], [0, 0, 0], [0, 0, 0]),
-        (3, 3, [0, 1, 2], [1, 2, 2], [0, 0, 0]),
-        (4, 2, [0, 2], [1, 3], [0.5, 0.5]),
-    ],
-)
-def test_bilinear_table(size: int, out_size: int, first: list[int], second: list[int], weight: list[float]) -> None:
-    assert [t.tolist() for t in bilinear_axis(size, out_size)] == [first, second, weight]
-
-
-@pytest.mark.parametrize("size", [(8, 8), (5, 9), (13, 7), (3, 2), (1, 1)])
-def test_bilinear_is_interpolate(size: tuple[int, int]) -> None:
-    image = torch.rand(2, 3, 4, 5, dtype=torch.float64)
-    expected = F.interpolate(image, size, mode="bilinear", align_corners=False)
-    torch.testing.assert_close(bilinear_reference(image, *size), expected, rtol=0, atol=1e-15)
-
-
-def test_query_table() -> None:
-    """An identity layer shows the query: feature, then y before x of the position and of the cell."""
-    features = torch.tensor([[[[10.0, 20.0]]]])
-    output = pixel_mlp_reference(features, [torch.eye(5)], [torch.zeros(5)], [1], 2, 6)
-    assert output.shape == (1, 5, 2, 6)
-    assert output[0, 0].tolist() == [[10, 10, 10, 20, 20, 20]] * 2
-    assert output[0, 1].tolist() == [[-0.5] * 6, [0.5] * 6]
-    torch.testing.assert_close(output[0, 2], torch.tensor([[-2 / 3, 0, 2 / 3] * 2] * 2))
-    assert output[0, 3].unique().tolist() == [1.0]  # 2 · 1 / 2
-    torch.testing.assert_close(output[0, 4], torch.full((2, 6), 2 / 3))
-
-
-def test_layer_table() -> None:
-    """Class 0 is free, class 1 is linear and class 2 has a hidden ReLU; the residual is under all of them."""
-    features = torch.tensor([[[[1.0, -2.0]]]])
-    zero = torch.zeros(1, 4)
-    weights = [
-        torch.cat([torch.tensor([[3.0]]), zero], 1),
-        torch.cat([torch.tensor([[-1.0]]), zero], 1),
-        torch.ones(1, 1),
-    ]
-    biases = [torch.tensor([0.5]), torch.tensor([0.0]), torch.tensor([10.0])]
-    class_map = torch.tensor([[[0, 1, 2, 2], [1, 0, 1, 1]]])
-    residual = torch.full((1, 1, 1, 2), 100.0)
-    output = pixel_mlp_reference(features, weights, biases, [0, 1, 2], 2, 4, class_map, residual)
-    assert output.tolist() == [[[[100, 103.5, 112, 112], [103.5, 100, 94.5, 94.5]]]]
-    bare = pixel_mlp_reference(features, weights, biases, [0, 1, 2], 2, 4, class_map)
-    assert bare.tolist() == [[[[0, 3.5, 12, 12], [3.5, 0, -5.5, -5.5]]]]
-
-
-def test_only_free_classes_give_the_residual() -> None:
-    residual = torch.rand(2, 3, 4, 5)
-    output = pixel_mlp_reference(torch.rand(2, 7, 4, 5), [], [], [0], 8, 10, None, residual)
-    assert torch.equal(output, bilinear_reference(residual, 8, 10))
-
-
-def make_mlps(depths: list[int], fan_in: int, dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
-    generator = torch.Generator().manual_seed(1)
-    weights, biases = [], []
-    for depth in depths:
-        widths = [fan_in] + [5 + k for k in range(depth - 1)] + [3]
-        for a, b in pairwise(widths) if depth else ():
-            weights.append(torch.randn(b, a, generator=generator, dtype=torch.float64).div(a**0.5).to(dtype))
-            biases.append(torch.randn(b, generator=generator, dtype=torch.float64).to(dtype))
-    return weights, biases
-
-
-def coordinates(n: int) -> Tensor:
-    return (2 * torch.arange(n, dtype=torch.float64) + 1) / n - 1
-
-
-def sampled(features: Tensor, weights: list[Tensor], biases: list[Tensor], depths: list[int], size: tuple[int, int],
-            class_map: Tensor, residual: Tensor) -> Tensor:  # fmt: skip
-    """LIIF by `grid_sample` at coordinates in [-1, 1], all in float64."""
-    b, _, h, w = features.shape
-    axes = torch.meshgrid(coordinates(size[0]), coordinates(size[1]), indexing="ij")
-    grid = torch.stack(axes[::-1], dim=-1).expand(b, *size, 2)
-    centres = torch.stack(torch.meshgrid(coordinates(h), coordinates(w), indexing="ij")).expand(b, 2, h, w)
-    nearest = F.grid_sample(torch.cat([features, centres], 1), grid, mode="nearest", align_corners=False)
-    lr_size = torch.tensor([h, w], dtype=torch.float64).view(1, 2, 1, 1)
-    relative = (torch.stack(axes) - nearest[:, -2:]) * lr_size
-    cell = (2 / torch.tensor(size, dtype=torch.float64).view(1, 2, 1, 1) * lr_size).expand_as(relative)
-    query = torch.cat([nearest[:, :-2], relative, cell], dim=1)
-    output = F.grid_sample(residual, grid, mode="bilinear", padding_mode="border", align_corners=False)
-    first = 0
-    for k, depth in enumerate(depths):
-        x = query
-        for n in range(first, first + depth):
-            x = torch.einsum("oi,bihw->bohw", weights[n], x) + biases[n][:, None, None]
-            x = x if n == first + depth - 1 else x.relu()
-        first += depth
-        if depth:
-            output = output + x * (class_map == k)[:, None]
-    return output
-
-
-# Integer scales and fractional ones without a tie, one of them a downscaling.
+# ((h, w), (H, W)): integer scales, fractional ones with and without ties, a downscaling, one pixel, one row.
 SIZES = [
     ((4, 6), (16, 24)),
     ((5, 3), (15, 9)),
-    ((7, 5), (14, 10)),
     ((5, 7), (8, 12)),
-    ((9, 3), (31, 11)),
+    ((4, 6), (6, 9)),
     ((9, 5), (7, 4)),
+    ((1, 1), (5, 3)),
+    ((1, 8), (1, 32)),
+    ((3, 2), (1, 1)),
 ]
 
 
+def make(dim, hidden, channels=3, dtype=torch.float32, device="cpu", seed=0):
+    """One MLP per entry of `hidden`: its hidden widths, or None for the free class."""
+    generator = torch.Generator().manual_seed(seed)
+    mlps = []
+    for widths in hidden:
+        chain = [] if widths is None else [dim + 4, *widths, channels]
+        layers = []
+        for a, b in pairwise(chain):
+            weight = torch.randn(b, a, generator=generator, dtype=torch.float64).div(a**0.5)
+            bias = torch.randn(b, generator=generator, dtype=torch.float64).mul(0.3)
+            layers.append((weight.to(dtype).to(device), bias.to(dtype).to(device)))
+        mlps.append(layers)
+    return mlps
+
+
+def inputs(batch, dim, small, large, classes, channels=3, dtype=torch.float32, device="cpu", seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    features = torch.randn(batch, dim, *small, generator=generator, dtype=torch.float64).to(dtype).to(device)
+    residual = torch.rand(batch, channels, *small, generator=generator, dtype=torch.float64).to(dtype).to(device)
+    class_map = torch.randint(classes, (batch, *large), generator=generator, dtype=torch.uint8).to(device)
+    return features, residual, class_map
+
+
+def reference(features, mlps, size, class_map=None, residual=None, exact=False):
+    wide = (lambda x: x.double()) if exact else (lambda x: x)
+    weights, biases = [wide(w) for mlp in mlps for w, _ in mlp], [wide(b) for mlp in mlps for _, b in mlp]
+    depths = [len(mlp) for mlp in mlps]
+    last = None if residual is None else wide(residual)
+    return pixel_mlp_reference(wide(features), weights, biases, depths, *size, class_map, last)
+
+
+def close(actual: Tensor, features, mlps, size, class_map=None, residual=None) -> None:
+    """Error against float64 at most twice plain PyTorch's, plus 8 units in the last place of the largest value."""
+    exact = reference(features, mlps, size, class_map, residual, exact=True)
+    plain = reference(features, mlps, size, class_map, residual)
+    assert actual.dtype == features.dtype
+    assert actual.shape == exact.shape
+    assert actual.is_contiguous()
+    if exact.numel() == 0:
+        return
+    floor = 8 * torch.finfo(torch.float64 if actual.dtype == torch.float64 else torch.float32).eps
+    floor *= max(exact.abs().max().item(), 1.0)
+    allowed = 2 * (plain.double() - exact).abs().max().item() + floor
+    assert (actual.double() - exact).abs().max().item() <= allowed
+
+
+def test_table(backend):
+    # One feature per pixel, 1 and 2; scale 2: rel is ±1/2, cell is 1.
+    features = torch.tensor([[[[1.0, 2.0]]]], device=backend.device)
+    weight = torch.tensor([[1.0, 10.0, 100.0, 1000.0, 2000.0]], device=backend.device)
+    bias = torch.tensor([0.25], device=backend.device)
+    # feature + 10 · rel_y + 100 · rel_x + 1000 + 2000 + 1/4
+    line = [3001.25 - 50, 3001.25 + 50, 3002.25 - 50, 3002.25 + 50]
+    expected = torch.tensor([[[[v - 5 for v in line], [v + 5 for v in line]]]], device=backend.device)
+    same(pixel_mlp(features, [[(weight, bias)]], (2, 4)), expected)
+    # Behind a ReLU a second layer takes 1 off twice that; the other class is free.
+    second = (torch.tensor([[2.0]], device=backend.device), torch.tensor([-1.0], device=backend.device))
+    class_map = torch.tensor([[[0, 1, 1, 0], [0, 0, 0, 1]]], device=backend.device)
+    residual = torch.tensor([[[[8.0, 16.0]]]], device=backend.device)
+    bilinear = torch.tensor([8.0, 10.0, 14.0, 16.0], device=backend.device)
+    output = pixel_mlp(features, [[], [(weight, bias), second]], (2, 4), class_map, residual)
+    same(output, torch.where(class_map[:, None] == 1, 2 * expected - 1, torch.zeros(())) + bilinear)
+
+
+@pytest.mark.parametrize("dtype", FLOATING, ids=str)
 @pytest.mark.parametrize(("small", "large"), SIZES)
-@pytest.mark.parametrize("depths", [[1], [2, 4], [0, 1, 3]])
-def test_against_grid_sample(small: tuple[int, int], large: tuple[int, int], depths: list[int]) -> None:
-    generator = torch.Generator().manual_seed(0)
-    features = torch.rand(2, 6, *small, generator=generator, dtype=torch.float64)
-    residual = torch.rand(2, 3, *small, generator=generator, dtype=torch.float64)
-    class_map = torch.randint(len(depths), (2, *large), generator=generator)
-    weights, biases = make_mlps(depths, 10, torch.float64)
-    expected = sampled(features, weights, biases, depths, large, class_map, residual)
-    output = pixel_mlp_reference(features, weights, biases, depths, *large, class_map, residual)
-    torch.testing.assert_close(output, expected, rtol=0, atol=1e-13)
-    if len(depths) == 1:
-        whole = pixel_mlp_reference(features, weights, biases, depths, *large, None, residual)
-        torch.testing.assert_close(whole, expected, rtol=0, atol=1e-13)
+@pytest.mark.parametrize("hidden", [[[]], [[7]], [None, [], [3, 4], [6, 17, 5]]], ids=str)
+def test_sweep(backend, dtype, small, large, hidden):
+    mlps = make(6, hidden, dtype=dtype, device=backend.device)
+    features, residual, class_map = inputs(2, 6, small, large, len(hidden), dtype=dtype, device=backend.device)
+    for layout in LAYOUTS:
+        laid = in_layout(features, layout)
+        other = in_layout(residual, layout)
+        output = pixel_mlp(laid, mlps, large, class_map, other)
+        close(output, laid, mlps, large, class_map, other)
+        same(pixel_mlp(laid, mlps, large, class_map.long().mT.contiguous().mT, other), output)
+    close(pixel_mlp(features, mlps, large, class_map), features, mlps, large, class_map)
+    for number in range(len(hidden)):  # one class, all others empty
+        flat = torch.full_like(class_map, number)
+        close(pixel_mlp(features, mlps, large, flat, residual), features, mlps, large, flat, residual)
 
 
-def test_first_layer_splits() -> None:
-    """What a kernel may hoist: one vector per feature, two multiples per pixel, one constant per call."""
-    features = torch.rand(1, 6, 4, 5, dtype=torch.float64)
-    (weight,), (bias,) = make_mlps([1], 10, torch.float64)
-    per_feature = torch.einsum("od,bdhw->bohw", weight[:, :6], features)
-    constant = weight[:, 8] * (2 * 4 / 9) + weight[:, 9] * (2 * 5 / 13) + bias
-    (row, rel_y), (col, rel_x) = nearest_axis(4, 9), nearest_axis(5, 13)
-    expected = per_feature[:, :, row][:, :, :, col] + constant[:, None, None]
-    expected = expected + weight[:, 6, None, None] * (rel_y.double() / 9)[:, None]
-    expected = expected + weight[:, 7, None, None] * (rel_x.double() / 13)
-    output = pixel_mlp_reference(features, [weight], [bias], [1], 9, 13)
-    torch.testing.assert_close(output, expected, rtol=0, atol=1e-13)
+@pytest.mark.parametrize("hidden", [[[58] * 4], [[74] * 4], [[10] * 3, [58] * 4], [[256], [1, 256, 1]], [[20] * 3, None]])
+def test_published_widths(backend, hidden):
+    mlps = make(48, hidden, device=backend.device)
+    # More than one block in both directions.
+    features, residual, class_map = inputs(1, 48, (9, 300), (36, 1200), len(hidden), device=backend.device)
+    features = in_layout(features, "channels_last")
+    close(pixel_mlp(features, mlps, (36, 1200), class_map, residual), features, mlps, (36, 1200), class_map, residual)
 
 
-@pytest.mark.parametrize("chunk", [1, 30, 61])
-def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
-    features, residual = torch.rand(2, 6, 4, 5), torch.rand(2, 3, 4, 5)
-    class_map = torch.randint(2, (2, 12, 15))
-    weights, biases = make_mlps([2, 3], 10, torch.float32)
-    whole = pixel_mlp_reference(features, weights, biases, [2, 3], 12, 15, class_map, residual)
-    monkeypatch.setattr(module, "CHUNK", chunk)
-    parts = pixel_mlp_reference(features, weights, biases, [2, 3], 12, 15, class_map, residual)
-    # A product of other shape may sum in another order.
-    torch.testing.assert_close(parts, whole, rtol=0, atol=2e-6)
+@given(data=st.data())
+def test_any_shape(backend, data):
+    draw = data.draw
+    dim, channels, batch = draw(st.integers(1, 70)), draw(st.integers(1, 9)), draw(st.integers(0, 2))
+    width = st.one_of(st.integers(1, 40), st.integers(1, 256))
+    hidden = draw(st.lists(st.one_of(st.none(), st.lists(width, max_size=3)), min_size=1, max_size=4))
+    side = st.integers(1, 12)
+    small, large = draw(st.tuples(side, side)), draw(st.tuples(st.integers(1, 40), st.integers(1, 40)))
+    seed = draw(st.integers(0, 99))
+    mlps = make(dim, hidden, channels, device=backend.device, seed=seed)
+    features, residual, class_map = inputs(batch, dim, small, large, len(hidden), channels, torch.float32, backend.device, seed)
+    output = pixel_mlp(features, mlps, large, class_map, residual)
+    close(output, features, mlps, large, class_map, residual)
+    begin = draw(st.integers(0, large[0]))
+    end = draw(st.integers(begin, large[0]))
+    band = pixel_mlp(features, mlps, large, class_map, residual, rows=(begin, end))
+    close(band, features, mlps, large, class_map, residual) if (begin, end) == (0, large[0]) else None
+    if backend.name == "cpu":
+        same(band, output[:, :, begin:end].contiguous())
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_low_precision_rounds_once(dtype: torch.dtype) -> None:
-    features, residual = torch.rand(1, 6, 4, 5, dtype=torch.float64).to(dtype), torch.rand(1, 3, 4, 5).to(dtype)
-    class_map = torch.randint(2, (1, 9, 11), dtype=torch.uint8)
-    weights, biases = make_mlps([2, 3], 10, dtype)
-    output = pixel_mlp_reference(features, weights, biases, [2, 3], 9, 11, class_map, residual)
-    assert output.dtype == dtype
-    exact = pixel_mlp_reference(
-        features.double(), [w.double() for w in weights], [b.double() for b in biases], [2, 3], 9, 11, class_map,
-        residual.double(),
-    )  # fmt: skip
-    error = (output.double() - exact).abs()
-    # Half a unit in the last place of the result, and the float32 sums' own error of a few 1e-7.
-    assert (error <= torch.finfo(dtype).eps / 2 * exact.abs() + 2e-6).all()
+@pytest.mark.parametrize("shape", [(0, 2, 3), (2, 0, 3), (2, 3, 0)], ids=str)
+def test_nothing_to_write(backend, shape):
+    mlps = make(5, [[4], []], device=backend.device)
+    features = torch.rand(shape[0], 5, 2, 3, device=backend.device)
+    class_map = torch.zeros(shape, dtype=torch.uint8, device=backend.device)
+    assert pixel_mlp(features, mlps, shape[1:], class_map).shape == (shape[0], 3, *shape[1:])
 
 
-def test_no_images() -> None:
-    weights, biases = make_mlps([2], 10, torch.float32)
-    features, residual = torch.rand(0, 6, 4, 5), torch.rand(0, 3, 4, 5)
-    assert pixel_mlp_reference(features, weights, biases, [2], 8, 10, None, residual).shape == (0, 3, 8, 10)
+def test_only_the_free_class(backend):
+    residual = torch.rand(1, 2, 3, 4, device=backend.device)
+    features = torch.rand(1, 5, 3, 4, device=backend.device)
+    expected = torch.nn.functional.interpolate(residual, (7, 9), mode="bilinear")
+    torch.testing.assert_close(pixel_mlp(features, [[]], (7, 9), None, residual), expected)
+    assert pixel_mlp(features, [[]], (7, 9)).shape == (1, 0, 7, 9)
 
 
-def test_gradients() -> None:
-    generator = torch.Generator().manual_seed(3)
-    features = torch.rand(1, 2, 2, 3, generator=generator, dtype=torch.float64, requires_grad=True)
-    residual = torch.rand(1, 3, 2, 3, generator=generator, dtype=torch.float64, requires_grad=True)
-    weights, biases = make_mlps([0, 2, 1], 6, torch.float64)
-    leaves = [t.requires_grad_() for t in weights + biases]
-    class_map = torch.randint(3, (1, 3, 5), generator=generator)
+def test_nan_reaches_only_its_pixels(backend):
+    mlps = make(4, [[5, 5]], device=backend.device)
+    features = torch.rand(1, 4, 3, 3, device=backend.device)
+    features[0, 2, 1, 1] = float("nan")
+    bad = pixel_mlp(features, mlps, (6, 6)).isnan()
+    assert bad[:, :, 2:4, 2:4].all()
+    assert bad.sum() == 3 * 4
 
-    def run(features: Tensor, residual: Tensor, *leaves: Tensor) -> Tensor:
-        return pixel_mlp_reference(features, list(leaves[:3]), list(leaves[3:]), [0, 2, 1], 3, 5, class_map, residual)
 
-    assert torch.autograd.gradcheck(run, (features, residual, *leaves))
+def leaves(mlps):
+    return [t for mlp in mlps for pair in mlp for t in pair]
+
+
+@pytest.mark.parametrize("rows", [None, (1, 4)])
+def test_gradcheck(operator, rows):
+    mlps = make(2, [None, [4], []], dtype=torch.float64, device=operator.device)
+    features, residual, class_map = inputs(1, 2, (2, 3), (5, 4), 3, dtype=torch.float64, device=operator.device)
+
+    def run(features, residual, *flat):
+        pairs = list(zip(flat[::2], flat[1::2], strict=True))
+        return pixel_mlp(features, [[], pairs[:2], pairs[2:]], (5, 4), class_map, residual, rows)
+
+    given_leaves = [t.requires_grad_() for t in (features, residual, *leaves(mlps))]
+    assert torch.autograd.gradcheck(run, given_leaves)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("mapped", [False, True])
+def test_opcheck(operator, grad, mapped):
+    hidden = [[4, 3], None, []] if mapped else [[4, 3]]
+    mlps = make(2, hidden, device=operator.device)
+    features, residual, class_map = inputs(2, 2, (3, 4), (7, 5), len(hidden), device=operator.device)
+    weights, biases = [w for mlp in mlps for w, _ in mlp], [b for mlp in mlps for _, b in mlp]
+    for x in (features, residual, *weights, *biases):
+        x.requires_grad_(grad)
+    depths = [len(mlp) for mlp in mlps]
+    opcheck(OP, (features, weights, biases, depths, 7, 5, class_map if mapped else None, residual, 0, 7))
+    opcheck(OP, (features, weights, biases, depths, 7, 5, class_map if mapped else None, None, 2, 6))
+
+
+def test_poisoned(backend, poisoned):
+    hidden = [None, [5, 6], []]
+    mlps = make(7, hidden, device=backend.device)
+    for small, large in SIZES:
+        features, residual, class_map = inputs(2, 7, small, large, 3, device=backend.device)
+        for last in (residual, None):
+            output = pixel_mlp(features, mlps, large, class_map, last)
+            assert not output.isnan().any()
+            close(output, features, mlps, large, class_map, last)
+
+
+MLPS = make(5, [[6], []])
+
+
+def route(features: Tensor, class_map: Tensor, residual: Tensor) -> Tensor:
+    mlps = [[(w.to(features.device), b.to(features.device)) for w, b in mlp] for mlp in MLPS]
+    return pixel_mlp(features, mlps, (class_map.shape[1], class_map.shape[2]), class_map, residual)
+
+
+def examples(device):
+    for batch, small, large in ((2, (4, 7), (11, 30)), (3, (6, 5), (24, 21)), (4, (9, 11), (13, 17))):
+        features, residual, class_map = inputs(batch, 5, small, large, 2, device=device)
+        yield features, class_map, residual
+
+
+def test_compiles_once_for_all_sizes(operator):
+    compiles_once(route, examples(operator.device))
+
+
+@pytest.mark.slow
+def test_compiles_with_inductor(operator):
+    inductor_equals_eager(route, *next(iter(examples(operator.device))))
+
+
+def test_deterministic(backend):
+    mlps = make(9, [[20], [7, 9]], device=backend.device)
+    features, residual, class_map = inputs(1, 9, (60, 70), (240, 280), 2, device=backend.device)
+    repeats(lambda: pixel_mlp(features, mlps, (240, 280), class_map, residual), backend.device)
+
+
+FEATURES = torch.rand(2, 5, 3, 4)
+MAP = torch.zeros(2, 6, 8, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize(
+    ("kind", "args", "words"),
+    [
+        (TypeError, {"features": [1.0]}, "features Tensor list"),
+        (ValueError, {"features": FEATURES[0]}, r"features \(B, D, h, w\) 3 dimension"),
+        (TypeError, {"features": FEATURES.int()}, "features float32 int32"),
+        (ValueError, {"features": FEATURES[:, :, :0]}, "features at least one pixel"),
+        (ValueError, {"features": FEATURES[:, :4]}, "weight of layer 0 of MLP 0 8 columns"),
+        (ValueError, {"mlps": []}, "mlps 1 to 256 got 0"),
+        (ValueError, {"mlps": make(5, [[257]])}, "layer 0 of MLP 0 1 to 256 got 257"),
+        (ValueError, {"mlps": [*make(5, [[]]), *make(5, [[]], 2)]}, r"same number of channels \[2, 3\]"),
+        (ValueError, {"mlps": [[(MLPS[0][0][0], MLPS[0][1][1])]]}, "as many rows as its bias bias of 3"),
+        (ValueError, {"class_map": None}, "class_map 2 MLPs None"),
+        (ValueError, {"class_map": MAP[:1]}, r"class_map \(2, 6, 8\) \(1, 6, 8\)"),
+        (TypeError, {"class_map": MAP.float()}, "class_map uint8 float32"),
+        (ValueError, {"residual": torch.rand(2, 1, 3, 4)}, r"residual \(2, 3, 3, 4\) \(2, 1, 3, 4\)"),
+        (TypeError, {"residual": torch.rand(2, 3, 3, 4).double()}, "residual float32 float64"),
+        (ValueError, {"size": (-1, 8)}, "size negative -1"),
+        (ValueError, {"rows": (4, 3)}, r"rows \[0, 6\] \(4, 3\)"),
+        (ValueError, {"rows": (0, 7)}, r"rows \[0, 6\] \(0, 7\)"),
+    ],
+)
+def test_errors(kind, args, words):
+    with pytest.raises(kind, match="^pixel_mlp: .*" + ".*".join(words.split(" "))):
+        pixel_mlp(**{"features": FEATURES, "mlps": MLPS, "size": (6, 8), "class_map": MAP} | args)
+
+
+@pytest.mark.parametrize(("dtype", "value"), [(torch.uint8, 2), (torch.uint8, 255), (torch.int64, -1), (torch.int64, 1 << 32)])
+@pytest.mark.parametrize("place", [0, -1])
+def test_class_out_of_range(backend, dtype, value, place):
+    class_map = MAP.to(dtype).to(backend.device).clone()
+    class_map[place, place, place] = value
+    mlps = [[(w.to(backend.device), b.to(backend.device)) for w, b in mlp] for mlp in MLPS]
+    with pytest.raises(ValueError, match=r"^pixel_mlp: class_map must lie in \[0, 2\)"):
+        pixel_mlp(FEATURES.to(backend.device), mlps, (6, 8), class_map)
