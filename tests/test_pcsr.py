@@ -237,9 +237,7 @@ def balance(model: PCSR, lr: Tensor, size: tuple[int, int]) -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("hidden", [[[5], [7, 9]], [None, [], [4, 4]]])
 @pytest.mark.parametrize("size", [(28, 36), (14, 18), (17, 23), (5, 8)])
-def test_reference_is_the_baseline(
-    published: ModuleType, hidden: list[list[int] | None], size: tuple[int, int]
-) -> None:
+def test_reference_is_the_baseline(published: ModuleType, hidden: list[list[int] | None], size: tuple[int, int]) -> None:
     """Two formulations of one network, at integer and fractional scales without a tie."""
     model = small_model(hidden)
     lr = torch.rand(2, 3, 7, 9)

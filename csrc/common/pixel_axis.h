@@ -1,5 +1,5 @@
-// One axis of the pixel path, host and device, free of torch: which feature an output pixel reads and where it lies in it.
-// All coordinates are fractions of integers, so that no rounding moves a pixel to another feature.
+// One axis of the pixel path, host and device, free of torch: which feature an output pixel reads and where it lies in
+// it. All coordinates are fractions of integers, so that no rounding moves a pixel to another feature.
 #pragma once
 
 #include <cstdint>
@@ -23,7 +23,9 @@ struct PixelAxis {
     }
 
     // `out` times the distance of pixel `at` from the centre of its feature, in half features: an integer.
-    FASTROUTE_HOST_DEVICE int64_t relative(int64_t at) const { return (2 * at + 1) * size - (2 * nearest(at) + 1) * out; }
+    FASTROUTE_HOST_DEVICE int64_t relative(int64_t at) const {
+        return (2 * at + 1) * size - (2 * nearest(at) + 1) * out;
+    }
 
     // 2 · out times the place between pixel centres at which a bilinear image is read.
     FASTROUTE_HOST_DEVICE int64_t bilinear(int64_t at) const {

@@ -1,6 +1,6 @@
 // adaptive_threshold: Lloyd's iteration with two centres on one score per pixel, image by image.
-// Work mapping: chunks of kChunk pixels, each summed on its own and the sums added in order, so that the number of threads
-// changes no bit.
+// Work mapping: chunks of kChunk pixels, each summed on its own and the sums added in order, so that the number of
+// threads changes no bit.
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
@@ -67,7 +67,8 @@ Range range_of(const T* score, int64_t count) {
 template <typename F>
 void for_chunks(int64_t count, const F& f) {
     parallel((count + kChunk - 1) / kChunk, 1, [&](int64_t begin, int64_t end) {
-        for (int64_t chunk = begin; chunk < end; ++chunk) f(chunk, chunk * kChunk, std::min(kChunk, count - chunk * kChunk));
+        for (int64_t chunk = begin; chunk < end; ++chunk)
+            f(chunk, chunk * kChunk, std::min(kChunk, count - chunk * kChunk));
     });
 }
 
@@ -92,7 +93,9 @@ void threshold_image(const T* score, int64_t count, Id* out) {
         for (const Sums& part : parts) total.upper += part.upper, total.lower += part.lower, total.count += part.count;
         return total;
     };
-    const auto mean = [](double total, int64_t number) { return total / static_cast<double>(std::max<int64_t>(number, 1)); };
+    const auto mean = [](double total, int64_t number) {
+        return total / static_cast<double>(std::max<int64_t>(number, 1));
+    };
 
     // A flat image is of class 0: nothing reaches an infinite threshold.
     double threshold = std::numeric_limits<double>::infinity();

@@ -1,6 +1,6 @@
 // pixel_mlp: each output pixel's MLP, with the first layer's product with the features made once per feature.
-// Work mapping: one item per block of output pixels, cut at borders of features; a thread takes the next block when it is
-// done with one, because the classes of pixels make some blocks many times dearer than others.
+// Work mapping: one item per block of output pixels, cut at borders of features; a thread takes the next block when it
+// is done with one, because the classes of pixels make some blocks many times dearer than others.
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
@@ -24,8 +24,8 @@ namespace fastroute::pixel_mlp {
 namespace avx512 {
 #define FASTROUTE_BYTES 64
 #define FASTROUTE_TARGET FASTROUTE_AVX512
-#include "cpu/simd.h"
 #include "cpu/pixel_mlp_block.h"
+#include "cpu/simd.h"
 #undef FASTROUTE_BYTES
 #undef FASTROUTE_TARGET
 }  // namespace avx512
@@ -33,8 +33,8 @@ namespace avx512 {
 namespace avx2 {
 #define FASTROUTE_BYTES 32
 #define FASTROUTE_TARGET FASTROUTE_AVX2
-#include "cpu/simd.h"
 #include "cpu/pixel_mlp_block.h"
+#include "cpu/simd.h"
 #undef FASTROUTE_BYTES
 #undef FASTROUTE_TARGET
 }  // namespace avx2
@@ -43,8 +43,8 @@ namespace avx2 {
 namespace baseline {
 #define FASTROUTE_BYTES 16
 #define FASTROUTE_TARGET
-#include "cpu/simd.h"
 #include "cpu/pixel_mlp_block.h"
+#include "cpu/simd.h"
 #undef FASTROUTE_BYTES
 #undef FASTROUTE_TARGET
 }  // namespace baseline
@@ -196,7 +196,8 @@ void run_block(const Problem<T>& p, const Block& block, const std::vector<int64_
         fill(p, block, ws);
         for (size_t k = 0; k < counts.size(); ++k) {
             if (counts[k] == 0 || p.mlps[k].units == 0) continue;
-            one_class(p, p.mlps[k], block, ws.pixels + places[k], counts[k], feature_rows * feature_cols, feature_cols, ws);
+            one_class(p, p.mlps[k], block, ws.pixels + places[k], counts[k], feature_rows * feature_cols, feature_cols,
+                      ws);
         }
     };
 #if FASTROUTE_X86
@@ -210,7 +211,8 @@ void run_block(const Problem<T>& p, const Block& block, const std::vector<int64_
 
     for (int64_t c = 0; c < p.channels; ++c) {
         for (int64_t y = 0; y < rows; ++y) {
-            char* to = p.out + (((block.image * p.channels + c) * p.rows + block.y0 + y) * p.width + block.x0) * p.out_bytes;
+            char* to =
+                p.out + (((block.image * p.channels + c) * p.rows + block.y0 + y) * p.width + block.x0) * p.out_bytes;
             p.store(ws.out + (c * rows + y) * cols, cols, to);
         }
     }
@@ -273,7 +275,8 @@ Tensor pixel_mlp_cpu(const Tensor& features,              // [B, D, h, w]
                      int64_t row_begin, int64_t row_end) {
     check_rank(kOp, "features", features, 4);
     const int64_t batch = features.size(0), dim = features.size(1), h = features.size(2), w = features.size(3);
-    FASTROUTE_CHECK(!depths.empty() && depths.size() <= 256, kOp, ": mlps must hold 1 to 256 MLPs; got ", depths.size());
+    FASTROUTE_CHECK(!depths.empty() && depths.size() <= 256, kOp, ": mlps must hold 1 to 256 MLPs; got ",
+                    depths.size());
     int64_t total = 0, channels = residual.has_value() ? residual->size(1) : 0, widest = 1;
     for (const int64_t depth : depths) {
         FASTROUTE_CHECK(depth >= 0, kOp, ": depths must not be negative");
@@ -288,8 +291,8 @@ Tensor pixel_mlp_cpu(const Tensor& features,              // [B, D, h, w]
             check_cpu(kOp, "mlps", weights[at]), check_cpu(kOp, "mlps", biases[at]);
             check_rank(kOp, "a weight", weights[at], 2), check_rank(kOp, "a bias", biases[at], 1);
             const int64_t out = weights[at].size(0);
-            FASTROUTE_CHECK(weights[at].size(1) == in && biases[at].size(0) == out, kOp, ": layer ", at,
-                            " must map ", in, " numbers, its bias as long as its output");
+            FASTROUTE_CHECK(weights[at].size(1) == in && biases[at].size(0) == out, kOp, ": layer ", at, " must map ",
+                            in, " numbers, its bias as long as its output");
             FASTROUTE_CHECK(out >= 1 && (n + 1 < depth || out == channels), kOp, ": each MLP must end in ", channels,
                             " channels");
             widest = std::max(widest, out), in = out;
@@ -300,8 +303,8 @@ Tensor pixel_mlp_cpu(const Tensor& features,              // [B, D, h, w]
     FASTROUTE_CHECK(class_map.has_value() || depths.size() == 1, kOp, ": class_map must be given for several MLPs");
     if (class_map.has_value()) {
         check_cpu(kOp, "class_map", *class_map), check_rank(kOp, "class_map", *class_map, 3);
-        FASTROUTE_CHECK(class_map->scalar_type() == ScalarType::Byte || class_map->scalar_type() == ScalarType::Long, kOp,
-                        ": class_map must be uint8 or int64");
+        FASTROUTE_CHECK(class_map->scalar_type() == ScalarType::Byte || class_map->scalar_type() == ScalarType::Long,
+                        kOp, ": class_map must be uint8 or int64");
         FASTROUTE_CHECK(class_map->size(0) == batch && class_map->size(1) == height && class_map->size(2) == width, kOp,
                         ": class_map must be [B, H, W]");
     }
@@ -316,17 +319,32 @@ Tensor pixel_mlp_cpu(const Tensor& features,              // [B, D, h, w]
         using T = Work<S>;
         const int64_t cols = std::min(kBlockColumns, width);
         std::vector<std::vector<T>> memory;
-        Problem<T> p{dim, channels, width, row_begin, row_end - row_begin, round_up(widest, kPad<T>), {}, {}, {}, {}, {},
-                     static_cast<char*>(out.mutable_data_ptr()), sizeof(S), store_as<S, T>};
+        Problem<T> p{dim,
+                     channels,
+                     width,
+                     row_begin,
+                     row_end - row_begin,
+                     round_up(widest, kPad<T>),
+                     {},
+                     {},
+                     {},
+                     {},
+                     {},
+                     static_cast<char*>(out.mutable_data_ptr()),
+                     sizeof(S),
+                     store_as<S, T>};
         p.y = axis_of<T>(h, height, row_begin, row_end, std::max<int64_t>(kBlockPixels / cols, 1));
         p.x = axis_of<T>(w, width, 0, width, cols);
-        const auto ratio = [](int64_t small, int64_t large) { return 2.0 * static_cast<double>(small) / static_cast<double>(large); };
+        const auto ratio = [](int64_t small, int64_t large) {
+            return 2.0 * static_cast<double>(small) / static_cast<double>(large);
+        };
         p.mlps = pack<T>(weights, biases, depths, dim, ratio(h, height), ratio(w, width), memory);
         p.features = source_of<T>("features", features);
         if (residual.has_value()) {
             const Tensor& r = *residual;
-            FASTROUTE_CHECK(r.dim() == 4 && r.size(0) == batch && r.size(1) == channels && r.size(2) == h && r.size(3) == w,
-                            kOp, ": residual must be [B, C, h, w], C as the MLPs end in");
+            FASTROUTE_CHECK(
+                r.dim() == 4 && r.size(0) == batch && r.size(1) == channels && r.size(2) == h && r.size(3) == w, kOp,
+                ": residual must be [B, C, h, w], C as the MLPs end in");
             p.residual = source_of<T>("residual", r);
         }
         run_blocks(p, batch, class_map);

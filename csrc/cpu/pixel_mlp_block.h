@@ -2,9 +2,10 @@
 //
 //     y = residual + W_n relu(... relu(W_1 [feature | rel | cell] + b_1) ...) + b_n
 //
-// Pixels are sorted by class. For each class W_1 · feature is made once per feature that some pixel of it reads; a tile of
-// kTile pixels then adds what belongs to its place and goes through all further layers as [units][pixels], one unit's
-// vector of pixels times one broadcast weight. Every pixel sums in one order, so its bits do not depend on its tile.
+// Pixels are sorted by class. For each class W_1 · feature is made once per feature that some pixel of it reads; a tile
+// of kTile pixels then adds what belongs to its place and goes through all further layers as [units][pixels], one
+// unit's vector of pixels times one broadcast weight. Every pixel sums in one order, so its bits do not depend on its
+// tile.
 
 #define FASTROUTE_SIMD FASTROUTE_TARGET FASTROUTE_INLINE
 
@@ -85,7 +86,8 @@ template <typename T, bool Relu>
 FASTROUTE_SIMD void run_layer(const Layer<T>& layer, const T* x, int64_t vectors, T* y) {
     constexpr int lanes = Simd<T>::lanes;
     int64_t v = 0;
-    for (; v + kVectors <= vectors; v += kVectors) multiply_layer<T, kVectors, Relu>(layer, x + v * lanes, y + v * lanes);
+    for (; v + kVectors <= vectors; v += kVectors)
+        multiply_layer<T, kVectors, Relu>(layer, x + v * lanes, y + v * lanes);
     for (; v < vectors; ++v) multiply_layer<T, 1, Relu>(layer, x + v * lanes, y + v * lanes);
 }
 
@@ -153,7 +155,8 @@ FASTROUTE_TARGET __attribute__((noinline)) void run_class(const Problem<T>& p, c
     for (int64_t i = 0; i < features; ++i) ws.slot[i] = -1;
     int32_t slots = 0;
     for (int64_t i = 0; i < count; ++i) {
-        const int32_t feature = static_cast<int32_t>(ws.row[pixels[i] >> 16] * feature_cols + ws.col[pixels[i] & 0xffff]);
+        const int32_t feature =
+            static_cast<int32_t>(ws.row[pixels[i] >> 16] * feature_cols + ws.col[pixels[i] & 0xffff]);
         if (ws.slot[feature] < 0) ws.slot[feature] = slots, ws.used[slots++] = feature;
     }
     feature_layer(p, mlp, block.image, feature_cols, slots, ws);
@@ -218,7 +221,8 @@ FASTROUTE_TARGET __attribute__((noinline)) void fill_residual(const Problem<T>& 
             T* out = ws.out + (c * rows + y) * cols;
             for (int64_t x = 0; x < cols; ++x) {
                 const T right = p.x.weight[block.x0 + x];
-                const T *a = ws.blend + (p.x.first[block.x0 + x] - left), *b = ws.blend + (p.x.second[block.x0 + x] - left);
+                const T *a = ws.blend + (p.x.first[block.x0 + x] - left),
+                        *b = ws.blend + (p.x.second[block.x0 + x] - left);
                 out[x] = *a * (1 - right) + *b * right;
             }
         }

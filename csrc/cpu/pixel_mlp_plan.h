@@ -53,7 +53,9 @@ struct Source {
     void (*load)(const char* from, int64_t stride, int64_t count, T* to) = nullptr;
     bool direct = false;  // its vectors along D can be read in place
 
-    const char* at(int64_t b, int64_t y, int64_t x) const { return data + b * stride[0] + y * stride[2] + x * stride[3]; }
+    const char* at(int64_t b, int64_t y, int64_t x) const {
+        return data + b * stride[0] + y * stride[2] + x * stride[3];
+    }
 };
 
 template <typename T>
@@ -75,14 +77,14 @@ struct Block {
 template <typename T>
 struct Workspace {
     std::unique_ptr<char[]> memory;
-    uint8_t* classes;                          // [rows, cols]
-    uint32_t *pixels, *place;                  // of one class: row << 16 | column; of one tile: offset in `out`
-    int32_t *row, *col;                        // number of the feature row or column of each pixel row or column
-    int32_t *feature_row, *feature_col;        // which feature row or column bears that number
-    int32_t *slot, *used;                      // by feature: where its first layer lies; by place: which feature
-    T *first, *bands;                          // first layer: [features][padded] and [rows][padded]
-    T *gathered, *near, *far;                  // features of some rows; activations [units][kTile], twice
-    T *out, *blend, *upper;                    // [C][rows][cols]; two rows of the residual's source
+    uint8_t* classes;                    // [rows, cols]
+    uint32_t *pixels, *place;            // of one class: row << 16 | column; of one tile: offset in `out`
+    int32_t *row, *col;                  // number of the feature row or column of each pixel row or column
+    int32_t *feature_row, *feature_col;  // which feature row or column bears that number
+    int32_t *slot, *used;                // by feature: where its first layer lies; by place: which feature
+    T *first, *bands;                    // first layer: [features][padded] and [rows][padded]
+    T *gathered, *near, *far;            // features of some rows; activations [units][kTile], twice
+    T *out, *blend, *upper;              // [C][rows][cols]; two rows of the residual's source
 
     Workspace(const Problem<T>& p) {
         const int64_t rows = p.y.longest, cols = p.x.longest, features = p.y.most_features * p.x.most_features;

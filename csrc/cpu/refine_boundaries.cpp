@@ -1,5 +1,5 @@
-// refine_boundaries: a pixel of class 0 with a dearer neighbour becomes the mean of its 3 x 3 pixels; all others are copied.
-// Work mapping: one item per output row; its boundary pixels are found once for all channels.
+// refine_boundaries: a pixel of class 0 with a dearer neighbour becomes the mean of its 3 x 3 pixels; all others are
+// copied. Work mapping: one item per output row; its boundary pixels are found once for all channels.
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
@@ -33,7 +33,8 @@ struct CopyBody {
 
 // Columns of row y of `classes` [H, W] whose pixel is refined.
 template <typename Id>
-void find_boundary(const Id* classes, int64_t width, int64_t y, std::vector<uint8_t>& dearer, std::vector<int64_t>& found) {
+void find_boundary(const Id* classes, int64_t width, int64_t y, std::vector<uint8_t>& dearer,
+                   std::vector<int64_t>& found) {
     found.clear();
     std::fill(dearer.begin(), dearer.end(), uint8_t{0});
     for (int64_t row = y - 1; row <= y + 1; ++row) run_isa<DearerBody<Id>>(classes + row * width, width, dearer.data());
@@ -50,31 +51,32 @@ void refine(const Tensor& image, const Tensor& class_map, int64_t begin, int64_t
     const T* pixels = image.const_data_ptr<T>();
     const Id* classes = class_map.const_data_ptr<Id>();
     Out* target = out.mutable_data_ptr<Out>();
-    parallel(batch * rows, grain_for(channels * width * static_cast<int64_t>(sizeof(T))), [&](int64_t first, int64_t last) {
-        std::vector<uint8_t> dearer(width);
-        std::vector<int64_t> found;
-        for (int64_t item = first; item < last; ++item) {
-            const int64_t b = item / rows, row = item % rows, y = begin + row;
-            found.clear();
-            if (y > 0 && y + 1 < height) find_boundary(classes + b * height * width, width, y, dearer, found);
-            for (int64_t c = 0; c < channels; ++c) {
-                const T* from = pixels + ((b * channels + c) * height + y) * width;
-                Out* to = target + b * out.stride(0) + c * out.stride(1) + row * out.stride(2);
-                if constexpr (std::is_same_v<T, Out>) {
-                    std::memcpy(to, from, width * sizeof(T));
-                } else {
-                    run_isa<CopyBody<T, Out>>(from, width, to);
-                }
-                for (const int64_t x : found) {
-                    Work<T> sum = 0;
-                    for (const int64_t at : {x - width, x, x + width}) {
-                        for (int64_t dx = -1; dx <= 1; ++dx) sum += static_cast<Work<T>>(from[at + dx]);
-                    }
-                    to[x] = to_pixel<Out>(sum / 9);
-                }
-            }
-        }
-    });
+    parallel(batch * rows, grain_for(channels * width * static_cast<int64_t>(sizeof(T))),
+             [&](int64_t first, int64_t last) {
+                 std::vector<uint8_t> dearer(width);
+                 std::vector<int64_t> found;
+                 for (int64_t item = first; item < last; ++item) {
+                     const int64_t b = item / rows, row = item % rows, y = begin + row;
+                     found.clear();
+                     if (y > 0 && y + 1 < height) find_boundary(classes + b * height * width, width, y, dearer, found);
+                     for (int64_t c = 0; c < channels; ++c) {
+                         const T* from = pixels + ((b * channels + c) * height + y) * width;
+                         Out* to = target + b * out.stride(0) + c * out.stride(1) + row * out.stride(2);
+                         if constexpr (std::is_same_v<T, Out>) {
+                             std::memcpy(to, from, width * sizeof(T));
+                         } else {
+                             run_isa<CopyBody<T, Out>>(from, width, to);
+                         }
+                         for (const int64_t x : found) {
+                             Work<T> sum = 0;
+                             for (const int64_t at : {x - width, x, x + width}) {
+                                 for (int64_t dx = -1; dx <= 1; ++dx) sum += static_cast<Work<T>>(from[at + dx]);
+                             }
+                             to[x] = to_pixel<Out>(sum / 9);
+                         }
+                     }
+                 }
+             });
 }
 
 void refine_into(const Tensor& image, const Tensor& class_map, int64_t begin, int64_t end, const Tensor& out) {
@@ -105,9 +107,9 @@ void check(const Tensor& image, const Tensor& class_map, int64_t begin, int64_t 
     check_cpu(kOp, "class_map", class_map);
     FASTROUTE_CHECK(class_map.scalar_type() == ScalarType::Byte || class_map.scalar_type() == ScalarType::Long, kOp,
                     ": class_map must be uint8 or int64");
-    FASTROUTE_CHECK(class_map.size(0) == image.size(0) && class_map.size(1) == image.size(2) &&
-                        class_map.size(2) == image.size(3),
-                    kOp, ": class_map must be [B, H, W], as image is");
+    FASTROUTE_CHECK(
+        class_map.size(0) == image.size(0) && class_map.size(1) == image.size(2) && class_map.size(2) == image.size(3),
+        kOp, ": class_map must be [B, H, W], as image is");
     FASTROUTE_CHECK(0 <= begin && begin <= end && end <= image.size(2), kOp,
                     ": the rows must be ordered and lie in the image");
 }
@@ -130,8 +132,9 @@ Tensor refine_boundaries_out_cpu(const Tensor& image,      // [B, C, H, W]
                                  const Tensor& out) {  // [B, C, rows, W]
     check(image, class_map, row_begin, row_end);
     check_rank(kOp, "out", out, 4), check_cpu(kOp, "out", out);
-    FASTROUTE_CHECK(out.size(0) == image.size(0) && out.size(1) == image.size(1) && out.size(2) == row_end - row_begin &&
-                        out.size(3) == image.size(3) && (out.stride(3) == 1 || out.size(3) <= 1),
+    FASTROUTE_CHECK(out.size(0) == image.size(0) && out.size(1) == image.size(1) &&
+                        out.size(2) == row_end - row_begin && out.size(3) == image.size(3) &&
+                        (out.stride(3) == 1 || out.size(3) <= 1),
                     kOp, ": out must be [B, C, rows, W] with contiguous rows");
     if (out.numel() > 0) refine_into(image, class_map, row_begin, row_end, out);
     return out;

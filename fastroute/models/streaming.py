@@ -35,6 +35,18 @@ class Pointwise(Stage):
         return self.layer(x) if x.shape[2] else self.layer(x.new_zeros(x.shape[0], x.shape[1], 1, x.shape[3]))[:, :, :0]
 
 
+class Product(Stage):
+    """A 1 x 1 convolution as a matrix product, which is the faster of the two on channels_last rows."""
+
+    def __init__(self, layer: nn.Conv2d) -> None:
+        self.layer = layer
+
+    def push(self, x: Tensor, last: bool) -> Tensor:
+        """See :class:`Stage`."""
+        weight = self.layer.weight.flatten(1)
+        return F.linear(x.permute(0, 2, 3, 1), weight, self.layer.bias).permute(0, 3, 1, 2)
+
+
 class RowConvolution(Stage):
     """A convolution of odd kernel that keeps the size of its input."""
 
@@ -93,19 +105,42 @@ class Residual(Stage):
         return F.relu_(y.add_(self.shortcut.take(x, y.shape[2])))
 
 
+class Merge:
+    """The layers of a cascade's merge, on the parts of their input that are never joined where they start with a product."""
+
+    def __init__(self, module: nn.Module) -> None:
+        layers = list(module.children())
+        self.first = layers[0]
+        self.rest = Chain(make_stage(layer) for layer in layers[1:])
+
+    def push(self, parts: Sequence[Tensor], last: bool) -> Tensor:  # [B, C, n, w] each -> [B, C', n, w]
+        """All parts hold the same rows."""
+        assert isinstance(self.first, nn.Conv2d)
+        b, _, n, w = parts[0].shape
+        # One product per part, each added to those before: joining the parts would move more than the product reads.
+        weights = self.first.weight.flatten(1).split([part.shape[1] for part in parts], dim=1)
+        total: Tensor | None = None
+        for part, weight in zip(parts, weights, strict=True):
+            rows = part.permute(0, 2, 3, 1).reshape(b * n * w, part.shape[1])
+            total = F.linear(rows, weight, self.first.bias) if total is None else total.addmm_(rows, weight.t())
+        assert total is not None
+        return self.rest.push(total.view(b, n, w, self.first.out_channels).permute(0, 3, 1, 2), last)
+
+
 class Cascade(Stage):
     """CARN's cascade: each merge sees the input and the outputs of all blocks so far."""
 
-    def __init__(self, blocks: Sequence[Stage], merges: Sequence[Stage]) -> None:
-        self.steps = [(block, merge, Waiting()) for block, merge in zip(blocks, merges, strict=True)]
+    def __init__(self, blocks: Sequence[Stage], merges: Sequence[Merge]) -> None:
+        self.steps = list(zip(blocks, merges, strict=True))
+        self.waiting = [[Waiting() for _ in range(n + 1)] for n in range(len(self.steps))]
 
     def push(self, x: Tensor, last: bool) -> Tensor:
         """See :class:`Stage`."""
-        trail = x
-        for block, merge, waiting in self.steps:
+        parts = [x]
+        for (block, merge), waiting in zip(self.steps, self.waiting, strict=True):
             y = block.push(x, last)
-            trail = torch.cat([waiting.take(trail, y.shape[2]), y], dim=1)
-            x = merge.push(trail, last)
+            parts = [*(wait.take(part, y.shape[2]) for wait, part in zip(waiting, parts, strict=True)), y]
+            x = merge.push(parts, last)
         return x
 
 
@@ -130,17 +165,17 @@ def make_stage(module: nn.Module) -> Stage:
     if isinstance(module, CARN):
         # The blocks keep their state, so each use of a shared block is a stage of its own.
         blocks = [make_stage(block) for block in (module.b1, module.b2, module.b3)]
-        merges = [make_stage(merge) for merge in (module.c1, module.c2, module.c3)]
+        merges = [Merge(merge) for merge in (module.c1, module.c2, module.c3)]
         return Chain([make_stage(module.entry), Cascade(blocks, merges)])
     if isinstance(module, CascadingBlock):
-        merges = [make_stage(merge) for merge in (module.c1, module.c2, module.c3)]
+        merges = [Merge(merge) for merge in (module.c1, module.c2, module.c3)]
         return Cascade([make_stage(module.b1) for _ in merges], merges)
     if isinstance(module, EfficientResidualBlock):
         return Residual(make_stage(module.body))
     if isinstance(module, nn.Sequential):
         return Chain(make_stage(child) for child in module)
-    if isinstance(module, nn.Conv2d) and module.kernel_size != (1, 1):
-        return RowConvolution(module)
+    if isinstance(module, nn.Conv2d):
+        return Product(module) if module.kernel_size == (1, 1) and module.groups == 1 else RowConvolution(module)
     if isinstance(module, nn.ReLU):
         return Pointwise(nn.ReLU(inplace=True))
     return Pointwise(module)
@@ -157,4 +192,3 @@ def run_in_bands(module: nn.Module, bands: Iterable[Tensor], out: Tensor) -> Non
             out[:, :, row : row + result.shape[2]] = result
             row += result.shape[2]
         previous = band
-

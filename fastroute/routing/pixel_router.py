@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -54,8 +55,8 @@ class PixelRouter:
     """Super-resolution of whole images by PCSR, each output pixel through the upsampler that its class says.
 
     Args:
-        model: it is copied, and its encoder rewritten by :func:`fastroute.models.optimize` unless `optimized` is False.
-        optimized: run the encoder in its fastest exact form.
+        model: set to evaluation mode, otherwise left as it is; its encoder is copied.
+        optimized: run the encoder in its fastest exact form, see :func:`fastroute.models.optimize`, and in bands of rows.
 
     Example:
         >>> router = PixelRouter(PCSR.from_published(torch.load("pcsr-carn-x4.pth", weights_only=True)))
@@ -65,8 +66,9 @@ class PixelRouter:
 
     def __init__(self, model: PCSR, optimized: bool = True) -> None:
         self.model = model.eval()
-        self.encoder = optimize(model.encoder) if optimized else model.encoder
-        self.encoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.encoder = model.encoder
+        if optimized:
+            self.encoder = optimize(model.encoder).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.num_classes, self.channels = model.num_classes, int(model.encoder.channels)  # type: ignore[arg-type]
         self.dtype = parameter_dtype(model)
         self.mlps = [_layers(mlp) for mlp in model.upsamplers]
@@ -327,7 +329,7 @@ def _bands(height: int, width: int) -> Iterator[tuple[int, int]]:
     """Rows (first, one past the last) of bands of nearly equal height."""
     count = -(-height * width // OUTPUT_BAND)
     edges = [height * i // count for i in range(count + 1)]
-    yield from ((a, b) for a, b in zip(edges, edges[1:], strict=False) if b > a)
+    yield from ((a, b) for a, b in pairwise(edges) if b > a)
 
 
 def _to_float(image: Tensor, dtype: torch.dtype) -> Tensor:
