@@ -6,8 +6,8 @@ being computed twice. A layer of kernel 2p + 1 lags p rows behind its input; whe
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from itertools import chain
+from collections.abc import Callable, Iterable, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,13 @@ from fastroute.models.carn import CARN, CascadingBlock, EfficientResidualBlock
 
 
 class Stage:
-    """Part of a network that takes consecutive rows of an image and gives those rows of its output that are complete."""
+    """Part of a network that takes consecutive rows of an image and gives those rows of its output that are complete.
+
+    Attributes:
+        reach: pixels on each side of a pixel that its output depends on.
+    """
+
+    reach = 0
 
     def push(self, x: Tensor, last: bool) -> Tensor:  # [B, C, n, w] -> [B, C', m, w]
         """Take the next rows; `last` says that none follow."""
@@ -52,6 +58,7 @@ class RowConvolution(Stage):
 
     def __init__(self, layer: nn.Conv2d) -> None:
         self.layer, self.pad = layer, layer.kernel_size[0] // 2
+        self.reach = self.pad
         self.held: Tensor | None = None
 
     def push(self, x: Tensor, last: bool) -> Tensor:
@@ -60,7 +67,8 @@ class RowConvolution(Stage):
         edge = x.new_zeros(b, c, self.pad, w).contiguous(memory_format=torch.channels_last)
         pieces = [edge if self.held is None else self.held, x, *([edge] if last else [])]
         rows = torch.cat(pieces, dim=2)
-        self.held = rows[:, :, max(rows.shape[2] - 2 * self.pad, 0) :]
+        # A copy: a view would keep the whole band.
+        self.held = rows[:, :, max(rows.shape[2] - 2 * self.pad, 0) :].clone()
         layer = self.layer
         if rows.shape[2] <= 2 * self.pad:
             return x.new_zeros(b, layer.out_channels, 0, w)
@@ -72,6 +80,7 @@ class Chain(Stage):
 
     def __init__(self, stages: Iterable[Stage]) -> None:
         self.stages = list(stages)
+        self.reach = sum(stage.reach for stage in self.stages)
 
     def push(self, x: Tensor, last: bool) -> Tensor:
         """See :class:`Stage`."""
@@ -89,7 +98,7 @@ class Waiting:
     def take(self, x: Tensor, count: int) -> Tensor:  # [B, C, n, w] -> [B, C, count, w]
         """Add the next rows and take the first `count` that wait."""
         rows = x if self.held is None or self.held.shape[2] == 0 else torch.cat([self.held, x], dim=2)
-        self.held = rows[:, :, count:]
+        self.held = rows[:, :, count:].clone()
         return rows[:, :, :count]
 
 
@@ -98,6 +107,7 @@ class Residual(Stage):
 
     def __init__(self, body: Stage) -> None:
         self.body, self.shortcut = body, Waiting()
+        self.reach = body.reach
 
     def push(self, x: Tensor, last: bool) -> Tensor:
         """See :class:`Stage`."""
@@ -132,6 +142,7 @@ class Cascade(Stage):
 
     def __init__(self, blocks: Sequence[Stage], merges: Sequence[Merge]) -> None:
         self.steps = list(zip(blocks, merges, strict=True))
+        self.reach = sum(block.reach for block in blocks)
         self.waiting = [[Waiting() for _ in range(n + 1)] for n in range(len(self.steps))]
 
     def push(self, x: Tensor, last: bool) -> Tensor:
@@ -181,14 +192,27 @@ def make_stage(module: nn.Module) -> Stage:
     return Pointwise(module)
 
 
-def run_in_bands(module: nn.Module, bands: Iterable[Tensor], out: Tensor) -> None:  # [B, C, n, w] each, [B, D, h, w]
-    """Write into `out` what `module` makes of an image given as bands of rows from top to bottom."""
-    stage, row = make_stage(module), 0
-    previous: Tensor | None = None
-    # One band behind, so that the last is known to be the last.
-    for band in chain(bands, [None]):
-        if previous is not None:
-            result = stage.push(previous, band is None)
-            out[:, :, row : row + result.shape[2]] = result
+def run_in_bands(
+    module: nn.Module,
+    read: Callable[[slice, slice], Tensor],  # rows, columns -> [B, C, n, m]
+    out: Tensor,  # [B, D, h, w]
+    pixels: int,
+    min_rows: int = 16,
+    max_columns: int = 640,
+) -> None:
+    """Write into `out` what `module` makes of the image that `read` gives, about `pixels` pixels at a time.
+
+    A convolution keeps two rows of the band before, so bands of few rows are mostly copies: wide images are run in strips
+    of columns, whose edges are computed twice.
+    """
+    height, width = out.shape[2:]
+    strips = -(-width // max_columns)
+    for left, right in pairwise(width * n // strips for n in range(strips + 1)):
+        stage, row = make_stage(module), 0
+        columns = slice(max(left - stage.reach, 0), min(right + stage.reach, width))
+        kept = slice(left - columns.start, right - columns.start)
+        rows = max(min_rows, pixels // (columns.stop - columns.start))
+        for top in range(0, height, rows):
+            result = stage.push(read(slice(top, top + rows), columns), top + rows >= height)
+            out[:, :, row : row + result.shape[2], left:right] = result[:, :, :, kept]
             row += result.shape[2]
-        previous = band

@@ -25,7 +25,7 @@ from fastroute.routing.result import RoutingStats, Stopwatch, Upscaled
 
 # Pixels of a band, of the output and of the encoder's input: bounds of the memory, large enough to give threads work.
 OUTPUT_BAND = 1 << 20
-ENCODER_BAND = 1 << 13
+ENCODER_BAND = 1 << 14
 # A budget is solved on at most this many pixels, in rows spread over the image.
 BUDGET_SAMPLE = 1 << 21
 
@@ -141,11 +141,9 @@ class PixelRouter:
         _, _, height, width = lr.shape
         if unsupported_reasons(self.encoder):
             return self.encoder(self._normalise(lr))
-        rows = max(1, ENCODER_BAND // width)
-        bands = (self._normalise(lr[:, :, top : top + rows]) for top in range(0, height, rows))
         depth = int(self.model.encoder.width)  # type: ignore[arg-type]
         features = memory.empty((1, height, width, depth), self.dtype, lr.device).permute(0, 3, 1, 2)
-        run_in_bands(self.encoder, bands, features)
+        run_in_bands(self.encoder, lambda rows, cols: self._normalise(lr[:, :, rows, cols]), features, ENCODER_BAND)
         return features
 
     def _normalise(self, lr: Tensor) -> Tensor:
@@ -290,7 +288,9 @@ class PixelRouter:
 
     def _stats(self, class_map: Tensor, lr_pixels: int, watch: Stopwatch) -> PixelStats:
         with watch.stage("assign"):
-            counts = [int((class_map == c).sum()) for c in range(self.num_classes)]
+            # Band by band: a sum of all would be made of a 64-bit copy.
+            bands = class_map.view(-1).split(OUTPUT_BAND)
+            counts = sum(torch.bincount(band, minlength=self.num_classes) for band in bands).tolist()
         images = class_map.shape[0]
         features, pixels = images * lr_pixels, class_map.numel()
 
