@@ -25,7 +25,6 @@ namespace avx512 {
 #define FASTROUTE_BYTES 64
 #define FASTROUTE_TARGET FASTROUTE_AVX512
 #include "cpu/pixel_mlp_block.h"
-#include "cpu/simd.h"
 #undef FASTROUTE_BYTES
 #undef FASTROUTE_TARGET
 }  // namespace avx512
@@ -34,7 +33,6 @@ namespace avx2 {
 #define FASTROUTE_BYTES 32
 #define FASTROUTE_TARGET FASTROUTE_AVX2
 #include "cpu/pixel_mlp_block.h"
-#include "cpu/simd.h"
 #undef FASTROUTE_BYTES
 #undef FASTROUTE_TARGET
 }  // namespace avx2
@@ -44,129 +42,15 @@ namespace baseline {
 #define FASTROUTE_BYTES 16
 #define FASTROUTE_TARGET
 #include "cpu/pixel_mlp_block.h"
-#include "cpu/simd.h"
 #undef FASTROUTE_BYTES
 #undef FASTROUTE_TARGET
 }  // namespace baseline
 
 namespace {
 
-constexpr const char* kOp = "pixel_mlp";
-
 // Output pixels of a block: with 80 units of first layer and 3 channels about half a second-level cache at scale 4.
 constexpr int64_t kBlockPixels = 8192;
 constexpr int64_t kBlockColumns = 1024;
-
-template <typename S, typename T>
-void load_as(const char* from, int64_t stride, int64_t count, T* to) {
-    for (int64_t i = 0; i < count; ++i) to[i] = static_cast<T>(*reinterpret_cast<const S*>(from + i * stride));
-}
-
-template <typename S, typename T>
-void store_as(const T* from, int64_t count, char* to) {
-    std::transform(from, from + count, reinterpret_cast<S*>(to), [](T x) { return static_cast<S>(x); });
-}
-
-template <typename T>
-Source<T> source_of(const char* name, const Tensor& x) {
-    Source<T> source;
-    check_cpu(kOp, name, x);
-    check_rank(kOp, name, x, 4);
-    source.data = static_cast<const char*>(x.const_data_ptr());
-    const auto bytes = static_cast<int64_t>(x.element_size());
-    for (int64_t d = 0; d < 4; ++d) source.stride[d] = x.stride(d) * bytes;
-    dispatch_floating(kOp, x.scalar_type(), [&](auto zero) {
-        using S = decltype(zero);
-        source.load = load_as<S, T>;
-        source.direct = std::is_same_v<S, T> && x.stride(1) == 1;
-    });
-    return source;
-}
-
-// Rows or columns [begin, end) of one axis, cut into blocks of at most `limit` pixels, at borders of features where a
-// feature has not more pixels than that itself.
-template <typename T>
-Axis<T> axis_of(int64_t size, int64_t out, int64_t begin, int64_t end, int64_t limit) {
-    const PixelAxis axis{size, out};
-    Axis<T> result;
-    for (int64_t at = begin; at < end; ++at) {
-        const int64_t first = axis.bilinear_first(at);
-        result.nearest.push_back(static_cast<int32_t>(axis.nearest(at)));
-        result.first.push_back(static_cast<int32_t>(first));
-        result.second.push_back(static_cast<int32_t>(std::min(first + 1, size - 1)));
-        result.relative.push_back(static_cast<T>(static_cast<double>(axis.relative(at)) / static_cast<double>(out)));
-        result.weight.push_back(static_cast<T>(axis.bilinear_weight(at)));
-    }
-    const int64_t count = end - begin;
-    result.cuts.push_back(0);
-    for (int64_t at = 0; at < count;) {
-        int64_t cut = std::min(at + limit, count);
-        if (cut < count) {
-            int64_t border = cut;
-            while (border > at && result.nearest[border] == result.nearest[border - 1]) --border;
-            if (border > at) cut = border;
-        }
-        int64_t features = 1;
-        for (int64_t i = at + 1; i < cut; ++i) features += result.nearest[i] != result.nearest[i - 1];
-        result.longest = std::max(result.longest, cut - at);
-        result.most_features = std::max(result.most_features, features);
-        result.most_sources = std::max<int64_t>(result.most_sources, result.second[cut - 1] - result.first[at] + 1);
-        result.cuts.push_back(at = cut);
-    }
-    return result;
-}
-
-// The MLPs as the kernel reads them; `memory` holds the numbers.
-template <typename T>
-std::vector<Mlp<T>> pack(const std::vector<Tensor>& weights, const std::vector<Tensor>& biases,
-                         const std::vector<int64_t>& depths, int64_t dim, double cell_y, double cell_x,
-                         std::vector<std::vector<T>>& memory) {
-    const auto keep = [&](int64_t count) {
-        memory.emplace_back(count, T(0));
-        return memory.back().data();
-    };
-    const auto values = [&](const Tensor& x) {
-        const Tensor dense = torch::stable::contiguous(x);
-        T* copy = keep(dense.numel());
-        dispatch_floating(kOp, dense.scalar_type(), [&](auto zero) {
-            using S = decltype(zero);
-            load_as<S, T>(static_cast<const char*>(dense.const_data_ptr()), sizeof(S), dense.numel(), copy);
-        });
-        return copy;
-    };
-    std::vector<Mlp<T>> mlps;
-    size_t at = 0;
-    for (const int64_t depth : depths) {
-        Mlp<T> mlp;
-        for (int64_t n = 0; n < depth; ++n, ++at) {
-            const int64_t out = weights[at].size(0), in = weights[at].size(1);
-            const T *weight = values(weights[at]), *bias = values(biases[at]);
-            if (n > 0) {
-                T* packed = keep(out * in);
-                mlp.layers.push_back({in, out, packed, bias});
-                for (int64_t u = 0; u < out; u += kUnits) {
-                    const int64_t units = std::min(kUnits, out - u);
-                    for (int64_t k = 0; k < in; ++k) {
-                        for (int64_t i = 0; i < units; ++i) *packed++ = weight[(u + i) * in + k];
-                    }
-                }
-                continue;
-            }
-            mlp.units = out, mlp.padded = round_up(out, kPad<T>);
-            T *feature = keep(dim * mlp.padded), *rel_y = keep(mlp.padded), *rel_x = keep(mlp.padded);
-            T* constant = keep(mlp.padded);
-            mlp.feature = feature, mlp.rel_y = rel_y, mlp.rel_x = rel_x, mlp.constant = constant;
-            for (int64_t u = 0; u < out; ++u) {
-                const T* row = weight + u * in;
-                for (int64_t d = 0; d < dim; ++d) feature[d * mlp.padded + u] = row[d];
-                rel_y[u] = row[dim], rel_x[u] = row[dim + 1];
-                constant[u] = static_cast<T>(row[dim + 2] * cell_y + row[dim + 3] * cell_x + bias[u]);
-            }
-        }
-        mlps.push_back(std::move(mlp));
-    }
-    return mlps;
-}
 
 template <typename T>
 void run_block(const Problem<T>& p, const Block& block, const std::vector<int64_t>& counts, Workspace<T>& ws) {

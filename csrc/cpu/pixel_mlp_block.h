@@ -1,4 +1,4 @@
-// One block of output pixels through their MLPs. Included once per instruction set, like simd.h and after it.
+// One block of output pixels through their MLPs. Included once per instruction set, like simd.h.
 //
 //     y = residual + W_n relu(... relu(W_1 [feature | rel | cell] + b_1) ...) + b_n
 //
@@ -6,6 +6,8 @@
 // of kTile pixels then adds what belongs to its place and goes through all further layers as [units][pixels], one
 // unit's vector of pixels times one broadcast weight. Every pixel sums in one order, so its bits do not depend on its
 // tile.
+
+#include "cpu/simd.h"
 
 #define FASTROUTE_SIMD FASTROUTE_TARGET FASTROUTE_INLINE
 

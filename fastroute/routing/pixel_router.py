@@ -290,7 +290,7 @@ class PixelRouter:
         with watch.stage("assign"):
             # Band by band: a sum of all would be made of a 64-bit copy.
             bands = class_map.view(-1).split(OUTPUT_BAND)
-            counts = sum(torch.bincount(band, minlength=self.num_classes) for band in bands).tolist()
+            counts = torch.stack([torch.bincount(band, minlength=self.num_classes) for band in bands]).sum(dim=0).tolist()
         images = class_map.shape[0]
         features, pixels = images * lr_pixels, class_map.numel()
 
