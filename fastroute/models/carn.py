@@ -28,6 +28,7 @@ class EfficientResidualBlock(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:  # [B, C, h, w]
+        """See the class."""
         return F.relu(self.body(x) + x)
 
 
@@ -40,6 +41,7 @@ class CascadingBlock(nn.Module):
         self.c1, self.c2, self.c3 = (merge(n * width, width, batch_norm) for n in (2, 3, 4))
 
     def forward(self, x: Tensor) -> Tensor:  # [B, C, h, w]
+        """See the class."""
         return cascade(x, (self.b1, self.b1, self.b1), (self.c1, self.c2, self.c3))
 
 
@@ -96,6 +98,7 @@ class CARN(nn.Module):
             self.exit = nn.Conv2d(width, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:  # [B, C, H, W]
+        """See the class."""
         if self.sub_mean is not None:
             x = self.sub_mean(x)
         x = cascade(self.entry(x), (self.b1, self.b2, self.b3), (self.c1, self.c2, self.c3))
@@ -112,6 +115,7 @@ class MeanShift(nn.Module):
         self.register_buffer("colour", torch.tensor(list(colour)).view(1, -1, 1, 1), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:  # [B, C, H, W]
+        """See the class."""
         return x + self.get_buffer("colour").to(x.dtype)
 
 

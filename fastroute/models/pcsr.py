@@ -51,6 +51,7 @@ class MLP(nn.Module):
         return [layer.weight for layer in linear], [layer.bias for layer in linear]
 
     def forward(self, x: Tensor) -> Tensor:  # [..., F] -> [..., C]
+        """See the class."""
         return self.layers(x)
 
 
