@@ -2,6 +2,8 @@
 
 from fastroute.backends import use_backend
 from fastroute.grid import TileGrid
+from fastroute.info import info
+from fastroute.models.checkpoints import CheckpointError
 from fastroute.ops.adaptive_threshold import adaptive_threshold
 from fastroute.ops.assign_classes import assign_classes
 from fastroute.ops.extract_patches import extract_patches
@@ -11,19 +13,31 @@ from fastroute.ops.pixel_mlp import pixel_mlp
 from fastroute.ops.refine_boundaries import refine_boundaries
 from fastroute.ops.scatter_groups import scatter_groups
 from fastroute.ops.stitch_patches import stitch_patches
+from fastroute.routing.load import list_models, load
+from fastroute.routing.patch_router import PatchRouter
+from fastroute.routing.pixel_router import PixelRouter
+from fastroute.routing.result import RoutingStats, Upscaled
 from fastroute.windows import make_window
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "CheckpointError",
     "ClassGroups",
+    "PatchRouter",
+    "PixelRouter",
+    "RoutingStats",
     "TileGrid",
+    "Upscaled",
     "__version__",
     "adaptive_threshold",
     "assign_classes",
     "extract_patches",
     "gather_groups",
     "group_by_class",
+    "info",
+    "list_models",
+    "load",
     "make_window",
     "pixel_mlp",
     "refine_boundaries",

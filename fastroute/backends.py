@@ -34,7 +34,11 @@ class Extension:
             module: ModuleType = importlib.import_module("fastroute._C")
         except ImportError as error:
             missing = isinstance(error, ModuleNotFoundError)
-            self.reasons = ["the C++ extension was not built" if missing else f"the C++ extension failed to load: {error}"]
+            self.reasons = [
+                "the C++ extension was not built (install g++ and run `pip install .` again)"
+                if missing
+                else f"the C++ extension failed to load: {error}"
+            ]
             return
         info = dict(module.build_info())
         if info["schema_digest"] != schema_digest:
@@ -74,7 +78,7 @@ def select(op: str, device: torch.device) -> str:
     Raises:
         RuntimeError: the requested backend cannot run it; the message gives the reasons.
     """
-    request = _requested or os.environ.get(VARIABLE)
+    request = requested()
     if request:
         _check_name(request)
         reasons = unsupported_reasons(op, request, device)
@@ -85,6 +89,11 @@ def select(op: str, device: torch.device) -> str:
         if not unsupported_reasons(op, backend, device):
             return backend
     return "reference"
+
+
+def requested() -> str | None:
+    """The backend asked for by :func:`use_backend` or the environment, if any."""
+    return _requested or os.environ.get(VARIABLE) or None
 
 
 def use_backend(name: str | None) -> _Request:

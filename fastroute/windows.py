@@ -30,7 +30,9 @@ def make_window(window: str | Tensor, size: int) -> Tensor:
     if isinstance(window, str):
         if window not in WINDOWS:
             raise ValueError(f"window: must be one of {WINDOWS} or a 1-D tensor; got {window!r}")
-        return _named(window, int(size))
+        if torch.compiler.is_compiling():
+            return _named.__wrapped__(window, size)
+        return _named(window, int(size)).clone()
     if not isinstance(window, Tensor) or not window.is_floating_point():
         raise TypeError(f"window: must be one of {WINDOWS} or a floating 1-D tensor; got {type(window).__name__}")
     if window.shape != (size,):

@@ -171,7 +171,7 @@ def test_works_without_the_extension():
         except RuntimeError as error:
             print(error)
     """)
-    reason = "the C++ extension was not built"
+    reason = "the C++ extension was not built (install g++ and run `pip install .` again)"
     assert output.splitlines() == [
         f"['{reason}'] reference",
         "True",

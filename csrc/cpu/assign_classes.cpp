@@ -18,6 +18,7 @@ namespace {
 
 constexpr const char* kOp = "assign_classes";
 constexpr int64_t kBlock = 256;         // items compared side by side
+constexpr double kBudgetSlack = 1e-9;   // mean cost and budget are both sums of rounded fractions
 constexpr double kSmallest = 0x1p-126;  // scores below count as this much
 constexpr double kLargestLog = 1152.0;  // above the log2 range of clamped scores, 126 + 1024
 
@@ -58,7 +59,12 @@ void assign_by_penalty(const T* score, Items items, const std::vector<double>& c
     using W = Work<T>;
     std::vector<W> scale(items.classes, W(1));
     if (penalty != 0) {
-        for (int64_t k = 0; k < items.classes; ++k) scale[k] = static_cast<W>(std::pow(cost[k], -penalty));
+        // Relative to the class that gains most, so that no unit of cost overflows.
+        double most = -std::numeric_limits<double>::infinity();
+        for (const double c : cost) most = std::max(most, -penalty * std::log(c));
+        for (int64_t k = 0; k < items.classes; ++k) {
+            scale[k] = static_cast<W>(std::exp(-penalty * std::log(cost[k]) - most));
+        }
     }
     std::atomic<bool> nan{false};
     if (items.length == 1) {
@@ -157,7 +163,7 @@ void assign_by_budget(const T* score, Items items, const std::vector<double>& co
     if (nan) value_error(kOp, ": score must not be NaN");
     std::vector<int64_t> counts(classes, 0);
     for (int64_t n = 0; n < total; ++n) ++counts[open.dear[n]];
-    if (mean_share(counts, share, total) <= budget) {
+    if (mean_share(counts, share, total) <= budget + kBudgetSlack) {
         std::copy(open.dear.begin(), open.dear.end(), ids.begin());
         return;
     }
@@ -186,7 +192,7 @@ void assign_by_budget(const T* score, Items items, const std::vector<double>& co
         });
         counts = settled;
         for (size_t n = 0; n < kept; ++n) ++counts[here[n]];
-        if (mean_share(counts, share, total) <= budget) {
+        if (mean_share(counts, share, total) <= budget + kBudgetSlack) {
             high = middle;
             open.cheap = here;
         } else {

@@ -11,7 +11,7 @@ Tensor gather_groups_cpu(const Tensor& x,          // [N, ...]
                          const Tensor& inverse) {  // [N]
     FASTROUTE_CHECK(order.dim() == 1 && inverse.dim() == 1 && order.size(0) == inverse.size(0),
                     "gather_groups: order and inverse must be vectors of one length");
-    return gather_rows("gather_groups", "x", x, order);
+    return gather_rows("gather_groups", "x", "groups.order", x, order);
 }
 
 }  // namespace

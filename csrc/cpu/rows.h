@@ -8,15 +8,15 @@
 
 namespace fastroute {
 
-inline Tensor gather_rows(const char* op, const char* name, const Tensor& x,  // [N, ...]
-                          const Tensor& index) {                              // [N]
+inline Tensor gather_rows(const char* op, const char* name, const char* index_name, const Tensor& x,  // [N, ...]
+                          const Tensor& index) {                                                      // [N]
     FASTROUTE_CHECK(x.dim() >= 1, op, ": ", name, " must have at least one dimension");
-    const Tensor places = *checked_index(op, "the permutation", index);
+    const Tensor places = *checked_index(op, index_name, index);
     const Tensor dense = torch::stable::contiguous(x);
     const int64_t count = dense.size(0);
     FASTROUTE_CHECK(places.size(0) == count, op, ": ", name, " must have ", places.size(0), " rows; got ", count);
     const int64_t* from = places.const_data_ptr<int64_t>();
-    check_in_range(op, "the permutation", from, count, count);
+    check_in_range(op, index_name, from, count, count);
     const Tensor out = torch::stable::empty(dense.sizes(), dense.scalar_type(), std::nullopt, dense.device());
     const int64_t bytes = count == 0 ? 0 : dense.numel() / count * static_cast<int64_t>(dense.element_size());
     const char* source = static_cast<const char*>(dense.const_data_ptr());

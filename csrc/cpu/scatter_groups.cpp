@@ -11,7 +11,7 @@ Tensor scatter_groups_cpu(const Tensor& y,          // [N, ...]
                           const Tensor& inverse) {  // [N]
     FASTROUTE_CHECK(order.dim() == 1 && inverse.dim() == 1 && order.size(0) == inverse.size(0),
                     "scatter_groups: order and inverse must be vectors of one length");
-    return gather_rows("scatter_groups", "y", y, inverse);
+    return gather_rows("scatter_groups", "y", "groups.inverse", y, inverse);
 }
 
 }  // namespace

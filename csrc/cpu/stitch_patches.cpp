@@ -222,10 +222,10 @@ Tensor stitch_patches_cpu(const Tensor& patches,                 // [M, C·r·r,
     return out;
 }
 
-Tensor stitch_patches_out_cpu(const Tensor& patches, const std::optional<Tensor>& inverse, const Tensor& window,
-                              int64_t height, int64_t width, int64_t patch, int64_t stride, int64_t scale, bool crop,
-                              int64_t shuffle, int64_t row_begin, int64_t row_end,
-                              const Tensor& out) {  // [B, C, rows, W·s]
+void stitch_patches_out_cpu(const Tensor& patches, const std::optional<Tensor>& inverse, const Tensor& window,
+                            int64_t height, int64_t width, int64_t patch, int64_t stride, int64_t scale, bool crop,
+                            int64_t shuffle, int64_t row_begin, int64_t row_end,
+                            const Tensor& out) {  // [B, C, rows, W·s]
     const TileGrid grid{{height, patch, stride, crop}, {width, patch, stride, crop}};
     const std::optional<Tensor> places = checked_index(kOp, "inverse", inverse);
     const Target target = checked_target(patches, places, grid, scale, shuffle, row_begin, row_end);
@@ -236,7 +236,6 @@ Tensor stitch_patches_out_cpu(const Tensor& patches, const std::optional<Tensor>
                     kOp, ": out must be ", target.batch, " x ", target.channels, " x ", target.rows, " x ",
                     target.width, " with contiguous rows");
     stitch_into(out, patches, places, window, grid, scale, shuffle, row_begin, target);
-    return out;
 }
 
 // The adjoint: patch pixel (k, l) reads the gradient of its output pixel times wy[k] and then wx[l]. One patch of one

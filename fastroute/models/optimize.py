@@ -33,7 +33,7 @@ def optimize(branch: nn.Module) -> nn.Module:
 def split_shuffle(branch: nn.Module) -> tuple[nn.Module, int]:
     """`branch` without its final pixel shuffle, and that shuffle's factor; (branch, 1) where it ends otherwise."""
     if isinstance(branch, nn.Sequential) and len(branch) > 1 and isinstance(branch[-1], nn.PixelShuffle):
-        return nn.Sequential(*branch[:-1]), int(branch[-1].upscale_factor)
+        return nn.Sequential(*list(branch)[:-1]), int(branch[-1].upscale_factor)
     return branch, 1
 
 
@@ -49,7 +49,7 @@ def _rewrite(module: nn.Module) -> nn.Module:
 def _rewrite_sequence(sequence: nn.Sequential) -> nn.Sequential:
     flat: list[nn.Module] = []
     for child in sequence:
-        flat += child.children() if type(child) is nn.Sequential else [child]
+        flat.extend(child.children() if type(child) is nn.Sequential else [child])
     layers: list[nn.Module] = []
     for layer in flat:
         previous = layers[-1] if layers else None

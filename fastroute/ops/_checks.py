@@ -42,6 +42,15 @@ def same_device(op: str, first: str, x: Tensor, second: str, y: Tensor | None) -
         )
 
 
+def in_range(op: str, name: str, x: Tensor, limit: int) -> None:
+    """Entries of `x` lie in [0, limit); looked at on the CPU alone, where looking costs no wait."""
+    if x.device.type != "cpu" or x.numel() == 0 or torch.compiler.is_compiling():
+        return
+    low, high = int(x.long().min()), int(x.long().max())
+    if low < 0 or high >= limit:
+        raise ValueError(f"{op}: {name} must lie in [0, {limit}); got {low if low < 0 else high}")
+
+
 def index(op: str, name: str, x: Tensor | None, length: int | None) -> None:
     """`x`, when given, is a 1-D integer tensor, of `length` when that is not None."""
     if x is None:

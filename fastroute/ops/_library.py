@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from fastroute.backends import EXTENSION, select
+from fastroute.backends import EXTENSION, requested, select
 from fastroute.ops._schemas import digest, read_schemas
 
 NAMESPACE = "fastroute"
@@ -44,10 +44,12 @@ def register(
 
 def call(name: str, reference: Callable[..., Any], device: torch.device, *args: Any, **out: Any) -> Any:
     """Run operator `name` on the chosen backend; what a kernel finds wrong with a value becomes a ValueError."""
-    if select(name, device) == "reference":
+    compiling = torch.compiler.is_compiling()
+    # A compiled graph holds the operator, whose kernel may well be the reference, unless the reference was asked for.
+    if select(name, device) == "reference" and (requested() or not compiling):
         return reference(*args, **out)
     operator = getattr(torch.ops.fastroute, name)
-    if torch.compiler.is_compiling():
+    if compiling:
         return operator(*args, **out)
     try:
         return operator(*args, **out)

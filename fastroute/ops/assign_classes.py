@@ -10,12 +10,9 @@ from torch import Tensor
 
 from fastroute.ops import _checks as check
 from fastroute.ops._library import call, register
-from fastroute.reference.assign_classes import assign_classes_reference
+from fastroute.reference.assign_classes import BUDGET_SLACK, assign_classes_reference
 
 SCHEMAS = ["assign_classes(Tensor score, Tensor cost, float penalty, float? budget, ScalarType dtype) -> Tensor"]
-
-# A budget may fall short of what it is compared with by this much: both are sums of rounded fractions.
-SLACK = 1e-9
 
 
 def assign_classes(
@@ -33,11 +30,11 @@ def assign_classes(
 
     Args:
         score: class scores along dim 1, (N, K) per patch or (B, K, H, W) per pixel; floating. Probabilities, when a
-            penalty or a budget is given: those below 2^-126 count as 2^-126.
-        cost: (K,) positive cost of each class, in any unit (FLOPs, milliseconds).
+            penalty or a budget is given; under a budget those below 2^-126 count as 2^-126.
+        cost: (K,) positive cost of each class, in any unit (FLOPs, milliseconds); numbers or a tensor on the CPU.
         penalty: exponent of the cost; PCSR's k. 0 is the plain argmax.
         budget: mean cost allowed, as a fraction of the dearest class's, in [min(cost) / max(cost), 1].
-        dtype: int64, or uint8 to keep a pixel map small.
+        dtype: int64 or int32, or uint8 to keep a pixel map small.
 
     Returns:
         class ids, `score` without dim 1. On equal values the lowest class wins.
@@ -61,6 +58,8 @@ def assign_classes(
         raise ValueError(f"{op}: score must be (N, K) or (B, K, H, W); got {tuple(score.shape)}")
     check.dtype(op, "score", score.dtype, check.FLOATING)
     check.dtype(op, "dtype", dtype, (torch.int64, torch.int32, torch.uint8))
+    if isinstance(cost, Tensor) and cost.device.type != "cpu":
+        raise ValueError(f"{op}: cost must be on the CPU, it is read before the kernel runs; got {cost.device}")
     costs = torch.as_tensor(cost, dtype=torch.float64, device="cpu")
     if costs.ndim != 1 or costs.shape[0] != score.shape[1]:
         raise ValueError(
@@ -68,24 +67,25 @@ def assign_classes(
         )
     if not 1 <= score.shape[1] <= 256:
         raise ValueError(f"{op}: score must have 1 to 256 classes; got {score.shape[1]}")
-    if torch.compiler.is_compiling():
-        return call(op, assign_classes_reference, score.device, score, costs, float(penalty), budget, dtype)
-    values = costs.tolist()
-    if not all(math.isfinite(v) and v > 0 for v in values):
-        raise ValueError(f"{op}: cost must be positive and finite; got {values}; give a free class its small true cost")
-    if not math.isfinite(penalty):
+    if not -math.inf < penalty < math.inf:
         raise ValueError(f"{op}: penalty must be finite; got {penalty}")
-    if budget is not None:
-        if penalty != 0:
-            raise ValueError(f"{op}: give either penalty or budget; got penalty={penalty} and budget={budget}")
-        possible = min(values) / max(values)
-        if not possible - SLACK <= budget <= 1 + SLACK:
-            raise ValueError(
-                f"{op}: budget must lie in [{possible:.4g}, 1], from everything in the cheapest class to everything in the "
-                f"dearest; got {budget:g}"
-            )
-        budget = min(max(float(budget), possible) + SLACK, 1 + SLACK)
+    if budget is not None and penalty != 0:
+        raise ValueError(f"{op}: give either penalty or budget; got penalty={penalty} and budget={budget}")
+    # The values of a tensor are unknown while compiling; numbers are checked all the same.
+    if not (torch.compiler.is_compiling() and isinstance(cost, Tensor)):
+        _check_values(op, [float(c) for c in cost], budget)
     return call(op, _checked_reference, score.device, score, costs, float(penalty), budget, dtype)
+
+
+def _check_values(op: str, cost: list[float], budget: float | None) -> None:
+    if not all(0 < c < math.inf for c in cost):
+        raise ValueError(f"{op}: cost must be positive and finite; got {cost}; give a free class its small true cost")
+    possible = min(cost) / max(cost)
+    if budget is not None and not possible - BUDGET_SLACK <= budget <= 1 + BUDGET_SLACK:
+        raise ValueError(
+            f"{op}: budget must lie in [{possible:.4g}, 1], from everything in the cheapest class to everything in the "
+            f"dearest; got {budget:g}"
+        )
 
 
 def _checked_reference(score: Tensor, cost: Tensor, penalty: float, budget: float | None, dtype: torch.dtype) -> Tensor:

@@ -88,7 +88,7 @@ def extract_patches(
     check.dtype(op, "dtype", target, check.FLOATING + check.INTEGER_IMAGE)
     return call(
         op,
-        extract_patches_reference,
+        _checked_reference,
         image.device,
         image,
         order,
@@ -145,10 +145,32 @@ def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
 def _backward(ctx: Any, grad: Tensor) -> tuple:
     order, std = ctx.saved_tensors
     if std is not None:
-        grad = grad / std.to(grad.dtype)[:, None, None]
+        work = torch.float64 if grad.dtype == torch.float64 else torch.float32
+        grad = grad.to(work) / std.to(work)[:, None, None]
     image_grad = torch.ops.fastroute._extract_patches_backward(grad, order, *ctx.size, *ctx.grid)
-    return image_grad.to(ctx.dtype), None, None, None, None, None, None, None, None
+    return image_grad.to(ctx.dtype), *[None] * 8
 
 
-register("extract_patches", extract_patches_reference, _fake, _backward, _setup_context)
-register("_extract_patches_backward", _extract_patches_backward_reference, _backward_fake)
+def _backward_setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    ctx.save_for_backward(inputs[1])
+    ctx.grid = inputs[5:]
+
+
+def _double_backward(ctx: Any, grad: Tensor) -> tuple:
+    patches = torch.ops.fastroute.extract_patches(grad, *ctx.saved_tensors, None, None, *ctx.grid, grad.dtype, False)
+    return patches, *[None] * 7
+
+
+def _checked_reference(image: Tensor, order: Tensor | None, *rest: Any) -> Tensor:
+    patch, stride, crop = rest[2:5]
+    if order is not None:
+        b, _, height, width = image.shape
+        tiles = tile_count(height, patch, stride, crop) * tile_count(width, patch, stride, crop)
+        check.in_range("extract_patches", "order", order, b * tiles)
+    return extract_patches_reference(image, order, *rest)
+
+
+register("extract_patches", _checked_reference, _fake, _backward, _setup_context)
+register(
+    "_extract_patches_backward", _extract_patches_backward_reference, _backward_fake, _double_backward, _backward_setup_context
+)

@@ -57,11 +57,7 @@ def group_by_class(class_ids: Tensor, num_classes: int) -> ClassGroups:  # [N]
 
 
 def _checked_reference(class_ids: Tensor, num_classes: int) -> tuple[Tensor, Tensor, Tensor]:
-    if class_ids.device.type == "cpu" and class_ids.numel() and not torch.compiler.is_compiling():
-        low, high = int(class_ids.long().min()), int(class_ids.long().max())
-        if low < 0 or high >= num_classes:
-            wrong = low if low < 0 else high
-            raise ValueError(f"group_by_class: class_ids must lie in [0, {num_classes}); got {wrong}")
+    check.in_range("group_by_class", "class_ids", class_ids, num_classes)
     return group_by_class_reference(class_ids, num_classes)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastroute.ops import _checks as check
 from fastroute.ops._library import call, register
 from fastroute.ops.gather_groups import check_rows, fake_rows, save_permutation
 from fastroute.ops.group_by_class import ClassGroups
@@ -26,8 +27,9 @@ def scatter_groups(y: Tensor, groups: ClassGroups) -> Tensor:  # [N, ...] -> [N,
         (N, ...), contiguous, the same dtype.
 
     Raises:
-        ValueError: `y` has no dimension or another number of rows, or is on another device.
-        TypeError: `y` is no tensor.
+        ValueError: `y` has no dimension or another number of rows, is on another device, or an entry of
+            `groups.inverse` is out of range.
+        TypeError: `y` is no tensor, or `groups` no :class:`ClassGroups`.
 
     Differentiable: with respect to `y`; the gradient is :func:`gather_groups`.
     Deterministic: yes, bit for bit.
@@ -37,11 +39,16 @@ def scatter_groups(y: Tensor, groups: ClassGroups) -> Tensor:  # [N, ...] -> [N,
     """
     op = "scatter_groups"
     check_rows(op, "y", y, groups)
-    return call(op, scatter_groups_reference, y.device, y, groups.order, groups.inverse)
+    return call(op, _checked_reference, y.device, y, groups.order, groups.inverse)
+
+
+def _checked_reference(y: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+    check.in_range("scatter_groups", "groups.inverse", inverse, y.shape[0])
+    return scatter_groups_reference(y, order, inverse)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple:
     return torch.ops.fastroute.gather_groups(grad, *ctx.saved_tensors), None, None
 
 
-register("scatter_groups", scatter_groups_reference, fake_rows, _backward, save_permutation)
+register("scatter_groups", _checked_reference, fake_rows, _backward, save_permutation)

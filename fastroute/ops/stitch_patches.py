@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastroute.grid import TileGrid, covered_size, tile_count
+from fastroute.grid import TileGrid, covered_size, tile_count, tile_origins
 from fastroute.ops import _checks as check
 from fastroute.ops._library import call, register
 from fastroute.reference.stitch_patches import (
@@ -21,7 +21,7 @@ SCHEMAS = [
     "stitch_patches(Tensor patches, Tensor? inverse, Tensor window, SymInt height, SymInt width, int patch, int stride, "
     "int scale, bool crop, int shuffle, ScalarType? dtype, SymInt row_begin, SymInt row_end) -> Tensor",
     "stitch_patches.out(Tensor patches, Tensor? inverse, Tensor window, SymInt height, SymInt width, int patch, int stride, "
-    "int scale, bool crop, int shuffle, SymInt row_begin, SymInt row_end, *, Tensor(a!) out) -> Tensor(a!)",
+    "int scale, bool crop, int shuffle, SymInt row_begin, SymInt row_end, *, Tensor(a!) out) -> ()",
     "_stitch_patches_backward(Tensor grad, Tensor? inverse, Tensor window, SymInt height, SymInt width, int patch, "
     "int stride, int scale, bool crop, SymInt num_patches) -> Tensor",
 ]
@@ -115,13 +115,24 @@ def stitch_patches(
         patches, shuffle = F.pixel_shuffle(patches, shuffle), 1
     geometry = (grid.height, grid.width, grid.patch, grid.stride, grid.scale, grid.crop, shuffle)
     if out is not None:
-        return call(op, _reference_out, patches.device, patches, inverse, weights, *geometry, begin, end, out=out)
-    return call(op, stitch_patches_reference, patches.device, patches, inverse, weights, *geometry, target, begin, end)
+        call(op, _reference_out, patches.device, patches, inverse, weights, *geometry, begin, end, out=out)
+        return out
+    return call(op, _checked_reference, patches.device, patches, inverse, weights, *geometry, target, begin, end)
 
 
-def _reference_out(*args: Any, out: Tensor) -> Tensor:
-    head, (begin, end) = args[:-2], args[-2:]
-    return out.copy_(stitch_patches_reference(*head, dtype=out.dtype, row_begin=begin, row_end=end))
+def _checked_reference(patches: Tensor, inverse: Tensor | None, *rest: Any) -> Tensor:
+    height, width, patch, stride, scale, crop = rest[1:7]
+    begin, end = rest[-2:]
+    if inverse is not None and begin < end:
+        rows, cols = (tile_origins(size, patch, stride, crop) for size in (height, width))
+        used = [begin < (y + patch) * scale and y * scale < end for y in rows]
+        read = inverse.view(-1, len(rows), len(cols))[:, torch.tensor(used, device=inverse.device)]
+        check.in_range("stitch_patches", "inverse", read, patches.shape[0])
+    return stitch_patches_reference(patches, inverse, *rest)
+
+
+def _reference_out(*args: Any, out: Tensor) -> None:
+    out.copy_(_checked_reference(*args[:-2], out.dtype, *args[-2:]))
 
 
 def _work(dtype: torch.dtype) -> torch.dtype:
@@ -181,10 +192,27 @@ def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
 
 def _backward(ctx: Any, grad: Tensor) -> tuple:
     inverse, window = ctx.saved_tensors
-    patches_grad = torch.ops.fastroute._stitch_patches_backward(grad, inverse, window, *ctx.grid).to(ctx.dtype)
+    # The image may be of another floating type than the patches, and the weights go with what is summed.
+    weights = window.to(_work(grad.dtype))
+    patches_grad = torch.ops.fastroute._stitch_patches_backward(grad, inverse, weights, *ctx.grid).to(ctx.dtype)
     return patches_grad, *[None] * 12
 
 
-register("stitch_patches", stitch_patches_reference, _fake, _backward, _setup_context)
-register("stitch_patches.out", _reference_out, lambda *args, out: out)
-register("_stitch_patches_backward", _stitch_patches_backward_reference, _backward_fake)
+def _backward_setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    _, inverse, window, height, width, patch, stride, scale, crop, _ = inputs
+    ctx.save_for_backward(inverse, window)
+    ctx.grid = (height, width, patch, stride, scale, crop)
+
+
+def _double_backward(ctx: Any, grad: Tensor) -> tuple:
+    height, _, patch, stride, scale, crop = ctx.grid
+    rows = covered_size(height, patch, stride, crop) * scale
+    image = torch.ops.fastroute.stitch_patches(grad, *ctx.saved_tensors, *ctx.grid, 1, grad.dtype, 0, rows)
+    return image, *[None] * 9
+
+
+register("stitch_patches", _checked_reference, _fake, _backward, _setup_context)
+register("stitch_patches.out", _reference_out, lambda *args, out: None)
+register(
+    "_stitch_patches_backward", _stitch_patches_backward_reference, _backward_fake, _double_backward, _backward_setup_context
+)

@@ -7,6 +7,8 @@ from torch import Tensor
 
 # Scores below this count as this much, so that a class that the classifier rules out entirely still has a finite price.
 SMALLEST = 2.0**-126
+# Mean cost and budget are both sums of rounded fractions: a budget is met when it is missed by no more than this.
+BUDGET_SLACK = 1e-9
 
 
 def assign_classes_reference(
@@ -31,12 +33,12 @@ def assign_classes_reference(
     # dearest affordable assignment is the limit from above.
     low, high = penalty_range(cost)
     used, ids = spent(low)
-    if used <= budget:
+    if used <= budget + BUDGET_SLACK:
         return ids.to(dtype)
     answer = spent(high)[1]
     while (middle := 0.5 * (low + high)) not in (low, high):
         used, ids = spent(middle)
-        if used <= budget:
+        if used <= budget + BUDGET_SLACK:
             high, answer = middle, ids
         else:
             low = middle
@@ -58,7 +60,9 @@ def penalised_argmax(score: Tensor, cost: Tensor, penalty: float) -> Tensor:  # 
     value = score.to(work)
     if penalty != 0:
         shape = (1, -1) + (1,) * (score.ndim - 2)
-        value = value * cost.double().pow(-penalty).to(work).to(score.device).view(shape)
+        # Relative to the class that gains most, so that no unit of cost overflows.
+        gain = -penalty * cost.double().log()
+        value = value * (gain - gain.max()).exp().to(work).to(score.device).view(shape)
     return value.argmax(dim=1)
 
 

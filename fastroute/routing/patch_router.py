@@ -47,8 +47,8 @@ class PatchRouter:
     Args:
         branches: one network per class, from the cheapest to the dearest; each maps (N, C, p, p) to (N, C, p * scale,
             p * scale). They are copied, and rewritten by :func:`fastroute.models.optimize` unless `optimized` is False.
-        classifier: maps patches (N, C, p, p) to class scores (N, K). Without one, every call needs a `class_map` or
-            ``budget=1``.
+        classifier: maps patches (N, C, p, p) to class scores (N, K). Without one, several branches need a `class_map` or
+            ``budget=1`` in every call.
         patch, stride: LR patch size and distance; the published ClassSR uses 32 and 28.
         scale: upscaling factor of the branches.
         window: how overlaps are merged, see :func:`fastroute.make_window`; published code averages ("uniform").
@@ -136,8 +136,8 @@ class PatchRouter:
         images, grid = self._check(image, budget, penalty, class_map)
         watch = Stopwatch(images.device)
         number = images.shape[0] * grid.num_patches
-        # The dearest class costs the most: nothing to classify.
-        if class_map is None and budget == 1:
+        # All patches go to the dearest class: nothing to classify.
+        if class_map is None and (budget == 1 or self.num_classes == 1):
             dearest = max(range(self.num_classes), key=self.branch_flops.__getitem__)
             class_ids, classifier_flops = torch.full((number,), dearest, device=images.device), 0
         elif class_map is not None:
@@ -183,7 +183,7 @@ class PatchRouter:
         else:
             # Also refuses an impossible budget, before anything is classified.
             assign_classes(torch.ones(1, self.num_classes), self.branch_flops, penalty, budget)
-            if self.classifier is None and budget != 1:
+            if self.classifier is None and budget != 1 and self.num_classes > 1:
                 raise ValueError(f"{op}: this router has no classifier; give a class_map or budget=1")
         return images, grid
 
@@ -198,10 +198,10 @@ class PatchRouter:
                 [(b.images[1] - b.images[0]) * (b.rows[1] - b.rows[0]) * grid.cols for b in bands], dtype=torch.int64
             )
             band_of = torch.repeat_interleave(torch.arange(len(bands)), sizes).to(class_ids.device)
-            check_ids = group_by_class(class_ids, k).offsets  # refuses ids out of range
+            per_class = group_by_class(class_ids, k).offsets  # refuses ids out of range
             groups = group_by_class(band_of * k + class_ids, max(len(bands), 1) * k)
-            offsets, totals = torch.cat([groups.offsets, check_ids]).tolist(), None  # the one wait for the device
-            offsets, totals = offsets[: len(bands) * k + 1] or [0], offsets[-k - 1 :]
+            read = torch.cat([per_class, groups.offsets]).tolist()  # the one wait for the device
+            totals, offsets = read[: k + 1], read[k + 1 :]
         size = (images.shape[0], images.shape[1], *grid.output_size)
         output = memory.empty(size, images.dtype, images.device)
         workspace = Workspace(self, grid, bands, images)

@@ -96,14 +96,15 @@ def _key(branch: nn.Module, example: Tensor) -> str:
     if example.is_cuda:
         device = torch.cuda.get_device_name(example.device)
     else:
-        device = f"{platform.machine()} {_cpu_name()} {torch.get_num_threads()} threads"
+        device = f"{platform.machine()} {cpu_name()} {torch.get_num_threads()} threads"
     # Structure and shapes decide the speed, not the values of the weights.
     shapes = [(name, tuple(p.shape)) for name, p in branch.named_parameters()]
     facts = [device, torch.__version__, str(example.dtype), tuple(example.shape), str(branch), shapes]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:24]
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """The processor as the system names it; empty where it does not."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -39,12 +39,12 @@ class Recipe:
     widths: tuple[int, ...] = (16, 36, 56)
     scale: int = 4
     patch: int = 32
-    branch_steps: tuple[int, ...] = (9000, 12000, 24000)
-    classifier_steps: int = 1500
-    joint_steps: int = 1000
+    branch_steps: tuple[int, ...] = (6000, 8000, 12000)
+    classifier_steps: int = 1200
+    joint_steps: int = 800
     batch: int = 32
-    focus: float = 0.6
-    learning_rate: float = 1.5e-3
+    focus: float = 0.5
+    learning_rate: float = 1e-3
     classifier_rate: float = 5e-4
     joint_rate: float = 1e-4
     image_weight: float = 1000.0
@@ -85,12 +85,18 @@ class Trainer:
         pool: ranked training patches.
         recipe: what to train.
         state_path: checkpoint written every `save_every` steps and read on start when it exists.
+        init: weights to start from, in the published layout; default a fresh initialisation.
+        save_every: steps between two checkpoints.
     """
 
-    def __init__(self, pool: Pool, recipe: Recipe, state_path: Path, save_every: int = 500) -> None:
+    def __init__(
+        self, pool: Pool, recipe: Recipe, state_path: Path, init: dict[str, Tensor] | None = None, save_every: int = 500
+    ) -> None:
         self.pool, self.recipe, self.state_path, self.save_every = pool, recipe, Path(state_path), save_every
         torch.manual_seed(recipe.seed)
         self.model = ClassSR.fsrcnn(recipe.widths, recipe.scale).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if init is not None:
+            self.model.load_state_dict(init)
         self.model.train()
         self.stages = self._plan()
         self.stage, self.step = 0, 0
@@ -172,11 +178,11 @@ class Trainer:
         # The classifier needs larger batches: its average loss compares class shares within one.
         if stage.branch is None:
             size *= 2
-        indices = rng.integers(0, total, size)
+        indices = self.pool.draw(0, total, size, rng)
         if stage.branch is not None:
             own = round(size * self.recipe.focus)
             low, high = self.pool.class_range(stage.branch, len(self.recipe.widths))
-            indices[:own] = rng.integers(low, max(high, low + 1), own)
+            indices[:own] = self.pool.draw(low, max(high, low + 1), own, rng)
         lr, hr = self.pool.batch(indices, rng)
         return lr.contiguous(memory_format=torch.channels_last), hr.contiguous(memory_format=torch.channels_last)
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatch
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -39,7 +41,7 @@ def make_pair(hr: Tensor, scale: int) -> tuple[Tensor, Tensor]:  # [C, H, W] -> 
     return to_uint8(lr), hr.contiguous()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Pool:
     """LR/HR images and the patches drawn from them, sorted from the easiest to the hardest.
 
@@ -63,8 +65,9 @@ class Pool:
         folder: str | Path,
         scale: int = 4,
         patch: int = 32,
-        shrinks: Sequence[float] = (1.0, 1.6),
+        shrinks: Sequence[float] = (1.0, 1.6, 2.5),
         stride: int = 16,
+        exclude: Sequence[str] = (),
     ) -> Pool:
         """Read every image below `folder` and rank its patches.
 
@@ -73,12 +76,13 @@ class Pool:
             scale, patch: upscaling factor and LR patch size.
             shrinks: each image is also used reduced by these factors, which adds sharper material.
             stride: distance of the patch positions in LR pixels.
+            exclude: glob patterns of file names to leave out, such as pixel art, whose structure no photograph has.
 
         Raises:
             ValueError: `folder` holds no image as large as one patch.
             fastroute.io.ImageError: an image cannot be read.
         """
-        paths = io.list_images(folder)
+        paths = [p for p in io.list_images(folder) if not any(fnmatch(p.name, pattern) for pattern in exclude)]
         lrs: list[Tensor] = []
         hrs: list[Tensor] = []
         positions, psnrs = [], []
@@ -109,6 +113,23 @@ class Pool:
         """Patches of difficulty class `k`: equal shares by rank, 0 the easiest."""
         total = len(self.positions)
         return total * k // num_classes, total * (k + 1) // num_classes
+
+    def draw(self, low: int, high: int, count: int, rng: np.random.Generator) -> np.ndarray:
+        """`count` numbers of patches in [low, high), an image of n patches there as often as the square root of n says.
+
+        Drawn by number of patches alone, one large image of an odd texture would teach more than twenty others.
+        """
+        sizes, first, by_image = self._sources(low, high)
+        share = np.sqrt(sizes) / np.sqrt(sizes).sum()
+        sources = rng.choice(len(sizes), size=count, p=share)
+        return low + by_image[first[sources] + (rng.random(count) * sizes[sources]).astype(np.int64)]
+
+    @lru_cache(maxsize=16)  # noqa: B019 - a pool lives as long as its training
+    def _sources(self, low: int, high: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Patches per image in [low, high), where each image's begin, and the patches sorted by image."""
+        images = self.positions[low:high, 0]
+        sizes = np.unique(images, return_counts=True)[1]
+        return sizes, np.cumsum(sizes) - sizes, np.argsort(images, kind="stable")
 
     def batch(self, indices: np.ndarray, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
         """Float patches (N, C, p, p) and (N, C, p * s, p * s), each flipped and turned at random."""

@@ -106,11 +106,14 @@ def test_cost_tensors_and_units(backend):
         same(milli, million)
 
 
-def test_zero_scores_count_as_the_smallest(backend):
+def test_zero_scores_tie_under_a_penalty_and_have_a_price_under_a_budget(backend):
     score = torch.tensor([[0.0, 0.0], [0.0, 1.0], [1.0, 0.0]], device=backend.device)
     assert assign_classes(score, [2.0, 1.0]).tolist() == [0, 1, 0]
-    # Under a penalty both classes of the first item have a price: 2^-126 / 2 and 2^-126 / 1.
-    assert assign_classes(score, [2.0, 1.0], penalty=1.0).tolist() == [1, 1, 0]
+    # 0 / 2 and 0 / 1 are equal: the lowest class wins the first item.
+    assert assign_classes(score, [2.0, 1.0], penalty=1.0).tolist() == [0, 1, 0]
+    # Under a budget zeros count as 2^-126, so that even a class that is ruled out can be had for a price.
+    assert assign_classes(score, [2.0, 1.0], budget=1.0).tolist() == [0, 0, 0]
+    assert assign_classes(score, [2.0, 1.0], budget=0.5).tolist() == [1, 1, 1]
 
 
 @pytest.mark.parametrize("grad", [False, True])

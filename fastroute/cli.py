@@ -1,0 +1,138 @@
+"""The command line: ``fastroute`` or ``python -m fastroute``."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from pathlib import Path
+
+import click
+import torch
+
+import fastroute
+from fastroute import io
+from fastroute.grid import TileGrid
+from fastroute.models.checkpoints import read_checkpoint, save_checkpoint, state_dict_of
+from fastroute.routing.load import DEFAULT_MODEL
+from fastroute.visualize import class_overlay
+
+
+class Group(click.Group):
+    """Errors that a user can mend end the command with their message alone."""
+
+    def invoke(self, ctx: click.Context) -> object:
+        """Run the command; see the class."""
+        try:
+            return super().invoke(ctx)
+        except (ValueError, TypeError) as error:
+            raise click.ClickException(str(error)) from error
+
+
+@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(fastroute.__version__)
+def main() -> None:
+    """Dynamic-routing super-resolution in the time that its FLOPs promise."""
+
+
+@main.command()
+@click.argument("source", metavar="IN", type=click.Path(path_type=Path))
+@click.argument("target", metavar="OUT", type=click.Path(path_type=Path))
+@click.option("--model", default=DEFAULT_MODEL, show_default=True, help="A shipped model or a checkpoint file.")
+@click.option("--budget", type=float, help="Mean cost per patch as a fraction of the dearest branch's, for example 0.7.")
+@click.option("--class-map", type=click.Path(path_type=Path), help="Also write a picture of the class of every patch.")
+@click.option("--device", default="cpu", show_default=True, help="Where to run, as torch names it.")
+@click.option("--quiet", is_flag=True, help="No progress bar and no summary.")
+def upscale(
+    source: Path, target: Path, model: str, budget: float | None, class_map: Path | None, device: str, quiet: bool
+) -> None:
+    """Super-resolve image IN and write OUT; the format follows OUT's ending."""
+    for path in (target, class_map):
+        if path is not None:
+            io.check_writable(path)
+    image = io.read_image(source)
+    router = fastroute.load(model, _device(device))
+    result = router.upscale(image.to(router.device), budget=budget, progress=not quiet)
+    start = time.perf_counter()
+    io.write_image(target, result.image)
+    if class_map is not None:
+        grid = TileGrid(image.shape[1], image.shape[2], router.patch, router.stride, router.scale)
+        io.write_image(class_map, class_overlay(result.image, result.class_map, grid, router.num_classes))
+    if quiet:
+        return
+    stats = result.stats
+    total = sum(stats.patches_per_class)
+    (height, width), (out_height, out_width) = image.shape[1:], result.image.shape[1:]
+    click.echo(f"{source} ({width} x {height}) -> {target} ({out_width} x {out_height}), model {model}")
+    for k, count in enumerate(stats.patches_per_class):
+        gflops = router.branch_flops[k] * count / 1e9
+        click.echo(f"  class {k + 1}: {count:5d} patches, {100 * count / total:5.1f} %  {gflops:8.2f} GFLOPs")
+    click.echo(
+        f"  FLOPs: {100 * stats.flops.fraction:.0f} % of every patch in the dearest branch"
+        f" ({100 * stats.paper_flops.fraction:.0f} % as the papers count)"
+    )
+    seconds = stats.seconds
+    stages = ", ".join(f"{name} {seconds[name]:.3f}" for name in seconds if name != "total")
+    click.echo(f"  time: {seconds['total']:.3f} s ({stages}); writing {time.perf_counter() - start:.2f} s")
+    if class_map is not None:
+        click.echo(f"  class map: {class_map} (green: cheapest branch, red: dearest)")
+
+
+@main.command()
+def info() -> None:
+    """Show versions, devices, and which backend runs which operator."""
+    click.echo(str(fastroute.info()))
+
+
+@main.command()
+def models() -> None:
+    """List the shipped models."""
+    for name in fastroute.list_models():
+        click.echo(f"{name}{'  (default)' if name == DEFAULT_MODEL else ''}")
+
+
+@main.command()
+@click.argument("recipe", type=click.Choice(["classsr-fsrcnn"]))
+@click.option("--images", required=True, type=click.Path(path_type=Path), help="Folder of HR images, searched recursively.")
+@click.option("--out", default=Path("runs/classsr-fsrcnn"), show_default=True, type=click.Path(path_type=Path),
+              help="Folder for the state of training, from which the same command resumes, and the result.")  # fmt: skip
+@click.option("--exclude", multiple=True, help="File names to leave out, as a glob pattern; may be repeated.")
+@click.option("--init", type=click.Path(path_type=Path), help="Start from the weights of this checkpoint.")
+@click.option("--scale", type=int, help="Upscaling factor.")
+@click.option("--branch-steps", help="Steps of each branch, cheapest first, for example 6000,8000,12000.")
+@click.option("--classifier-steps", type=int, help="Steps of the classifier alone.")
+@click.option("--joint-steps", type=int, help="Steps of classifier and branches together.")
+@click.option("--batch", type=int, help="Patches per step.")
+@click.option("--seed", type=int, help="Fixes initial weights and batches.")
+def train(recipe: str, images: Path, out: Path, exclude: tuple[str, ...], init: Path | None, **changes: object) -> None:
+    """Train RECIPE on your own images; run again to resume."""
+    from fastroute.training.classsr import Recipe, Trainer
+    from fastroute.training.data import Pool
+
+    settings = {name: value for name, value in changes.items() if value is not None}
+    if "branch_steps" in settings:
+        try:
+            settings["branch_steps"] = tuple(int(part) for part in str(settings["branch_steps"]).split(","))
+        except ValueError:
+            raise click.BadParameter("must be whole numbers with commas between them", param_hint="--branch-steps") from None
+    plan = dataclasses.replace(Recipe(), **settings)  # type: ignore[arg-type]
+    start = None if init is None else state_dict_of(read_checkpoint(init)[0], init)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise click.ClickException(f"cannot make the folder {out}: {error.strerror}") from error
+    pool = Pool.build(images, plan.scale, plan.patch, exclude=exclude)
+    click.echo(f"{len(pool.positions)} patches in {len(pool.lr)} images and their reductions")
+    model = Trainer(pool, plan, out / "state.pt", start).run()
+    target = out / f"{recipe}-x{plan.scale}.safetensors"
+    save_checkpoint(target, model, {**dataclasses.asdict(plan), "stride": 28, "system": recipe})
+    click.echo(f"wrote {target}; use it with: fastroute upscale IN OUT --model {target}")
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise click.BadParameter(f"{name!r} cannot be used: {reason}", param_hint="--device") from error
+    return device

@@ -1,0 +1,83 @@
+"""What is installed here and which backend runs what."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from fastroute.backends import BACKENDS, EXTENSION, select, unsupported_reasons
+
+PACKAGES = ("torch", "triton", "numpy", "pillow", "safetensors")
+
+
+def operators() -> list[str]:
+    """Names of all operators."""
+    return sorted(path.stem for path in (Path(__file__).parent / "ops").glob("[!_]*.py"))
+
+
+@dataclass(frozen=True)
+class Info:
+    """Versions, devices, and for each operator and device the backends with the reasons why one cannot run.
+
+    Attributes:
+        versions: of this package, Python and what it builds on; "not installed" where it is not.
+        extension: what the compiled operators were built from, {} without them.
+        devices: by name as torch gives it, for example {"cpu": …, "cuda:0": …}.
+        backends: {device: {operator: {backend: reasons}}}; an empty list of reasons means that it runs.
+        chosen: {device: {operator: backend}}.
+    """
+
+    versions: dict[str, str]
+    extension: dict[str, object]
+    devices: dict[str, str]
+    backends: dict[str, dict[str, dict[str, list[str]]]]
+    chosen: dict[str, dict[str, str]]
+
+    def __str__(self) -> str:
+        lines = [", ".join(f"{name} {version}" for name, version in self.versions.items())]
+        facts = ", ".join(f"{key} {value}" for key, value in self.extension.items())
+        lines.append(f"extension: {facts or 'none: ' + '; '.join(EXTENSION.reasons)}")
+        for device, description in self.devices.items():
+            lines += ["", f"{device}: {description}"]
+            width = max(map(len, self.chosen[device]))
+            for op, backend in self.chosen[device].items():
+                runs = [name for name, why in self.backends[device][op].items() if not why]
+                others = ", ".join(name for name in runs if name != backend)
+                lines.append(f"  {op:<{width}}  {backend}" + (f"  (also {others})" if others else ""))
+            reasons: dict[str, str] = {}
+            for table in self.backends[device].values():
+                for name, why in table.items():
+                    if why and name not in reasons:
+                        # Reasons that name the operator are told once for all of them.
+                        reasons[name] = why[0].rpartition(" of ")[0] or why[0]
+            lines += [f"  {name} cannot run here: {why}" for name, why in reasons.items()]
+        return "\n".join(lines)
+
+
+def info() -> Info:
+    """Versions, devices, and which backend runs which operator; touches a GPU only to ask its name.
+
+    Raises:
+        RuntimeError: a backend was asked for that cannot run on one of the devices.
+    """
+    from fastroute import __version__
+
+    versions = {"fastroute": __version__, "python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    devices = {"cpu": f"{platform.machine()}, {torch.get_num_threads()} threads"}
+    if torch.cuda.is_available():
+        devices |= {f"cuda:{i}": torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())}
+    table = {
+        name: {op: {b: unsupported_reasons(op, b, torch.device(name)) for b in BACKENDS} for op in operators()}
+        for name in devices
+    }
+    chosen = {name: {op: select(op, torch.device(name)) for op in operators()} for name in devices}
+    return Info(versions, dict(EXTENSION.info), devices, table, chosen)

@@ -1,0 +1,130 @@
+"""Reading and writing weights, safely."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from safetensors.torch import save as save_safetensors
+from torch import Tensor, nn
+
+from fastroute import io
+
+# Names under which training code stores a state dict beside other things.
+WRAPPERS = ("state_dict", "params", "params_ema", "model_state_dict")
+NAMED_AT_MOST = 4
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be read or does not fit; the message names the file and the reason."""
+
+
+def read_checkpoint(path: str | Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """What a checkpoint file holds: the object in it and its metadata.
+
+    Pickled files are read with ``weights_only=True``: a file that would run code is refused.
+
+    Args:
+        path: a .safetensors file, or one that torch.save wrote.
+
+    Returns:
+        The dictionary stored, tensors on the CPU, and the metadata of a safetensors file ({} for others).
+
+    Raises:
+        CheckpointError: missing, unreadable, cut short, not a checkpoint, or one that holds code.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"cannot read {path}: {'it is a folder' if path.is_dir() else 'no such file'}")
+    try:
+        if path.suffix == ".safetensors":
+            with safetensors.safe_open(path, framework="pt") as file:
+                return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except PermissionError as error:
+        raise CheckpointError(f"cannot read {path}: permission denied") from error
+    except safetensors.SafetensorError as error:
+        raise CheckpointError(f"cannot read {path}: no whole safetensors file ({error})") from error
+    except pickle.UnpicklingError as error:
+        # Both a damaged pickle and one with code in it end here; torch's own text tells them apart.
+        reason = "it holds more than tensors and plain values" if "weights_only" in str(error).lower() else "it is damaged"
+        raise CheckpointError(f"cannot read {path}: {reason}; only weights are loaded, never code") from error
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError, IndexError, TypeError) as error:
+        raise CheckpointError(f"cannot read {path}: damaged, cut short, or no checkpoint ({_first_line(error)})") from error
+    if not isinstance(content, Mapping):
+        raise CheckpointError(f"cannot read {path}: it holds a {type(content).__name__}, not a state dict")
+    return dict(content), {}
+
+
+def state_dict_of(content: Mapping[str, Any], path: str | Path) -> dict[str, Tensor]:
+    """The state dict in a checkpoint: unwrapped, without the prefix that DataParallel adds.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    for name in WRAPPERS:
+        if isinstance(content.get(name), Mapping):
+            content = content[name]
+    tensors = {str(k).removeprefix("module."): v for k, v in content.items() if isinstance(v, Tensor)}
+    if not tensors or len(tensors) != len(content):
+        raise CheckpointError(f"cannot read {path}: it holds no state dict; its keys are {_some(content)}")
+    return tensors
+
+
+def load_weights(model: nn.Module, state: Mapping[str, Tensor], path: str | Path) -> None:
+    """Load `state` into `model`, strictly.
+
+    Raises:
+        CheckpointError: a missing, an unexpected or a wrongly shaped entry; the message names them.
+    """
+    own = model.state_dict()
+    problems = []
+    missing, unexpected = [k for k in own if k not in state], [k for k in state if k not in own]
+    shapes = [f"{k} {tuple(state[k].shape)} instead of {tuple(v.shape)}" for k, v in own.items()
+              if k in state and state[k].shape != v.shape]  # fmt: skip
+    for title, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes)):
+        if names:
+            problems.append(f"{len(names)} {title}: {_some(names)}")
+    if problems:
+        raise CheckpointError(f"{path} does not fit {type(model).__name__}: {'; '.join(problems)}")
+    model.load_state_dict(dict(state))
+
+
+def save_checkpoint(path: str | Path, model: nn.Module, metadata: Mapping[str, Any] | None = None) -> None:
+    """Write the state dict of `model` in its published layout: safetensors, or torch's format for .pth and .pt.
+
+    Args:
+        path: the file; written under a temporary name and renamed.
+        model: its state dict is written as it is.
+        metadata: stored in a safetensors file, values as JSON.
+
+    Raises:
+        CheckpointError: another ending, or the folder cannot be written.
+    """
+    path = Path(path)
+    state = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
+    try:
+        if path.suffix == ".safetensors":
+            data = save_safetensors(state, {k: json.dumps(v) for k, v in (metadata or {}).items()})
+            io.write_atomically(path, lambda file: file.write(data))
+        elif path.suffix in (".pth", ".pt"):
+            io.write_atomically(path, lambda file: torch.save(state, file))
+        else:
+            raise CheckpointError(f"cannot write {path}: its ending must be .safetensors, .pth or .pt")
+    except OSError as error:
+        raise CheckpointError(f"cannot write {path}: {error.strerror}") from error
+
+
+def _some(names: Any) -> str:
+    listed = [str(name) for name in names]
+    more = len(listed) - NAMED_AT_MOST
+    return ", ".join(listed[:NAMED_AT_MOST]) + (f" and {more} more" if more > 0 else "")
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:120]

@@ -1,0 +1,58 @@
+"""Pictures of what the router decided."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastroute.grid import TileGrid
+
+GREEN, YELLOW, RED = (46, 160, 67), (240, 200, 40), (214, 40, 40)
+# Share of the class colour in the picture.
+OPACITY = 0.42
+
+
+def class_colours(num_classes: int) -> Tensor:
+    """One RGB colour per class, uint8 (K, 3): green for the cheapest over yellow to red for the dearest."""
+    stops = torch.tensor([GREEN, YELLOW, RED], dtype=torch.float32)
+    at = torch.linspace(0, 2, num_classes) if num_classes > 1 else torch.zeros(1)
+    low = at.floor().clamp(max=1).long()
+    mix = (at - low)[:, None]
+    return ((1 - mix) * stops[low] + mix * stops[low + 1]).round().to(torch.uint8)
+
+
+def class_overlay(image: Tensor, class_map: Tensor, grid: TileGrid, num_classes: int) -> Tensor:  # [C, H, W], [rows, cols]
+    """The class of every patch as a colour over the image, with a line between patches, as the papers draw it.
+
+    Args:
+        image: the stitched uint8 image (C, H, W), C = 1 or 3, of the size that ``grid.output_size`` gives.
+        class_map: (grid.rows, grid.cols), 0 the cheapest class.
+        grid: where the patches lie; a pixel that several cover shows the last one's class.
+        num_classes: number of classes, which fixes the colours.
+
+    Returns:
+        uint8 (3, H, W).
+
+    Raises:
+        ValueError: sizes that do not match.
+    """
+    if tuple(class_map.shape) != (grid.rows, grid.cols) or tuple(image.shape[1:]) != grid.output_size:
+        raise ValueError(
+            f"class_overlay: class_map must be ({grid.rows}, {grid.cols}) and image (C, {grid.output_size[0]}, "
+            f"{grid.output_size[1]}); got {tuple(class_map.shape)} and {tuple(image.shape)}"
+        )
+    rows, row_edges = _owners(grid.row_origins, grid.output_size[0], grid.scale)
+    cols, col_edges = _owners(grid.col_origins, grid.output_size[1], grid.scale)
+    colours = class_colours(num_classes).float()[class_map.cpu().long()]  # [rows, cols, 3]
+    tint = colours[rows][:, cols].permute(2, 0, 1)
+    gray = image.cpu().float().mean(dim=0, keepdim=True)
+    picture = (1 - OPACITY) * gray + OPACITY * tint
+    picture[:, row_edges] *= 0.6
+    picture[:, :, col_edges] *= 0.6
+    return picture.round().to(torch.uint8)
+
+
+def _owners(origins: list[int], length: int, scale: int) -> tuple[Tensor, Tensor]:
+    """The last tile that covers each output pixel, and the first pixel of every tile but the first."""
+    starts = torch.tensor(origins) * scale
+    return torch.searchsorted(starts, torch.arange(length), right=True) - 1, starts[1:]
