@@ -4,14 +4,18 @@ from fastroute.backends import BackendError, use_backend
 from fastroute.grid import TileGrid
 from fastroute.info import info
 from fastroute.models.checkpoints import CheckpointError
+from fastroute.ops.adaptive_threshold import adaptive_threshold
 from fastroute.ops.assign_classes import assign_classes
 from fastroute.ops.extract_patches import extract_patches
 from fastroute.ops.gather_groups import gather_groups
 from fastroute.ops.group_by_class import ClassGroups, group_by_class
+from fastroute.ops.pixel_mlp import pixel_mlp
+from fastroute.ops.refine_boundaries import refine_boundaries
 from fastroute.ops.scatter_groups import scatter_groups
 from fastroute.ops.stitch_patches import stitch_patches
 from fastroute.routing.load import list_models, load
 from fastroute.routing.patch_router import PatchRouter
+from fastroute.routing.pixel_router import PixelRouter
 from fastroute.routing.result import RoutingStats, Upscaled
 from fastroute.windows import make_window
 
@@ -22,10 +26,12 @@ __all__ = [
     "CheckpointError",
     "ClassGroups",
     "PatchRouter",
+    "PixelRouter",
     "RoutingStats",
     "TileGrid",
     "Upscaled",
     "__version__",
+    "adaptive_threshold",
     "assign_classes",
     "extract_patches",
     "gather_groups",
@@ -34,6 +40,8 @@ __all__ = [
     "list_models",
     "load",
     "make_window",
+    "pixel_mlp",
+    "refine_boundaries",
     "scatter_groups",
     "stitch_patches",
     "use_backend",

@@ -1,0 +1,246 @@
+// pixel_mlp: each output pixel's MLP, with the first layer's product with the features made once per feature.
+// Work mapping: one item per block of output pixels, cut at borders of features; a thread takes the next block when it
+// is done with one, because the classes of pixels make some blocks many times dearer than others.
+#include <torch/csrc/stable/library.h>
+
+#include <algorithm>
+#include <atomic>
+#include <utility>
+#include <vector>
+
+#include "common/dispatch.h"
+#include "common/pixel_axis.h"
+#include "cpu/isa.h"
+#include "cpu/memory.h"
+#include "cpu/pixel_mlp_plan.h"
+
+#if FASTROUTE_X86
+#include <immintrin.h>
+#endif
+
+namespace fastroute::pixel_mlp {
+
+#if FASTROUTE_X86
+namespace avx512 {
+#define FASTROUTE_BYTES 64
+#define FASTROUTE_TARGET FASTROUTE_AVX512
+#include "cpu/pixel_mlp_block.h"
+#undef FASTROUTE_BYTES
+#undef FASTROUTE_TARGET
+}  // namespace avx512
+
+namespace avx2 {
+#define FASTROUTE_BYTES 32
+#define FASTROUTE_TARGET FASTROUTE_AVX2
+#include "cpu/pixel_mlp_block.h"
+#undef FASTROUTE_BYTES
+#undef FASTROUTE_TARGET
+}  // namespace avx2
+#endif
+
+namespace baseline {
+#define FASTROUTE_BYTES 16
+#define FASTROUTE_TARGET
+#include "cpu/pixel_mlp_block.h"
+#undef FASTROUTE_BYTES
+#undef FASTROUTE_TARGET
+}  // namespace baseline
+
+namespace {
+
+// Output pixels of a block: with 80 units of first layer and 3 channels about half a second-level cache at scale 4.
+constexpr int64_t kBlockPixels = 8192;
+constexpr int64_t kBlockColumns = 1024;
+
+template <typename T>
+void run_block(const Problem<T>& p, const Block& block, const std::vector<int64_t>& counts, Workspace<T>& ws) {
+    const int64_t cols = block.x1 - block.x0, rows = block.y1 - block.y0;
+    const auto number = [](const Axis<T>& axis, int64_t begin, int64_t end, int32_t* which, int32_t* feature) {
+        int32_t last = 0;
+        for (int64_t i = begin; i < end; ++i) {
+            if (i > begin && axis.nearest[i] != axis.nearest[i - 1]) ++last;
+            which[i - begin] = last, feature[last] = axis.nearest[i];
+        }
+        return static_cast<int64_t>(last) + 1;
+    };
+    const int64_t feature_rows = number(p.y, block.y0, block.y1, ws.row, ws.feature_row);
+    const int64_t feature_cols = number(p.x, block.x0, block.x1, ws.col, ws.feature_col);
+
+    // A counting sort by class; places[k] is where the next pixel of class k goes.
+    std::vector<int64_t> places(counts.size() + 1, 0);
+    for (size_t k = 0; k < counts.size(); ++k) places[k + 1] = places[k] + counts[k];
+    std::vector<int64_t> next = places;
+    for (int64_t y = 0; y < rows; ++y) {
+        for (int64_t x = 0; x < cols; ++x) {
+            const uint32_t pixel = static_cast<uint32_t>(y << 16 | x);
+            ws.pixels[counts.size() == 1 ? y * cols + x : next[ws.classes[y * cols + x]]++] = pixel;
+        }
+    }
+    const auto run = [&](auto fill, auto one_class) {
+        fill(p, block, ws);
+        for (size_t k = 0; k < counts.size(); ++k) {
+            if (counts[k] == 0 || p.mlps[k].units == 0) continue;
+            one_class(p, p.mlps[k], block, ws.pixels + places[k], counts[k], feature_rows * feature_cols, feature_cols,
+                      ws);
+        }
+    };
+#if FASTROUTE_X86
+    if (active_isa() == Isa::avx512) {
+        run(avx512::fill_residual<T>, avx512::run_class<T>);
+    } else if (active_isa() == Isa::avx2) {
+        run(avx2::fill_residual<T>, avx2::run_class<T>);
+    } else
+#endif
+        run(baseline::fill_residual<T>, baseline::run_class<T>);
+
+    for (int64_t c = 0; c < p.channels; ++c) {
+        for (int64_t y = 0; y < rows; ++y) {
+            char* to =
+                p.out + (((block.image * p.channels + c) * p.rows + block.y0 + y) * p.width + block.x0) * p.out_bytes;
+            p.store(ws.out + (c * rows + y) * cols, cols, to);
+        }
+    }
+}
+
+// Copies the classes of a block and counts them; false when one is out of range.
+template <typename T>
+bool read_classes(const Tensor& map, const Block& block, int64_t first_row, uint8_t* classes,
+                  std::vector<int64_t>& counts) {
+    const auto limit = static_cast<T>(counts.size() - 1);
+    const T* data = map.const_data_ptr<T>() + block.image * map.stride(0);
+    bool good = true;
+    std::fill(counts.begin(), counts.end(), 0);
+    for (int64_t y = block.y0; y < block.y1; ++y) {
+        const T* row = data + (first_row + y) * map.stride(1);
+        for (int64_t x = block.x0; x < block.x1; ++x) {
+            const T id = row[x * map.stride(2)];
+            good &= id >= 0 && id <= limit;
+            const auto known = static_cast<uint8_t>(good ? id : 0);
+            *classes++ = known;
+            ++counts[known];
+        }
+    }
+    return good;
+}
+
+template <typename T>
+void run_blocks(const Problem<T>& p, int64_t batch, const std::optional<Tensor>& class_map) {
+    const int64_t down = static_cast<int64_t>(p.y.cuts.size()) - 1, across = static_cast<int64_t>(p.x.cuts.size()) - 1;
+    const int64_t blocks = batch * down * across;
+    std::atomic<int64_t> next{0};
+    std::atomic<bool> good{true};
+    const int64_t threads = std::min<int64_t>(blocks, torch::stable::get_num_threads());
+    parallel(threads, 1, [&](int64_t, int64_t) {
+        Workspace<T> ws(p);
+        std::vector<int64_t> counts(p.mlps.size());
+        for (int64_t item = next++; item < blocks; item = next++) {
+            const int64_t row = item / across % down, col = item % across;
+            const Block block{item / across / down, p.y.cuts[row], p.y.cuts[row + 1], p.x.cuts[col], p.x.cuts[col + 1]};
+            if (!class_map.has_value()) {
+                counts[0] = (block.y1 - block.y0) * (block.x1 - block.x0);
+            } else {
+                const bool bytes = class_map->scalar_type() == ScalarType::Byte;
+                const auto read = bytes ? read_classes<uint8_t> : read_classes<int64_t>;
+                if (!read(*class_map, block, p.row_begin, ws.classes, counts)) good = false;
+            }
+            run_block(p, block, counts, ws);
+        }
+    });
+    if (!good) value_error(kOp, ": class_map must lie in [0, ", p.mlps.size(), "), one class per MLP");
+}
+
+Tensor pixel_mlp_cpu(const Tensor& features,              // [B, D, h, w]
+                     const std::vector<Tensor>& weights,  // [F_out, F_in] each
+                     const std::vector<Tensor>& biases,   // [F_out] each
+                     const std::vector<int64_t>& depths,  // [K]
+                     int64_t height, int64_t width,
+                     const std::optional<Tensor>& class_map,  // [B, H, W]
+                     const std::optional<Tensor>& residual,   // [B, C, h, w]
+                     int64_t row_begin, int64_t row_end) {
+    check_rank(kOp, "features", features, 4);
+    const int64_t batch = features.size(0), dim = features.size(1), h = features.size(2), w = features.size(3);
+    FASTROUTE_CHECK(!depths.empty() && depths.size() <= 256, kOp, ": mlps must hold 1 to 256 MLPs; got ",
+                    depths.size());
+    int64_t total = 0, channels = residual.has_value() ? residual->size(1) : 0, widest = 1;
+    for (const int64_t depth : depths) {
+        FASTROUTE_CHECK(depth >= 0, kOp, ": depths must not be negative");
+        total += depth;
+    }
+    FASTROUTE_CHECK(static_cast<int64_t>(weights.size()) == total && weights.size() == biases.size(), kOp,
+                    ": depths must add up to the number of layers, ", weights.size());
+    if (total > 0) channels = weights.back().size(0);
+    int64_t at = 0;
+    for (const int64_t depth : depths) {
+        for (int64_t n = 0, in = dim + 4; n < depth; ++n, ++at) {
+            check_cpu(kOp, "mlps", weights[at]), check_cpu(kOp, "mlps", biases[at]);
+            check_rank(kOp, "a weight", weights[at], 2), check_rank(kOp, "a bias", biases[at], 1);
+            const int64_t out = weights[at].size(0);
+            FASTROUTE_CHECK(weights[at].size(1) == in && biases[at].size(0) == out, kOp, ": layer ", at, " must map ",
+                            in, " numbers, its bias as long as its output");
+            FASTROUTE_CHECK(out >= 1 && (n + 1 < depth || out == channels), kOp, ": each MLP must end in ", channels,
+                            " channels");
+            widest = std::max(widest, out), in = out;
+        }
+    }
+    FASTROUTE_CHECK(0 <= row_begin && row_begin <= row_end && row_end <= height && width >= 0, kOp,
+                    ": the rows must be ordered and lie in the output");
+    FASTROUTE_CHECK(class_map.has_value() || depths.size() == 1, kOp, ": class_map must be given for several MLPs");
+    if (class_map.has_value()) {
+        check_cpu(kOp, "class_map", *class_map), check_rank(kOp, "class_map", *class_map, 3);
+        FASTROUTE_CHECK(class_map->scalar_type() == ScalarType::Byte || class_map->scalar_type() == ScalarType::Long,
+                        kOp, ": class_map must be uint8 or int64");
+        FASTROUTE_CHECK(class_map->size(0) == batch && class_map->size(1) == height && class_map->size(2) == width, kOp,
+                        ": class_map must be [B, H, W]");
+    }
+    const int64_t size[4] = {batch, channels, row_end - row_begin, width};
+    const Tensor out = torch::stable::empty({size, 4}, features.scalar_type(), std::nullopt, features.device());
+    if (out.numel() == 0) return out;
+    FASTROUTE_CHECK(h > 0 && w > 0, kOp, ": features must have at least one pixel");
+    prefer_huge_pages(out.mutable_data_ptr(), out.numel() * static_cast<int64_t>(out.element_size()));
+
+    dispatch_floating(kOp, features.scalar_type(), [&](auto zero) {
+        using S = decltype(zero);
+        using T = Work<S>;
+        const int64_t cols = std::min(kBlockColumns, width);
+        std::vector<std::vector<T>> memory;
+        Problem<T> p{dim,
+                     channels,
+                     width,
+                     row_begin,
+                     row_end - row_begin,
+                     round_up(widest, kPad<T>),
+                     {},
+                     {},
+                     {},
+                     {},
+                     {},
+                     static_cast<char*>(out.mutable_data_ptr()),
+                     sizeof(S),
+                     store_as<S, T>};
+        p.y = axis_of<T>(h, height, row_begin, row_end, std::max<int64_t>(kBlockPixels / cols, 1));
+        p.x = axis_of<T>(w, width, 0, width, cols);
+        const auto ratio = [](int64_t small, int64_t large) {
+            return 2.0 * static_cast<double>(small) / static_cast<double>(large);
+        };
+        p.mlps = pack<T>(weights, biases, depths, dim, ratio(h, height), ratio(w, width), memory);
+        p.features = source_of<T>("features", features);
+        if (residual.has_value()) {
+            const Tensor& r = *residual;
+            FASTROUTE_CHECK(
+                r.dim() == 4 && r.size(0) == batch && r.size(1) == channels && r.size(2) == h && r.size(3) == w, kOp,
+                ": residual must be [B, C, h, w], C as the MLPs end in");
+            p.residual = source_of<T>("residual", r);
+        }
+        run_blocks(p, batch, class_map);
+    });
+    return out;
+}
+
+}  // namespace
+}  // namespace fastroute::pixel_mlp
+
+namespace fastroute {
+
+STABLE_TORCH_LIBRARY_IMPL(fastroute, CPU, m) { m.impl("pixel_mlp", TORCH_BOX(&pixel_mlp::pixel_mlp_cpu)); }
+
+}  // namespace fastroute

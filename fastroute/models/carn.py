@@ -1,0 +1,158 @@
+"""CARN: "Fast, Accurate, and Lightweight Super-Resolution with Cascading Residual Network", Ahn et al., ECCV 2018."""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+# Mean colour of DIV2K, in units of [0, 1].
+RGB_MEAN = (0.4488, 0.4371, 0.4040)
+
+
+class EfficientResidualBlock(nn.Module):
+    """Two grouped 3 x 3 convolutions and a 1 x 1 convolution around a shortcut."""
+
+    def __init__(self, width: int, groups: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(width, width, 3, padding=1, groups=groups),
+            nn.ReLU(),
+            nn.Conv2d(width, width, 3, padding=1, groups=groups),
+            nn.ReLU(),
+            nn.Conv2d(width, width, 1),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:  # [B, C, h, w]
+        """See the class."""
+        return F.relu(self.body(x) + x)
+
+
+class CascadingBlock(nn.Module):
+    """Three passes through one residual block, each followed by a 1 x 1 convolution over all that came before."""
+
+    def __init__(self, width: int, groups: int, batch_norm: bool) -> None:
+        super().__init__()
+        self.b1 = EfficientResidualBlock(width, groups)
+        self.c1, self.c2, self.c3 = (merge(n * width, width, batch_norm) for n in (2, 3, 4))
+
+    def forward(self, x: Tensor) -> Tensor:  # [B, C, h, w]
+        """See the class."""
+        return cascade(x, (self.b1, self.b1, self.b1), (self.c1, self.c2, self.c3))
+
+
+class CARN(nn.Module):
+    """CARN-M with the module names of the published checkpoints, whose residual blocks share weights within a block.
+
+    Args:
+        width: feature channels (36, 52 and 64 in ClassSR).
+        scale: upscaling factor, 3 or a power of 2.
+        groups: groups of the 3 x 3 convolutions.
+        channels: image channels.
+        upsample: with False the network ends before the sub-pixel convolutions and returns features
+            (B, width, H, W), as PCSR uses it for an encoder; the mean is then the caller's to remove.
+        mean: colour taken off the input and put back on the output, one number per channel.
+        mean_layers: keep that mean in two 1 x 1 convolutions, `sub_mean` and `add_mean`, as checkpoints of ClassSR and
+            ARM do; those of PCSR have none.
+        batch_norm: normalise after each 1 x 1 merge; ARM's checkpoints have a bias instead.
+
+    Shape:
+        (B, channels, H, W) in [0, 1] to (B, channels, H * scale, W * scale).
+    """
+
+    def __init__(
+        self,
+        width: int = 64,
+        scale: int = 4,
+        groups: int = 4,
+        channels: int = 3,
+        upsample: bool = True,
+        mean: Sequence[float] = RGB_MEAN,
+        mean_layers: bool = False,
+        batch_norm: bool = True,
+    ) -> None:
+        super().__init__()
+        if width % groups:
+            raise ValueError(f"CARN: width must be a multiple of groups; got width={width} and groups={groups}")
+        if upsample and len(mean) != channels:
+            raise ValueError(f"CARN: mean must have one number per channel, {channels}; got {len(mean)}")
+        self.width, self.scale, self.channels = width, scale if upsample else 1, channels
+        self.sub_mean: nn.Module | None = None
+        self.add_mean: nn.Module | None = None
+        if upsample:
+            kind = MeanConvolution if mean_layers else MeanShift
+            self.sub_mean, self.add_mean = kind([-m for m in mean]), kind(mean)
+        self.entry = nn.Conv2d(channels, width, 3, padding=1)
+        self.b1, self.b2, self.b3 = (CascadingBlock(width, groups, batch_norm) for _ in range(3))
+        self.c1, self.c2, self.c3 = (merge(n * width, width, batch_norm) for n in (2, 3, 4))
+        self.upsample: nn.Module | None = None
+        self.exit: nn.Module | None = None
+        if upsample:
+            body = nn.Sequential(*subpixel_layers(width, scale, groups))
+            # Nested only to give the published names, upsample.up.body.0 and so on.
+            self.upsample = nn.Sequential(OrderedDict(up=nn.Sequential(OrderedDict(body=body))))
+            self.exit = nn.Conv2d(width, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:  # [B, C, H, W]
+        """See the class."""
+        if self.sub_mean is not None:
+            x = self.sub_mean(x)
+        x = cascade(self.entry(x), (self.b1, self.b2, self.b3), (self.c1, self.c2, self.c3))
+        if self.upsample is None or self.exit is None or self.add_mean is None:
+            return x
+        return self.add_mean(self.exit(self.upsample(x)))
+
+
+class MeanShift(nn.Module):
+    """Adds a colour; not part of the state dict."""
+
+    def __init__(self, colour: Sequence[float]) -> None:
+        super().__init__()
+        self.register_buffer("colour", torch.tensor(list(colour)).view(1, -1, 1, 1), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:  # [B, C, H, W]
+        """See the class."""
+        return x + self.get_buffer("colour").to(x.dtype)
+
+
+class MeanConvolution(nn.Conv2d):
+    """Adds a colour, as a 1 x 1 convolution that begins as the identity and that ClassSR trains."""
+
+    def __init__(self, colour: Sequence[float]) -> None:
+        super().__init__(len(colour), len(colour), 1)
+        with torch.no_grad():
+            self.weight.copy_(torch.eye(len(colour))[:, :, None, None])
+            if self.bias is not None:
+                self.bias.copy_(torch.tensor(list(colour)))
+
+
+def cascade(x: Tensor, blocks: Iterable[nn.Module], merges: Iterable[nn.Module]) -> Tensor:  # [B, C, h, w]
+    """Each merge sees the input and the outputs of all blocks so far; each block sees the merge before it."""
+    trail = x
+    for block, merge_layer in zip(blocks, merges, strict=True):
+        trail = torch.cat([trail, block(x)], dim=1)
+        x = merge_layer(trail)
+    return x
+
+
+def merge(channels: int, width: int, batch_norm: bool) -> nn.Sequential:
+    """The 1 x 1 convolution of a cascade, its normalisation and activation."""
+    layers: list[nn.Module] = [nn.Conv2d(channels, width, 1, bias=not batch_norm)]
+    if batch_norm:
+        layers.append(nn.BatchNorm2d(width))
+    return nn.Sequential(*layers, nn.ReLU())
+
+
+def subpixel_layers(width: int, scale: int, groups: int) -> list[nn.Module]:
+    """Convolution, ReLU and pixel shuffle, by 3 once or by 2 as often as needed."""
+    if scale != 3 and (scale < 2 or scale & (scale - 1)):
+        raise ValueError(f"CARN: scale must be 3 or a power of 2 from 2; got {scale}")
+    factor, steps = (3, 1) if scale == 3 else (2, int(math.log2(scale)))
+    layers: list[nn.Module] = []
+    for _ in range(steps):
+        layers += [nn.Conv2d(width, factor**2 * width, 3, padding=1, groups=groups), nn.ReLU(), nn.PixelShuffle(factor)]
+    return layers

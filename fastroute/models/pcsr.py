@@ -1,0 +1,256 @@
+"""PCSR: "Accelerating Image Super-Resolution Networks with Pixel-Level Classification", Jeong et al., ECCV 2024."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fastroute.models.carn import CARN, RGB_MEAN
+from fastroute.models.fsrcnn import FSRCNN
+from fastroute.reference.adaptive_threshold import adaptive_threshold_reference
+from fastroute.reference.assign_classes import penalised_argmax
+from fastroute.reference.pixel_mlp import pixel_mlp_reference
+from fastroute.reference.refine_boundaries import refine_boundaries_reference
+
+# Side of the LR patch on which the published code counts the FLOPs of the classes.
+COST_PATCH = 16
+# Relative coordinate and cell, y and x of each.
+POSITION = 4
+
+
+class PCSROutput(NamedTuple):
+    """What a :class:`PCSR` computes: the image, the class of every pixel and the probabilities of the classes."""
+
+    image: Tensor  # [B, C, H, W]
+    class_map: Tensor  # [B, H, W]
+    probability: Tensor  # [B, K, H, W]
+
+
+class MLP(nn.Module):
+    """Linear layers with ReLU between them.
+
+    Args:
+        widths: of the input, of each hidden layer and of the output; fewer than two make the empty MLP of a free class.
+    """
+
+    def __init__(self, widths: Sequence[int]) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for fan_in, fan_out in pairwise(widths):
+            layers += [nn.Linear(fan_in, fan_out), nn.ReLU()]
+        self.layers = nn.Sequential(*layers[:-1])
+
+    @property
+    def parameter_lists(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Weights and biases of the layers, first layer first."""
+        linear = [layer for layer in self.layers if isinstance(layer, nn.Linear)]
+        return [layer.weight for layer in linear], [layer.bias for layer in linear]
+
+    def forward(self, x: Tensor) -> Tensor:  # [..., F] -> [..., C]
+        """See the class."""
+        return self.layers(x)
+
+
+class PCSR(nn.Module):
+    """An encoder at the size of the input, a classifier of output pixels and one upsampler per class.
+
+    Args:
+        encoder: maps (B, C, h, w) to features (B, D, h, w); says C as `channels` and D as `width`.
+        upsamplers: one :class:`MLP` per class, from the cheapest to the dearest, each from D + 4 to C numbers; at most
+            an empty one for a class that is plain bilinear interpolation.
+        classifier: an :class:`MLP` from D + 4 numbers to one score per class.
+        mean: colour taken off the input before the encoder; None for none.
+
+    Shape:
+        (B, C, h, w) in [0, 1] to a :class:`PCSROutput` at any size. In training mode its image is the sum of all
+        upsamplers weighted by their probabilities. This is the plain form that defines the numbers;
+        :class:`fastroute.PixelRouter` is the fast one.
+    """
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        upsamplers: Sequence[MLP],
+        classifier: MLP,
+        mean: Sequence[float] | None = None,
+    ) -> None:
+        super().__init__()
+        if not upsamplers:
+            raise ValueError("PCSR: upsamplers must hold at least one MLP; got none")
+        self.encoder = encoder
+        self.upsamplers = nn.ModuleList(upsamplers)
+        self.classifier = classifier
+        colour = torch.zeros(1, 1, 1, 1) if mean is None else torch.tensor(list(mean)).view(1, -1, 1, 1)
+        self.register_buffer("mean", colour, persistent=False)
+        self._cost: dict[float, list[float]] = {}
+
+    @classmethod
+    def build(
+        cls,
+        encoder: nn.Module,
+        hidden: Sequence[Sequence[int] | None],
+        classifier_hidden: Sequence[int],
+        mean: Sequence[float] | None = None,
+    ) -> PCSR:
+        """PCSR with MLPs of these hidden widths for an encoder with a `width` and `channels`; None is a free class."""
+        fan_in, channels = int(encoder.width) + POSITION, int(encoder.channels)  # type: ignore[arg-type]
+        upsamplers = [MLP([] if h is None else [fan_in, *h, channels]) for h in hidden]
+        return cls(encoder, upsamplers, MLP([fan_in, *classifier_hidden, len(hidden)]), mean)
+
+    @classmethod
+    def from_published(cls, checkpoint: Mapping[str, Any]) -> PCSR:
+        """The network in a checkpoint of PCSR's second training phase, as `torch.load` gives it.
+
+        Raises:
+            ValueError: the checkpoint is of another kind.
+            RuntimeError: its weights do not fit what it says it is.
+        """
+        spec = checkpoint.get("model", {})
+        if spec.get("name") != "pcsr-phase1":
+            raise ValueError(f"PCSR: checkpoint must hold a model named 'pcsr-phase1'; got {spec.get('name')!r}")
+        args = spec["args"]
+        name, options = args["encoder_spec"]["name"], args["encoder_spec"]["args"]
+        encoder: nn.Module
+        mean: Sequence[float] | None = None
+        if name == "fsrcnn":
+            encoder = FSRCNN(options.get("d", 56), upsample=False)
+        elif name == "carn":
+            encoder, mean = CARN(options.get("nf", 64), upsample=False), RGB_MEAN
+        else:
+            raise ValueError(f"PCSR: encoder must be 'fsrcnn' or 'carn'; got {name!r}")
+        light, heavy, classifier = (
+            args[f"{part}_spec"]["args"]["imnet_spec"]["args"]["hidden_list"]
+            for part in ("light_sampler", "heavy_sampler", "classifier")
+        )
+        model = cls.build(encoder, [light, heavy], classifier, mean)
+        model.load_state_dict({rename_published(key): value for key, value in spec["sd"].items()})
+        return model.eval()
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes."""
+        return len(self.upsamplers)
+
+    def parameter_lists(self, number: int) -> tuple[list[Tensor], list[Tensor]]:
+        """Weights and biases of the upsampler of class `number`."""
+        mlp = self.upsamplers[number]
+        assert isinstance(mlp, MLP)
+        return mlp.parameter_lists
+
+    def features(self, lr: Tensor) -> Tensor:  # [B, C, h, w] -> [B, D, h, w]
+        """What the encoder makes of `lr`."""
+        return self.encoder(lr - self.get_buffer("mean").to(lr.dtype))
+
+    def probability(self, features: Tensor, size: tuple[int, int]) -> Tensor:  # [B, D, h, w] -> [B, K, H, W]
+        """Probability of every class at every output pixel."""
+        weights, biases = self.classifier.parameter_lists
+        return pixel_mlp_reference(features, weights, biases, [len(weights)], *size).softmax(dim=1)
+
+    def upsample(
+        self,
+        features: Tensor,  # [B, D, h, w]
+        lr: Tensor,  # [B, C, h, w]
+        size: tuple[int, int],
+        class_map: Tensor | None,  # [B, H, W]
+        classes: Sequence[int] | None = None,
+    ) -> Tensor:  # [B, C, H, W]
+        """The bilinear image plus each pixel's upsampler; `classes` names the upsamplers that `class_map` counts."""
+        chosen = range(self.num_classes) if classes is None else classes
+        lists = [self.parameter_lists(k) for k in chosen]
+        weights, biases = [w for ws, _ in lists for w in ws], [b for _, bs in lists for b in bs]
+        return pixel_mlp_reference(features, weights, biases, [len(ws) for ws, _ in lists], *size, class_map, lr)
+
+    def class_cost(self, scale: float) -> list[float]:
+        """Cost of every class as the paper counts it: FLOPs of the encoder and the class's MLP; they sum to 1."""
+        if scale not in self._cost:
+            channels = int(self.encoder.channels)  # type: ignore[arg-type]
+            patch = next(self.encoder.parameters()).new_zeros(1, channels, COST_PATCH, COST_PATCH)
+            pixels = round(COST_PATCH * scale) ** 2
+            shared = paper_flops(self.encoder, patch)
+            lists = [self.parameter_lists(c)[0] for c in range(self.num_classes)]
+            flops = [shared + 2 * pixels * sum(w.numel() for w in weights) for weights in lists]
+            self._cost[scale] = [f / sum(flops) for f in flops]
+        return self._cost[scale]
+
+    def forward(
+        self,
+        lr: Tensor,  # [B, C, h, w]
+        scale: float | None = None,
+        size: tuple[int, int] | None = None,
+        k: float = 0.0,
+        adaptive: bool = False,
+        refine: bool = True,
+    ) -> PCSROutput:
+        """Upscale by `scale` or to `size`.
+
+        Args:
+            lr: images in [0, 1].
+            scale: upscaling factor, an integer or a fraction; the size is rounded.
+            size: (H, W) instead of `scale`.
+            k: exponent of the cost in the class decision, argmax of probability / cost^k; 0 is the plain argmax.
+            adaptive: decide by the 2-means of each image's second probability instead; two classes only.
+            refine: smooth cheap pixels beside dearer ones.
+        """
+        if (scale is None) == (size is None):
+            raise ValueError(f"PCSR: give either scale or size; got scale={scale} and size={size}")
+        h, w = lr.shape[2:]
+        if scale is not None:
+            size = (round(h * scale), round(w * scale))
+        assert size is not None
+        features = self.features(lr)
+        probability = self.probability(features, size)
+        if self.training:
+            every = [self.upsample(features, lr, size, None, [c]) for c in range(self.num_classes)]
+            mixture = (torch.stack(every, dim=1) * probability[:, :, None]).sum(dim=1)
+            return PCSROutput(mixture, probability.argmax(dim=1), probability)
+        if adaptive:
+            if self.num_classes != 2:
+                raise ValueError(f"PCSR: adaptive needs exactly 2 classes; got {self.num_classes}; use k instead")
+            class_map = adaptive_threshold_reference(probability[:, 1])
+        else:
+            # The published code knows a size by its mean factor, to one decimal.
+            factor = scale if scale is not None else round((size[0] / h + size[1] / w) / 2, 1)
+            cost = torch.tensor(self.class_cost(factor) if k else [1.0] * self.num_classes)
+            class_map = penalised_argmax(probability, cost, k)
+        image = self.upsample(features, lr, size, class_map)
+        return PCSROutput(refine_boundaries_reference(image, class_map) if refine else image, class_map, probability)
+
+
+def rename_published(key: str) -> str:
+    """Name of a published parameter in :class:`PCSR`."""
+    for old, new in (("light_sampler.imnet", "upsamplers.0"), ("heavy_sampler.imnet", "upsamplers.1")):
+        key = key.replace(old, new)
+    return key.replace("classifier.imnet", "classifier")
+
+
+@torch.no_grad()
+def paper_flops(module: nn.Module, x: Tensor) -> int:
+    """FLOPs of one forward pass as the papers count them.
+
+    Two per multiply-add of a convolution, two per number that a batch norm reads, one per number that a PReLU reads.
+    """
+    total = 0
+
+    def count(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        nonlocal total
+        if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d):
+            kernel = layer.kernel_size[0] * layer.kernel_size[1]
+            total += 2 * output.numel() * (layer.in_channels // layer.groups) * kernel
+        elif isinstance(layer, nn.BatchNorm2d):
+            total += 2 * inputs[0].numel()
+        elif isinstance(layer, nn.PReLU):
+            total += inputs[0].numel()
+
+    hooks = [layer.register_forward_hook(count) for layer in module.modules()]
+    training = module.training
+    try:
+        module.eval()(x)
+    finally:
+        module.train(training)
+        for hook in hooks:
+            hook.remove()
+    return total

@@ -1,0 +1,218 @@
+"""Encoders run in bands of rows: the same numbers, with activations that stay near the caches.
+
+A layer that reads rows above and below keeps the last rows it has seen, so a band flows through all layers without a row
+being computed twice. A layer of kernel 2p + 1 lags p rows behind its input; where two paths meet, the shorter one waits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fastroute.models.carn import CARN, CascadingBlock, EfficientResidualBlock
+
+
+class Stage:
+    """Part of a network that takes consecutive rows of an image and gives those rows of its output that are complete.
+
+    Attributes:
+        reach: pixels on each side of a pixel that its output depends on.
+    """
+
+    reach = 0
+
+    def push(self, x: Tensor, last: bool) -> Tensor:  # [B, C, n, w] -> [B, C', m, w]
+        """Take the next rows; `last` says that none follow."""
+        raise NotImplementedError
+
+
+class Pointwise(Stage):
+    """A layer that reads one pixel at a time."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        self.layer = layer
+
+    def push(self, x: Tensor, last: bool) -> Tensor:
+        """See :class:`Stage`."""
+        return self.layer(x) if x.shape[2] else self.layer(x.new_zeros(x.shape[0], x.shape[1], 1, x.shape[3]))[:, :, :0]
+
+
+class Product(Stage):
+    """A 1 x 1 convolution as a matrix product, which is the faster of the two on channels_last rows."""
+
+    def __init__(self, layer: nn.Conv2d) -> None:
+        self.layer = layer
+
+    def push(self, x: Tensor, last: bool) -> Tensor:
+        """See :class:`Stage`."""
+        weight = self.layer.weight.flatten(1)
+        return F.linear(x.permute(0, 2, 3, 1), weight, self.layer.bias).permute(0, 3, 1, 2)
+
+
+class RowConvolution(Stage):
+    """A convolution of odd kernel that keeps the size of its input."""
+
+    def __init__(self, layer: nn.Conv2d) -> None:
+        self.layer, self.pad = layer, layer.kernel_size[0] // 2
+        self.reach = self.pad
+        self.held: Tensor | None = None
+
+    def push(self, x: Tensor, last: bool) -> Tensor:
+        """See :class:`Stage`."""
+        b, c, _, w = x.shape
+        edge = x.new_zeros(b, c, self.pad, w).contiguous(memory_format=torch.channels_last)
+        pieces = [edge if self.held is None else self.held, x, *([edge] if last else [])]
+        rows = torch.cat(pieces, dim=2)
+        # A copy: a view would keep the whole band.
+        self.held = rows[:, :, max(rows.shape[2] - 2 * self.pad, 0) :].clone()
+        layer = self.layer
+        if rows.shape[2] <= 2 * self.pad:
+            return x.new_zeros(b, layer.out_channels, 0, w)
+        return F.conv2d(rows, layer.weight, layer.bias, padding=(0, self.pad), groups=layer.groups)
+
+
+class Chain(Stage):
+    """Stages one after the other."""
+
+    def __init__(self, stages: Iterable[Stage]) -> None:
+        self.stages = list(stages)
+        self.reach = sum(stage.reach for stage in self.stages)
+
+    def push(self, x: Tensor, last: bool) -> Tensor:
+        """See :class:`Stage`."""
+        for stage in self.stages:
+            x = stage.push(x, last)
+        return x
+
+
+class Waiting:
+    """Rows of a short path that wait for those of a longer one."""
+
+    def __init__(self) -> None:
+        self.held: Tensor | None = None
+
+    def take(self, x: Tensor, count: int) -> Tensor:  # [B, C, n, w] -> [B, C, count, w]
+        """Add the next rows and take the first `count` that wait."""
+        rows = x if self.held is None or self.held.shape[2] == 0 else torch.cat([self.held, x], dim=2)
+        self.held = rows[:, :, count:].clone()
+        return rows[:, :, :count]
+
+
+class Residual(Stage):
+    """relu(body(x) + x)."""
+
+    def __init__(self, body: Stage) -> None:
+        self.body, self.shortcut = body, Waiting()
+        self.reach = body.reach
+
+    def push(self, x: Tensor, last: bool) -> Tensor:
+        """See :class:`Stage`."""
+        y = self.body.push(x, last)
+        return F.relu_(y.add_(self.shortcut.take(x, y.shape[2])))
+
+
+class Merge:
+    """The layers of a cascade's merge, on the parts of their input that are never joined where they start with a product."""
+
+    def __init__(self, module: nn.Module) -> None:
+        layers = list(module.children())
+        self.first = layers[0]
+        self.rest = Chain(make_stage(layer) for layer in layers[1:])
+
+    def push(self, parts: Sequence[Tensor], last: bool) -> Tensor:  # [B, C, n, w] each -> [B, C', n, w]
+        """All parts hold the same rows."""
+        assert isinstance(self.first, nn.Conv2d)
+        b, _, n, w = parts[0].shape
+        # One product per part, each added to those before: joining the parts would move more than the product reads.
+        weights = self.first.weight.flatten(1).split([part.shape[1] for part in parts], dim=1)
+        total: Tensor | None = None
+        for part, weight in zip(parts, weights, strict=True):
+            rows = part.permute(0, 2, 3, 1).reshape(b * n * w, part.shape[1])
+            total = F.linear(rows, weight, self.first.bias) if total is None else total.addmm_(rows, weight.t())
+        assert total is not None
+        return self.rest.push(total.view(b, n, w, self.first.out_channels).permute(0, 3, 1, 2), last)
+
+
+class Cascade(Stage):
+    """CARN's cascade: each merge sees the input and the outputs of all blocks so far."""
+
+    def __init__(self, blocks: Sequence[Stage], merges: Sequence[Merge]) -> None:
+        self.steps = list(zip(blocks, merges, strict=True))
+        self.reach = sum(block.reach for block in blocks)
+        self.waiting = [[Waiting() for _ in range(n + 1)] for n in range(len(self.steps))]
+
+    def push(self, x: Tensor, last: bool) -> Tensor:
+        """See :class:`Stage`."""
+        parts = [x]
+        for (block, merge), waiting in zip(self.steps, self.waiting, strict=True):
+            y = block.push(x, last)
+            parts = [*(wait.take(part, y.shape[2]) for wait, part in zip(waiting, parts, strict=True)), y]
+            x = merge.push(parts, last)
+        return x
+
+
+def unsupported_reasons(module: nn.Module) -> list[str]:
+    """Why `module` cannot run in bands; empty when it can."""
+    if isinstance(module, CARN) and module.upsample is not None:
+        return ["it changes the size of its input"]
+    if isinstance(module, nn.Sequential | CARN | CascadingBlock | EfficientResidualBlock):
+        return [reason for child in module.children() for reason in unsupported_reasons(child)]
+    if isinstance(module, nn.Conv2d):
+        kernel = module.kernel_size
+        plain = module.stride == (1, 1) and module.dilation == (1, 1) and module.padding_mode == "zeros"
+        same = kernel[0] == kernel[1] and kernel[0] % 2 == 1 and module.padding == (kernel[0] // 2, kernel[0] // 2)
+        return [] if plain and same else [f"{module} is not a plain convolution that keeps its size"]
+    if isinstance(module, nn.ReLU | nn.LeakyReLU | nn.PReLU | nn.BatchNorm2d | nn.Identity):
+        return []
+    return [f"{type(module).__name__} is unknown"]
+
+
+def make_stage(module: nn.Module) -> Stage:
+    """`module` in bands, ready for the first row of an image."""
+    if isinstance(module, CARN):
+        # The blocks keep their state, so each use of a shared block is a stage of its own.
+        blocks = [make_stage(block) for block in (module.b1, module.b2, module.b3)]
+        merges = [Merge(merge) for merge in (module.c1, module.c2, module.c3)]
+        return Chain([make_stage(module.entry), Cascade(blocks, merges)])
+    if isinstance(module, CascadingBlock):
+        merges = [Merge(merge) for merge in (module.c1, module.c2, module.c3)]
+        return Cascade([make_stage(module.b1) for _ in merges], merges)
+    if isinstance(module, EfficientResidualBlock):
+        return Residual(make_stage(module.body))
+    if isinstance(module, nn.Sequential):
+        return Chain(make_stage(child) for child in module)
+    if isinstance(module, nn.Conv2d):
+        return Product(module) if module.kernel_size == (1, 1) and module.groups == 1 else RowConvolution(module)
+    if isinstance(module, nn.ReLU):
+        return Pointwise(nn.ReLU(inplace=True))
+    return Pointwise(module)
+
+
+def run_in_bands(
+    module: nn.Module,
+    read: Callable[[slice, slice], Tensor],  # rows, columns -> [B, C, n, m]
+    out: Tensor,  # [B, D, h, w]
+    pixels: int,
+    min_rows: int = 16,
+    max_columns: int = 640,
+) -> None:
+    """Write into `out` what `module` makes of the image that `read` gives, about `pixels` pixels at a time.
+
+    A convolution keeps two rows of the band before, so bands of few rows are mostly copies: wide images are run in strips
+    of columns, whose edges are computed twice.
+    """
+    height, width = out.shape[2:]
+    strips = -(-width // max_columns)
+    for left, right in pairwise(width * n // strips for n in range(strips + 1)):
+        stage, row = make_stage(module), 0
+        columns = slice(max(left - stage.reach, 0), min(right + stage.reach, width))
+        kept = slice(left - columns.start, right - columns.start)
+        rows = max(min_rows, pixels // (columns.stop - columns.start))
+        for top in range(0, height, rows):
+            result = stage.push(read(slice(top, top + rows), columns), top + rows >= height)
+            out[:, :, row : row + result.shape[2], left:right] = result[:, :, :, kept]
+            row += result.shape[2]

@@ -1,0 +1,62 @@
+"""`adaptive_threshold`: two classes by the 2-means of a score, without a number to choose."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastroute.ops import _checks as check
+from fastroute.ops._library import call, register
+from fastroute.reference.adaptive_threshold import adaptive_threshold_reference
+
+SCHEMAS = ["adaptive_threshold(Tensor score, ScalarType dtype) -> Tensor"]
+
+
+def adaptive_threshold(
+    score: Tensor,  # [B, ...]
+    dtype: torch.dtype = torch.int64,
+) -> Tensor:  # [B, ...]
+    """Class 1 where an image's score is nearer to the upper of its two cluster centres, else class 0.
+
+    The centres of each image start at its mean and its smallest score and follow Lloyd's iteration, at most 19 times. A
+    flat image is of class 0. Sums are float64.
+
+    Args:
+        score: (B, ...), in any unit: only its order and proportions count; floating.
+        dtype: int64, or uint8 to keep a pixel map small.
+
+    Returns:
+        class ids of the shape of `score`.
+
+    Raises:
+        ValueError: fewer than 2 dimensions, or a score that is NaN or infinite.
+        TypeError: an unsupported dtype.
+
+    Differentiable: no, its output is an index.
+    Deterministic: yes, bit for bit, for any number of threads.
+    Synchronises: no, except for the reference, which asks whether it is done.
+    CUDA-graph safe: no, its reference decides on the host.
+    Memory layout: any strides; contiguous output.
+
+    Source: PCSR (Jeong et al., ECCV 2024), section 3.4, the adaptive decision making of its public code.
+    """
+    op = "adaptive_threshold"
+    check.tensor(op, "score", score)
+    if score.ndim < 2:
+        raise ValueError(f"{op}: score must be (B, ...) with at least 2 dimensions; got {tuple(score.shape)}")
+    check.dtype(op, "score", score.dtype, check.FLOATING)
+    check.dtype(op, "dtype", dtype, (torch.int64, torch.int32, torch.uint8))
+    return call(op, _checked_reference, score.device, score, dtype)
+
+
+def _checked_reference(score: Tensor, dtype: torch.dtype) -> Tensor:
+    if score.device.type == "cpu" and not bool(score.isfinite().all()):
+        raise ValueError("adaptive_threshold: score must be finite")
+    return adaptive_threshold_reference(score, dtype)
+
+
+def _fake(score: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.empty(score.shape, dtype=dtype, device=score.device)
+
+
+register("adaptive_threshold", _checked_reference, _fake)
