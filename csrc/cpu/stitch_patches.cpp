@@ -1,8 +1,8 @@
 // stitch_patches: out[b, c, Y, X] = Σ_i wy[i, Y] · Σ_j wx[j, X] · patch(i, j)[c, Y - y_i, X - x_j], the sums over the
-// tile rows i and tile columns j that cover the pixel. One output row of one channel is one item of work: its patch
-// rows are added into a strip that stays in the first-level cache, and every output pixel is written once.
-// Multiplications and additions are rounded one by one (no contraction), in one order, so the result has the same bits
-// on every instruction set and thread count.
+// tile rows i and tile columns j that cover the pixel. Eight output rows of one channel are one item of work: tile by
+// tile they are summed in the first-level cache, and every output pixel is written once. Multiplications and additions
+// are rounded one by one (no contraction), in one order, so the result has the same bits on every instruction set and
+// thread count.
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
