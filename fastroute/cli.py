@@ -7,6 +7,7 @@ import signal
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import click
 import torch
@@ -46,13 +47,16 @@ def main() -> None:
 @click.argument("source", metavar="IN", type=click.Path(path_type=Path))
 @click.argument("target", metavar="OUT", type=click.Path(path_type=Path))
 @click.option("--model", default=DEFAULT_MODEL, show_default=True, help="A shipped model or a checkpoint file.")
-@click.option("--budget", type=float, help="Mean cost per patch as a fraction of the dearest branch's, for example 0.7.")
-@click.option("--class-map", type=click.Path(path_type=Path), help="Also write a picture of the class of every patch.")
+@click.option("--budget", type=float, help="Mean cost as a fraction of the dearest branch's, for example 0.7.")
+@click.option("--scale", type=float, help="Upscaling factor; any for PCSR, that of its branches for other models.")
+@click.option("--size", type=(int, int), metavar="HEIGHT WIDTH", help="Output size instead of a factor (PCSR).")
+@click.option("--k", type=float, help="Cost exponent of PCSR's decision: 0 is best quality, larger is cheaper.")
+@click.option("--adaptive", is_flag=True, help="PCSR's adaptive decision (ADM) instead of --k.")
+@click.option("--refine/--no-refine", default=None, help="PCSR's refinement of class borders; on by default.")
+@click.option("--class-map", type=click.Path(path_type=Path), help="Also write a picture of the class of every patch or pixel.")
 @click.option("--device", default="cpu", show_default=True, help="Where to run, as torch names it.")
 @click.option("--quiet", is_flag=True, help="No progress bar and no summary.")
-def upscale(
-    source: Path, target: Path, model: str, budget: float | None, class_map: Path | None, device: str, quiet: bool
-) -> None:
+def upscale(source: Path, target: Path, model: str, class_map: Path | None, device: str, quiet: bool, **options: Any) -> None:
     """Super-resolve image IN and write OUT; the format follows OUT's ending."""
     if class_map is not None and class_map.resolve() == target.resolve():
         raise click.UsageError("OUT and --class-map are the same file")
@@ -61,30 +65,42 @@ def upscale(
             io.check_writable(path)
     image = io.read_image(source)
     router = fastroute.load(model, _device(device))
-    result = router.upscale(image.to(router.device), budget=budget, progress=not quiet)
+    chosen = {
+        name: value for name, value in options.items() if value not in (None, False) or (name == "refine" and value is False)
+    }
+    if isinstance(router, fastroute.PatchRouter):
+        scale = chosen.pop("scale", router.scale)
+        if scale != router.scale:
+            raise click.BadParameter(f"{model} upscales by {router.scale} alone; got {scale:g}", param_hint="--scale")
+        for name in ("size", "k", "adaptive", "refine"):
+            if name in chosen:
+                raise click.BadParameter(f"{model} routes patches; this option is PCSR's", param_hint=f"--{name}")
+    result = router.upscale(image.to(router.device), progress=not quiet, **chosen)
     start = time.perf_counter()
     io.write_image(target, result.image)
     if class_map is not None:
-        grid = TileGrid(image.shape[1], image.shape[2], router.patch, router.stride, router.scale)
+        grid = None
+        if isinstance(router, fastroute.PatchRouter):
+            grid = TileGrid(image.shape[1], image.shape[2], router.patch, router.stride, router.scale)
         io.write_image(class_map, class_overlay(result.image, result.class_map, grid, router.num_classes))
     if quiet:
         return
     stats = result.stats
+    unit = "patches" if isinstance(router, fastroute.PatchRouter) else "pixels"
     total = sum(stats.patches_per_class)
     (height, width), (out_height, out_width) = image.shape[1:], result.image.shape[1:]
     click.echo(f"{source} ({width} x {height}) -> {target} ({out_width} x {out_height}), model {model}")
-    for k, count in enumerate(stats.patches_per_class):
-        gflops = router.branch_flops[k] * count / 1e9
-        click.echo(f"  class {k + 1}: {count:5d} patches, {100 * count / total:5.1f} %  {gflops:8.2f} GFLOPs")
+    for number, count in enumerate(stats.patches_per_class, start=1):
+        click.echo(f"  class {number}: {count:9,d} {unit}, {100 * count / total:5.1f} %")
     click.echo(
-        f"  FLOPs: {100 * stats.flops.fraction:.0f} % of every patch in the dearest branch"
+        f"  FLOPs: {stats.flops.routed / 1e9:.1f} G, {100 * stats.flops.fraction:.0f} % of all {unit} in the dearest class"
         f" ({100 * stats.paper_flops.fraction:.0f} % as the papers count)"
     )
     seconds = stats.seconds
     stages = ", ".join(f"{name} {seconds[name]:.3f}" for name in seconds if name != "total")
     click.echo(f"  time: {seconds['total']:.3f} s ({stages}); writing {time.perf_counter() - start:.2f} s")
     if class_map is not None:
-        click.echo(f"  class map: {class_map} (green: cheapest branch, red: dearest)")
+        click.echo(f"  class map: {class_map} (green: cheapest class, red: dearest)")
 
 
 @main.command()

@@ -21,13 +21,13 @@ def class_colours(num_classes: int) -> Tensor:
     return ((1 - mix) * stops[low] + mix * stops[low + 1]).round().to(torch.uint8)
 
 
-def class_overlay(image: Tensor, class_map: Tensor, grid: TileGrid, num_classes: int) -> Tensor:  # [C, H, W], [rows, cols]
+def class_overlay(image: Tensor, class_map: Tensor, grid: TileGrid | None, num_classes: int) -> Tensor:
     """The class of every patch as a colour over the image, with a line between patches, as the papers draw it.
 
     Args:
         image: the stitched uint8 image (C, H, W), C = 1 or 3, of the size that ``grid.output_size`` gives.
-        class_map: (grid.rows, grid.cols), 0 the cheapest class.
-        grid: where the patches lie; a pixel that several cover shows the last one's class.
+        class_map: (grid.rows, grid.cols), 0 the cheapest class; or (H, W) without a grid.
+        grid: where the patches lie; a pixel that several cover shows the last one's class. None for a class per pixel.
         num_classes: number of classes, which fixes the colours.
 
     Returns:
@@ -36,6 +36,14 @@ def class_overlay(image: Tensor, class_map: Tensor, grid: TileGrid, num_classes:
     Raises:
         ValueError: sizes that do not match.
     """
+    palette = class_colours(num_classes).float()
+    gray = image.cpu().float().mean(dim=0, keepdim=True)
+    if grid is None:
+        if class_map.shape != image.shape[1:]:
+            raise ValueError(
+                f"class_overlay: class_map must be {tuple(image.shape[1:])} as the image is; got {tuple(class_map.shape)}"
+            )
+        return blend(gray, palette[class_map.cpu().long()].permute(2, 0, 1)).round().to(torch.uint8)
     if tuple(class_map.shape) != (grid.rows, grid.cols) or tuple(image.shape[1:]) != grid.output_size:
         raise ValueError(
             f"class_overlay: class_map must be ({grid.rows}, {grid.cols}) and image (C, {grid.output_size[0]}, "
@@ -43,13 +51,17 @@ def class_overlay(image: Tensor, class_map: Tensor, grid: TileGrid, num_classes:
         )
     rows, row_edges = _owners(grid.row_origins, grid.output_size[0], grid.scale)
     cols, col_edges = _owners(grid.col_origins, grid.output_size[1], grid.scale)
-    colours = class_colours(num_classes).float()[class_map.cpu().long()]  # [rows, cols, 3]
+    colours = palette[class_map.cpu().long()]  # [rows, cols, 3]
     tint = colours[rows][:, cols].permute(2, 0, 1)
-    gray = image.cpu().float().mean(dim=0, keepdim=True)
-    picture = (1 - OPACITY) * gray + OPACITY * tint
+    picture = blend(gray, tint)
     picture[:, row_edges] *= 0.6
     picture[:, :, col_edges] *= 0.6
     return picture.round().to(torch.uint8)
+
+
+def blend(gray: Tensor, tint: Tensor) -> Tensor:  # [1, H, W], [3, H, W] -> [3, H, W]
+    """The picture in gray under its class colours."""
+    return (1 - OPACITY) * gray + OPACITY * tint
 
 
 def _owners(origins: list[int], length: int, scale: int) -> tuple[Tensor, Tensor]:

@@ -10,10 +10,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fastroute.models.carn import CARN
 from fastroute.models.checkpoints import CheckpointError, load_weights, read_checkpoint, state_dict_of
 from fastroute.models.classsr import ClassSR
 from fastroute.models.fsrcnn import FSRCNN
+from fastroute.models.pcsr import PCSR
 from fastroute.routing.patch_router import PatchRouter
+from fastroute.routing.pixel_router import PixelRouter
 
 DEFAULT_MODEL = "classsr-fsrcnn-x4"
 WEIGHTS = Path(__file__).parent.parent / "weights"
@@ -24,16 +27,17 @@ def list_models() -> list[str]:
     return sorted(path.stem for path in WEIGHTS.glob("*.safetensors"))
 
 
-def load(name_or_path: str | Path = DEFAULT_MODEL, device: str | torch.device = "cpu") -> PatchRouter:
+def load(name_or_path: str | Path = DEFAULT_MODEL, device: str | torch.device = "cpu") -> PatchRouter | PixelRouter:
     """An upscaler from a shipped model or a checkpoint file.
 
     Args:
         name_or_path: a name that :func:`list_models` gives, or a file: ClassSR over FSRCNN in its published layout (.pth,
-            .pt or .safetensors), or a plain FSRCNN, alone or as PCSR's code stores it.
+            .pt or .safetensors), PCSR over FSRCNN or CARN as published, or a plain FSRCNN or CARN, alone or as PCSR's code
+            stores it.
         device: where to run.
 
     Returns:
-        :class:`fastroute.PatchRouter`; call its `upscale`.
+        :class:`fastroute.PatchRouter`, or for PCSR :class:`fastroute.PixelRouter`; call its `upscale`.
 
     Raises:
         fastroute.CheckpointError: no such model or file, a damaged file, or another architecture (the message names the keys
@@ -49,11 +53,17 @@ def load(name_or_path: str | Path = DEFAULT_MODEL, device: str | torch.device = 
     content, metadata = read_checkpoint(path)
     settings = _settings(metadata, path)
     model = content.get("model")
+    if isinstance(model, Mapping) and model.get("name") == "pcsr-phase1":
+        try:
+            return PixelRouter(PCSR.from_published(content).to(device))
+        except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+            raise CheckpointError(f"cannot use {path} as PCSR: {error}") from error
     if isinstance(model, Mapping) and isinstance(model.get("sd"), Mapping):
         # PCSR's format names the network beside its weights.
         arguments = model.get("args")
-        if isinstance(arguments, Mapping) and "upscale" in arguments:
-            settings["scale"] = _positive(arguments["upscale"], "upscale", path)
+        for name in ("upscale", "scale"):
+            if isinstance(arguments, Mapping) and name in arguments:
+                settings["scale"] = _positive(arguments[name], name, path)
         content = model["sd"]
     state = state_dict_of(content, path)
     try:
@@ -92,7 +102,12 @@ def _router(state: dict[str, Tensor], path: Path, scale: int = 4, patch: int = 3
         network = FSRCNN(alone[0], scale)
         load_weights(network, state, path)
         return PatchRouter([network], None, patch, stride, scale)
-    known = "ClassSR over FSRCNN (classifier.*, net1.head_conv.*, …) and FSRCNN (head_conv.*, body_conv.*, tail_conv.*)"
+    carn = _widths(state, r"entry\.weight()")
+    if carn:
+        plain = CARN(carn[0], scale)
+        load_weights(plain, state, path)
+        return PatchRouter([plain], None, patch, stride, scale)
+    known = "ClassSR over FSRCNN (classifier.*, net1.head_conv.*, …), PCSR as published, FSRCNN (head_conv.*, …) and CARN (entry.*, …)"
     some = ", ".join(list(state)[:4])
     raise CheckpointError(f"{path} is of no known architecture; known are {known}; its keys begin with {some}")
 
