@@ -1,11 +1,11 @@
-"""Draws assets/demo.png: bicubic, routed result and class map of one detail of assets/sample.png, side by side.
+"""Draws assets/demo.png: bicubic and routed result of a detail of assets/sample.png, and the class map of all of it.
 
 Run it from anywhere, with the package installed: ``python assets/make_picture.py``.
 """
 
 from __future__ import annotations
 
-import io as memory_file
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -17,10 +17,10 @@ from fastroute import io
 from fastroute.visualize import class_overlay
 
 HERE = Path(__file__).resolve().parent
-# The detail in LR pixels, left, top, width, height: fine hairs before the blurred meadow, easy and hard patches side by side.
-DETAIL = (70, 240, 130, 120)
-# Screen pixels: gap between two pictures, height of the labels, size of their letters.
-GAP, LABEL, LETTERS = 8, 30, 18
+# The detail in LR pixels, left, top, width, height: seeds and fine hairs, near the middle of the photograph.
+DETAIL = (218, 175, 92, 92)
+# Screen pixels: gap between two pictures, height of the labels, size of their letters, width of the frame.
+GAP, LABEL, LETTERS, FRAME = 8, 30, 18, 3
 MAX_BYTES = 700_000
 
 
@@ -43,32 +43,38 @@ def main() -> None:
     router = fastroute.load()
     result = router.upscale(low)
     height, width = low.shape[1:]
-    grid = fastroute.TileGrid(height, width, router.patch, router.stride, router.scale)
-    classes = class_overlay(result.image, result.class_map, grid, router.num_classes)
-    enlarged = to_pillow(low).resize((width * router.scale, height * router.scale), Image.Resampling.BICUBIC)
+    scale = router.scale
+    grid = fastroute.TileGrid(height, width, router.patch, router.stride, scale)
+    classes = to_pillow(class_overlay(result.image, result.class_map, grid, router.num_classes))
+    enlarged = to_pillow(low).resize((width * scale, height * scale), Image.Resampling.BICUBIC)
 
-    left, top, across, down = (side * router.scale for side in DETAIL)
+    left, top, across, down = (side * scale for side in DETAIL)
     box = (left, top, left + across, top + down)
-    share = round(100 * result.stats.flops.fraction)
+    # The class map is shown whole, as high as the details beside it, with a frame around the detail.
+    shrink = down / classes.height
+    classes = classes.resize((round(classes.width * shrink), down), Image.Resampling.LANCZOS)
+    ImageDraw.Draw(classes).rectangle([round(side * shrink) for side in box], outline="white", width=FRAME)
     pictures = [
         ("bicubic", enlarged.crop(box)),
-        (f"fastroute, {share} % of the FLOPs", to_pillow(result.image).crop(box)),
-        ("classes: green cheap, red dear", to_pillow(classes).crop(box)),
+        (f"fastroute, {100 * result.stats.flops.fraction:.0f} % of the FLOPs", to_pillow(result.image).crop(box)),
+        ("classes of the patches, green cheap to red dear", classes),
     ]
-    sheet = Image.new("RGB", (len(pictures) * (across + GAP) - GAP, down + LABEL), "white")
+    sheet = Image.new("RGB", (sum(p.width + GAP for _, p in pictures) - GAP, down + LABEL), "white")
     draw = ImageDraw.Draw(sheet)
-    for number, (label, picture) in enumerate(pictures):
-        x = number * (across + GAP)
+    x = 0
+    for label, picture in pictures:
         sheet.paste(picture, (x, LABEL))
-        draw.text((x + across // 2, LABEL // 2), label, fill="black", font=font(), anchor="mm")
+        draw.text((x + picture.width // 2, LABEL // 2), label, fill="black", font=font(), anchor="mm")
+        x += picture.width + GAP
 
-    # 256 colours keep the file small enough to be shown on a page; dithering hides the difference.
-    buffer = memory_file.BytesIO()
-    sheet.quantize(256, dither=Image.Dither.FLOYDSTEINBERG).save(buffer, "PNG", optimize=True)
+    buffer = BytesIO()
+    sheet.save(buffer, "PNG", optimize=True)
     if buffer.tell() > MAX_BYTES:
-        raise SystemExit(f"the picture would be {buffer.tell()} bytes, more than {MAX_BYTES}: make DETAIL smaller")
+        # 256 colours and dithering keep the file fit for a page.
+        buffer = BytesIO()
+        sheet.quantize(256, dither=Image.Dither.FLOYDSTEINBERG).save(buffer, "PNG", optimize=True)
     io.write_atomically(HERE / "demo.png", lambda file: file.write(buffer.getvalue()))
-    print(f"wrote {HERE / 'demo.png'}: {sheet.width} x {sheet.height}, {buffer.tell() // 1024} KiB; {result.stats}")
+    print(f"wrote assets/demo.png: {sheet.width} x {sheet.height}, {buffer.tell() // 1024} KiB; {result.stats}")
 
 
 if __name__ == "__main__":

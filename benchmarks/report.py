@@ -11,7 +11,6 @@ from benchmarks.measure import RESULTS
 from fastroute import io
 
 README = Path(__file__).parent.parent / "README.md"
-# The machine whose results the README shows, when several are committed: the newest folder by name order would be arbitrary.
 SECTIONS = ("movement", "patch_routing", "quality")
 
 
@@ -98,6 +97,8 @@ def render(text: str, folder: Path) -> str:
 def main() -> None:
     """Rewrite README.md; with --check, only fail when it is out of date."""
     folders = sorted(path for path in RESULTS.iterdir() if (path / "patch_routing.json").exists())
+    if not folders:
+        raise SystemExit(f"no results in {RESULTS}: run the benchmarks with --save first")
     text = README.read_text()
     made = render(text, folders[0])
     if "--check" in sys.argv:

@@ -47,7 +47,9 @@ def main() -> None:
 @click.argument("source", metavar="IN", type=click.Path(path_type=Path))
 @click.argument("target", metavar="OUT", type=click.Path(path_type=Path))
 @click.option("--model", default=DEFAULT_MODEL, show_default=True, help="A shipped model or a checkpoint file.")
-@click.option("--budget", type=float, help="Mean cost as a fraction of the dearest branch's, for example 0.7.")
+@click.option(
+    "--budget", type=float, help="Mean branch FLOPs as a fraction of the dearest's, say 0.7; the classifier comes on top."
+)
 @click.option("--scale", type=float, help="Upscaling factor; any for PCSR, that of its branches for other models.")
 @click.option("--size", type=(int, int), metavar="HEIGHT WIDTH", help="Output size instead of a factor (PCSR).")
 @click.option("--k", type=float, help="Cost exponent of PCSR's decision: 0 is best quality, larger is cheaper.")
@@ -65,9 +67,8 @@ def upscale(source: Path, target: Path, model: str, class_map: Path | None, devi
             io.check_writable(path)
     image = io.read_image(source)
     router = fastroute.load(model, _device(device))
-    chosen = {
-        name: value for name, value in options.items() if value not in (None, False) or (name == "refine" and value is False)
-    }
+    unset = {"adaptive": False}
+    chosen = {name: value for name, value in options.items() if value is not None and value is not unset.get(name)}
     if isinstance(router, fastroute.PatchRouter):
         scale = chosen.pop("scale", router.scale)
         if scale != router.scale:
@@ -127,6 +128,7 @@ def models() -> None:
 @click.option("--branch-steps", help="Steps of each branch, cheapest first, for example 6000,8000,12000.")
 @click.option("--classifier-steps", type=int, help="Steps of the classifier alone.")
 @click.option("--joint-steps", type=int, help="Steps of classifier and branches together.")
+@click.option("--routing-steps", type=int, help="Last steps of the classifier alone, by what each choice costs.")
 @click.option("--batch", type=int, help="Patches per step.")
 @click.option("--seed", type=int, help="Fixes initial weights and batches.")
 def train(recipe: str, images: Path, out: Path, exclude: tuple[str, ...], init: Path | None, **changes: object) -> None:

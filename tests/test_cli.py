@@ -74,7 +74,7 @@ def test_upscale(model, source, out):
     assert (io.read_image(class_map).int() - overlay.int()).abs().max() <= 1
     assert sorted(path.name for path in out.iterdir()) == ["big.png", "classes.png"]
     for k, count in enumerate(expected.stats.patches_per_class):
-        assert f"class {k + 1}: {count:5d} patches" in result.output
+        assert f"class {k + 1}: {count:9,d} patches" in result.output
     assert "(61 x 45)" in result.output and "(122 x 90)" in result.output and "FLOPs" in result.output
 
 

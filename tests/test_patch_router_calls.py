@@ -18,7 +18,7 @@ from fastroute.profiling import count_flops
 
 pytestmark = pytest.mark.usefixtures("quick_tuning")
 PATCH, STRIDE, SCALE = 8, 8, 2
-STAGES = ["classify", "assign", "extract", "branches", "stitch", "total"]
+STAGES = ["tune", "classify", "assign", "extract", "branches", "stitch", "total"]
 
 
 @pytest.fixture(scope="module")

@@ -18,9 +18,12 @@ from fastroute.models.checkpoints import read_checkpoint, save_checkpoint
 from fastroute.models.classsr import ClassSR
 from fastroute.training.classsr import Recipe, Trainer
 from fastroute.training.data import Pool
+from fastroute.training.losses import routing_loss
 
-RECIPE = Recipe(widths=(3, 4), scale=2, patch=8, branch_steps=(3, 5), classifier_steps=4, joint_steps=3, batch=4)
-OPTIONS = ["--branch-steps", "1,2,1", "--classifier-steps", "2", "--joint-steps", "1", "--batch", "2"]
+RECIPE = Recipe(
+    widths=(3, 4), scale=2, patch=8, branch_steps=(3, 5), classifier_steps=4, joint_steps=3, routing_steps=2, batch=4
+)
+OPTIONS = ["--branch-steps", "1,2,1", "--classifier-steps", "2", "--joint-steps", "1", "--routing-steps", "1", "--batch", "2"]
 
 
 @pytest.fixture(autouse=True)
@@ -87,8 +90,8 @@ def test_a_resumed_run_ends_bit_for_bit_like_an_uninterrupted_one(pool, tmp_path
 def test_a_resumed_run_repeats_only_what_was_not_saved(pool, tmp_path):
     with pytest.raises(Stop):
         stopping(Trainer(pool, RECIPE, tmp_path / "state.pt", save_every=2), 7).run()
-    # 5 steps of the first stage, then 2 of the second: all saved. 8 are left.
-    rest = stopping(Trainer(pool, RECIPE, tmp_path / "state.pt", save_every=2), 8)
+    # 5 steps of the first stage, then 2 of the second: all saved. 10 are left.
+    rest = stopping(Trainer(pool, RECIPE, tmp_path / "state.pt", save_every=2), 10)
     rest.run()
     with pytest.raises(Stop):
         stopping(Trainer(pool, RECIPE, tmp_path / "fresh.pt", save_every=2), 14).run()
@@ -130,7 +133,9 @@ def test_rates_are_annealed(pool, tmp_path, monkeypatch):
     rates = []
     original = torch.optim.Adam.step
     monkeypatch.setattr(torch.optim.Adam, "step", lambda self: rates.append(self.param_groups[0]["lr"]) or original(self))
-    Trainer(pool, dataclasses.replace(RECIPE, branch_steps=(1, 300), joint_steps=1, batch=1), tmp_path / "state.pt").run()
+    Trainer(
+        pool, dataclasses.replace(RECIPE, branch_steps=(1, 300), joint_steps=1, routing_steps=1, batch=1), tmp_path / "state.pt"
+    ).run()
     # 200 steps of warming up, times a cosine that has fallen to a quarter by then.
     assert rates[0] == pytest.approx(1e-3 / 200) and rates[199] == pytest.approx(1e-3 * 0.2545, rel=0.02)
     assert max(rates[:300]) < 1e-3 and rates[299] < 1e-5
@@ -257,3 +262,16 @@ def test_command_refuses_a_damaged_state(images, tmp_path, content):
     else:
         torch.save(content, path)
     fails(train("--images", images, "--out", tmp_path, *OPTIONS), str(path))
+
+
+def test_routing_loss_by_hand():
+    probability = torch.tensor([[0.25, 0.75], [1.0, 0.0]])
+    errors = torch.tensor([[5.0, 1.0], [2.0, 2.0]])
+    cost = torch.tensor([0.5, 1.0])
+    # Totals at price 2: (6, 3) and (3, 4); regrets in units of 2: (1.5, 0) and (0, 0.5).
+    assert routing_loss(probability, errors, cost, 2.0).item() == pytest.approx((0.25 * 1.5 + 0) / 2)
+    # One extreme patch counts 30 at most.
+    extreme = torch.tensor([[1e6, 0.0], [0.0, 0.0]])
+    assert routing_loss(torch.tensor([[1.0, 0.0], [1.0, 0.0]]), extreme, cost, 2.0).item() == pytest.approx(15)
+    with pytest.raises(ValueError, match="routing_loss: errors must be"):
+        routing_loss(probability, errors[:1], cost, 2.0)

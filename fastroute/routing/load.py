@@ -107,7 +107,7 @@ def _router(state: dict[str, Tensor], path: Path, scale: int = 4, patch: int = 3
         plain = CARN(carn[0], scale)
         load_weights(plain, state, path)
         return PatchRouter([plain], None, patch, stride, scale)
-    known = "ClassSR over FSRCNN (classifier.*, net1.head_conv.*, …), PCSR as published, FSRCNN (head_conv.*, …) and CARN (entry.*, …)"
+    known = "ClassSR over FSRCNN (classifier.*, net1.head_conv.*, …), PCSR, FSRCNN (head_conv.*, …) and CARN (entry.*, …)"
     some = ", ".join(list(state)[:4])
     raise CheckpointError(f"{path} is of no known architecture; known are {known}; its keys begin with {some}")
 

@@ -239,7 +239,8 @@ class PatchRouter:
     ) -> None:
         if order.numel() == 0:
             return
-        tuning = self.tuning(c, images.device)
+        with watch.stage("tune"):
+            tuning = self.tuning(c, images.device)
         # Batches of one size: the last is not left with a few patches, which run at a fraction of the speed.
         batches = -(-order.numel() // tuning.batch)
         for chunk in order.tensor_split(batches):
@@ -261,7 +262,15 @@ class PatchRouter:
         return self._tunings[key]
 
     def _stats(self, counts: list[int], classifier_flops: int, watch: Stopwatch) -> RoutingStats:
-        seconds = {"classify": 0.0, "assign": 0.0, "extract": 0.0, "branches": 0.0, "stitch": 0.0, **watch.finish()}
+        seconds = {
+            "tune": 0.0,
+            "classify": 0.0,
+            "assign": 0.0,
+            "extract": 0.0,
+            "branches": 0.0,
+            "stitch": 0.0,
+            **watch.finish(),
+        }
         paper: RoutedFlops = mix_flops(self.paper_flops, counts)
         return RoutingStats(counts, mix_flops(self.branch_flops, counts, classifier_flops), paper, seconds)
 

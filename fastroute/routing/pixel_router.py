@@ -59,7 +59,7 @@ class PixelRouter:
         optimized: run the encoder in its fastest exact form, see :func:`fastroute.models.optimize`, and in bands of rows.
 
     Example:
-        >>> router = PixelRouter(PCSR.from_published(torch.load("pcsr-carn-x4.pth", weights_only=True)))
+        >>> router = PixelRouter(PCSR.from_published(torch.load("pcsr-carn-x4.pth", map_location="cpu", weights_only=True)))
         >>> result = router.upscale(image, scale=4)
         >>> result.image.shape, result.stats.pixels_per_class
     """

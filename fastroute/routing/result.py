@@ -21,7 +21,8 @@ class RoutingStats:
         patches_per_class: number of patches that went through each branch, cheapest first.
         flops: true convention: multiply-adds done, classifier included, times two.
         paper_flops: the papers' convention; they leave the classifier out.
-        seconds: wall time of each stage: classify, assign, extract, branches, stitch, and total.
+        seconds: wall time of each stage: tune (a first call measures how each branch runs fastest), classify, assign,
+            extract, branches, stitch; and total.
     """
 
     patches_per_class: list[int]
@@ -33,7 +34,7 @@ class RoutingStats:
     def overhead(self) -> float:
         """Share of the time spent on anything but networks (classifier and branches)."""
         networks = self.seconds["classify"] + self.seconds["branches"]
-        return 1 - networks / self.seconds["total"]
+        return 1 - networks / (self.seconds["total"] - self.seconds["tune"])
 
     def __str__(self) -> str:
         total = max(sum(self.patches_per_class), 1)

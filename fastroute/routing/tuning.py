@@ -71,8 +71,11 @@ def tune(branch: nn.Module, example: Tensor) -> Tuning:  # [1, C, p, p]
         assert best is not None
         for batch in BATCHES:
             tuning = _measure(branch, example, batch, best.channels_last)
-            # A larger batch must earn its memory.
-            best = tuning if tuning.milliseconds < 0.98 * best.milliseconds else best
+            # A larger batch must earn its memory; where one does not, a still larger one is not tried.
+            better = tuning.milliseconds < 0.98 * best.milliseconds
+            if not better and batch > best.batch:
+                break
+            best = tuning if better else best
     logger.info("tuned %s: batch %d, channels_last %s", type(branch).__name__, best.batch, best.channels_last)
     _remember(key, best)
     return best

@@ -1,4 +1,4 @@
-"""The ClassSR recipe: branches on their difficulty class, then the classifier, then both together."""
+"""The ClassSR recipe: branches on their difficulty class, then the classifier, then both together, then what routing costs."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from tqdm import tqdm
 from fastroute import io
 from fastroute.models.checkpoints import CheckpointError, load_weights, read_checkpoint
 from fastroute.models.classsr import ClassSR
+from fastroute.profiling import count_flops
 from fastroute.training.data import Pool
-from fastroute.training.losses import average_loss, class_loss
+from fastroute.training.losses import average_loss, class_loss, routing_loss
 
 STATE_KEYS = {"recipe", "stage", "step", "model", "optimizer"}
 
@@ -34,7 +35,9 @@ class Recipe:
         batch: patches per step.
         focus: share of a branch's pre-training batch that comes from its own difficulty class. The published recipe
             uses 1; the rest, drawn from all classes, keeps every branch usable when a budget sends it other patches.
-        learning_rate, classifier_rate, joint_rate: Adam's peak rates of the three stages, each annealed by a cosine.
+        routing_steps: steps of the classifier alone at the end, by what each choice costs: see :func:`routing_loss`.
+        routing_price: squared error (per pixel, of images in [0, 1]) that the dearest branch must save to be worth its cost.
+        learning_rate, classifier_rate, joint_rate, routing_rate: Adam's peak rates of the stages, each annealed by a cosine.
         image_weight, class_weight, average_weight: loss weights of the last two stages (1000, 0.5 and 3 as published).
         seed: fixes initial weights and batches.
     """
@@ -45,11 +48,14 @@ class Recipe:
     branch_steps: tuple[int, ...] = (6000, 8000, 12000)
     classifier_steps: int = 1200
     joint_steps: int = 800
+    routing_steps: int = 1500
+    routing_price: float = 3e-5
     batch: int = 32
     focus: float = 0.5
     learning_rate: float = 1e-3
     classifier_rate: float = 5e-4
     joint_rate: float = 1e-4
+    routing_rate: float = 1e-3
     image_weight: float = 1000.0
     class_weight: float = 0.5
     average_weight: float = 3.0
@@ -58,7 +64,7 @@ class Recipe:
     def __post_init__(self) -> None:
         if len(self.branch_steps) != len(self.widths) or min(self.branch_steps, default=0) < 1:
             raise ValueError(f"train: branch_steps must be one positive number per width; got {self.branch_steps}")
-        for name in ("classifier_steps", "joint_steps", "batch", "scale", "patch"):
+        for name in ("classifier_steps", "joint_steps", "routing_steps", "batch", "scale", "patch"):
             if getattr(self, name) < 1:
                 raise ValueError(f"train: {name} must be at least 1; got {getattr(self, name)}")
         if not 0 <= self.focus <= 1:
@@ -78,6 +84,7 @@ class Stage:
     rate: float
     branch: int | None = None
     joint: bool = False
+    routing: bool = False
 
 
 class Trainer:
@@ -110,6 +117,8 @@ class Trainer:
         if init is not None:
             load_weights(self.model, init, init_name)
         self.model.train()
+        flops = [count_flops(branch, (1, 3, recipe.patch, recipe.patch)) for branch in self.model.branches]
+        self.cost = torch.tensor(flops, dtype=torch.float32) / max(flops)
         self.stages = self._plan()
         self.stage, self.step = 0, 0
 
@@ -118,6 +127,7 @@ class Trainer:
         stages = [Stage(f"branch {k + 1}", r.branch_steps[k], r.learning_rate, k) for k in reversed(range(len(r.widths)))]
         stages.append(Stage("classifier", r.classifier_steps, r.classifier_rate))
         stages.append(Stage("joint", r.joint_steps, r.joint_rate, joint=True))
+        stages.append(Stage("routing", r.routing_steps, r.routing_rate, routing=True))
         return stages
 
     def run(self) -> ClassSR:
@@ -170,20 +180,33 @@ class Trainer:
         lr, hr = self._draw(stage, rng)
         if stage.branch is not None:
             output = self.model.branches[stage.branch](lr)
-            return F.l1_loss(output, hr), F.mse_loss(output.detach(), hr).item(), ""
+            # Squared, as PSNR counts: the error of strong edges decides, which the absolute one undervalues.
+            loss = F.mse_loss(output, hr)
+            return 100 * loss, loss.item(), ""
         if stage.joint:
             output, probability = self.model.mixture(lr)
         else:
             with torch.no_grad():
                 outputs = torch.stack([branch(lr) for branch in self.model.branches], dim=1)
             probability = self.model.classifier(lr)
+            if stage.routing:
+                errors = (outputs.clamp(0, 1) - hr[:, None]).square().mean(dim=(2, 3, 4))
+                chosen = errors.gather(1, probability.argmax(dim=1, keepdim=True)).mean().item()
+                return (
+                    routing_loss(probability, errors, self.cost, self.recipe.routing_price),
+                    chosen,
+                    self._shares(probability),
+                )
             output = (probability[:, :, None, None, None] * outputs).sum(dim=1)
         r = self.recipe
         loss = r.image_weight * F.l1_loss(output, hr)
         loss = loss + r.class_weight * class_loss(probability) + r.average_weight * average_loss(probability)
+        return loss, F.mse_loss(output.detach(), hr).item(), self._shares(probability)
+
+    def _shares(self, probability: Tensor) -> str:
         used = torch.bincount(probability.argmax(dim=1), minlength=self.model.num_classes)
-        shares = "/".join(f"{100 * int(n) // len(lr)}" for n in used)
-        return loss, F.mse_loss(output.detach(), hr).item(), f", classes {shares} %"
+        shares = "/".join(f"{100 * int(n) // len(probability)}" for n in used)
+        return f", classes {shares} %"
 
     def _draw(self, stage: Stage, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
         total, size = len(self.pool.positions), self.recipe.batch

@@ -39,6 +39,33 @@ def average_loss(probability: Tensor) -> Tensor:  # [N, K]
     return (probability.sum(dim=0) - n / k).abs().sum() / (4 * n / k)
 
 
+def routing_loss(probability: Tensor, errors: Tensor, cost: Tensor, price: float) -> Tensor:  # [N, K], [N, K], [K]
+    """Expected regret of the choice: what it costs above the best one, error and compute counted together.
+
+    The best class of a patch has the least errors + price * cost; the regret of another is its excess in units of `price`, at
+    most 30, so that a few extreme patches do not decide everything. The class and average losses balance the classes whatever
+    they are worth; this one spends compute where it buys most. It is ours, in the spirit of CDNSR's FLOPs-regularised loss.
+
+    Args:
+        probability: (N, K), rows summing to 1.
+        errors: (N, K), mean squared error of every branch on every patch.
+        cost: (K,), cost of every class as a fraction of the dearest.
+        price: squared error that a cost of 1 must save.
+
+    Returns:
+        A scalar tensor, 0 where every patch is surely sent to its best class.
+    """
+    _check(probability, "routing_loss")
+    if errors.shape != probability.shape or cost.shape != probability.shape[1:]:
+        raise ValueError(
+            f"routing_loss: errors must be {tuple(probability.shape)} and cost {tuple(probability.shape[1:])}; got "
+            f"{tuple(errors.shape)} and {tuple(cost.shape)}"
+        )
+    total = errors + price * cost
+    regret = ((total - total.amin(dim=1, keepdim=True)) / price).clamp(max=30)
+    return (probability * regret).sum(dim=1).mean()
+
+
 def _check(probability: Tensor, name: str) -> None:
     if probability.ndim != 2 or 0 in probability.shape:
         raise ValueError(f"{name}: probability must be (N, K) with N and K at least 1; got {tuple(probability.shape)}")
