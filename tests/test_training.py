@@ -268,10 +268,14 @@ def test_routing_loss_by_hand():
     probability = torch.tensor([[0.25, 0.75], [1.0, 0.0]])
     errors = torch.tensor([[5.0, 1.0], [2.0, 2.0]])
     cost = torch.tensor([0.5, 1.0])
-    # Totals at price 2: (6, 3) and (3, 4); regrets in units of 2: (1.5, 0) and (0, 0.5).
-    assert routing_loss(probability, errors, cost, 2.0).item() == pytest.approx((0.25 * 1.5 + 0) / 2)
-    # One extreme patch counts 30 at most.
-    extreme = torch.tensor([[1e6, 0.0], [0.0, 0.0]])
-    assert routing_loss(torch.tensor([[1.0, 0.0], [1.0, 0.0]]), extreme, cost, 2.0).item() == pytest.approx(15)
+    # Totals at price 2: (6, 3) and (3, 4); regrets in units of 2: (1.5, 0) and (0, 0.5); stakes 2 and 1.
+    sure = torch.softmax(torch.tensor([[-3.0, 0.0], [0.0, -1.0]]), dim=1)
+    entropy = -(sure * probability.clamp(min=1e-12).log()).sum(dim=1)
+    expected = (2 * entropy[0] + entropy[1]) / 3
+    assert routing_loss(probability, errors, cost, 2.0).item() == pytest.approx(expected.item())
+    # It is least at the targets, and one extreme patch counts no more than a regret of 10.
+    assert routing_loss(sure, errors, cost, 2.0) < routing_loss(probability, errors, cost, 2.0)
+    huge, large = (torch.tensor([[e, 0.0], [0.0, 0.0]]) for e in (1e6, 1e3))
+    assert torch.equal(routing_loss(probability, huge, cost, 2.0), routing_loss(probability, large, cost, 2.0))
     with pytest.raises(ValueError, match="routing_loss: errors must be"):
         routing_loss(probability, errors[:1], cost, 2.0)

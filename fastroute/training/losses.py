@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
@@ -40,10 +41,11 @@ def average_loss(probability: Tensor) -> Tensor:  # [N, K]
 
 
 def routing_loss(probability: Tensor, errors: Tensor, cost: Tensor, price: float) -> Tensor:  # [N, K], [N, K], [K]
-    """Expected regret of the choice: what it costs above the best one, error and compute counted together.
+    """Cross-entropy to the class of least regret, error and compute counted together, weighted by what is at stake.
 
     The best class of a patch has the least errors + price * cost; the regret of another is its excess in units of `price`, at
-    most 30, so that a few extreme patches do not decide everything. The class and average losses balance the classes whatever
+    most 10, so that a few extreme patches do not decide everything. The target is the softmax of -2 times the regrets, and a
+    patch weighs as much as its worst regret, plus a half. The class and average losses balance the classes whatever
     they are worth; this one spends compute where it buys most. It is ours, in the spirit of CDNSR's FLOPs-regularised loss.
 
     Args:
@@ -53,7 +55,7 @@ def routing_loss(probability: Tensor, errors: Tensor, cost: Tensor, price: float
         price: squared error that a cost of 1 must save.
 
     Returns:
-        A scalar tensor, 0 where every patch is surely sent to its best class.
+        A scalar tensor, least where the probabilities are the targets.
     """
     _check(probability, "routing_loss")
     if errors.shape != probability.shape or cost.shape != probability.shape[1:]:
@@ -62,8 +64,10 @@ def routing_loss(probability: Tensor, errors: Tensor, cost: Tensor, price: float
             f"{tuple(errors.shape)} and {tuple(cost.shape)}"
         )
     total = errors + price * cost
-    regret = ((total - total.amin(dim=1, keepdim=True)) / price).clamp(max=30)
-    return (probability * regret).sum(dim=1).mean()
+    regret = ((total - total.amin(dim=1, keepdim=True)) / price).clamp(max=10)
+    target, stake = torch.softmax(-2 * regret, dim=1), regret.amax(dim=1) + 0.5
+    entropy = -(target * probability.clamp(min=1e-12).log()).sum(dim=1)
+    return (stake * entropy).sum() / stake.sum()
 
 
 def _check(probability: Tensor, name: str) -> None:
