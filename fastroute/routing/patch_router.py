@@ -98,6 +98,8 @@ class PatchRouter:
         # The stitching undoes a pixel shuffle on the way when all branches end with the same one.
         self.shuffle = split[0][1] if len({factor for _, factor in split}) == 1 else 1
         self.branches = [body for body, _ in split] if self.shuffle > 1 else prepared
+        # The last call's workspace: mapping it anew would take longer than filling it.
+        self._spare: list[Tensor] = []
         self._tunings: dict[tuple[int, torch.device, int], Tuning] = {}
 
     @property
@@ -232,6 +234,8 @@ class PatchRouter:
                     bar.update(last - first)
                 with watch.stage("stitch"):
                     workspace.stitch(band, groups.inverse, begin, output, self.window)
+        if workspace.buffer is not None:
+            self._spare[:] = [workspace.buffer]
         return output, [totals[c + 1] - totals[c] for c in range(k)]
 
     def _run_branch(
@@ -337,7 +341,17 @@ class Workspace:
 
     def _allocate(self, like: Tensor) -> Tensor:
         n, c, height, width = (self.capacity, *like.shape[1:])
-        if like.is_contiguous(memory_format=torch.channels_last):
+        channels_last = like.is_contiguous(memory_format=torch.channels_last)
+        try:
+            # Taken off the list, so that a call from another thread makes its own.
+            spare = self.router._spare.pop()
+        except IndexError:
+            spare = None
+        if spare is not None and spare.shape[0] >= n and spare.shape[1:] == like.shape[1:]:
+            alike = (spare.dtype, spare.device) == (like.dtype, like.device)
+            if alike and spare.is_contiguous(memory_format=torch.channels_last) == channels_last:
+                return spare
+        if channels_last:
             return memory.empty((n, height, width, c), like.dtype, like.device).permute(0, 3, 1, 2)
         return memory.empty((n, c, height, width), like.dtype, like.device)
 
