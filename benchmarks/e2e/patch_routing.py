@@ -36,21 +36,27 @@ def shipped_model() -> ClassSR:
 
 
 def low_resolution(path: Path, smoke: bool) -> Tensor:  # [1, 3, H, W]
-    """The LR image of a photograph, float32 in [0, 1]; a corner of it for a smoke run."""
+    """The LR image of a photograph, uint8 as files hold it; a corner of it for a smoke run."""
     lr, _ = make_pair(io.read_image(path), 4)
-    lr = lr[None].float() / 255
+    lr = lr[None]
     return lr[:, :, :96, :160].contiguous() if smoke else lr
 
 
 def run_image(name: str, image: Tensor, rounds: int) -> dict:
-    """All variants on one image, after their agreement is checked."""
+    """All variants on one image, after their agreement is checked.
+
+    fastroute goes from uint8 to uint8, conversions included; the others get float32 and leave float32, conversions not counted.
+    """
     model = shipped_model()
     batched = copy.deepcopy(model).to(memory_format=torch.channels_last)
     router = fastroute.load()
     grid = TileGrid(image.shape[2], image.shape[3], scale=4)
     result = router.upscale(image)
-    assert (loop_over_patches(model, image, grid) - result.image).abs().max() < 1e-4
-    assert (batch_per_class(batched, image, grid) - result.image).abs().max() < 1e-4
+    pixels = image.float() / 255
+    for other in (loop_over_patches(model, pixels, grid), batch_per_class(batched, pixels, grid)):
+        # Equal but for values that lie on the edge of two levels.
+        levels = (other.clamp(0, 1) * 255).round() - result.image.float()
+        assert levels.abs().max() <= 1 and (levels != 0).float().mean() < 1e-3
     largest = model.branches[-1]
     overheads, stages = [], []
 
@@ -63,9 +69,9 @@ def run_image(name: str, image: Tensor, rounds: int) -> dict:
         {
             "routed": routed,
             "dense, same machinery": lambda: router.upscale(image, budget=1.0),
-            "largest branch, one pass": lambda: largest(image),
-            "published way": lambda: loop_over_patches(model, image, grid),
-            "plain PyTorch, batched per class": lambda: batch_per_class(batched, image, grid),
+            "largest branch, one pass": lambda: largest(pixels),
+            "published way": lambda: loop_over_patches(model, pixels, grid),
+            "plain PyTorch, batched per class": lambda: batch_per_class(batched, pixels, grid),
         },
         rounds,
     )
@@ -100,12 +106,16 @@ def test_patch_routing(data_folder: Path, smoke: bool, saving: bool) -> None:
     paths = io.list_images(data_folder / "images" / "test4k")
     rows = []
     for path in paths[:1] if smoke else paths:
-        rows.append(run_image(path.stem, low_resolution(path, smoke), 2 if smoke else 9))
+        rows.append(run_image(path.stem, low_resolution(path, smoke), 2 if smoke else 5))
     if saving and not smoke:
-        save("patch_routing", rows, "ClassSR-FSRCNN x4, float32; medians of alternating runs after one warm-up")
+        save(
+            "patch_routing",
+            rows,
+            "ClassSR-FSRCNN x4; fastroute from uint8 to uint8, the others float32; medians of alternating runs",
+        )
 
 
 def test_sample(smoke: bool) -> None:
     """The same on the sample photograph that comes with the project, so that the benchmark runs anywhere."""
-    sample = io.read_image(Path(__file__).parents[2] / "assets" / "sample.png")[None].float() / 255
+    sample = io.read_image(Path(__file__).parents[2] / "assets" / "sample.png")[None]
     run_image("sample", sample[:, :, :96, :160].contiguous() if smoke else sample, 2 if smoke else 5)

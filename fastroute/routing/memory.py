@@ -9,8 +9,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-# Below this the allocator reuses memory that is mapped already.
-HUGE_PAGES_FROM = 16 << 20
+# Below this, glibc's largest mmap threshold, the allocator reuses memory that is mapped already.
+HUGE_PAGES_FROM = 32 << 20
 
 
 def empty(size: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
