@@ -63,7 +63,7 @@ def report(op: str, times: dict, floor: str, ours: str, peer: str) -> dict:
 def test_movement(kind: str, smoke: bool, saving: bool) -> None:
     """Correct first, then timed. Every call allocates its result, as in use; the copy does not, which favours the copy."""
     height, width = SIZES["smoke" if smoke else "full"]
-    rounds = 3 if smoke else 15
+    rounds = 3 if smoke else 9
     torch.manual_seed(0)
     if kind == "extract_patches":
         grid = TileGrid(height, width, PATCH, STRIDE)
