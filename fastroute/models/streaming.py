@@ -6,6 +6,7 @@ being computed twice. A layer of kernel 2p + 1 lags p rows behind its input; whe
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 
@@ -16,7 +17,7 @@ from torch.nn import functional as F
 from fastroute.models.carn import CARN, CascadingBlock, EfficientResidualBlock
 
 
-class Stage:
+class Stage(ABC):
     """Part of a network that takes consecutive rows of an image and gives those rows of its output that are complete.
 
     Attributes:
@@ -25,9 +26,9 @@ class Stage:
 
     reach = 0
 
+    @abstractmethod
     def push(self, x: Tensor, last: bool) -> Tensor:  # [B, C, n, w] -> [B, C', m, w]
         """Take the next rows; `last` says that none follow."""
-        raise NotImplementedError
 
 
 class Pointwise(Stage):

@@ -59,3 +59,19 @@ def index(op: str, name: str, x: Tensor | None, length: int | None) -> None:
     dtype(op, name, x.dtype, (torch.int64,))
     if length is not None and x.shape[0] != length:
         raise ValueError(f"{op}: {name} must have {length} entries; got {x.shape[0]}")
+
+
+def images(op: str, image: Tensor, channels: int, device: torch.device, sides: str = "H, W") -> Tensor:  # [B, C, H, W]
+    """`image` as a batch: (B, C, H, W) or (C, H, W) of `channels` channels, not empty, on `device`."""
+    tensor(op, "image", image)
+    if image.ndim not in (3, 4):
+        raise ValueError(f"{op}: image must be (B, C, {sides}) or (C, {sides}); got {tuple(image.shape)}")
+    dtype(op, "image", image.dtype, FLOATING + INTEGER_IMAGE)
+    batch = image if image.ndim == 4 else image[None]
+    if batch.shape[1] != channels:
+        raise ValueError(f"{op}: image must have {channels} channels; got {tuple(image.shape)}")
+    if 0 in batch.shape[2:]:
+        raise ValueError(f"{op}: image must have at least one pixel; got {tuple(image.shape)}")
+    if batch.device != device:
+        raise ValueError(f"{op}: image must be on {device}, where the networks are; got {batch.device}")
+    return batch

@@ -104,7 +104,7 @@ def _by_cell(
         for top in range(0, height, step):
             count = min(step, height - top)
             band = image[b, :, top * cell : (top + count) * cell, : width * cell]
-            band = _to_float(band, weight.dtype).reshape(channels, count, cell, width, cell)
+            band = to_float(band, weight.dtype).reshape(channels, count, cell, width, cell)
             x = band.permute(1, 3, 0, 2, 4).reshape(count * width, channels * cell * cell)
             x = F.leaky_relu_(torch.addmm(_bias(first), x, weight.t()), 0.1)
             for w, bias in inner:
@@ -130,7 +130,8 @@ def _averages(starts: list[int], span: int, length: int, like: Tensor) -> Tensor
     return ((at >= first) & (at < first + span)).to(like.dtype) / span
 
 
-def _to_float(x: Tensor, dtype: torch.dtype) -> Tensor:
+def to_float(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Pixels in `dtype`; integers become [0, 1]."""
     if x.dtype.is_floating_point:
         return x.to(dtype)
     return x.to(dtype) / (255 if x.dtype == torch.uint8 else 65535)

@@ -177,17 +177,7 @@ class PatchRouter:
 
     def _check(self, image: Tensor, budget: float | None, penalty: float, class_map: Tensor | None) -> tuple[Tensor, TileGrid]:
         op = "upscale"
-        check.tensor(op, "image", image)
-        if image.ndim not in (3, 4):
-            raise ValueError(f"{op}: image must be (B, C, H, W) or (C, H, W); got {tuple(image.shape)}")
-        check.dtype(op, "image", image.dtype, check.FLOATING + check.INTEGER_IMAGE)
-        images = image if image.ndim == 4 else image[None]
-        if images.shape[1] != self.channels:
-            raise ValueError(f"{op}: image must have {self.channels} channels; got {tuple(image.shape)}")
-        if 0 in images.shape[2:]:
-            raise ValueError(f"{op}: image must have at least one pixel; got {tuple(image.shape)}")
-        if images.device != self.device:
-            raise ValueError(f"{op}: image must be on {self.device}, where the networks are; got {images.device}")
+        images = check.images(op, image, self.channels, self.device)
         grid = TileGrid(images.shape[2], images.shape[3], self.patch, self.stride, self.scale)
         if class_map is not None:
             if budget is not None or penalty != 0:

@@ -21,6 +21,7 @@ from fastroute.ops.pixel_mlp import pixel_mlp
 from fastroute.ops.refine_boundaries import refine_boundaries
 from fastroute.profiling import RoutedFlops, count_flops, mix_flops
 from fastroute.routing import memory
+from fastroute.routing.classify import to_float
 from fastroute.routing.result import RoutingStats, Stopwatch, Upscaled
 
 # Pixels of a band, of the output and of the encoder's input: bounds of the memory, large enough to give threads work.
@@ -147,7 +148,7 @@ class PixelRouter:
         return features
 
     def _normalise(self, lr: Tensor) -> Tensor:
-        image = _to_float(lr, self.dtype) - self.model.get_buffer("mean").to(self.dtype)
+        image = to_float(lr, self.dtype) - self.model.get_buffer("mean").to(self.dtype)
         return image.contiguous(memory_format=torch.channels_last)
 
     def _classify(
@@ -225,7 +226,7 @@ class PixelRouter:
         done: Callable[[int], object],
     ) -> None:
         height, width = class_map.shape[1:]
-        residual = _to_float(lr, self.dtype)
+        residual = to_float(lr, self.dtype)
         for begin, end in _bands(height, width):
             # The refinement looks one row further.
             top, bottom = (max(begin - 1, 0), min(end + 1, height)) if refine else (begin, end)
@@ -251,17 +252,7 @@ class PixelRouter:
         budget: float | None,
     ) -> tuple[Tensor, tuple[int, int], float]:
         op = "upscale"
-        check.tensor(op, "image", image)
-        if image.ndim not in (3, 4):
-            raise ValueError(f"{op}: image must be (B, C, h, w) or (C, h, w); got {tuple(image.shape)}")
-        check.dtype(op, "image", image.dtype, check.FLOATING + check.INTEGER_IMAGE)
-        images = image if image.ndim == 4 else image[None]
-        if images.shape[1] != self.channels:
-            raise ValueError(f"{op}: image must have {self.channels} channels; got {tuple(image.shape)}")
-        if 0 in images.shape[2:]:
-            raise ValueError(f"{op}: image must have at least one pixel; got {tuple(image.shape)}")
-        if images.device != self.device:
-            raise ValueError(f"{op}: image must be on {self.device}, where the networks are; got {images.device}")
+        images = check.images(op, image, self.channels, self.device, "h, w")
         if scale is not None and size is not None:
             raise ValueError(f"{op}: give either scale or size; got scale={scale} and size={size}")
         h, w = images.shape[2:]
@@ -330,9 +321,3 @@ def _bands(height: int, width: int) -> Iterator[tuple[int, int]]:
     count = -(-height * width // OUTPUT_BAND)
     edges = [height * i // count for i in range(count + 1)]
     yield from ((a, b) for a, b in pairwise(edges) if b > a)
-
-
-def _to_float(image: Tensor, dtype: torch.dtype) -> Tensor:
-    if image.dtype.is_floating_point:
-        return image.to(dtype)
-    return image.to(dtype) / (255 if image.dtype == torch.uint8 else 65535)
