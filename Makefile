@@ -3,6 +3,7 @@
 #
 #   make demo       upscale assets/sample.png and write demo/
 #   make test       run the tests
+#   make test-gpu-sanitize  the tests of the CUDA kernels under compute-sanitizer, on a machine with a GPU
 #   make lint       ruff, mypy and clang-format; changes nothing        make format   apply ruff and clang-format
 #   make build      the environment in .venv with the package installed, its extension compiled
 #   make benchmark  the benchmarks
@@ -17,11 +18,12 @@ VENV ?= .venv
 RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip --disable-pip-version-check
 CPP := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+CPP_TESTS := $(shell find tests -name '*.cpp' -o -name '*.h')
 # What the extension and the installed metadata are made of; an edit of other Python files needs no new install.
 SOURCES := pyproject.toml setup.py fastroute/__init__.py $(wildcard fastroute/ops/*.py) $(CPP)
 
 .DELETE_ON_ERROR:
-.PHONY: demo test lint lint-ruff lint-format lint-types lint-cpp format build benchmark wheel clean
+.PHONY: demo test test-gpu-sanitize lint lint-ruff lint-format lint-types lint-cpp format build benchmark wheel clean
 
 demo: $(VENV)/installed
 	mkdir -p demo
@@ -29,6 +31,15 @@ demo: $(VENV)/installed
 
 test: $(VENV)/installed
 	$(RUN) -m pytest -q tests
+
+# Compilation and repetition launch the same kernels again. racecheck looks at shared memory, initcheck at global memory
+# that was never written: torch must not keep freed memory for later.
+SANITIZE := compute-sanitizer --error-exitcode 1 --target-processes all
+test-gpu-sanitize: $(VENV)/installed
+	for tool in memcheck racecheck initcheck; do \
+		PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(SANITIZE) --tool $$tool \
+			$(RUN) -m pytest -q tests/ops -k "cuda-cuda and not compiles and not deterministic" || exit 1; \
+	done
 
 benchmark: $(VENV)/installed
 	$(RUN) -m pytest benchmarks
@@ -48,12 +59,12 @@ lint-types: $(VENV)/dev
 	$(RUN) -m mypy fastroute
 
 lint-cpp: $(VENV)/dev
-	$(VENV)/bin/clang-format --dry-run -Werror $(CPP)
+	$(VENV)/bin/clang-format --dry-run -Werror $(CPP) $(CPP_TESTS)
 
 format: $(VENV)/dev
 	$(RUN) -m ruff check --fix-only .
 	$(RUN) -m ruff format .
-	$(VENV)/bin/clang-format -i $(CPP)
+	$(VENV)/bin/clang-format -i $(CPP) $(CPP_TESTS)
 
 # build/lib* may hold files that are gone from the sources.
 wheel: $(VENV)/torch

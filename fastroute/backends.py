@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import os
+import re
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -12,6 +14,9 @@ import torch
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 VARIABLE = "FASTROUTE_BACKEND"
+# The oldest Triton, and the least compute capability, for which the kernels are compiled and tested.
+TRITON_VERSION = (3, 6)
+CAPABILITY = (8, 0)
 
 _requested: str | None = None
 
@@ -71,9 +76,68 @@ def unsupported_reasons(op: str, backend: str, device: torch.device) -> list[str
         if device.type != "cpu":
             return [f"the tensors are on {device}"]
         return EXTENSION.reasons
-    if device.type != "cuda":
+    if device.type != "cuda" and not (backend == "triton" and device.type == "cpu"):
         return [f"the tensors are on {device}"]
-    return [f"this version has no {backend} kernel of {op}"]
+    return _triton_reasons(op, device.type, device.index) if backend == "triton" else _cuda_reasons(op, device.index)
+
+
+def _triton_reasons(op: str, device_type: str, index: int | None) -> list[str]:
+    version = _installed_version("triton")
+    if version is None:
+        return ["triton is not installed (pip install 'fastroute[gpu]')"]
+    if _release(version) < TRITON_VERSION:
+        return [f"triton {version} is older than {'.'.join(map(str, TRITON_VERSION))}"]
+    if device_type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        return ["the tensors are on cpu (TRITON_INTERPRET=1 runs them in Triton's interpreter, for tests)"]
+    if device_type == "cuda":
+        found = torch.cuda.get_device_capability(index)
+        if found < CAPABILITY:
+            return [f"the device is of compute capability {_dotted(found)}, {_dotted(CAPABILITY)} is needed"]
+    if not (Path(__file__).parent / "triton" / f"{op}.py").exists():
+        return [f"this version has no triton kernel of {op}"]
+    library = importlib.import_module("fastroute.triton._library")
+    reasons: list[str] = library.reasons(op, torch.device(device_type if index is None else f"{device_type}:{index}"))
+    return reasons
+
+
+def _cuda_reasons(op: str, index: int | None) -> list[str]:
+    if EXTENSION.reasons:
+        return EXTENSION.reasons
+    if not EXTENSION.info["cuda"]:
+        return ["the C++ extension was built without CUDA kernels (install nvcc and run `pip install .` again)"]
+    if not torch._C._dispatch_has_kernel_for_dispatch_key(f"fastroute::{op}", "CUDA"):
+        return [f"this version has no cuda kernel of {op}"]
+    built = [(int(arch[:-1]), int(arch[-1])) for arch in EXTENSION.info["cuda_archs"]]
+    found = torch.cuda.get_device_capability(index)
+    # Machine code of one architecture runs on that and on later ones of the same generation; the last is there as PTX too,
+    # which the driver translates for all later ones.
+    if found >= built[-1] or any(found[0] == major and found[1] >= minor for major, minor in built):
+        return []
+    names = ", ".join(map(_dotted, built))
+    return [f"the device is of compute capability {_dotted(found)}, the extension was built for {names}"]
+
+
+# Values of a process: a trace of torch.compile takes them as they are and does not look inside. The attribute is what
+# torch.compiler.assume_constant_result sets; calling that would import the compiler with this package.
+for _function in (_triton_reasons, _cuda_reasons):
+    setattr(_function, "_dynamo_marked_constant", True)  # noqa: B010
+
+
+def _installed_version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _dotted(capability: tuple[int, int]) -> str:
+    return f"{capability[0]}.{capability[1]}"
+
+
+def _release(version: str) -> tuple[int, ...]:
+    """The leading numbers of a version: (3, 6) of "3.6.0+git1234"."""
+    found = re.match(r"(\d+)\.(\d+)", version)
+    return (int(found[1]), int(found[2])) if found else (0, 0)
 
 
 def select(op: str, device: torch.device) -> str:
@@ -89,7 +153,8 @@ def select(op: str, device: torch.device) -> str:
         if reasons:
             raise BackendError(f"{op}: backend '{request}' was asked for but cannot run: {'; '.join(reasons)}")
         return request
-    for backend in ("cuda", "triton", "cpu"):
+    # Triton's interpreter runs on a CPU only when it was asked for.
+    for backend in ("cpu",) if device.type == "cpu" else ("cuda", "triton"):
         if not unsupported_reasons(op, backend, device):
             return backend
     return "reference"

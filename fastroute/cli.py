@@ -19,6 +19,18 @@ from fastroute.models.checkpoints import read_checkpoint, save_checkpoint, state
 from fastroute.routing.load import DEFAULT_MODEL
 from fastroute.visualize import class_overlay
 
+# Those of fastroute.training.recipes, which is imported only to train.
+RECIPE_NAMES = tuple(
+    f"{system}-{backbone}"
+    for system, backbones in (
+        ("classsr", ("fsrcnn", "carn", "srresnet", "rcan")),
+        ("cdnsr", ("fsrcnn", "carn", "srresnet", "rcan")),
+        ("arm", ("fsrcnn", "carn", "srresnet")),
+        ("pcsr", ("fsrcnn", "carn")),
+    )
+    for backbone in backbones
+)
+
 
 class Group(click.Group):
     """Errors that a user can mend end the command with their message alone."""
@@ -73,9 +85,7 @@ def upscale(source: Path, target: Path, model: str, class_map: Path | None, devi
         scale = chosen.pop("scale", router.scale)
         if scale != router.scale:
             raise click.BadParameter(f"{model} upscales by {router.scale} alone; got {scale:g}", param_hint="--scale")
-        for name in ("size", "k", "adaptive", "refine"):
-            if name in chosen:
-                raise click.BadParameter(f"{model} routes patches; this option is PCSR's", param_hint=f"--{name}")
+        _refuse_pixel_options(model, chosen)
     result = router.upscale(image.to(router.device), progress=not quiet, **chosen)
     start = time.perf_counter()
     io.write_image(target, result.image)
@@ -118,42 +128,96 @@ def models() -> None:
 
 
 @main.command()
-@click.argument("recipe", type=click.Choice(["classsr-fsrcnn"]))
+@click.argument("model")
 @click.option("--images", required=True, type=click.Path(path_type=Path), help="Folder of HR images, searched recursively.")
-@click.option("--out", default=Path("runs/classsr-fsrcnn"), show_default=True, type=click.Path(path_type=Path),
-              help="Folder for the state of training, from which the same command resumes, and the result.")  # fmt: skip
+@click.option("--exclude", multiple=True, help="File names to leave out, as a glob pattern; may be repeated.")
+@click.option("--budget", type=float, help="Mean branch FLOPs as a fraction of the dearest's.")
+@click.option("--scale", type=int, help="Upscaling factor; any whole one for PCSR, that of its branches for other models.")
+@click.option("--k", type=float, help="Cost exponent of PCSR's decision.")
+@click.option("--adaptive", is_flag=True, default=None, help="PCSR's adaptive decision (ADM) instead of --k.")
+@click.option("--refine/--no-refine", default=None, help="PCSR's refinement of class borders; on by default.")
+@click.option("--device", default="cpu", show_default=True, help="Where to run, as torch names it.")
+@click.option("--json", "target", type=click.Path(path_type=Path), help="Also write every number to this file.")
+@click.option("--quiet", is_flag=True, help="No progress bar.")
+def evaluate(
+    model: str, images: Path, exclude: tuple[str, ...], scale: int | None, device: str, target: Path | None, quiet: bool,
+    **options: Any,
+) -> None:  # fmt: skip
+    """Reduce the images of a folder, super-resolve them with MODEL and compare: quality, FLOPs, seconds, classes."""
+    from fastroute import evaluate as evaluation
+
+    if target is not None and not target.resolve().parent.is_dir():
+        raise click.BadParameter(f"the folder {target.parent} does not exist", param_hint="--json")
+    chosen = {name: value for name, value in options.items() if value is not None}
+    router = fastroute.load(model, _device(device))
+    if isinstance(router, fastroute.PatchRouter):
+        _refuse_pixel_options(model, chosen)
+    rows = evaluation.evaluate(router, images, scale, exclude, progress=not quiet, **chosen)
+    click.echo(evaluation.table(rows))
+    if target is not None:
+        evaluation.write_json(
+            target, rows, model=model, options={**chosen, "scale": scale}, device=device, threads=torch.get_num_threads(),
+            fastroute=fastroute.__version__,
+        )  # fmt: skip
+        click.echo(f"wrote {target}")
+
+
+@main.command()
+@click.argument("recipe", type=click.Choice(RECIPE_NAMES))
+@click.option("--images", required=True, type=click.Path(path_type=Path), help="Folder of HR images, searched recursively.")
+@click.option("--out", type=click.Path(path_type=Path), help="Folder for the state of training, from which the same command "
+              "resumes, and the result.  [default: runs/RECIPE]")  # fmt: skip
 @click.option("--exclude", multiple=True, help="File names to leave out, as a glob pattern; may be repeated.")
 @click.option("--init", type=click.Path(path_type=Path), help="Start from the weights of this checkpoint.")
-@click.option("--scale", type=int, help="Upscaling factor.")
+@click.option("--set", "assignments", multiple=True, metavar="NAME=VALUE",
+              help="Any setting of the recipe; may be repeated. A wrong name lists them.")  # fmt: skip
+@click.option("--scale", help="Upscaling factor.")
 @click.option("--branch-steps", help="Steps of each branch, cheapest first, for example 6000,8000,12000.")
-@click.option("--classifier-steps", type=int, help="Steps of the classifier alone.")
-@click.option("--joint-steps", type=int, help="Steps of classifier and branches together.")
-@click.option("--routing-steps", type=int, help="Last steps of the classifier alone, by what each choice costs.")
-@click.option("--batch", type=int, help="Patches per step.")
-@click.option("--seed", type=int, help="Fixes initial weights and batches.")
-def train(recipe: str, images: Path, out: Path, exclude: tuple[str, ...], init: Path | None, **changes: object) -> None:
+@click.option("--classifier-steps", help="Steps of the classifier alone.")
+@click.option("--joint-steps", help="Steps of classifier and branches together.")
+@click.option("--routing-steps", help="Last steps of the classifier alone, by what each choice costs.")
+@click.option("--batch", help="Patches per step.")
+@click.option("--seed", help="Fixes initial weights and batches.")
+@click.option("--device", default="cpu", show_default=True, help="Where to train, as torch names it.")
+def train(
+    recipe: str,
+    images: Path,
+    out: Path | None,
+    exclude: tuple[str, ...],
+    init: Path | None,
+    assignments: tuple[str, ...],
+    device: str,
+    **options: str | None,
+) -> None:
     """Train RECIPE on your own images; run again to resume."""
-    from fastroute.training.classsr import Recipe, Trainer
     from fastroute.training.data import Pool
+    from fastroute.training.recipes import RECIPES, configure
 
-    settings = {name: value for name, value in changes.items() if value is not None}
-    if "branch_steps" in settings:
-        try:
-            settings["branch_steps"] = tuple(int(part) for part in str(settings["branch_steps"]).split(","))
-        except ValueError:
-            raise click.BadParameter("must be whole numbers with commas between them", param_hint="--branch-steps") from None
-    plan = dataclasses.replace(Recipe(), **settings)  # type: ignore[arg-type]
+    settings = {name: value for name, value in options.items() if value is not None}
+    for assignment in assignments:
+        name, equals, value = assignment.partition("=")
+        if not equals:
+            raise click.BadParameter(f"must be NAME=VALUE; got {assignment!r}", param_hint="--set")
+        settings[name.strip().replace("-", "_")] = value.strip()
+    plan, where = configure(recipe, settings), _device(device)
     start = None if init is None else state_dict_of(read_checkpoint(init)[0], init)
+    folder = Path("runs") / recipe if out is None else out
     try:
-        out.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise click.ClickException(f"cannot make the folder {out}: {error.strerror}") from error
+        raise click.ClickException(f"cannot make the folder {folder}: {error.strerror}") from error
     pool = Pool.build(images, plan.scale, plan.patch, exclude=exclude)
     click.echo(f"{len(pool.positions)} patches in {len(pool.lr)} images and their reductions")
-    model = Trainer(pool, plan, out / "state.pt", start, str(init)).run()
-    target = out / f"{recipe}-x{plan.scale}.safetensors"
-    save_checkpoint(target, model, {**dataclasses.asdict(plan), "stride": 28, "system": recipe})
+    model = RECIPES[recipe][1](pool, plan, folder / "state.pt", start, str(init), device=where).run()
+    target = folder / f"{recipe}-x{plan.scale}.safetensors"
+    save_checkpoint(target, model, {**dataclasses.asdict(plan), "scale": plan.scale, "stride": 28, "system": recipe})
     click.echo(f"wrote {target}; use it with: fastroute upscale IN OUT --model {target}")
+
+
+def _refuse_pixel_options(model: str, chosen: dict[str, Any]) -> None:
+    for name in ("size", "k", "adaptive", "refine"):
+        if name in chosen:
+            raise click.BadParameter(f"{model} routes patches; this option is PCSR's", param_hint=f"--{name}")
 
 
 def _device(name: str) -> torch.device:

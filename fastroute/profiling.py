@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 CONVENTIONS = ("true", "paper")
 
@@ -32,7 +31,9 @@ def count_flops(model: nn.Module, input_size: Sequence[int], convention: str = "
     """
     if convention not in CONVENTIONS:
         raise ValueError(f"count_flops: convention must be one of {CONVENTIONS}; got {convention!r}")
+    # Here, since it imports Triton where that is installed.
     from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.utils.flop_counter import FlopCounterMode
 
     extra = 0
 

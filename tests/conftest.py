@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+from interpreter import prepare
 
 import fastroute
 from fastroute.backends import BACKENDS, unsupported_reasons
@@ -29,6 +33,8 @@ settings.load_profile("fastroute")
 # The registered operator, whichever kernel the dispatcher finds: without an extension the only way to
 # test schema, fake kernel and gradient.
 DISPATCHER = "dispatcher"
+# Words in the names of tests of errors that depend on values.
+VALUE_TESTS = ("out_of_range", "nan_score")
 
 
 @dataclass(frozen=True)
@@ -51,6 +57,8 @@ class Backend:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "slow: takes seconds")
+    if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None:
+        prepare()
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -77,16 +85,31 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     reasons = [f"{op}: {reason}" for op in ops for reason in unsupported_reasons(op, name, device)]
     if reasons:
         pytest.skip("; ".join(dict.fromkeys(reasons)))
+    if device.type != "cpu" and any(word in request.node.name for word in VALUE_TESTS):
+        pytest.skip("what a kernel finds wrong with a value on a GPU can only be raised by waiting for it")
+    if name == "triton" and device.type == "cpu":
+        # A run of the interpreter for every column of a Jacobian would take minutes; random projections of it do not.
+        for check in ("gradcheck", "gradgradcheck"):
+            monkeypatch.setattr(torch.autograd, check, partial(getattr(torch.autograd, check), fast_mode=True))
     with fastroute.use_backend(name):
         yield Backend(name, device)
 
 
 @pytest.fixture
-def operator(backend: Backend) -> Backend:
+def operator(backend: Backend, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Backend:
     """A backend that is a registered operator: opcheck, compilation and registered gradients."""
     if backend.is_reference:
         pytest.skip("the reference is plain PyTorch, not an operator")
+    if backend.name == "triton":
+        # Tests name operators of the main namespace; those of Triton have one of their own.
+        monkeypatch.setattr(request.module, "opcheck", opcheck_of_triton, raising=False)
     return backend
+
+
+def opcheck_of_triton(op: torch._ops.OpOverload, *args: Any, **kwargs: Any) -> Any:
+    """Opcheck of the Triton operator of the name of `op`."""
+    name, overload = op._schema.name.split("::")[1], op._schema.overload_name or "default"
+    return torch.library.opcheck(getattr(getattr(torch.ops.fastroute_triton, name), overload), *args, **kwargs)
 
 
 @pytest.fixture

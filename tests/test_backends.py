@@ -15,6 +15,7 @@ import torch
 import fastroute
 from fastroute import backends
 from fastroute.backends import BACKENDS, VARIABLE, Extension, select, unsupported_reasons
+from fastroute.info import operators
 
 CPU = torch.device("cpu")
 OP = "extract_patches"
@@ -189,6 +190,70 @@ def test_stale_extension_is_not_loaded(monkeypatch):
     assert extension.info == {}
     assert len(extension.reasons) == 1
     assert "built from other sources" in extension.reasons[0]
+
+
+GPU = torch.device("cuda", 0)
+
+
+@pytest.fixture
+def capability(monkeypatch):
+    """A GPU, as far as the predicate asks."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+
+
+@pytest.mark.usefixtures("capability")
+@pytest.mark.parametrize(("version", "word"), [(None, "not installed"), ("3.5.1", "3.5.1 is older than 3.6"), ("2.0", "older")])
+def test_reasons_against_triton(monkeypatch, version, word):
+    monkeypatch.setattr(backends, "_installed_version", lambda package: version)
+    (reason,) = unsupported_reasons(OP, "triton", GPU)
+    assert word in reason
+    with fastroute.use_backend("triton"), pytest.raises(backends.BackendError, match=word):
+        select(OP, GPU)
+
+
+def test_triton_needs_a_recent_gpu(monkeypatch):
+    monkeypatch.setattr(backends, "_installed_version", lambda package: "3.6.0")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5))
+    assert unsupported_reasons(OP, "triton", GPU) == ["the device is of compute capability 7.5, 8.0 is needed"]
+
+
+def test_triton_on_a_cpu_needs_the_interpreter(monkeypatch):
+    monkeypatch.setattr(backends, "_installed_version", lambda package: "3.6.0")
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with fastroute.use_backend("triton"), pytest.raises(RuntimeError, match=r"the tensors are on cpu .*TRITON_INTERPRET=1"):
+        extract()
+
+
+@pytest.mark.usefixtures("capability")
+def test_a_gpu_without_cuda_kernels_runs_triton(monkeypatch):
+    pytest.importorskip("triton.language", reason="triton is not installed")
+    monkeypatch.setattr(backends.EXTENSION, "info", {"cuda": False})
+    monkeypatch.setattr(backends.EXTENSION, "reasons", [])
+    assert "without CUDA kernels" in unsupported_reasons(OP, "cuda", GPU)[0]
+    for op in operators():
+        assert unsupported_reasons(op, "triton", GPU) == []
+        assert select(op, GPU) == "triton"
+        with fastroute.use_backend("reference"):
+            assert select(op, GPU) == "reference"
+    assert "no triton kernel of unheard_of" in unsupported_reasons("unheard_of", "triton", GPU)[0]
+
+
+@pytest.mark.usefixtures("capability")
+def test_reasons_against_cuda(monkeypatch):
+    monkeypatch.setattr(backends.EXTENSION, "reasons", ["it is not there"])
+    assert unsupported_reasons(OP, "cuda", GPU) == ["it is not there"]
+    monkeypatch.setattr(backends.EXTENSION, "reasons", [])
+    monkeypatch.setattr(backends.EXTENSION, "info", {"cuda": True, "cuda_archs": ["80", "100"]})
+    has_kernel = {f"fastroute::{OP}": True}
+    monkeypatch.setattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", lambda op, key: has_kernel.get(op, False))
+    assert unsupported_reasons("stitch_patches", "cuda", GPU) == ["this version has no cuda kernel of stitch_patches"]
+    # 9.0 has neither machine code of its own generation nor PTX of an older one.
+    (reason,) = unsupported_reasons(OP, "cuda", GPU)
+    assert reason == "the device is of compute capability 9.0, the extension was built for 8.0, 10.0"
+    for archs in (["80", "90", "100"], ["90"], ["80"]):
+        monkeypatch.setattr(backends.EXTENSION, "info", {"cuda": True, "cuda_archs": archs})
+        assert unsupported_reasons(OP, "cuda", GPU) == []
+        assert select(OP, GPU) == "cuda"
 
 
 def test_every_backend_answers_for_every_op():

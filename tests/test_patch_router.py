@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
 from networks import as_float, as_image, patches_of, picture, random_classsr, randomise, routed_plainly
@@ -227,12 +229,61 @@ def test_repeats_bit_for_bit(router):
 def test_huge_pages_change_nothing(router, monkeypatch):
     image = picture(1, 3, 45, 61)
     expected = router.upscale(image).image
-    monkeypatch.setattr(memory, "HUGE_PAGES_FROM", 1)
+    monkeypatch.setattr(memory, "BUFFER_FROM", 1)
     assert torch.equal(router.upscale(image).image, expected)
     empty = memory.empty((3, 5), torch.float16, torch.device("cpu"))
     assert (empty.shape, empty.dtype, empty.is_contiguous()) == ((3, 5), torch.float16, True)
     empty.fill_(2)
     assert empty.sum() == 30
+
+
+def test_memory_that_was_let_go_is_used_again(monkeypatch):
+    monkeypatch.setattr(memory, "BUFFER_FROM", 1)
+    memory.release()
+    cpu = torch.device("cpu")
+    first = memory.empty((3, 1000), torch.float32, cpu)
+    place, view = first.data_ptr(), first[1]
+    second = memory.empty((3, 1000), torch.float32, cpu)
+    assert second.data_ptr() != place
+    del first
+    gc.collect()
+    # A view holds the memory.
+    assert memory.empty((3, 1000), torch.float32, cpu).data_ptr() != place
+    memory.release()
+    view.fill_(3)
+    del view
+    gc.collect()
+    assert memory.empty((2, 1400), torch.float32, cpu).data_ptr() == place
+    memory.release()
+
+
+def test_at_most_a_few_buffers_are_kept(monkeypatch):
+    monkeypatch.setattr(memory, "BUFFER_FROM", 1)
+    memory.release()
+    cpu = torch.device("cpu")
+    held = [memory.empty((100,), torch.float32, cpu) for _ in range(memory.KEEP_BUFFERS + 3)]
+    held.clear()
+    gc.collect()
+    assert len(memory._spare) == memory.KEEP_BUFFERS
+    monkeypatch.setattr(memory, "KEEP_BYTES", 5 << 20)
+    held.append(memory.empty((100,), torch.float32, cpu))
+    held.clear()
+    gc.collect()
+    assert sum(map(len, memory._spare)) <= memory.KEEP_BYTES
+    memory.release()
+
+
+@pytest.mark.parametrize("stride", [1, 3, 8])
+def test_patches_of_many_earlier_bands(monkeypatch, stride):
+    system = random_classsr((3, 5, 8), 2, 8)
+    router = PatchRouter(system.branches, patch=8, stride=stride, scale=2)
+    image = picture(1, 3, 21, 19)
+    grid = TileGrid(21, 19, patch=8, stride=stride, scale=2)
+    ids = torch.randint(0, 3, (grid.rows, grid.cols), generator=torch.Generator().manual_seed(0))
+    expected = router.upscale(image, class_map=ids).image
+    for per_band in (1, 2 * grid.cols, 5 * grid.cols):
+        monkeypatch.setattr(patch_router, "PATCHES_PER_BAND", per_band)
+        torch.testing.assert_close(router.upscale(image, class_map=ids).image, expected, rtol=0, atol=1e-6)
 
 
 def test_results_are_ordinary_tensors(router):

@@ -7,7 +7,7 @@
 #include <vector>
 
 #include "common/dispatch.h"
-#include "cpu/convert.h"
+#include "common/pixel.h"
 #include "cpu/isa.h"
 #include "cpu/memory.h"
 

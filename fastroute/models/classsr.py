@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from fastroute.models.carn import CARN
 from fastroute.models.fsrcnn import FSRCNN
+from fastroute.models.rcan import RCAN
+from fastroute.models.srresnet import SRResNet
+
+
+def carn(width: int, scale: int) -> CARN:
+    """CARN as ClassSR trains it, the mean colour in two convolutions."""
+    return CARN(width, scale, mean_layers=True)
+
+
+# Each backbone in ClassSR's form, of a width and a scale, and the published widths.
+BACKBONES: dict[str, Callable[[int, int], nn.Module]] = {"fsrcnn": FSRCNN, "carn": carn, "srresnet": SRResNet, "rcan": RCAN}
+WIDTHS = {"fsrcnn": (16, 36, 56), "carn": (36, 52, 64), "srresnet": (36, 52, 64), "rcan": (36, 50, 64)}
 
 
 class PatchClassifier(nn.Module):
@@ -16,6 +29,7 @@ class PatchClassifier(nn.Module):
     Args:
         num_classes: number of branches to choose from.
         width: channels of the hidden layers.
+        layers: convolutions in all; 5 in ClassSR, 3 to 6 in CDNSR.
 
     Shape:
         patches (N, 3, p, p), p a multiple of 4, to class probabilities (N, num_classes).
@@ -23,13 +37,16 @@ class PatchClassifier(nn.Module):
 
     CELL = 4
 
-    def __init__(self, num_classes: int = 3, width: int = 128) -> None:
+    def __init__(self, num_classes: int = 3, width: int = 128, layers: int = 5) -> None:
         super().__init__()
-        layers: list[nn.Module] = [nn.Conv2d(3, width, self.CELL, self.CELL), nn.LeakyReLU(0.1)]
-        for _ in range(3):
-            layers += [nn.Conv2d(width, width, 1), nn.LeakyReLU(0.1)]
-        layers.append(nn.Conv2d(width, 32, 1))
-        self.CondNet = nn.Sequential(*layers)
+        if num_classes < 1 or layers < 2:
+            raise ValueError(
+                f"PatchClassifier: num_classes must be at least 1 and layers at least 2; got {num_classes} and {layers}"
+            )
+        hidden: list[nn.Module] = [nn.Conv2d(3, width, self.CELL, self.CELL), nn.LeakyReLU(0.1)]
+        for _ in range(layers - 2):
+            hidden += [nn.Conv2d(width, width, 1), nn.LeakyReLU(0.1)]
+        self.CondNet = nn.Sequential(*hidden, nn.Conv2d(width, 32, 1))
         self.lastOut = nn.Linear(32, num_classes)
 
     def logits(self, patches: Tensor) -> Tensor:  # [N, 3, p, p] -> [N, K]
@@ -68,6 +85,22 @@ class ClassSR(nn.Module):
     def fsrcnn(cls, widths: Sequence[int] = (16, 36, 56), scale: int = 4) -> ClassSR:
         """ClassSR over FSRCNN branches; the default widths are the published ones."""
         return cls([FSRCNN(width, scale) for width in widths])
+
+    @classmethod
+    def build(cls, backbone: str, widths: Sequence[int] | None = None, scale: int = 4, layers: int = 5) -> ClassSR:
+        """ClassSR over a backbone, one branch per width.
+
+        Args:
+            backbone: "fsrcnn", "carn", "srresnet" or "rcan".
+            widths: feature channels of the branches, cheapest first; default the published ones.
+            scale: upscaling factor.
+            layers: convolutions of the classifier.
+        """
+        if backbone not in BACKBONES:
+            raise ValueError(f"ClassSR: backbone must be one of {', '.join(BACKBONES)}; got {backbone!r}")
+        chosen = WIDTHS[backbone] if widths is None else widths
+        branches = [BACKBONES[backbone](width, scale) for width in chosen]
+        return cls(branches, PatchClassifier(len(branches), layers=layers))
 
     @property
     def branches(self) -> list[nn.Module]:

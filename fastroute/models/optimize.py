@@ -18,6 +18,7 @@ def optimize(branch: nn.Module) -> nn.Module:
     - A transposed convolution becomes a dense convolution and a pixel shuffle, where its output is stride times its input.
     - A batch norm behind a convolution is folded into it.
     - A PReLU of one slope behind a convolution becomes a leaky ReLU in place.
+    - A network of this package folds what surrounds its convolutions into them: :meth:`fastroute.models.rcan.RCAN.fold`.
     - Nested sequences are flattened, so that the router finds a final pixel shuffle and leaves it to the stitching.
 
     Inside modules of other classes only whole transposed convolutions are replaced, since such a module may use its parts in
@@ -28,6 +29,10 @@ def optimize(branch: nn.Module) -> nn.Module:
         branch: any module; in the result it is in evaluation mode and needs no gradients.
     """
     result = copy.deepcopy(branch).eval().requires_grad_(False)
+    for module in result.modules():
+        # Only ours: `fold` may mean anything elsewhere.
+        if type(module).__module__.startswith("fastroute.") and callable(fold := getattr(module, "fold", None)):
+            fold()
     as_sequential = getattr(result, "as_sequential", None)
     return _rewrite(as_sequential() if callable(as_sequential) else result, owned=True).eval()
 

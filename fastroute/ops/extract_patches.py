@@ -142,12 +142,12 @@ def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
     ctx.dtype = image.dtype
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple:
+def _backward(ops: Any, ctx: Any, grad: Tensor) -> tuple:
     order, std = ctx.saved_tensors
     if std is not None:
         work = torch.float64 if grad.dtype == torch.float64 else torch.float32
         grad = grad.to(work) / std.to(work)[:, None, None]
-    image_grad = torch.ops.fastroute._extract_patches_backward(grad, order, *ctx.size, *ctx.grid)
+    image_grad = ops._extract_patches_backward(grad, order, *ctx.size, *ctx.grid)
     return image_grad.to(ctx.dtype), *[None] * 8
 
 
@@ -156,8 +156,8 @@ def _backward_setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
     ctx.grid = inputs[5:]
 
 
-def _double_backward(ctx: Any, grad: Tensor) -> tuple:
-    patches = torch.ops.fastroute.extract_patches(grad, *ctx.saved_tensors, None, None, *ctx.grid, grad.dtype, False)
+def _double_backward(ops: Any, ctx: Any, grad: Tensor) -> tuple:
+    patches = ops.extract_patches(grad, *ctx.saved_tensors, None, None, *ctx.grid, grad.dtype, False)
     return patches, *[None] * 7
 
 

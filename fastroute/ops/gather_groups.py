@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fastroute.ops import _checks as check
@@ -69,8 +68,8 @@ def _checked_reference(x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
     return gather_groups_reference(x, order, inverse)
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple:
-    return torch.ops.fastroute.scatter_groups(grad, *ctx.saved_tensors), None, None
+def _backward(ops: Any, ctx: Any, grad: Tensor) -> tuple:
+    return ops.scatter_groups(grad, *ctx.saved_tensors), None, None
 
 
 register("gather_groups", _checked_reference, fake_rows, _backward, save_permutation)

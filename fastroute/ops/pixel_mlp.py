@@ -199,10 +199,10 @@ def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
     ctx.number, ctx.depths, ctx.size, ctx.rows = len(weights), depths, (height, width), (begin, end)
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple:
+def _backward(ops: Any, ctx: Any, grad: Tensor) -> tuple:
     features, class_map, residual, *layers = ctx.saved_tensors
     n = ctx.number
-    grads = torch.ops.fastroute._pixel_mlp_backward(
+    grads = ops._pixel_mlp_backward(
         grad, features, layers[:n], layers[n:], ctx.depths, *ctx.size, class_map, residual, *ctx.rows
     )
     last = None if residual is None else grads[1 + 2 * n]

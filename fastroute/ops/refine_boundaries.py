@@ -106,8 +106,8 @@ def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
     ctx.rows = (row_begin, row_end)
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple:
-    return torch.ops.fastroute._refine_boundaries_backward(grad, *ctx.saved_tensors, *ctx.rows), None, None, None
+def _backward(ops: Any, ctx: Any, grad: Tensor) -> tuple:
+    return ops._refine_boundaries_backward(grad, *ctx.saved_tensors, *ctx.rows), None, None, None
 
 
 register("refine_boundaries", _reference, _fake, _backward, _setup_context)

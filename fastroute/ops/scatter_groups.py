@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fastroute.ops import _checks as check
@@ -47,8 +46,8 @@ def _checked_reference(y: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
     return scatter_groups_reference(y, order, inverse)
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple:
-    return torch.ops.fastroute.gather_groups(grad, *ctx.saved_tensors), None, None
+def _backward(ops: Any, ctx: Any, grad: Tensor) -> tuple:
+    return ops.gather_groups(grad, *ctx.saved_tensors), None, None
 
 
 register("scatter_groups", _checked_reference, fake_rows, _backward, save_permutation)

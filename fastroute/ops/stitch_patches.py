@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -22,13 +23,15 @@ SCHEMAS = [
     "int scale, bool crop, int shuffle, ScalarType? dtype, SymInt row_begin, SymInt row_end) -> Tensor",
     "stitch_patches.out(Tensor patches, Tensor? inverse, Tensor window, SymInt height, SymInt width, int patch, int stride, "
     "int scale, bool crop, int shuffle, SymInt row_begin, SymInt row_end, *, Tensor(a!) out) -> ()",
+    "stitch_patches.batches_out(Tensor[] batches, Tensor? inverse, Tensor window, SymInt height, SymInt width, int patch, "
+    "int stride, int scale, bool crop, int shuffle, SymInt row_begin, SymInt row_end, *, Tensor(a!) out) -> ()",
     "_stitch_patches_backward(Tensor grad, Tensor? inverse, Tensor window, SymInt height, SymInt width, int patch, "
     "int stride, int scale, bool crop, SymInt num_patches) -> Tensor",
 ]
 
 
 def stitch_patches(
-    patches: Tensor,  # [M, C, P, P] or [M, C·r·r, P / r, P / r]
+    patches: Tensor | Sequence[Tensor],  # [M, C, P, P] or [M, C·r·r, P / r, P / r]
     grid: TileGrid,
     window: str | Tensor = "uniform",
     inverse: Tensor | None = None,  # [N]
@@ -43,7 +46,9 @@ def stitch_patches(
     dropped.
 
     Args:
-        patches: (M, C, P, P) with P = grid.patch * grid.scale; float32, float16, bfloat16 or float64.
+        patches: (M, C, P, P) with P = grid.patch * grid.scale; float32, float16, bfloat16 or float64. With `out` also
+            several such tensors, which stand for their concatenation along M: batches of branch outputs are then read where
+            they lie.
         grid: where the patches lie, in LR pixels.
         window: "uniform", "linear", "hann", "gaussian", or 1-D weights (P,); see :func:`fastroute.make_window`.
         inverse: int64 (N,), N = B * grid.num_patches: the row of `patches` that holds patch n, as `ClassGroups.inverse`
@@ -72,6 +77,10 @@ def stitch_patches(
     Memory layout: reads contiguous or channels_last patches (others are copied first); writes contiguous images.
     """
     op = "stitch_patches"
+    batches: list[Tensor] = []
+    if not isinstance(patches, Tensor):
+        batches = _checked_batches(patches, out)
+        patches = batches[0]
     check.rank(op, "patches", patches, "(M, C, P, P)", 4)
     check.dtype(op, "patches", patches.dtype, check.FLOATING)
     if shuffle < 1:
@@ -94,7 +103,8 @@ def stitch_patches(
     check.dtype(op, "dtype", target, check.FLOATING + check.INTEGER_IMAGE)
     check.index(op, "inverse", inverse, None)
     check.same_device(op, "patches", patches, "inverse", inverse)
-    number = patches.shape[0] if inverse is None else inverse.shape[0]
+    held = sum(batch.shape[0] for batch in batches) if batches else patches.shape[0]
+    number = held if inverse is None else inverse.shape[0]
     if number % grid.num_patches:
         name = "patches" if inverse is None else "inverse"
         raise ValueError(f"{op}: {name} must hold a multiple of {grid.num_patches}, whole images; got {number}")
@@ -114,10 +124,35 @@ def stitch_patches(
     elif shuffle > 1 and patches.requires_grad and torch.is_grad_enabled():
         patches, shuffle = F.pixel_shuffle(patches, shuffle), 1
     geometry = (grid.height, grid.width, grid.patch, grid.stride, grid.scale, grid.crop, shuffle)
+    if out is not None and len(batches) > 1:
+        call(f"{op}.batches_out", _reference_batches, patches.device, batches, inverse, weights, *geometry, begin, end, out=out)
+        return out
     if out is not None:
-        call(op, _reference_out, patches.device, patches, inverse, weights, *geometry, begin, end, out=out)
+        call(f"{op}.out", _reference_out, patches.device, patches, inverse, weights, *geometry, begin, end, out=out)
         return out
     return call(op, _checked_reference, patches.device, patches, inverse, weights, *geometry, target, begin, end)
+
+
+def _checked_batches(patches: Sequence[Tensor], out: Tensor | None) -> list[Tensor]:
+    """`patches` as a list of tensors that differ in their number of patches alone."""
+    op = "stitch_patches"
+    if not (isinstance(patches, (list, tuple)) and all(isinstance(batch, Tensor) for batch in patches)):
+        raise TypeError(f"{op}: patches must be a torch.Tensor or a list of them; got {type(patches).__name__}")
+    batches = list(patches)
+    if not batches:
+        raise ValueError(f"{op}: patches must hold at least one tensor; got none")
+    for batch in batches:
+        check.rank(op, "patches", batch, "(M, C, P, P)", 4)
+        check.same_device(op, "patches", batches[0], "patches", batch)
+        if batch.dtype != batches[0].dtype:
+            raise TypeError(f"{op}: patches must have one dtype; got {batches[0].dtype} and {batch.dtype}")
+        if batch.shape[1:] != batches[0].shape[1:]:
+            raise ValueError(f"{op}: patches must have one shape; got {tuple(batches[0].shape)} and {tuple(batch.shape)}")
+        if batch.stride()[1:] != batches[0].stride()[1:]:
+            raise ValueError(f"{op}: patches must have one memory format")
+    if out is None:
+        raise ValueError(f"{op}: patches in several tensors need `out`")
+    return batches
 
 
 def _checked_reference(patches: Tensor, inverse: Tensor | None, *rest: Any) -> Tensor:
@@ -133,6 +168,10 @@ def _checked_reference(patches: Tensor, inverse: Tensor | None, *rest: Any) -> T
 
 def _reference_out(*args: Any, out: Tensor) -> None:
     out.copy_(_checked_reference(*args[:-2], out.dtype, *args[-2:]))
+
+
+def _reference_batches(batches: list[Tensor], *args: Any, out: Tensor) -> None:
+    torch.ops.fastroute.stitch_patches.out(torch.cat(batches), *args, out=out)
 
 
 def _work(dtype: torch.dtype) -> torch.dtype:
@@ -190,11 +229,11 @@ def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
     ctx.dtype = patches.dtype
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple:
+def _backward(ops: Any, ctx: Any, grad: Tensor) -> tuple:
     inverse, window = ctx.saved_tensors
     # The image may be of another floating type than the patches, and the weights go with what is summed.
     weights = window.to(_work(grad.dtype))
-    patches_grad = torch.ops.fastroute._stitch_patches_backward(grad, inverse, weights, *ctx.grid).to(ctx.dtype)
+    patches_grad = ops._stitch_patches_backward(grad, inverse, weights, *ctx.grid).to(ctx.dtype)
     return patches_grad, *[None] * 12
 
 
@@ -204,15 +243,16 @@ def _backward_setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
     ctx.grid = (height, width, patch, stride, scale, crop)
 
 
-def _double_backward(ctx: Any, grad: Tensor) -> tuple:
+def _double_backward(ops: Any, ctx: Any, grad: Tensor) -> tuple:
     height, _, patch, stride, scale, crop = ctx.grid
     rows = covered_size(height, patch, stride, crop) * scale
-    image = torch.ops.fastroute.stitch_patches(grad, *ctx.saved_tensors, *ctx.grid, 1, grad.dtype, 0, rows)
+    image = ops.stitch_patches(grad, *ctx.saved_tensors, *ctx.grid, 1, grad.dtype, 0, rows)
     return image, *[None] * 9
 
 
 register("stitch_patches", _checked_reference, _fake, _backward, _setup_context)
 register("stitch_patches.out", _reference_out, lambda *args, out: None)
+register("stitch_patches.batches_out", _reference_batches, lambda *args, out: None)
 register(
     "_stitch_patches_backward", _stitch_patches_backward_reference, _backward_fake, _double_backward, _backward_setup_context
 )

@@ -1,27 +1,69 @@
-"""Large buffers on huge pages."""
+"""Large buffers on huge pages, used again instead of mapped anew."""
 
 from __future__ import annotations
 
+import ctypes
 import math
 import mmap
+import threading
+import weakref
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-# Below this, glibc's largest mmap threshold, the allocator reuses memory that is mapped already.
-HUGE_PAGES_FROM = 32 << 20
+# Below this the allocator of the C library keeps memory mapped by itself.
+BUFFER_FROM = 4 << 20
+HUGE_PAGE = 2 << 20
+
+# Mapping 100 MB takes several times as long as filling it, so the last buffers that were let go are kept: few and not large.
+KEEP_BUFFERS = 4
+KEEP_BYTES = 256 << 20
+_spare: list[mmap.mmap] = []
+_lock = threading.Lock()
 
 
 def empty(size: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """An uninitialised contiguous tensor; a large one on a CPU asks the kernel for huge pages.
+    """An uninitialised contiguous tensor.
 
-    Mapping 100 MB in 4 KiB pages takes several times as long as filling it.
+    A large one on a CPU lies on huge pages where the system has them, and in the memory of an earlier one of about its size
+    that nobody refers to any more: a pipeline that lets go of each result before the next but one maps memory twice.
     """
     count = math.prod(size)
-    bytes_needed = count * dtype.itemsize
-    if device.type != "cpu" or bytes_needed < HUGE_PAGES_FROM or not hasattr(mmap, "MADV_HUGEPAGE"):
+    needed = count * dtype.itemsize
+    if device.type != "cpu" or needed < BUFFER_FROM or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.empty(size, dtype=dtype, device=device)
-    buffer = mmap.mmap(-1, bytes_needed, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    buffer = _reuse(needed) or _map(needed)
+    view = (ctypes.c_char * needed).from_buffer(buffer)
+    # The tensor holds the view; when both are gone the memory is free again.
+    weakref.finalize(view, _keep, buffer).atexit = False
+    return torch.frombuffer(view, dtype=dtype, count=count).view(*size)
+
+
+def release() -> None:
+    """Give the memory that is kept for the next results back to the system."""
+    with _lock:
+        _spare.clear()
+
+
+def _map(needed: int) -> mmap.mmap:
+    length = -(-needed // HUGE_PAGE) * HUGE_PAGE
+    buffer = mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     buffer.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(buffer, dtype=dtype, count=count).view(*size)
+    return buffer
+
+
+def _reuse(needed: int) -> mmap.mmap | None:
+    """A kept buffer of about this size, the latest first."""
+    with _lock:
+        for place in reversed(range(len(_spare))):
+            if needed <= len(_spare[place]) <= needed + needed // 4 + HUGE_PAGE:
+                return _spare.pop(place)
+    return None
+
+
+def _keep(buffer: mmap.mmap) -> None:
+    with _lock:
+        _spare.append(buffer)
+        while len(_spare) > KEEP_BUFFERS or sum(map(len, _spare)) > KEEP_BYTES:
+            del _spare[0]

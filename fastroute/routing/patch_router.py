@@ -98,8 +98,6 @@ class PatchRouter:
         # The stitching undoes a pixel shuffle on the way when all branches end with the same one.
         self.shuffle = split[0][1] if len({factor for _, factor in split}) == 1 else 1
         self.branches = [body for body, _ in split] if self.shuffle > 1 else prepared
-        # The last call's workspace: mapping it anew would take longer than filling it.
-        self._spare: list[Tensor] = []
         self._tunings: dict[tuple[int, torch.device, int], Tuning] = {}
 
     @property
@@ -214,37 +212,32 @@ class PatchRouter:
         # What leaves is an ordinary tensor, which may be changed in place.
         with torch.inference_mode(False):
             output = memory.empty(size, images.dtype, images.device)
-        workspace = Workspace(self, grid, bands, images)
+        workspace = Workspace(self, grid, images)
         with tqdm(total=class_ids.numel(), unit="patch", desc="upscale", disable=not progress) as bar:
             for number, band in enumerate(bands):
                 begin = offsets[number * k]
                 for c in range(k):
                     first, last = offsets[number * k + c], offsets[number * k + c + 1]
-                    self._run_branch(c, images, grid, groups.order[first:last], workspace, first - begin, watch)
+                    self._run_branch(c, images, grid, groups.order[first:last], workspace, watch)
                     bar.update(last - first)
                 with watch.stage("stitch"):
                     workspace.stitch(band, groups.inverse, begin, output, self.window)
-        if workspace.buffer is not None:
-            self._spare[:] = [workspace.buffer]
         return output, [totals[c + 1] - totals[c] for c in range(k)]
 
     def _run_branch(
-        self, c: int, images: Tensor, grid: TileGrid, order: Tensor, workspace: Workspace, place: int, watch: Stopwatch
+        self, c: int, images: Tensor, grid: TileGrid, order: Tensor, workspace: Workspace, watch: Stopwatch
     ) -> None:
         if order.numel() == 0:
             return
         with watch.stage("tune"):
             tuning = self.tuning(c, images.device)
+        with watch.stage("extract"):
+            patches = extract_patches(images, grid, order=order, dtype=self.dtype, memory_format=tuning.memory_format)
         # Batches of one size: the last is not left with a few patches, which run at a fraction of the speed.
-        batches = -(-order.numel() // tuning.batch)
-        for chunk in order.tensor_split(batches):
-            with watch.stage("extract"):
-                patches = extract_patches(images, grid, order=chunk, dtype=self.dtype, memory_format=tuning.memory_format)
+        for batch in patches.tensor_split(-(-order.numel() // tuning.batch)):
             with watch.stage("branches"):
-                result = self.branches[c](patches)
-            with watch.stage("extract"):
-                workspace.put(place, result)
-            place += chunk.numel()
+                result = self.branches[c](batch)
+            workspace.put(result)
 
     def tuning(self, c: int, device: torch.device) -> Tuning:
         """How branch `c` runs on `device`; measured on the first call."""
@@ -270,80 +263,70 @@ class PatchRouter:
 
 
 class Workspace:
-    """Branch outputs of one band, behind those of earlier tile rows that its first output rows still need."""
+    """Branch outputs of a band, and of earlier ones as long as output rows to come are covered by their patches."""
 
-    def __init__(self, router: PatchRouter, grid: TileGrid, bands: list[Band], images: Tensor) -> None:
+    def __init__(self, router: PatchRouter, grid: TileGrid, images: Tensor) -> None:
         self.router, self.grid, self.images = router, grid, images
-        self.carried = (0, 0)  # tile rows of the current image held at the front
-        rows = max(((b.images[1] - b.images[0]) * (b.rows[1] - b.rows[0]) for b in bands), default=0)
-        carry = max((b.rows[0] - self._first_needed(b.rows[0]) for b in bands), default=0)
-        self.front = carry * grid.cols
-        self.capacity = self.front + rows * grid.cols
-        self.buffer: Tensor | None = None
+        self.batches: list[Tensor] = []
+        self.number = 0  # of patches in `batches`
+        # Batches of earlier bands: last tile row of the band, and how many batches there were with it.
+        self.marks: list[tuple[int, int]] = []
+        self.places = torch.empty(0)  # [images, patches] of the current band's images; those not held are not read
 
-    def put(self, place: int, result: Tensor) -> None:  # [n, C·r·r, P / r, P / r]
-        """Keep a batch of branch outputs at `place` of the band."""
+    def put(self, result: Tensor) -> None:  # [n, C·r·r, P / r, P / r]
+        """Keep the next batch of branch outputs."""
         span = self.grid.patch * self.grid.scale // self.router.shuffle
         size = (self.images.shape[1] * self.router.shuffle**2, span, span)
         if tuple(result.shape[1:]) != size:
             patch = f"{self.grid.patch} x {self.grid.patch}"
             before = f" before its pixel shuffle of factor {self.router.shuffle}" if self.router.shuffle > 1 else ""
             raise ValueError(f"upscale: a branch must map {patch} patches to {size}{before}; got {tuple(result.shape[1:])}")
-        if self.buffer is None:
-            self.buffer = self._allocate(result)
-        self.buffer[self.front + place : self.front + place + result.shape[0]] = result
+        like = self.batches[0] if self.batches else result
+        # A branch may answer in a memory format of its own.
+        if result.stride()[1:] != like.stride()[1:]:
+            result = torch.empty_strided(result.shape, like.stride(), dtype=result.dtype, device=result.device).copy_(result)
+        self.batches.append(result)
+        self.number += result.shape[0]
 
     def stitch(self, band: Band, inverse: Tensor, begin: int, output: Tensor, window: str | Tensor) -> None:
-        """Write the output rows that are complete with `band`, and keep what the next band needs."""
+        """Write the output rows that are complete with `band`, and drop what no later row needs."""
         grid, cols = self.grid, self.grid.cols
         (image, end), (top, bottom) = band.images, band.rows
-        tiles = grid.num_patches
-        # Where each patch of these images lies in the buffer; tile rows outside the band and the carried ones are not read.
-        places = torch.full(((end - image), tiles), -1, dtype=torch.int64, device=inverse.device)
-        first, last = self.carried if top > 0 else (0, 0)
-        places[:, first * cols : last * cols] = torch.arange((last - first) * cols, device=inverse.device)
-        here = inverse[image * tiles + top * cols : (end - 1) * tiles + bottom * cols] - begin + self.front
-        places[:, top * cols : bottom * cols] = here.view(end - image, (bottom - top) * cols)
+        if top == 0:
+            self.places = torch.full((end - image, grid.num_patches), -1, dtype=torch.int64, device=inverse.device)
+        held = (end - image) * (bottom - top) * cols
+        here = inverse[image * grid.num_patches + top * cols :][: (end - image) * (bottom - top) * cols] - begin
+        self.places[:, top * cols : bottom * cols] = here.view(end - image, -1) + self.number - held
         y0 = grid.row_origins[top] * grid.scale if top else 0
         y1 = grid.row_origins[bottom] * grid.scale if bottom < grid.rows else grid.output_size[0]
-        assert self.buffer is not None  # every band holds at least one patch
         stitch_patches(
-            self.buffer,
+            self.batches,
             grid,
             window,
-            inverse=places.flatten(),
+            inverse=self.places.flatten(),
             shuffle=self.router.shuffle,
             rows=(y0, y1),
             out=output[image:end, :, y0:y1],
         )
-        if bottom < grid.rows:
-            first = self._first_needed(bottom)
-            keep = places[0, first * cols : bottom * cols]
-            self.buffer[: keep.numel()] = self.buffer[keep]
-            self.carried = (first, bottom)
+        self.marks.append((bottom, len(self.batches)))
+        needed = self._first_needed(bottom)
+        while self.marks and self.marks[0][0] <= needed:
+            self._drop(self.marks.pop(0)[1])
+
+    def _drop(self, count: int) -> None:
+        """Forget the first `count` batches."""
+        dropped = sum(batch.shape[0] for batch in self.batches[:count])
+        del self.batches[:count]
+        self.number -= dropped
+        self.places -= dropped
+        self.marks = [(row, number - count) for row, number in self.marks]
 
     def _first_needed(self, row: int) -> int:
-        """First tile row that covers the first pixel of tile row `row`."""
+        """First tile row that covers the first pixel of tile row `row`; all rows are done with after the last."""
         if row >= self.grid.rows:
             return row
         at = self.grid.row_origins[row]
         return next(i for i, y in enumerate(self.grid.row_origins) if y + self.grid.patch > at)
-
-    def _allocate(self, like: Tensor) -> Tensor:
-        n, c, height, width = (self.capacity, *like.shape[1:])
-        channels_last = like.is_contiguous(memory_format=torch.channels_last)
-        try:
-            # Taken off the list, so that a call from another thread makes its own.
-            spare = self.router._spare.pop()
-        except IndexError:
-            spare = None
-        if spare is not None and spare.shape[0] >= n and spare.shape[1:] == like.shape[1:]:
-            alike = (spare.dtype, spare.device) == (like.dtype, like.device)
-            if alike and spare.is_contiguous(memory_format=torch.channels_last) == channels_last:
-                return spare
-        if channels_last:
-            return memory.empty((n, height, width, c), like.dtype, like.device).permute(0, 3, 1, 2)
-        return memory.empty((n, c, height, width), like.dtype, like.device)
 
 
 def plan_bands(batch: int, grid: TileGrid) -> list[Band]:

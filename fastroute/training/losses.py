@@ -1,9 +1,10 @@
-"""The losses of ClassSR (Kong et al., CVPR 2021, section 3.3)."""
+"""The losses of ClassSR (Kong et al., CVPR 2021, section 3.3) and of CDNSR (Wang et al., ICASSP 2023), and our own."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 
 def class_loss(probability: Tensor) -> Tensor:  # [N, K]
@@ -68,6 +69,50 @@ def routing_loss(probability: Tensor, errors: Tensor, cost: Tensor, price: float
     target, stake = torch.softmax(-2 * regret, dim=1), regret.amax(dim=1) + 0.5
     entropy = -(target * probability.clamp(min=1e-12).log()).sum(dim=1)
     return (stake * entropy).sum() / stake.sum()
+
+
+def expected_cost(probability: Tensor, cost: Tensor) -> Tensor:  # [N, K], [K]
+    """Mean cost of the choices as a fraction of the dearest class's: CDNSR, equation 3."""
+    _check(probability, "expected_cost")
+    if cost.shape != probability.shape[1:] or not bool((cost > 0).all()):
+        raise ValueError(f"expected_cost: cost must be {tuple(probability.shape[1:])} positive numbers; got {cost.tolist()}")
+    return (probability @ (cost / cost.max()).to(probability)).mean()
+
+
+def flops_loss(probability: Tensor, cost: Tensor, alpha: float) -> Tensor:  # [N, K], [K]
+    """CDNSR's regularisation, equation 4: what the expected cost is above its target.
+
+    max(0, expected cost - alpha), divided by the range of the costs, 1 - min / max: 0 where the target is met. With one class,
+    or with costs all alike, there is nothing to save.
+
+    Args:
+        probability: (N, K), rows summing to 1; in training those of the Gumbel softmax.
+        cost: (K,), FLOPs of each branch, in any unit.
+        alpha: target, as a fraction of the dearest branch, in [0, 1].
+
+    Returns:
+        A scalar tensor.
+    """
+    if not 0 <= alpha <= 1:
+        raise ValueError(f"flops_loss: alpha must lie in [0, 1]; got {alpha}")
+    spread = float(1 - cost.min() / cost.max()) or 1.0
+    return (expected_cost(probability, cost) - alpha).clamp(min=0) / spread
+
+
+def cdnsr_loss(
+    output: Tensor,  # [N, C, P, P]
+    target: Tensor,  # [N, C, P, P]
+    probability: Tensor,  # [N, K]
+    cost: Tensor,  # [K]
+    alpha: float,
+    lambda_reg: float,
+    image_weight: float = 1000.0,
+) -> Tensor:
+    """CDNSR's loss, equations 1 and 2: absolute error of the mixture, and the price of its FLOPs.
+
+    image_weight * mean |output - target| + lambda_reg * :func:`flops_loss`. `image_weight` is that of the published training.
+    """
+    return image_weight * F.l1_loss(output, target) + lambda_reg * flops_loss(probability, cost, alpha)
 
 
 def _check(probability: Tensor, name: str) -> None:

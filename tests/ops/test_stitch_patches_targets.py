@@ -60,6 +60,52 @@ def test_shuffle(backend, dtype, layout):
             same(stitch_patches(patches, grid, "linear", inverse, shuffle=factor), expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize(("scale", "factor"), [(2, 2), (3, 3), (4, 4), (6, 3), (6, 4), (4, 2), (5, 5)])
+def test_shuffle_in_rows(backend, dtype, scale, factor):
+    """All phases of a pixel side by side: whole rows of pixels, parts of them, weights that need both sums."""
+    for size, stride in (((9, 7), 6), ((23, 30), 9), ((5, 5), 4)):
+        grid = TileGrid(*size, 12, stride, scale)
+        span = 12 * scale // factor
+        patches = random((grid.num_patches, 2 * factor**2, span, span), dtype, backend.device)
+        patches = in_layout(patches, "channels_last")
+        inverse = shuffled(len(patches), backend.device)
+        whole = reference(F.pixel_shuffle(patches, factor), grid, "uniform", inverse)
+        same(stitch_patches(patches, grid, "uniform", inverse, shuffle=factor), whole)
+        rows = (1, grid.output_size[0] - 2)
+        same(stitch_patches(patches, grid, "uniform", inverse, shuffle=factor, rows=rows), whole[:, :, rows[0] : rows[1]])
+        bytes_ = reference(F.pixel_shuffle(patches, factor), grid, "uniform", inverse, torch.uint8)
+        same(stitch_patches(patches, grid, "uniform", inverse, torch.uint8, shuffle=factor), bytes_)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_several_tensors_stand_for_one(backend, layout):
+    grid = TileGrid(9, 17, 4, 3, 4)
+    patches = in_layout(random((grid.num_patches, 12, 8, 8), device=backend.device), layout)
+    inverse = shuffled(len(patches), backend.device)
+    expected = stitch_patches(patches, grid, "hann", inverse, shuffle=2)
+    for sizes in ([len(patches)], [1, 0, len(patches) - 1], [3, 5, len(patches) - 8]):
+        out = torch.full_like(expected, float("nan"))
+        assert stitch_patches(list(patches.split(sizes)), grid, "hann", inverse, shuffle=2, out=out) is out
+        same(out, expected)
+
+
+def test_errors_of_several_tensors():
+    grid, out = TileGrid(4, 4, 4, 4), torch.zeros(1, 1, 4, 4)
+    one = torch.zeros(1, 1, 4, 4)
+    for batches, error, words in (
+        ([], ValueError, "at least one"),
+        ([one, one.double()], TypeError, "one dtype"),
+        ([one, one[:, :, :2]], ValueError, "one shape"),
+        ([one, torch.zeros(1, 1, 4, 8)[:, :, :, ::2]], ValueError, "one memory format"),
+        ([one, "two"], TypeError, "list"),
+    ):
+        with pytest.raises(error, match=f"^stitch_patches: patches .*{words}"):
+            stitch_patches(batches, grid, out=out)
+    with pytest.raises(ValueError, match="out"):
+        stitch_patches([one], grid)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.uint8], ids=str)
 @pytest.mark.parametrize("geometry", [(11, 8, 5, 3, "full"), (11, 8, 5, 3, "crop"), (3, 8, 5, 2, "full")], ids=str)
 def test_rows(backend, geometry, dtype):

@@ -1,0 +1,251 @@
+// The rows of one item of work of `stitch_patches`: weighed, summed over the tiles, written once.
+#pragma once
+
+#include <algorithm>
+#include <cstring>
+#include <vector>
+
+#include "common/geometry.h"
+#include "cpu/memory.h"
+#include "cpu/pixel_run.h"
+
+namespace fastroute {
+namespace {
+
+constexpr int64_t kRows = 8;  // output rows per item of work: 8 rows of a 128-pixel patch are one 4 KiB page
+
+// Where the pixels of a patch lie: with a fused pixel shuffle of factor r, pixel (Y, X) of channel c is element (Y / r,
+// X / r) of channel c·r² + (Y mod r)·r + X mod r.
+struct PatchLayout {
+    int64_t c, y, x;  // strides in elements
+    int64_t shuffle;
+};
+
+// One row of one patch as a run of sums, in place when it already is one.
+template <typename T>
+FASTROUTE_INLINE const Work<T>* load_row(const T* patch, PatchLayout at, int64_t c, int64_t k, int64_t span,
+                                         Work<T>* buffer) {
+    using W = Work<T>;
+    const int64_t r = at.shuffle;
+    const T* row = patch + (c * r * r + k % r * r) * at.c + k / r * at.y;
+    if constexpr (std::is_same_v<T, W>) {
+        if (r == 1 && at.x == 1) return row;
+        if (r == 4 && at.c == 1) {
+            for (int64_t l = 0; l < span / 4; ++l) std::memcpy(buffer + 4 * l, row + l * at.x, 4 * sizeof(T));
+            return buffer;
+        }
+    }
+    if (r == 1) {
+        for (int64_t l = 0; l < span; ++l) buffer[l] = static_cast<W>(row[l * at.x]);
+    } else {
+        for (int64_t l = 0; l < span / r; ++l) {
+            for (int64_t d = 0; d < r; ++d) buffer[l * r + d] = static_cast<W>(row[l * at.x + d * at.c]);
+        }
+    }
+    return buffer;
+}
+
+// Asks for one row of a patch; with a fused pixel shuffle r rows lie together and are asked for once.
+template <typename T>
+FASTROUTE_INLINE void prefetch_row(const T* patch, PatchLayout at, int64_t c, int64_t k, int64_t span) {
+    const int64_t r = at.shuffle;
+    if (r > 1 && (at.c != 1 || k % r != 0)) return;
+    const T* row = patch + c * r * r * at.c + k / r * at.y;
+    if (at.x == 1) {
+        prefetch_run(row, span * static_cast<int64_t>(sizeof(T)));
+    } else {
+        for (int64_t l = 0; l < span / r; ++l) __builtin_prefetch(row + l * at.x);
+    }
+}
+
+template <typename T>
+struct StitchPlan {
+    using W = Work<T>;
+    const T* const* patches;  // [M]
+    PatchLayout layout;
+    const int64_t* inverse;  // [N] or null
+    const W* weights_y;      // [rows, span]
+    const W* weights_x;      // [cols, span]
+    TileGrid grid;
+    int64_t scale, span, width;  // width in output pixels
+    int64_t channels;            // of one item of work: 1, or all of them
+
+    // Whether all phases and channels of an LR pixel of a patch lie side by side, and tiles meet between LR pixels.
+    FASTROUTE_INLINE bool side_by_side() const {
+        return layout.shuffle > 1 && layout.shuffle <= 4 && layout.c == 1 && scale % layout.shuffle == 0;
+    }
+
+    FASTROUTE_INLINE const T* patch(int64_t n) const { return patches[inverse == nullptr ? n : inverse[n]]; }
+};
+
+// Buffers of one thread.
+template <typename W>
+struct Scratch {
+    std::vector<W> window;  // [channels, rows, span]: columns that the tiles so far cover and later ones may add to
+    std::vector<W> sum;     // [channels, rows, width]: for rows that several tile rows cover
+    std::vector<W> row;     // [span]
+
+    Scratch(int64_t channels, int64_t width, int64_t span)
+        : window(channels * kRows * span), sum(channels * kRows * width), row(span) {}
+};
+
+// Where an item of work goes: rows of one image, channel after channel.
+template <typename Out>
+struct Rows {
+    Out* data;
+    int64_t channel_step, row_step;
+    int64_t count;
+    bool stream;
+};
+
+template <typename T, typename Out>
+struct StitchBody {
+    using W = Work<T>;
+
+    // Finished columns [x, x + count) of the rows to the image.
+    FASTROUTE_INLINE static void emit(const W* window, int64_t step, int64_t channels, int64_t x, int64_t count,
+                                      Rows<Out> out) {
+        for (int64_t c = 0; c < channels; ++c) {
+            for (int64_t r = 0; r < out.count; ++r) {
+                const W* from = window + (c * out.count + r) * step;
+                Out* to = out.data + c * out.channel_step + r * out.row_step + x;
+                if constexpr (std::is_same_v<Out, W>) {
+                    out.stream ? stream_copy(to, from, count * sizeof(W)) : copy_run(to, from, count * sizeof(W));
+                } else {
+                    to_pixels(to, from, count);
+                }
+            }
+        }
+    }
+
+    // The same columns times wy into the sum over tile rows.
+    FASTROUTE_INLINE static void add(const W* window, int64_t span, int64_t channels, int64_t rows, int64_t x,
+                                     int64_t count, const W* weight, bool first, W* sum, int64_t width) {
+        for (int64_t row = 0; row < channels * rows; ++row) {
+            const W* from = window + row * span;
+            W* to = sum + row * width + x;
+            const W w = weight[row % rows];
+            for (int64_t l = 0; l < count; ++l) to[l] = (first ? W(0) : to[l]) + w * from[l];
+        }
+    }
+
+    // Rows [k, k + rows) of one patch times wx into the window: added to its first `shared` columns, which earlier
+    // tiles began, and put into the others.
+    FASTROUTE_INLINE static void weigh_rows(const T* patch, const T* ahead, PatchLayout at, int64_t channels, int64_t k,
+                                            int64_t rows, int64_t span, int64_t shared, int64_t kept, const W* weight,
+                                            W* window, W* buffer, int64_t first_channel) {
+        for (int64_t c = 0; c < channels; ++c) {
+            for (int64_t r = 0; r < rows; ++r) {
+                prefetch_row(ahead, at, first_channel + c, k + r, span);
+                const W* row = load_row(patch, at, first_channel + c, k + r, span, buffer);
+                W* target = window + (c * rows + r) * span;
+                for (int64_t l = 0; l < shared; ++l) target[l] += weight[l] * row[l];
+                for (int64_t l = shared; l < kept; ++l) target[l] = W(0) + weight[l] * row[l];
+            }
+        }
+    }
+
+    // The same for whole LR rows of all channels, which lie side by side: a patch is read from front to back.
+    template <int R, bool Add>
+    FASTROUTE_INLINE static void weigh_pixels(const T* row, const T* ahead, PatchLayout at, int64_t channels,
+                                              int64_t begin, int64_t end, const W* weight, W* window, int64_t row_step,
+                                              int64_t channel_step) {
+        const int64_t bytes = channels * R * R * static_cast<int64_t>(sizeof(T));
+        for (int64_t l = begin; l < end; ++l) {
+            const T* pixel = row + l * at.x;
+            for (int64_t line = 0; line < bytes; line += kLine) {
+                __builtin_prefetch(reinterpret_cast<const char*>(ahead + l * at.x) + line);
+            }
+            for (int64_t c = 0; c < channels; ++c) {
+                W* target = window + c * channel_step + l * R;
+#pragma GCC unroll 4
+                for (int d = 0; d < R; ++d) {
+                    weigh_run<R, Add>(pixel + (c * R + d) * R, weight + l * R, target + d * row_step);
+                }
+            }
+        }
+    }
+
+    // The R values of one row of one LR pixel. As vectors where there are such: the compiler cannot know that what it
+    // writes is not what it reads next.
+    template <int R, bool Add>
+    FASTROUTE_INLINE static void weigh_run(const T* values, const W* weight, W* target) {
+        if constexpr (std::is_same_v<T, W> && (R == 2 || R == 4)) {
+            typedef W Run __attribute__((vector_size(R * sizeof(W)), aligned(sizeof(W)), may_alias));
+            const Run value = *reinterpret_cast<const Run*>(values) * *reinterpret_cast<const Run*>(weight);
+            Run* to = reinterpret_cast<Run*>(target);
+            *to = (Add ? *to : Run{}) + value;
+        } else {
+            for (int e = 0; e < R; ++e) target[e] = (Add ? target[e] : W(0)) + weight[e] * static_cast<W>(values[e]);
+        }
+    }
+
+    template <int R>
+    FASTROUTE_INLINE static void weigh_shuffled(const T* patch, const T* ahead, PatchLayout at, int64_t channels,
+                                                int64_t k, int64_t rows, int64_t span, int64_t shared, int64_t kept,
+                                                const W* weight, W* window) {
+        for (int64_t r = 0; r < rows; r += R) {
+            const int64_t offset = (k + r) / R * at.y;
+            W* target = window + r * span;
+            weigh_pixels<R, true>(patch + offset, ahead + offset, at, channels, 0, shared / R, weight, target, span,
+                                  rows * span);
+            weigh_pixels<R, false>(patch + offset, ahead + offset, at, channels, shared / R, kept / R, weight, target,
+                                   span, rows * span);
+        }
+    }
+
+    // The output rows from `at` on, which the same tile rows cover. Columns outside and rows inside: what is being
+    // summed stays in the first-level cache.
+    FASTROUTE_INLINE static void run(const StitchPlan<T>& plan, int64_t image, int64_t c, int64_t at, TileRange range,
+                                     Scratch<W>* scratch, Rows<Out> out) {
+        W* window = scratch->window.data();
+        W* sum = scratch->sum.data();
+        const int64_t cols = plan.grid.x.count(), span = plan.span, width = plan.width, rows = out.count;
+        const int64_t channels = plan.channels, factor = plan.layout.shuffle;
+        const W* top = plan.weights_y + range.first * span + at - plan.grid.y.origin(range.first) * plan.scale;
+        // One tile row of weight 1, as almost everywhere under a uniform window: nothing to sum over tile rows.
+        bool direct = range.first == range.last;
+        for (int64_t r = 0; r < rows; ++r) direct = direct && top[r] == W(1);
+        const bool whole = plan.side_by_side() && rows % factor == 0;
+        for (int64_t i = range.first; i <= range.last; ++i) {
+            const int64_t k = at - plan.grid.y.origin(i) * plan.scale;
+            int64_t shared = 0;  // columns at the front of the window that earlier tiles began
+            for (int64_t j = 0; j < cols; ++j) {
+                const int64_t n = (image * plan.grid.y.count() + i) * cols + j;
+                const T* patch = plan.patch(n);
+                const T* ahead = j + 1 < cols ? plan.patch(n + 1) : patch;
+                const W* weight = plan.weights_x + j * span;
+                const int64_t x0 = plan.grid.x.origin(j) * plan.scale, kept = std::min(span, width - x0);
+                if (whole && k % factor == 0 && factor == 4) {
+                    weigh_shuffled<4>(patch, ahead, plan.layout, channels, k, rows, span, shared, kept, weight, window);
+                } else if (whole && k % factor == 0 && factor == 3) {
+                    weigh_shuffled<3>(patch, ahead, plan.layout, channels, k, rows, span, shared, kept, weight, window);
+                } else if (whole && k % factor == 0 && factor == 2) {
+                    weigh_shuffled<2>(patch, ahead, plan.layout, channels, k, rows, span, shared, kept, weight, window);
+                } else {
+                    weigh_rows(patch, ahead, plan.layout, channels, k, rows, span, shared, kept, weight, window,
+                               scratch->row.data(), c);
+                }
+                const int64_t finished = (j + 1 < cols ? plan.grid.x.origin(j + 1) * plan.scale : width) - x0;
+                if (direct && std::is_integral_v<Out>) {
+                    for (int64_t r = 0; r < channels * rows; ++r) {
+                        copy_run(sum + r * width + x0, window + r * span, finished * sizeof(W));
+                    }
+                } else if (direct) {
+                    emit(window, span, channels, x0, finished, out);
+                } else {
+                    add(window, span, channels, rows, x0, finished, plan.weights_y + i * span + k, i == range.first,
+                        sum, width);
+                }
+                shared = kept - finished;
+                for (int64_t r = 0; r < channels * rows && shared > 0; ++r) {
+                    std::memmove(window + r * span, window + r * span + finished, shared * sizeof(W));
+                }
+            }
+        }
+        if (!direct || std::is_integral_v<Out>) emit(sum, width, channels, 0, width, out);
+    }
+};
+
+}  // namespace
+}  // namespace fastroute

@@ -1,0 +1,148 @@
+// assign_classes: argmax over classes of score / cost^penalty; with a budget, of log2(score) - penalty · log2(cost) at
+// the smallest penalty whose mean cost fits, which is bisected on the device (budget.cuh). One thread per item.
+#include <limits>
+#include <vector>
+
+#include "cuda/budget.cuh"
+
+namespace fastroute {
+namespace {
+
+constexpr const char* kOp = "assign_classes";
+constexpr int kThreads = 256;
+constexpr double kLargestLog = 1152.0;  // above the log2 range of clamped scores, 126 + 1024
+
+// Class ids in any of their types.
+struct Ids {
+    void* data;  // [B, L]
+    ScalarType type;
+
+    __device__ __forceinline__ void set(int64_t n, int id) const {
+        switch (type) {
+            case ScalarType::Byte: static_cast<uint8_t*>(data)[n] = static_cast<uint8_t>(id); break;
+            case ScalarType::Short: static_cast<int16_t*>(data)[n] = static_cast<int16_t>(id); break;
+            case ScalarType::Int: static_cast<int32_t*>(data)[n] = id; break;
+            default: static_cast<int64_t*>(data)[n] = id;
+        }
+    }
+};
+
+template <typename T>
+__global__ void __launch_bounds__(kThreads)
+    assign_classes_kernel(const T* __restrict__ score,  // [B, K, L]
+                          Items items, const __grid_constant__ PerClass scale, Ids ids) {
+    using W = Work<T>;
+    const int64_t step = int64_t{gridDim.x} * kThreads;
+    for (int64_t n = int64_t{blockIdx.x} * kThreads + threadIdx.x; n < items.count(); n += step) {
+        const T* own = score + n / items.length * items.classes * items.length + n % items.length;
+        int best = 0;
+        W value = multiply(static_cast<W>(own[0]), static_cast<W>(scale.value[0]));
+        for (int k = 1; k < items.classes; ++k) {
+            const W other = multiply(static_cast<W>(own[k * items.length]), static_cast<W>(scale.value[k]));
+            if (other > value) value = other, best = k;
+        }
+        ids.set(n, best);
+    }
+}
+
+template <typename T>
+__global__ void __launch_bounds__(kThreads)
+    assign_classes_budget_kernel(const T* __restrict__ score,  // [B, K, L]
+                                 Items items, const __grid_constant__ Budget budget, const Interval* solved, Ids ids) {
+    const double penalty = solved->high;
+    const int64_t step = int64_t{gridDim.x} * kThreads;
+    for (int64_t n = int64_t{blockIdx.x} * kThreads + threadIdx.x; n < items.count(); n += step) {
+        const T* own = score + n / items.length * items.classes * items.length + n % items.length;
+        ids.set(n, choose(own, items, budget, penalty));
+    }
+}
+
+__global__ void assign_classes_start_kernel(double bound, int64_t classes, BudgetState state) {
+    for (int64_t e = threadIdx.x; e < kPenalties * classes + 1; e += blockDim.x) state.turn(0, classes)[e] = 0;
+    if (threadIdx.x == 0) state.intervals[0] = {-bound, bound, 0, 0};
+}
+
+// cost^-penalty, relative to the class that gains most, so that no unit of cost overflows.
+PerClass penalty_scales(const std::vector<double>& cost, double penalty) {
+    PerClass scale{};
+    double most = -std::numeric_limits<double>::infinity();
+    for (const double c : cost) most = std::max(most, -penalty * std::log(c));
+    for (size_t k = 0; k < cost.size(); ++k) {
+        scale.value[k] = penalty == 0 ? 1.0 : std::exp(-penalty * std::log(cost[k]) - most);
+    }
+    return scale;
+}
+
+// Penalties at which every possible score is overruled by the cost lie beyond this, above and below 0.
+double penalty_bound(const std::vector<double>& cost) {
+    std::vector<double> sorted;
+    for (const double c : cost) sorted.push_back(std::log2(c));
+    std::sort(sorted.begin(), sorted.end());
+    double gap = std::numeric_limits<double>::infinity();
+    for (size_t k = 1; k < sorted.size(); ++k) {
+        if (sorted[k] > sorted[k - 1]) gap = std::min(gap, sorted[k] - sorted[k - 1]);
+    }
+    return kLargestLog / (std::isfinite(gap) ? gap : 1.0);
+}
+
+template <typename T>
+void assign_by_budget(const Queue& queue, const Tensor& score, const Items& items, const std::vector<double>& cost,
+                      double allowed, const Ids& ids) {
+    const double dearest = *std::max_element(cost.begin(), cost.end());
+    Budget budget{{}, {}, allowed};
+    for (size_t k = 0; k < cost.size(); ++k) {
+        budget.log_cost.value[k] = std::log2(cost[k]), budget.share.value[k] = cost[k] / dearest;
+    }
+    const int64_t bytes[] = {BudgetState::bytes(items.classes)};
+    const Tensor memory = torch::stable::empty({bytes, 1}, ScalarType::Byte, std::nullopt, score.device());
+    const BudgetState state(memory.mutable_data_ptr());
+    const T* data = score.const_data_ptr<T>();
+    const int64_t shared = (kPenalties * items.classes + 1) * static_cast<int64_t>(sizeof(unsigned));
+    const int64_t blocks = std::min<int64_t>(blocks_for(items.count(), kBudgetThreads), 4 * queue.multiprocessors());
+    const int passes = items.count() <= kFewItems ? 0 : kPasses;
+    queue.launch(assign_classes_start_kernel, 1, kThreads, 0, penalty_bound(cost), items.classes, state);
+    for (int pass = 0; pass < passes; ++pass) {
+        queue.launch(assign_classes_pass_kernel<T>, blocks, kBudgetThreads, shared, data, items, budget, pass, state);
+    }
+    queue.launch(assign_classes_finish_kernel<T>, 1, kBudgetThreads, shared, data, items, budget, passes, state);
+    queue.launch(assign_classes_budget_kernel<T>, blocks_for(items.count(), kThreads), kThreads, 0, data, items, budget,
+                 static_cast<const Interval*>(state.intervals + (passes + 1) % 2), ids);
+}
+
+Tensor assign_classes_cuda(const Tensor& score,  // [N, K, ...]
+                           const Tensor& cost,   // [K], on the CPU
+                           double penalty, std::optional<double> budget, ScalarType dtype) {
+    FASTROUTE_CHECK(score.dim() >= 2, kOp, ": score must have at least 2 dimensions; got ", score.dim());
+    FASTROUTE_CHECK(cost.is_cpu(), kOp, ": cost must be on the CPU, it is read before the kernel runs");
+    const int64_t classes = score.size(1);
+    FASTROUTE_CHECK(classes >= 1 && classes <= kMostClasses, kOp, ": score must have 1 to 256 classes; got ", classes);
+    FASTROUTE_CHECK(cost.dim() == 1 && cost.size(0) == classes && cost.scalar_type() == ScalarType::Double, kOp,
+                    ": cost must be ", classes, " float64 values");
+    const Tensor dense = torch::stable::contiguous(score), dense_cost = torch::stable::contiguous(cost);
+    const double* values = dense_cost.const_data_ptr<double>();
+    const std::vector<double> costs(values, values + classes);
+    Items items{score.size(0), classes, 1};
+    std::vector<int64_t> size{score.size(0)};
+    for (int64_t d = 2; d < score.dim(); ++d) items.length *= score.size(d), size.push_back(score.size(d));
+    const Tensor out = torch::stable::empty({size.data(), size.size()}, dtype, std::nullopt, score.device());
+    dispatch_index(kOp, dtype, [](auto) {});
+    if (items.count() == 0) return out;
+    const Ids ids{out.mutable_data_ptr(), dtype};
+    const Queue queue(kOp, score);
+    dispatch_floating(kOp, dense.scalar_type(), [&](auto zero) {
+        using T = decltype(zero);
+        if (budget.has_value()) {
+            assign_by_budget<T>(queue, dense, items, costs, *budget, ids);
+        } else {
+            queue.launch(assign_classes_kernel<T>, blocks_for(items.count(), kThreads), kThreads, 0,
+                         dense.template const_data_ptr<T>(), items, penalty_scales(costs, penalty), ids);
+        }
+    });
+    return out;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(fastroute, FASTROUTE_CUDA, m) { m.impl("assign_classes", TORCH_BOX(&assign_classes_cuda)); }
+
+}  // namespace fastroute

@@ -1,0 +1,211 @@
+// The penalty of a budget, bisected on the device. Five steps of the bisection share one pass over the items: its 31
+// possible midpoints and its lower end are 32 penalties, and as the choice of an item moves to cheaper classes as the
+// penalty grows, an item is counted once, and again wherever its class changes along them. Counts are integers, so
+// adding them atomically gives the same sums in any order. Every block of the next pass works out the five decisions
+// for itself.
+#pragma once
+
+#include <cmath>
+
+#include "common/host_device.h"
+#include "cuda/launch.h"
+
+namespace fastroute {
+namespace {
+
+constexpr int kMostClasses = 256;
+constexpr int kSteps = 5;                // of the bisection in one pass
+constexpr int kPenalties = 1 << kSteps;  // its lower end and the midpoints
+constexpr int kBudgetThreads = 256;
+constexpr int kPasses = 13;             // over all blocks: 65 steps, enough for a penalty of about 1
+constexpr int64_t kFewItems = 4096;     // one block alone is as fast
+constexpr double kBudgetSlack = 1e-9;   // mean cost and budget are both sums of rounded fractions
+constexpr double kSmallest = 0x1p-126;  // scores below count as this much
+
+// Scores [B, K, L]: item (b, l) has class k's score at (b·K + k)·L + l.
+struct Items {
+    int64_t batch, classes, length;
+
+    FASTROUTE_HOST_DEVICE int64_t count() const { return batch * length; }
+};
+
+// One number per class, as an argument of a kernel.
+struct PerClass {
+    double value[kMostClasses];
+};
+
+struct Budget {
+    PerClass log_cost, share;  // log2 of the cost, and its fraction of the dearest
+    double allowed;            // of the mean share
+};
+
+// An interval of penalties whose upper end fits the budget. `settled`: nothing is left to bisect.
+struct Interval {
+    double low, high;
+    int started, settled;
+};
+
+using Count = unsigned long long;
+
+// What the passes leave for each other: intervals in turn, and counts [kPenalties, K] and open items in turns of three.
+struct BudgetState {
+    Interval* intervals;  // [2]
+    Count* counts;        // [3][kPenalties · K + 1]
+
+    static int64_t bytes(int64_t classes) {
+        return 2 * static_cast<int64_t>(sizeof(Interval)) + 3 * (kPenalties * classes + 1) * int64_t{sizeof(Count)};
+    }
+    BudgetState(void* memory)
+        : intervals(static_cast<Interval*>(memory)), counts(reinterpret_cast<Count*>(intervals + 2)) {}
+
+    FASTROUTE_HOST_DEVICE Count* turn(int pass, int64_t classes) const {
+        return counts + pass % 3 * (kPenalties * classes + 1);
+    }
+};
+
+// The class of one item at a penalty: argmax of log2(score) - penalty · log2(cost), the lowest class on a tie.
+template <typename T>
+__device__ int choose(const T* score, const Items& items, const Budget& budget, double penalty) {
+    int best = 0;
+    double value = 0;
+    for (int k = 0; k < items.classes; ++k) {
+        const double s = static_cast<double>(static_cast<Work<T>>(score[k * items.length]));
+        const double log_score = log2(s > kSmallest ? s : kSmallest);
+        const double other = add(log_score, -multiply(penalty, budget.log_cost.value[k]));
+        if (k == 0 || other > value) value = other, best = k;
+    }
+    return best;
+}
+
+// The penalties of five steps in an interval, in order: [0] is its lower and [kPenalties] its upper end.
+__device__ void spread(const Interval& interval, double* penalty) {
+    penalty[0] = interval.low, penalty[kPenalties] = interval.high;
+    for (int half = kPenalties / 2; half > 0; half /= 2) {
+        for (int at = half; at < kPenalties; at += 2 * half) {
+            penalty[at] = multiply(0.5, add(penalty[at - half], penalty[at + half]));
+        }
+    }
+}
+
+// What five steps make of an interval. counts [kPenalties, K] hold, from one penalty to the next, the change of the
+// number of items of each class; `open` items differ between the ends. All threads of a block call this.
+__device__ Interval narrowed(const Interval& interval, const Count* counts, Count open, const Items& items,
+                             const Budget& budget) {
+    FASTROUTE_SHARED(int, fits, [kPenalties]);
+    FASTROUTE_SHARED(double, penalty, [kPenalties + 1]);
+    if (interval.settled != 0) return interval;
+    __syncthreads();
+    if (threadIdx.x == 0) spread(interval, penalty);
+    if (threadIdx.x < kPenalties) {
+        double sum = 0;
+        for (int64_t k = 0; k < items.classes; ++k) {
+            Count number = 0;
+            for (int p = 0; p <= static_cast<int>(threadIdx.x); ++p) number += counts[p * items.classes + k];
+            sum = add(sum, multiply(static_cast<double>(number), budget.share.value[k]));
+        }
+        fits[threadIdx.x] = sum / static_cast<double>(items.count()) <= budget.allowed + kBudgetSlack ? 1 : 0;
+    }
+    __syncthreads();
+    Interval next = interval;
+    next.started = 1;
+    // Only before the first step may the lower end fit.
+    if (interval.started == 0 && fits[0] != 0) {
+        next.high = interval.low, next.settled = 1;
+        return next;
+    }
+    int low = 0, high = kPenalties;
+    for (int step = 0; step < kSteps; ++step) {
+        const int middle = (low + high) / 2;
+        if (penalty[middle] == penalty[low] || penalty[middle] == penalty[high]) next.settled = 1;
+        if (next.settled != 0) break;
+        (fits[middle] != 0 ? high : low) = middle;
+    }
+    next.low = penalty[low], next.high = penalty[high];
+    if (open == 0) next.settled = 1;
+    return next;
+}
+
+// Counts the items of this block, every `step`-th of them from `first` on, in shared memory [kPenalties · K + 1]. All
+// threads of the block call this.
+template <typename T>
+__device__ void count_items(const T* score, const Items& items, const Budget& budget, const Interval& interval,
+                            int64_t first, int64_t step, unsigned* counts) {
+    FASTROUTE_SHARED(double, penalty, [kPenalties + 1]);
+    __syncthreads();
+    if (threadIdx.x == 0) spread(interval, penalty);
+    for (int64_t e = threadIdx.x; e < kPenalties * items.classes + 1; e += kBudgetThreads) counts[e] = 0;
+    __syncthreads();
+    for (int64_t n = first; n < items.count(); n += step) {
+        const T* own = score + n / items.length * items.classes * items.length + n % items.length;
+        int here = choose(own, items, budget, penalty[0]);
+        const int cheapest = choose(own, items, budget, penalty[kPenalties]);
+        atomicAdd(&counts[here], 1u);
+        if (here == cheapest) continue;
+        atomicAdd(&counts[kPenalties * items.classes], 1u);
+        for (int p = 1; p < kPenalties && here != cheapest; ++p) {
+            const int next = choose(own, items, budget, penalty[p]);
+            if (next == here) continue;
+            atomicAdd(&counts[p * items.classes + next], 1u);
+            atomicAdd(&counts[p * items.classes + here], ~0u);
+            here = next;
+        }
+    }
+}
+
+// Pass number `pass`: decides the steps of the pass before it, then counts.
+template <typename T>
+__global__ void __launch_bounds__(kBudgetThreads, 2)
+    assign_classes_pass_kernel(const T* __restrict__ score,  // [B, K, L]
+                               Items items, const __grid_constant__ Budget budget, int pass, BudgetState state) {
+    FASTROUTE_DYNAMIC_SHARED(unsigned, counts);
+    const int64_t entries = kPenalties * items.classes + 1;
+    Interval interval = state.intervals[pass % 2];
+    if (pass > 0) {
+        const Count* before = state.turn(pass - 1, items.classes);
+        interval = narrowed(interval, before, before[entries - 1], items, budget);
+    }
+    if (blockIdx.x == 0) {
+        // The next pass counts here: nobody else looks at it now.
+        for (int64_t e = threadIdx.x; e < entries; e += kBudgetThreads) state.turn(pass + 1, items.classes)[e] = 0;
+        if (threadIdx.x == 0) state.intervals[(pass + 1) % 2] = interval;
+    }
+    if (interval.settled != 0) return;
+    count_items(score, items, budget, interval, int64_t{blockIdx.x} * kBudgetThreads + threadIdx.x,
+                int64_t{gridDim.x} * kBudgetThreads, counts);
+    __syncthreads();
+    // Differences wrap around, and do so in the same way in a wider type when their sign is kept.
+    for (int64_t e = threadIdx.x; e < entries; e += kBudgetThreads) {
+        const int change = static_cast<int>(counts[e]);
+        if (change != 0)
+            atomicAdd(&state.turn(pass, items.classes)[e], static_cast<Count>(static_cast<long long>(change)));
+    }
+}
+
+// Decides the last pass and goes on alone, in one block, until nothing is left; `passes` went before.
+template <typename T>
+__global__ void __launch_bounds__(kBudgetThreads, 2)
+    assign_classes_finish_kernel(const T* __restrict__ score,  // [B, K, L]
+                                 Items items, const __grid_constant__ Budget budget, int passes, BudgetState state) {
+    FASTROUTE_DYNAMIC_SHARED(unsigned, counts);
+    const int64_t entries = kPenalties * items.classes + 1;
+    Interval interval = state.intervals[passes % 2];
+    if (passes > 0) {
+        const Count* before = state.turn(passes - 1, items.classes);
+        interval = narrowed(interval, before, before[entries - 1], items, budget);
+    }
+    Count* total = state.turn(passes, items.classes);
+    while (interval.settled == 0) {
+        count_items(score, items, budget, interval, threadIdx.x, kBudgetThreads, counts);
+        __syncthreads();
+        for (int64_t e = threadIdx.x; e < entries; e += kBudgetThreads) {
+            total[e] = static_cast<Count>(static_cast<long long>(static_cast<int>(counts[e])));
+        }
+        // Every thread reads what all wrote; narrowed() waits before it reads, and its result is the same in all.
+        __syncthreads();
+        interval = narrowed(interval, total, total[entries - 1], items, budget);
+    }
+    if (threadIdx.x == 0) state.intervals[(passes + 1) % 2] = interval;
+}
+
+}  // namespace
+}  // namespace fastroute

@@ -1,0 +1,208 @@
+// extract_patches: out[m, c, k, l] = (image[b, c, y0 + k, x0 + l] / maximum - mean[c]) / std[c] for the patch order[m]
+// of image b at (y0, x0), reads clamped to the image. A patch is a sequence of rows, runs in memory: the p pixels of
+// one row of a channel, or all channels of them in channels_last. A block writes some rows of one patch, a thread 16
+// bytes of them at a time.
+#include "cuda/counting_sort.cuh"
+#include "cuda/extract_patches.cuh"
+
+namespace fastroute {
+namespace {
+
+constexpr const char* kOp = "extract_patches";
+constexpr int kThreads = 256;
+constexpr int kPacks = 4;  // of one thread: enough to pay for finding the patch
+
+template <typename In, typename Out>
+__global__ void __launch_bounds__(kThreads, 4) extract_patches_kernel(const In* __restrict__ images,  // [B, C, H, W]
+                                                                      ExtractPlan plan, int64_t total,
+                                                                      Out* __restrict__ out) {  // [M, C, p, p]
+    constexpr int N = kPack<Out>;
+    for (int64_t item = blockIdx.x; item < total; item += gridDim.x) {
+        const int64_t m = item / plan.groups;
+        const int first = static_cast<int>(item - m * plan.groups) * plan.group_rows;
+        const int rows = plan.rows - first < plan.group_rows ? plan.rows - first : plan.group_rows;
+        const Source<In, Out> source(plan, images, m);
+        Out* target = out + (m * plan.rows + first) * plan.length;
+        const int elements = rows * plan.length;
+        for (int at = static_cast<int>(threadIdx.x) * N; at < elements; at += kThreads * N) {
+            const int row = at / plan.length, l = at - row * plan.length;
+            if (l + N <= plan.length && source.template is_run<N>(l)) {
+                store_pack<N>(target + at, source.template run<N>(first + row, l), N);
+                continue;
+            }
+            // Clamped, strided, or running on into the next rows.
+#pragma unroll 1
+            for (int e = at; e < elements && e < at + N; ++e) {
+                target[e] = source.element(first + e / plan.length, e % plan.length);
+            }
+        }
+    }
+}
+
+Statistic checked_statistic(const char* name, const std::optional<Tensor>& values, const Tensor& image) {
+    if (!values.has_value()) return {nullptr, ScalarType::Float};
+    check_same_device(kOp, name, *values, image);
+    check_rank(kOp, name, *values, 1);
+    FASTROUTE_CHECK(values->size(0) == image.size(1), kOp, ": ", name, " must have ", image.size(1), " entries; got ",
+                    values->size(0));
+    dispatch_floating(kOp, values->scalar_type(), [](auto) {});
+    return {values->const_data_ptr(), values->scalar_type()};
+}
+
+std::optional<Tensor> dense(const std::optional<Tensor>& x) {
+    return x.has_value() ? std::optional<Tensor>(torch::stable::contiguous(*x)) : std::nullopt;
+}
+
+Tensor extract_patches_cuda(const Tensor& image,                 // [B, C, H, W]
+                            const std::optional<Tensor>& order,  // [M]
+                            const std::optional<Tensor>& mean,   // [C]
+                            const std::optional<Tensor>& std,    // [C]
+                            int64_t patch, int64_t stride, bool crop, std::optional<ScalarType> dtype,
+                            bool channels_last) {
+    check_rank(kOp, "image", image, 4);
+    const int64_t batch = image.size(0), channels = image.size(1), height = image.size(2), width = image.size(3);
+    FASTROUTE_CHECK(channels > 0 && height > 0 && width > 0, kOp,
+                    ": image must have at least one channel and one pixel");
+    FASTROUTE_CHECK(patch > 0 && stride > 0 && stride <= patch, kOp, ": stride must lie in [1, patch]");
+    FASTROUTE_CHECK(channels <= kMaxBlocks / patch / 2, kOp, ": C * patch must be below 2^30; got ", channels, " * ",
+                    patch);
+    const TileGrid grid{{height, patch, stride, crop}, {width, patch, stride, crop}};
+    const int64_t tiles = grid.num_patches();
+    const std::optional<Tensor> numbers = checked_index(kOp, "order", order, image);
+    const std::optional<Tensor> means = dense(mean), stds = dense(std);
+    const int64_t count = numbers.has_value() ? numbers->size(0) : batch * tiles;
+    FASTROUTE_CHECK(count == 0 || batch > 0, kOp, ": order must be empty where there is no image");
+
+    const ScalarType target = dtype.value_or(image.scalar_type());
+    const int64_t size[] = {count, channels, patch, patch};
+    const Tensor out = torch::stable::empty(
+        {size, 4}, target, std::nullopt, image.device(), std::nullopt,
+        channels_last ? torch::headeronly::MemoryFormat::ChannelsLast : torch::headeronly::MemoryFormat::Contiguous);
+    const int64_t rows = channels_last ? patch : channels * patch, length = channels_last ? patch * channels : patch;
+    const int64_t wanted = kThreads * kPacks * 16 / static_cast<int64_t>(out.element_size());
+    const int64_t group_rows = std::clamp<int64_t>(wanted / length, 1, rows);
+    const ExtractPlan plan{image.stride(0),
+                           image.stride(1),
+                           image.stride(2),
+                           image.stride(3),
+                           grid,
+                           tiles,
+                           grid.x.count(),
+                           batch * tiles,
+                           blocks_for(rows, group_rows),
+                           numbers.has_value() ? numbers->const_data_ptr<int64_t>() : nullptr,
+                           static_cast<int>(channels),
+                           static_cast<int>(patch),
+                           static_cast<int>(rows),
+                           static_cast<int>(length),
+                           static_cast<int>(group_rows),
+                           channels_last,
+                           checked_statistic("mean", means, image),
+                           checked_statistic("std", stds, image)};
+    const Queue queue(kOp, image);
+    dispatch_image(kOp, image.scalar_type(), [&](auto in_zero) {
+        dispatch_image(kOp, target, [&](auto out_zero) {
+            using In = decltype(in_zero);
+            using Out = decltype(out_zero);
+            // Integers are written only as they were read.
+            if constexpr (std::is_integral_v<Out> && !std::is_same_v<In, Out>) {
+                fail("fastroute error: ", kOp, ": dtype must be floating to convert");
+            } else {
+                const int64_t total = count * plan.groups;
+                queue.launch(extract_patches_kernel<In, Out>, total, kThreads, 0, image.const_data_ptr<In>(), plan,
+                             total, out.mutable_data_ptr<Out>());
+            }
+        });
+    });
+    return out;
+}
+
+// The adjoint: image pixel (y, x) sums the gradients of all patch pixels that read it, tile rows before tile columns,
+// and of one patch columns before rows before repeats. One thread per pixel of the image.
+template <typename T>
+__global__ void __launch_bounds__(kThreads, 2)
+    _extract_patches_backward_kernel(const T* __restrict__ grad,         // [M, C, p, p]
+                                     const int64_t* __restrict__ start,  // [B · tiles + 1] or null: patch n is row n
+                                     const int64_t* __restrict__ rows,   // [M] by patch number, or null
+                                     TileGrid grid, int64_t channels, int64_t total,
+                                     T* __restrict__ out) {  // [B, C, H, W]
+    using W = Work<T>;
+    const int64_t height = grid.y.size, width = grid.x.size, patch = grid.x.patch, cols = grid.x.count();
+    for (int64_t at = int64_t{blockIdx.x} * kThreads + threadIdx.x; at < total; at += int64_t{gridDim.x} * kThreads) {
+        const int64_t x = at % width, y = at / width % height, c = at / width / height % channels;
+        const int64_t image = at / width / height / channels;
+        const TileRange range_y = grid.y.covering(y), range_x = grid.x.covering(x);
+        W sum = W(0);
+        for (int64_t i = range_y.first; i <= range_y.last; ++i) {
+            const int64_t top = y - grid.y.origin(i);
+            if (top >= patch) continue;  // the remainder that "crop" drops
+            // Patch rows below a small image read its last row, and columns its last column.
+            const int64_t bottom = y == height - 1 && height < patch ? patch - 1 : top;
+            for (int64_t j = range_x.first; j <= range_x.last; ++j) {
+                const int64_t left = x - grid.x.origin(j);
+                if (left >= patch) continue;
+                const int64_t right = x == width - 1 && width < patch ? patch - 1 : left;
+                const int64_t n = (image * grid.y.count() + i) * cols + j;
+                const int64_t begin = start == nullptr ? n : start[n], end = start == nullptr ? n + 1 : start[n + 1];
+                W folded = W(0);
+                for (int64_t l = left; l <= right; ++l) {
+                    W column = W(0);
+                    for (int64_t k = top; k <= bottom; ++k) {
+                        W repeated = W(0);
+                        for (int64_t r = begin; r < end; ++r) {
+                            const int64_t m = rows == nullptr ? r : rows[r];
+                            repeated += static_cast<W>(grad[((m * channels + c) * patch + k) * patch + l]);
+                        }
+                        column += repeated;
+                    }
+                    folded += column;
+                }
+                sum += folded;
+            }
+        }
+        out[at] = static_cast<T>(sum);
+    }
+}
+
+Tensor _extract_patches_backward_cuda(const Tensor& grad,                  // [M, C, p, p]
+                                      const std::optional<Tensor>& order,  // [M]
+                                      int64_t batch, int64_t height, int64_t width, int64_t patch, int64_t stride,
+                                      bool crop) {
+    check_rank(kOp, "grad", grad, 4);
+    const TileGrid grid{{height, patch, stride, crop}, {width, patch, stride, crop}};
+    const int64_t tiles = grid.num_patches() * batch, count = grad.size(0), channels = grad.size(1);
+    const std::optional<Tensor> numbers = checked_index(kOp, "order", order, grad);
+    FASTROUTE_CHECK(numbers.has_value() ? numbers->size(0) == count : tiles == count, kOp,
+                    ": grad must have one row per extracted patch; got ", count);
+    const Tensor data = torch::stable::contiguous(grad);
+    const int64_t size[] = {batch, channels, height, width}, items[] = {count}, bounds[] = {tiles + 1};
+    const Tensor out = torch::stable::empty({size, 4}, grad.scalar_type(), std::nullopt, grad.device());
+    if (out.numel() == 0) return out;
+    const Queue queue(kOp, grad);
+    // Rows of `grad` by patch number.
+    std::optional<Tensor> start, rows;
+    if (numbers.has_value()) {
+        start = torch::stable::empty({bounds, 1}, ScalarType::Long, std::nullopt, grad.device());
+        rows = torch::stable::empty({items, 1}, ScalarType::Long, std::nullopt, grad.device());
+        counting_sort(queue, grad, numbers->const_data_ptr<int64_t>(), count, tiles, rows->mutable_data_ptr<int64_t>(),
+                      static_cast<int64_t*>(nullptr), start->mutable_data_ptr<int64_t>());
+    }
+    dispatch_floating(kOp, grad.scalar_type(), [&](auto zero) {
+        using T = decltype(zero);
+        queue.launch(_extract_patches_backward_kernel<T>, blocks_for(out.numel(), kThreads), kThreads, 0,
+                     data.template const_data_ptr<T>(),
+                     start.has_value() ? start->const_data_ptr<int64_t>() : static_cast<const int64_t*>(nullptr),
+                     rows.has_value() ? rows->const_data_ptr<int64_t>() : static_cast<const int64_t*>(nullptr), grid,
+                     channels, out.numel(), out.mutable_data_ptr<T>());
+    });
+    return out;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(fastroute, FASTROUTE_CUDA, m) {
+    m.impl("extract_patches", TORCH_BOX(&extract_patches_cuda));
+    m.impl("_extract_patches_backward", TORCH_BOX(&_extract_patches_backward_cuda));
+}
+
+}  // namespace fastroute

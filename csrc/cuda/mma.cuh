@@ -1,0 +1,70 @@
+// The tensor cores' 16 x 8 x 16 product of float16 or bfloat16 with float32 sums, and the packing of its operands: PTX
+// under nvcc, plain C++ in the emulation of the tests (tests/cuda/shim/cuda_mma.h).
+//
+// Lane 4 g + q of a warp holds, of A [16, 16], B [16, 8] and D [16, 8]:
+//   a[0] = A[g][2q..2q+1], a[1] = A[g+8][2q..2q+1], a[2] = A[g][2q+8..2q+9], a[3] = A[g+8][2q+8..2q+9];
+//   b0 = B[2q..2q+1][g], b1 = B[2q+8..2q+9][g]; d[0..1] = D[g][2q..2q+1], d[2..3] = D[g+8][2q..2q+1].
+#pragma once
+
+#include "cuda/launch.h"
+
+#if !defined(__CUDACC__)
+#include "cuda_mma.h"
+#endif
+
+namespace fastroute {
+
+#if defined(__CUDACC__)
+
+// Two values in one register, each rounded to nearest even; `low` in bits 0 to 15.
+template <typename T>
+__device__ __forceinline__ uint32_t pack2(float low, float high) {
+    uint32_t result;
+    if constexpr (std::is_same_v<T, Half>) {
+        asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(result) : "f"(high), "f"(low));
+    } else {
+        static_assert(std::is_same_v<T, BFloat16>);
+        asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(result) : "f"(high), "f"(low));
+    }
+    return result;
+}
+
+// The same of max(x, 0); NaN stays NaN.
+template <typename T>
+__device__ __forceinline__ uint32_t pack2_relu(float low, float high) {
+    uint32_t result;
+    if constexpr (std::is_same_v<T, Half>) {
+        asm("cvt.rn.relu.f16x2.f32 %0, %1, %2;" : "=r"(result) : "f"(high), "f"(low));
+    } else {
+        static_assert(std::is_same_v<T, BFloat16>);
+        asm("cvt.rn.relu.bf16x2.f32 %0, %1, %2;" : "=r"(result) : "f"(high), "f"(low));
+    }
+    return result;
+}
+
+// D += A B, by all lanes of a warp together.
+template <typename T>
+__device__ __forceinline__ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    if constexpr (std::is_same_v<T, Half>) {
+        asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+            "{%0, %1, %2, %3};"
+            : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+    } else {
+        static_assert(std::is_same_v<T, BFloat16>);
+        asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+            "{%0, %1, %2, %3};"
+            : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+    }
+}
+
+#else
+
+using shim::mma_m16n8k16;
+using shim::pack2;
+using shim::pack2_relu;
+
+#endif
+
+}  // namespace fastroute

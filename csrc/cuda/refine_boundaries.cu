@@ -1,0 +1,171 @@
+// refine_boundaries: a pixel of class 0 with a dearer neighbour becomes the mean of its 3 x 3 pixels; all others are
+// copied. Work mapping: one thread per 16 bytes of an image row; it finds their boundary pixels once for all channels.
+#include "common/pixel.h"
+#include "cuda/pack.cuh"
+
+namespace fastroute {
+namespace {
+
+constexpr const char* kOp = "refine_boundaries";
+constexpr int kThreads = 256;
+
+// Bit 1 + i: pixel `x + i` of a row of classes is not of class 0; bits 0 and N + 1 are those beside them, 0 outside.
+template <int N, typename Id>
+__device__ __forceinline__ unsigned dearer_pixels(const Id* row, int64_t x, int64_t width) {
+    const Id* const at = row + x;
+    unsigned bits = 0;
+    if (x + N < width) {
+        const Pack<Id, N> ids = load_pack<N>(at);
+#pragma unroll
+        for (int i = N - 1; i >= 0; --i) bits = bits << 1 | unsigned{ids.at[i] != 0};
+        bits |= unsigned{at[N] != 0} << N;
+    } else {
+#pragma unroll
+        for (int i = N - 1; i >= 0; --i) bits = bits << 1 | unsigned{x + i < width && at[i] != 0};
+    }
+    return bits << 1 | unsigned{x > 0 && at[-1] != 0};
+}
+
+template <typename T, typename Out, typename Id>
+struct Refine {
+    const T* image;     // [B, C, H, W]
+    const Id* classes;  // [B, H, W]
+    int64_t channels, height, width;
+    int64_t begin, rows, lines;  // the first output row, how many, and of all images
+    Out* out;                    // [B, C, rows, W]
+    int64_t stride[3];
+};
+
+template <typename T, typename Out, typename Id>
+__global__ void __launch_bounds__(kThreads) refine_boundaries_kernel(Refine<T, Out, Id> r) {
+    constexpr int N = kPack<T>;
+    const int64_t packs = (r.width + N - 1) / N, total = r.lines * packs, width = r.width;
+    for (int64_t item = int64_t{blockIdx.x} * kThreads + threadIdx.x; item < total;
+         item += int64_t{gridDim.x} * kThreads) {
+        const int64_t line = item / packs, x = (item - line * packs) * N, b = line / r.rows, row = line - b * r.rows;
+        const int64_t y = r.begin + row;
+        const int count = static_cast<int>(min(int64_t{N}, width - x));
+        unsigned refined = 0;
+        if (y > 0 && y + 1 < r.height) {
+            const Id* const classes = r.classes + (b * r.height + y) * width;
+            const unsigned own = dearer_pixels<N>(classes, x, width);
+            const unsigned near =
+                own | dearer_pixels<N>(classes - width, x, width) | dearer_pixels<N>(classes + width, x, width);
+            refined = (near | near >> 1 | near >> 2) & ~(own >> 1) & ((1u << count) - 1);
+            // The first and the last column stay.
+            if (x == 0) refined &= ~1u;
+            if (x + count == width) refined &= ~(1u << (count - 1));
+        }
+        for (int64_t c = 0; c < r.channels; ++c) {
+            const T* const from = r.image + ((b * r.channels + c) * r.height + y) * width + x;
+            Out* const to = r.out + b * r.stride[0] + c * r.stride[1] + row * r.stride[2] + x;
+            Pack<T, N> pixels;
+            if (count == N) {
+                pixels = load_pack<N>(from);
+            } else {
+#pragma unroll
+                for (int i = 0; i < N; ++i) pixels.at[i] = from[i < count ? i : 0];
+            }
+            Pack<Out, N> result;
+#pragma unroll
+            for (int i = 0; i < N; ++i) {
+                Work<T> value = static_cast<Work<T>>(pixels.at[i]);
+                if ((refined >> i & 1u) != 0) {
+                    value = 0;
+                    for (int64_t dy = -width; dy <= width; dy += width) {
+                        for (int64_t dx = -1; dx <= 1; ++dx) value += static_cast<Work<T>>(from[dy + dx + i]);
+                    }
+                    value /= 9;
+                }
+                result.at[i] = to_pixel<Out>(value);
+            }
+            store_pack(to, result, count);
+        }
+    }
+}
+
+template <typename T, typename Out, typename Id>
+void refine(const Tensor& image, const Tensor& classes, int64_t begin, int64_t end, const Tensor& out) {
+    const int64_t width = image.size(3), rows = end - begin, lines = image.size(0) * rows;
+    const Refine<T, Out, Id> task{static_cast<const T*>(image.const_data_ptr()),
+                                  static_cast<const Id*>(classes.const_data_ptr()),
+                                  image.size(1),
+                                  image.size(2),
+                                  width,
+                                  begin,
+                                  rows,
+                                  lines,
+                                  static_cast<Out*>(out.mutable_data_ptr()),
+                                  {out.stride(0), out.stride(1), out.stride(2)}};
+    const Queue queue(kOp, image);
+    queue.launch(refine_boundaries_kernel<T, Out, Id>, blocks_for(lines * blocks_for(width, kPack<T>), kThreads),
+                 kThreads, 0, task);
+}
+
+void refine_into(const Tensor& image, const Tensor& class_map, int64_t begin, int64_t end, const Tensor& out) {
+    const Tensor dense = torch::stable::contiguous(image), classes = torch::stable::contiguous(class_map);
+    dispatch_floating(kOp, dense.scalar_type(), [&](auto zero) {
+        using T = decltype(zero);
+        const auto run = [&](auto pixel) {
+            using Out = decltype(pixel);
+            if (classes.scalar_type() == ScalarType::Byte) {
+                refine<T, Out, uint8_t>(dense, classes, begin, end, out);
+            } else {
+                refine<T, Out, int64_t>(dense, classes, begin, end, out);
+            }
+        };
+        switch (out.scalar_type()) {
+            case ScalarType::Byte: return run(uint8_t{});
+            case ScalarType::UInt16: return run(uint16_t{});
+            default:
+                FASTROUTE_CHECK(out.scalar_type() == dense.scalar_type(), kOp,
+                                ": out must have the dtype of image, or uint8 or uint16");
+                return run(T{});
+        }
+    });
+}
+
+void check(const Tensor& image, const Tensor& class_map, int64_t begin, int64_t end) {
+    check_rank(kOp, "image", image, 4), check_rank(kOp, "class_map", class_map, 3);
+    check_same_device(kOp, "class_map", class_map, image);
+    FASTROUTE_CHECK(class_map.scalar_type() == ScalarType::Byte || class_map.scalar_type() == ScalarType::Long, kOp,
+                    ": class_map must be uint8 or int64");
+    FASTROUTE_CHECK(
+        class_map.size(0) == image.size(0) && class_map.size(1) == image.size(2) && class_map.size(2) == image.size(3),
+        kOp, ": class_map must be [B, H, W], as image is");
+    FASTROUTE_CHECK(0 <= begin && begin <= end && end <= image.size(2), kOp,
+                    ": the rows must be ordered and lie in the image");
+}
+
+Tensor refine_boundaries_cuda(const Tensor& image,      // [B, C, H, W]
+                              const Tensor& class_map,  // [B, H, W]
+                              int64_t row_begin, int64_t row_end) {
+    check(image, class_map, row_begin, row_end);
+    const int64_t size[4] = {image.size(0), image.size(1), row_end - row_begin, image.size(3)};
+    const Tensor out = torch::stable::empty({size, 4}, image.scalar_type(), std::nullopt, image.device());
+    if (out.numel() > 0) refine_into(image, class_map, row_begin, row_end, out);
+    return out;
+}
+
+Tensor refine_boundaries_out_cuda(const Tensor& image,      // [B, C, H, W]
+                                  const Tensor& class_map,  // [B, H, W]
+                                  int64_t row_begin, int64_t row_end,
+                                  const Tensor& out) {  // [B, C, rows, W]
+    check(image, class_map, row_begin, row_end);
+    check_rank(kOp, "out", out, 4), check_same_device(kOp, "out", out, image);
+    FASTROUTE_CHECK(out.size(0) == image.size(0) && out.size(1) == image.size(1) &&
+                        out.size(2) == row_end - row_begin && out.size(3) == image.size(3) &&
+                        (out.stride(3) == 1 || out.size(3) <= 1),
+                    kOp, ": out must be [B, C, rows, W] with contiguous rows");
+    if (out.numel() > 0) refine_into(image, class_map, row_begin, row_end, out);
+    return out;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(fastroute, FASTROUTE_CUDA, m) {
+    m.impl("refine_boundaries", TORCH_BOX(&refine_boundaries_cuda));
+    m.impl("refine_boundaries.out", TORCH_BOX(&refine_boundaries_out_cuda));
+}
+
+}  // namespace fastroute

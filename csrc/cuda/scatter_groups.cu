@@ -1,0 +1,19 @@
+// scatter_groups: row i of the output is row inverse[i] of the input.
+#include "cuda/rows.cuh"
+
+namespace fastroute {
+namespace {
+
+Tensor scatter_groups_cuda(const Tensor& y,          // [N, ...]
+                           const Tensor& order,      // [N]
+                           const Tensor& inverse) {  // [N]
+    FASTROUTE_CHECK(order.dim() == 1 && inverse.dim() == 1 && order.size(0) == inverse.size(0),
+                    "scatter_groups: order and inverse must be vectors of one length");
+    return gather_rows("scatter_groups", "y", "groups.inverse", y, inverse);
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(fastroute, FASTROUTE_CUDA, m) { m.impl("scatter_groups", TORCH_BOX(&scatter_groups_cuda)); }
+
+}  // namespace fastroute

@@ -1,0 +1,110 @@
+// What stitch_patches and its adjoint know before they start: the weights of both axes, normalised over the tiles of a
+// pixel, and where in memory a patch lies.
+#pragma once
+
+#include "common/geometry.h"
+#include "common/pixel.h"
+#include "cuda/pack.cuh"
+
+namespace fastroute {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kBatches = 64;  // tensors of patches that one launch can be told of
+
+// Tiles that cover one pixel of an axis.
+struct alignas(8) Cover {
+    int first, last;
+};
+
+// A piece of memory for both axes: weights [rows, span] and [cols, span], covers [H] and [W].
+template <typename W>
+struct AxisTables {
+    W* weights_y;
+    W* weights_x;
+    Cover* covers_y;
+    Cover* covers_x;
+
+    static int64_t bytes(const TileGrid& grid, int64_t span) {
+        return (grid.y.count() + grid.x.count()) * span * static_cast<int64_t>(sizeof(W)) +
+               (grid.y.size + grid.x.size) * static_cast<int64_t>(sizeof(Cover)) + 16;
+    }
+
+    AxisTables(void* memory, const TileGrid& grid, int64_t span) {
+        weights_y = static_cast<W*>(memory);
+        weights_x = weights_y + grid.y.count() * span;
+        uintptr_t end = reinterpret_cast<uintptr_t>(weights_x + grid.x.count() * span);
+        covers_y = reinterpret_cast<Cover*>((end + 7) / 8 * 8);
+        covers_x = covers_y + grid.y.size;
+    }
+};
+
+// Weight k of tile i: 0 outside the image, else its share of the windows of all tiles that cover the pixel.
+template <typename W>
+__device__ W axis_weight(const W* window, const TileAxis& axis, int64_t scale, int64_t i, int64_t k) {
+    const int64_t at = axis.origin(i) * scale + k;
+    if (at >= axis.covered() * scale) return W(0);
+    const TileRange range = axis.covering(at / scale);
+    W total = W(0);
+    for (int64_t j = range.first; j <= range.last; ++j) total = add(total, window[at - axis.origin(j) * scale]);
+    return window[k] / total;
+}
+
+template <typename W>
+__global__ void __launch_bounds__(kThreads, 2)
+    stitch_patches_tables_kernel(const W* __restrict__ window,  // [P]
+                                 TileGrid grid, int64_t scale, AxisTables<W> tables) {
+    const int64_t span = grid.y.patch * scale;
+    const int64_t weights_y = grid.y.count() * span, weights = weights_y + grid.x.count() * span;
+    const int64_t covers_y = weights + grid.y.size, total = covers_y + grid.x.size;
+    const int64_t step = int64_t{gridDim.x} * kThreads;
+    for (int64_t n = int64_t{blockIdx.x} * kThreads + threadIdx.x; n < total; n += step) {
+        if (n < weights_y) {
+            tables.weights_y[n] = axis_weight(window, grid.y, scale, n / span, n % span);
+        } else if (n < weights) {
+            const int64_t at = n - weights_y;
+            tables.weights_x[at] = axis_weight(window, grid.x, scale, at / span, at % span);
+        } else {
+            const int64_t at = n < covers_y ? n - weights : n - covers_y;
+            const TileRange range = n < covers_y ? grid.y.covering(at) : grid.x.covering(at);
+            (n < covers_y ? tables.covers_y : tables.covers_x)[at] = {static_cast<int>(range.first),
+                                                                      static_cast<int>(range.last)};
+        }
+    }
+}
+
+// Addresses of the rows [first, first + count) of patches that several tensors hold.
+struct BatchList {
+    const char* data[kBatches];
+    int64_t end[kBatches];   // number of rows in the tensors up to this one
+    int64_t step[kBatches];  // bytes from row to row
+    int64_t first;
+};
+
+__global__ void __launch_bounds__(kThreads)
+    stitch_patches_rows_kernel(BatchList list, int64_t count, const void** rows) {
+    const int64_t step = int64_t{gridDim.x} * kThreads;
+    for (int64_t n = int64_t{blockIdx.x} * kThreads + threadIdx.x; n < count; n += step) {
+        int batch = 0;
+        while (n >= list.end[batch]) ++batch;
+        const int64_t row = n - (batch == 0 ? 0 : list.end[batch - 1]);
+        rows[list.first + n] = list.data[batch] + row * list.step[batch];
+    }
+}
+
+template <typename W>
+AxisTables<W> make_tables(const Queue& queue, const char* op, const Tensor& window, const TileGrid& grid, int64_t scale,
+                          const Tensor& memory) {
+    const int64_t span = grid.y.patch * scale;
+    constexpr ScalarType type = std::is_same_v<W, double> ? ScalarType::Double : ScalarType::Float;
+    FASTROUTE_CHECK(window.dim() == 1 && window.size(0) == span && window.scalar_type() == type, op,
+                    ": window must be ", span, " weights, float32, or float64 for float64 patches");
+    const AxisTables<W> tables(memory.mutable_data_ptr(), grid, span);
+    const int64_t items = (grid.y.count() + grid.x.count()) * span + grid.y.size + grid.x.size;
+    queue.launch(stitch_patches_tables_kernel<W>, blocks_for(items, kThreads), kThreads, 0, window.const_data_ptr<W>(),
+                 grid, scale, tables);
+    return tables;
+}
+
+}  // namespace
+}  // namespace fastroute

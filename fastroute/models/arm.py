@@ -1,0 +1,272 @@
+"""ARM: "Any-Time Super-Resolution Method", Chen et al., ECCV 2022: one network of several widths, an edge score, a table."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn import functional as F
+
+from fastroute.models.carn import CARN
+from fastroute.models.fsrcnn import FSRCNN
+from fastroute.models.srresnet import SRResNet
+from fastroute.profiling import count_flops
+
+# Luma in units of 2^-15, the fixed-point weights of the published scores.
+LUMA = (9798, 19235, 3735)
+LAPLACIAN = ((2, 0, 2), (0, -8, 0), (2, 0, 2))
+# Input pixels that bicubic interpolation weighs for one output pixel.
+BICUBIC_TAPS = 16
+BINS = 30
+# PSNR of two equal patches, in dB.
+LARGEST_PSNR = 100.0
+
+
+def carn(width: int, scale: int) -> CARN:
+    """CARN as ARM trains it: biases instead of batch norms, the mean colour in two convolutions."""
+    return CARN(width, scale, mean_layers=True, batch_norm=False)
+
+
+# Each backbone in ARM's form, of a width and a scale, and the published widths.
+BACKBONES: dict[str, Callable[[int, int], nn.Module]] = {"fsrcnn": FSRCNN, "carn": carn, "srresnet": SRResNet}
+WIDTHS = {"fsrcnn": (16, 36, 56), "carn": (36, 52, 64), "srresnet": (36, 52, 64)}
+
+
+class Bicubic(nn.Module):
+    """Bicubic interpolation, the class that needs no network."""
+
+    def __init__(self, scale: int = 4, channels: int = 3) -> None:
+        super().__init__()
+        self.scale, self.channels = scale, channels
+
+    def forward(self, x: Tensor) -> Tensor:  # [B, C, H, W]
+        """(B, C, H, W) to (B, C, H * scale, W * scale)."""
+        return F.interpolate(x, scale_factor=self.scale, mode="bicubic", align_corners=False)
+
+
+def edge_score(patches: Tensor) -> Tensor:  # [N, 3, p, p] -> [N]
+    """Mean strength of the edges of each patch, 0 … 255.
+
+    The mean of |Laplacian| of the luma, in whole steps of an 8-bit image and cut at 255, the border reflected: whole
+    numbers throughout, so every device gives the same bits.
+
+    Args:
+        patches: RGB in [0, 1], at least 2 x 2 pixels.
+    """
+    # Products stay below 2^24, where float32 counts exactly.
+    pixels = (patches.float() * 255).round().clamp(0, 255)
+    weights = pixels.new_tensor(LUMA)
+    luma = torch.floor(((pixels * weights[:, None, None]).sum(dim=1, keepdim=True) + 2**14) / 2**15)
+    kernel = pixels.new_tensor(LAPLACIAN)[None, None]
+    edges = F.conv2d(F.pad(luma, (1, 1, 1, 1), mode="reflect"), kernel)
+    return edges.abs().clamp(max=255).mean(dim=(1, 2, 3))
+
+
+class EdgeTable(nn.Module):
+    """PSNR that each class reaches on patches of an edge score, measured on data.
+
+    Shape:
+        scores (N,) to PSNRs in dB (N, K).
+    """
+
+    score: Tensor  # [bins], centres of equal bins from 0
+    psnr: Tensor  # [K, bins]
+
+    def __init__(self, num_classes: int, bins: int = BINS) -> None:
+        super().__init__()
+        if bins < 1:
+            raise ValueError(f"EdgeTable: bins must be at least 1; got {bins}")
+        self.register_buffer("score", (torch.arange(bins) + 0.5) * (255 / bins))
+        self.register_buffer("psnr", torch.full((num_classes, bins), math.nan))
+
+    @property
+    def ready(self) -> bool:
+        """Whether it holds measurements."""
+        return not bool(self.psnr.isnan().any())
+
+    @torch.no_grad()
+    def fit(self, score: Tensor, psnr: Tensor) -> None:  # [N], [N, K]
+        """Equal bins from 0 to the largest score, the mean PSNR in each; an empty bin lies between its neighbours.
+
+        Raises:
+            ValueError: no patches, or of other shapes.
+        """
+        classes, bins = self.psnr.shape
+        if score.ndim != 1 or not len(score) or psnr.shape != (len(score), classes):
+            raise ValueError(
+                f"EdgeTable: score must be (N,), N at least 1, and psnr (N, {classes}); got {tuple(score.shape)} and "
+                f"{tuple(psnr.shape)}"
+            )
+        # On the CPU the sums have one order.
+        score, psnr = score.cpu(), psnr.cpu()
+        width = max(float(score.max()), 1e-6) / bins
+        index = (score.double() / width).long().clamp(0, bins - 1)
+        count = torch.bincount(index, minlength=bins)
+        total = torch.zeros(bins, classes, dtype=torch.float64).index_add_(0, index, psnr.double())
+        full = count.nonzero().squeeze(1)
+        centres = (torch.arange(bins, dtype=torch.float64) + 0.5) * width
+        mean = interpolate(centres[full], (total[full] / count[full, None]).t(), centres)
+        self.score.copy_(centres)
+        self.psnr.copy_(mean.t())
+
+    def forward(self, score: Tensor, between: bool = True) -> Tensor:  # [N] -> [N, K]
+        """Expected PSNR of every class.
+
+        Args:
+            score: edge scores; those beyond the table count as its ends.
+            between: interpolate between the centres of the bins. The published code does not, so that all patches of a bin
+                have one class.
+        """
+        if between:
+            return interpolate(self.score, self.psnr, score)
+        width = 2 * self.score[0]
+        return self.psnr[:, (score / width).long().clamp(0, len(self.score) - 1)].t()
+
+
+def interpolate(centres: Tensor, values: Tensor, at: Tensor) -> Tensor:  # [bins], [K, bins], [N] -> [N, K]
+    """Piecewise linear, constant beyond the ends."""
+    if len(centres) == 1:
+        return values.t().expand(len(at), -1)
+    right = torch.searchsorted(centres, at.contiguous()).clamp(1, len(centres) - 1)
+    share = ((at - centres[right - 1]) / (centres[right] - centres[right - 1])).clamp(0, 1)
+    return torch.lerp(values[:, right - 1], values[:, right], share).t()
+
+
+class EdgeClassifier(nn.Module):
+    """Patches to class scores through :func:`edge_score` and an :class:`EdgeTable`; ARM's classifier, without weights.
+
+    The score of a class is 10^(u / 10), u being its expected PSNR minus cost / eta, over the best of the patch: the largest
+    score is the published decision, argmax of eta * PSNR - cost, and a budget weighs decibels against cost.
+
+    Args:
+        table: expected PSNRs.
+        cost: (K,), of each class.
+        eta: cost that one decibel is worth; infinite for the best expected PSNR.
+
+    Shape:
+        (N, 3, p, p) in [0, 1] to (N, K).
+    """
+
+    cost: Tensor  # [K]
+    eta: Tensor  # []
+
+    def __init__(self, table: EdgeTable, cost: Sequence[float] | Tensor, eta: float = math.inf) -> None:
+        super().__init__()
+        self.table = table
+        self.register_buffer("cost", torch.as_tensor(cost, dtype=torch.float64))
+        self.register_buffer("eta", torch.tensor(float(eta), dtype=torch.float64))
+
+    def utility(self, patches: Tensor, between: bool = True) -> Tensor:  # [N, 3, p, p] -> [N, K]
+        """Expected PSNR minus cost / eta, in dB."""
+        psnr = self.table(edge_score(patches), between)
+        return psnr - (self.cost / self.eta).to(psnr.dtype)
+
+    def forward(self, patches: Tensor) -> Tensor:  # [N, 3, p, p] -> [N, K]
+        """See the class."""
+        utility = self.utility(patches)
+        return 10 ** ((utility - utility.amax(dim=1, keepdim=True)) / 10)
+
+
+class ARM(nn.Module):
+    """A network whose leading channels form narrower networks, bicubic interpolation, and a table that chooses among them.
+
+    Class 0 is interpolation, class k the network at the k-th width. The widths share weights: each layer of a narrower network
+    is the first rows and columns of the same layer here.
+
+    Args:
+        backbone: "fsrcnn", "carn" or "srresnet".
+        widths: rising; default the published ones.
+        scale: upscaling factor.
+        bins: of the table.
+        patch: LR patch size at which the costs of the decision are counted.
+
+    Shape:
+        (N, 3, p, p) in [0, 1] to (N, 3, p * scale, p * scale), each patch by its class: the plain form that defines the
+        numbers; :class:`fastroute.PatchRouter` is the fast one.
+    """
+
+    widths: Tensor  # [K - 1]
+
+    def __init__(
+        self,
+        backbone: str = "fsrcnn",
+        widths: Sequence[int] | None = None,
+        scale: int = 4,
+        bins: int = BINS,
+        patch: int = 32,
+    ) -> None:
+        super().__init__()
+        if backbone not in BACKBONES:
+            raise ValueError(f"ARM: backbone must be one of {', '.join(BACKBONES)}; got {backbone!r}")
+        chosen = list(WIDTHS[backbone] if widths is None else widths)
+        if not chosen or chosen != sorted(set(chosen)):
+            raise ValueError(f"ARM: widths must rise; got {tuple(chosen)}")
+        self.backbone, self.scale, self.num_classes = backbone, scale, len(chosen) + 1
+        self.network = BACKBONES[backbone](chosen[-1], scale)
+        with torch.device("meta"):
+            # Only their structure is used; a list that is no module keeps them out of the state dict.
+            self._shapes = [BACKBONES[backbone](width, scale) for width in chosen]
+            size = (1, 3, patch, patch)
+            cost = [0.0] + [float(count_flops(shape, size, "paper")) for shape in self._shapes]
+        self.register_buffer("widths", torch.tensor(chosen))
+        self.classifier = EdgeClassifier(EdgeTable(self.num_classes, bins), cost)
+        self.free = Bicubic(scale)
+
+    @property
+    def table(self) -> EdgeTable:
+        """The classifier's table."""
+        return self.classifier.table
+
+    def sliced(self, k: int) -> dict[str, Tensor]:
+        """Parameters and buffers of class `k` >= 1: views of the whole network's, so that gradients reach them."""
+        whole = {**dict(self.network.named_parameters()), **dict(self.network.named_buffers())}
+        shape = self._shapes[k - 1].state_dict()
+        return {name: whole[name][tuple(slice(n) for n in like.shape)] for name, like in shape.items()}
+
+    def run(self, k: int, patches: Tensor) -> Tensor:  # [N, 3, p, p] -> [N, 3, P, P]
+        """`patches` through class `k`, on the shared weights."""
+        if k == 0:
+            return self.free(patches)
+        return functional_call(self._shapes[k - 1].train(self.training), self.sliced(k), (patches,), strict=True)
+
+    @property
+    def branches(self) -> list[nn.Module]:
+        """Interpolation and one network per width, with copies of the weights."""
+        networks: list[nn.Module] = [Bicubic(self.scale)]
+        for k, width in enumerate(self.widths.tolist(), start=1):
+            network = BACKBONES[self.backbone](width, self.scale)
+            network.load_state_dict(self.sliced(k))
+            networks.append(network.to(next(self.network.parameters()).device).eval())
+        return networks
+
+    def costs(self, patch: int = 32) -> list[float]:
+        """Cost of every class on a patch, as `budget` counts it: FLOPs done, those of the interpolation too."""
+        size = (1, 3, patch, patch)
+        free = 2.0 * BICUBIC_TAPS * 3 * (patch * self.scale) ** 2
+        return [free] + [float(count_flops(shape, size)) for shape in self._shapes]
+
+    @torch.no_grad()
+    def measure(self, lr: Tensor, hr: Tensor) -> Tensor:  # [N, 3, p, p], [N, 3, P, P] -> [N, K]
+        """PSNR in dB of every class on every patch, as published: in 8-bit steps, without a border of `scale` pixels."""
+        inner = slice(self.scale, -self.scale)
+        errors = []
+        for k in range(self.num_classes):
+            difference = (self.run(k, lr).clamp(0, 1) * 255).round() - hr * 255
+            errors.append(difference[..., inner, inner].double().square().mean(dim=(1, 2, 3)))
+        mse = torch.stack(errors, dim=1).clamp(min=1e-30)
+        return (10 * torch.log10(255**2 / mse)).clamp(max=LARGEST_PSNR)
+
+    @torch.no_grad()
+    def forward(self, patches: Tensor) -> Tensor:  # [N, 3, p, p] -> [N, 3, P, P]
+        """See the class. Evaluation only: training runs one width at a time, by :meth:`run`."""
+        class_ids = self.classifier(patches).argmax(dim=1)
+        n, c, height, width = patches.shape
+        output = patches.new_empty(n, c, height * self.scale, width * self.scale)
+        for k in range(self.num_classes):
+            rows = (class_ids == k).nonzero().squeeze(1)
+            if rows.numel():
+                output[rows] = self.run(k, patches[rows])
+        return output

@@ -1,0 +1,71 @@
+"""SRResNet: "Photo-Realistic Single Image Super-Resolution Using a GAN", Ledig et al., CVPR 2017, without batch norms."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+SLOPE = 0.1
+
+
+class ResidualBlock(nn.Module):
+    """Two 3 x 3 convolutions around a shortcut."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(width, width, 3, padding=1)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:  # [B, C, h, w]
+        """See the class."""
+        return self.conv2(F.relu_(self.conv1(x))).add_(x)
+
+
+class SRResNet(nn.Module):
+    """The MSRResNet of ClassSR, with the module names of its checkpoints.
+
+    Args:
+        width: feature channels (36, 52 and 64 in ClassSR).
+        scale: upscaling factor, 2, 3 or 4.
+        blocks: residual blocks.
+        channels: image channels.
+
+    Shape:
+        (B, channels, H, W) in [0, 1] to (B, channels, H * scale, W * scale): what the layers find is added to the bilinear
+        image.
+    """
+
+    def __init__(self, width: int = 64, scale: int = 4, blocks: int = 16, channels: int = 3) -> None:
+        super().__init__()
+        if scale not in (2, 3, 4):
+            raise ValueError(f"SRResNet: scale must be 2, 3 or 4; got {scale}")
+        if width < 1 or blocks < 1:
+            raise ValueError(f"SRResNet: width and blocks must be at least 1; got {width} and {blocks}")
+        self.width, self.scale, self.channels = width, scale, channels
+        self.factor = 3 if scale == 3 else 2
+        self.conv_first = nn.Conv2d(channels, width, 3, padding=1)
+        self.recon_trunk = nn.Sequential(*(ResidualBlock(width) for _ in range(blocks)))
+        self.upconv1 = nn.Conv2d(width, width * self.factor**2, 3, padding=1)
+        self.upconv2 = nn.Conv2d(width, width * self.factor**2, 3, padding=1) if scale == 4 else None
+        self.HRconv = nn.Conv2d(width, width, 3, padding=1)
+        self.conv_last = nn.Conv2d(width, channels, 3, padding=1)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """He initialisation, a tenth as strong: the network begins close to its shortcuts."""
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight).mul_(0.1)
+                module.bias.zero_()  # type: ignore[union-attr]
+
+    def forward(self, x: Tensor) -> Tensor:  # [B, C, H, W]
+        """See the class."""
+        features = self.recon_trunk(F.leaky_relu_(self.conv_first(x), SLOPE))
+        for layer in (self.upconv1, self.upconv2):
+            if layer is not None:
+                # The activation is the same before the shuffle, where it can be done in place.
+                features = F.pixel_shuffle(F.leaky_relu_(layer(features), SLOPE), self.factor)
+        residual = self.conv_last(F.leaky_relu_(self.HRconv(features), SLOPE))
+        return residual.add_(F.interpolate(x, scale_factor=self.scale, mode="bilinear", align_corners=False))

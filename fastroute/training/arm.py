@@ -1,0 +1,99 @@
+"""The ARM recipe: one width per step, drawn by cost, then the table from edge scores to PSNR."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fastroute.models.arm import ARM, BACKBONES, BINS, edge_score
+from fastroute.models.checkpoints import load_weights
+from fastroute.training.base import BaseTrainer, Stage, check_backbone, check_settings, check_widths
+
+MEASURED_AT_ONCE = 32
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What is trained, and for how long.
+
+    Attributes:
+        backbone: "fsrcnn", "carn" or "srresnet".
+        widths: rising; class 0 is interpolation.
+        scale, patch: upscaling factor and LR patch size.
+        steps: each trains one width; 0 only measures the table, of weights to start from.
+        batch: patches per step.
+        learning_rate: Adam's peak rate, annealed by a cosine.
+        bins: of the table.
+        table_patches: patches on which the table is measured, spread evenly from the easiest to the hardest.
+        eta: what a decibel is worth, in units of the dearest class's FLOPs; the published code tries 0.5 to 32.
+        seed: fixes initial weights, widths and batches.
+    """
+
+    backbone: str = "fsrcnn"
+    widths: tuple[int, ...] = (16, 36, 56)
+    scale: int = 4
+    patch: int = 32
+    steps: int = 30000
+    batch: int = 32
+    learning_rate: float = 1e-3
+    bins: int = BINS
+    table_patches: int = 8000
+    eta: float = 4.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_settings(self, ("scale", "patch", "batch", "bins", "table_patches"), ("steps", "seed"))
+        check_widths(self.widths)
+        check_backbone(self.backbone, BACKBONES)
+        if not self.eta > 0:
+            raise ValueError(f"train: eta must be above 0; got {self.eta}")
+
+
+class Trainer(BaseTrainer):
+    """Runs a :class:`Recipe` with progress and exact resume; see :class:`BaseTrainer` for the arguments.
+
+    `init` may be a published supernet, which has no table.
+    """
+
+    def _build(self) -> nn.Module:
+        r = self.recipe
+        arm = ARM(r.backbone, r.widths, r.scale, r.bins, r.patch)
+        cost = arm.classifier.cost
+        self.share = (cost.square() / cost.square().sum()).numpy()
+        return arm
+
+    def _start_from(self, init: dict[str, Tensor], name: str) -> None:
+        whole = "classifier.table.psnr" in init
+        load_weights(self.model if whole else self.model.network, init, name)
+
+    def _plan(self) -> list[Stage]:
+        return [Stage("widths", self.recipe.steps, self.recipe.learning_rate, "widths")]
+
+    def _parameters(self, stage: Stage) -> list[nn.Parameter]:
+        return list(self.model.network.parameters())
+
+    def _loss(self, stage: Stage, rng: np.random.Generator) -> tuple[Tensor, float, str]:
+        # By the square of its cost, as published: a wide network learns more slowly. Interpolation costs nothing.
+        k = int(rng.choice(len(self.share), p=self.share))
+        lr, hr = self._batch(self.pool.draw(0, len(self.pool.positions), self.recipe.batch, rng), rng)
+        # Squared, as PSNR counts.
+        loss = F.mse_loss(self.model.run(k, lr), hr)
+        return 100 * loss, loss.item(), f", last width {self.recipe.widths[k - 1]}"
+
+    def _finish(self) -> None:
+        super()._finish()
+        # The recipe's, whatever weights it started from.
+        self.model.classifier.eta.copy_(self.recipe.eta * self.model.classifier.cost[-1])
+        total = len(self.pool.positions)
+        chosen = np.unique(np.linspace(0, total - 1, min(total, self.recipe.table_patches)).round().astype(np.int64))
+        rng = np.random.default_rng(self.recipe.seed)
+        scores, psnrs = [], []
+        for indices in np.array_split(chosen, -(-len(chosen) // MEASURED_AT_ONCE)):
+            lr, hr = self._batch(indices, rng)
+            scores.append(edge_score(lr))
+            psnrs.append(self.model.measure(lr, hr))
+        self.model.table.fit(torch.cat(scores), torch.cat(psnrs))

@@ -1,0 +1,132 @@
+"""The CDNSR recipe in its four steps: branches, classifier, both together, contrastive distillation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fastroute.models.cdnsr import CDNSR, CLASSIFIER_LAYERS, annealed, mix
+from fastroute.models.classsr import ClassSR
+from fastroute.training.base import Stage, check_settings, class_shares
+from fastroute.training.classsr import BranchRecipe, BranchTrainer
+from fastroute.training.distillation import ContrastiveLoss, small_features
+from fastroute.training.losses import cdnsr_loss
+
+# Target FLOPs of the variants, as a fraction of the dearest branch: near the full network, medium, small.
+VARIANTS = {"r": 0.85, "m": 0.65, "s": 0.5}
+
+
+@dataclass(frozen=True)
+class Recipe(BranchRecipe):
+    """What is trained, and for how long; step 1, the branches, is :class:`BranchRecipe`.
+
+    Attributes:
+        variant: "r", "m" or "s", by which `alpha` goes.
+        alpha: FLOPs to aim at, as a fraction of the dearest branch's; 0 takes that of the variant.
+        lambda_reg: weight of the FLOPs beside `image_weight`.
+        layers: convolutions of the classifier, 3 to 6.
+        classifier_steps: step 2, the classifier alone, the branches frozen.
+        joint_steps: step 3, classifier and branches together.
+        distill_steps: step 4, the branches alone under the trained classifier, the dearest teaching the others.
+        classifier_rate, joint_rate, distill_rate: Adam's peak rates of these steps.
+        image_weight: of the absolute error.
+        contrast_weight: of the contrastive loss in step 4.
+        contrast_batch: patches of a batch that it looks at; its distances to all negatives cost more than the branches.
+        negatives: interpolated patches of the batch that serve as negatives.
+        temperature: of the Gumbel softmax; falls in steps 2 and 3 each to `last_temperature`, where step 4 keeps it.
+    """
+
+    variant: str = "m"
+    alpha: float = 0.0
+    lambda_reg: float = 30.0
+    layers: int = 5
+    classifier_steps: int = 2000
+    joint_steps: int = 2000
+    distill_steps: int = 2000
+    classifier_rate: float = 5e-4
+    joint_rate: float = 1e-4
+    distill_rate: float = 1e-4
+    image_weight: float = 1000.0
+    contrast_weight: float = 1.0
+    contrast_batch: int = 16
+    negatives: int = 6
+    temperature: float = 1.0
+    last_temperature: float = 0.4
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_settings(
+            self,
+            ("classifier_steps", "joint_steps", "distill_steps", "negatives", "contrast_batch"),
+            ("lambda_reg", "contrast_weight"),
+        )
+        if self.variant not in VARIANTS:
+            raise ValueError(f"train: variant must be one of {', '.join(VARIANTS)}; got {self.variant!r}")
+        if not 0 <= self.alpha <= 1:
+            raise ValueError(f"train: alpha must lie in [0, 1]; got {self.alpha}")
+        if self.layers not in CLASSIFIER_LAYERS:
+            raise ValueError(f"train: layers must be 3 to 6; got {self.layers}")
+        if not 0 < self.last_temperature <= self.temperature:
+            raise ValueError(
+                f"train: temperature must not be below last_temperature, above 0; got {self.temperature} and "
+                f"{self.last_temperature}"
+            )
+
+    @property
+    def target(self) -> float:
+        """The FLOPs aimed at."""
+        return self.alpha or VARIANTS[self.variant]
+
+
+class Trainer(BranchTrainer):
+    """Runs a :class:`Recipe` with progress and exact resume; see :class:`BaseTrainer` for the arguments.
+
+    Attributes:
+        contrast: the loss of step 4; replace its `features` by those of VGG-19 for the published one.
+    """
+
+    def _system(self) -> ClassSR:
+        self.contrast = ContrastiveLoss(small_features()).to(self.device)
+        return CDNSR.build(self.recipe.backbone, self.recipe.widths, self.recipe.scale, self.recipe.layers)
+
+    def _plan(self) -> list[Stage]:
+        r = self.recipe
+        return [
+            *super()._plan(),
+            Stage("classifier", r.classifier_steps, r.classifier_rate, "classifier"),
+            Stage("joint", r.joint_steps, r.joint_rate, "joint"),
+            Stage("distillation", r.distill_steps, r.distill_rate, "distill"),
+        ]
+
+    def _parameters(self, stage: Stage) -> list[nn.Parameter]:
+        if stage.branch is not None:
+            return super()._parameters(stage)
+        if stage.kind == "classifier":
+            return list(self.model.classifier.parameters())
+        branches = [p for branch in self.model.branches for p in branch.parameters()]
+        return branches if stage.kind == "distill" else [*self.model.classifier.parameters(), *branches]
+
+    def _system_loss(self, stage: Stage, lr: Tensor, hr: Tensor, rng: np.random.Generator) -> tuple[Tensor, float, str]:
+        r, distill = self.recipe, stage.kind == "distill"
+        # `step` counts the steps done, so the temperature is that of an uninterrupted run.
+        self.model.temperature = r.last_temperature if distill else annealed(
+            self.step, stage.steps, r.temperature, r.last_temperature
+        )  # fmt: skip
+        noise = torch.from_numpy(rng.gumbel(size=(len(lr), self.model.num_classes)))
+        with torch.set_grad_enabled(stage.kind != "classifier"):
+            outputs = self.model.outputs(lr)
+        with torch.set_grad_enabled(not distill):
+            weights = self.model.relaxed(lr, noise)
+        mixed = mix(outputs, weights)
+        if distill:
+            negatives = lr[torch.from_numpy(rng.permutation(len(lr))[: r.negatives])]
+            blurred = F.interpolate(negatives, scale_factor=r.scale, mode="bicubic", align_corners=False)
+            contrast = self.contrast.of_branches(outputs[:, : r.contrast_batch], blurred)
+            loss = r.image_weight * F.l1_loss(mixed, hr) + r.contrast_weight * contrast
+        else:
+            loss = cdnsr_loss(mixed, hr, weights, self.cost, r.target, r.lambda_reg, r.image_weight)
+        return loss, F.mse_loss(mixed.detach(), hr).item(), class_shares(weights.detach())

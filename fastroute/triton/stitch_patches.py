@@ -1,0 +1,374 @@
+"""stitch_patches: out[b, c, Y, X] = Σ_i wy[i, Y] · Σ_j wx[j, X] · patch(i, j)[c, Y - y_i, X - x_j], the sums over the tile
+rows i and tile columns j that cover the pixel, columns first and products rounded on their own, as everywhere. One program
+writes a block of one channel and every output pixel once; the weights of both axes are normalised by a kernel before."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastroute.grid import covered_size, tile_count
+from fastroute.ops import _checks as check
+from fastroute.triton._common import (
+    FLOATING,
+    INTEGER_IMAGE,
+    NAMES,
+    WIDER,
+    Variant,
+    ceil_div,
+    launch,
+    next_power,
+    product,
+    quotient,
+    to_pixel,
+    to_type,
+    to_work,
+    work_type,
+)
+from fastroute.triton._geometry import first_covering, last_covering, max_cover, origin
+
+# Columns of one program's block, and elements of one program of the gradient.
+BLOCK_X = 128
+BLOCK = 1024
+WEIGHTS = 128 * WIDER
+
+
+@triton.jit(do_not_specialize=["height", "width", "rows", "cols", "length_y", "length_x", "cover"])
+def stitch_patches_weights_kernel(
+    window,  # [P]
+    weights,  # [rows + cols, P]
+    height,
+    width,
+    rows,
+    cols,
+    length_y,
+    length_x,
+    cover,
+    PATCH: tl.constexpr,
+    STRIDE: tl.constexpr,
+    SCALE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Weights of every tile row and column, which sum to 1 over the tiles of a pixel; 0 outside the image."""
+    SPAN: tl.constexpr = PATCH * SCALE
+    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    line, k = place // SPAN, place % SPAN
+    is_row = line < rows
+    tile = tl.where(is_row, line, line - rows)
+    size, tiles = tl.where(is_row, height, width), tl.where(is_row, rows, cols)
+    at = origin(tile, size, PATCH, STRIDE) * SCALE + k
+    first = first_covering(at // SCALE, tiles, PATCH, STRIDE)
+    last = last_covering(at // SCALE, tiles, size, PATCH, STRIDE)
+    inside = (line < rows + cols) & (at < tl.where(is_row, length_y, length_x))
+    weight = tl.load(window + k, mask=inside, other=1)
+    total = tl.full((BLOCK,), 0, window.dtype.element_ty)
+    for step in range(cover):
+        i = first + step
+        covers = inside & (i <= last)
+        total += tl.load(window + at - origin(i, size, PATCH, STRIDE) * SCALE, mask=covers, other=0)
+    total = tl.where(inside, total, 1)
+    tl.store(weights + place, tl.where(inside, quotient(weight, total), 0), mask=line < rows + cols)
+
+
+@triton.jit(do_not_specialize=["places", "height", "width", "rows", "cols", "row_begin", "out_height", "out_width", "cover"])
+def stitch_patches_kernel(
+    patches,  # [M, C·r·r, P / r, P / r]
+    inverse,  # [N] or None
+    weights,  # [rows + cols, P]
+    out,  # [B, C, out_height, out_width]
+    places,
+    height,
+    width,
+    rows,
+    cols,
+    row_begin,
+    out_height,
+    out_width,
+    channels,
+    cover,
+    patch_n,
+    patch_c,
+    patch_y,
+    patch_x,
+    out_n,
+    out_c,
+    out_y,
+    PATCH: tl.constexpr,
+    STRIDE: tl.constexpr,
+    SCALE: tl.constexpr,
+    SHUFFLE: tl.constexpr,
+    WORK: tl.constexpr,
+    BLOCK_Y: tl.constexpr,
+    BLOCK_X: tl.constexpr,
+):
+    """With a fused pixel shuffle of factor r, pixel (k, l) of channel c is element (k / r, l / r) of channel
+    c·r² + (k mod r)·r + l mod r. A place out of range adds nothing: a GPU cannot raise without a wait."""
+    SPAN: tl.constexpr = PATCH * SCALE
+    program = tl.program_id(0)
+    blocks_y, blocks_x = (out_height + BLOCK_Y - 1) // BLOCK_Y, (out_width + BLOCK_X - 1) // BLOCK_X
+    plane = program // blocks_x // blocks_y
+    image, c = (plane // channels).to(tl.int64), plane % channels
+    line = (program // blocks_x % blocks_y) * BLOCK_Y + tl.arange(0, BLOCK_Y)[:, None]
+    x = (program % blocks_x) * BLOCK_X + tl.arange(0, BLOCK_X)[None, :]
+    y = line + row_begin
+    inside = (line < out_height) & (x < out_width)
+    first_y = first_covering(y // SCALE, rows, PATCH, STRIDE)
+    last_y = last_covering(y // SCALE, rows, height, PATCH, STRIDE)
+    first_x = first_covering(x // SCALE, cols, PATCH, STRIDE)
+    last_x = last_covering(x // SCALE, cols, width, PATCH, STRIDE)
+    total = tl.full((BLOCK_Y, BLOCK_X), 0, WORK)
+    for step in range(cover):
+        i = first_y + step
+        row = inside & (i <= last_y)
+        k = y - origin(i, height, PATCH, STRIDE) * SCALE
+        strip = tl.full((BLOCK_Y, BLOCK_X), 0, WORK)
+        for other in range(cover):
+            j = first_x + other
+            reads = row & (j <= last_x)
+            column = x - origin(j, width, PATCH, STRIDE) * SCALE
+            place = (image * rows + i) * cols + j
+            if inverse is not None:
+                place = tl.load(inverse + place, mask=reads, other=0)
+            known = reads & (place >= 0) & (place < places)
+            channel = (c * SHUFFLE + k % SHUFFLE) * SHUFFLE + column % SHUFFLE
+            within = (k // SHUFFLE).to(tl.int64) * patch_y + (column // SHUFFLE).to(tl.int64) * patch_x
+            pixel = tl.load(patches + place * patch_n + channel.to(tl.int64) * patch_c + within, mask=known, other=0)
+            weight = tl.load(weights + (rows + j) * SPAN + column, mask=j <= last_x, other=0)
+            strip += tl.where(known, product(to_work(pixel, WORK), weight), 0)
+        weight = tl.load(weights + i * SPAN + k, mask=(line < out_height) & (i <= last_y), other=0)
+        total += tl.where(row, product(strip, weight), 0)
+    target = image * out_n + c.to(tl.int64) * out_c + line.to(tl.int64) * out_y + x
+    tl.store(out + target, to_pixel(total, out.dtype.element_ty), mask=inside)
+
+
+def _constants(dtype: torch.dtype, patch: int, stride: int, scale: int) -> dict:
+    return {"PATCH": patch, "STRIDE": stride, "SCALE": scale, "WORK": work_type(dtype)}
+
+
+def _block_y(dtype: torch.dtype) -> int:
+    # What compiles without spills on all architectures.
+    return (2 if dtype == torch.float64 else 4) * WIDER
+
+
+def _weights(
+    window: Tensor, height: int, width: int, rows: int, cols: int, patch: int, stride: int, scale: int, crop: bool
+) -> Tensor:  # [rows + cols, P]
+    """Normalised weights of both axes."""
+    span = patch * scale
+    weights = torch.empty((rows + cols, span), dtype=window.dtype, device=window.device)
+    sizes = [covered_size(size, patch, stride, crop) * scale for size in (height, width)]
+    arguments = (window.contiguous(), weights, height, width, rows, cols, *sizes, max_cover(patch, stride))
+    block = {"PATCH": patch, "STRIDE": stride, "SCALE": scale, "BLOCK": WEIGHTS}
+    launch(stitch_patches_weights_kernel, ceil_div((rows + cols) * span, WEIGHTS), *arguments, **block)
+    return weights
+
+
+def stitch_patches_out_triton(
+    patches: Tensor,  # [M, C·r·r, P / r, P / r]
+    inverse: Tensor | None,  # [N]
+    window: Tensor,  # [P]
+    height: int,
+    width: int,
+    patch: int,
+    stride: int,
+    scale: int,
+    crop: bool,
+    shuffle: int,
+    row_begin: int,
+    row_end: int,
+    *,
+    out: Tensor,  # [B, C, rows, W·s]
+) -> None:
+    """See :func:`fastroute.stitch_patches`."""
+    rows, cols = tile_count(height, patch, stride, crop), tile_count(width, patch, stride, crop)
+    if inverse is not None:
+        inverse = inverse.contiguous()
+        if inverse.device.type == "cpu" and row_begin < row_end:
+            first, last = row_begin // scale, (row_end - 1) // scale
+            used = [i for i in range(rows) if min(i * stride, max(height - patch, 0)) in range(first - patch + 1, last + 1)]
+            check.in_range("stitch_patches", "inverse", inverse.view(-1, rows, cols)[:, used], patches.shape[0])
+    constants = _constants(patches.dtype, patch, stride, scale)
+    weights = _weights(window, height, width, rows, cols, patch, stride, scale, crop)
+    batch, channels, out_height, out_width = out.shape
+    block_y = _block_y(patches.dtype)
+    programs = batch * channels * ceil_div(out_height, block_y) * ceil_div(out_width, BLOCK_X)
+    cover = max_cover(patch, stride)
+    sizes = (patches.shape[0], height, width, rows, cols, row_begin, out_height, out_width, channels, cover)
+    block = {**constants, "SHUFFLE": shuffle, "BLOCK_Y": block_y, "BLOCK_X": BLOCK_X}
+    strides = (*patches.stride(), *out.stride()[:3])
+    launch(stitch_patches_kernel, programs, patches, inverse, weights, out, *sizes, *strides, **block)
+
+
+def stitch_patches_batches_out_triton(batches: list[Tensor], *args: Any, out: Tensor) -> None:
+    """Patches in several tensors: put together first, as a kernel reads one."""
+    stitch_patches_out_triton(torch.cat(batches), *args, out=out)
+
+
+def stitch_patches_triton(
+    patches: Tensor,  # [M, C·r·r, P / r, P / r]
+    inverse: Tensor | None,  # [N]
+    window: Tensor,  # [P]
+    height: int,
+    width: int,
+    patch: int,
+    stride: int,
+    scale: int,
+    crop: bool,
+    shuffle: int,
+    dtype: torch.dtype | None,
+    row_begin: int,
+    row_end: int,
+) -> Tensor:  # [B, C, rows, W·s]
+    """See :func:`fastroute.stitch_patches`."""
+    tiles = tile_count(height, patch, stride, crop) * tile_count(width, patch, stride, crop)
+    number = patches.shape[0] if inverse is None else inverse.shape[0]
+    out_width = covered_size(width, patch, stride, crop) * scale
+    size = (number // tiles, patches.shape[1] // shuffle**2, row_end - row_begin, out_width)
+    out = torch.empty(size, dtype=dtype or patches.dtype, device=patches.device)
+    geometry = (height, width, patch, stride, scale, crop, shuffle, row_begin, row_end)
+    stitch_patches_out_triton(patches, inverse, window, *geometry, out=out)
+    return out
+
+
+@triton.jit(do_not_specialize=["lines_count", "height", "width", "rows", "cols", "out_height", "out_width"])
+def stitch_patches_backward_kernel(
+    grad,  # [B, C, out_height, out_width]
+    numbers,  # [N] patches by the row that holds them, or None
+    begin,  # [M + 1] where the patches of a row begin in `numbers`, or None
+    weights,  # [rows + cols, P]
+    out,  # [M, C, P, P]
+    lines_count,
+    height,
+    width,
+    rows,
+    cols,
+    out_height,
+    out_width,
+    grad_n,
+    grad_c,
+    grad_y,
+    grad_x,
+    channels,
+    PATCH: tl.constexpr,
+    STRIDE: tl.constexpr,
+    SCALE: tl.constexpr,
+    WORK: tl.constexpr,
+    BLOCK: tl.constexpr,
+    WIDER: tl.constexpr,
+):
+    """The adjoint: patch pixel (k, l) reads the gradient of its output pixel times wy[k] and then wx[l]; a row that several
+    patches read sums them in their order, one that none reads is 0. One program writes a run of one row."""
+    SPAN: tl.constexpr = PATCH * SCALE
+    size = channels * SPAN * SPAN
+    pieces = (size + BLOCK - 1) // BLOCK
+    program = tl.program_id(0)
+    m = (program // pieces).to(tl.int64) * WIDER + tl.arange(0, WIDER)[:, None]
+    place = (program % pieces) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    inside = (m < lines_count) & (place < size)
+    c, k, column = place // (SPAN * SPAN), place // SPAN % SPAN, place % SPAN
+    total = tl.full((WIDER, BLOCK), 0, WORK)
+    start = m
+    count = tl.full((WIDER, 1), 1, tl.int64)
+    if begin is not None:
+        start = tl.load(begin + m, mask=m < lines_count, other=0)
+        count = tl.load(begin + m + 1, mask=m < lines_count, other=0) - start
+    for repeat in range(tl.max(count)):
+        number = start + repeat
+        held = (m < lines_count) & (repeat < count)
+        if numbers is not None:
+            number = tl.load(numbers + number, mask=held, other=0)
+        tiles = rows * cols
+        tile = (number % tiles).to(tl.int32)
+        y = origin(tile // cols, height, PATCH, STRIDE) * SCALE + k
+        x = origin(tile % cols, width, PATCH, STRIDE) * SCALE + column
+        reads = inside & held & (y < out_height) & (x < out_width)
+        at = number // tiles * grad_n + c.to(tl.int64) * grad_c + y.to(tl.int64) * grad_y + x.to(tl.int64) * grad_x
+        value = to_work(tl.load(grad + at, mask=reads, other=0), WORK)
+        wy = tl.load(weights + tile // cols * SPAN + k, mask=reads, other=0)
+        wx = tl.load(weights + (rows + tile % cols) * SPAN + column, mask=reads, other=0)
+        total += tl.where(reads, product(product(value, wy), wx), 0)
+    tl.store(out + m * size + place, to_type(total, out.dtype.element_ty), mask=inside)
+
+
+def _stitch_patches_backward_triton(
+    grad: Tensor,  # [B, C, H·s, W·s]
+    inverse: Tensor | None,  # [N]
+    window: Tensor,  # [P]
+    height: int,
+    width: int,
+    patch: int,
+    stride: int,
+    scale: int,
+    crop: bool,
+    num_patches: int,
+) -> Tensor:  # [M, C, P, P]
+    """The adjoint of :func:`fastroute.stitch_patches`."""
+    rows, cols = tile_count(height, patch, stride, crop), tile_count(width, patch, stride, crop)
+    numbers = begin = None
+    if inverse is not None:
+        check.in_range("stitch_patches", "inverse", inverse, num_patches)
+        lines, numbers = torch.sort(inverse, stable=True)
+        begin = torch.searchsorted(lines, torch.arange(num_patches + 1, device=inverse.device))
+    constants = _constants(grad.dtype, patch, stride, scale)
+    weights = _weights(window, height, width, rows, cols, patch, stride, scale, crop)
+    span, channels = patch * scale, grad.shape[1]
+    out = torch.empty((num_patches, channels, span, span), dtype=grad.dtype, device=grad.device)
+    block = min(BLOCK, next_power(span * span))
+    programs = ceil_div(num_patches, WIDER) * ceil_div(channels * span * span, block)
+    sizes = (num_patches, height, width, rows, cols, *grad.shape[2:], *grad.stride(), channels)
+    constants |= {"BLOCK": block, "WIDER": WIDER}
+    launch(stitch_patches_backward_kernel, programs, grad, numbers, begin, weights, out, *sizes, **constants)
+    return out
+
+
+def unsupported_reasons(device: torch.device) -> list[str]:
+    """Why these kernels cannot run on `device`."""
+    return []
+
+
+def variants() -> Iterator[Variant]:
+    """The kernels as the launchers call them."""
+    names = (
+        "places",
+        "height",
+        "width",
+        "rows",
+        "cols",
+        "row_begin",
+        "out_height",
+        "out_width",
+        "channels",
+        "lines_count",
+        "cover",
+    )
+    sizes = dict.fromkeys((*names, "length_y", "length_x", "out_n", "out_c", "out_y"), "i32")
+    strides = {f"{name}_{axis}": "i32" for name in ("patch", "grad") for axis in "ncyx"}
+    rest = {**dict.fromkeys(("inverse", "numbers", "begin"), "*i64"), **sizes, **strides}
+
+    def types(source: torch.dtype, target: torch.dtype) -> dict[str, str]:
+        work = "*fp64" if source == torch.float64 else "*fp32"
+        pointers = {name: f"*{NAMES[source]}" for name in ("patches", "grad")}
+        return {**rest, **pointers, "out": f"*{NAMES[target]}", "window": work, "weights": work}
+
+    def forward(source: torch.dtype, target: torch.dtype, shuffle: int = 1, missing: tuple = ()) -> Variant:
+        block = {"SHUFFLE": shuffle, "BLOCK_Y": _block_y(source), "BLOCK_X": BLOCK_X, **dict.fromkeys(missing)}
+        constants = {**_constants(source, 32, 28, 4), **block}
+        return Variant(stitch_patches_kernel, types(source, target), constants)
+
+    for source in FLOATING:
+        yield from (forward(source, target) for target in FLOATING + INTEGER_IMAGE)
+        yield forward(source, source, shuffle=4)
+        yield forward(source, torch.uint8, shuffle=4, missing=("inverse",))
+        constants = _constants(source, 32, 28, 4)
+        backward = {**constants, "BLOCK": BLOCK, "WIDER": WIDER}
+        yield Variant(stitch_patches_backward_kernel, types(source, source), backward)
+        without = {**backward, "numbers": None, "begin": None}
+        yield Variant(stitch_patches_backward_kernel, types(source, source), without)
+    for dtype in (torch.float32, torch.float64):
+        constants = {name: value for name, value in _constants(dtype, 32, 28, 4).items() if name != "WORK"}
+        yield Variant(stitch_patches_weights_kernel, types(dtype, dtype), {**constants, "BLOCK": WEIGHTS})

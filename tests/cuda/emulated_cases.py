@@ -1,0 +1,101 @@
+"""What only kernels of a GPU do: run by test_emulated.py, in a process whose operators are the emulated CUDA kernels."""
+
+from __future__ import annotations
+
+import math
+import mmap
+
+import pytest
+import torch
+from torch import Tensor
+
+import fastroute
+from fastroute import TileGrid
+from fastroute.reference.assign_classes import assign_classes_reference
+from fastroute.reference.extract_patches import extract_patches_reference
+from fastroute.reference.stitch_patches import stitch_patches_reference
+
+OPS = torch.ops.fastroute
+FAR = (-1, -(2**63), 2**31, 2**40, 2**63 - 1)
+
+
+def nearest(index: Tensor, count: int) -> Tensor:
+    return index.clamp(0, count - 1)
+
+
+@pytest.mark.parametrize("number", FAR)
+def test_index_out_of_range_is_the_nearest(number):
+    index = torch.tensor([2, number, 0, number, 1])
+    rows = torch.rand(5, 3)
+    assert torch.equal(OPS.gather_groups(rows, index, index), rows[nearest(index, 5)])
+    assert torch.equal(OPS.scatter_groups(rows, index, index), rows[nearest(index, 5)])
+
+    image = torch.rand(1, 2, 7, 9)
+    expected = extract_patches_reference(image, nearest(index, 6), None, None, 4, 3, False)
+    assert torch.equal(OPS.extract_patches(image, index, None, None, 4, 3, False, None, False), expected)
+
+    patches, window = torch.rand(3, 1, 4, 4), torch.ones(4)
+    place = index[:4].contiguous()
+    expected = stitch_patches_reference(patches, nearest(place, 3), window, 6, 7, 4, 3, 1, False)
+    assert torch.equal(OPS.stitch_patches(patches, place, window, 6, 7, 4, 3, 1, False, 1, None, 0, 6), expected)
+
+
+@pytest.mark.parametrize("number", FAR)
+def test_class_out_of_range_is_the_nearest(number):
+    ids = torch.tensor([2, number, 0, number, 1])
+    expected = fastroute.group_by_class(nearest(ids, 3), 3)
+    for actual, wanted in zip(OPS.group_by_class(ids, 3), expected, strict=True):
+        assert torch.equal(actual, wanted)
+
+
+def test_gradient_of_an_index_out_of_range():
+    # The adjoint of reading the nearest.
+    grad = torch.ones(3, 1, 4, 4)
+    image = OPS._extract_patches_backward(grad, torch.tensor([0, -9, 99]), 1, 6, 7, 4, 3, False)
+    assert image.sum() == grad.sum()
+    patches = OPS._stitch_patches_backward(
+        torch.ones(1, 1, 6, 7), torch.tensor([0, -9, 99, 1]), torch.ones(4), 6, 7, 4, 3, 1, False, 3
+    )
+    assert patches.sum() == 42
+
+
+def test_nan_scores_get_some_class():
+    score = torch.full((7, 3), math.nan)
+    for budget in (None, 0.5):
+        ids = OPS.assign_classes(score, torch.tensor([1.0, 2.0, 4.0], dtype=torch.float64), 0.0, budget, torch.int64)
+        assert ids.min() >= 0
+        assert ids.max() < 3
+
+
+@pytest.mark.parametrize("items", [3, 5000])
+def test_budget_that_takes_many_steps(items):
+    # Equal scores of 1 change class at a penalty of 2^-1074: more steps than the passes over all blocks make.
+    score, cost = torch.ones(items, 3), torch.tensor([4.0, 2.0, 1.0], dtype=torch.float64)
+    for budget in (0.25, 0.5, 1.0):
+        expected = assign_classes_reference(score, cost, 0.0, budget, torch.int64)
+        assert torch.equal(OPS.assign_classes(score, cost, 0.0, budget, torch.int64), expected)
+
+
+def vast(count: int, dtype: torch.dtype) -> Tensor:
+    """Zeros that take memory only where they are touched."""
+    size = torch.empty(0, dtype=dtype).element_size()
+    return torch.frombuffer(mmap.mmap(-1, count * size), dtype=dtype)
+
+
+def test_addresses_beyond_32_bits():
+    side, patch = 70_000, 16
+    image = vast(side * side, torch.uint8).view(1, 1, side, side)  # 4.9 GB
+    image[..., -patch:, -patch:] = torch.arange(patch * patch).view(patch, patch)
+    grid = TileGrid(side, side, patch, patch)
+    last = torch.tensor([grid.num_patches - 1, 0])
+    patches = fastroute.extract_patches(image, grid, last)
+    assert torch.equal(patches[0, 0], image[0, 0, -patch:, -patch:])
+    assert not patches[1].any()
+
+    rows = (2**31 + 2**20) // 1024
+    stack = vast(rows * 1024, torch.float32).view(rows, 1, 32, 32)  # 8.6 GB
+    stack[-1] = torch.rand(1, 32, 32)
+    inverse = torch.tensor([rows - 1, 0])
+    merged = fastroute.stitch_patches(stack, TileGrid(32, 64, 32, 32), inverse=inverse)
+    assert torch.equal(merged[0, 0, :, :32], stack[-1, 0])
+    assert not merged[..., 32:].any()

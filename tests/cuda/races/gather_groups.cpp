@@ -1,0 +1,8 @@
+#include "cuda/gather_groups.cu"
+#include "tensors.h"
+
+int main() {
+    const Tensor order = integers(131, 5, 131), inverse = integers(131, 105, 131);
+    fastroute::gather_groups_cuda(floats({131, 3, 5}), order, inverse);
+    fastroute::gather_groups_cuda(floats({131, 16}), order, inverse);
+}

@@ -1,0 +1,7 @@
+#include "cuda/scatter_groups.cu"
+#include "tensors.h"
+
+int main() {
+    const Tensor order = integers(131, 5, 131), inverse = integers(131, 105, 131);
+    fastroute::scatter_groups_cuda(floats({131, 3, 5}), order, inverse);
+}

@@ -1,0 +1,12 @@
+#include "cuda/stitch_patches.cu"
+#include "tensors.h"
+
+int main() {
+    using fastroute::stitch_patches_cuda;
+    // 4 x 3 patches of 8 pixels cover 20 x 17; the second call undoes a pixel shuffle and writes some rows.
+    const Tensor patches = floats({12, 2, 16, 16}), window = floats({16}), inverse = integers(12, 5, 12);
+    stitch_patches_cuda(patches, inverse, window, 20, 17, 8, 5, 2, false, 1, ScalarType::Byte, 0, 40);
+    const Tensor shuffled = floats({12, 8, 8, 8}), out = floats({1, 2, 9, 34});
+    fastroute::stitch_batches_out_cuda({shuffled, shuffled}, inverse, window, 20, 17, 8, 5, 2, false, 2, 3, 12, out);
+    fastroute::_stitch_patches_backward_cuda(floats({1, 2, 40, 34}), inverse, window, 20, 17, 8, 5, 2, false, 12);
+}

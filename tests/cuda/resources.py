@@ -1,0 +1,88 @@
+"""What nvcc says of every kernel of csrc/cuda: registers, spills and shared memory on each architecture.
+
+python tests/cuda/resources.py prints the table. Objects and reports are kept in build/cuda-tests.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import NamedTuple
+
+import builds
+
+ARCHS = ("80", "90", "100")
+
+
+class Kernel(NamedTuple):
+    """One kernel on one architecture; sizes in bytes."""
+
+    name: str
+    arch: str
+    registers: int
+    spills: int
+    stack: int
+    shared: int
+
+
+def nvcc_reason() -> str | None:
+    """Why nothing can be compiled for a GPU; None when it can."""
+    if builds.NVCC is None or not Path(builds.NVCC).exists():
+        return "nvcc was not found (CUDACXX, CUDA_HOME or PATH)"
+    known = subprocess.run([builds.NVCC, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout.split()
+    missing = [arch for arch in ARCHS if f"compute_{arch}" not in known]
+    return f"this nvcc does not know sm_{', sm_'.join(missing)}" if missing else None
+
+
+def report(source: Path) -> str:
+    """What ptxas says while nvcc compiles one source for all architectures."""
+    codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ARCHS]
+    command = [builds.NVCC, "-ccbin", builds.CXX[-1], "-O3", "-std=c++20", "-DUSE_CUDA", "-Xptxas", "-v", *codes, builds.ABI]
+    command += [*builds.INCLUDES, "-Xcompiler", "-fPIC,-Wall,-Wextra", "-c", source]
+    path = builds.CACHE / f"{source.stem}-{builds.digest(command, [source, *builds.headers()])}.ptxas"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        text = builds.run([*command, "-o", path.with_suffix(".o")])
+        if "warning" in text:
+            raise RuntimeError(text)
+        path.with_suffix(".o").unlink()
+        path.write_text(text)
+    return path.read_text()
+
+
+def kernels(source: Path) -> list[Kernel]:
+    """Every kernel of one source on every architecture."""
+    found = []
+    pattern = (
+        r"Compiling entry function '(\w+)' for 'sm_(\d+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, "
+        r"(\d+) bytes spill loads.*?Used (\d+) registers([^\n]*)"
+    )
+    for match in re.finditer(pattern, report(source), re.DOTALL):
+        mangled, arch, stack, stores, loads, registers, rest = match.groups()
+        shared = re.search(r"(\d+) bytes smem", rest)
+        spills = int(stores) + int(loads)
+        found.append(Kernel(demangled(mangled), arch, int(registers), spills, int(stack), int(shared[1]) if shared else 0))
+    return found
+
+
+def demangled(name: str) -> str:
+    """`stitch_patches_kernel<float, c10::Half>` of a linker's name."""
+    if shutil.which("c++filt") is None:
+        return name
+    text = builds.run(["c++filt", name]).strip().replace("fastroute::", "").replace("(anonymous namespace)::", "")
+    return re.sub(r"^void ", "", text).split("(")[0]
+
+
+def main() -> None:
+    """Print the table."""
+    print(f"{'kernel':72} {'sm':>4} {'registers':>9} {'spills':>6} {'stack':>6} {'shared':>6}")
+    for source in builds.KERNELS:
+        for kernel in kernels(source):
+            name, *numbers = kernel
+            print(f"{name:72} {numbers[0]:>4} {numbers[1]:>9} {numbers[2]:>6} {numbers[3]:>6} {numbers[4]:>6}")
+
+
+if __name__ == "__main__":
+    main()

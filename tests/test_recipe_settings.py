@@ -1,0 +1,124 @@
+"""`fastroute train`: the recipes by name, their settings from text, and what the command writes."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from click.testing import CliRunner
+from networks import picture
+
+import fastroute
+from fastroute import cli, io
+from fastroute.models.arm import ARM
+from fastroute.models.checkpoints import read_checkpoint, save_checkpoint
+from fastroute.training import arm
+from fastroute.training.recipes import RECIPES, configure
+
+pytestmark = pytest.mark.usefixtures("quick_tuning")
+
+# Few enough steps for a test, in the words of the command.
+SMOKES = {
+    "cdnsr-fsrcnn": ["widths=3,4", "branch_steps=1,1", "classifier_steps=1", "joint_steps=1", "distill_steps=1", "batch=2"],
+    "arm-fsrcnn": ["widths=3,5", "steps=2", "batch=2", "table_patches=20"],
+    "pcsr-fsrcnn": ["width=4", "upsamplers=3;4,4", "heavy_steps=1", "light_steps=1", "batch=2", "scales=2,4"],
+}
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("images")
+    for number in range(2):
+        io.write_image(folder / f"{number}.png", (picture(1, 3, 140, 150 + number, seed=number)[0] * 255).to(torch.uint8))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "message"),
+    [
+        ("cdnsr-fsrcnn", {"backbone": "x"}, "backbone must be one of fsrcnn, carn, srresnet, rcan; got 'x'"),
+        ("pcsr-fsrcnn", {"backbone": "rcan"}, "backbone must be one of fsrcnn, carn; got 'rcan'"),
+        ("cdnsr-fsrcnn", {"variant": "x"}, "variant must be one of r, m, s; got 'x'"),
+        ("cdnsr-fsrcnn", {"alpha": "1.5"}, r"alpha must lie in \[0, 1\]"),
+        ("cdnsr-fsrcnn", {"layers": "7"}, "layers must be 3 to 6; got 7"),
+        ("cdnsr-fsrcnn", {"last_temperature": "0"}, "temperature must not be below last_temperature, above 0"),
+        ("cdnsr-fsrcnn", {"lambda_reg": "-1"}, "lambda_reg must be at least 0; got -1"),
+        ("cdnsr-fsrcnn", {"branch_steps": "1,2"}, "branch_steps must be one positive number per width"),
+        ("arm-fsrcnn", {"widths": "8,4"}, "widths must rise"),
+        ("arm-fsrcnn", {"eta": "0"}, "eta must be above 0"),
+        ("arm-fsrcnn", {"backbone": "edsr"}, "backbone must be one of fsrcnn, carn, srresnet; got 'edsr'"),
+        ("arm-fsrcnn", {"steps": "-1"}, "steps must be at least 0"),
+        ("arm-fsrcnn", {"joint_steps": "3"}, "arm-fsrcnn has no setting 'joint_steps'; it has backbone, batch, bins"),
+        ("arm-fsrcnn", {"steps": "many"}, "steps must be a whole number; got 'many'"),
+        ("arm-fsrcnn", {"eta": "much"}, "eta must be a number; got 'much'"),
+        ("pcsr-fsrcnn", {"upsamplers": "3,4"}, "upsamplers must be at least two"),
+        ("pcsr-fsrcnn", {"upsamplers": "3;"}, "upsamplers must be at least two, the last not empty"),
+        ("pcsr-fsrcnn", {"scales": "4,2"}, "scales must be positive and rise"),
+        ("pcsr-fsrcnn", {"classifier": "0"}, "widths of an MLP must be at least 1"),
+        ("pcsr-fsrcnn", {"scales": ""}, "scales must be whole numbers with commas between them; got ''"),
+    ],
+)
+def test_refused_settings(name, settings, message):
+    with pytest.raises(ValueError, match=f"train: .*{message}"):
+        configure(name, settings)
+
+
+def test_settings_from_text():
+    recipe = configure("pcsr-fsrcnn", {"upsamplers": ";7;9,9", "classifier": "", "scales": "2,3,4", "light_rate": "1e-2"})
+    assert recipe.upsamplers == ((), (7,), (9, 9)) and recipe.classifier == () and recipe.scale == 4
+    assert recipe.light_rate == 0.01 and configure("arm-fsrcnn", {}) == arm.Recipe()
+    assert tuple(RECIPES) == cli.RECIPE_NAMES
+
+
+def test_every_recipe_is_as_published():
+    for name, (recipe, trainer) in RECIPES.items():
+        system, backbone = name.split("-")
+        assert recipe.backbone == backbone and trainer.__module__ == f"fastroute.training.{system}"
+    assert RECIPES["cdnsr-carn"][0].widths == (36, 52, 56) and RECIPES["classsr-rcan"][0].widths == (36, 50, 64)
+
+
+def equal(a: dict, b: dict) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def call(*arguments: object):
+    return CliRunner().invoke(cli.main, ["train", *map(str, arguments)])
+
+
+@pytest.mark.parametrize("name", list(SMOKES))
+def test_command(images, tmp_path, name):
+    options = [part for setting in SMOKES[name] for part in ("--set", setting)]
+    result = call(name, "--images", images, "--out", tmp_path, *options)
+    assert result.exit_code == 0, result.output
+    path = tmp_path / f"{name}-x4.safetensors"
+    assert f"wrote {path}" in result.output
+    image = io.read_image(images / "0.png")[:, :40, :50]
+    router = fastroute.load(path)
+    upscaled = router.upscale(image)
+    assert upscaled.image.shape == (3, 160, 200) and router.num_classes >= 2
+    assert router.upscale(image, budget=1).stats.flops.fraction > 0.9
+    # Run again, nothing is trained and the same file is written.
+    first = read_checkpoint(path)[0]
+    assert call(name, "--images", images, "--out", tmp_path, *options).exit_code == 0
+    assert equal(read_checkpoint(path)[0], first)
+
+
+def test_command_builds_the_table_of_a_published_supernet(images, tmp_path):
+    save_checkpoint(tmp_path / "supernet.pth", ARM("fsrcnn", (3, 5)).network)
+    options = ["--set", "widths=3,5", "--set", "steps=0", "--set", "table-patches=30", "--init", tmp_path / "supernet.pth"]
+    assert call("arm-fsrcnn", "--images", images, "--out", tmp_path, *options).exit_code == 0
+    trained, published = (read_checkpoint(tmp_path / name)[0] for name in ("arm-fsrcnn-x4.safetensors", "supernet.pth"))
+    assert equal({k.removeprefix("network."): v for k, v in trained.items() if k.startswith("network.")}, published)
+    assert math.isfinite(trained["classifier.table.psnr"].sum())
+
+
+def test_command_refuses(images, tmp_path):
+    for options, word in (
+        (["--device", "nowhere"], "'nowhere' cannot be used"),
+        (["--set", "steps"], "NAME=VALUE"),
+        (["--routing-steps", 3], "has no setting 'routing_steps'"),
+    ):
+        result = call("arm-fsrcnn", "--images", images, "--out", tmp_path / "out", *options)
+        assert result.exit_code != 0 and word in result.output, result.output
+    assert not (tmp_path / "out").exists()
