@@ -10,10 +10,10 @@ from networks import as_float, as_image, patches_of, picture, random_classsr, ra
 from support import bits, in_layout
 from torch import nn
 
-from fastroute import PatchRouter, TileGrid
+from fastroute import PatchRouter, TileGrid, memory
 from fastroute.models.classsr import ClassSR
 from fastroute.models.fsrcnn import FSRCNN
-from fastroute.routing import memory, patch_router
+from fastroute.routing import patch_router
 
 pytestmark = pytest.mark.usefixtures("quick_tuning")
 PATCH, STRIDE, SCALE = 16, 12, 4

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fastroute import memory
 from fastroute.grid import TileGrid, covered_size, tile_count, tile_origins
 from fastroute.ops import _checks as check
 from fastroute.ops._library import call, register
@@ -124,6 +125,9 @@ def stitch_patches(
     elif shuffle > 1 and patches.requires_grad and torch.is_grad_enabled():
         patches, shuffle = F.pixel_shuffle(patches, shuffle), 1
     geometry = (grid.height, grid.width, grid.patch, grid.stride, grid.scale, grid.crop, shuffle)
+    if out is None and _reuses_memory(patches):
+        size = (number // grid.num_patches, patches.shape[1] // shuffle**2, end - begin, width)
+        out = memory.empty(size, target, patches.device)
     if out is not None and len(batches) > 1:
         call(f"{op}.batches_out", _reference_batches, patches.device, batches, inverse, weights, *geometry, begin, end, out=out)
         return out
@@ -131,6 +135,12 @@ def stitch_patches(
         call(f"{op}.out", _reference_out, patches.device, patches, inverse, weights, *geometry, begin, end, out=out)
         return out
     return call(op, _checked_reference, patches.device, patches, inverse, weights, *geometry, target, begin, end)
+
+
+def _reuses_memory(patches: Tensor) -> bool:
+    """Whether the result may lie in kept memory: not where the operator must allocate it itself, for gradients or a graph."""
+    tracked = patches.requires_grad and torch.is_grad_enabled()
+    return patches.device.type == "cpu" and not tracked and not torch.compiler.is_compiling() and type(patches) is Tensor
 
 
 def _checked_batches(patches: Sequence[Tensor], out: Tensor | None) -> list[Tensor]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from fastroute import memory
 from fastroute.grid import TileGrid
 from fastroute.models.optimize import optimize, parameter_dtype, split_shuffle
 from fastroute.ops import _checks as check
@@ -19,7 +20,6 @@ from fastroute.ops.extract_patches import extract_patches
 from fastroute.ops.group_by_class import group_by_class
 from fastroute.ops.stitch_patches import stitch_patches
 from fastroute.profiling import RoutedFlops, count_flops, mix_flops
-from fastroute.routing import memory
 from fastroute.routing.classify import classify_patches
 from fastroute.routing.result import RoutingStats, Stopwatch, Upscaled
 from fastroute.routing.tuning import Tuning, tune

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from fastroute import memory
 from fastroute.models.optimize import optimize, parameter_dtype
 from fastroute.models.pcsr import MLP, PCSR
 from fastroute.models.streaming import run_in_bands, unsupported_reasons
@@ -20,7 +21,6 @@ from fastroute.ops.assign_classes import assign_classes
 from fastroute.ops.pixel_mlp import pixel_mlp
 from fastroute.ops.refine_boundaries import refine_boundaries
 from fastroute.profiling import RoutedFlops, count_flops, mix_flops
-from fastroute.routing import memory
 from fastroute.routing.classify import to_float
 from fastroute.routing.result import RoutingStats, Stopwatch, Upscaled
 

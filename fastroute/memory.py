@@ -18,7 +18,7 @@ HUGE_PAGE = 2 << 20
 
 # Mapping 100 MB takes several times as long as filling it, so the last buffers that were let go are kept: few and not large.
 KEEP_BUFFERS = 4
-KEEP_BYTES = 256 << 20
+KEEP_BYTES = 512 << 20
 _spare: list[mmap.mmap] = []
 _lock = threading.Lock()
 
