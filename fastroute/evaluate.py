@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from tqdm import tqdm
 
 from fastroute import io
@@ -38,6 +39,7 @@ class Row:
         image: file name.
         height, width: of the super-resolved image.
         psnr, psnr_y: in dB, of RGB and of luma; infinite where nothing differs.
+        psnr_bicubic: in dB, of RGB, by bicubic interpolation instead.
         ssim, ssim_y: structural similarity, of RGB (the mean of its channels) and of luma.
         counts: patches or pixels of each class, cheapest first.
         flops, flops_fraction: done, classifier included, and as a fraction of the dearest class everywhere.
@@ -49,6 +51,7 @@ class Row:
     height: float
     width: float
     psnr: float
+    psnr_bicubic: float
     ssim: float
     psnr_y: float
     ssim_y: float
@@ -107,6 +110,7 @@ def evaluate(
             height, width = image.shape[-2:]
             raise ValueError(f"evaluate: images must be at least {least} x {least} pixels; {path} has {width} x {height}")
         lr, hr = make_pair(image, factor)
+        bicubic = F.interpolate(lr[None].float(), scale_factor=factor, mode="bicubic")[0].clamp(0, 255).round().to(torch.uint8)
         result = router.upscale(lr.to(router.device), **options)
         stats = result.stats
         rows.append(
@@ -115,6 +119,7 @@ def evaluate(
                 height=hr.shape[1],
                 width=hr.shape[2],
                 **compare(result.image.cpu(), hr, factor),
+                psnr_bicubic=compare(bicubic, hr, factor)["psnr"],
                 counts=list(stats.patches_per_class),
                 flops=float(stats.flops.routed),
                 flops_fraction=stats.flops.fraction,
@@ -171,11 +176,12 @@ def mean(rows: Sequence[Row]) -> Row:
 
 def table(rows: Sequence[Row]) -> str:
     """The rows and their mean as text with aligned columns."""
-    head = ["image", "size", "PSNR", "SSIM", "PSNR-Y", "SSIM-Y", "GFLOPs", "%", "paper G", "%", "s", "per class"]
+    head = ["image", "size", "bicubic", "PSNR", "SSIM", "PSNR-Y", "SSIM-Y", "GFLOPs", "%", "paper G", "%", "s", "per class"]
     lines = [head]
     for row in [*rows, mean(rows)]:
         lines.append([
-            row.image, f"{row.width:.0f} x {row.height:.0f}", f"{row.psnr:.3f}", f"{row.ssim:.4f}", f"{row.psnr_y:.3f}",
+            row.image, f"{row.width:.0f} x {row.height:.0f}", f"{row.psnr_bicubic:.3f}", f"{row.psnr:.3f}", f"{row.ssim:.4f}",
+            f"{row.psnr_y:.3f}",
             f"{row.ssim_y:.4f}", f"{row.flops / 1e9:.1f}", f"{100 * row.flops_fraction:.1f}", f"{row.paper_flops / 1e9:.1f}",
             f"{100 * row.paper_fraction:.1f}", f"{row.seconds:.3f}", " / ".join(f"{n:.0f}" for n in row.counts),
         ])  # fmt: skip

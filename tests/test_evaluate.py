@@ -105,6 +105,9 @@ def test_rows_are_those_of_the_router(images, router):
         lr, hr = make_pair(io.read_image(images / row.image), SCALE)
         result = router.upscale(lr)
         assert evaluate.compare(result.image, hr, SCALE)["psnr"] == row.psnr
+        bicubic = torch.nn.functional.interpolate(lr[None] / 255, scale_factor=SCALE, mode="bicubic")[0]
+        by_bicubic = (bicubic.clamp(0, 1) * 255).round().to(torch.uint8)
+        assert evaluate.compare(by_bicubic, hr, SCALE)["psnr"] == pytest.approx(row.psnr_bicubic, abs=1e-3)
         assert row.counts == result.stats.patches_per_class
         assert (row.flops, row.flops_fraction) == (result.stats.flops.routed, result.stats.flops.fraction)
         assert (row.paper_flops, row.paper_fraction) == (result.stats.paper_flops.routed, result.stats.paper_flops.fraction)
@@ -118,7 +121,7 @@ def test_budget_reaches_the_router(images, router):
 
 
 def test_mean_by_hand():
-    numbers = {"height": 1, "ssim": 0.5, "psnr_y": 3.0, "ssim_y": 0.25}
+    numbers = {"height": 1, "psnr_bicubic": 28.0, "ssim": 0.5, "psnr_y": 3.0, "ssim_y": 0.25}
     rows = [
         evaluate.Row("a", width=2, psnr=30, counts=[1, 2], flops=10, flops_fraction=0.5, paper_flops=4, paper_fraction=0.4,
                      seconds=1, **numbers),
@@ -204,7 +207,7 @@ def test_command_refuses(images, model, tmp_path):
 
 
 def test_infinite_numbers_are_null(tmp_path):
-    row = evaluate.Row("a", 1, 1, math.inf, 1, math.inf, 1, [1], 1, 1, 1, 1, 1)
+    row = evaluate.Row("a", 1, 1, math.inf, 30, 1, math.inf, 1, [1], 1, 1, 1, 1, 1)
     evaluate.write_json(tmp_path / "x.json", [row])
     content = json.loads((tmp_path / "x.json").read_text())
     assert content["images"][0]["psnr"] is None and content["mean"]["psnr_y"] is None and content["mean"]["ssim"] == 1
