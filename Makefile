@@ -6,7 +6,7 @@
 #   make test-gpu-sanitize  the tests of the CUDA kernels under compute-sanitizer, on a machine with a GPU
 #   make lint       ruff, mypy and clang-format; changes nothing        make format   apply ruff and clang-format
 #   make build      the environment in .venv with the package installed, its extension compiled
-#   make benchmark  the benchmarks
+#   make benchmark  the benchmarks and benchmarks/results/<device>/report.md and report.html
 #   make wheel      a wheel in dist/                                    make clean    remove all of the above
 #
 # Variables: PYTHON, the Python that makes the environment; TORCH, what pip installs where torch is missing. A machine
@@ -48,8 +48,9 @@ test-gpu-sanitize: $(VENV)/installed
 			$(RUN) -m pytest -q tests/ops -k "cuda-cuda and not compiles and not deterministic" || exit 1; \
 	done
 
-benchmark: $(VENV)/installed
-	$(RUN) -m pytest benchmarks
+# What fails to run is named at the end; the report is written from the results that there are.
+benchmark: $(VENV)/benchmark
+	status=0; $(RUN) -m pytest benchmarks -v -s --save || status=$$?; $(RUN) -m benchmarks.device_report && exit $$status
 
 build: $(VENV)/installed
 
@@ -100,6 +101,10 @@ $(VENV)/installed: $(VENV)/torch $(SOURCES)
 	@$(RUN) -c "import fastroute; from fastroute.backends import EXTENSION as e; \
 		print('fastroute:', *e.reasons or ['the compiled operators are in place']); \
 		e.reasons and print('The reference backend will be used. For the fast one install g++, then: touch setup.py && make build')"
+	touch $@
+
+$(VENV)/benchmark: pyproject.toml | $(VENV)/installed
+	$(PIP) install --quiet "fastroute[benchmark]"
 	touch $@
 
 # The tools that pyproject.toml pins; mypy also reads the types of what is installed.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import platform
 import re
 import statistics
@@ -36,19 +37,25 @@ class Timing:
         return f"{1e3 * self.median:9.2f} ms  [{1e3 * self.low:.2f}, {1e3 * self.high:.2f}]"
 
 
-def alternate(variants: Mapping[str, Callable[[], object]], rounds: int, warm_up: int = 1) -> dict[str, Timing]:
+def alternate(
+    variants: Mapping[str, Callable[[], object]], rounds: int, warm_up: int = 1, limit: float = math.inf
+) -> dict[str, Timing]:
     """Time all variants in turn, `rounds` times over, so that whatever slows the machine slows them alike.
 
     Args:
         variants: what to call, by name. Each call must have finished its work when it returns.
         rounds: runs per variant.
         warm_up: untimed runs of each before the first.
+        limit: seconds after which half of the rounds are enough.
     """
     for _ in range(warm_up):
         for run in variants.values():
             run()
     seconds: dict[str, list[float]] = {name: [] for name in variants}
-    for _ in range(rounds):
+    begun = time.perf_counter()
+    for done in range(rounds):
+        if done >= max(1, rounds // 2) and time.perf_counter() - begun > limit:
+            break
         for name, run in variants.items():
             start = time.perf_counter()
             run()
@@ -81,10 +88,14 @@ def device_facts() -> dict[str, object]:
     }
 
 
+def device_folder() -> Path:
+    """Where the results of this device are kept."""
+    return RESULTS / re.sub(r"[^a-z0-9]+", "-", str(device_facts()["device"]).lower()).strip("-")
+
+
 def save(name: str, rows: list[dict], notes: str) -> Path:
     """Write `rows` to benchmarks/results/<device>/<name>.json and return the path."""
-    facts = device_facts()
-    folder = RESULTS / re.sub(r"[^a-z0-9]+", "-", str(facts["device"]).lower()).strip("-")
+    facts, folder = device_facts(), device_folder()
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps({"facts": facts, "notes": notes, "rows": rows}, indent=1, default=asdict) + "\n"
     io.write_atomically(folder / f"{name}.json", lambda file: file.write(text.encode()))

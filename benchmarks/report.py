@@ -38,6 +38,8 @@ def movement(folder: Path) -> str:
             lines.append(f"| {row['op']} | {milliseconds(times['fastroute'])} | {floor} | {usual} | {row['speedup']:.1f} x |")
     content = json.loads((folder / "group_by_class.json").read_text())
     for row in content["rows"]:
+        if row.get("dtype", "int64") != "int64":
+            continue
         times = row["times"]
         usual = f"argsort: {milliseconds(times['argsort'])}"
         ours = milliseconds(times["fastroute"])

@@ -8,34 +8,25 @@ from typing import Any
 def prepare() -> None:
     """Make the interpreter quicker, and let it run loops of a computed length with any numpy.
 
-    It exchanges `triton.language` for itself at every call of a device function, which takes most of the time; once per
-    launch is enough. And it turns arrays of one element into integers in a way that numpy 2.4 refuses.
+    It exchanges `triton.language` for itself at every call of a device function and back again, which takes most of the
+    time; once per process is enough. And it turns arrays of one element into integers in a way that numpy 2.4 refuses.
     """
     import triton.language as tl
     from triton.runtime import interpreter
 
     exchange = interpreter._patch_lang
-    scopes: dict[tuple[bool, bool], Any] = {}
-    modules: dict[Any, tuple[bool, bool]] = {}
+    done: set[Any] = set()
+    exchanged: set[tuple[bool, bool]] = set()
 
-    class Scope:
-        def __init__(self, outermost: bool) -> None:
-            self.outermost = outermost
-
-        def restore(self) -> None:
-            if self.outermost:
-                for scope in reversed(scopes.values()):
-                    scope.restore()
-                scopes.clear()
-
-    def once(fn: Any) -> Scope:
-        if fn not in modules:
+    def once(fn: Any) -> Any:
+        if fn not in done:
             values = fn.__globals__.values()
-            modules[fn] = (any(v is tl for v in values), any(v is tl.core for v in values))
-        outermost = not scopes
-        if modules[fn] not in scopes:
-            scopes[modules[fn]] = exchange(fn)
-            tl.core.tensor.__index__ = lambda self: int(self.handle.data.item())
-        return Scope(outermost)
+            modules = (any(v is tl for v in values), any(v is tl.core for v in values))
+            if modules not in exchanged:
+                exchange(fn)
+                exchanged.add(modules)
+                tl.core.tensor.__index__ = lambda self: int(self.handle.data.item())
+            done.add(fn)
+        return interpreter._LangPatchScope()
 
     interpreter._patch_lang = once

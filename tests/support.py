@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
+from fastroute.backends import select
+from fastroute.reference.pixel_mlp import apply_mlp, bilinear_reference, nearest_axis
+
+HALF = (torch.float16, torch.bfloat16)
 FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 INTEGER_IMAGE = (torch.uint8, torch.uint16)
+# Whether these tests run the CUDA kernels emulated on the CPU (tests/cuda), with threads one after another.
+EMULATED = "FASTROUTE_SHIM" in os.environ
 LAYOUTS = ("contiguous", "channels_last", "sliced", "transposed", "expanded")
+Case = TypeVar("Case")
 
 # (height, width, patch, stride, coverage): odd sizes, exact fits, a remainder of one pixel, images smaller than a
 # patch in one or both axes, strides from 1 to patch.
@@ -32,6 +40,12 @@ GEOMETRIES = [
     (5, 4, 1, 1, "crop"),
     (33, 41, 32, 28, "full"),
 ]
+
+
+def few(cases: Iterable[Case], turn: int = 0) -> list[Case]:
+    """All cases; one of them, by turns, where kernels are interpreted or emulated, which takes milliseconds per block."""
+    cases = list(cases)
+    return [cases[turn % len(cases)]] if EMULATED or os.environ.get("TRITON_INTERPRET") == "1" else cases
 
 
 def same(actual: Tensor, expected: Tensor) -> None:
@@ -127,3 +141,33 @@ def repeats(function: Callable[[], Any], device: torch.device) -> None:
         torch.set_num_threads(threads)
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def half_activations(op: str, x: Tensor) -> bool:
+    """Whether the backend that runs `op` on `x` holds activations in the half type of `x`, as tensor cores take them."""
+    return x.dtype in HALF and (EMULATED or select(op, x.device) in ("triton", "cuda"))
+
+
+def eager_pixel_mlp(
+    features: Tensor,  # [B, D, h, w]
+    mlps: list[list[tuple[Tensor, Tensor]]],
+    size: tuple[int, int],
+    class_map: Tensor | None,  # [B, H, W]
+    residual: Tensor | None,  # [B, C, h, w]
+) -> Tensor:  # [B, C, H, W]
+    """What a network of PyTorch layers computes when it is of that type, activations too."""
+    (row, rel_y), (col, rel_x) = (nearest_axis(n, m) for n, m in zip(features.shape[2:], size, strict=True))
+    row, rel_y, col, rel_x = (t.to(features.device) for t in (row, rel_y, col, rel_x))
+    shape = (features.shape[0], *size, 1)
+    cell = [2 * n / m for n, m in zip(features.shape[2:], size, strict=True)]
+    place = [(rel_y / size[0])[:, None, None].expand(shape), (rel_x / size[1])[:, None].expand(shape)]
+    place += [torch.full(shape, c, device=features.device) for c in cell]
+    feature = features[:, :, row][:, :, :, col].permute(0, 2, 3, 1)
+    query = torch.cat([feature, *(p.to(features.dtype) for p in place)], dim=-1)
+    output = torch.zeros((), dtype=features.dtype, device=features.device)
+    for k, mlp in enumerate(mlps):
+        if mlp:
+            mask = torch.ones(shape, dtype=torch.bool) if class_map is None else (class_map == k)[..., None]
+            output = torch.where(mask.to(features.device), apply_mlp(query, mlp), output)
+    output = output.permute(0, 3, 1, 2) if output.dim() else output
+    return output if residual is None else output + bilinear_reference(residual, *size)

@@ -68,6 +68,7 @@ def test_other_kernels(op):
     cuda, triton = ROOT / "csrc" / "cuda" / f"{op}.cu", ROOT / "fastroute" / "triton" / f"{op}.py"
     if cuda.exists():
         assert re.search(rf"\b{op}_cuda\(", cuda.read_text())
+        assert re.search(rf"\b{op}_cuda\(", (ROOT / "tests" / "cuda" / "races" / f"{op}.cpp").read_text())
     if triton.exists():
         assert re.search(rf"^def {op}_triton\(", triton.read_text(), re.MULTILINE)
         assert re.search(r"^def unsupported_reasons\(", triton.read_text(), re.MULTILINE)

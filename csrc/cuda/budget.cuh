@@ -17,7 +17,11 @@ constexpr int kMostClasses = 256;
 constexpr int kSteps = 5;                // of the bisection in one pass
 constexpr int kPenalties = 1 << kSteps;  // its lower end and the midpoints
 constexpr int kBudgetThreads = 256;
-constexpr int kPasses = 13;             // over all blocks: 65 steps, enough for a penalty of about 1
+// Over all blocks: 65 steps, enough for a penalty of about 1.
+#ifndef FASTROUTE_BUDGET_PASSES
+#define FASTROUTE_BUDGET_PASSES 13
+#endif
+constexpr int kPasses = FASTROUTE_BUDGET_PASSES;
 constexpr int64_t kFewItems = 4096;     // one block alone is as fast
 constexpr double kBudgetSlack = 1e-9;   // mean cost and budget are both sums of rounded fractions
 constexpr double kSmallest = 0x1p-126;  // scores below count as this much

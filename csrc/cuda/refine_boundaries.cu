@@ -8,6 +8,8 @@ namespace {
 
 constexpr const char* kOp = "refine_boundaries";
 constexpr int kThreads = 256;
+// Of a multiprocessor, at least: left to aim at more, the compiler keeps too few registers and spills.
+constexpr int kBlocks = 4;
 
 // Bit 1 + i: pixel `x + i` of a row of classes is not of class 0; bits 0 and N + 1 are those beside them, 0 outside.
 template <int N, typename Id>
@@ -37,7 +39,7 @@ struct Refine {
 };
 
 template <typename T, typename Out, typename Id>
-__global__ void __launch_bounds__(kThreads) refine_boundaries_kernel(Refine<T, Out, Id> r) {
+__global__ void __launch_bounds__(kThreads, kBlocks) refine_boundaries_kernel(Refine<T, Out, Id> r) {
     constexpr int N = kPack<T>;
     const int64_t packs = (r.width + N - 1) / N, total = r.lines * packs, width = r.width;
     for (int64_t item = int64_t{blockIdx.x} * kThreads + threadIdx.x; item < total;

@@ -29,13 +29,13 @@ def adaptive_threshold(
         class ids of the shape of `score`.
 
     Raises:
-        ValueError: fewer than 2 dimensions, or a score that is NaN or infinite.
+        ValueError: fewer than 2 dimensions, or, on the CPU, a score that is NaN or infinite.
         TypeError: an unsupported dtype.
 
     Differentiable: no, its output is an index.
     Deterministic: yes, bit for bit, for any number of threads.
     Synchronises: no, except for the reference, which asks whether it is done.
-    CUDA-graph safe: no, its reference decides on the host.
+    CUDA-graph safe: yes with the kernels of a GPU, which always launch all iterations; no with the reference.
     Memory layout: any strides; contiguous output.
 
     Source: PCSR (Jeong et al., ECCV 2024), section 3.4, the adaptive decision making of its public code.

@@ -55,7 +55,7 @@ def pixel_mlp(
 
     Raises:
         ValueError: shapes that do not match, several MLPs without a class map, layers wider than 256, tensors on several
-            devices, or a class out of range.
+            devices, or, on the CPU, a class out of range. A kernel of a GPU cannot raise: there such a pixel is a free one.
         TypeError: an unsupported dtype.
 
     Differentiable: with respect to `features`, `mlps` and `residual`; the class map is taken as it is. The backward pass

@@ -47,7 +47,8 @@ def convert(x: Tensor, mean: Tensor | None, std: Tensor | None, dtype: torch.dty
     work = torch.float64 if torch.float64 in (x.dtype, dtype) else torch.float32
     value = x.to(work)
     if x.dtype in MAXIMUM:
-        value = value / MAXIMUM[x.dtype]
+        # By a tensor: a GPU would multiply by the reciprocal of a number, which rounds differently.
+        value = value / torch.full((), MAXIMUM[x.dtype], dtype=work, device=x.device)
     if mean is not None:
         value = value - mean.to(work)[:, None, None]
     if std is not None:

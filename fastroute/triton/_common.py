@@ -30,6 +30,8 @@ NAMES = {
     torch.int32: "i32",
     torch.int64: "i64",
 }
+# Compute capabilities, times ten, for which kernels are compiled in tests: Ampere, Hopper, Blackwell.
+ARCHS = (80, 90, 100)
 FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 INTEGER_IMAGE = (torch.uint8, torch.uint16)
 
@@ -45,12 +47,14 @@ class Variant:
         types: type of every argument that is no constant, as Triton's signatures name it: "*fp32", "i32", "fp64".
         constants: the `tl.constexpr` arguments, and None for a pointer that is not given.
         options: num_warps and the like, as passed to the launch.
+        archs: compute capabilities, times ten, of GPUs on which it is called that way.
     """
 
     kernel: Any
     types: Mapping[str, str]
     constants: Mapping[str, Any] = field(default_factory=dict)
     options: Mapping[str, Any] = field(default_factory=dict)
+    archs: tuple[int, ...] = ARCHS
 
     @property
     def signature(self) -> dict[str, str]:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fastroute.triton._common import to_work
+from fastroute.triton._common import WIDER, to_work
 from fastroute.triton._pixel_layers import multiply_add, value_place, weight_place
 
 # Features of which one program makes the hoisted product.
 HOIST_ROWS = 64
 # Numbers that the packing program moves at once.
-PACK_BLOCK = 1024
+PACK_BLOCK = 1024 * WIDER
 
 
 @triton.jit

@@ -261,7 +261,7 @@ def unsupported_reasons(device: torch.device) -> list[str]:
 
 
 def variants() -> Iterator[Variant]:
-    """The kernels as the launchers call them: all pairs of types, and all layouts and statistics of one pair."""
+    """The kernels as the launchers call them: all types to half and double, all layouts and statistics of one pair."""
     sizes = dict.fromkeys(("patches", "numbers", "height", "width", "rows", "cols", "channels"), "i32")
     strides = {f"{name}_{axis}": "i32" for name in ("image", "grad") for axis in "ncyx"}
     rest = {"order": "*i64", "mean": "*fp32", "std": "*fp32", **sizes, **strides}
@@ -273,7 +273,8 @@ def variants() -> Iterator[Variant]:
 
     for source in FLOATING + INTEGER_IMAGE:
         yield forward(source, source, missing=("mean", "std"))
-        yield from (forward(source, target) for target in FLOATING)
+        yield from (forward(source, target) for target in (torch.float16, torch.float64))
+    yield from (forward(torch.float32, target) for target in (torch.float32, torch.bfloat16))
     for last in (False, True):
         for missing in ((), ("order",), ("mean",), ("std",), ("order", "mean", "std")):
             yield forward(torch.uint8, torch.float16, last, missing, patch=30)

@@ -20,7 +20,7 @@ from fastroute.triton._common import INTERPRETED, NAMES, Variant, ceil_div, laun
 
 # Items compared with each other, how many of them at once, and steps of so many items per program: longer stretches need
 # fewer counters, shorter ones keep more programs busy. The interpreter's time goes by steps, not by lanes.
-ITEMS, CHUNK, STEPS = (1024, 1024, 4) if INTERPRETED else (256, 16, 16)
+ITEMS, CHUNK, STEPS = (1024, 1024, 4) if INTERPRETED else (256, 8, 16)
 # One thread per item.
 WARPS = 8
 

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastroute.reference.pixel_mlp import pixel_mlp_reference
-from fastroute.triton._common import NAMES, WIDER, Variant, ceil_div, check_on_host, launch, next_power
+from fastroute.triton._common import ARCHS, NAMES, WIDER, Variant, ceil_div, check_on_host, launch, next_power
 from fastroute.triton._pixel_kernels import UNSPECIALISED, pixel_mlp_kernel, pixel_mlp_wide_kernel
 from fastroute.triton._pixel_prepare import (
     AXIS_BLOCK,
@@ -38,7 +38,7 @@ OPAQUE = ("pixel_mlp",)
 # Units of one matrix product, and the smallest that tensor cores take.
 PIECE, SMALLEST = 64, 16
 # Pixels of a tile, and warps that share it; the residual of more channels than one piece takes more registers.
-TILE, WARPS, MANY_WARPS = 64, 4, 8
+TILE, WARPS, MANY_WARPS = 64 * WIDER, 4, 8
 # Widest layers whose activations, and bytes of weights that, a program keeps on the chip.
 WIDEST_HALF, WIDEST_TF32, RESIDENT_BYTES = 128, 64, 64 << 10
 # Programs of a persistent kernel per multiprocessor: about as many as run at once.
@@ -276,27 +276,39 @@ def unsupported_reasons(device: torch.device) -> list[str]:
     return []
 
 
-def variants(resident: bool = False) -> Iterator[Variant]:
-    """The kernels as the launchers call them, for MLPs of 1 to 256 units; `resident` those that only run from Hopper on."""
+def variants() -> Iterator[Variant]:
+    """The kernels as the launchers call them, for each way to cut layers into pieces; weights are kept from Hopper on."""
     numbers = dict.fromkeys(UNSPECIALISED, "i32")
     tables = {"feature_ptr": "*i64", "relative_ptr": "*fp32", "target_ptr": "*i64", "source_ptr": "*i64", "blend_ptr": "*fp32"}
     fixed = numbers | tables | {"hoisted_ptr": "*fp32", "values_ptr": "*fp32", "list_ptr": "*i32", "ends_ptr": "*i64"}
     for dtype, how in ((torch.float16, "ieee"), (torch.bfloat16, "ieee"), (torch.float32, "ieee"), (torch.float32, "tf32")):
         name = f"*{NAMES[dtype]}"
         types = fixed | dict.fromkeys(("packed_ptr", "residual_ptr", "out_ptr", "scratch_ptr"), name)
-        for widths in ((), (3,), (16, 3), (58,) * 4 + (3,), (74,) * 4 + (3,), (128, 128, 3), (256, 256, 3), (20, 64)):
-            plan = Plan(widths, widths[-1] if widths else 3, dtype, how, resident)
-            kernel = pixel_mlp_wide_kernel if plan.wide else pixel_mlp_kernel
-            absent = {} if widths else dict.fromkeys(("hoisted_ptr", "packed_ptr", "values_ptr"))
-            if resident and not plan.constants.get("RESIDENT"):
-                continue
-            yield Variant(kernel, types, plan.constants | absent | {"SHIFT": 16}, {"num_warps": plan.warps})
-            if not resident and widths:
-                every = absent | dict.fromkeys(("list_ptr", "ends_ptr", "residual_ptr")) | {"SHIFT": 0}
-                yield Variant(kernel, types, plan.constants | every, {"num_warps": plan.warps})
-                yield from prepare_variants(plan, types | {"features_ptr": name, "weight_ptr": name, "bias_ptr": name})
-    if not resident:
-        yield from list_variants()
+        prepared = types | {"features_ptr": name, "weight_ptr": name, "bias_ptr": name}
+        looped = set()
+        for widths in ((), (3,), (256, 256, 3), (58,) * 4 + (3,), (74,) * 4 + (3,), (20, 64)):
+            plan, kept = (Plan(widths, widths[-1] if widths else 3, dtype, how, keep) for keep in (False, True))
+            if plan.wide and plan.output in looped:
+                continue  # layers of any width are one loop, in pieces of one size
+            looped |= {plan.output} if plan.wide else set()
+            if plan.constants == kept.constants:
+                yield from class_variants(plan, types, ARCHS)
+            else:
+                yield from class_variants(plan, types, tuple(arch for arch in ARCHS if arch < 90))
+                yield from class_variants(kept, types, tuple(arch for arch in ARCHS if arch >= 90))
+            if widths[:1] == (256,):
+                yield from prepare_variants(plan, prepared)
+    yield from list_variants()
+
+
+def class_variants(plan: Plan, types: dict[str, Any], archs: tuple[int, ...]) -> Iterator[Variant]:
+    """The kernel of one class, with a list of pixels and a residual, of some MLPs without them too."""
+    kernel, options = pixel_mlp_wide_kernel if plan.wide else pixel_mlp_kernel, {"num_warps": plan.warps}
+    absent = {} if plan.widths else dict.fromkeys(("hoisted_ptr", "packed_ptr", "values_ptr"))
+    yield Variant(kernel, types, plan.constants | absent | {"SHIFT": 16}, options, archs)
+    if plan.widths[:1] in ((3,), (256,)):
+        absent |= dict.fromkeys(("list_ptr", "ends_ptr", "residual_ptr"))
+        yield Variant(kernel, types, plan.constants | absent | {"SHIFT": 0}, options, archs)
 
 
 def prepare_variants(plan: Plan, types: dict[str, Any]) -> Iterator[Variant]:

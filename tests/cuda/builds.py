@@ -92,9 +92,19 @@ def kept(path: Path, command: Sequence[str | Path]) -> Path:
     return path
 
 
+def shim_prefix(sanitizer: str) -> Path:
+    """The header that every kernel begins with, precompiled: half of what a source takes to compile."""
+    header = HERE / "shim" / "prefix.h"
+    command = [*CXX, "-x", "c++-header", *SHIM_FLAGS, *SANITIZERS[sanitizer], header]
+    folder = CACHE / f"prefix-{sanitizer}-{digest(command, headers())}"
+    kept(folder / "prefix.h.gch", command)
+    return folder / header.name
+
+
 def shim_object(source: Path, sanitizer: str) -> Path:
     """One source compiled for the CPU."""
-    command = [*CXX, "-x", "c++", *SHIM_FLAGS, *SANITIZERS[sanitizer], "-c", source]
+    prefix = ["-include", shim_prefix(sanitizer)] if source.parent in (CSRC / "cuda", HERE / "races") else []
+    command = [*CXX, "-x", "c++", *SHIM_FLAGS, *SANITIZERS[sanitizer], *prefix, "-c", source]
     # A program of races/ includes the kernel of its name.
     files = [source, CSRC / "cuda" / f"{source.stem}.cu"] if source.parent.name == "races" else [source]
     return kept(CACHE / f"{source.parent.name}-{source.stem}-{sanitizer}-{digest(command, [*files, *headers()])}.o", command)

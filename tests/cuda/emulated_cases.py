@@ -11,6 +11,7 @@ from torch import Tensor
 
 import fastroute
 from fastroute import TileGrid
+from fastroute.reference.adaptive_threshold import adaptive_threshold_reference
 from fastroute.reference.assign_classes import assign_classes_reference
 from fastroute.reference.extract_patches import extract_patches_reference
 from fastroute.reference.stitch_patches import stitch_patches_reference
@@ -65,6 +66,18 @@ def test_nan_scores_get_some_class():
         ids = OPS.assign_classes(score, torch.tensor([1.0, 2.0, 4.0], dtype=torch.float64), 0.0, budget, torch.int64)
         assert ids.min() >= 0
         assert ids.max() < 3
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("place", [0, 17, -1])
+def test_scores_that_are_not_finite_get_some_class(value, place):
+    score = torch.rand(3, 700)
+    score[1, place] = value
+    ids = OPS.adaptive_threshold(score, torch.int64)
+    assert ids.min() >= 0
+    assert ids.max() <= 1
+    # The other images do not notice.
+    assert torch.equal(ids[::2], adaptive_threshold_reference(score[::2], torch.int64))
 
 
 @pytest.mark.parametrize("items", [3, 5000])

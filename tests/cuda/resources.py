@@ -1,6 +1,7 @@
 """What nvcc says of every kernel of csrc/cuda: registers, spills and shared memory on each architecture.
 
-python tests/cuda/resources.py prints the table. Objects and reports are kept in build/cuda-tests.
+python tests/cuda/resources.py prints the table. Each architecture has its own PTX, as in setup.py: ptxas makes other registers
+of another. Reports are kept in build/cuda-tests.
 """
 
 from __future__ import annotations
@@ -40,14 +41,15 @@ def report(source: Path) -> str:
     """What ptxas says while nvcc compiles one source for all architectures."""
     codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ARCHS]
     command = [builds.NVCC, "-ccbin", builds.CXX[-1], "-O3", "-std=c++20", "-DUSE_CUDA", "-Xptxas", "-v", *codes, builds.ABI]
-    command += [*builds.INCLUDES, "-Xcompiler", "-fPIC,-Wall,-Wextra", "-c", source]
+    # Of device code alone: the shim's compiler warns of the host's.
+    command += [*builds.INCLUDES, "-fatbin", source]
     path = builds.CACHE / f"{source.stem}-{builds.digest(command, [source, *builds.headers()])}.ptxas"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        text = builds.run([*command, "-o", path.with_suffix(".o")])
+        text = builds.run([*command, "-o", path.with_suffix(".fatbin")])
         if "warning" in text:
             raise RuntimeError(text)
-        path.with_suffix(".o").unlink()
+        path.with_suffix(".fatbin").unlink()
         path.write_text(text)
     return path.read_text()
 

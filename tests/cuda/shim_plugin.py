@@ -14,9 +14,9 @@ import warnings
 
 import pytest
 
-# On a GPU a kernel cannot raise: emulated_cases.py tests what it does with indices out of range. Compilation and repetition
+# On a GPU a kernel cannot raise: emulated_cases.py tests what it does with such indices and scores. Compilation and repetition
 # launch the same kernels again.
-LEFT_OUT = ("out_of_range", "nan_", "_nan", "compiles_", "deterministic")
+LEFT_OUT = ("out_of_range", "nan_score", "infinite_score", "compiles_", "deterministic")
 OWN = "emulated_cases.py"
 
 _launches: dict[str, int] = {}

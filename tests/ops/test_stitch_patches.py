@@ -12,6 +12,7 @@ from support import (
     INTEGER_IMAGE,
     LAYOUTS,
     compiles_once,
+    few,
     in_layout,
     inductor_equals_eager,
     random,
@@ -80,7 +81,8 @@ def test_table(backend):
 def test_sweep_of_geometries(backend, geometry):
     height, width, patch, stride, coverage = geometry
     cases = [(0, 2, 1), (1, 1, 2), (2, 3, 1), (1, 5, 3), (2, 1, 4)]
-    for (b, c, scale), window in zip(cases, (*WINDOWS, None), strict=True):
+    pairs = zip(cases, (*WINDOWS, None), strict=True)
+    for (b, c, scale), window in few(pairs, GEOMETRIES.index(geometry)):
         grid = TileGrid(height, width, patch, stride, scale, coverage)
         window = lopsided(patch * scale) if window is None else window
         patches = patches_for(grid, b, c, device=backend.device)
@@ -114,8 +116,8 @@ def test_sweep_of_types_and_layouts(backend, dtype, layout):
     grid = TileGrid(7, 9, 4, 3, 2)
     patches = in_layout(patches_for(grid, 2, 3, dtype, backend.device), layout)
     inverse = shuffled(len(patches), backend.device)
-    for target in (None, *FLOATING, *INTEGER_IMAGE):
-        for order in (None, inverse):
+    for turn, target in enumerate((None, *FLOATING, *INTEGER_IMAGE)):
+        for order in few((None, inverse), turn):
             same(stitch_patches(patches, grid, "hann", order, target), reference(patches, grid, "hann", order, target))
 
 
@@ -127,7 +129,7 @@ def test_gradient(backend, geometry):
     # A row that nobody reads, and in the last case one that several places read.
     patches = random((n + 1, 1, patch, patch), torch.float64, backend.device).requires_grad_()
     permutation = shuffled(n, backend.device)
-    for inverse in (None, permutation, permutation // 2):
+    for inverse in few((None, permutation, permutation // 2), height + width):
         rows = patches[:n].detach().requires_grad_() if inverse is None else patches
         assert torch.autograd.gradcheck(lambda x: stitch_patches(x, grid, lopsided(patch), inverse), rows)  # noqa: B023
         image = stitch_patches(rows, grid, lopsided(patch), inverse)
@@ -166,11 +168,12 @@ def test_gradient_through_shuffle_and_types(backend, dtype, target):
 def test_opcheck(operator, grad):
     patches = random((4, 4, 4, 4), device=operator.device)
     window, inverse = make_window("hann", 4).to(operator.device), torch.tensor([2, 0, 1, 3], device=operator.device)
-    for args in (
+    cases = (
         (None, window, 5, 6, 4, 2, 1, False, 1, None, 0, 5),
         (inverse, window, 7, 7, 4, 3, 1, True, 1, torch.float16, 0, 7),
         (inverse, window, 3, 4, 2, 2, 2, False, 1, torch.float64, 0, 6),
-    ):
+    )
+    for args in few(cases, int(grad)):
         opcheck(OP, (patches.clone().requires_grad_(grad), *args))
     if not grad:
         opcheck(OP, (patches, inverse, window.repeat(2), 5, 6, 4, 2, 2, False, 2, torch.uint8, 3, 8))
@@ -185,7 +188,7 @@ def test_opcheck_backward(operator, grad):
 
 @pytest.mark.parametrize("dtype", FLOATING, ids=str)
 def test_poisoned(backend, poisoned, dtype):
-    for height, width, patch, stride, coverage in GEOMETRIES:
+    for height, width, patch, stride, coverage in few([GEOMETRIES[::4], GEOMETRIES])[-1]:
         grid = TileGrid(height, width, patch, stride, 2, coverage)
         patches = patches_for(grid, 2, 3, dtype, backend.device).requires_grad_()
         image = stitch_patches(patches, grid, "gaussian")
@@ -206,7 +209,8 @@ def build_and_stitch(image: Tensor, patches: Tensor, inverse: Tensor | None = No
 
 def test_compiles_once_for_all_sizes(operator):
     arguments = []
-    for b, h, w in ((2, 20, 30), (3, 21, 17), (4, 40, 9), (2, 33, 34)):
+    sizes = ((2, 20, 30), (3, 21, 17), (4, 40, 9), (2, 33, 34))
+    for b, h, w in few([sizes[:2], sizes])[-1]:
         image = random((b, 5, h, w), device=operator.device)
         patches = patches_for(TileGrid(h, w, 8, 5, 2), b, 3, device=operator.device)
         # Some rows are spare, so that the numbers of rows and of patches are two sizes.

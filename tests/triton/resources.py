@@ -18,7 +18,6 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "fastroute" / "triton"
 OPS = sorted(path.stem for path in FOLDER.glob("[!_]*.py"))
-ARCHS = (80, 90, 100)
 
 
 @dataclass(frozen=True)
@@ -71,7 +70,7 @@ def main(ops: list[str]) -> None:
     print("| kernel and variant | arch | registers | local bytes | shared bytes |\n|---|---|---|---|---|")
     for op in ops:
         for variant in variants(op):
-            for arch in ARCHS:
+            for arch in variant.archs:
                 used = compile_variant(variant, arch)
                 print(f"| {describe(variant)} | sm_{arch} | {used.registers} | {used.local} | {used.shared} |", flush=True)
 

@@ -3,32 +3,33 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 import pytest
-from resources import ARCHS, OPS, compile_variant, describe, variants
+from resources import FOLDER, OPS, compile_variant, describe, variants
 
 pytest.importorskip("triton.compiler", reason="triton is not installed")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 
-# Bytes of shared memory that a program may have on the smallest of the architectures.
-SHARED = 163 << 10
+# Bytes of shared memory that a program may have.
+SHARED = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
 
 
-@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("arch", SHARED)
 @pytest.mark.parametrize("op", OPS)
 def test_compiles_without_spills(op, arch):
     for variant in variants(op):
-        used = compile_variant(variant, arch)
-        assert used.local == 0, f"sm_{arch}: {describe(variant)}: {used}"
-        assert used.shared <= SHARED, f"sm_{arch}: {describe(variant)}: {used}"
+        if arch in variant.archs:
+            used = compile_variant(variant, arch)
+            assert used.local == 0, f"sm_{arch}: {describe(variant)}: {used}"
+            assert used.shared <= SHARED[arch], f"sm_{arch}: {describe(variant)}: {used}"
 
 
-@pytest.mark.parametrize("op", OPS)
-def test_variants_name_all_kernels(op):
-    """Each jitted kernel of a file is compiled by some variant of some file."""
-    named = {variant.kernel.__name__ for other in OPS for variant in variants(other)}
-    source = (Path(__file__).parents[2] / "fastroute" / "triton" / f"{op}.py").read_text()
-    kernels = [line.split("(")[0].removeprefix("def ") for line in source.splitlines() if line.startswith("def ")]
-    assert {name for name in kernels if name.endswith("_kernel")} <= named
+def test_variants_name_all_kernels():
+    """Each jitted kernel of each file is compiled by some variant, for each architecture."""
+    lines = [line for path in FOLDER.glob("*.py") for line in path.read_text().splitlines() if line.startswith("def ")]
+    names = {line.split("(")[0].removeprefix("def ") for line in lines}
+    kernels = {name for name in names if name.endswith("_kernel")}
+    assert len(kernels) > len(OPS)
+    for arch in SHARED:
+        assert {v.kernel.__name__ for op in OPS for v in variants(op) if arch in v.archs} == kernels

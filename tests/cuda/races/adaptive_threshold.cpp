@@ -3,5 +3,5 @@
 
 int main() {
     fastroute::adaptive_threshold_cuda(floats({2, 700}), ScalarType::Byte);
-    fastroute::adaptive_threshold_cuda(floats({3, 5}), ScalarType::Long);
+    fastroute::adaptive_threshold_cuda(floats({1, 5}), ScalarType::Long);
 }

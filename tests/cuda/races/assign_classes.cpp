@@ -1,3 +1,5 @@
+// Every thread is one of the system, so few passes: one block takes the other steps.
+#define FASTROUTE_BUDGET_PASSES 3
 #include "cuda/assign_classes.cu"
 #include "tensors.h"
 

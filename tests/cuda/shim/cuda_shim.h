@@ -37,7 +37,12 @@ constexpr int kWarp = 32;
 constexpr int kMaxThreads = 1024;
 constexpr int64_t kMaxShared = 227 << 10;
 constexpr int64_t kRedZone = 64;
-constexpr int kMultiprocessors = 2;  // few, so that blocks that stay take several turns
+// Few, so that blocks that stay take several turns.
+#if defined(FASTROUTE_SHIM_THREADS)
+constexpr int kMultiprocessors = 1;
+#else
+constexpr int kMultiprocessors = 2;
+#endif
 
 // Shared memory that a block may ask for; SHIM_SHARED_KIB stands for devices that have more or less.
 inline int64_t max_shared_bytes() {

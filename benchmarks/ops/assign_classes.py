@@ -1,0 +1,78 @@
+"""assign_classes on a map of two classes, under a penalty and under a budget, beside argmax and beside a sort."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+import fastroute
+from benchmarks.measure import save
+from benchmarks.ops._common import OURS, SCALE, Variant, compare, compiled, same, same_classes, sizes
+from fastroute.reference.assign_classes import assign_classes_reference
+
+# The dear upsampler of PCSR-FSRCNN costs about this much more than the cheap one.
+COST = (1.0, 4.0)
+PENALTY, BUDGET = 0.5, 0.6
+DTYPES = (torch.float32, torch.float16)
+# The reference solves for the penalty in about a hundred passes of float64, seconds each for an image of full size.
+LARGEST_FOR_REFERENCE = 500_000
+
+
+def by_argmax(score: Tensor) -> Tensor:  # [B, 2, H, W] -> [B, H, W]
+    """Divide by the costs, take the largest."""
+    weights = torch.tensor(COST).pow(PENALTY).view(1, -1, 1, 1)
+    return (score.float() / weights).argmax(dim=1).to(torch.uint8)
+
+
+def by_sort(score: Tensor) -> Tensor:  # [B, 2, H, W] -> [B, H, W]
+    """With two classes: as many of those that gain most are dear as the budget pays for."""
+    gain = (score[:, 1].float().log2() - score[:, 0].float().log2()).flatten()
+    share = (BUDGET * COST[1] - COST[0]) / (COST[1] - COST[0])
+    classes = torch.zeros_like(gain, dtype=torch.uint8)
+    classes[gain.argsort(descending=True)[: int(share * len(gain))]] = 1
+    return classes.view(score[:, 0].shape)
+
+
+def run_case(decision: str, name: str, height: int, width: int, dtype: torch.dtype, smoke: bool) -> dict:
+    """A decision per output pixel of one image."""
+    torch.manual_seed(0)
+    score = torch.rand(1, 2, height * SCALE, width * SCALE).softmax(dim=1).to(dtype)
+    cost = torch.tensor(COST, dtype=torch.float64)
+    penalty, budget = (PENALTY, None) if decision == "penalty" else (0.0, BUDGET)
+    args = (score, cost, penalty, budget, torch.uint8)
+    ours = Variant(lambda: fastroute.assign_classes(*args), lambda result: None)
+    result = ours.run()
+    variants: dict[str, Variant | str] = {OURS: ours}
+    if decision == "penalty":
+        expected = assign_classes_reference(*args)
+        same_classes(expected)(result)
+        variants["reference"] = Variant(lambda: assign_classes_reference(*args), same(expected))
+        close = same_classes(expected)
+        variants["reference, compiled"] = compiled(assign_classes_reference, *args, check=close, smoke=smoke)
+        peer = "divide and argmax"
+        variants[peer] = Variant(lambda: by_argmax(score), close)
+    else:
+        mean = cost[result.long()].mean().item() / max(COST)
+        assert mean <= BUDGET + 1e-9, f"the budget is {BUDGET}, {mean} was spent"
+        # Scores that are exactly alike change class together here; a sort parts them. In half precision many are alike.
+        close = same_classes(result, 1e-5 if dtype == torch.float32 else 1e-2)
+        if result.numel() <= LARGEST_FOR_REFERENCE:
+            variants["reference"] = Variant(lambda: assign_classes_reference(*args), same_classes(result))
+        else:
+            variants["reference"] = "too slow to be timed at this size: its search is a hundred passes"
+        variants["reference, compiled"] = "reads counts back at every step of its search, where a compiled graph ends"
+        peer = "sort"
+        variants[peer] = Variant(lambda: by_sort(score), close)
+    kind = str(dtype)[6:]
+    label = f"assign_classes by {decision}, {width * SCALE} x {height * SCALE}, {kind}"
+    facts = {"size": name, "dtype": kind, "decision": decision, "output_pixels": result.numel()}
+    return compare(label, variants, score.nbytes + result.nbytes, peer, smoke, **facts)
+
+
+@pytest.mark.parametrize("decision", ["penalty", "budget"])
+def test_assign_classes(decision: str, smoke: bool, saving: bool) -> None:
+    """The floor reads the scores once; under a budget they must be read several times."""
+    rows = [run_case(decision, name, *size, dtype, smoke) for name, size in sizes(smoke).items() for dtype in DTYPES]
+    if saving and not smoke:
+        save(f"assign_classes_{decision}", rows, "2 classes, to uint8; medians of alternating runs, warm")

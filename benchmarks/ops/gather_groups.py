@@ -1,0 +1,55 @@
+"""gather_groups and scatter_groups on the patches of an image, beside indexing."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import fastroute
+from benchmarks.measure import save
+from benchmarks.ops._common import OURS, PATCH, SCALE, STRIDE, Variant, compare, compiled, same, sizes
+from fastroute import TileGrid
+from fastroute.reference.gather_groups import gather_groups_reference
+from fastroute.reference.scatter_groups import scatter_groups_reference
+
+CLASSES = 3
+DTYPES = (torch.float32, torch.uint8)
+
+
+def run_case(op: str, name: str, height: int, width: int, dtype: torch.dtype, smoke: bool) -> dict:
+    """All patches of an image into class order, or back from it."""
+    torch.manual_seed(0)
+    count = TileGrid(height, width, PATCH, STRIDE).num_patches
+    rows = torch.randint(0, 256, (count, 3, PATCH, PATCH)).to(dtype)
+    groups = fastroute.group_by_class(torch.randint(0, CLASSES, (count,)), CLASSES)
+    order, inverse = groups.order, groups.inverse
+    if op == "gather_groups":
+        ours, reference, opposite = fastroute.gather_groups, gather_groups_reference, inverse
+        usual = {"indexing": lambda: rows[order], "index_select": lambda: rows.index_select(0, order)}
+    else:
+        ours, reference, opposite = fastroute.scatter_groups, scatter_groups_reference, order
+        usual = {
+            "indexing": lambda: torch.empty_like(rows).index_put_((order,), rows),
+            "index_copy": lambda: torch.empty_like(rows).index_copy_(0, order, rows),
+        }
+    expected = reference(rows, order, inverse)
+    assert torch.equal(expected[opposite], rows), "the reference is no permutation"
+    check = same(expected)
+    variants: dict[str, Variant | str] = {
+        OURS: Variant(lambda: ours(rows, groups), check),
+        "reference": Variant(lambda: reference(rows, order, inverse), check),
+        "reference, compiled": compiled(reference, rows, order, inverse, check=check, smoke=smoke),
+        **{way: Variant(run, check) for way, run in usual.items()},
+    }
+    kind = str(dtype)[6:]
+    label = f"{op}, {count:,} patches of {width} x {height}, {kind}"
+    facts = {"size": name, "dtype": kind, "output_pixels": height * width * SCALE**2}
+    return compare(label, variants, 2 * rows.nbytes + order.nbytes, "indexing", smoke, **facts)
+
+
+@pytest.mark.parametrize("op", ["gather_groups", "scatter_groups"])
+def test_gather_groups(op: str, smoke: bool, saving: bool) -> None:
+    """Every call allocates its result, as in use; the copy does not, which favours the copy."""
+    rows = [run_case(op, name, *size, dtype, smoke) for name, size in sizes(smoke).items() for dtype in DTYPES]
+    if saving and not smoke:
+        save(op, rows, f"patches of 3 x {PATCH} x {PATCH}, {CLASSES} classes; medians of alternating runs, warm")

@@ -1,0 +1,66 @@
+"""group_by_class beside a stable argsort with the inverse permutation and counts, and beside a mask per class."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+import fastroute
+from benchmarks.measure import save
+from benchmarks.ops._common import OURS, Variant, compare, compiled, same
+from fastroute.reference.group_by_class import group_by_class_reference
+
+CLASSES = 3
+# From the patches of one image to the pixels of a small one.
+COUNTS = (10**4, 10**5, 10**6, 10**7)
+DTYPES = (torch.int64, torch.uint8)
+
+
+def invert(order: Tensor) -> Tensor:  # [N] -> [N]
+    """The inverse permutation."""
+    inverse = torch.empty_like(order)
+    inverse[order] = torch.arange(len(order))
+    return inverse
+
+
+def offsets_of(counts: Tensor) -> Tensor:  # [K] -> [K + 1]
+    """Where each class begins, and the end."""
+    return torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+
+
+def by_argsort(ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # [N]
+    """The usual way."""
+    order = torch.argsort(ids, stable=True)
+    return order, invert(order), offsets_of(torch.bincount(ids, minlength=CLASSES))
+
+
+def by_masks(ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # [N]
+    """One pass over the ids per class."""
+    places = [(ids == c).nonzero().squeeze(1) for c in range(CLASSES)]
+    order = torch.cat(places)
+    return order, invert(order), offsets_of(torch.tensor([len(p) for p in places]))
+
+
+def run_case(count: int, dtype: torch.dtype, smoke: bool) -> dict:
+    """`count` random ids."""
+    torch.manual_seed(0)
+    ids = torch.randint(0, CLASSES, (count,), dtype=dtype)
+    expected = group_by_class_reference(ids, CLASSES)
+    check = same(expected)
+    variants: dict[str, Variant | str] = {
+        OURS: Variant(lambda: fastroute.group_by_class(ids, CLASSES), check),
+        "reference": Variant(lambda: group_by_class_reference(ids, CLASSES), check),
+        "reference, compiled": compiled(group_by_class_reference, ids, CLASSES, check=check, smoke=smoke),
+        "argsort": Variant(lambda: by_argsort(ids), check),
+        "a mask per class": Variant(lambda: by_masks(ids), check),
+    }
+    bytes_moved = ids.nbytes + sum(part.nbytes for part in expected)
+    kind = str(dtype)[6:]
+    return compare(f"group_by_class, {count:,} items, {kind}", variants, bytes_moved, "argsort", smoke, items=count, dtype=kind)
+
+
+def test_group_by_class(smoke: bool, saving: bool) -> None:
+    """Ids as classifiers leave them and as small as they can be kept."""
+    rows = [run_case(count, dtype, smoke) for count in (COUNTS[:1] if smoke else COUNTS) for dtype in DTYPES]
+    if saving and not smoke:
+        save("group_by_class", rows, f"{CLASSES} classes; medians of alternating runs, warm")
