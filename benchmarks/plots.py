@@ -47,7 +47,7 @@ def over_floor(rows: list[tuple[str, float]]) -> Figure:
     bars = axes.barh(range(len(rows)), shares, color="#4477aa")
     axes.bar_label(bars, fmt="%.0f %%", padding=3)
     axes.set_yticks(range(len(rows)), [name for name, _ in rows])
-    axes.invert_yaxis()
+    axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.axvline(100, color="0.4", linestyle="--")
     axes.set(xlim=(0, max(115, *(share * 1.15 for share in shares))), xlabel="speed, % of a copy of the same bytes")
     return figure

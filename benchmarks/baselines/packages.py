@@ -7,6 +7,7 @@ only what lies before those can be compared. The packages are pinned in the extr
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from collections.abc import Callable
 from types import ModuleType
 
@@ -21,10 +22,12 @@ HINT = 'not installed: pip install "fastroute[benchmark]"'
 
 def find(name: str) -> ModuleType | str:
     """The module, or why it is missing."""
+    if importlib.util.find_spec(name.split(".")[0]) is None:
+        return HINT
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        return HINT if getattr(error, "name", None) == name.split(".")[0] else f"cannot be imported: {error}"
+        return f"cannot be imported: {error}"
 
 
 def padded_size(grid: TileGrid, scale: int = 1) -> tuple[int, int]:

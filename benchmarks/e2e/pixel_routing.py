@@ -72,6 +72,7 @@ def run_image(name: str, label: str, lr: Tensor, model: PCSR, plain: nn.Module, 
     times = alternate(
         {
             "fastroute": lambda: our_runs.append(router.upscale(lr, scale=SCALE)),
+            "dense, same machinery": lambda: router.upscale(lr, scale=SCALE, budget=1.0),
             "published formulation": lambda: published_runs.append(time_pcsr_published(model, lr, size)),
             "plain network, one pass": lambda: plain(lr),
         },
@@ -90,6 +91,7 @@ def run_image(name: str, label: str, lr: Tensor, model: PCSR, plain: nn.Module, 
         "heavy_share": heavy,
         "times": times,
         "stages": stages,
+        "time_ratio": ours / times["dense, same machinery"].median,
         "rest": rest,
         "published_rest": published_rest,
         "rest_speedup": published_rest / rest,
@@ -101,7 +103,8 @@ def run_image(name: str, label: str, lr: Tensor, model: PCSR, plain: nn.Module, 
     print(
         f"\nPCSR-{name}, {label}: {lr.shape[3]} x {lr.shape[2]}, {100 * heavy:.0f} % heavy; fastroute {1e3 * ours:.0f} ms, "
         f"{row['speedup']:.1f} x the published formulation, {row['over_plain']:.1f} x the plain network; after the encoder "
-        f"{1e3 * rest:.0f} ms, {row['rest_speedup']:.1f} x"
+        f"{1e3 * rest:.0f} ms, {row['rest_speedup']:.1f} x; {row['time_ratio']:.3f} of the dense time at "
+        f"{row['flops_ratio']:.3f} of its FLOPs"
     )
     print("  " + ", ".join(f"{stage} {1e3 * seconds:.1f}" for stage, seconds in stages.items()) + " ms", flush=True)
     return row

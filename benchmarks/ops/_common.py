@@ -100,7 +100,7 @@ def compare(
         except AssertionError as error:
             if not variant.foreign:
                 raise
-            missing[name] = f"disagrees: {' '.join(str(error).split())[:200]}"
+            missing[name] = f"disagrees: {str(error).splitlines()[0]}"
             continue
         timed[name] = variant.run
     timed[FLOOR] = copy_bandwidth(bytes_moved)
