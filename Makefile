@@ -27,9 +27,9 @@ SOURCES := pyproject.toml setup.py fastroute/__init__.py $(wildcard fastroute/op
 
 demo: $(VENV)/installed
 	mkdir -p demo
-	$(RUN) -m fastroute upscale assets/sample.png demo/sample-x4.png --class-map demo/sample-classes.png
+	$(RUN) -m fastroute upscale assets/sample.png demo/sample-x4.png --budget 0.7 --class-map demo/sample-classes.png
 	@echo "The sample reduced four times and super-resolved again, beside bicubic interpolation:"
-	$(RUN) -m fastroute evaluate classsr-fsrcnn-x4 --images assets --exclude demo.png --quiet
+	$(RUN) -m fastroute evaluate classsr-fsrcnn-x4 --images assets --exclude demo.png --budget 0.7 --quiet
 
 # Two processes, each of one thread: the emulated GPU keeps a core busy for minutes. Its report follows the other's.
 test: $(VENV)/installed
@@ -92,11 +92,12 @@ $(VENV)/bin/python:
 # The build requirements of pyproject.toml: without isolation pip leaves them to us. Isolated, it would fetch a torch of
 # its own to build against.
 $(VENV)/torch: pyproject.toml | $(VENV)/bin/python
-	$(RUN) -c "import torch" 2>/dev/null || $(PIP) install --quiet $(TORCH)
+	@$(RUN) -c "import torch" 2>/dev/null || { echo "Installing $(TORCH): a large download."; $(PIP) install --quiet $(TORCH); }
 	$(PIP) install --quiet "setuptools>=77" wheel pybind11 ninja numpy
 	touch $@
 
 $(VENV)/installed: $(VENV)/torch $(SOURCES)
+	@echo "Compiling fastroute and installing what its tests need: a few minutes."
 	$(PIP) install --quiet --no-build-isolation --editable ".[test]"
 	@$(RUN) -c "import fastroute; from fastroute.backends import EXTENSION as e; \
 		print('fastroute:', *e.reasons or ['the compiled operators are in place']); \

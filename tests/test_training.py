@@ -53,14 +53,14 @@ class Stop(Exception):
     pass
 
 
-def stopping(trainer: Trainer, at: int) -> Trainer:
+def stopping(trainer: Trainer, at: int, error: type[BaseException] = Stop) -> Trainer:
     """`trainer`, interrupted before its step number `at`."""
     original, count = trainer._loss, [0]
 
     def loss(*args):
         count[0] += 1
         if count[0] > at:
-            raise Stop
+            raise error
         return original(*args)
 
     trainer._loss = loss
@@ -84,6 +84,18 @@ def test_a_resumed_run_ends_bit_for_bit_like_an_uninterrupted_one(pool, tmp_path
         torch.rand(7)
         np.random.rand(3)
     resumed = Trainer(pool, RECIPE, tmp_path / "parts.pt", save_every=2).run()
+    assert equal(resumed.state_dict(), whole.state_dict())
+
+
+@pytest.mark.parametrize("interruption", [KeyboardInterrupt, SystemExit])
+def test_an_interrupt_loses_nothing(pool, tmp_path, interruption):
+    whole = Trainer(pool, RECIPE, tmp_path / "whole.pt").run()
+    for at in (0, 3, 4):
+        with pytest.raises(interruption):
+            stopping(Trainer(pool, RECIPE, tmp_path / "parts.pt", save_every=1000), at, interruption).run()
+    # 7 steps are done, and are not done again.
+    trainer = Trainer(pool, RECIPE, tmp_path / "parts.pt")
+    resumed = stopping(trainer, sum(stage.steps for stage in trainer.stages) - 7).run()
     assert equal(resumed.state_dict(), whole.state_dict())
 
 

@@ -101,6 +101,7 @@ class BaseTrainer(ABC):
         self.model.train()
         self.stages = self._plan()
         self.stage, self.step = 0, 0
+        self._settled = True  # the weights are those after `step` steps
 
     @abstractmethod
     def _build(self) -> nn.Module:
@@ -143,7 +144,13 @@ class BaseTrainer(ABC):
             if optimizer_state is not None:
                 optimizer.load_state_dict(optimizer_state)
                 optimizer_state = None
-            self._run_stage(number, stage, optimizer, parameters)
+            try:
+                self._run_stage(number, stage, optimizer, parameters)
+            except (KeyboardInterrupt, SystemExit):
+                # Within an update the weights are of neither step.
+                if self._settled:
+                    self._save(optimizer)
+                raise
             self.stage, self.step = number + 1, 0
             self._save(None)
         self._finish()
@@ -162,12 +169,14 @@ class BaseTrainer(ABC):
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
                 nn.utils.clip_grad_norm_(parameters, self._clip(stage))
+                self._settled = False
                 optimizer.step()
+                self.step = step + 1
+                self._settled = True
                 smooth = mse if smooth is None else 0.98 * smooth + 0.02 * mse
                 bar.update()
                 if step % 20 == 0:
                     bar.set_postfix_str(f"PSNR {-10 * math.log10(smooth + 1e-12):.2f} dB{note}")
-                self.step = step + 1
                 if self.step % self.save_every == 0:
                     self._save(optimizer)
 

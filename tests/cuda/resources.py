@@ -6,6 +6,7 @@ of another. Reports are kept in build/cuda-tests.
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -14,7 +15,7 @@ from typing import NamedTuple
 
 import builds
 
-ARCHS = ("80", "90", "100")
+ARCHS = tuple(os.environ.get("FASTROUTE_TEST_ARCHS", "80 90 100").split())
 
 
 class Kernel(NamedTuple):
