@@ -7,8 +7,8 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from interrupted import Stop, equal, stopping
 from networks import picture
-from support import bits
 
 import fastroute
 from fastroute import io
@@ -52,33 +52,10 @@ def pools(images):
     return {scale: Pool.build(images, scale=scale, patch=8, shrinks=(1.0,)) for scale in (2, 3)}
 
 
-class Stop(Exception):
-    pass
-
-
 def make(name: str, pools: dict, path, recipe=None, **options):
     trainer, default = CASES[name]
     chosen = recipe or default
     return trainer(pools[chosen.scale], chosen, path, **options)
-
-
-def stopping(trainer, at: int):
-    """`trainer`, interrupted before its step number `at`."""
-    original, count = trainer._loss, [0]
-
-    def loss(*args):
-        count[0] += 1
-        if count[0] > at:
-            raise Stop
-        return original(*args)
-
-    trainer._loss = loss
-    return trainer
-
-
-def equal(a: dict, b: dict) -> bool:
-    assert a.keys() == b.keys()
-    return all(torch.equal(bits(a[name].reshape(-1)), bits(b[name].reshape(-1))) for name in a)
 
 
 @pytest.mark.parametrize("name", list(CASES))

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner, Result
+from interrupted import Stop, equal, stopping
 from networks import picture
-from support import bits
 
 import fastroute
 from fastroute import io
@@ -47,29 +47,6 @@ def images(tmp_path_factory):
 @pytest.fixture(scope="module")
 def pool(images):
     return Pool.build(images, scale=2, patch=8, shrinks=(1.0, 2.0))
-
-
-class Stop(Exception):
-    pass
-
-
-def stopping(trainer: Trainer, at: int, error: type[BaseException] = Stop) -> Trainer:
-    """`trainer`, interrupted before its step number `at`."""
-    original, count = trainer._loss, [0]
-
-    def loss(*args):
-        count[0] += 1
-        if count[0] > at:
-            raise error
-        return original(*args)
-
-    trainer._loss = loss
-    return trainer
-
-
-def equal(a: dict, b: dict) -> bool:
-    assert a.keys() == b.keys()
-    return all(torch.equal(bits(a[name]), bits(b[name])) for name in a)
 
 
 # Inside a stage, at its end, and between two saved states; 5 + 3 + 4 + 3 steps in all.

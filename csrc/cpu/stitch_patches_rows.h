@@ -30,10 +30,6 @@ FASTROUTE_INLINE const Work<T>* load_row(const T* patch, PatchLayout at, int64_t
     const T* row = patch + (c * r * r + k % r * r) * at.c + k / r * at.y;
     if constexpr (std::is_same_v<T, W>) {
         if (r == 1 && at.x == 1) return row;
-        if (r == 4 && at.c == 1) {
-            for (int64_t l = 0; l < span / 4; ++l) std::memcpy(buffer + 4 * l, row + l * at.x, 4 * sizeof(T));
-            return buffer;
-        }
     }
     if (r == 1) {
         for (int64_t l = 0; l < span; ++l) buffer[l] = static_cast<W>(row[l * at.x]);

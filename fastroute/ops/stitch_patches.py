@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastroute import memory
+from fastroute.backends import select
 from fastroute.grid import TileGrid, covered_size, tile_count, tile_origins
 from fastroute.ops import _checks as check
 from fastroute.ops._library import call, register
@@ -114,19 +115,15 @@ def stitch_patches(
     begin, end = (0, height) if rows is None else rows
     if not 0 <= begin <= end <= height:
         raise ValueError(f"{op}: rows must be ordered and lie in [0, {height}]; got {rows}")
-    if out is not None:
-        size = (number // grid.num_patches, patches.shape[1] // shuffle**2, end - begin, width)
-        if tuple(out.shape) != size or out.stride(3) != 1:
-            raise ValueError(
-                f"{op}: out must be {size} with contiguous rows; got {tuple(out.shape)} with strides {out.stride()}"
-            )
+    size = (number // grid.num_patches, patches.shape[1] // shuffle**2, end - begin, width)
+    if out is not None and (tuple(out.shape) != size or out.stride(3) != 1):
+        raise ValueError(f"{op}: out must be {size} with contiguous rows; got {tuple(out.shape)} with strides {out.stride()}")
     if rows is not None or out is not None or not target.is_floating_point:
         patches = patches.detach()
     elif shuffle > 1 and patches.requires_grad and torch.is_grad_enabled():
         patches, shuffle = F.pixel_shuffle(patches, shuffle), 1
     geometry = (grid.height, grid.width, grid.patch, grid.stride, grid.scale, grid.crop, shuffle)
     if out is None and _reuses_memory(patches):
-        size = (number // grid.num_patches, patches.shape[1] // shuffle**2, end - begin, width)
         out = memory.empty(size, target, patches.device)
     if out is not None and len(batches) > 1:
         call(f"{op}.batches_out", _reference_batches, patches.device, batches, inverse, weights, *geometry, begin, end, out=out)
@@ -140,7 +137,9 @@ def stitch_patches(
 def _reuses_memory(patches: Tensor) -> bool:
     """Whether the result may lie in kept memory: not where the operator must allocate it itself, for gradients or a graph."""
     tracked = patches.requires_grad and torch.is_grad_enabled()
-    return patches.device.type == "cpu" and not tracked and not torch.compiler.is_compiling() and type(patches) is Tensor
+    plain = not tracked and not torch.compiler.is_compiling() and type(patches) is Tensor
+    # The other backends allocate their results anyway, and would have to copy them.
+    return plain and select("stitch_patches", patches.device) == "cpu"
 
 
 def _checked_batches(patches: Sequence[Tensor], out: Tensor | None) -> list[Tensor]:

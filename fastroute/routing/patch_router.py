@@ -295,7 +295,7 @@ class Workspace:
         if top == 0:
             self.places = torch.full((end - image, grid.num_patches), -1, dtype=torch.int64, device=inverse.device)
         held = (end - image) * (bottom - top) * cols
-        here = inverse[image * grid.num_patches + top * cols :][: (end - image) * (bottom - top) * cols] - begin
+        here = inverse[image * grid.num_patches + top * cols :][:held] - begin
         self.places[:, top * cols : bottom * cols] = here.view(end - image, -1) + self.number - held
         y0 = grid.row_origins[top] * grid.scale if top else 0
         y1 = grid.row_origins[bottom] * grid.scale if bottom < grid.rows else grid.output_size[0]
