@@ -6,7 +6,8 @@
 #   make test-gpu-sanitize  the tests of the CUDA kernels under compute-sanitizer, on a machine with a GPU
 #   make lint       ruff, mypy and clang-format; changes nothing        make format   apply ruff and clang-format
 #   make build      the environment in .venv with the package installed, its extension compiled
-#   make benchmark  the benchmarks and benchmarks/results/<device>/report.md and report.html
+#   make benchmark  the benchmarks and benchmarks/results/<device>/report.md and report.html, in less than half an hour
+#   make benchmark-compare BASE=<commit>  is the working tree, or HEAD=<commit>, slower than BASE? Fails if it is
 #   make wheel      a wheel in dist/                                    make clean    remove all of the above
 #
 # Variables: PYTHON, the Python that makes the environment; TORCH, what pip installs where torch is missing. A machine
@@ -23,7 +24,7 @@ CPP_TESTS := $(shell find tests -name '*.cpp' -o -name '*.h')
 SOURCES := pyproject.toml setup.py fastroute/__init__.py $(wildcard fastroute/ops/*.py) $(CPP)
 
 .DELETE_ON_ERROR:
-.PHONY: demo test test-gpu-sanitize lint lint-ruff lint-format lint-types lint-cpp format build benchmark wheel clean
+.PHONY: demo test test-gpu-sanitize lint lint-ruff lint-format lint-types lint-cpp format build benchmark benchmark-compare wheel clean
 
 demo: $(VENV)/installed
 	mkdir -p demo
@@ -48,9 +49,15 @@ test-gpu-sanitize: $(VENV)/installed
 			$(RUN) -m pytest -q tests/ops -k "cuda-cuda and not compiles and not deterministic" || exit 1; \
 	done
 
-# What fails to run is named at the end; the report is written from the results that there are.
+# What fails to run is named at the end; the report is written from the results that there are. A machine that is too slow
+# for the time leaves the last benchmarks out and says so.
 benchmark: $(VENV)/benchmark
-	status=0; $(RUN) -m pytest benchmarks -v -s --save || status=$$?; $(RUN) -m benchmarks.device_report && exit $$status
+	status=0; $(RUN) -m pytest benchmarks -v -s -rs --save --minutes 27 --durations=30 || status=$$?; $(RUN) -m benchmarks.device_report && exit $$status
+
+# Both are built under build/compare and run in turn; see the head of benchmarks/compare.py.
+benchmark-compare: $(VENV)/installed
+	@test -n "$(BASE)" || { echo "make benchmark-compare BASE=<commit, branch or tag> [HEAD=<another>]"; exit 2; }
+	$(RUN) -m benchmarks.compare "$(BASE)" $(if $(HEAD),--head "$(HEAD)")
 
 build: $(VENV)/installed
 

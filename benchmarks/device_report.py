@@ -4,19 +4,34 @@ from __future__ import annotations
 
 import html
 import json
+import statistics
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
+from benchmarks import device_tables as tables
+from benchmarks.device_tables import Result, Table, operator_rows
 from benchmarks.measure import RESULTS, device_folder
-from benchmarks.report import footer, milliseconds
+from benchmarks.report import footer
 from fastroute import io
 
-Result = dict[str, Any]
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 STYLE = (
-    "body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem}"
-    "table{border-collapse:collapse;font-size:90%}td,th{border:1px solid #bbb;padding:.2rem .5rem;text-align:left}"
-    "img{max-width:100%}footer,small{color:#555}"
+    "body{font:16px/1.5 system-ui,sans-serif;max-width:72rem;margin:2rem auto;padding:0 1rem}"
+    "table{border-collapse:collapse;font-size:85%}td,th{border:1px solid #bbb;padding:.2rem .5rem;text-align:left}"
+    "img{max-width:100%}small{color:#555}"
+)
+PANELS = {"growth_patches": "patches", "growth_classes": "classes", "growth_dear_share": "share of dear patches"}
+RULES = (
+    "Every variant is checked against the others before it is timed; what disagrees or cannot run is named with the reason. "
+    "Variants run in turn after a warm-up, the device being waited for before and after each run; times are medians and "
+    'quartiles, with what the caches held from the run before. Where it says "caches swept", they were overwritten before each '
+    "run. The floor of an operator is the longer of two times: a copy of the bytes that must be moved, measured in the same "
+    "turns, and the FLOPs that must be done at the rate of the best matrix product. Peak memory is what a call needs beyond "
+    "what was held before, its result included."
 )
 
 
@@ -25,64 +40,97 @@ def read(folder: Path) -> dict[str, Result]:
     return {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
 
 
-def operator_rows(results: dict[str, Result]) -> dict[str, list[dict]]:
-    """Results of operators that were measured beside a copy, by name."""
-    found = {name: [row for row in result["rows"] if "floor_seconds" in row] for name, result in results.items()}
-    return {name: rows for name, rows in found.items() if rows}
-
-
 def routing_points(results: dict[str, Result]) -> list[tuple[str, float, float]]:
-    """System, share of the dense FLOPs and share of the dense time of every end-to-end row that has both."""
-    return [
-        (name, row["flops_ratio"], row["time_ratio"])
-        for name, result in results.items()
-        for row in result["rows"]
-        if "flops_ratio" in row and "time_ratio" in row
-    ]
-
-
-def operator_table(rows: list[dict]) -> list[list[str]]:
-    """Ours, the floor and every other variant; what could not be timed says why."""
-    lines = [["case", "at least moved", "variant", "median", "quartiles", "of the speed of a copy", "time / fastroute"]]
-    for row in rows:
-        ours = row["times"]["fastroute"]["median"]
-        for name, timing in row["times"].items():
-            quartiles = f"{1e3 * timing['low']:.3g} to {1e3 * timing['high']:.3g} ms"
-            share = f"{100 * row['floor_seconds'] / timing['median']:.0f} %"
-            ratio = f"{timing['median'] / ours:.2f}"
-            lines.append([row["op"], f"{row['bytes'] / 1e6:.1f} MB", name, milliseconds(timing), quartiles, share, ratio])
-        lines += [[row["op"], "", name, "not timed", reason, "", ""] for name, reason in row["missing"].items()]
-    return lines
-
-
-def timing_table(rows: list[dict]) -> list[list[str]]:
-    """Medians of results that have no floor."""
-    lines = [["case", "variant", "median", "quartiles"]]
-    for number, row in enumerate(rows):
-        label = str(row.get("op") or row.get("image") or row.get("items") or number + 1)
-        for name, timing in row.get("times", {}).items():
-            quartiles = f"{1e3 * timing['low']:.3g} to {1e3 * timing['high']:.3g} ms"
-            lines.append([label, name, milliseconds(timing), quartiles])
-    return lines
-
-
-def sections(results: dict[str, Result]) -> list[tuple[str, list[list[str]], str]]:
-    """Title, table and origin of every result that holds times."""
-    operators, made = operator_rows(results), []
+    """System, share of the dense FLOPs and share of the dense time of every end-to-end row; the papers' own beside."""
+    points, papers = [], []
     for name, result in results.items():
-        table = operator_table(operators[name]) if name in operators else timing_table(result["rows"])
+        for row in result["rows"]:
+            found = [row] if "flops_ratio" in row and "time_ratio" in row else []
+            points += [(name, r["flops_ratio"], r["time_ratio"]) for r in [*found, *row.get("mixes", [])]]
+            if row.get("published_time_ratio"):
+                papers.append(("papers, FLOPs as they count", row["paper_flops_ratio"], row["published_time_ratio"]))
+    return points + papers
+
+
+def sections(results: dict[str, Result]) -> Iterator[tuple[str, Table, str]]:
+    """Title, table and origin: what matters most first, then every result in full."""
+    quality = footer(results["quality"]).strip() if "quality" in results else ""
+    summaries = [
+        ("Realised saving", tables.saving_table(results), "Dense: every patch or pixel in the dearest class, same machinery."),
+        ("Operators beside their peers", tables.peers_table(results), "The fastest of all others that give the same result."),
+        ("How cost grows", tables.growth_table(results), "Least squares; the power is the slope of the logarithms."),
+        ("Quality", tables.quality_table(results), quality),
+    ]
+    yield from (entry for entry in summaries if len(entry[1]) > 1)
+    operators = operator_rows(results)
+    for name, result in results.items():
+        table = tables.operator_table(operators[name]) if name in operators else tables.timing_table(result["rows"])
         if len(table) > 1:
-            made.append((name, table, footer(result).strip()))
-    return made
+            yield name, table, footer(result).strip()
+
+
+def plain(row: dict) -> bool:
+    """Whether a row of an operator is of one contiguous image."""
+    return not row.get("channels_last") and row.get("batch", 1) == 1
+
+
+def figures(results: dict[str, Result]) -> Iterator[tuple[str, Figure]]:
+    """Caption and figure of everything that there are results for."""
+    # Only these need matplotlib, which the extra `benchmark` brings.
+    from benchmarks import plots
+
+    if points := routing_points(results):
+        yield "Realised saving against FLOPs", plots.realised_saving(points)
+    operators = operator_rows(results)
+    every = [(name, row) for name, rows in operators.items() for row in rows]
+    computing = [
+        (name, row["flops"] / row["bytes"], row["flops"] / row["times"]["fastroute"]["median"])
+        for name, row in every
+        if row.get("flops")
+    ]
+    if computing:
+        bandwidth = statistics.median(row["copy_bytes_per_second"] for _, row in every)
+        peak = statistics.median(row["peak_flops_per_second"] for _, row in every if row.get("dtype") != "bfloat16")
+        yield "Roofline of the operators that compute", plots.roofline(computing, bandwidth, peak)
+    sizes = [row for row in results.get("growth_pixels", {"rows": []})["rows"] if row["kind"] == "megapixels"]
+    if sizes:
+        times = [(name, row["x"], 1e3 * t["median"]) for row in sizes for name, t in row["times"].items()]
+        yield "Time against image size", plots.by_size(times, "time, ms")
+        memory = [(n, row["x"], b / 1e6) for row in sizes for n, b in row["peak_bytes"].items() if b]
+        memory += [("the result itself", row["x"], row["result_bytes"] / 1e6) for row in sizes]
+        yield "Peak memory against image size", plots.by_size(memory, "peak memory, MB")
+    quality = [row for row in results.get("quality", {"rows": []})["rows"] if row.get("seconds_per_megapixel")]
+    if quality:
+        networks = [(row["network"], row["seconds_per_megapixel"], row["psnr"]) for row in quality]
+        yield "PSNR against time", plots.quality_by_time(networks)
+    panels = []
+    for name, label in PANELS.items():
+        rows = [row for row in results.get(name, {"rows": []})["rows"] if "x" in row]
+        if rows:
+            panels.append((label, [(n, row["x"], 1e3 * t["median"]) for row in rows for n, t in row["times"].items()]))
+    if panels:
+        yield "How time grows", plots.growth(panels)
+    usual = [row for _, row in every if row["dtype"] in ("float32", "int64") and plain(row)]
+    if usual:
+        yield "Operators beside their floor", plots.over_floor([(row["op"], 1 / row["time_over_floor"]) for row in usual])
+    for name, rows in operators.items():
+        sized = [row for row in rows if "output_pixels" in row and plain(row)]
+        kinds = dict.fromkeys((row["dtype"], row.get("setup"), row.get("mlp")) for row in sized)
+        for kind in kinds:
+            own = [row for row in sized if (row["dtype"], row.get("setup"), row.get("mlp")) == kind]
+            if len({row["output_pixels"] for row in own}) > 1:
+                values = [(n, row["output_pixels"] / 1e6, 1e3 * t["median"]) for row in own for n, t in row["times"].items()]
+                title = ", ".join([name, *(str(part) for part in kind if part)])
+                yield f"{title}: time against image size", plots.by_size(values, "time, ms")
+    items = [row for row in operators.get("group_by_class", []) if row["dtype"] == "int64"]
+    if items:
+        values = [(n, row["items"], 1e3 * t["median"]) for row in items for n, t in row["times"].items()]
+        yield "group_by_class: time against items", plots.by_size(values, "time, ms", "items")
 
 
 def markdown(results: dict[str, Result], device: str) -> str:
     """The report as Markdown, tables only."""
-    parts = [f"# Benchmarks on {device}\n"]
-    points = routing_points(results)
-    if points:
-        parts.append("## Realised saving\n\n| result | true FLOPs, of dense | time, of dense |\n| --- | --- | --- |")
-        parts.append("\n".join(f"| {name} | {100 * flops:.0f} % | {100 * time:.0f} % |" for name, flops, time in points) + "\n")
+    parts = [f"# Benchmarks on {device}\n\n{RULES}\n"]
     for title, (head, *body), origin in sections(results):
         lines = [head, ["---"] * len(head), *body]
         cells = [" | ".join(cell.replace("|", "\\|") for cell in line) for line in lines]
@@ -92,26 +140,14 @@ def markdown(results: dict[str, Result], device: str) -> str:
 
 def page(results: dict[str, Result], device: str) -> str:
     """The report as one page that needs no other file."""
-    # Only this page needs matplotlib, which the extra `benchmark` brings.
-    from benchmarks import plots
-
-    figures = []
-    if points := routing_points(results):
-        figures.append(("Realised saving against FLOPs", plots.realised_saving(points)))
-    operators = operator_rows(results)
-    if operators:
-        shares = [(row["op"], 1 / row["time_over_copy"]) for rows in operators.values() for row in rows]
-        figures.append(("Operators beside their floor", plots.over_floor(shares)))
-    for name, rows in operators.items():
-        sized = [row for row in rows if "output_pixels" in row]
-        for kind in dict.fromkeys(row["dtype"] for row in sized):
-            own = [row for row in sized if row["dtype"] == kind]
-            figures.append((f"{name}, {kind}: time against image size", plots.time_by_size(f"{name}, {kind}", own)))
     title = html.escape(f"Benchmarks on {device}")
     parts = [
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title><style>{STYLE}</style><h1>{title}</h1>'
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title><style>{STYLE}</style>'
+        f"<h1>{title}</h1><p>{html.escape(RULES)}</p>"
     ]
-    for caption, figure in figures:
+    from benchmarks import plots
+
+    for caption, figure in figures(results):
         text = html.escape(caption)
         parts.append(f'<h2>{text}</h2><img alt="{text}" src="{plots.data_url(figure)}">')
     for name, (head, *body), origin in sections(results):

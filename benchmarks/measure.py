@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import json
 import math
 import platform
@@ -12,16 +14,44 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from importlib import metadata
 from pathlib import Path
 
 import torch
 
 import fastroute
-from fastroute import io
-from fastroute.backends import EXTENSION
+from fastroute import io, memory
+from fastroute.backends import EXTENSION, select
 from fastroute.routing.tuning import cpu_name
 
-RESULTS = Path(__file__).parent / "results"
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+# What a number may depend on, beside torch.
+PACKAGES = ("triton", "numpy", "kornia", "monai", "tiler")
+# Quartiles of fewer runs say nothing.
+MIN_ROUNDS = 3
+# Where a CPU says how large its last cache is, and what is taken for it elsewhere, GPUs included.
+LAST_CACHE, USUAL_CACHE = Path("/sys/devices/system/cpu/cpu0/cache/index3/size"), 128 << 20
+# Sides of matrix products that stay in the caches of a CPU, or fill a GPU.
+PRODUCTS = {"cpu": (256, 512, 768), "cuda": (4096, 8192)}
+
+_chosen: list[torch.device] = []
+
+
+def device() -> torch.device:
+    """Where the benchmarks run: what `use_device` said, else the GPU if there is one."""
+    return _chosen[-1] if _chosen else torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def use_device(name: str) -> None:
+    """Run on this device from now on."""
+    _chosen[:] = [torch.device(name)]
+
+
+def synchronise() -> None:
+    """Wait for all work given to the device; a CPU has done it when the call returns."""
+    if device().type == "cuda":
+        torch.cuda.synchronize(device())
 
 
 @dataclass(frozen=True)
@@ -38,28 +68,38 @@ class Timing:
 
 
 def alternate(
-    variants: Mapping[str, Callable[[], object]], rounds: int, warm_up: int = 1, limit: float = math.inf
+    variants: Mapping[str, Callable[[], object]],
+    rounds: int,
+    warm_up: int = 1,
+    limit: float = math.inf,
+    before: Callable[[], object] | None = None,
 ) -> dict[str, Timing]:
     """Time all variants in turn, `rounds` times over, so that whatever slows the machine slows them alike.
 
     Args:
-        variants: what to call, by name. Each call must have finished its work when it returns.
+        variants: what to call, by name. The device is waited for before and after each call.
         rounds: runs per variant.
         warm_up: untimed runs of each before the first.
-        limit: seconds after which half of the rounds are enough.
+        limit: seconds for all runs. A variant that has used its share sits out once it has MIN_ROUNDS runs.
+        before: called before each run, untimed.
     """
     for _ in range(warm_up):
         for run in variants.values():
             run()
     seconds: dict[str, list[float]] = {name: [] for name in variants}
-    begun = time.perf_counter()
-    for done in range(rounds):
-        if done >= max(1, rounds // 2) and time.perf_counter() - begun > limit:
-            break
+    share = limit / max(len(variants), 1)
+    for _ in range(rounds):
         for name, run in variants.items():
+            taken = seconds[name]
+            if len(taken) >= MIN_ROUNDS and sum(taken) > share:
+                continue
+            if before is not None:
+                before()
+            synchronise()
             start = time.perf_counter()
             run()
-            seconds[name].append(time.perf_counter() - start)
+            synchronise()
+            taken.append(time.perf_counter() - start)
     return {name: summary(taken) for name, taken in seconds.items()}
 
 
@@ -71,45 +111,118 @@ def summary(seconds: list[float]) -> Timing:
     return Timing(median, low, high, len(seconds))
 
 
-def device_facts() -> dict[str, object]:
-    """What a number was measured on and with."""
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=Path(__file__).parent, check=False
-    )
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {
-        "device": gpu or f"{cpu_name() or platform.machine()}, {torch.get_num_threads()} threads",
-        "fastroute": fastroute.__version__,
-        "commit": commit.stdout.strip() or "unknown",
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "extension": {k: EXTENSION.info[k] for k in ("compiler", "cuda") if k in EXTENSION.info},
-        "command": " ".join(["python", "-m", "pytest", *sys.argv[1:]]),
-    }
+def peak_memory(run: Callable[[], object]) -> int | None:
+    """Bytes that a call needs at its peak beyond what is held before, its result included; None where nothing tells.
+
+    On a CPU these are pages of the process: the kernel's high-water mark is reset before the call, and memory that was freed
+    but is kept for later is given back.
+    """
+    if device().type == "cuda":
+        synchronise()
+        torch.cuda.reset_peak_memory_stats(device())
+        held = torch.cuda.memory_allocated(device())
+        run()
+        return torch.cuda.max_memory_allocated(device()) - held
+    memory.release()
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+    except (OSError, AttributeError):
+        run()
+        return None
+    held = _resident("VmRSS")
+    run()
+    return max(_resident("VmHWM") - held, 0)
 
 
-def device_folder() -> Path:
-    """Where the results of this device are kept."""
-    return RESULTS / re.sub(r"[^a-z0-9]+", "-", str(device_facts()["device"]).lower()).strip("-")
+def _resident(name: str) -> int:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
+    return int(line.split()[1]) * 1024
 
 
-def save(name: str, rows: list[dict], notes: str) -> Path:
-    """Write `rows` to benchmarks/results/<device>/<name>.json and return the path."""
-    facts, folder = device_facts(), device_folder()
-    folder.mkdir(parents=True, exist_ok=True)
-    text = json.dumps({"facts": facts, "notes": notes, "rows": rows}, indent=1, default=asdict) + "\n"
-    io.write_atomically(folder / f"{name}.json", lambda file: file.write(text.encode()))
-    return folder / f"{name}.json"
+@functools.cache
+def _sweep_buffer(place: torch.device) -> torch.Tensor:
+    size = USUAL_CACHE
+    if place.type == "cpu" and LAST_CACHE.exists():
+        size = int(LAST_CACHE.read_text().strip().removesuffix("K")) << 10
+    return torch.zeros(2 * size // 4, device=place)
+
+
+def sweep_caches() -> None:
+    """Leave nothing of use in the caches: write twice as much as the last of them holds."""
+    _sweep_buffer(device()).add_(1)
+
+
+@functools.cache
+def peak_flops(dtype: torch.dtype = torch.float32) -> float:
+    """FLOPs per second of the best of some matrix products, measured once: the ceiling of what computes."""
+    place = device()
+    if place.type == "cpu" and dtype == torch.float16:
+        # Many CPUs emulate it, far below the rate of the float32 that kernels compute in.
+        dtype = torch.float32
+    squares = {n: torch.randn(n, n, device=place).to(dtype) for n in PRODUCTS[place.type]}
+    times = alternate({str(n): lambda n=n: squares[n] @ squares[n] for n in squares}, 9, warm_up=2)
+    return max(2 * n**3 / times[str(n)].low for n in squares)
 
 
 def copy_bandwidth(bytes_moved: int) -> Callable[[], object]:
     """A copy that reads and writes `bytes_moved` bytes in all, into mapped memory: the floor of a movement op."""
-    source = torch.ones(bytes_moved // 8, dtype=torch.float32)
+    source = torch.ones(bytes_moved // 8, dtype=torch.float32, device=device())
     target = torch.empty_like(source)
     return lambda: target.copy_(source)
 
 
 def clone_bandwidth(bytes_moved: int) -> Callable[[], object]:
     """The same copy into a newly allocated tensor, as an operator that returns its result must do it."""
-    source = torch.ones(bytes_moved // 8, dtype=torch.float32)
+    source = torch.ones(bytes_moved // 8, dtype=torch.float32, device=device())
     return source.clone
+
+
+@functools.cache
+def commit() -> str:
+    """The commit, marked dirty where sources differ from it; results that are being written do not count."""
+
+    def git(*arguments: str) -> str:
+        found = subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=ROOT, check=False)
+        return found.stdout.strip()
+
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results", ":!README.md")
+    return (git("describe", "--always") or "unknown") + ("-dirty" if changed else "")
+
+
+def device_facts() -> dict[str, object]:
+    """What a number was measured on and with."""
+    place = device()
+    threads = torch.get_num_threads()
+    cpu = f"{cpu_name() or platform.machine()}, {threads} thread{'' if threads == 1 else 's'}"
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = "not installed"
+    return {
+        "device": torch.cuda.get_device_name(place) if place.type == "cuda" else cpu,
+        "fastroute": fastroute.__version__,
+        "commit": commit(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "packages": versions,
+        "extension": {k: EXTENSION.info[k] for k in ("compiler", "cuda") if k in EXTENSION.info},
+        "backends": sorted({select(op.stem, place) for op in (ROOT / "fastroute" / "ops").glob("[a-z]*.py")}),
+        "command": " ".join(["python", "-m", "pytest", *sys.argv[1:]]),
+    }
+
+
+def device_folder(results: Path | None = None) -> Path:
+    """Where the results of this device are kept."""
+    return (results or RESULTS) / re.sub(r"[^a-z0-9]+", "-", str(device_facts()["device"]).lower()).strip("-")
+
+
+def save(name: str, rows: list[dict], notes: str, results: Path | None = None) -> Path:
+    """Write `rows` to <results>/<device>/<name>.json and return the path."""
+    facts, folder = device_facts(), device_folder(results)
+    folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps({"facts": facts, "notes": notes, "rows": rows}, indent=1, default=asdict) + "\n"
+    io.write_atomically(folder / f"{name}.json", lambda file: file.write(text.encode()))
+    return folder / f"{name}.json"

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-import math
+import subprocess
 import sys
+import time
 from dataclasses import asdict
 from pathlib import Path
 
@@ -12,11 +13,12 @@ import pytest
 import torch
 
 from benchmarks import device_report, measure, report
-from benchmarks.baselines import packages
-from benchmarks.measure import Timing, alternate, summary
+from benchmarks.measure import Timing
 from benchmarks.ops import _common
-from benchmarks.ops._common import FLOOR, OURS, Variant, compare, same
-from fastroute import TileGrid
+from benchmarks.ops._common import FLOOR, OURS, Variant, cases, compare, same
+from benchmarks.setting import Setting
+
+SMOKE = Setting(smoke=True)
 
 PAGE = "# Title\n" + "".join(f"<!-- generated: {name} -->\nold\n<!-- end: {name} -->\ntext\n" for name in report.SECTIONS)
 FACTS = {"device": "Some CPU, 2 threads", "torch": "2.13.0", "commit": "abc", "command": "python -m pytest benchmarks"}
@@ -34,8 +36,13 @@ def operator_row(op: str, pixels: int, seconds: float, dtype: str = "float32") -
         "output_pixels": pixels,
         "times": times,
         "bytes": 12 * pixels,
+        "flops": 0 if op == "extract_patches" else 6 * pixels,
         "floor_seconds": seconds / 2,
-        "time_over_copy": 2.0,
+        "copy_bytes_per_second": 1e10,
+        "peak_flops_per_second": 1e11,
+        "peak_bytes": {OURS: 3_000_000},
+        "cold": {OURS: timing(1.5 * seconds)},
+        "time_over_floor": 2.0,
         "peer": "usual",
         "speedup": 5.0,
         "missing": {"other | way": "not installed"},
@@ -53,11 +60,31 @@ def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "results" / "some-cpu-2-threads"
     folder.mkdir(parents=True)
     routing = {"image": "<a>", "flops_ratio": 0.6, "time_ratio": 0.65, "times": {"routed": timing(0.2)}}
+    mix = {
+        "flops_ratio": 0.6,
+        "time_ratio": 0.65,
+        "times": {"routed": timing(0.2)},
+        "mix": "test2k",
+        "backbone": "carn",
+        "class_shares": [0.5, 0.25, 0.25],
+        "published_time_ratio": 0.86,
+    }
+    mix |= {"paper_flops_ratio": 0.66, "missing": {"compiled": "takes too long"}}
+    grown = [
+        {"kind": "megapixels", "x": x, "times": {"a": timing(x)}, "peak_bytes": {"a": 5e6}, "result_bytes": 3e6}
+        for x in (0.5, 33.0)
+    ]
+    fit = {"kind": "fit", "of": "megapixels", "variant": "a", "unit": "megapixel", "seconds_per_unit": 0.1, "r2": 0.999}
+    networks = [{"network": n, "psnr": 31.0, "gain": 0.0, "flops": None, "seconds_per_megapixel": 0.01} for n in "xy"]
     contents = {
         "extract_patches": [operator_row("extract_patches", n, n * 1e-9) for n in (2_000_000, 8_000_000)],
         "stitch_patches": [operator_row("stitch_patches", n, n * 2e-9) for n in (2_000_000, 8_000_000)],
         "group_by_class": [group_row(10_000, "int64"), group_row(10_000, "uint8")],
         "routing": [routing],
+        "class_mixes_carn": [mix],
+        "growth_pixels": [*grown, fit],
+        "growth_classes": [{**grown[0], "kind": "classes", "x": 2}],
+        "quality": networks,
     }
     for name, rows in contents.items():
         (folder / f"{name}.json").write_text(json.dumps({"facts": FACTS, "notes": "made up", "rows": rows}))
@@ -92,10 +119,22 @@ def test_check_fails_until_the_report_is_written(results: Path, monkeypatch: pyt
 def test_tables_hold_the_numbers(results: Path, monkeypatch: pytest.MonkeyPatch):
     run_report(monkeypatch)
     text = report.README.read_text()
-    assert "| extract_patches, 2000000 pixels, float32 | 2.0 ms | 1.0 ms | usual: 10.0 ms | 5.0 x |" in text
+    assert (
+        "| extract_patches, 2000000 pixels, float32 | 2.0 ms | 1.0 ms | usual: 10.0 ms | 5.0 x | usual: 10.0 ms | 5.0 x |"
+        in text
+    )
     assert text.count("| group_by_class, 10,000 items |") == 1, "of several types of ids the README names one"
-    assert text.count("Not measured yet") == 2
+    assert text.count("Not measured yet") == 1
     assert text.startswith("# Title\n") and text.endswith("text\n")
+
+
+def test_mixes_are_written_where_the_readme_has_a_place(results: Path):
+    place = "<!-- generated: class_mixes -->\n<!-- end: class_mixes -->\n"
+    text = report.render(PAGE + place, results)
+    assert "| carn | test2k | 50 / 25 / 25 % | 60 % | 66 % | **65 %** | 86 % |" in text
+    for path in results.glob("class_mixes_*.json"):
+        path.unlink()
+    assert "Not measured yet" in report.render(PAGE + place, results).split("generated: class_mixes")[1]
 
 
 def test_a_missing_section_is_an_error(results: Path):
@@ -109,12 +148,27 @@ def test_milliseconds():
 
 def test_device_report_in_markdown(results: Path):
     text = device_report.markdown(device_report.read(results), "Some CPU")
-    assert "| routing | 60 % | 65 % |" in text
-    line = "| stitch_patches, 8000000 pixels, float32 | 96.0 MB | fastroute | 16.0 ms | 14.4 to 17.6 ms | 50 % | 1.00 |"
-    assert line in text
+    assert "| class_mixes_carn | test2k | 50 / 25 / 25 | 60 % | 66 % | 65 % | 86 % |" in text
+    line = "| stitch_patches, 8000000 pixels, float32 | 96.0 MB, 0.05 G | fastroute | 16.0 ms | 14.4 to 17.6 ms of 9 | 24.0 ms "
+    assert line + "| 50 % | 3.0 MB | 1.00 |" in text
     assert "other \\| way | not timed | not installed" in text
-    columns = [line.replace("\\|", "").count("|") for line in text.splitlines() if line.startswith("|")]
-    assert set(columns) == {4, 5, 8}
+    assert "| test2k | compiled | not timed | takes too long |" in text
+    assert "| stitch_patches | 2 | 5.0 x | 5.0 x | 5.0 x | nowhere |" in text
+    assert "| megapixels | a: 100 ms per megapixel, R² 0.999 |" in text
+    assert "| x | 31.00 dB | +0.00 dB |  | 10.0 ms |" in text
+    # Every table has as many cells in its rows as in its head.
+    for block in text.split("\n\n"):
+        lines = [line.replace("\\|", "").count("|") for line in block.splitlines() if line.startswith("|")]
+        assert len(set(lines)) <= 1, block
+
+
+def test_a_peer_that_wins_is_named(results: Path):
+    path = results / "stitch_patches.json"
+    content = json.loads(path.read_text())
+    content["rows"][0]["times"]["usual"] = timing(1e-3)
+    path.write_text(json.dumps(content))
+    text = device_report.markdown(device_report.read(results), "Some CPU")
+    assert "| 0.2 x | 5.0 x | 5.0 x | stitch_patches, 2000000 pixels, float32: usual, 4.00 x as fast |" in text
 
 
 def test_device_report_as_a_page(results: Path, monkeypatch: pytest.MonkeyPatch):
@@ -122,8 +176,13 @@ def test_device_report_as_a_page(results: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(sys, "argv", ["device_report", str(results)])
     device_report.main()
     text = (results / "report.html").read_text()
-    # Saving, floors, and size for two operators and for group_by_class in two types.
-    assert text.count('src="data:image/png;base64,iVBOR') == 6
+    captions = [
+        "Realised saving against FLOPs", "Roofline", "Time against image size", "Peak memory against image size",
+        "PSNR against time", "How time grows", "Operators beside their floor", "extract_patches, float32",
+        "stitch_patches, float32", "group_by_class: time against items",
+    ]  # fmt: skip
+    assert all(f'<img alt="{caption}' in text for caption in captions)
+    assert text.count('src="data:image/png;base64,iVBOR') == len(captions)
     assert "&lt;a&gt;" in text and "<a>" not in text
     assert (results / "report.md").exists()
 
@@ -134,23 +193,6 @@ def test_device_report_without_results(results: Path, tmp_path: Path, monkeypatc
         device_report.main()
 
 
-def test_summary():
-    assert summary([3.0]) == Timing(3.0, 3.0, 3.0, 1)
-    assert summary([5.0, 1.0, 3.0, 2.0, 4.0]) == Timing(3.0, 2.0, 4.0, 5)
-
-
-def test_alternate_takes_turns():
-    calls: list[str] = []
-    times = alternate({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, rounds=3)
-    assert calls == ["a", "b"] * 4
-    assert all(taken.runs == 3 and taken.low <= taken.median <= taken.high for taken in times.values())
-
-
-@pytest.mark.parametrize(("limit", "runs"), [(0.0, 4), (math.inf, 9)])
-def test_alternate_ends_early(limit, runs):
-    assert alternate({"a": lambda: None}, rounds=9, limit=limit)["a"].runs == runs
-
-
 def test_a_wrong_peer_is_not_timed(capsys: pytest.CaptureFixture):
     right = torch.arange(8)
     variants = {
@@ -159,10 +201,12 @@ def test_a_wrong_peer_is_not_timed(capsys: pytest.CaptureFixture):
         "wrong": Variant(lambda: right + 1, same(right), foreign=True),
         "absent": "not installed",
     }
-    row = compare("case", variants, 128, "usual", smoke=True, size="tiny")
+    row = compare("case", variants, 128, "usual", SMOKE, size="tiny")
     assert set(row["times"]) == {OURS, "usual", FLOOR, "copy to a new tensor"}
     assert row["missing"] == {"wrong": "disagrees: another result", "absent": "not installed"}
-    assert row["time_over_copy"] == row["times"][OURS].median / row["floor_seconds"]
+    assert row["time_over_floor"] == row["times"][OURS].median / row["floor_seconds"]
+    assert row["floor_seconds"] == row["times"][FLOOR].median and row["size"] == "tiny"
+    assert set(row["cold"]) == {OURS, "usual", FLOOR}
     assert row["speedup"] == row["times"]["usual"].median / row["times"][OURS].median
     assert "wrong" in capsys.readouterr().out
 
@@ -170,7 +214,42 @@ def test_a_wrong_peer_is_not_timed(capsys: pytest.CaptureFixture):
 def test_a_wrong_result_of_ours_is_an_error():
     right = torch.arange(8)
     with pytest.raises(AssertionError, match="another result"):
-        compare("case", {OURS: Variant(lambda: right + 1, same(right))}, 128, OURS, smoke=True)
+        compare("case", {OURS: Variant(lambda: right + 1, same(right))}, 128, OURS, SMOKE)
+
+
+def test_the_floor_is_the_longer_of_bytes_and_flops(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(measure, "peak_flops", lambda dtype: 1e9)
+    row = compare("case", {OURS: Variant(lambda: None, lambda result: None)}, 128, OURS, SMOKE, flops=10**9)
+    assert row["floor_seconds"] == 1.0 and row["flops"] == 10**9
+
+
+def test_a_variant_without_memory_is_not_timed():
+    def too_much() -> None:
+        raise torch.OutOfMemoryError("4 GB more than there are")
+
+    variants = {OURS: Variant(lambda: None, lambda r: None), "other": Variant(too_much, lambda r: None, foreign=True)}
+    assert compare("case", variants, 128, OURS, SMOKE)["missing"] == {"other": "out of memory: 4 GB more than there are"}
+
+
+def test_a_slow_variant_is_timed_once(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(_common, "SLOW_SECONDS", 0.01)
+    variants = {
+        OURS: Variant(lambda: time.sleep(0.02), lambda r: None),
+        "slow": Variant(lambda: time.sleep(0.02), lambda r: None),
+    }
+    row = compare("case", variants, 128, "slow", Setting())
+    assert row["times"]["slow"].runs == 1 and row["times"][OURS].runs > 1
+    assert set(row["cold"]) == {OURS, FLOOR}
+
+
+def test_cases_of_an_operator():
+    made = cases(Setting(), (torch.float32, torch.uint8), (torch.float16,))
+    assert sum(case.plain for case in made) == 3 * 2 + 1
+    assert [case.name for case in made if case.channels_last] == ["2K", "4K", "8K"]
+    assert all(case.batch * 16 * case.height * case.width <= 8 * 3840 * 2160 for case in made)
+    whole = cases(Setting(full=True), (torch.float32,))
+    assert [case.name for case in whole if case.batch == 8] == ["2K", "4K", "8K"]
+    assert made[0].suffix == "float32" and made[0].facts["output_pixels"] == 1920 * 1080
 
 
 def test_same_looks_at_every_tensor():
@@ -188,29 +267,33 @@ def test_a_share_of_classes_may_differ():
         _common.same_classes(expected, 0.009)(other)
 
 
-def test_saved_results_are_read_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(measure, "RESULTS", tmp_path)
-    path = measure.save("some_op", [{"op": "case", "times": {OURS: Timing(1.0, 0.5, 2.0, 3)}}], "made up")
-    assert path.parent == measure.device_folder()
+def test_saved_results_are_read_back(tmp_path: Path):
+    path = measure.save("some_op", [{"op": "case", "times": {OURS: Timing(1.0, 0.5, 2.0, 3)}}], "made up", tmp_path)
+    assert path.parent == measure.device_folder(tmp_path)
     content = device_report.read(path.parent)["some_op"]
     assert content["rows"][0]["times"][OURS] == {"median": 1.0, "low": 0.5, "high": 2.0, "runs": 3}
-    assert {"device", "commit", "torch", "command"} <= set(content["facts"])
+    assert {"device", "commit", "torch", "command", "packages", "backends"} <= set(content["facts"])
 
 
-def test_packages_that_are_missing_say_so(monkeypatch: pytest.MonkeyPatch):
-    for name in ("kornia", "monai", "tiler"):
-        monkeypatch.setitem(sys.modules, name, None)
-    for name in ("kornia.contrib", "monai.inferers"):
-        monkeypatch.delitem(sys.modules, name, raising=False)
-    grid = TileGrid(40, 40, 16, 12)
-    for ways in (packages.extractors(grid), packages.mergers(grid)):
-        assert all(isinstance(reason, str) and "fastroute[benchmark]" in reason for reason in ways.values())
+def run_suite(*options: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "pytest", "-q", "benchmarks/ops/group_by_class.py", *options]
+    return subprocess.run(command, cwd=measure.ROOT, capture_output=True, text=True, check=False)
 
 
-def test_padding_fills_whole_strides():
-    grid = TileGrid(41, 30, 16, 12)
-    image = torch.rand(1, 3, 41, 30)
-    padded = packages.pad_image(image, grid)
-    assert padded.shape[2:] == packages.padded_size(grid) == (52, 40)
-    assert torch.equal(padded[:, :, :41, :30], image)
-    assert torch.equal(padded[:, :, 51, :30], image[:, :, 40])
+def test_smoke_results_stay_apart():
+    run = run_suite("--smoke", "--save")
+    assert run.returncode != 0 and "--results FOLDER" in run.stderr + run.stdout
+
+
+def test_no_benchmark_begins_after_its_minutes():
+    run = run_suite("--smoke", "--minutes", "0")
+    assert run.returncode == 0 and "1 skipped" in run.stdout
+
+
+def test_a_smoke_run_writes_what_the_report_reads(tmp_path: Path):
+    run = run_suite("--smoke", "--save", "--results", str(tmp_path), "--device", "cpu")
+    assert run.returncode == 0, run.stdout
+    folder = next(tmp_path.iterdir())
+    results = device_report.read(folder)
+    assert "--smoke" in results["group_by_class"]["facts"]["command"]
+    assert "| group_by_class, 10,000 items, uint8 |" in device_report.markdown(results, "here")

@@ -8,21 +8,28 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import sys
 from collections.abc import Callable
 from types import ModuleType
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastroute.grid import TileGrid
 
+# Python that a package needs where fastroute runs on an older one.
+NEEDS = {"kornia": (3, 11)}
 HINT = 'not installed: pip install "fastroute[benchmark]"'
 
 
 def find(name: str) -> ModuleType | str:
     """The module, or why it is missing."""
-    if importlib.util.find_spec(name.split(".")[0]) is None:
+    package = name.split(".")[0]
+    if importlib.util.find_spec(package) is None:
+        least = NEEDS.get(package, (3, 0))
+        if sys.version_info < least:
+            return f"needs Python {least[0]}.{least[1]} or newer, this is {sys.version_info[0]}.{sys.version_info[1]}"
         return HINT
     try:
         return importlib.import_module(name)
@@ -42,7 +49,7 @@ def pad_image(image: Tensor, grid: TileGrid) -> Tensor:  # [B, C, H, W]
 
 
 def extractors(grid: TileGrid) -> dict[str, Callable[[Tensor], Tensor] | str]:
-    """[1, C, H, W] to [N, C, p, p] by package, or why not."""
+    """[B, C, H, W] to [N, C, p, p] by package, or why not."""
     kornia, monai = find("kornia.contrib"), find("monai.inferers")
 
     def by_kornia(image: Tensor) -> Tensor:
@@ -51,12 +58,21 @@ def extractors(grid: TileGrid) -> dict[str, Callable[[Tensor], Tensor] | str]:
 
     def by_monai(image: Tensor) -> Tensor:
         splitter = monai.SlidingWindowSplitter(grid.patch, overlap=grid.patch - grid.stride, pad_mode="replicate")
-        return torch.cat([patch for patch, _ in splitter(image)])
+        return torch.stack([patch for patch, _ in splitter(image)], dim=1).flatten(0, 1)
 
     return {
         "kornia": kornia if isinstance(kornia, str) else by_kornia,
         "MONAI": monai if isinstance(monai, str) else by_monai,
     }
+
+
+def sliding_window(network: nn.Module, grid: TileGrid, batch: int) -> Callable[[Tensor], Tensor] | str:
+    """[1, C, H, W] to [1, C, H·s, W·s] by MONAI's sliding-window inference, which also shifts the last windows inward."""
+    monai = find("monai.inferers")
+    if isinstance(monai, str):
+        return monai
+    overlap = 1 - grid.stride / grid.patch
+    return lambda image: monai.sliding_window_inference(image, grid.patch, batch, network, overlap=overlap)
 
 
 def mergers(grid: TileGrid) -> dict[str, Callable[[Tensor], Tensor] | str]:
@@ -71,7 +87,7 @@ def mergers(grid: TileGrid) -> dict[str, Callable[[Tensor], Tensor] | str]:
 
     def by_monai(patches: Tensor) -> Tensor:
         c = patches.shape[1]
-        merger = monai.AvgMerger((1, c, *padded), cropped_shape=(1, c, height, width))
+        merger = monai.AvgMerger((1, c, *padded), cropped_shape=(1, c, height, width), device=patches.device)
         for number in range(len(patches)):
             place = number // grid.cols * step, number % grid.cols * step
             merger.aggregate(patches[number : number + 1], place)
@@ -81,9 +97,9 @@ def mergers(grid: TileGrid) -> dict[str, Callable[[Tensor], Tensor] | str]:
         c = patches.shape[1]
         tiles = tiler.Tiler((c, *padded), (c, span, span), (0, span - step, span - step), channel_dimension=0)
         merger = tiler.Merger(tiles, save_visits=False)
-        for number, patch in enumerate(patches.numpy()):
+        for number, patch in enumerate(patches.cpu().numpy()):
             merger.add(number, patch)
-        return torch.from_numpy(merger.merge()[None, :, :height, :width])
+        return torch.from_numpy(merger.merge()[None, :, :height, :width]).to(patches.device)
 
     return {
         "kornia": kornia if isinstance(kornia, str) else by_kornia,

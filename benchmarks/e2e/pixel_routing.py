@@ -1,11 +1,13 @@
-"""PCSR end to end, with published checkpoints, beside its published formulation and the plain network.
+"""PCSR end to end beside its published formulation and the plain network, whole, tiled and compiled.
 
 `rest` is everything after the encoder: classifier, decision, upsamplers, refinement. The published formulation times its two
-parts itself; fastroute's are stages of its own stopwatch.
+parts itself; fastroute's are stages of its own stopwatch. Weights are the published ones where the data folder has them, else
+random ones with as many dear pixels as cheap ones.
 """
 
 from __future__ import annotations
 
+import copy
 import statistics
 from pathlib import Path
 
@@ -13,39 +15,69 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from benchmarks import images
+from benchmarks.baselines import classsr_published
 from benchmarks.baselines.pcsr_published import PublishedRun, time_pcsr_published
-from benchmarks.measure import alternate, save
-from fastroute import io
-from fastroute.models.carn import CARN
+from benchmarks.measure import alternate, device, peak_memory
+from benchmarks.setting import Setting
+from fastroute.grid import TileGrid
+from fastroute.models.carn import CARN, RGB_MEAN
 from fastroute.models.checkpoints import load_weights, read_checkpoint
 from fastroute.models.fsrcnn import FSRCNN
 from fastroute.models.pcsr import PCSR
 from fastroute.routing.pixel_router import PixelRouter
 from fastroute.routing.result import Upscaled
-from fastroute.training.data import make_pair
 
 SCALE = 4
-ROUNDS = {"fsrcnn": 3, "carn": 2}
+ROUNDS = 3
+# Photographs on a CPU; --full takes all.
+PHOTOGRAPHS = {"fsrcnn": 4, "carn": 2}
+# Hidden widths as published: of the cheap and the dear upsampler, and of the classifier.
+WIDTHS = {"fsrcnn": ([10] * 3, [58] * 4, []), "carn": ([20] * 3, [74] * 4, [10] * 2)}
+# Exponents of the cost, from mostly dear to mostly cheap, and a budget, for which the exponent is searched.
+PENALTIES = (-2.0, -1.0, 1.0, 2.0)
+BUDGET = 0.75
 # Against the reference model, whose coordinates are exact: sums of a few dozen float32 products in another order.
 TOLERANCE = 2e-5
 # Against the published formulation: its float32 coordinates are off by up to 1e-7 times the size of the image.
 PUBLISHED_TOLERANCE = 1e-3
+OURS, DENSE = "fastroute", "dense, same machinery"
+PUBLISHED, PLAIN = "published formulation", "plain network, one pass"
 
 
-def low_resolution(path: Path, smoke: bool) -> Tensor:  # [1, 3, h, w]
-    """The LR image of a photograph, float32; a corner of it for a smoke run."""
-    lr, _ = make_pair(io.read_image(path), SCALE)
-    pixels = lr[None].float() / 255
-    return pixels[:, :, :40, :56].contiguous() if smoke else pixels
-
-
-def plain_network(name: str, folder: Path) -> nn.Module:
-    """The network without routing, as published."""
-    path = folder / f"{name}-x4.pth"
-    state, _ = read_checkpoint(path)
+def plain_network(name: str) -> nn.Module:
+    """The network without routing, with published weights where there are any."""
     network = CARN() if name == "carn" else FSRCNN()
-    load_weights(network, state["model"]["sd"], path)
-    return network.eval()
+    path = weights_file(f"{name}-x4.pth")
+    if path is not None:
+        state, _ = read_checkpoint(path)
+        load_weights(network, state["model"]["sd"], path)
+    return network.eval().to(device())
+
+
+def weights_file(name: str) -> Path | None:
+    """A file of published weights, or None."""
+    folder = images.data_folder()
+    path = None if folder is None else folder / "weights" / name
+    return path if path is not None and path.exists() else None
+
+
+def pcsr(name: str, lr: Tensor) -> PCSR:  # [1, 3, h, w]
+    """The routed network; a random classifier is balanced on this image."""
+    path = weights_file(f"pcsr-{name}-x4.pth")
+    if path is not None:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        return PCSR.from_published(content).to(device())
+    torch.manual_seed(0)
+    light, heavy, classifier = WIDTHS[name]
+    encoder = CARN(upsample=False) if name == "carn" else FSRCNN(upsample=False)
+    model = PCSR.build(encoder, [light, heavy], classifier, RGB_MEAN if name == "carn" else None).eval().to(device())
+    corner = lr[:, :, :64, :64]
+    logits = model.probability(model.features(corner), (4 * corner.shape[2], 4 * corner.shape[3])).log()
+    last = [layer for layer in model.classifier.layers if isinstance(layer, nn.Linear)][-1]
+    # The median difference of the scores becomes zero.
+    last.bias[0] += (logits[:, 1] - logits[:, 0]).median()
+    return model
 
 
 def check_agreement(ours: Upscaled, image: Tensor, class_map: Tensor, tolerance: float) -> None:
@@ -58,47 +90,105 @@ def check_agreement(ours: Upscaled, image: Tensor, class_map: Tensor, tolerance:
     assert error <= tolerance, f"outputs differ by {error:.1e}"
 
 
-def run_image(name: str, label: str, lr: Tensor, model: PCSR, plain: nn.Module, rounds: int) -> dict:
-    """One image through all variants."""
+def compiled_pcsr(model: PCSR) -> PCSR:
+    """A copy whose encoder and MLPs are compiled on their first call, for any number of queries."""
+    quick = copy.deepcopy(model)
+    for mlp in (*quick.upsamplers, quick.classifier):
+        mlp.layers = torch.compile(mlp.layers, dynamic=True)
+    quick.encoder = torch.compile(quick.encoder)
+    return quick
+
+
+def peers(model: PCSR, plain: nn.Module, lr: Tensor, ours: Upscaled, setting: Setting, missing: dict[str, str]) -> dict:
+    """What PCSR and its network are without fastroute; compiled where time allows."""
     size = (lr.shape[2] * SCALE, lr.shape[3] * SCALE)
+    published = time_pcsr_published(model, lr, size)
+    check_agreement(ours, published.image, published.class_map, PUBLISHED_TOLERANCE)
+    grid = TileGrid(lr.shape[2], lr.shape[3], scale=SCALE)
+    tiles = copy.deepcopy(plain).to(memory_format=torch.channels_last)
+    batch = classsr_published.best_batch(tiles, lr, grid)
+    runs = {
+        PUBLISHED: lambda: time_pcsr_published(model, lr, size),
+        PLAIN: lambda: plain(lr),
+        f"plain network, tiled, batches of {batch}": lambda: classsr_published.tiled(tiles, lr, grid, batch),
+    }
+    names = (f"{PUBLISHED}, compiled", f"{PLAIN}, compiled")
+    whole = classsr_published.compiled_network(plain, lr, setting)
+    if isinstance(whole, str):
+        missing[names[1]] = whole
+    else:
+        torch.testing.assert_close(whole(lr), plain(lr), rtol=1e-3, atol=1e-3)
+        runs[names[1]] = lambda: whole(lr)
+    reason = setting.compile_reason()
+    if reason is not None:
+        missing[names[0]] = reason
+        return runs
+    quick = compiled_pcsr(model)
+    try:
+        with setting.compiling():
+            found = time_pcsr_published(quick, lr, size)
+        check_agreement(ours, found.image, found.class_map, PUBLISHED_TOLERANCE)
+        runs[names[0]] = lambda: time_pcsr_published(quick, lr, size)
+    except (AssertionError, RuntimeError, AttributeError) as error:
+        missing[names[0]] = str(error).splitlines()[0]
+    return runs
+
+
+def run_image(name: str, label: str, lr: Tensor, model: PCSR, plain: nn.Module, setting: Setting) -> dict:
+    """One image through all variants."""
     router = PixelRouter(model)
     published_runs: list[PublishedRun] = []
     our_runs: list[Upscaled] = []
     corner = lr[:, :, :96, :96]
     exact = model(corner, scale=SCALE)
     check_agreement(router.upscale(corner, scale=SCALE), exact.image, exact.class_map, TOLERANCE)
-    published = time_pcsr_published(model, lr, size)
-    check_agreement(router.upscale(lr, scale=SCALE), published.image, published.class_map, PUBLISHED_TOLERANCE)
-    times = alternate(
-        {
-            "fastroute": lambda: our_runs.append(router.upscale(lr, scale=SCALE)),
-            "dense, same machinery": lambda: router.upscale(lr, scale=SCALE, budget=1.0),
-            "published formulation": lambda: published_runs.append(time_pcsr_published(model, lr, size)),
-            "plain network, one pass": lambda: plain(lr),
-        },
-        rounds,
-        warm_up=0,
-    )
+    missing: dict[str, str] = {}
+    others = peers(model, plain, lr, router.upscale(lr, scale=SCALE), setting, missing)
+    runs = {
+        OURS: lambda: our_runs.append(router.upscale(lr, scale=SCALE)),
+        DENSE: lambda: router.upscale(lr, scale=SCALE, budget=1.0),
+        f"budget {BUDGET}": lambda: router.upscale(lr, scale=SCALE, budget=BUDGET),
+        **{f"k = {k:g}": lambda k=k: router.upscale(lr, scale=SCALE, k=k) for k in PENALTIES},
+        **others,
+        PUBLISHED: lambda: published_runs.append(others[PUBLISHED]()),
+    }
+    memory = {label: peak_memory(run) for label, run in runs.items()}
+    our_runs.clear()
+    published_runs.clear()
+    times = alternate(runs, 1 if setting.smoke else ROUNDS, warm_up=0, limit=20.0)
     stages = {stage: statistics.median(run.stats.seconds[stage] for run in our_runs) for stage in our_runs[0].stats.seconds}
     rest = statistics.median(run.stats.seconds["total"] - run.stats.seconds["encode"] for run in our_runs)
     published_rest = statistics.median(run.rest_seconds for run in published_runs)
     heavy = our_runs[0].class_map.float().mean().item()
-    ours = times["fastroute"].median
+    ours, dense = times[OURS].median, times[DENSE].median
+    at = {k: router.upscale(lr, scale=SCALE, k=k) for k in PENALTIES}
+    points = [
+        {
+            "k": k,
+            "heavy_share": result.class_map.float().mean().item(),
+            "time_ratio": times[f"k = {k:g}"].median / dense,
+            "flops_ratio": result.stats.flops.fraction,
+        }
+        for k, result in at.items()
+    ]
     row = {
         "model": name,
         "image": label,
         "lr_size": [lr.shape[3], lr.shape[2]],
         "heavy_share": heavy,
         "times": times,
+        "peak_bytes": memory,
+        "missing": missing,
         "stages": stages,
-        "time_ratio": ours / times["dense, same machinery"].median,
+        "time_ratio": ours / dense,
         "rest": rest,
         "published_rest": published_rest,
         "rest_speedup": published_rest / rest,
-        "speedup": times["published formulation"].median / ours,
-        "over_plain": times["plain network, one pass"].median / ours,
+        "speedup": times[PUBLISHED].median / ours,
+        "over_plain": times[PLAIN].median / ours,
         "flops_ratio": our_runs[0].stats.flops.fraction,
         "paper_flops_ratio": our_runs[0].stats.paper_flops.fraction,
+        "mixes": points,
     }
     print(
         f"\nPCSR-{name}, {label}: {lr.shape[3]} x {lr.shape[2]}, {100 * heavy:.0f} % heavy; fastroute {1e3 * ours:.0f} ms, "
@@ -106,23 +196,31 @@ def run_image(name: str, label: str, lr: Tensor, model: PCSR, plain: nn.Module, 
         f"{1e3 * rest:.0f} ms, {row['rest_speedup']:.1f} x; {row['time_ratio']:.3f} of the dense time at "
         f"{row['flops_ratio']:.3f} of its FLOPs"
     )
+    for variant, timing in times.items():
+        print(f"  {variant:<42} {timing}   {timing.median / ours:6.2f} x fastroute {(memory[variant] or 0) / 1e6:7.0f} MB")
+    for variant, reason in missing.items():
+        print(f"  {variant:<42} not timed: {reason}")
     print("  " + ", ".join(f"{stage} {1e3 * seconds:.1f}" for stage, seconds in stages.items()) + " ms", flush=True)
     return row
 
 
 @pytest.mark.parametrize("name", ["fsrcnn", "carn"])
-def test_pixel_routing(name: str, data_folder: Path, smoke: bool, saving: bool) -> None:
-    """All photographs of Test2K at x4."""
-    weights = data_folder / "weights"
-    model = PCSR.from_published(torch.load(weights / f"pcsr-{name}-x4.pth", map_location="cpu", weights_only=True))
-    plain = plain_network(name, weights)
-    paths = io.list_images(data_folder / "images" / "test2k")
+def test_pixel_routing(name: str, setting: Setting) -> None:
+    """Photographs of Test2K at x4."""
+    paths = images.photographs("test2k")
+    if not setting.full and device().type == "cpu":
+        paths = paths[: PHOTOGRAPHS[name]]
+    paths = paths[:1] if setting.smoke else paths
+    plain = plain_network(name)
     rows = []
-    for path in paths[:1] if smoke else paths:
-        rows.append(run_image(name, path.stem, low_resolution(path, smoke), model, plain, 1 if smoke else ROUNDS[name]))
-    if not smoke:
+    for path in paths:
+        lr = images.low_resolution(path, (40, 56) if setting.smoke else None).to(device()).float() / 255
+        rows.append(run_image(name, path.stem, lr, pcsr(name, lr), plain, setting))
+        torch.compiler.reset()
+    if not setting.smoke:
         for key in ("rest_speedup", "speedup", "over_plain"):
             values = sorted(row[key] for row in rows)
             print(f"{key}: least {values[0]:.2f}, median {statistics.median(values):.2f}, most {values[-1]:.2f}")
-    if saving and not smoke:
-        save(f"pixel_routing_{name}", rows, f"PCSR-{name.upper()} x4, float32; medians of alternating runs")
+    weights = "published weights" if weights_file(f"pcsr-{name}-x4.pth") else "random weights, half of the pixels dear"
+    notes = f"PCSR-{name.upper()} x4, float32, {weights}, {len(rows)} of {images.source('test2k')}"
+    setting.save(f"pixel_routing_{name}", rows, f"{notes}; medians of alternating runs")

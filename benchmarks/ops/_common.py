@@ -1,25 +1,95 @@
-"""What the benchmarks of single operators share: agreement first, then alternating times beside a copy of the same bytes."""
+"""What the benchmarks of single operators share: agreement first, then alternating times beside the least possible time."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.measure import alternate, clone_bandwidth, copy_bandwidth
+from benchmarks import measure
+from benchmarks.measure import alternate, clone_bandwidth, copy_bandwidth, peak_memory, sweep_caches
+from benchmarks.setting import Setting
 
 PATCH, STRIDE, SCALE = 32, 28, 4
 # LR height and width of what becomes a 2K, 4K and 8K image at x4.
 SIZES = {"2K": (270, 480), "4K": (540, 960), "8K": (1080, 1920)}
-SMOKE_SIZES = {"smoke": (96, 160)}
-ROUNDS, SMOKE_ROUNDS = 9, 2
-# A case with slow variants ends after this many seconds, though not before it has ROUNDS // 2 rounds.
-CASE_SECONDS = 20.0
+SMOKE_SIZES = {"smoke": (64, 96)}
+BATCH, SMOKE_BATCH = 8, 2
+# A batch of larger images in all is left to GPUs and to --full: float32 results of 33 million pixels take 400 MB.
+MOST_PIXELS_OF_A_BATCH = 8 * 3840 * 2160
+ROUNDS, COLD_ROUNDS, SMOKE_ROUNDS = 31, 5, 1
+# Seconds for the runs of a case, an equal share for each variant; slow ones have three runs all the same.
+CASE_SECONDS = 3.0
+# A variant that is quick is run once more before its memory is looked at, so that what a first call sets up does not count.
+QUICK_SECONDS = 0.5
+# One that takes longer than this is timed once: it is far behind, and its quartiles would take minutes.
+SLOW_SECONDS = 2.0
 FLOOR = "copy of the same bytes"
+CLONE = "copy to a new tensor"
 OURS = "fastroute"
+
+
+@dataclass(frozen=True)
+class Case:
+    """One input: an LR size by name, a type, a number of images and a memory format."""
+
+    name: str
+    height: int
+    width: int
+    dtype: torch.dtype
+    batch: int = 1
+    channels_last: bool = False
+
+    @property
+    def plain(self) -> bool:
+        """One contiguous image."""
+        return self.batch == 1 and not self.channels_last
+
+    @property
+    def kind(self) -> str:
+        """The type as people write it."""
+        return str(self.dtype).removeprefix("torch.")
+
+    @property
+    def memory_format(self) -> torch.memory_format:
+        """`channels_last` as torch names it."""
+        return torch.channels_last if self.channels_last else torch.contiguous_format
+
+    @property
+    def suffix(self) -> str:
+        """What a label says beside operator and size."""
+        parts = [self.kind, f"batch {self.batch}" if self.batch > 1 else "", "channels_last" if self.channels_last else ""]
+        return ", ".join(part for part in parts if part)
+
+    @property
+    def facts(self) -> dict[str, object]:
+        """Entries of the row."""
+        pixels = self.batch * self.height * self.width * SCALE**2
+        facts = {"size": self.name, "dtype": self.kind, "batch": self.batch, "channels_last": self.channels_last}
+        return {**facts, "output_pixels": pixels}
+
+
+def cases(
+    setting: Setting, dtypes: Sequence[torch.dtype], others: Sequence[torch.dtype] = (), formats: bool = True
+) -> list[Case]:
+    """All sizes in `dtypes`; in the first of them also batches and channels_last; `others` at the middle size."""
+    sizes = SMOKE_SIZES if setting.smoke else SIZES
+    made = []
+    for name, (height, width) in sizes.items():
+        made += [Case(name, height, width, dtype) for dtype in dtypes]
+        if name in ("4K", "smoke"):
+            made += [Case(name, height, width, dtype) for dtype in others]
+        if formats:
+            made.append(Case(name, height, width, dtypes[0], channels_last=True))
+        batch = SMOKE_BATCH if setting.smoke else BATCH
+        few = batch * height * width * SCALE**2 <= MOST_PIXELS_OF_A_BATCH
+        if few or setting.full or measure.device().type == "cuda":
+            made.append(Case(name, height, width, dtypes[0], batch))
+    return made
 
 
 @dataclass(frozen=True)
@@ -35,11 +105,6 @@ class Variant:
     run: Callable[[], Any]
     check: Callable[[Any], object]
     foreign: bool = False
-
-
-def sizes(smoke: bool) -> dict[str, tuple[int, int]]:
-    """LR sizes by name."""
-    return SMOKE_SIZES if smoke else SIZES
 
 
 def same(expected: Any) -> Callable[[Any], None]:
@@ -63,21 +128,60 @@ def same_classes(expected: Tensor, share: float = 1e-5) -> Callable[[Tensor], No
     return check
 
 
-def compiled(function: Callable[..., Any], *args: Any, check: Callable[[Any], object], smoke: bool) -> Variant | str:
-    """`torch.compile(function)` on these arguments, or why it does not run."""
-    if smoke:
-        return "compilation takes too long for a smoke run"
-    torch.compiler.reset()
-    quick = torch.compile(function, dynamic=False)
-    try:
-        quick(*args)
-    except RuntimeError as error:
-        return f"does not compile: {str(error).splitlines()[0]}"
-    return Variant(lambda: quick(*args), check, foreign=True)
+def compiled(
+    function: Callable[..., Any], *args: Any, check: Callable[[Any], object], setting: Setting, case: Case | None = None
+) -> Variant | str:
+    """`torch.compile(function)` on these arguments, or why it does not run; of an image, the contiguous single one only."""
+    if case is not None and not case.plain:
+        return "compiled for single contiguous images only"
+    run = setting.compiled(function, *args)
+    return run if isinstance(run, str) else Variant(run, check, foreign=True)
+
+
+def checked(
+    variants: Mapping[str, Variant | str],
+) -> tuple[dict[str, Callable[[], Any]], set[str], dict[str, str], dict[str, int]]:
+    """Run every variant once and compare: what may be timed, what of it is slow, why the rest is not, peak memory by name."""
+    timed: dict[str, Callable[[], Any]] = {}
+    slow: set[str] = set()
+    missing: dict[str, str] = {}
+    memory: dict[str, int] = {}
+    for name, variant in variants.items():
+        if isinstance(variant, str):
+            missing[name] = variant
+            continue
+        results: list[Any] = []
+        begin = time.perf_counter()
+        try:
+            most = peak_memory(lambda v=variant, r=results: r.append(v.run()))
+            seconds = time.perf_counter() - begin
+            variant.check(results.pop())
+        except (AssertionError, RuntimeError, TypeError) as error:
+            if not variant.foreign:
+                raise
+            kinds = {AssertionError: "disagrees", torch.OutOfMemoryError: "out of memory"}
+            reason = next((text for kind, text in kinds.items() if isinstance(error, kind)), "does not run")
+            missing[name] = f"{reason}: {str(error).splitlines()[0]}"
+            continue
+        if seconds < QUICK_SECONDS:
+            most = peak_memory(variant.run)
+        if seconds > SLOW_SECONDS and name != OURS:
+            slow.add(name)
+        timed[name] = variant.run
+        if most is not None:
+            memory[name] = most
+    return timed, slow, missing, memory
 
 
 def compare(
-    label: str, variants: Mapping[str, Variant | str], bytes_moved: int, peer: str, smoke: bool, **facts: object
+    label: str,
+    variants: Mapping[str, Variant | str],
+    bytes_moved: int,
+    peer: str,
+    setting: Setting,
+    flops: int = 0,
+    products: torch.dtype = torch.float32,
+    **facts: object,
 ) -> dict[str, Any]:
     """Check all variants, time those that agree in turn with a copy of `bytes_moved` bytes, print and return a row.
 
@@ -86,46 +190,50 @@ def compare(
         variants: ways to do the job by name, `OURS` among them; in place of one, the reason why it is missing.
         bytes_moved: what must be read and written at least, each byte once.
         peer: the variant that the speed-up refers to.
-        smoke: few rounds.
+        setting: with few rounds for a smoke run.
+        flops: what must be computed at least.
+        products: type of the matrix products that show how fast the device computes.
         facts: further entries of the row.
     """
-    missing: dict[str, str] = {}
-    timed: dict[str, Callable[[], object]] = {}
-    for name, variant in variants.items():
-        if isinstance(variant, str):
-            missing[name] = variant
-            continue
-        try:
-            variant.check(variant.run())
-        except AssertionError as error:
-            if not variant.foreign:
-                raise
-            missing[name] = f"disagrees: {str(error).splitlines()[0]}"
-            continue
-        timed[name] = variant.run
-    timed[FLOOR] = copy_bandwidth(bytes_moved)
-    timed["copy to a new tensor"] = clone_bandwidth(bytes_moved)
-    times = alternate(timed, SMOKE_ROUNDS if smoke else ROUNDS, limit=CASE_SECONDS)
-    ours, floor = times[OURS].median, times[FLOOR].median
+    timed, slow, missing, memory = checked(variants)
+    timed[FLOOR], timed[CLONE] = copy_bandwidth(bytes_moved), clone_bandwidth(bytes_moved)
+    # The check has run the others once.
+    timed[FLOOR]()
+    timed[CLONE]()
+    rounds, cold_rounds = (SMOKE_ROUNDS, SMOKE_ROUNDS) if setting.smoke else (ROUNDS, COLD_ROUNDS)
+    often = {name: run for name, run in timed.items() if name not in slow}
+    times = alternate(often, rounds, warm_up=0, limit=CASE_SECONDS)
+    times |= alternate({name: timed[name] for name in timed if name in slow}, 1, warm_up=0)
+    some = {name: often[name] for name in (OURS, peer, FLOOR) if name in often}
+    cold = alternate(some, cold_rounds, warm_up=0, limit=CASE_SECONDS, before=sweep_caches)
+    ours, copied = times[OURS].median, times[FLOOR].median
+    peak = measure.peak_flops(products)
+    floor = max(copied, flops / peak)
     row = {
         "op": label,
         **facts,
         "times": times,
+        "cold": cold,
+        "peak_bytes": memory,
         "bytes": bytes_moved,
+        "flops": flops,
         "floor_seconds": floor,
-        "copy_bytes_per_second": bytes_moved / floor,
-        "time_over_copy": ours / floor,
+        "copy_bytes_per_second": bytes_moved / copied,
+        "peak_flops_per_second": peak,
+        "time_over_floor": ours / floor,
         "peer": peer,
         "speedup": times[peer].median / ours,
         "missing": missing,
     }
-    print(f"\n{label}: {bytes_moved / 1e6:.1f} MB")
+    print(f"\n{label}: {bytes_moved / 1e6:.1f} MB, {flops / 1e9:.2f} GFLOP")
     for name, timing in times.items():
-        print(f"  {name:<34} {timing}   {timing.median / ours:6.2f} x fastroute")
+        held = f"{memory[name] / 1e6:8.1f} MB" if name in memory else " " * 11
+        print(f"  {name:<34} {timing}   {timing.median / ours:6.2f} x fastroute, {floor / timing.median:5.0%} of floor {held}")
+    print("  caches swept: " + ", ".join(f"{name} {1e3 * timing.median:.2f} ms" for name, timing in cold.items()))
     for name, reason in missing.items():
         print(f"  {name:<34} not timed: {reason}")
     print(
-        f"  copy {bytes_moved / floor / 1e9:.1f} GB/s; time / copy of the same bytes: {ours / floor:.2f};  "
+        f"  copy {bytes_moved / copied / 1e9:.1f} GB/s, products {peak / 1e9:.0f} GFLOP/s; time / floor: {ours / floor:.2f};  "
         f"{peer} / fastroute: {row['speedup']:.1f}",
         flush=True,
     )

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 import fastroute
-from benchmarks.measure import save
-from benchmarks.ops._common import OURS, SCALE, Variant, compare, compiled, same, same_classes, sizes
+from benchmarks.measure import device
+from benchmarks.ops._common import OURS, SCALE, Case, Variant, cases, compare, compiled, same, same_classes
+from benchmarks.setting import Setting
 from fastroute.reference.assign_classes import assign_classes_reference
 
 # The dear upsampler of PCSR-FSRCNN costs about this much more than the cheap one.
@@ -21,7 +22,7 @@ LARGEST_FOR_REFERENCE = 500_000
 
 def by_argmax(score: Tensor) -> Tensor:  # [B, 2, H, W] -> [B, H, W]
     """Divide by the costs, take the largest."""
-    weights = torch.tensor(COST).pow(PENALTY).view(1, -1, 1, 1)
+    weights = torch.tensor(COST, device=score.device).pow(PENALTY).view(1, -1, 1, 1)
     return (score.float() / weights).argmax(dim=1).to(torch.uint8)
 
 
@@ -34,11 +35,12 @@ def by_sort(score: Tensor) -> Tensor:  # [B, 2, H, W] -> [B, H, W]
     return classes.view(score[:, 0].shape)
 
 
-def run_case(decision: str, name: str, height: int, width: int, dtype: torch.dtype, smoke: bool) -> dict:
-    """A decision per output pixel of one image."""
+def run_case(decision: str, case: Case, setting: Setting) -> dict:
+    """A decision per output pixel of one image, or of a batch."""
     torch.manual_seed(0)
-    score = torch.rand(1, 2, height * SCALE, width * SCALE).softmax(dim=1).to(dtype)
-    cost = torch.tensor(COST, dtype=torch.float64)
+    shape = (case.batch, 2, case.height * SCALE, case.width * SCALE)
+    score = torch.rand(shape, device=device()).softmax(dim=1).to(case.dtype).contiguous(memory_format=case.memory_format)
+    cost = torch.tensor(COST, dtype=torch.float64, device=device())
     penalty, budget = (PENALTY, None) if decision == "penalty" else (0.0, BUDGET)
     args = (score, cost, penalty, budget, torch.uint8)
     ours = Variant(lambda: fastroute.assign_classes(*args), lambda result: None)
@@ -49,14 +51,14 @@ def run_case(decision: str, name: str, height: int, width: int, dtype: torch.dty
         same_classes(expected)(result)
         variants["reference"] = Variant(lambda: assign_classes_reference(*args), same(expected))
         close = same_classes(expected)
-        variants["reference, compiled"] = compiled(assign_classes_reference, *args, check=close, smoke=smoke)
+        variants["reference, compiled"] = compiled(assign_classes_reference, *args, check=close, setting=setting, case=case)
         peer = "divide and argmax"
         variants[peer] = Variant(lambda: by_argmax(score), close)
     else:
         mean = cost[result.long()].mean().item() / max(COST)
         assert mean <= BUDGET + 1e-9, f"the budget is {BUDGET}, {mean} was spent"
         # Scores that are exactly alike change class together here; a sort parts them. In half precision many are alike.
-        close = same_classes(result, 1e-5 if dtype == torch.float32 else 1e-2)
+        close = same_classes(result, 1e-5 if case.dtype == torch.float32 else 1e-2)
         if result.numel() <= LARGEST_FOR_REFERENCE:
             variants["reference"] = Variant(lambda: assign_classes_reference(*args), same_classes(result))
         else:
@@ -64,15 +66,16 @@ def run_case(decision: str, name: str, height: int, width: int, dtype: torch.dty
         variants["reference, compiled"] = "reads counts back at every step of its search, where a compiled graph ends"
         peer = "sort"
         variants[peer] = Variant(lambda: by_sort(score), close)
-    kind = str(dtype)[6:]
-    label = f"assign_classes by {decision}, {width * SCALE} x {height * SCALE}, {kind}"
-    facts = {"size": name, "dtype": kind, "decision": decision, "output_pixels": result.numel()}
-    return compare(label, variants, score.nbytes + result.nbytes, peer, smoke, **facts)
+    label = f"assign_classes by {decision}, {shape[3]} x {shape[2]}, {case.suffix}"
+    # A quotient and a comparison per score.
+    flops, moved = 2 * score.numel(), score.nbytes + result.nbytes
+    return compare(label, variants, moved, peer, setting, flops, decision=decision, **case.facts)
 
 
 @pytest.mark.parametrize("decision", ["penalty", "budget"])
-def test_assign_classes(decision: str, smoke: bool, saving: bool) -> None:
+def test_assign_classes(decision: str, setting: Setting) -> None:
     """The floor reads the scores once; under a budget they must be read several times."""
-    rows = [run_case(decision, name, *size, dtype, smoke) for name, size in sizes(smoke).items() for dtype in DTYPES]
-    if saving and not smoke:
-        save(f"assign_classes_{decision}", rows, "2 classes, to uint8; medians of alternating runs, warm")
+    # A sort of a whole batch takes seconds and says nothing that one of an image does not.
+    chosen = [case for case in cases(setting, DTYPES) if decision == "penalty" or case.plain]
+    rows = [run_case(decision, case, setting) for case in chosen]
+    setting.save(f"assign_classes_{decision}", rows, "2 classes, to uint8; medians of alternating runs, warm")

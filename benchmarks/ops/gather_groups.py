@@ -6,22 +6,25 @@ import pytest
 import torch
 
 import fastroute
-from benchmarks.measure import save
-from benchmarks.ops._common import OURS, PATCH, SCALE, STRIDE, Variant, compare, compiled, same, sizes
+from benchmarks.measure import device
+from benchmarks.ops._common import OURS, PATCH, STRIDE, Case, Variant, cases, compare, compiled, same
+from benchmarks.setting import Setting
 from fastroute import TileGrid
 from fastroute.reference.gather_groups import gather_groups_reference
 from fastroute.reference.scatter_groups import scatter_groups_reference
 
 CLASSES = 3
 DTYPES = (torch.float32, torch.uint8)
+HALF = (torch.float16, torch.bfloat16)
 
 
-def run_case(op: str, name: str, height: int, width: int, dtype: torch.dtype, smoke: bool) -> dict:
-    """All patches of an image into class order, or back from it."""
+def run_case(op: str, case: Case, setting: Setting) -> dict:
+    """All patches of an image, or of a batch, into class order, or back from it."""
     torch.manual_seed(0)
-    count = TileGrid(height, width, PATCH, STRIDE).num_patches
-    rows = torch.randint(0, 256, (count, 3, PATCH, PATCH)).to(dtype)
-    groups = fastroute.group_by_class(torch.randint(0, CLASSES, (count,)), CLASSES)
+    count = case.batch * TileGrid(case.height, case.width, PATCH, STRIDE).num_patches
+    rows = torch.randint(0, 256, (count, 3, PATCH, PATCH), device=device()).to(case.dtype)
+    rows = rows.contiguous(memory_format=case.memory_format)
+    groups = fastroute.group_by_class(torch.randint(0, CLASSES, (count,), device=device()), CLASSES)
     order, inverse = groups.order, groups.inverse
     if op == "gather_groups":
         ours, reference, opposite = fastroute.gather_groups, gather_groups_reference, inverse
@@ -38,18 +41,15 @@ def run_case(op: str, name: str, height: int, width: int, dtype: torch.dtype, sm
     variants: dict[str, Variant | str] = {
         OURS: Variant(lambda: ours(rows, groups), check),
         "reference": Variant(lambda: reference(rows, order, inverse), check),
-        "reference, compiled": compiled(reference, rows, order, inverse, check=check, smoke=smoke),
+        "reference, compiled": compiled(reference, rows, order, inverse, check=check, setting=setting, case=case),
         **{way: Variant(run, check) for way, run in usual.items()},
     }
-    kind = str(dtype)[6:]
-    label = f"{op}, {count:,} patches of {width} x {height}, {kind}"
-    facts = {"size": name, "dtype": kind, "output_pixels": height * width * SCALE**2}
-    return compare(label, variants, 2 * rows.nbytes + order.nbytes, "indexing", smoke, **facts)
+    label = f"{op}, {count:,} patches of {case.width} x {case.height}, {case.suffix}"
+    return compare(label, variants, 2 * rows.nbytes + order.nbytes, "indexing", setting, **case.facts)
 
 
 @pytest.mark.parametrize("op", ["gather_groups", "scatter_groups"])
-def test_gather_groups(op: str, smoke: bool, saving: bool) -> None:
+def test_gather_groups(op: str, setting: Setting) -> None:
     """Every call allocates its result, as in use; the copy does not, which favours the copy."""
-    rows = [run_case(op, name, *size, dtype, smoke) for name, size in sizes(smoke).items() for dtype in DTYPES]
-    if saving and not smoke:
-        save(op, rows, f"patches of 3 x {PATCH} x {PATCH}, {CLASSES} classes; medians of alternating runs, warm")
+    rows = [run_case(op, case, setting) for case in cases(setting, DTYPES, HALF)]
+    setting.save(op, rows, f"patches of 3 x {PATCH} x {PATCH}, {CLASSES} classes; medians of alternating runs, warm")

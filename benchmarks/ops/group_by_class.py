@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 import fastroute
-from benchmarks.measure import save
+from benchmarks.measure import device
 from benchmarks.ops._common import OURS, Variant, compare, compiled, same
+from benchmarks.setting import Setting
 from fastroute.reference.group_by_class import group_by_class_reference
 
 CLASSES = 3
@@ -19,7 +20,7 @@ DTYPES = (torch.int64, torch.uint8)
 def invert(order: Tensor) -> Tensor:  # [N] -> [N]
     """The inverse permutation."""
     inverse = torch.empty_like(order)
-    inverse[order] = torch.arange(len(order))
+    inverse[order] = torch.arange(len(order), device=order.device)
     return inverse
 
 
@@ -38,29 +39,29 @@ def by_masks(ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # [N]
     """One pass over the ids per class."""
     places = [(ids == c).nonzero().squeeze(1) for c in range(CLASSES)]
     order = torch.cat(places)
-    return order, invert(order), offsets_of(torch.tensor([len(p) for p in places]))
+    return order, invert(order), offsets_of(torch.tensor([len(p) for p in places], device=ids.device))
 
 
-def run_case(count: int, dtype: torch.dtype, smoke: bool) -> dict:
+def run_case(count: int, dtype: torch.dtype, setting: Setting) -> dict:
     """`count` random ids."""
     torch.manual_seed(0)
-    ids = torch.randint(0, CLASSES, (count,), dtype=dtype)
+    ids = torch.randint(0, CLASSES, (count,), dtype=dtype, device=device())
     expected = group_by_class_reference(ids, CLASSES)
     check = same(expected)
     variants: dict[str, Variant | str] = {
         OURS: Variant(lambda: fastroute.group_by_class(ids, CLASSES), check),
         "reference": Variant(lambda: group_by_class_reference(ids, CLASSES), check),
-        "reference, compiled": compiled(group_by_class_reference, ids, CLASSES, check=check, smoke=smoke),
+        "reference, compiled": compiled(group_by_class_reference, ids, CLASSES, check=check, setting=setting),
         "argsort": Variant(lambda: by_argsort(ids), check),
         "a mask per class": Variant(lambda: by_masks(ids), check),
     }
     bytes_moved = ids.nbytes + sum(part.nbytes for part in expected)
-    kind = str(dtype)[6:]
-    return compare(f"group_by_class, {count:,} items, {kind}", variants, bytes_moved, "argsort", smoke, items=count, dtype=kind)
+    kind = str(dtype).removeprefix("torch.")
+    label = f"group_by_class, {count:,} items, {kind}"
+    return compare(label, variants, bytes_moved, "argsort", setting, items=count, dtype=kind)
 
 
-def test_group_by_class(smoke: bool, saving: bool) -> None:
+def test_group_by_class(setting: Setting) -> None:
     """Ids as classifiers leave them and as small as they can be kept."""
-    rows = [run_case(count, dtype, smoke) for count in (COUNTS[:1] if smoke else COUNTS) for dtype in DTYPES]
-    if saving and not smoke:
-        save("group_by_class", rows, f"{CLASSES} classes; medians of alternating runs, warm")
+    rows = [run_case(count, dtype, setting) for count in (COUNTS[:1] if setting.smoke else COUNTS) for dtype in DTYPES]
+    setting.save("group_by_class", rows, f"{CLASSES} classes; medians of alternating runs, warm")

@@ -1,84 +1,108 @@
-"""pixel_mlp at the widths of the published upsamplers, beside the sgemm of this machine and plain PyTorch.
+"""pixel_mlp at the widths of the published upsamplers, beside plain PyTorch, other layouts and the products of this machine.
 
-The rate counts multiply-adds done: the first layer's product with a feature once per LR pixel, the other layers once per
-output pixel. The ceiling is the best of several matrix products that stay in the caches, measured in the same run.
+The FLOPs are those that must be done: the first layer's product with a feature once per LR pixel, its coordinates' two
+multiply-adds per unit and the other layers once per output pixel.
 """
 
 from __future__ import annotations
 
-import pytest
 import torch
 from torch import Tensor
 
 import fastroute
-from benchmarks.measure import alternate, save
+from benchmarks import measure
+from benchmarks.baselines.mlp_layouts import Layers, by_columns, grouped
+from benchmarks.measure import device
+from benchmarks.ops._common import OURS, SCALE, SIZES, Variant, compare
+from benchmarks.setting import Setting
 from fastroute.reference.pixel_mlp import pixel_mlp_reference
 
-SCALE = 4
-# Feature width, then the hidden widths: FSRCNN-PCSR and CARN-PCSR, as published.
-SETUPS = {"58 wide (FSRCNN)": (48, [58] * 4, [10] * 3), "74 wide (CARN)": (52, [74] * 4, [20] * 3)}
-GEMM_SIZES = (256, 512, 768)
+# Feature width, then the hidden widths of the dear and of the cheap upsampler: FSRCNN-PCSR and CARN-PCSR, as published.
+SETUPS = {"FSRCNN": (48, [58] * 4, [10] * 3), "CARN": (52, [74] * 4, [20] * 3)}
+SMOKE_SIZE = (16, 24)
+PEER = "plain PyTorch"
+# Share of the pixels whose MLP is the dear one; classes are constant over squares of this many pixels.
+SHARE, SQUARE = 0.33, 16
+# A product of a hundred and more terms, several layers deep, summed in another order; of bfloat16 rounded after every layer.
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1}
 
 
-def make_layers(width: int, hidden: list[int], channels: int) -> list[tuple[Tensor, Tensor]]:
+def make_layers(width: int, hidden: list[int], channels: int) -> Layers:
     """Random layers of the given widths that keep the size of what goes through."""
     layers, fan_in = [], width + 4
     for fan_out in (*hidden, channels):
-        layers.append((torch.randn(fan_out, fan_in) / fan_in**0.5, 0.1 * torch.randn(fan_out)))
+        weight, bias = torch.randn(fan_out, fan_in) / fan_in**0.5, 0.1 * torch.randn(fan_out)
+        layers.append((weight.to(device()), bias.to(device())))
         fan_in = fan_out
     return layers
 
 
-def multiply_adds(layers: list[tuple[Tensor, Tensor]], width: int, features: int) -> int:
-    """Done for features · SCALE² output pixels; the coordinates' two per unit of the first layer included."""
+def multiply_adds(layers: Layers, width: int, features: int, pixels: int) -> int:
+    """Done for some output pixels of one class, when all features are read."""
     first = layers[0][0].shape[0]
-    tail = sum(weight.numel() for weight, _ in layers[1:])
-    return features * (first * width + SCALE**2 * (2 * first + tail))
+    return features * first * width + pixels * (2 * first + sum(weight.numel() for weight, _ in layers[1:]))
 
 
-def plain(features: Tensor, layers: list[tuple[Tensor, Tensor]], size: tuple[int, int], residual: Tensor) -> Tensor:
-    """Plain PyTorch: the same queries in chunks of 300,000, one linear layer after the other."""
-    weights, biases = [w for w, _ in layers], [b for _, b in layers]
-    return pixel_mlp_reference(features, weights, biases, [len(layers)], *size, None, residual)
+def plain(features: Tensor, mlps: list[Layers], size: tuple[int, int], class_map: Tensor | None, residual: Tensor) -> Tensor:
+    """Plain PyTorch: the queries of each class in chunks of 300,000, one linear layer after the other."""
+    weights, biases = [w for layers in mlps for w, _ in layers], [b for layers in mlps for _, b in layers]
+    return pixel_mlp_reference(features, weights, biases, [len(layers) for layers in mlps], *size, class_map, residual)
 
 
-@pytest.mark.parametrize("setup", SETUPS, ids=lambda name: name.split()[0])
-def test_pixel_mlp(setup: str, smoke: bool, saving: bool) -> None:
-    """The dearer upsampler everywhere, the cheaper one everywhere, and a third of each block dear."""
+def run_case(setup: str, which: str, name: str, h: int, w: int, dtype: torch.dtype, setting: Setting) -> dict:
+    """One image's features through the dear MLP, the cheap one, or each pixel through its own."""
     torch.manual_seed(0)
     width, heavy, light = SETUPS[setup]
-    h, w = (16, 24) if smoke else (160, 240)
     size = (h * SCALE, w * SCALE)
-    features = torch.randn(1, width, h, w).contiguous(memory_format=torch.channels_last)
-    residual = torch.rand(1, 3, h, w)
-    mlps = [make_layers(width, light, 3), make_layers(width, heavy, 3)]
-    class_map = (torch.rand(1, h // 4, w // 4) < 0.33).to(torch.uint8).repeat_interleave(16, 1).repeat_interleave(16, 2)
-    rounds = 2 if smoke else 9
-    squares = {n: (torch.randn(n, n), torch.randn(n, n), torch.empty(n, n)) for n in GEMM_SIZES}
-    for layers in mlps:
-        ours = fastroute.pixel_mlp(features, [layers], size, None, residual)
-        torch.testing.assert_close(ours, plain(features, layers, size, residual), rtol=1e-4, atol=1e-4)
-    variants = {f"sgemm {n}": lambda n=n: torch.mm(squares[n][0], squares[n][1], out=squares[n][2]) for n in GEMM_SIZES}
-    times = alternate(
-        {
-            **variants,
-            "dear": lambda: fastroute.pixel_mlp(features, [mlps[1]], size, None, residual),
-            "cheap": lambda: fastroute.pixel_mlp(features, [mlps[0]], size, None, residual),
-            "a third dear": lambda: fastroute.pixel_mlp(features, mlps, size, class_map, residual),
-            "dear, plain PyTorch": lambda: plain(features, mlps[1], size, residual),
-        },
-        rounds,
-    )
-    peak = max(2 * n**3 / times[f"sgemm {n}"].median for n in GEMM_SIZES)
+    features = torch.randn(1, width, h, w).contiguous(memory_format=torch.channels_last).to(device(), dtype)
+    residual = torch.rand(1, 3, h, w).to(device(), dtype)
+    both = [make_layers(width, hidden, 3) for hidden in (light, heavy)]
+    both = [[(weight.to(dtype), bias.to(dtype)) for weight, bias in layers] for layers in both]
+    class_map, mlps, pixels = None, [both[which == "dear"]], [size[0] * size[1]]
+    if which == "mixed":
+        blocks = (torch.rand(1, -(-size[0] // SQUARE), -(-size[1] // SQUARE)) < SHARE).to(torch.uint8)
+        class_map = blocks.repeat_interleave(SQUARE, 1).repeat_interleave(SQUARE, 2)[:, : size[0], : size[1]]
+        class_map = class_map.contiguous().to(device())
+        mlps, pixels = both, torch.bincount(class_map.flatten(), minlength=2).tolist()
+    expected = plain(features, mlps, size, class_map, residual)
+    bound = TOLERANCE[dtype]
+
+    def check(result: Tensor) -> None:
+        torch.testing.assert_close(result, expected, rtol=bound, atol=bound)
+
+    variants: dict[str, Variant | str] = {
+        OURS: Variant(lambda: fastroute.pixel_mlp(features, mlps, size, class_map, residual), check),
+        PEER: Variant(lambda: plain(features, mlps, size, class_map, residual), check),
+    }
+    if name in ("2K", "smoke") and dtype == torch.float32:
+        run = setting.compiled(plain, features, mlps, size, class_map, residual)
+        variants["plain PyTorch, compiled"] = run if isinstance(run, str) else Variant(run, check, foreign=True)
+        variants["queries as columns"] = Variant(lambda: by_columns(features, mlps, size, class_map, residual), check, True)
+        if class_map is not None:
+            many = grouped(mlps)
+            is_there = not isinstance(many, str)
+            run_many = Variant(lambda: many(features, size, class_map, residual), check, True) if is_there else many
+            variants["torch._grouped_mm"] = run_many
+    flops = 2 * sum(multiply_adds(layers, width, h * w, n) for layers, n in zip(mlps, pixels, strict=True))
+    parts = [features, residual, expected, *([] if class_map is None else [class_map])]
+    label = f"pixel_mlp, {which}, {setup}, {size[1]} x {size[0]}, {str(dtype).removeprefix('torch.')}"
+    facts = {"setup": setup, "mlp": which, "size": name, "dtype": str(dtype).removeprefix("torch.")}
+    bytes_moved = sum(part.nbytes for part in parts)
+    pixel_count = size[0] * size[1]
+    return compare(label, variants, bytes_moved, PEER, setting, flops, dtype, **facts, output_pixels=pixel_count)
+
+
+def test_pixel_mlp(setting: Setting) -> None:
+    """The dearer upsampler everywhere, the cheaper one everywhere, and a third of the pixels dear."""
+    sizes = {"smoke": SMOKE_SIZE} if setting.smoke else SIZES
     rows = []
-    for name, layers in (("dear", mlps[1]), ("cheap", mlps[0])):
-        rate = 2 * multiply_adds(layers, width, h * w) / times[name].median
-        rows.append({"setup": setup, "mlp": name, "flops_per_second": rate, "of_sgemm": rate / peak})
-        print(
-            f"\n{setup}, {name}: {times[name]}, {rate / 1e9:.0f} GFLOP/s, {100 * rate / peak:.0f} % of sgemm's {peak / 1e9:.0f}"
-        )
-    speedup = times["dear, plain PyTorch"].median / times["dear"].median
-    print(f"  plain PyTorch: {times['dear, plain PyTorch']}, {speedup:.1f} x; a third dear: {times['a third dear']}")
-    if saving and not smoke:
-        name = f"pixel_mlp_{setup.split()[0]}"
-        save(name, [{"times": times, "rates": rows, "speedup": speedup}], "float32, x4, 160 x 240 features; medians")
+    for setup in SETUPS:
+        for name, (h, w) in sizes.items():
+            # Plain PyTorch takes half a minute for 33 million pixels on two cores.
+            if name == "8K" and not setting.full and measure.device().type == "cpu":
+                continue
+            for which in ("mixed",) if name == "4K" and measure.device().type == "cpu" else ("dear", "cheap", "mixed"):
+                rows.append(run_case(setup, which, name, h, w, torch.float32, setting))
+        name, (h, w) = next(iter(sizes.items()))
+        rows.append(run_case(setup, "mixed", name, h, w, torch.bfloat16, setting))
+    setting.save("pixel_mlp", rows, "channels_last features, x4; a third of the pixels dear where mixed; medians, warm")

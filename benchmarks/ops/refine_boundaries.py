@@ -7,56 +7,63 @@ from torch import Tensor
 
 import fastroute
 from benchmarks.baselines.pcsr_published import unfold_refinement
-from benchmarks.measure import save
-from benchmarks.ops._common import OURS, SCALE, Variant, compare, compiled, sizes
-from benchmarks.ops.stitch_patches import quantised
+from benchmarks.measure import device
+from benchmarks.ops._common import OURS, SCALE, Case, Variant, cases, compare, compiled
+from benchmarks.ops.stitch_patches import TOLERANCE, quantised
+from benchmarks.setting import Setting
 from fastroute.reference.refine_boundaries import refine_boundaries_reference
 
 DTYPES = (torch.float32, torch.uint8)
+HALF = (torch.float16, torch.bfloat16)
 # Classes are constant over squares of this many pixels: seams as of a photograph, at a few pixels in a hundred.
 SQUARE = 16
+# A mean of nine values.
+FLOPS_PER_VALUE = 9
 
 
-def run_case(name: str, height: int, width: int, dtype: torch.dtype, smoke: bool) -> dict:
-    """One upscaled image and its class map."""
+def run_case(case: Case, setting: Setting) -> dict:
+    """One upscaled image, or a batch, and its class map."""
     torch.manual_seed(0)
-    shape = (height * SCALE, width * SCALE)
-    image = torch.rand(1, 3, *shape)
-    blocks = (torch.rand(1, -(-shape[0] // SQUARE), -(-shape[1] // SQUARE)) < 0.3).to(torch.uint8)
-    class_map = blocks.repeat_interleave(SQUARE, 1).repeat_interleave(SQUARE, 2)[:, : shape[0], : shape[1]].contiguous()
-    out = torch.empty(image.shape, dtype=dtype)
-    expected = quantised(refine_boundaries_reference(image, class_map), dtype)
+    dtype = case.dtype
+    shape = (case.height * SCALE, case.width * SCALE)
+    image = torch.rand(case.batch, 3, *shape, device=device())
+    image = (image if dtype == torch.uint8 else image.to(dtype)).contiguous(memory_format=case.memory_format)
+    blocks = torch.rand(case.batch, -(-shape[0] // SQUARE), -(-shape[1] // SQUARE)) < 0.3
+    class_map = blocks.to(torch.uint8).repeat_interleave(SQUARE, 1).repeat_interleave(SQUARE, 2)
+    class_map = class_map[:, : shape[0], : shape[1]].contiguous().to(device())
+    out = torch.empty(image.shape, dtype=dtype, device=device())
+
+    def reference(image: Tensor, class_map: Tensor) -> Tensor:
+        return quantised(refine_boundaries_reference(image, class_map), dtype)
+
+    expected = reference(image, class_map)
 
     def close(result: Tensor) -> None:
         if dtype == torch.uint8:
             # A mean of nine summed in another order may lie on the other side of a half.
             assert (result.int() - expected.int()).abs().max() <= 1, "more than one level off"
         else:
-            torch.testing.assert_close(result, expected)
+            torch.testing.assert_close(result, expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
 
-    def reference(image: Tensor, class_map: Tensor) -> Tensor:
-        return quantised(refine_boundaries_reference(image, class_map), dtype)
-
-    variants: dict[str, Variant | str] = {}
+    into = Variant(lambda: fastroute.refine_boundaries(image, class_map, out=out), close)
+    # Integers are only written into a given tensor.
+    variants: dict[str, Variant | str] = {OURS: into}
     if dtype == image.dtype:
-        variants[OURS] = Variant(lambda: fastroute.refine_boundaries(image, class_map), close)
-        variants["fastroute, out="] = Variant(lambda: fastroute.refine_boundaries(image, class_map, out=out), close)
-    else:
-        # Integers are only written into a given tensor.
-        variants[OURS] = Variant(lambda: fastroute.refine_boundaries(image, class_map, out=out), close)
+        variants = {OURS: Variant(lambda: fastroute.refine_boundaries(image, class_map), close), "fastroute, out=": into}
     variants |= {
         "reference": Variant(lambda: reference(image, class_map), close),
-        "reference, compiled": compiled(reference, image, class_map, check=close, smoke=smoke),
+        "reference, compiled": compiled(reference, image, class_map, check=close, setting=setting, case=case),
         "published": Variant(lambda: quantised(unfold_refinement(image, class_map), dtype), close),
     }
-    kind = str(dtype)[6:]
-    label = f"refine_boundaries, {shape[1]} x {shape[0]}, {kind}"
-    facts = {"size": name, "dtype": kind, "output_pixels": shape[0] * shape[1]}
-    return compare(label, variants, image.nbytes + class_map.nbytes + expected.nbytes, "published", smoke, **facts)
+    label = f"refine_boundaries, {shape[1]} x {shape[0]}, {case.suffix}"
+    moved = image.nbytes + class_map.nbytes + expected.nbytes
+    changed = ((expected != quantised(image, dtype)).any(dim=1)).sum().item()
+    return compare(label, variants, moved, "published", setting, FLOPS_PER_VALUE * 3 * changed, **case.facts)
 
 
-def test_refine_boundaries(smoke: bool, saving: bool) -> None:
+def test_refine_boundaries(setting: Setting) -> None:
     """Every call but those with `out` allocates its result, as in use; the copy does not, which favours the copy."""
-    rows = [run_case(name, *size, dtype, smoke) for name, size in sizes(smoke).items() for dtype in DTYPES]
-    if saving and not smoke:
-        save("refine_boundaries", rows, "from float32; 8-bit results are written into a given tensor; medians, warm")
+    rows = [run_case(case, setting) for case in cases(setting, DTYPES, HALF)]
+    setting.save(
+        "refine_boundaries", rows, "to uint8 from float32, written into a given tensor, else to the same type; medians, warm"
+    )
