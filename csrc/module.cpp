@@ -29,6 +29,7 @@ py::list cpu_isas() {
 #if defined(__x86_64__) && defined(__GNUC__)
     isas.append("avx2");
     isas.append("avx512");
+    isas.append("avx512_bf16");
 #endif
     return isas;
 }

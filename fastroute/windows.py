@@ -9,32 +9,40 @@ import torch
 from torch import Tensor
 
 WINDOWS = ("uniform", "linear", "hann", "gaussian")
+CROP = "crop"
 
 
-def make_window(window: str | Tensor, size: int) -> Tensor:
+def make_window(window: str | Tensor, size: int, stride: int | None = None) -> Tensor:
     """The 1-D weights of `window` for patches of `size` output pixels; the 2-D weight is their outer product.
 
     Args:
         window: "uniform" (plain average of all patches that cover a pixel), "linear" (a triangle), "hann" (a raised
-            cosine), "gaussian" (standard deviation size / 8, as tiled diffusion and nnU-Net use it), or a 1-D tensor of
-            `size` positive weights. They need not sum to 1: normalisation is part of stitching.
+            cosine), "gaussian" (standard deviation size / 8, as tiled diffusion and nnU-Net use it), "crop" (1 in the middle
+            `stride` pixels and 0 in the margins beside them), or a 1-D tensor of `size` positive weights. They need not sum
+            to 1: normalisation is part of stitching. There "crop" keeps the margins that lie along the edge of the image,
+            so every output pixel is taken from the patch in which it lies deepest. The result is then that of the whole
+            image wherever a network sees no further than the margin, (size - stride) / 2.
         size: patch side in output pixels.
+        stride: distance of two patches in output pixels, at most `size`; "crop" alone needs it.
 
     Returns:
         float32 (size,), on the CPU for a named window, on its own device for a tensor.
 
     Raises:
-        ValueError: an unknown name, or weights of another length or not all positive and finite.
+        ValueError: an unknown name, "crop" without a stride from 1 to `size`, or weights of another length or not all
+            positive and finite.
         TypeError: neither a name nor a floating tensor.
     """
     if isinstance(window, str):
+        if window == CROP:
+            return _crop(size, stride)
         if window not in WINDOWS:
-            raise ValueError(f"window: must be one of {WINDOWS} or a 1-D tensor; got {window!r}")
+            raise ValueError(f"window: must be one of {(*WINDOWS, CROP)} or a 1-D tensor; got {window!r}")
         if torch.compiler.is_compiling():
             return _named.__wrapped__(window, size)
         return _named(window, int(size)).clone()
     if not isinstance(window, Tensor) or not window.is_floating_point():
-        raise TypeError(f"window: must be one of {WINDOWS} or a floating 1-D tensor; got {type(window).__name__}")
+        raise TypeError(f"window: must be one of {(*WINDOWS, CROP)} or a floating 1-D tensor; got {type(window).__name__}")
     if window.shape != (size,):
         raise ValueError(
             f"window: must have shape ({size},), one weight per output pixel of a patch; got {tuple(window.shape)}"
@@ -57,3 +65,11 @@ def _named(window: str, size: int) -> Tensor:
     else:
         weights = torch.exp(-0.5 * ((position - 0.5) * 8) ** 2)
     return weights.float()
+
+
+def _crop(size: int, stride: int | None) -> Tensor:
+    if stride is None or not 1 <= stride <= size:
+        raise ValueError(f"window: 'crop' needs the stride of the patches, from 1 to {size} output pixels; got {stride}")
+    place = torch.arange(size) - (size - stride) // 2
+    # As wide as the stride: between the margins of the first and the last patch every pixel has a weight.
+    return ((place >= 0) & (place < stride)).float()

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from fastroute.backends import select
-from fastroute.reference.pixel_mlp import apply_mlp, bilinear_reference, nearest_axis
+from fastroute.reference.pixel_mlp import apply_mlp, bilinear_reference, nearest_axis, placed_axis
 
 HALF = (torch.float16, torch.bfloat16)
 FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -144,8 +144,9 @@ def repeats(function: Callable[[], Any], device: torch.device) -> None:
 
 
 def half_activations(op: str, x: Tensor) -> bool:
-    """Whether the backend that runs `op` on `x` holds activations in the half type of `x`, as tensor cores take them."""
-    return x.dtype in HALF and (EMULATED or select(op, x.device) in ("triton", "cuda"))
+    """Whether the backend that runs `op` on `x` may hold activations in the half type of `x`, as matrix units take them."""
+    backend = "cuda" if EMULATED else select(op, x.device)
+    return x.dtype in HALF and (backend in ("triton", "cuda") or (backend == "cpu" and x.dtype == torch.bfloat16))
 
 
 def eager_pixel_mlp(
@@ -154,13 +155,18 @@ def eager_pixel_mlp(
     size: tuple[int, int],
     class_map: Tensor | None,  # [B, H, W]
     residual: Tensor | None,  # [B, C, h, w]
+    relative: Tensor | None = None,  # [H + W]
 ) -> Tensor:  # [B, C, H, W]
     """What a network of PyTorch layers computes when it is of that type, activations too."""
     (row, rel_y), (col, rel_x) = (nearest_axis(n, m) for n, m in zip(features.shape[2:], size, strict=True))
+    rel_y, rel_x = rel_y / size[0], rel_x / size[1]
+    if relative is not None:
+        rel_y, rel_x = relative.split(size)
+        row, col = (placed_axis(n, len(r), r) for n, r in zip(features.shape[2:], (rel_y, rel_x), strict=True))
     row, rel_y, col, rel_x = (t.to(features.device) for t in (row, rel_y, col, rel_x))
     shape = (features.shape[0], *size, 1)
     cell = [2 * n / m for n, m in zip(features.shape[2:], size, strict=True)]
-    place = [(rel_y / size[0])[:, None, None].expand(shape), (rel_x / size[1])[:, None].expand(shape)]
+    place = [rel_y[:, None, None].expand(shape), rel_x[:, None].expand(shape)]
     place += [torch.full(shape, c, device=features.device) for c in cell]
     feature = features[:, :, row][:, :, :, col].permute(0, 2, 3, 1)
     query = torch.cat([feature, *(p.to(features.dtype) for p in place)], dim=-1)

@@ -61,7 +61,8 @@ def test_result_belongs_to_the_caller(window):
 @pytest.mark.parametrize(
     ("kind", "window", "words"),
     [
-        (ValueError, "boxcar", "uniform gaussian boxcar"),
+        (ValueError, "boxcar", "uniform gaussian crop boxcar"),
+        (ValueError, "crop", "stride 1 to 3 None"),
         (TypeError, None, "uniform NoneType"),
         (TypeError, [1.0, 1.0, 1.0], "uniform list"),
         (TypeError, torch.ones(3, dtype=torch.int64), "floating"),
@@ -76,3 +77,19 @@ def test_result_belongs_to_the_caller(window):
 def test_errors(kind, window, words):
     with pytest.raises(kind, match="^window: .*" + ".*".join(words.split(" "))):
         make_window(window, 3)
+
+
+@pytest.mark.parametrize(
+    ("size", "stride", "expected"),
+    [(4, 2, [0, 1, 1, 0]), (4, 4, [1, 1, 1, 1]), (5, 2, [0, 1, 1, 0, 0]), (3, 1, [0, 1, 0]), (1, 1, [1])],
+)
+def test_crop_is_the_middle_as_wide_as_the_stride(size, stride, expected):
+    weights = make_window("crop", size, stride)
+    assert weights.dtype == torch.float32
+    assert weights.tolist() == expected
+
+
+@pytest.mark.parametrize("stride", [0, 4, -1])
+def test_crop_refuses_a_stride_that_leaves_gaps(stride):
+    with pytest.raises(ValueError, match=f"^window: 'crop' .*1 to 3 .*{stride}$"):
+        make_window("crop", 3, stride)

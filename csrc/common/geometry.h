@@ -44,6 +44,12 @@ struct TileAxis {
         if (last > end || at >= origin(end)) last = end;
         return {first, last};
     }
+
+    // Whether `tile` alone has pixel `at` of `length`, to which every window gives 0: near an end of the axis, the tile
+    // there.
+    FASTROUTE_HOST_DEVICE bool owns_end(int64_t tile, int64_t at, int64_t length) const {
+        return tile == (2 * at < length ? 0 : count() - 1);
+    }
 };
 
 // Both axes, and the numbering of patches: image-major, rows before columns.

@@ -14,6 +14,8 @@
 #define FASTROUTE_AVX2 __attribute__((target("avx2,fma,f16c,bmi,bmi2")))
 #define FASTROUTE_AVX512 \
     __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,bmi,bmi2,prefer-vector-width=512")))
+#define FASTROUTE_AVX512_BF16 \
+    __attribute__((target("avx512bf16,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,prefer-vector-width=512")))
 #else
 #define FASTROUTE_X86 0
 #endif
@@ -41,6 +43,20 @@ inline Isa active_isa() {
 #endif
     }();
     return isa;
+}
+
+// Whether AVX-512 comes with products of bfloat16; FASTROUTE_ISA=avx512 does without.
+inline bool active_bf16() {
+#if FASTROUTE_X86
+    static const bool active = [] {
+        const char* name = std::getenv("FASTROUTE_ISA");
+        return active_isa() == Isa::avx512 && __builtin_cpu_supports("avx512bf16") &&
+               !(name != nullptr && std::strcmp(name, "avx512") == 0);
+    }();
+    return active;
+#else
+    return false;
+#endif
 }
 
 #if FASTROUTE_X86

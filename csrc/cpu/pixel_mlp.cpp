@@ -12,6 +12,7 @@
 #include "common/pixel_axis.h"
 #include "cpu/isa.h"
 #include "cpu/memory.h"
+#include "cpu/pixel_mlp_bf16.h"
 #include "cpu/pixel_mlp_plan.h"
 
 #if FASTROUTE_X86
@@ -156,6 +157,7 @@ Tensor pixel_mlp_cpu(const Tensor& features,              // [B, D, h, w]
                      int64_t height, int64_t width,
                      const std::optional<Tensor>& class_map,  // [B, H, W]
                      const std::optional<Tensor>& residual,   // [B, C, h, w]
+                     const std::optional<Tensor>& relative,   // [H + W]
                      int64_t row_begin, int64_t row_end) {
     check_rank(kOp, "features", features, 4);
     const int64_t batch = features.size(0), dim = features.size(1), h = features.size(2), w = features.size(3);
@@ -192,6 +194,14 @@ Tensor pixel_mlp_cpu(const Tensor& features,              // [B, D, h, w]
         FASTROUTE_CHECK(class_map->size(0) == batch && class_map->size(1) == height && class_map->size(2) == width, kOp,
                         ": class_map must be [B, H, W]");
     }
+    std::optional<Tensor> given;
+    if (relative.has_value()) {
+        check_cpu(kOp, "relative", *relative), check_rank(kOp, "relative", *relative, 1);
+        const auto sums = features.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+        FASTROUTE_CHECK(relative->scalar_type() == sums && relative->size(0) == height + width, kOp,
+                        ": relative must be [H + W], of the type of the sums");
+        given = torch::stable::contiguous(*relative);
+    }
     const int64_t size[4] = {batch, channels, row_end - row_begin, width};
     const Tensor out = torch::stable::empty({size, 4}, features.scalar_type(), std::nullopt, features.device());
     if (out.numel() == 0) return out;
@@ -217,12 +227,15 @@ Tensor pixel_mlp_cpu(const Tensor& features,              // [B, D, h, w]
                      static_cast<char*>(out.mutable_data_ptr()),
                      sizeof(S),
                      store_as<S, T>};
-        p.y = axis_of<T>(h, height, row_begin, row_end, std::max<int64_t>(kBlockPixels / cols, 1));
-        p.x = axis_of<T>(w, width, 0, width, cols);
+        const T* rel_y = given.has_value() ? given->const_data_ptr<T>() : nullptr;
+        const T* rel_x = given.has_value() ? rel_y + height : nullptr;
+        p.y = axis_of<T>(h, height, row_begin, row_end, std::max<int64_t>(kBlockPixels / cols, 1), rel_y);
+        p.x = axis_of<T>(w, width, 0, width, cols, rel_x);
         const auto ratio = [](int64_t small, int64_t large) {
             return 2.0 * static_cast<double>(small) / static_cast<double>(large);
         };
-        p.mlps = pack<T>(weights, biases, depths, dim, ratio(h, height), ratio(w, width), memory);
+        const bool bf16 = std::is_same_v<S, BFloat16> && active_bf16();
+        p.mlps = pack<T>(weights, biases, depths, dim, ratio(h, height), ratio(w, width), bf16, memory);
         p.features = source_of<T>("features", features);
         if (residual.has_value()) {
             const Tensor& r = *residual;

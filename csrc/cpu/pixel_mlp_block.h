@@ -147,6 +147,22 @@ FASTROUTE_SIMD void first_layer(const Mlp<T>& mlp, const T* const* feature, cons
     }
 }
 
+// The layers behind the first, from its activations `x`; where the last one's lie, in `x` or `y`, is returned.
+template <typename T>
+FASTROUTE_SIMD T* further_layers(const Mlp<T>& mlp, int64_t vectors, T* x, T* y) {
+#if FASTROUTE_BYTES == 64
+    if constexpr (std::is_same_v<T, float>) {
+        if (mlp.bf16) return bf16::run_layers(mlp, vectors, x, y);
+    }
+#endif
+    for (size_t n = 0; n + 1 < mlp.layers.size(); ++n) {
+        run_layer<T, true>(mlp.layers[n], x, vectors, y);
+        std::swap(x, y);
+    }
+    run_layer<T, false>(mlp.layers.back(), x, vectors, y);
+    return y;
+}
+
 // Adds to ws.out the MLP of the pixels ws.pixels[0 .. count).
 template <typename T>
 FASTROUTE_TARGET __attribute__((noinline)) void run_class(const Problem<T>& p, const Mlp<T>& mlp, const Block& block,
@@ -181,17 +197,12 @@ FASTROUTE_TARGET __attribute__((noinline)) void run_class(const Problem<T>& p, c
             rel_x[i] = p.x.relative[block.x0 + x];
             ws.place[i] = static_cast<uint32_t>(y * cols + x);
         }
-        T *x = ws.near, *y = ws.far;
+        T *x = ws.near, *const y = ws.far;
         if (mlp.layers.empty()) {
             first_layer<T, false>(mlp, feature, row, rel_x, vectors, x);
         } else {
             first_layer<T, true>(mlp, feature, row, rel_x, vectors, x);
-            for (size_t n = 0; n + 1 < mlp.layers.size(); ++n) {
-                run_layer<T, true>(mlp.layers[n], x, vectors, y);
-                std::swap(x, y);
-            }
-            run_layer<T, false>(mlp.layers.back(), x, vectors, y);
-            std::swap(x, y);
+            x = further_layers(mlp, vectors, x, y);
         }
         for (int64_t c = 0; c < p.channels; ++c) {
             T* out = ws.out + c * area;

@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <bit>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
@@ -29,7 +30,8 @@ inline constexpr int64_t kPad = 64 / static_cast<int64_t>(sizeof(T));
 
 inline int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 
-// A layer behind the first: units in groups of kUnits, weight [group][in][units of the group].
+// A layer behind the first: units in groups of kUnits, weight [group][in][units of the group]; in bfloat16, pairs of
+// inputs for single ones, two numbers in the 32 bits of a float.
 template <typename T>
 struct Layer {
     int64_t in, out;
@@ -41,6 +43,7 @@ struct Layer {
 template <typename T>
 struct Mlp {
     int64_t units = 0, padded = 0;  // of the first layer; 0: a free class
+    bool bf16 = false;              // the other layers' products are of bfloat16
     const T *feature = nullptr, *rel_y = nullptr, *rel_x = nullptr, *constant = nullptr;
     std::vector<Layer<T>> layers;
 };
@@ -148,15 +151,17 @@ Source<T> source_of(const char* name, const Tensor& x) {
 // Rows or columns [begin, end) of one axis, cut into blocks of at most `limit` pixels, at borders of features where a
 // feature has not more pixels than that itself.
 template <typename T>
-Axis<T> axis_of(int64_t size, int64_t out, int64_t begin, int64_t end, int64_t limit) {
+Axis<T> axis_of(int64_t size, int64_t out, int64_t begin, int64_t end, int64_t limit,
+                const T* relative /* [out], or null: exact */) {
     const PixelAxis axis{size, out};
     Axis<T> result;
     for (int64_t at = begin; at < end; ++at) {
         const int64_t first = axis.bilinear_first(at);
-        result.nearest.push_back(static_cast<int32_t>(axis.nearest(at)));
+        const int64_t nearest = relative == nullptr ? axis.nearest(at) : axis.placed(at, relative[at]);
+        result.nearest.push_back(static_cast<int32_t>(nearest));
         result.first.push_back(static_cast<int32_t>(first));
         result.second.push_back(static_cast<int32_t>(std::min(first + 1, size - 1)));
-        result.relative.push_back(static_cast<T>(static_cast<double>(axis.relative(at)) / static_cast<double>(out)));
+        result.relative.push_back(relative == nullptr ? static_cast<T>(axis.exact(at)) : relative[at]);
         result.weight.push_back(static_cast<T>(axis.bilinear_weight(at)));
     }
     const int64_t count = end - begin;
@@ -178,10 +183,19 @@ Axis<T> axis_of(int64_t size, int64_t out, int64_t begin, int64_t end, int64_t l
     return result;
 }
 
-// The MLPs as the kernel reads them; `memory` holds the numbers.
+// Two numbers that bfloat16 holds, in the bits of one float.
+template <typename T>
+T pair_of(T low, T high) {
+    if constexpr (std::is_same_v<T, float>) {
+        return std::bit_cast<float>(std::bit_cast<uint32_t>(low) >> 16 | (std::bit_cast<uint32_t>(high) & 0xffff0000u));
+    }
+    return low;
+}
+
+// The MLPs as the kernel reads them, in bfloat16 those whose weights are; `memory` holds the numbers.
 template <typename T>
 std::vector<Mlp<T>> pack(const std::vector<Tensor>& weights, const std::vector<Tensor>& biases,
-                         const std::vector<int64_t>& depths, int64_t dim, double cell_y, double cell_x,
+                         const std::vector<int64_t>& depths, int64_t dim, double cell_y, double cell_x, bool bf16,
                          std::vector<std::vector<T>>& memory) {
     const auto keep = [&](int64_t count) {
         memory.emplace_back(count, T(0));
@@ -200,16 +214,24 @@ std::vector<Mlp<T>> pack(const std::vector<Tensor>& weights, const std::vector<T
     size_t at = 0;
     for (const int64_t depth : depths) {
         Mlp<T> mlp;
+        mlp.bf16 = bf16;
+        for (size_t n = at; n < at + static_cast<size_t>(depth); ++n) {
+            mlp.bf16 &= weights[n].scalar_type() == ScalarType::BFloat16;
+        }
         for (int64_t n = 0; n < depth; ++n, ++at) {
             const int64_t out = weights[at].size(0), in = weights[at].size(1);
             const T *weight = values(weights[at]), *bias = values(biases[at]);
             if (n > 0) {
-                T* packed = keep(out * in);
+                const int64_t step = mlp.bf16 ? 2 : 1;
+                T* packed = keep(out * ((in + step - 1) / step));
                 mlp.layers.push_back({in, out, packed, bias});
                 for (int64_t u = 0; u < out; u += kUnits) {
                     const int64_t units = std::min(kUnits, out - u);
-                    for (int64_t k = 0; k < in; ++k) {
-                        for (int64_t i = 0; i < units; ++i) *packed++ = weight[(u + i) * in + k];
+                    for (int64_t k = 0; k < in; k += step) {
+                        for (int64_t i = 0; i < units; ++i) {
+                            const T* from = weight + (u + i) * in + k;
+                            *packed++ = mlp.bf16 ? pair_of(from[0], k + 1 < in ? from[1] : T(0)) : from[0];
+                        }
                     }
                 }
                 continue;

@@ -31,7 +31,10 @@ std::vector<W> axis_weights(const W* window, const TileAxis& axis, int64_t scale
     for (int64_t i = 0; i < tiles; ++i) {
         for (int64_t k = 0; k < span; ++k) {
             const int64_t at = axis.origin(i) * scale + k;
-            weights[i * span + k] = at < length ? window[k] / total[at] : W(0);
+            if (at >= length)
+                weights[i * span + k] = W(0);
+            else
+                weights[i * span + k] = total[at] == W(0) ? W(axis.owns_end(i, at, length)) : window[k] / total[at];
         }
     }
     return weights;
@@ -123,7 +126,9 @@ void stitch_into(const Tensor& out, const Batches& batches, const std::optional<
                            scale,
                            span,
                            target.width,
-                           1};
+                           1,
+                           false};
+        plan.wide = plan.layout.shuffle == 4 && has_wide_runs() && plan.covers_twice();
         if (plan.side_by_side() && channels * kRows * span * int64_t(sizeof(W)) <= kWindowBytes)
             plan.channels = channels;
         dispatch_image(kOp, out.scalar_type(), [&](auto out_zero) {

@@ -8,11 +8,12 @@
 #include "common/geometry.h"
 #include "cpu/memory.h"
 #include "cpu/pixel_run.h"
+#include "cpu/shuffled_runs.h"
 
 namespace fastroute {
 namespace {
 
-constexpr int64_t kRows = 8;  // output rows per item of work: 8 rows of a 128-pixel patch are one 4 KiB page
+constexpr int64_t kRows = 16;  // output rows per item of work: 16 rows of a 128-pixel patch are two 4 KiB pages
 
 // Where the pixels of a patch lie: with a fused pixel shuffle of factor r, pixel (Y, X) of channel c is element (Y / r,
 // X / r) of channel c·r² + (Y mod r)·r + X mod r.
@@ -65,10 +66,26 @@ struct StitchPlan {
     TileGrid grid;
     int64_t scale, span, width;  // width in output pixels
     int64_t channels;            // of one item of work: 1, or all of them
+    bool wide;                   // see `covers_twice`
 
     // Whether all phases and channels of an LR pixel of a patch lie side by side, and tiles meet between LR pixels.
     FASTROUTE_INLINE bool side_by_side() const {
         return layout.shuffle > 1 && layout.shuffle <= 4 && layout.c == 1 && scale % layout.shuffle == 0;
+    }
+
+    // Columns of tile column j that the next one does not reach.
+    FASTROUTE_INLINE int64_t finished(int64_t j) const {
+        return (j + 1 < grid.x.count() ? grid.x.origin(j + 1) * scale : width) - grid.x.origin(j) * scale;
+    }
+
+    // Whether no output column lies in more than two tile columns.
+    bool covers_twice() const {
+        int64_t shared = 0;
+        for (int64_t j = 0; j < grid.x.count(); ++j) {
+            if (finished(j) < shared) return false;
+            shared = std::min(span, width - grid.x.origin(j) * scale) - finished(j);
+        }
+        return true;
     }
 
     FASTROUTE_INLINE const T* patch(int64_t n) const { return patches[inverse == nullptr ? n : inverse[n]]; }
@@ -190,6 +207,42 @@ struct StitchBody {
         }
     }
 
+    // What `run` does where at most two tile rows and columns meet, in whole vectors.
+    static void run_wide(const StitchPlan<T>& plan, int64_t image, int64_t at, TileRange range, bool direct, W* window,
+                         W* sum, Rows<Out> out) {
+        const int64_t cols = plan.grid.x.count(), span = plan.span, rows = out.count;
+        for (int64_t i = range.first; i <= range.last; ++i) {
+            const int64_t k = at - plan.grid.y.origin(i) * plan.scale;
+            const Runs mode = direct ? Runs::put : i < range.last ? Runs::begin : Runs::finish;
+            int64_t shared = 0;  // columns of this tile that the window holds the beginning of
+            for (int64_t j = 0; j < cols; ++j) {
+                const int64_t n = (image * plan.grid.y.count() + i) * cols + j;
+                const T* patch = plan.patch(n);
+                const T* ahead = j + 1 < cols ? plan.patch(n + 1) : patch;
+                const int64_t x0 = plan.grid.x.origin(j) * plan.scale, finished = plan.finished(j);
+                const int64_t kept = std::min(span, plan.width - x0);
+                for (int64_t r = 0; r < rows; r += 4) {
+                    const int64_t lr_row = (k + r) / 4 * plan.layout.y;
+                    const auto runs = [&](int64_t begin, int64_t end, Runs to, bool joined) {
+                        const int64_t offset = lr_row + begin / 4 * plan.layout.x;
+                        const ShuffledRow from{patch + offset, ahead + offset, plan.layout.x, (end - begin) / 4,
+                                               plan.channels};
+                        each_shuffled_run(
+                            to, joined, from,
+                            RunTarget<Out>{plan.weights_x + j * span + begin, plan.weights_y + i * span + k + r,
+                                           window + r * span, sum + r * plan.width + x0 + begin,
+                                           out.data + r * out.row_step + x0 + begin, rows * span, span,
+                                           rows * plan.width, plan.width, out.channel_step, out.row_step, out.stream});
+                    };
+                    runs(0, shared, mode, true);
+                    runs(shared, finished, mode, false);
+                    runs(finished, kept, Runs::keep, false);
+                }
+                shared = kept - finished;
+            }
+        }
+    }
+
     // The output rows from `at` on, which the same tile rows cover. Columns outside and rows inside: what is being
     // summed stays in the first-level cache.
     FASTROUTE_INLINE static void run(const StitchPlan<T>& plan, int64_t image, int64_t c, int64_t at, TileRange range,
@@ -203,6 +256,11 @@ struct StitchBody {
         bool direct = range.first == range.last;
         for (int64_t r = 0; r < rows; ++r) direct = direct && top[r] == W(1);
         const bool whole = plan.side_by_side() && rows % factor == 0;
+        if constexpr (kWideRuns<T, Out>) {
+            if (plan.wide && whole && at % factor == 0 && (direct || range.last == range.first + 1)) {
+                return run_wide(plan, image, at, range, direct, window, sum, out);
+            }
+        }
         for (int64_t i = range.first; i <= range.last; ++i) {
             const int64_t k = at - plan.grid.y.origin(i) * plan.scale;
             int64_t shared = 0;  // columns at the front of the window that earlier tiles began
@@ -222,7 +280,7 @@ struct StitchBody {
                     weigh_rows(patch, ahead, plan.layout, channels, k, rows, span, shared, kept, weight, window,
                                scratch->row.data(), c);
                 }
-                const int64_t finished = (j + 1 < cols ? plan.grid.x.origin(j + 1) * plan.scale : width) - x0;
+                const int64_t finished = plan.finished(j);
                 if (direct && std::is_integral_v<Out>) {
                     for (int64_t r = 0; r < channels * rows; ++r) {
                         copy_run(sum + r * width + x0, window + r * span, finished * sizeof(W));

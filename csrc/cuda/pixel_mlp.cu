@@ -44,9 +44,10 @@ int64_t check_layers(const Tensor& features, const std::vector<Tensor>& weights,
 template <typename T>
 void run(const Sizes& s, const Tensor& features, const std::vector<Tensor>& weights, const std::vector<Tensor>& biases,
          const std::vector<int64_t>& depths, const std::optional<Tensor>& class_map,
-         const std::optional<Tensor>& residual, const Tensor& out) {
+         const std::optional<Tensor>& residual, const std::optional<Tensor>& relative, const Tensor& out) {
     using W = Work<T>;
     const Queue queue(kOp, features);
+    const W* given = relative.has_value() ? static_cast<const W*>(relative->const_data_ptr()) : nullptr;
     const auto ratio = [](int64_t small, int64_t large) {
         return 2.0 * static_cast<double>(small) / static_cast<double>(large);
     };
@@ -70,13 +71,14 @@ void run(const Sizes& s, const Tensor& features, const std::vector<Tensor>& weig
                 pixels,
                 {s.h, s.height},
                 {s.w, s.width},
-                s.row_begin};
-    call.prepare(s.rows);
+                s.row_begin,
+                given != nullptr};
+    call.prepare(s.rows, given);
 
     // As many rows as neither their pixels nor the features between them are too many, then as many images.
     const int64_t most = std::min(kChunkPixels / s.width, kChunkPixels / s.w * s.height / s.h);
     const int64_t height = std::clamp<int64_t>(most, 1, s.rows);
-    const int64_t area = std::max(s.width * height, s.w * (height * s.h / s.height + 2));
+    const int64_t area = std::max(s.width * height, s.w * (height * s.h / s.height + 4));
     const int64_t images = height < s.rows ? 1 : std::clamp<int64_t>(kChunkPixels / area, 1, s.batch);
     for (int64_t image = 0; image < s.batch; image += images) {
         for (int64_t row = 0; row < s.rows; row += height) {
@@ -92,6 +94,7 @@ Tensor pixel_mlp_cuda(const Tensor& features,              // [B, D, h, w]
                       int64_t height, int64_t width,
                       const std::optional<Tensor>& class_map,  // [B, H, W]
                       const std::optional<Tensor>& residual,   // [B, C, h, w]
+                      const std::optional<Tensor>& relative,   // [H + W]
                       int64_t row_begin, int64_t row_end) {
     check_rank(kOp, "features", features, 4);
     const int64_t batch = features.size(0), h = features.size(2), w = features.size(3);
@@ -116,6 +119,14 @@ Tensor pixel_mlp_cuda(const Tensor& features,              // [B, D, h, w]
         FASTROUTE_CHECK(r.size(0) == batch && r.size(1) == channels && r.size(2) == h && r.size(3) == w, kOp,
                         ": residual must be [B, C, h, w], C as the MLPs end in");
     }
+    std::optional<Tensor> given;
+    if (relative.has_value()) {
+        check_same_device(kOp, "relative", *relative, features), check_rank(kOp, "relative", *relative, 1);
+        const auto sums = features.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+        FASTROUTE_CHECK(relative->scalar_type() == sums && relative->size(0) == height + width, kOp,
+                        ": relative must be [H + W], of the type of the sums");
+        given = torch::stable::contiguous(*relative);
+    }
     const int64_t size[4] = {batch, channels, row_end - row_begin, width};
     const Tensor out = torch::stable::empty({size, 4}, features.scalar_type(), std::nullopt, features.device());
     if (out.numel() == 0) return out;
@@ -124,7 +135,7 @@ Tensor pixel_mlp_cuda(const Tensor& features,              // [B, D, h, w]
     FASTROUTE_CHECK(std::max({h, w, height, width}) <= longest, kOp, ": no side may exceed ", longest);
     const Sizes sizes{batch, features.size(1), h, w, channels, height, width, row_begin, row_end - row_begin};
     dispatch_floating(kOp, features.scalar_type(), [&](auto zero) {
-        run<decltype(zero)>(sizes, features, weights, biases, depths, class_map, residual, out);
+        run<decltype(zero)>(sizes, features, weights, biases, depths, class_map, residual, given, out);
     });
     return out;
 }

@@ -13,13 +13,15 @@ inline constexpr int kPackLayers = 16;  // per launch: their descriptions are ar
 // places[i] describes pixel begin + i of an axis.
 template <typename W>
 __global__ void __launch_bounds__(kPackThreads)
-    pixel_mlp_axis_kernel(PixelAxis axis, int64_t begin, int64_t count, Place<W>* places /* [count] */) {
+    pixel_mlp_axis_kernel(PixelAxis axis, const W* relative /* [out], or null: exact */, int64_t begin, int64_t count,
+                          Place<W>* places /* [count] */) {
     const int64_t i = static_cast<int64_t>(blockIdx.x) * kPackThreads + threadIdx.x;
     if (i >= count) return;
     const int64_t at = begin + i;
-    places[i] = {static_cast<int32_t>(axis.nearest(at)), static_cast<int32_t>(axis.bilinear_first(at)),
-                 static_cast<W>(static_cast<double>(axis.relative(at)) / static_cast<double>(axis.out)),
-                 static_cast<W>(axis.bilinear_weight(at))};
+    const bool given = relative != nullptr;
+    const W place = given ? relative[at] : static_cast<W>(axis.exact(at));
+    places[i] = {static_cast<int32_t>(given ? axis.placed(at, place) : axis.nearest(at)),
+                 static_cast<int32_t>(axis.bilinear_first(at)), place, static_cast<W>(axis.bilinear_weight(at))};
 }
 
 // A tensor of any floating type and stride, as a kernel reads it.

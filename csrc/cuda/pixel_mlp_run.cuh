@@ -20,6 +20,7 @@ struct Run {
     Pixels<T> pixels;  // of the whole output, `images` and `height` apart
     PixelAxis y, x;
     int64_t row_begin;
+    bool given;  // coordinates are given: a pixel may read a feature beside its nearest
 
     // All layers' numbers, in the kernels' order.
     template <typename E, bool Fragments>
@@ -40,15 +41,15 @@ struct Run {
         }
     }
 
-    void prepare(int64_t rows) {
+    void prepare(int64_t rows, const W* relative /* [H + W], or null: exact */) {
         pack<W, false>(plan.plain);
         if constexpr (sizeof(T) == 2) pack<T, true>(plan.fragments);
         Place<W>* const to = data_at<Place<W>>(places);
-        const auto axis = [&](const PixelAxis& a, int64_t begin, int64_t count, Place<W>* at) {
-            queue.launch(pixel_mlp_axis_kernel<W>, blocks_for(count, kPackThreads), kPackThreads, 0, a, begin, count,
-                         at);
+        const auto axis = [&](const PixelAxis& a, const W* values, int64_t begin, int64_t count, Place<W>* at) {
+            queue.launch(pixel_mlp_axis_kernel<W>, blocks_for(count, kPackThreads), kPackThreads, 0, a, values, begin,
+                         count, at);
         };
-        axis(y, row_begin, rows, to), axis(x, 0, x.out, to + rows);
+        axis(y, relative, row_begin, rows, to), axis(x, given ? relative + y.out : nullptr, 0, x.out, to + rows);
         pixels.rows = to, pixels.cols = to + rows;
     }
 
@@ -58,9 +59,10 @@ struct Run {
         p.images = static_cast<uint32_t>(images), p.height = static_cast<uint32_t>(height);
         p.rows += row, p.out += image * p.out_image + row * p.width;
         if (p.residual != nullptr) p.residual += image * p.residual_stride[0];
-        const int64_t top = y.nearest(row_begin + row);
+        const int64_t beside = given ? 1 : 0, top = std::max<int64_t>(y.nearest(row_begin + row) - beside, 0);
+        const int64_t bottom = std::min(y.nearest(row_begin + row + height - 1) + beside, y.size - 1);
         p.feature_row = static_cast<int32_t>(top);
-        p.feature_rows = static_cast<int32_t>(y.nearest(row_begin + row + height - 1) - top + 1);
+        p.feature_rows = static_cast<int32_t>(bottom - top + 1);
         const uint32_t count = p.count(), classes = static_cast<uint32_t>(plan.classes.size());
 
         ClassMap map{};

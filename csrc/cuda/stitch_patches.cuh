@@ -42,12 +42,12 @@ struct AxisTables {
 // Weight k of tile i: 0 outside the image, else its share of the windows of all tiles that cover the pixel.
 template <typename W>
 __device__ W axis_weight(const W* window, const TileAxis& axis, int64_t scale, int64_t i, int64_t k) {
-    const int64_t at = axis.origin(i) * scale + k;
-    if (at >= axis.covered() * scale) return W(0);
+    const int64_t at = axis.origin(i) * scale + k, length = axis.covered() * scale;
+    if (at >= length) return W(0);
     const TileRange range = axis.covering(at / scale);
     W total = W(0);
     for (int64_t j = range.first; j <= range.last; ++j) total = add(total, window[at - axis.origin(j) * scale]);
-    return window[k] / total;
+    return total == W(0) ? W(axis.owns_end(i, at, length)) : window[k] / total;
 }
 
 template <typename W>

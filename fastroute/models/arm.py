@@ -23,6 +23,8 @@ BICUBIC_TAPS = 16
 BINS = 30
 # PSNR of two equal patches, in dB.
 LARGEST_PSNR = 100.0
+# Logarithm of the score of a class that no budget wants; above the 2^-126 at which `assign_classes` stops counting.
+UNWANTED = -80.0
 
 
 def carn(width: int, scale: int) -> CARN:
@@ -138,13 +140,14 @@ def interpolate(centres: Tensor, values: Tensor, at: Tensor) -> Tensor:  # [bins
 class EdgeClassifier(nn.Module):
     """Patches to class scores through :func:`edge_score` and an :class:`EdgeTable`; ARM's classifier, without weights.
 
-    The score of a class is 10^(u / 10), u being its expected PSNR minus cost / eta, over the best of the patch: the largest
-    score is the published decision, argmax of eta * PSNR - cost, and a budget weighs decibels against cost.
+    The largest score is the published decision, argmax of eta * PSNR - cost. Under a budget the scores of :func:`budget_scores`
+    spend it where a decibel is cheapest.
 
     Args:
         table: expected PSNRs.
         cost: (K,), of each class.
         eta: cost that one decibel is worth; infinite for the best expected PSNR.
+        spent: (K,), what a budget counts for each class, all positive; default `cost`.
 
     Shape:
         (N, 3, p, p) in [0, 1] to (N, K).
@@ -152,12 +155,21 @@ class EdgeClassifier(nn.Module):
 
     cost: Tensor  # [K]
     eta: Tensor  # []
+    spent: Tensor  # [K]
 
-    def __init__(self, table: EdgeTable, cost: Sequence[float] | Tensor, eta: float = math.inf) -> None:
+    def __init__(
+        self,
+        table: EdgeTable,
+        cost: Sequence[float] | Tensor,
+        eta: float = math.inf,
+        spent: Sequence[float] | Tensor | None = None,
+    ) -> None:
         super().__init__()
         self.table = table
         self.register_buffer("cost", torch.as_tensor(cost, dtype=torch.float64))
         self.register_buffer("eta", torch.tensor(float(eta), dtype=torch.float64))
+        counted = torch.as_tensor(cost if spent is None else spent, dtype=torch.float64)
+        self.register_buffer("spent", counted.clone(), persistent=False)
 
     def utility(self, patches: Tensor, between: bool = True) -> Tensor:  # [N, 3, p, p] -> [N, K]
         """Expected PSNR minus cost / eta, in dB."""
@@ -166,8 +178,38 @@ class EdgeClassifier(nn.Module):
 
     def forward(self, patches: Tensor) -> Tensor:  # [N, 3, p, p] -> [N, K]
         """See the class."""
-        utility = self.utility(patches)
-        return 10 ** ((utility - utility.amax(dim=1, keepdim=True)) / 10)
+        return budget_scores(self.utility(patches), self.spent)
+
+
+def budget_scores(utility: Tensor, cost: Tensor) -> Tensor:  # [N, K], [K] -> [N, K]
+    """Scores by which argmax of score / cost^penalty is, at every penalty, argmax of utility - price * cost at some price.
+
+    The utility summed over all patches is then the largest at its cost. `assign_classes` weighs the logarithm of the cost, and
+    with PSNR itself for logarithm of a score the first step, from nearly nothing to the narrowest network, would count for more
+    than all others. As the price falls, a patch moves up the concave hull of its utility over cost, along each edge at the
+    price that is its slope. So the score rises along an edge by the ratio of the costs to f(slope), with one rising f for all
+    patches, and f(0) = 0: here a logarithm, of slopes per cost of the dearest class, so that no gain leaves the range of a
+    float. Classes below the hull are never best. No two costs may be alike.
+    """
+    cost, order = cost.sort()
+    value = utility[:, order].double()
+    rows, last = torch.arange(len(value), device=value.device), len(cost) - 1
+    current, total = torch.zeros_like(rows), value.new_zeros(len(value))
+    logarithm = torch.full_like(value, UNWANTED)
+    logarithm[:, 0] = 0
+    for _ in range(last):
+        # Edges from the present vertex of each patch to all dearer classes; those behind it are out of the question.
+        run = (cost - cost[current, None]) / cost[last]
+        slope = (value - value[rows, current, None]) / run.clamp(min=1e-9)
+        slope[torch.arange(last + 1, device=value.device) <= current[:, None]] = -math.inf
+        steepest, following = slope.max(dim=1)
+        rise = steepest.sign() * steepest.abs().log1p() * (cost[following] / cost[current]).log()
+        ended = current == last
+        total = torch.where(ended, total, total + rise)
+        current = torch.where(ended, current, following)
+        logarithm[rows, current] = total
+    logarithm = (logarithm - logarithm.amax(dim=1, keepdim=True)).clamp(min=UNWANTED)
+    return torch.empty_like(utility).copy_(logarithm[:, order.argsort()].exp())
 
 
 class ARM(nn.Module):
@@ -212,7 +254,7 @@ class ARM(nn.Module):
             size = (1, 3, patch, patch)
             cost = [0.0] + [float(count_flops(shape, size, "paper")) for shape in self._shapes]
         self.register_buffer("widths", torch.tensor(chosen))
-        self.classifier = EdgeClassifier(EdgeTable(self.num_classes, bins), cost)
+        self.classifier = EdgeClassifier(EdgeTable(self.num_classes, bins), cost, spent=self.costs(patch))
         self.free = Bicubic(scale)
 
     @property

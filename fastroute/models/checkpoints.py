@@ -61,7 +61,7 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, Any], dict[str, str]]:
         reason = "it holds more than tensors and plain values" if code else "it is damaged or no checkpoint"
         raise CheckpointError(f"cannot read {path}: {reason}; only weights are loaded, never code") from error
     except DAMAGE as error:
-        raise CheckpointError(f"cannot read {path}: damaged, cut short, or no checkpoint ({_first_line(error)})") from error
+        raise CheckpointError(f"cannot read {path}: damaged, cut short, or no checkpoint{_detail(error)}") from error
     if not isinstance(content, Mapping):
         raise CheckpointError(f"cannot read {path}: it holds a {type(content).__name__}, not a state dict")
     return dict(content), {}
@@ -132,5 +132,7 @@ def _some(names: Any) -> str:
     return ", ".join(listed[:NAMED_AT_MOST]) + (f" and {more} more" if more > 0 else "")
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:120]
+def _detail(error: BaseException) -> str:
+    """The first line of what torch or pickle says, in brackets; nothing where that is a bare number or byte."""
+    line = (str(error).splitlines() or [""])[0][:120]
+    return f" ({line})" if " " in line else ""

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from fastroute.models.carn import CARN, RGB_MEAN
 from fastroute.models.fsrcnn import FSRCNN
@@ -148,7 +149,8 @@ class PCSR(nn.Module):
     def probability(self, features: Tensor, size: tuple[int, int]) -> Tensor:  # [B, D, h, w] -> [B, K, H, W]
         """Probability of every class at every output pixel."""
         weights, biases = self.classifier.parameter_lists
-        return pixel_mlp_reference(features, weights, biases, [len(weights)], *size).softmax(dim=1)
+        place = relative_coordinates(features, size)
+        return pixel_mlp_reference(features, weights, biases, [len(weights)], *size, relative=place).softmax(dim=1)
 
     def upsample(
         self,
@@ -162,7 +164,8 @@ class PCSR(nn.Module):
         chosen = range(self.num_classes) if classes is None else classes
         lists = [self.parameter_lists(k) for k in chosen]
         weights, biases = [w for ws, _ in lists for w in ws], [b for _, bs in lists for b in bs]
-        return pixel_mlp_reference(features, weights, biases, [len(ws) for ws, _ in lists], *size, class_map, lr)
+        depths, place = [len(ws) for ws, _ in lists], relative_coordinates(features, size)
+        return pixel_mlp_reference(features, weights, biases, depths, *size, class_map, lr, relative=place)
 
     def class_cost(self, scale: float) -> list[float]:
         """Cost of every class as the paper counts it: FLOPs of the encoder and the class's MLP; they sum to 1."""
@@ -218,6 +221,25 @@ class PCSR(nn.Module):
             class_map = penalised_argmax(probability, cost, k)
         image = self.upsample(features, lr, size, class_map)
         return PCSROutput(refine_boundaries_reference(image, class_map) if refine else image, class_map, probability)
+
+
+def relative_coordinates(features: Tensor, size: tuple[int, int]) -> Tensor:  # [B, D, h, w] -> [H + W]
+    """Where each row and then each column of the output lies in its feature, as the published code has it.
+
+    In half features from the centre. It is the difference of two centres in [-1, 1], in float32 (float64 for float64), times
+    the size; a distance of about 1e-7 · h from the exact fraction, with which these networks were trained. The feature is the
+    one that `grid_sample` takes, so that a rounded coordinate half way between two decides between them as it does there.
+    """
+    work = torch.float64 if features.dtype == torch.float64 else torch.float32
+    axes = []
+    for small, large in zip(features.shape[2:], size, strict=True):
+        centres, place = (
+            -1 + 1 / n + (2 / n) * torch.arange(n, device=features.device).to(work) for n in (small, max(large, 1))
+        )
+        grid = torch.stack([place, torch.zeros_like(place)], dim=-1)[None, None]
+        nearest = F.grid_sample(centres[None, None, None], grid, mode="nearest", align_corners=False)[0, 0, 0]
+        axes.append(((place - nearest) * small)[:large])
+    return torch.cat(axes)
 
 
 def rename_published(key: str) -> str:

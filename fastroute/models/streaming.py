@@ -7,7 +7,7 @@ being computed twice. A layer of kernel 2p + 1 lags p rows behind its input; whe
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import pairwise
 
 import torch
@@ -193,27 +193,29 @@ def make_stage(module: nn.Module) -> Stage:
     return Pointwise(module)
 
 
-def run_in_bands(
+def rows_in_bands(
     module: nn.Module,
     read: Callable[[slice, slice], Tensor],  # rows, columns -> [B, C, n, m]
-    out: Tensor,  # [B, D, h, w]
+    height: int,
+    width: int,
     pixels: int,
     min_rows: int = 16,
     max_columns: int = 640,
-) -> None:
-    """Write into `out` what `module` makes of the image that `read` gives, about `pixels` pixels at a time.
+) -> Iterator[list[Tensor]]:  # [B, D, n, m] each
+    """What `module` makes of the image that `read` gives, rows from the top to the bottom, about `pixels` pixels at a time.
 
     A convolution keeps two rows of the band before, so bands of few rows are mostly copies: wide images are run in strips
-    of columns, whose edges are computed twice.
+    of columns, whose edges are computed twice. Each item is the next rows of all strips, side by side.
     """
-    height, width = out.shape[2:]
-    strips = -(-width // max_columns)
-    for left, right in pairwise(width * n // strips for n in range(strips + 1)):
-        stage, row = make_stage(module), 0
-        columns = slice(max(left - stage.reach, 0), min(right + stage.reach, width))
-        kept = slice(left - columns.start, right - columns.start)
-        rows = max(min_rows, pixels // (columns.stop - columns.start))
-        for top in range(0, height, rows):
-            result = stage.push(read(slice(top, top + rows), columns), top + rows >= height)
-            out[:, :, row : row + result.shape[2], left:right] = result[:, :, :, kept]
-            row += result.shape[2]
+    count = -(-width // max_columns)
+    edges = [width * n // count for n in range(count + 1)]
+    stages = [make_stage(module) for _ in range(count)]
+    spans = [slice(max(a - stages[0].reach, 0), min(b + stages[0].reach, width)) for a, b in pairwise(edges)]
+    rows = max(min_rows, pixels // max(span.stop - span.start for span in spans))
+    for top in range(0, height, rows):
+        parts = []
+        for stage, span, (left, right) in zip(stages, spans, pairwise(edges), strict=True):
+            result = stage.push(read(slice(top, min(top + rows, height)), span), top + rows >= height)
+            parts.append(result[:, :, :, left - span.start : right - span.start])
+        if parts[0].shape[2]:
+            yield parts

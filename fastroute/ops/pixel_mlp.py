@@ -14,9 +14,9 @@ from fastroute.reference.pixel_mlp import _pixel_mlp_backward_reference, pixel_m
 
 SCHEMAS = [
     "pixel_mlp(Tensor features, Tensor[] weights, Tensor[] biases, int[] depths, SymInt height, SymInt width, "
-    "Tensor? class_map, Tensor? residual, SymInt row_begin, SymInt row_end) -> Tensor",
+    "Tensor? class_map, Tensor? residual, Tensor? relative, SymInt row_begin, SymInt row_end) -> Tensor",
     "_pixel_mlp_backward(Tensor grad, Tensor features, Tensor[] weights, Tensor[] biases, int[] depths, SymInt height, "
-    "SymInt width, Tensor? class_map, Tensor? residual, SymInt row_begin, SymInt row_end) -> Tensor[]",
+    "SymInt width, Tensor? class_map, Tensor? residual, Tensor? relative, SymInt row_begin, SymInt row_end) -> Tensor[]",
 ]
 
 # Relative coordinate and cell, y and x of each: what an MLP reads beside the feature.
@@ -34,6 +34,7 @@ def pixel_mlp(
     class_map: Tensor | None = None,  # [B, H, W]
     residual: Tensor | None = None,  # [B, C, h, w]
     rows: tuple[int, int] | None = None,
+    relative: Tensor | None = None,  # [H + W]
 ) -> Tensor:  # [B, C, H, W]
     """For each output pixel, the MLP of its class on its nearest feature, its place in it and the size of a pixel.
 
@@ -49,6 +50,10 @@ def pixel_mlp(
         class_map: uint8 or int64 (B, H, W), the MLP of each pixel; may be left out for one MLP.
         residual: (B, C, h, w), bilinearly interpolated between pixel centres and added.
         rows: compute only these output rows (first, one past the last); `class_map` is that of the whole output.
+        relative: (H + W,), rel_y of each row, then rel_x of each column, in half features, of the type of the sums: float32,
+            or float64 for float64 features. A pixel then reads the feature whose centre lies that far away: the nearest, or
+            one beside it. Default: the exact fractions. A network that was trained with rounded coordinates, as the
+            published one was, takes those it knows; see :func:`fastroute.models.pcsr.relative_coordinates`.
 
     Returns:
         (B, C, H, W), or (B, C, rows, W), contiguous, of the dtype of `features`.
@@ -58,8 +63,8 @@ def pixel_mlp(
             devices, or, on the CPU, a class out of range. A kernel of a GPU cannot raise: there such a pixel is a free one.
         TypeError: an unsupported dtype.
 
-    Differentiable: with respect to `features`, `mlps` and `residual`; the class map is taken as it is. The backward pass
-        recomputes the forward one in plain PyTorch, some rows at a time.
+    Differentiable: with respect to `features`, `mlps` and `residual`; class map and coordinates are taken as they are. The
+        backward pass recomputes the forward one in plain PyTorch, some rows at a time.
     Deterministic: yes, bit for bit, for any number of threads; the gradient on a CPU too.
     Synchronises: no.
     CUDA-graph safe: yes.
@@ -85,12 +90,13 @@ def pixel_mlp(
         expected = (features.shape[0], channels, *features.shape[2:])
         if tuple(residual.shape) != expected:
             raise ValueError(f"{op}: residual must be {expected}; got {tuple(residual.shape)}")
+    _check_relative(features, size, relative)
     begin, end = (0, height) if rows is None else rows
     if not 0 <= begin <= end <= height:
         raise ValueError(f"{op}: rows must be ordered and lie in [0, {height}]; got {rows}")
     weights, biases = [w for mlp in mlps for w, _ in mlp], [b for mlp in mlps for _, b in mlp]
     depths = [len(mlp) for mlp in mlps]
-    args = (features, weights, biases, depths, height, width, class_map, residual, begin, end)
+    args = (features, weights, biases, depths, height, width, class_map, residual, relative, begin, end)
     return call(op, _checked_reference, features.device, *args)
 
 
@@ -140,6 +146,17 @@ def _check_class_map(features: Tensor, classes: int, size: tuple[int, int], clas
         raise ValueError(f"{op}: class_map must be {expected}; got {tuple(class_map.shape)}")
 
 
+def _check_relative(features: Tensor, size: tuple[int, int], relative: Tensor | None) -> None:
+    op = "pixel_mlp"
+    if relative is None:
+        return
+    check.rank(op, "relative", relative, "(H + W,)", 1)
+    check.same_device(op, "features", features, "relative", relative)
+    check.dtype(op, "relative", relative.dtype, (torch.float64 if features.dtype == torch.float64 else torch.float32,))
+    if relative.shape[0] != size[0] + size[1]:
+        raise ValueError(f"{op}: relative must be ({size[0] + size[1]},), H + W numbers; got {tuple(relative.shape)}")
+
+
 def _checked_reference(
     features: Tensor,
     weights: list[Tensor],
@@ -149,6 +166,7 @@ def _checked_reference(
     width: int,
     class_map: Tensor | None,
     residual: Tensor | None,
+    relative: Tensor | None,
     row_begin: int,
     row_end: int,
 ) -> Tensor:
@@ -157,7 +175,7 @@ def _checked_reference(
         if bool(((part < 0) | (part >= len(depths))).any()):
             raise ValueError(f"pixel_mlp: class_map must lie in [0, {len(depths)}), one class per MLP")
     rows = (row_begin, row_end)
-    return pixel_mlp_reference(features, weights, biases, depths, height, width, class_map, residual, rows)
+    return pixel_mlp_reference(features, weights, biases, depths, height, width, class_map, residual, rows, relative)
 
 
 def _fake(
@@ -169,6 +187,7 @@ def _fake(
     width: int,
     class_map: Tensor | None,
     residual: Tensor | None,
+    relative: Tensor | None,
     row_begin: int,
     row_end: int,
 ) -> Tensor:
@@ -186,6 +205,7 @@ def _backward_fake(
     width: int,
     class_map: Tensor | None,
     residual: Tensor | None,
+    relative: Tensor | None,
     row_begin: int,
     row_end: int,
 ) -> list[Tensor]:
@@ -194,19 +214,19 @@ def _backward_fake(
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    features, weights, biases, depths, height, width, class_map, residual, begin, end = inputs
-    ctx.save_for_backward(features, class_map, residual, *weights, *biases)
+    features, weights, biases, depths, height, width, class_map, residual, relative, begin, end = inputs
+    ctx.save_for_backward(features, class_map, residual, relative, *weights, *biases)
     ctx.number, ctx.depths, ctx.size, ctx.rows = len(weights), depths, (height, width), (begin, end)
 
 
 def _backward(ops: Any, ctx: Any, grad: Tensor) -> tuple:
-    features, class_map, residual, *layers = ctx.saved_tensors
+    features, class_map, residual, relative, *layers = ctx.saved_tensors
     n = ctx.number
     grads = ops._pixel_mlp_backward(
-        grad, features, layers[:n], layers[n:], ctx.depths, *ctx.size, class_map, residual, *ctx.rows
+        grad, features, layers[:n], layers[n:], ctx.depths, *ctx.size, class_map, residual, relative, *ctx.rows
     )
     last = None if residual is None else grads[1 + 2 * n]
-    return grads[0], grads[1 : 1 + n], grads[1 + n : 1 + 2 * n], None, None, None, None, last, None, None
+    return grads[0], grads[1 : 1 + n], grads[1 + n : 1 + 2 * n], None, None, None, None, last, None, None, None
 
 
 register("pixel_mlp", _checked_reference, _fake, _backward, _setup_context)

@@ -52,7 +52,7 @@ def stitch_patches(
             several such tensors, which stand for their concatenation along M: batches of branch outputs are then read where
             they lie.
         grid: where the patches lie, in LR pixels.
-        window: "uniform", "linear", "hann", "gaussian", or 1-D weights (P,); see :func:`fastroute.make_window`.
+        window: "uniform", "linear", "hann", "gaussian", "crop", or 1-D weights (P,); see :func:`fastroute.make_window`.
         inverse: int64 (N,), N = B * grid.num_patches: the row of `patches` that holds patch n, as `ClassGroups.inverse`
             says. Default: row n.
         dtype: type of the image, default that of `patches`. uint8 and uint16 are also possible: [0, 1] is multiplied by
@@ -110,7 +110,7 @@ def stitch_patches(
     if number % grid.num_patches:
         name = "patches" if inverse is None else "inverse"
         raise ValueError(f"{op}: {name} must hold a multiple of {grid.num_patches}, whole images; got {number}")
-    weights = make_window(window, span).to(device=patches.device, dtype=_work(patches.dtype))
+    weights = make_window(window, span, grid.stride * grid.scale).to(device=patches.device, dtype=_work(patches.dtype))
     height, width = grid.output_size
     begin, end = (0, height) if rows is None else rows
     if not 0 <= begin <= end <= height:

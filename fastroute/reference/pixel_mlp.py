@@ -23,6 +23,16 @@ def nearest_axis(size: int, out_size: int) -> tuple[Tensor, Tensor]:
     return index, doubled - (2 * index + 1) * out_size
 
 
+def placed_axis(size: int, out_size: int, relative: Tensor) -> Tensor:  # [out_size] -> [out_size]
+    """Along one axis, the feature that each output pixel reads where its relative coordinate is given.
+
+    The one nearest to the pixel or one of the two beside it: whichever centre lies `relative` away. NaN reads the nearest.
+    """
+    index, exact = (t.to(relative.device) for t in nearest_axis(size, out_size))
+    further = exact.double() / max(out_size, 1) - relative.double()
+    return (index + (further > 1).long() - (further < -1).long()).clamp(0, max(size - 1, 0))
+
+
 def bilinear_axis(size: int, out_size: int) -> tuple[Tensor, Tensor, Tensor]:
     """Along one axis, the two source pixels of each output pixel, int64, and the weight of the second one, float64."""
     # 2 · out_size times the source coordinate (y + 0.5) · size / out_size - 0.5.
@@ -57,6 +67,7 @@ def pixel_mlp_reference(
     class_map: Tensor | None = None,  # [B, H, W]
     residual: Tensor | None = None,  # [B, C, h, w]
     rows: tuple[int, int] | None = None,
+    relative: Tensor | None = None,  # [H + W]
 ) -> Tensor:  # [B, C, H, W]
     """See :func:`fastroute.pixel_mlp`; `depths` says how many of the layers belong to each class.
 
@@ -68,6 +79,10 @@ def pixel_mlp_reference(
         relative   rel_y = ((2y + 1) · h - (2i + 1) · H) / H, in [-1, 1]; the numerator is an exact integer.
         cell       cell_y = 2 · h / H, the same for all pixels.
         query      [feature(i, j) | rel_y | rel_x | cell_y | cell_x], D + 4 numbers, y before x.
+
+    Where `relative` is given, rel_y and rel_x are its numbers, and the index is the one from whose feature's centre the
+    pixel lies that far: i + 1 where rel_y of i exceeds the given number by more than 1, i - 1 where it falls as short of
+    it, else i; clamped to [0, h).
 
     At an integer scale s = H / h this is i = y // s and rel_y = (2 · (y mod s) + 1) / s - 1: s² distinct pairs.
 
@@ -82,8 +97,8 @@ def pixel_mlp_reference(
     Sums are kept in float32 (float64 for float64) and rounded once, after the residual has been added.
 
     Source: PCSR (Jeong et al., ECCV 2024), whose upsampler is LIIF's (Chen et al., CVPR 2021) without local ensemble
-    and feature unfolding. Its code gets the same quantities from float32 coordinates in [-1, 1]. Their rounding, about
-    1e-7 · h in `rel`, is not repeated here, nor the odd feature that it makes that code read in 1 of 6 ties.
+    and feature unfolding. Its code gets the same quantities from float32 coordinates in [-1, 1], whose rounding is about
+    1e-7 · h in `rel` and makes that code read the odd feature in 1 of 6 ties. `relative` can repeat both.
     """
     work = torch.float64 if features.dtype == torch.float64 else torch.float32
     batch, _, h, w = features.shape
@@ -95,14 +110,17 @@ def pixel_mlp_reference(
     row, rel_y = (t.to(device) for t in nearest_axis(h, height))
     col, rel_x = (t.to(device) for t in nearest_axis(w, width))
     rel_y, rel_x = rel_y.to(work) / height, rel_x.to(work) / width
+    if relative is not None:
+        rel_y, rel_x = relative.to(work).split([height, width])
+        row, col = placed_axis(h, height, rel_y), placed_axis(w, width, rel_x)
     cell = torch.tensor([2 * h / max(height, 1), 2 * w / max(width, 1)], dtype=work, device=device)
     pieces = []
     begin, end = (0, height) if rows is None else rows
     for part in torch.split(torch.arange(begin, end, device=device), max(CHUNK // max(batch * width, 1), 1)):
         n = len(part)
         feature = features.index_select(2, row[part]).index_select(3, col).to(work).permute(0, 2, 3, 1)
-        relative = torch.stack([rel_y[part, None].expand(n, width), rel_x.expand(n, width)], dim=-1)
-        query = torch.cat([feature, relative.expand(batch, n, width, 2), cell.expand(batch, n, width, 2)], dim=-1)
+        place = torch.stack([rel_y[part, None].expand(n, width), rel_x.expand(n, width)], dim=-1)
+        query = torch.cat([feature, place.expand(batch, n, width, 2), cell.expand(batch, n, width, 2)], dim=-1)
         piece = query.new_zeros(batch, n, width, channels)
         for k, mlp in enumerate(mlps):
             if not mlp:
@@ -136,6 +154,7 @@ def _pixel_mlp_backward_reference(
     width: int,
     class_map: Tensor | None,  # [B, H, W]
     residual: Tensor | None,  # [B, C, h, w]
+    relative: Tensor | None,  # [H + W]
     row_begin: int,
     row_end: int,
 ) -> list[Tensor]:
@@ -153,7 +172,7 @@ def _pixel_mlp_backward_reference(
             leaves = [x.detach().to(work).requires_grad_() for x in inputs]
             ws, bs = leaves[1 : 1 + number], leaves[1 + number : 1 + 2 * number]
             last = None if residual is None else leaves[-1]
-            output = pixel_mlp_reference(leaves[0], ws, bs, depths, height, width, class_map, last, rows)
+            output = pixel_mlp_reference(leaves[0], ws, bs, depths, height, width, class_map, last, rows, relative)
         if not output.requires_grad:
             continue
         part = grad[:, :, rows[0] - row_begin : rows[1] - row_begin].to(work)

@@ -13,16 +13,19 @@ from fastroute.reference.extract_patches import MAXIMUM
 def axis_weights(window: Tensor, size: int, patch: int, stride: int, scale: int, crop: bool) -> Tensor:
     """Normalised weights of every tile along one axis: [tiles, patch * scale], summing to 1 over the tiles of a pixel.
 
-    Weights of pixels outside the image are 0.
+    Weights of pixels outside the image are 0. A pixel that windows of weight 0 alone cover, near an end of the axis, is that
+    of the tile at this end.
     """
     origins = tile_origins(size, patch, stride, crop)
     length, span = covered_size(size, patch, stride, crop) * scale, patch * scale
     total = window.new_zeros(max(length, span))
     for origin in origins:
         total[origin * scale : origin * scale + span] += window
-    weights = torch.stack([window / total[o * scale : o * scale + span] for o in origins])
-    inside = torch.tensor([[o * scale + k < length for k in range(span)] for o in origins], device=window.device)
-    return weights * inside
+    at = torch.tensor([[o * scale + k for k in range(span)] for o in origins], device=window.device)
+    ends = torch.where(2 * at < length, 0, len(origins) - 1)
+    alone = ends == torch.arange(len(origins), device=window.device)[:, None]
+    weights = torch.where(total[at] == 0, alone.to(window.dtype), window / total[at])
+    return weights * (at < length)
 
 
 def stitch_patches_reference(

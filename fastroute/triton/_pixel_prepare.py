@@ -20,6 +20,7 @@ NARROW, WIDE = 16, 32
 
 @triton.jit(do_not_specialize=["h", "w", "height", "width", "row_begin", "lr_begin", "rows", "lr_rows", "batch", "channels"])
 def pixel_axis_kernel(
+    given_ptr,  # [H + W] float32, or None: exact coordinates
     feature_ptr,  # [B rows + W] int64
     relative_ptr,  # [B rows + W] float32
     target_ptr,  # [B rows + W] int64
@@ -43,7 +44,8 @@ def pixel_axis_kernel(
     """All that depends on the row of a pixel alone, for the rows of every image, then all that depends on its column alone.
 
     feature   the row's first hoisted feature; what the column adds to it
-    relative  ((2y + 1) · h - (2i + 1) · H) / H for feature i, the numerator an exact integer
+    relative  ((2y + 1) · h - (2i + 1) · H) / H for feature i, the numerator an exact integer; or what is given, which also
+              decides between feature i and the two beside it
     target    offset of the row in the output; what the column adds to it
     source    offsets of the two residual pixels, blend the weight of the second one
 
@@ -64,6 +66,11 @@ def pixel_axis_kernel(
     # Half way between two features the even one is read.
     nearest -= ((doubled % (2 * out) == 0) & (nearest % 2 == 1)).to(tl.int64)
     relative = (doubled - (2 * nearest + 1) * out).to(tl.float64) / out.to(tl.float64)
+    if given_ptr is not None:
+        given = tl.load(given_ptr + tl.where(is_row, at, height + at), mask=mask, other=0.0).to(tl.float64)
+        nearest += (relative - given > 1.0).to(tl.int64) - (relative - given < -1.0).to(tl.int64)
+        nearest = tl.minimum(tl.maximum(nearest, 0), size - 1)
+        relative = given
     feature = tl.where(is_row, (image * lr_rows + nearest - lr_begin) * w, nearest)
     target = tl.where(is_row, (image * channels * rows + y) * width, at)
     tl.store(feature_ptr + entry, feature, mask=mask)
@@ -190,19 +197,21 @@ def axis_tables(
     rows: tuple[int, int],
     lr_rows: tuple[int, int],
     residual: Tensor | None,  # [B, C, h, w]
+    relative: Tensor | None,  # [H + W]
     device: torch.device,
 ) -> AxisTables:
     """The tables for output rows `rows` and hoisted feature rows `lr_rows`, first and one past the last."""
     batch, channels, height, width = shape
     count = rows[1] - rows[0]
     entries = batch * count + width
+    given = None if relative is None else relative.contiguous()
     index = torch.empty((4, entries), dtype=torch.int64, device=device)
     value = torch.empty((2, entries), dtype=torch.float32, device=device)
     tables = AxisTables(index[0], value[0], index[1], index[2:], value[1])
     strides = (0, 0, 0) if residual is None else (residual.stride(0), residual.stride(2), residual.stride(3))
     sizes = (*small, height, width, rows[0], lr_rows[0], count, lr_rows[1] - lr_rows[0], batch, channels)
     launch(
-        pixel_axis_kernel, ceil_div(entries, AXIS_BLOCK), tables.feature, tables.relative, tables.target, tables.source,
+        pixel_axis_kernel, ceil_div(entries, AXIS_BLOCK), given, tables.feature, tables.relative, tables.target, tables.source,
         tables.blend, *sizes, *strides, BLOCK=AXIS_BLOCK,
     )  # fmt: skip
     return tables

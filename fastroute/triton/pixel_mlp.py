@@ -43,6 +43,8 @@ TILE, WARPS, MANY_WARPS = 64 * WIDER, 4, 8
 WIDEST_HALF, WIDEST_TF32, RESIDENT_BYTES = 128, 64, 64 << 10
 # Programs of a persistent kernel per multiprocessor: about as many as run at once.
 PROGRAMS = 4
+# Tables of floats; all others hold 64-bit integers.
+FLOATS = ("given_ptr", "relative_ptr", "blend_ptr")
 TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 
@@ -139,6 +141,7 @@ def pixel_mlp_triton(
     width: int,
     class_map: Tensor | None,  # [B, H, W]
     residual: Tensor | None,  # [B, C, h, w]
+    relative: Tensor | None,  # [H + W]
     row_begin: int,
     row_end: int,
 ) -> Tensor:  # [B, C, rows, W]
@@ -153,7 +156,7 @@ def pixel_mlp_triton(
         if bool(((part < 0) | (part >= len(depths))).any()):
             raise ValueError(f"pixel_mlp: class_map must lie in [0, {len(depths)}), one class per MLP")
     if features.dtype == torch.float64:
-        return pixel_mlp_reference(features, weights, biases, depths, height, width, class_map, residual, rows)
+        return pixel_mlp_reference(features, weights, biases, depths, height, width, class_map, residual, rows, relative)
     batch, dim, h, w = features.shape
     channels = weights[-1].shape[0] if weights else (0 if residual is None else residual.shape[1])
     out = features.new_empty((batch, channels, row_end - row_begin, width))
@@ -161,8 +164,10 @@ def pixel_mlp_triton(
         return out
     mixed = any(x.dtype != features.dtype for x in (*weights, *biases))
     dtype = torch.float32 if mixed else features.dtype
-    lr_rows = nearest(row_begin, h, height), nearest(row_end - 1, h, height) + 1
-    tables = axis_tables((batch, channels, *size), (h, w), rows, lr_rows, residual, features.device)
+    # Given coordinates may make a pixel read a feature beside its nearest.
+    beside = int(relative is not None)
+    lr_rows = max(nearest(row_begin, h, height) - beside, 0), min(nearest(row_end - 1, h, height) + beside, h - 1) + 1
+    tables = axis_tables((batch, channels, *size), (h, w), rows, lr_rows, residual, relative, features.device)
     groups = None if class_map is None else list_pixels(class_map, len(depths), rows)
 
     layers = list(zip(weights, biases, strict=True))
@@ -323,8 +328,9 @@ def prepare_variants(plan: Plan, types: dict[str, Any]) -> Iterator[Variant]:
 def list_variants() -> Iterator[Variant]:
     """The tables of rows and columns, and the sorting of pixels."""
     names = {*pixel_axis_kernel.arg_names, *pixel_list_kernel.arg_names, *pixel_count_kernel.arg_names}
-    types = {n: "i32" if not n.endswith("_ptr") else "*fp32" if n in ("relative_ptr", "blend_ptr") else "*i64" for n in names}
-    yield Variant(pixel_axis_kernel, types, {"BLOCK": AXIS_BLOCK})
+    types = {n: "i32" if not n.endswith("_ptr") else "*fp32" if n in FLOATS else "*i64" for n in names}
+    for absent in ({}, {"given_ptr": None}):
+        yield Variant(pixel_axis_kernel, types, {"BLOCK": AXIS_BLOCK} | absent)
     for known in ("*u8", "*i64"):
         types |= {"class_map_ptr": known}
         yield Variant(pixel_count_kernel, types, {"BLOCK": GROUP_BLOCK}, {"num_warps": GROUP_WARPS})

@@ -64,14 +64,18 @@ def stitch_patches_weights_kernel(
     at = origin(tile, size, PATCH, STRIDE) * SCALE + k
     first = first_covering(at // SCALE, tiles, PATCH, STRIDE)
     last = last_covering(at // SCALE, tiles, size, PATCH, STRIDE)
-    inside = (line < rows + cols) & (at < tl.where(is_row, length_y, length_x))
+    length = tl.where(is_row, length_y, length_x)
+    inside = (line < rows + cols) & (at < length)
     weight = tl.load(window + k, mask=inside, other=1)
     total = tl.full((BLOCK,), 0, window.dtype.element_ty)
     for step in range(cover):
         i = first + step
         covers = inside & (i <= last)
         total += tl.load(window + at - origin(i, size, PATCH, STRIDE) * SCALE, mask=covers, other=0)
-    total = tl.where(inside, total, 1)
+    # Where every window is 0, near an end of the axis, the tile at that end has the pixel alone.
+    empty = inside & (total == 0)
+    weight = tl.where(empty, (tile == tl.where(2 * at < length, 0, tiles - 1)).to(total.dtype), weight)
+    total = tl.where(inside & (total != 0), total, 1)
     tl.store(weights + place, tl.where(inside, quotient(weight, total), 0), mask=line < rows + cols)
 
 

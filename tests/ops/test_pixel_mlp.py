@@ -65,24 +65,24 @@ def inputs(batch, dim, small, large, classes, channels=3, dtype=torch.float32, d
     return features, residual, class_map
 
 
-def reference(features, mlps, size, class_map=None, residual=None, exact=False):
+def reference(features, mlps, size, class_map=None, residual=None, relative=None, exact=False):
     wide = (lambda x: x.double()) if exact else (lambda x: x)
     weights, biases = [wide(w) for mlp in mlps for w, _ in mlp], [wide(b) for mlp in mlps for _, b in mlp]
     depths = [len(mlp) for mlp in mlps]
     last = None if residual is None else wide(residual)
-    return pixel_mlp_reference(wide(features), weights, biases, depths, *size, class_map, last)
+    return pixel_mlp_reference(wide(features), weights, biases, depths, *size, class_map, last, relative=relative)
 
 
-def close(actual: Tensor, features, mlps, size, class_map=None, residual=None) -> None:
+def close(actual: Tensor, features, mlps, size, class_map=None, residual=None, relative=None) -> None:
     """Error against float64 at most twice plain PyTorch's, plus 8 units in the last place of the largest value.
 
     Plain PyTorch is the reference, or layers of a half type where the backend holds its activations in that type.
     """
-    exact = reference(features, mlps, size, class_map, residual, exact=True)
+    exact = reference(features, mlps, size, class_map, residual, relative, exact=True)
     if half_activations("pixel_mlp", features):
-        plain = eager_pixel_mlp(features, mlps, size, class_map, residual)
+        plain = eager_pixel_mlp(features, mlps, size, class_map, residual, relative)
     else:
-        plain = reference(features, mlps, size, class_map, residual)
+        plain = reference(features, mlps, size, class_map, residual, relative)
     assert actual.dtype == features.dtype
     assert actual.shape == exact.shape
     assert actual.is_contiguous()
@@ -214,8 +214,8 @@ def test_opcheck(operator, grad, mapped):
     for x in (features, residual, *weights, *biases):
         x.requires_grad_(grad)
     depths = [len(mlp) for mlp in mlps]
-    opcheck(OP, (features, weights, biases, depths, 7, 5, class_map if mapped else None, residual, 0, 7))
-    opcheck(OP, (features, weights, biases, depths, 7, 5, class_map if mapped else None, None, 2, 6))
+    opcheck(OP, (features, weights, biases, depths, 7, 5, class_map if mapped else None, residual, None, 0, 7))
+    opcheck(OP, (features, weights, biases, depths, 7, 5, class_map if mapped else None, None, None, 2, 6))
 
 
 def test_poisoned(backend, poisoned):
@@ -282,6 +282,10 @@ MAP = torch.zeros(2, 6, 8, dtype=torch.uint8)
         (ValueError, {"size": (-1, 8)}, "size negative -1"),
         (ValueError, {"rows": (4, 3)}, r"rows \[0, 6\] \(4, 3\)"),
         (ValueError, {"rows": (0, 7)}, r"rows \[0, 6\] \(0, 7\)"),
+        (ValueError, {"relative": torch.zeros(13)}, r"relative \(14,\) H \+ W \(13,\)"),
+        (ValueError, {"relative": torch.zeros(1, 14)}, r"relative \(H \+ W,\) 2 dimension"),
+        (TypeError, {"relative": torch.zeros(14).half()}, "relative float32 float16"),
+        (TypeError, {"relative": [0.0] * 14}, "relative Tensor list"),
     ],
 )
 def test_errors(kind, args, words):

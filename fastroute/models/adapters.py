@@ -1,0 +1,107 @@
+"""Networks and scores of others as the modules that a router takes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+# Largest difference of two log scores of one patch: what float32 holds above the smallest score that a budget tells apart.
+LOG_RANGE = 80.0
+
+
+class Function(nn.Module):
+    """A callable without weights of its own, such as an interpolation."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        """What the function makes of `x`."""
+        return self.function(x)
+
+    def extra_repr(self) -> str:
+        """Its name, by which measured speeds are kept apart."""
+        return f"{self.function.__module__}.{getattr(self.function, '__qualname__', type(self.function).__qualname__)}"
+
+
+class Described(nn.Module):
+    """A model that spandrel loaded: its network, called as its descriptor does, sizes padded and values in [0, 1]."""
+
+    def __init__(self, descriptor: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.descriptor = descriptor
+        # The descriptor is no module: so are its weights found, moved and counted. In a list nobody takes the network for one
+        # to be rewritten, of which the descriptor would not know.
+        self.networks = nn.ModuleList([descriptor.model])  # type: ignore[attr-defined]
+        self.channels = int(descriptor.input_channels)  # type: ignore[attr-defined]
+        self.scale = int(descriptor.scale)  # type: ignore[attr-defined]
+
+    def forward(self, x: Tensor) -> Tensor:  # [N, C, H, W]
+        """(N, C, H, W) to (N, C, H * scale, W * scale)."""
+        return self.descriptor(x)
+
+
+def as_module(op: str, name: str, network: object) -> nn.Module:
+    """`network` as a module: itself, the network of a spandrel model, or what calls a function.
+
+    Raises:
+        TypeError: it is none of them.
+    """
+    if isinstance(network, nn.Module):
+        return network
+    if callable(network) and isinstance(getattr(network, "model", None), nn.Module):
+        missing = [part for part in ("scale", "input_channels") if not isinstance(getattr(network, part, None), int)]
+        if not missing:
+            return Described(network)
+    if callable(network) and not isinstance(network, type):
+        return Function(network)
+    raise TypeError(f"{op}: {name} must be a torch.nn.Module, a spandrel model or a function; got {type(network).__name__}")
+
+
+class ScoreClassifier(nn.Module):
+    """Patches to class scores by one number per patch, its difficulty.
+
+    The class of a patch is the number of thresholds that its difficulty exceeds. A penalty on costs, and so a budget, moves
+    the thresholds: no patch gets a cheaper class than an easier one has.
+
+    Args:
+        score: maps patches (N, C, p, p) to difficulties (N,), the harder the larger; a module or a function, for example
+            :func:`fastroute.models.arm.edge_score`.
+        thresholds: rising; one less than there are classes.
+
+    Raises:
+        ValueError: no thresholds, or such as do not rise.
+
+    Shape:
+        (N, C, p, p) to (N, K), probabilities.
+    """
+
+    thresholds: Tensor  # [K - 1]
+
+    def __init__(self, score: nn.Module | Callable[[Tensor], Tensor], thresholds: Sequence[float]) -> None:
+        super().__init__()
+        values = [float(t) for t in thresholds]
+        if not values or values != sorted(set(values)) or not all(map(math.isfinite, values)):
+            raise ValueError(f"ScoreClassifier: thresholds must be finite and rise; got {thresholds}")
+        self.score = as_module("ScoreClassifier", "score", score)
+        self.register_buffer("thresholds", torch.tensor(values, dtype=torch.float64))
+
+    def forward(self, patches: Tensor) -> Tensor:  # [N, C, p, p] -> [N, K]
+        """See the class."""
+        score = self.score(patches)
+        if score.shape != patches.shape[:1]:
+            number, got = patches.shape[0], tuple(score.shape)
+            raise ValueError(f"ScoreClassifier: score must map ({number}, C, p, p) to ({number},); got {got}")
+        # log p_k - log p_(k-1) = a (g(x) - g(t_k)) rises with x, whatever a penalty subtracts: classes are intervals of x. The
+        # arc tangent bounds it, so that no score becomes too small to be compared.
+        middle = self.thresholds.median()
+        size = torch.maximum((self.thresholds - middle).abs().amax(), middle.abs())
+        width = torch.where(size > 0, size, 1.0)
+        gain = LOG_RANGE / (math.pi * len(self.thresholds))
+        reached, limits = ((x.double() - middle).div(width).atan() for x in (score, self.thresholds))
+        logits = gain * (reached[:, None] - limits).cumsum(dim=1)
+        return torch.softmax(torch.cat([torch.zeros_like(logits[:, :1]), logits], dim=1), dim=1)
