@@ -8,6 +8,7 @@
 #   make build      the environment in .venv with the package installed, its extension compiled
 #   make benchmark  the benchmarks and benchmarks/results/<device>/report.md and report.html, in less than half an hour
 #   make benchmark-compare BASE=<commit>  is the working tree, or HEAD=<commit>, slower than BASE? Fails if it is
+#   make docs       the documentation in build/docs
 #   make wheel      a wheel in dist/                                    make clean    remove all of the above
 #
 # Variables: PYTHON, the Python that makes the environment; TORCH, what pip installs where torch is missing. A machine
@@ -24,7 +25,7 @@ CPP_TESTS := $(shell find tests -name '*.cpp' -o -name '*.h')
 SOURCES := pyproject.toml setup.py fastroute/__init__.py $(wildcard fastroute/ops/*.py) $(CPP)
 
 .DELETE_ON_ERROR:
-.PHONY: demo test test-gpu-sanitize lint lint-ruff lint-format lint-types lint-cpp format build benchmark benchmark-compare wheel clean
+.PHONY: docs demo test test-gpu-sanitize lint lint-ruff lint-format lint-types lint-cpp format build benchmark benchmark-compare wheel clean
 
 demo: $(VENV)/installed
 	mkdir -p demo
@@ -60,6 +61,9 @@ benchmark-compare: $(VENV)/installed
 	$(RUN) -m benchmarks.compare "$(BASE)" $(if $(HEAD),--head "$(HEAD)")
 
 build: $(VENV)/installed
+
+docs: $(VENV)/installed
+	$(RUN) -m sphinx -W -q -b html docs build/docs
 
 # `make -k lint` reports the findings of all tools, not only the first that has any.
 lint: lint-ruff lint-format lint-types lint-cpp

@@ -1,48 +1,22 @@
 """fastroute: kernels that turn the FLOPs saved by dynamic-routing super-resolution into time saved."""
 
-from fastroute.backends import BackendError, use_backend
-from fastroute.grid import TileGrid
-from fastroute.info import info
-from fastroute.models.checkpoints import CheckpointError
-from fastroute.ops.adaptive_threshold import adaptive_threshold
-from fastroute.ops.assign_classes import assign_classes
-from fastroute.ops.extract_patches import extract_patches
-from fastroute.ops.gather_groups import gather_groups
-from fastroute.ops.group_by_class import ClassGroups, group_by_class
-from fastroute.ops.pixel_mlp import pixel_mlp
-from fastroute.ops.refine_boundaries import refine_boundaries
-from fastroute.ops.scatter_groups import scatter_groups
-from fastroute.ops.stitch_patches import stitch_patches
-from fastroute.routing.load import list_models, load
-from fastroute.routing.patch_router import PatchRouter
-from fastroute.routing.pixel_router import PixelRouter
-from fastroute.routing.result import RoutingStats, Upscaled
-from fastroute.windows import make_window
+import os
+import sys
+from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "BackendError",
-    "CheckpointError",
-    "ClassGroups",
-    "PatchRouter",
-    "PixelRouter",
-    "RoutingStats",
-    "TileGrid",
-    "Upscaled",
-    "__version__",
-    "adaptive_threshold",
-    "assign_classes",
-    "extract_patches",
-    "gather_groups",
-    "group_by_class",
-    "info",
-    "list_models",
-    "load",
-    "make_window",
-    "pixel_mlp",
-    "refine_boundaries",
-    "scatter_groups",
-    "stitch_patches",
-    "use_backend",
-]
+
+def _is_command_line() -> bool:
+    """Whether this process is `fastroute` or ``python -m fastroute``."""
+    program = (sys.argv or [""])[0]
+    # What Python calls the program while it looks for the module to run.
+    if program == "-m":
+        return "fastroute" in sys.orig_argv and sys.orig_argv[sys.orig_argv.index("fastroute") - 1] == "-m"
+    return os.path.splitext(os.path.basename(program))[0] == "fastroute"
+
+
+# The command line shows its help without waiting for torch; there a command imports the names when it begins.
+if TYPE_CHECKING or not _is_command_line():
+    from fastroute._api import *  # noqa: F403
+    from fastroute._api import __all__  # noqa: F401

@@ -148,10 +148,12 @@ def select(op: str, device: torch.device) -> str:
     """
     request = requested()
     if request:
-        _check_name(request)
+        by_variable = not _requested
+        _check_name(request, f"{VARIABLE}: backend" if by_variable else "backend")
         reasons = unsupported_reasons(op, request, device)
         if reasons:
-            raise BackendError(f"{op}: backend '{request}' was asked for but cannot run: {'; '.join(reasons)}")
+            remedy = f"; unset the environment variable {VARIABLE} for the automatic choice" if by_variable else ""
+            raise BackendError(f"{op}: backend '{request}' was asked for but cannot run: {'; '.join(reasons)}{remedy}")
         return request
     # Triton's interpreter runs on a CPU only when it was asked for.
     for backend in ("cpu",) if device.type == "cpu" else ("cuda", "triton"):
@@ -202,6 +204,6 @@ class _Request:
         _requested = self._previous
 
 
-def _check_name(name: str) -> None:
+def _check_name(name: str, what: str = "backend") -> None:
     if name not in BACKENDS:
-        raise ValueError(f"backend must be one of {BACKENDS}; got {name!r}")
+        raise ValueError(f"{what} must be one of {', '.join(BACKENDS)}; got {name!r}")

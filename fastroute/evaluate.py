@@ -176,14 +176,15 @@ def mean(rows: Sequence[Row]) -> Row:
 
 def table(rows: Sequence[Row]) -> str:
     """The rows and their mean as text with aligned columns."""
-    head = ["image", "size", "bicubic", "PSNR", "SSIM", "PSNR-Y", "SSIM-Y", "GFLOPs", "%", "paper G", "%", "s", "per class"]
+    head = ["image", "size", "bicubic", "PSNR", "SSIM", "PSNR-Y", "SSIM-Y", "GFLOPs", "of dense", "paper G", "of dense", "s",
+            "per class"]  # fmt: skip
     lines = [head]
     for row in [*rows, mean(rows)]:
         lines.append([
             row.image, f"{row.width:.0f} x {row.height:.0f}", f"{row.psnr_bicubic:.3f}", f"{row.psnr:.3f}", f"{row.ssim:.4f}",
             f"{row.psnr_y:.3f}",
-            f"{row.ssim_y:.4f}", f"{row.flops / 1e9:.1f}", f"{100 * row.flops_fraction:.1f}", f"{row.paper_flops / 1e9:.1f}",
-            f"{100 * row.paper_fraction:.1f}", f"{row.seconds:.3f}", " / ".join(f"{n:.0f}" for n in row.counts),
+            f"{row.ssim_y:.4f}", f"{row.flops / 1e9:.1f}", f"{100 * row.flops_fraction:.1f} %", f"{row.paper_flops / 1e9:.1f}",
+            f"{100 * row.paper_fraction:.1f} %", f"{row.seconds:.3f}", " / ".join(f"{n:.0f}" for n in row.counts),
         ])  # fmt: skip
     widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
     left = (0, len(head) - 1)
@@ -192,6 +193,13 @@ def table(rows: Sequence[Row]) -> str:
         .rstrip()
         for line in lines
     )  # fmt: skip
+
+
+# What stands below a table.
+LEGEND = """\
+bicubic, PSNR: dB, of RGB, by bicubic enlargement and by the model; PSNR-Y, SSIM-Y: of luma.
+GFLOPs: done, classifier included; paper G: as the papers count, without it; of dense: beside the dearest class everywhere.
+s: seconds of upscaling, without the measurements of a first call; per class: patches or pixels, cheapest class first."""
 
 
 def write_json(path: str | Path, rows: Sequence[Row], **about: object) -> None:

@@ -11,7 +11,7 @@ import torch
 
 from fastroute.backends import BACKENDS, EXTENSION, select, unsupported_reasons
 
-PACKAGES = ("torch", "triton", "numpy", "pillow", "safetensors")
+PACKAGES = ("torch", "triton", "numpy", "pillow", "tifffile", "imagecodecs", "safetensors")
 
 
 def operators() -> list[str]:
@@ -39,8 +39,7 @@ class Info:
 
     def __str__(self) -> str:
         lines = [", ".join(f"{name} {version}" for name, version in self.versions.items())]
-        facts = ", ".join(f"{key} {value}" for key, value in self.extension.items())
-        lines.append(f"extension: {facts or 'none: ' + '; '.join(EXTENSION.reasons)}")
+        lines.append(f"extension: {_built(self.extension) or 'none: ' + '; '.join(EXTENSION.reasons)}")
         for device, description in self.devices.items():
             lines += ["", f"{device}: {description}"]
             width = max(map(len, self.chosen[device]))
@@ -53,9 +52,22 @@ class Info:
                 for name, why in table.items():
                     if why and name not in reasons:
                         # Reasons that name the operator are told once for all of them.
-                        reasons[name] = why[0].rpartition(" of ")[0] or why[0]
+                        reason = why[0].rpartition(" of ")[0] or why[0]
+                        kind = "a GPU" if device == "cpu" else "a CPU"
+                        reasons[name] = reason.replace(f"the tensors are on {device}", f"it needs {kind}")
             lines += [f"  {name} cannot run here: {why}" for name, why in reasons.items()]
         return "\n".join(lines)
+
+
+def _built(extension: dict[str, object]) -> str:
+    """In words, what the compiled operators were built from; "" without them."""
+    if not extension:
+        return ""
+    listed = {key: ", ".join(map(str, value)) for key, value in extension.items() if isinstance(value, (list, tuple))}
+    cuda = f"CUDA kernels for {listed['cuda_archs']} by {extension['nvcc']}" if extension["cuda"] else "no CUDA kernels"
+    debug = ", for debugging" if extension["debug"] else ""
+    torch_version = f"torch {extension['torch_version']} (stable ABI {extension['stable_abi']})"
+    return f"built with {extension['compiler']} and {torch_version}{debug}; CPU kernels for {listed['cpu_isas']}; {cuda}"
 
 
 def info() -> Info:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import ctypes
 import math
 import mmap
+import sys
 import threading
 import weakref
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -48,7 +50,10 @@ def release() -> None:
 
 def _map(needed: int) -> mmap.mmap:
     length = -(-needed // HUGE_PAGE) * HUGE_PAGE
-    buffer = mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    try:
+        buffer = mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as error:
+        raise MemoryError(f"cannot allocate {needed} bytes: {error.strerror}") from error
     buffer.madvise(mmap.MADV_HUGEPAGE)
     return buffer
 
@@ -67,3 +72,25 @@ def _keep(buffer: mmap.mmap) -> None:
         _spare.append(buffer)
         while len(_spare) > KEEP_BUFFERS or sum(map(len, _spare)) > KEEP_BYTES:
             del _spare[0]
+
+
+def available(device: torch.device) -> int:
+    """Bytes that `device` could still give, as far as the system tells."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    try:
+        import resource
+
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable"))
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * mmap.PAGESIZE
+    except (ImportError, OSError, StopIteration, ValueError):
+        return sys.maxsize
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    return free if limit == resource.RLIM_INFINITY else max(0, min(free, limit - used))
+
+
+def is_exhausted(error: BaseException) -> bool:
+    """Whether `error` says that memory ran out: torch's CPU allocator has no class of its own for it."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)

@@ -21,13 +21,21 @@ def class_colours(num_classes: int) -> Tensor:
     return ((1 - mix) * stops[low] + mix * stops[low + 1]).round().to(torch.uint8)
 
 
+def colour_names(num_classes: int) -> list[str]:
+    """What the colours of :func:`class_colours` are called, for a legend."""
+    at = [2 * k / (num_classes - 1) for k in range(num_classes)] if num_classes > 1 else [0.0]
+    between = {0: "yellow-green", 1: "orange"}
+    return [("green", "yellow", "red")[int(x)] if x == int(x) else between[int(x)] for x in at]
+
+
 def class_overlay(image: Tensor, class_map: Tensor, grid: TileGrid | None, num_classes: int) -> Tensor:
     """The class of every patch as a colour over the image, with a line between patches, as the papers draw it.
 
     Args:
         image: the stitched uint8 image (C, H, W), C = 1 or 3, of the size that ``grid.output_size`` gives.
         class_map: (grid.rows, grid.cols), 0 the cheapest class; or (H, W) without a grid.
-        grid: where the patches lie; a pixel that several cover shows the last one's class. None for a class per pixel.
+        grid: where the patches lie; a pixel that several cover shows the last one's class, but where a last row or column is
+            shifted inward, the one before keeps its share. None for a class per pixel.
         num_classes: number of classes, which fixes the colours.
 
     Returns:
@@ -49,8 +57,8 @@ def class_overlay(image: Tensor, class_map: Tensor, grid: TileGrid | None, num_c
             f"class_overlay: class_map must be ({grid.rows}, {grid.cols}) and image (C, {grid.output_size[0]}, "
             f"{grid.output_size[1]}); got {tuple(class_map.shape)} and {tuple(image.shape)}"
         )
-    rows, row_edges = _owners(grid.row_origins, grid.output_size[0], grid.scale)
-    cols, col_edges = _owners(grid.col_origins, grid.output_size[1], grid.scale)
+    rows, row_edges = _owners(grid.row_origins, grid.stride, grid.output_size[0], grid.scale)
+    cols, col_edges = _owners(grid.col_origins, grid.stride, grid.output_size[1], grid.scale)
     colours = palette[class_map.cpu().long()]  # [rows, cols, 3]
     tint = colours[rows][:, cols].permute(2, 0, 1)
     picture = blend(gray, tint)
@@ -64,7 +72,11 @@ def blend(gray: Tensor, tint: Tensor) -> Tensor:  # [1, H, W], [3, H, W] -> [3, 
     return (1 - OPACITY) * gray + OPACITY * tint
 
 
-def _owners(origins: list[int], length: int, scale: int) -> tuple[Tensor, Tensor]:
-    """The last tile that covers each output pixel, and the first pixel of every tile but the first."""
-    starts = torch.tensor(origins) * scale
+def _owners(origins: list[int], stride: int, length: int, scale: int) -> tuple[Tensor, Tensor]:
+    """The last tile that covers each output pixel, and the first pixel of every tile but the first.
+
+    The last tile, shifted inward, leaves its predecessor as much to show as every other has.
+    """
+    shown = [*origins[:-1], origins[-2] + stride] if len(origins) > 1 else origins
+    starts = torch.tensor(shown) * scale
     return torch.searchsorted(starts, torch.arange(length), right=True) - 1, starts[1:]

@@ -157,3 +157,12 @@ def quick_tuning(monkeypatch: pytest.MonkeyPatch) -> None:
     """Micro-batches hardly measured: the result is the same, only not the fastest."""
     monkeypatch.setattr(tuning, "BATCHES", (8,))
     monkeypatch.setattr(tuning, "REPEATS", 1)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Sums in one order, whatever the machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -12,7 +12,7 @@ from networks import picture, randomise
 
 import fastroute
 from fastroute import PatchRouter, TileGrid, io
-from fastroute.models.arm import ARM, BACKBONES, Bicubic, EdgeClassifier, EdgeTable, edge_score
+from fastroute.models.arm import ARM, BACKBONES, Bicubic, EdgeClassifier, EdgeTable, budget_scores, edge_score
 from fastroute.models.checkpoints import load_weights, read_checkpoint, save_checkpoint, state_dict_of
 from fastroute.training.data import make_pair
 
@@ -162,10 +162,34 @@ def test_classifier_scores():
     table = EdgeTable(2, bins=1)
     table.fit(torch.ones(1), torch.tensor([[30.0, 33.0]]))
     x = torch.rand(5, 3, 8, 8)
+    # 3 dB at four fifths of the dearest cost; the score rises by the ratio of the costs to log(1 + slope).
     best = EdgeClassifier(table, [1.0, 5.0])(x)
-    torch.testing.assert_close(best, torch.tensor([[10**-0.3, 1.0]]).expand(5, 2))
-    # A decibel is worth 1: the second class costs 4 more and gains 3.
-    torch.testing.assert_close(EdgeClassifier(table, [1.0, 5.0], 1.0)(x), torch.tensor([[1.0, 10**-0.1]]).expand(5, 2))
+    torch.testing.assert_close(best, torch.tensor([[5 ** -math.log(1 + 3.75), 1.0]]).expand(5, 2))
+    # A decibel is worth 1: the second class costs 4 more and gains 3. A budget may count otherwise.
+    worth = EdgeClassifier(table, [1.0, 5.0], 1.0)(x)
+    torch.testing.assert_close(worth, torch.tensor([[1.0, 5 ** -math.log(1 + 1.25)]]).expand(5, 2))
+    other = EdgeClassifier(table, [1.0, 5.0], 1.0, [1.0, 2.0])(x)
+    torch.testing.assert_close(other, torch.tensor([[1.0, 2 ** -math.log(1 + 2)]]).expand(5, 2))
+
+
+@pytest.mark.parametrize("cost", [(1.6, 22.0, 36.0, 50.0), (3.0, 1.0, 9.0, 2.0)])
+def test_a_budget_is_spent_where_it_gains_most(cost):
+    generator = torch.Generator().manual_seed(0)
+    utility = 4 * torch.randn(300, 4, generator=generator).cumsum(dim=1)
+    cost = torch.tensor(cost, dtype=torch.float64)
+    score = budget_scores(utility, cost)
+    assert torch.equal(score.argmax(dim=1), utility.argmax(dim=1)) and score.amax() == 1
+    rows = torch.arange(300)
+    for price in (0.01, 0.1, 0.5, 2.0, -0.3):
+        best = (utility - price * cost).argmax(dim=1)
+        penalty = math.copysign(math.log1p(abs(price) * cost.max().item()), price)
+        found = fastroute.assign_classes(score, cost, penalty)
+        assert cost[found].tolist() == cost[best].tolist()
+        # So no other choice of that cost gains more: a budget of it finds this one.
+        spent = cost[best].mean().item() / cost.max().item()
+        within = fastroute.assign_classes(score, cost, budget=min(spent + 1e-9, 1))
+        if price > 0:
+            assert utility[rows, within].sum() == pytest.approx(utility[rows, best].sum().item(), abs=1e-3)
 
 
 @torch.no_grad()

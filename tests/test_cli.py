@@ -19,6 +19,8 @@ import fastroute
 from fastroute import TileGrid, io
 from fastroute.cli import main
 from fastroute.models.checkpoints import save_checkpoint
+from fastroute.models.fsrcnn import FSRCNN
+from fastroute.models.pcsr import PCSR
 from fastroute.routing.load import DEFAULT_MODEL
 from fastroute.visualize import class_overlay
 
@@ -88,19 +90,22 @@ def test_upscale_quietly_with_a_budget(model, source, out):
 
 
 def test_in_place(model, source):
-    assert call("upscale", source, source, "--model", model, "--quiet").exit_code == 0
+    fails(call("upscale", source, source, "--model", model), f"{source} is an input and would be overwritten", "--overwrite")
+    assert Image.open(source).size == (61, 45)
+    assert call("upscale", source, source, "--model", model, "--quiet", "--overwrite").exit_code == 0
     assert Image.open(source).size == (122, 90)
 
 
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--budget", "0.01"], ["budget must lie in ["]),
+        (["--budget", "0.01"], ["for --budget: budget must lie in ["]),
         (["--budget", "nan"], ["budget must lie in ["]),
         (["--budget", "much"], ["'--budget'", "not a valid float"]),
         (["--model", "absent"], ["no model or file 'absent'"]),
         (["--model", "absent.pth"], ["cannot read absent.pth: no such file"]),
         (["--device", "nowhere"], ["--device", "'nowhere' cannot be used"]),
+        (["--device", "cuda:99"], ["--device", "'cuda:99' cannot be used"]),
         (["--class-map", "absent/map.png"], ["absent", "does not exist"]),
         (["--class-map", "map.txt"], ["its ending must be one of"]),
         (["--more"], ["No such option"]),
@@ -124,7 +129,7 @@ def test_bad_input(model, source, out, tmp_path):
 @pytest.mark.parametrize("target", ["a.xyz", "a", "absent/a.png", "folder.png"])
 def test_bad_output_is_refused_before_reading(model, source, out, monkeypatch, target):
     (out / "folder.png").mkdir()
-    monkeypatch.setattr(io, "read_image", lambda path: pytest.fail("the input was read"))
+    monkeypatch.setattr(io, "read_picture", lambda path: pytest.fail("the input was read"))
     fails(call("upscale", source, out / target, "--model", model), f"cannot write {out / target}")
     # Root may write anywhere, so that permissions are told, not set.
     monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)
@@ -146,7 +151,7 @@ def test_a_failing_encoder_keeps_the_old_output(model, source, out, monkeypatch)
 
 def test_a_backend_that_cannot_run(model, source, out, monkeypatch):
     monkeypatch.setenv("FASTROUTE_BACKEND", "cuda")
-    fails(call("info"), "'cuda'", "cannot run")
+    fails(call("info"), "'cuda'", "cannot run", "unset the environment variable FASTROUTE_BACKEND")
     fails(call("upscale", source, out / "a.png", "--model", model), "'cuda'", "cannot run")
     assert list(out.iterdir()) == []
 
@@ -160,21 +165,108 @@ def test_info():
         assert op in result.output
 
 
-def test_models(monkeypatch):
-    result = call("models")
-    assert result.exit_code == 0
-    assert result.output.split("\n")[:-1] == [
-        name + ("  (default)" if name == DEFAULT_MODEL else "") for name in fastroute.list_models()
-    ]
-    monkeypatch.setattr(fastroute, "list_models", lambda: ["a", DEFAULT_MODEL])
-    assert call("models").output == f"a\n{DEFAULT_MODEL}  (default)\n"
+def test_models(tmp_path, monkeypatch):
+    head, *rows = call("models").output.split("\n\n")[0].splitlines()
+    assert [row.split()[0] for row in rows] == fastroute.list_models() and head.startswith("model")
+    assert f"{DEFAULT_MODEL} is the default" in call("models").output
+    # Every card tells task, FLOPs and PSNR.
+    assert not any(" -" in row for row in rows) and all(" dB" in row for row in rows)
+    for name in ("b", "a"):
+        (tmp_path / f"{name}.safetensors").write_bytes(b"0" * 1_500_000)
+    (tmp_path / "b.md").write_text("# b\n\n| | |\n| --- | --- |\n| Task | faces x2 |\n| PSNR | 30 dB |\n\nMore | text.\n")
+    monkeypatch.setattr("fastroute.catalogue.WEIGHTS", tmp_path)
+    rows = [row.split() for row in call("models").output.splitlines()[1:3]]
+    assert rows == [["a", "-", "1.5", "MB", "-", "-"], ["b", "faces", "x2", "1.5", "MB", "-", "30", "dB"]]
+
+
+def test_help_does_not_wait_for_torch():
+    for arguments in ([], ["upscale"], ["train"], ["evaluate"]):
+        process = python("-X", "importtime", "-m", "fastroute", *arguments, "--help")
+        output, imports = process.communicate(timeout=60)
+        modules = {line.split("|")[-1].strip() for line in imports.splitlines()}
+        assert process.returncode == 0 and "Usage: fastroute" in output and "click" in modules
+        assert not modules & {"torch", "numpy", "PIL", "fastroute._api"}
+
+
+def test_names_are_there_when_a_command_runs(tmp_path):
+    """As a process: the runner of the other tests is no command line, and has all names from the start."""
+    code = """
+        import sys
+        sys.argv = ["/bin/fastroute", "models"]
+        import fastroute, fastroute.cli
+        assert "torch" not in sys.modules and "load" not in vars(fastroute)
+        fastroute.cli.main(standalone_mode=False)
+        assert fastroute.list_models() and callable(fastroute.info) and fastroute.profiling.count_flops
+    """
+    process = python("-c", textwrap.dedent(code))
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 0 and "classsr-fsrcnn-x4" in output, errors
+    process = python("-m", "fastroute", "train", "arm-fsrcnn", "--images", str(tmp_path))
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1 and errors.startswith("Error: ") and "Traceback" not in errors
+
+
+def test_training_defaults_are_told():
+    from fastroute.cli.train import command
+    from fastroute.training.recipes import RECIPES
+
+    told = {option.name: option.help for option in command.params if "[default: " in (getattr(option, "help", None) or "")}
+    assert {"scale", "branch_steps", "classifier_steps", "joint_steps", "routing_steps", "batch", "seed"} <= set(told)
+    for name, (recipe, _) in RECIPES.items():
+        for setting, text in told.items():
+            if hasattr(recipe, setting):
+                value = getattr(recipe, setting)
+                first, *others = text.partition("[default: ")[2].rstrip("]").split("; ")
+                special = dict(other.split(" ") for other in others)
+                expected = special.get(name.split("-")[0], first)
+                assert expected == (",".join(map(str, value)) if isinstance(value, tuple) else str(value)), (name, setting)
+
+
+def test_what_the_summary_calls_its_percentages(model, source, out):
+    output = call("upscale", source, out / "a.png", "--model", model, "--budget", 0.8, "--class-map", out / "map.png").output
+    for words in (
+        "classifier included",
+        "as the papers count",
+        "the budget of 0.8 bounds the branches",
+        "green in the class map",
+    ):
+        assert words in output
+    assert "budget" not in call("upscale", source, out / "a.png", "--model", model).output
+
+
+def test_a_limit_of_memory(model, source, out):
+    assert call("upscale", source, out / "whole.png", "--model", model, "--quiet").exit_code == 0
+    whole = io.read_image(out / "whole.png")
+    for name in ("a.png", "a.tif"):
+        result = call("upscale", source, out / name, "--model", model, "--memory-limit", 200)
+        assert result.exit_code == 0, result.output
+        assert ("without metadata and transparency" in result.output) == (name == "a.tif") and "class 3" in result.output
+        assert torch.equal(io.read_image(out / name), whole)
+    arguments = ("upscale", source, out / "b.tif", "--model", model, "--memory-limit")
+    fails(call(*arguments, 1), "memory_limit must be at least")
+    fails(call(*arguments, 200, "--class-map", out / "map.png"), "--class-map shows the classes over the result")
+    fails(call(*arguments, 0), "--memory-limit")
+    fails(call("upscale", source, source.with_suffix(".txt"), "--memory-limit", 200), "its ending must be one of")
+    assert sorted(path.name for path in out.iterdir()) == ["a.png", "a.tif", "whole.png"]
+
+
+def test_options_that_exclude_each_other(source, out, tmp_path):
+    model = PCSR.build(FSRCNN(4, upsample=False), [None, (4,)], ())
+    save_checkpoint(tmp_path / "pcsr.safetensors", model, {})
+    arguments = ("upscale", source, out / "a.png", "--model", tmp_path / "pcsr.safetensors")
+    fails(call(*arguments, "--k", 1, "--adaptive"), "give one of --k and --adaptive")
+    fails(call(*arguments, "--budget", 1, "--k", 1), "give one of --budget and --k")
+    fails(call(*arguments, "--scale", 2, "--size", 3, 4), "give either --scale or --size")
+    fails(call(*arguments, "--budget", 0), "for --budget: budget must lie in [")
+    assert call(*arguments, "--size", 33, 44, "--no-refine", "--quiet").exit_code == 0
+    assert Image.open(out / "a.png").size == (44, 33)
 
 
 @pytest.mark.parametrize(
     ("command", "words"),
     [
         ([], ["upscale", "info", "models", "train", "--version"]),
-        (["upscale"], ["IN OUT", "--model", DEFAULT_MODEL, "--budget", "--class-map", "--device", "--quiet"]),
+        (["upscale"], ["IN OUT", "IN... FOLDER", "--model", DEFAULT_MODEL, "--budget", "--class-map", "--device", "--quiet"]),
         (["train"], ["classsr-fsrcnn", "--images", "--out", "--branch-steps", "--init", "resume"]),
         (["info"], ["backend"]),
         (["models"], ["shipped models"]),

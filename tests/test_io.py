@@ -13,7 +13,8 @@ from PIL import Image
 
 from fastroute import TileGrid, io
 from fastroute.io import ImageError, check_writable, list_images, read_image, write_atomically, write_image
-from fastroute.visualize import GREEN, RED, YELLOW, class_colours, class_overlay
+from fastroute.io.files import remove_parts
+from fastroute.visualize import GREEN, RED, YELLOW, class_colours, class_overlay, colour_names
 
 
 def random_image(height: int = 9, width: int = 13, channels: int = 3) -> torch.Tensor:
@@ -146,6 +147,32 @@ def test_an_interrupted_write_leaves_no_trace(tmp_path, error):
     assert path.read_bytes() == b"new" and list(tmp_path.iterdir()) == [path]
 
 
+def test_a_file_without_a_name_leaves_nothing_behind(tmp_path):
+    seen = []
+    write_atomically(tmp_path / "a", lambda file: (file.write(b"x"), seen.append(os.listdir(tmp_path))))
+    assert (tmp_path / "a").read_bytes() == b"x"
+    if not hasattr(os, "O_TMPFILE") or seen != [[]]:
+        pytest.skip("this file system has no files without names")
+
+
+@pytest.mark.parametrize("missing", ["names", "links"])
+def test_systems_without_nameless_files(tmp_path, monkeypatch, missing):
+    if missing == "names":
+        monkeypatch.setattr("fastroute.io.files._open_nameless", lambda folder: None)
+    else:
+        monkeypatch.setattr(os, "link", lambda *args, **kwargs: (_ for _ in ()).throw(PermissionError(1, "no")))
+    for content in (b"old", b"new"):
+        write_atomically(tmp_path / "a", lambda file, content=content: file.write(content))
+        assert (tmp_path / "a").read_bytes() == content and os.listdir(tmp_path) == ["a"]
+
+
+def test_parts_are_removed(tmp_path):
+    for name in (".a.png.k3_x.part", ".b.png.k3.part", "a.png.part", ".a.png.x.y.part", "a.png"):
+        (tmp_path / name).write_bytes(b"")
+    remove_parts([tmp_path / "a.png", tmp_path / "c.png"])
+    assert sorted(os.listdir(tmp_path)) == [".a.png.x.y.part", ".b.png.k3.part", "a.png", "a.png.part"]
+
+
 def test_permissions_are_those_of_any_new_file(tmp_path):
     (tmp_path / "other").write_bytes(b"")
     write_atomically(tmp_path / "mine", lambda file: file.write(b""))
@@ -158,6 +185,10 @@ def test_class_colours():
     assert class_colours(3).tolist() == [list(GREEN), list(YELLOW), list(RED)]
     assert class_colours(5)[[0, 2, 4]].tolist() == [list(GREEN), list(YELLOW), list(RED)]
     assert len({tuple(colour) for colour in class_colours(9).tolist()}) == 9
+    assert (
+        colour_names(3) == ["green", "yellow", "red"] and colour_names(1) == ["green"] and colour_names(2) == ["green", "red"]
+    )
+    assert colour_names(5) == ["green", "yellow-green", "yellow", "orange", "red"]
 
 
 def hue(pixel: torch.Tensor) -> str:
@@ -185,6 +216,17 @@ def test_class_overlay_of_a_literal_map():
         assert overlay[:, edge, 2].float().mean() < 0.8 * overlay[:, edge + 1, 2].float().mean()
     expected = (0.58 * 100 + 0.42 * torch.tensor(GREEN)).round()
     assert overlay[:, 2, 2].tolist() == expected.tolist()
+
+
+def test_a_tile_before_a_shifted_one_keeps_its_share():
+    # The last origin is 4: only one pixel after the one before, 3, whose own share is three pixels wide.
+    grid = TileGrid(4, 8, patch=4, stride=3)
+    assert grid.col_origins == [0, 3, 4]
+    image = torch.full((3, 4, 8), 100, dtype=torch.uint8)
+    overlay = class_overlay(image, torch.tensor([[0, 2, 0]]), grid, 3)
+    # Without 3 and 6, where the dark lines are.
+    assert [hue(overlay[:, 1, x]) for x in (0, 1, 2, 4, 5, 7)] == ["green", "green", "green", "red", "red", "green"]
+    assert all(overlay[:, 1, x].float().mean() < 0.8 * overlay[:, 1, x + 1].float().mean() for x in (3, 6))
 
 
 def test_class_overlay_shows_the_image_below():

@@ -14,6 +14,7 @@ from fastroute import PatchRouter, TileGrid, memory
 from fastroute.models.classsr import ClassSR
 from fastroute.models.fsrcnn import FSRCNN
 from fastroute.routing import patch_router
+from fastroute.routing.bands import plan_bands
 
 pytestmark = pytest.mark.usefixtures("quick_tuning")
 PATCH, STRIDE, SCALE = 16, 12, 4
@@ -104,7 +105,7 @@ def test_bands_change_nothing(router, monkeypatch, per_band, batch, height, widt
     whole = router.upscale(image)
     monkeypatch.setattr(patch_router, "PATCHES_PER_BAND", per_band)
     grid = TileGrid(height, width, PATCH, STRIDE, SCALE)
-    bands = patch_router.plan_bands(batch, grid)
+    bands = plan_bands(batch, grid, per_band)
     assert sum((b.images[1] - b.images[0]) * (b.rows[1] - b.rows[0]) for b in bands) == batch * grid.rows
     banded = router.upscale(image)
     assert torch.equal(banded.class_map, whole.class_map)

@@ -12,6 +12,7 @@ from networks import picture, randomise, routed_plainly
 from torch import nn
 
 from fastroute import PatchRouter, TileGrid
+from fastroute.routing import branches as branches_module
 from fastroute.routing import patch_router
 from fastroute.routing.tuning import Tuning
 
@@ -26,9 +27,10 @@ def grids(draw: st.DrawFn) -> TileGrid:
 @pytest.fixture(autouse=True)
 def no_measuring(monkeypatch):
     # Odd batch sizes and both memory formats, without a stopwatch.
-    monkeypatch.setattr(
-        patch_router, "tune", lambda branch, example: Tuning(3 + len(list(branch)) % 4, len(list(branch)) % 2 == 0, 1)
-    )
+    def tuned(branch, example, largest):
+        return Tuning(3 + len(list(branch)) % 4, len(list(branch)) % 2 == 0, 1)
+
+    monkeypatch.setattr(branches_module, "tune", tuned)
 
 
 def branches(scale: int, shuffled: bool) -> list[nn.Module]:
@@ -64,7 +66,7 @@ def test_routing_is_the_plain_loop(grid, batch, per_band, shuffled, window, seed
 @given(grids(), st.integers(0, 5), st.integers(1, 60))
 def test_bands_cover_every_tile_row_once_in_order(grid, batch, per_band):
     with mock.patch.object(patch_router, "PATCHES_PER_BAND", per_band):
-        bands = patch_router.plan_bands(batch, grid)
+        bands = patch_router.plan_bands(batch, grid, per_band)
     rows = [(b, row) for band in bands for b in range(*band.images) for row in range(*band.rows)]
     assert rows == [(b, row) for b in range(batch) for row in range(grid.rows)]
     for band in bands:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -11,10 +12,11 @@ from networks import picture
 
 import fastroute
 from fastroute import cli, io
+from fastroute.cli.train import RECIPE_NAMES
 from fastroute.models.arm import ARM
 from fastroute.models.checkpoints import read_checkpoint, save_checkpoint
 from fastroute.training import arm
-from fastroute.training.recipes import RECIPES, configure
+from fastroute.training.recipes import RECIPES, configure, write_config
 
 pytestmark = pytest.mark.usefixtures("quick_tuning")
 
@@ -64,11 +66,57 @@ def test_refused_settings(name, settings, message):
         configure(name, settings)
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("steps: 3\nsteqs: 4", r"a\.yaml: arm-fsrcnn has no setting 'steqs'; it has backbone, batch"),
+        ("steps: many", r"a\.yaml: steps must be a whole number; got 'many'"),
+        ("steps: 2.5", r"a\.yaml: steps must be a whole number; got '2\.5'"),
+        ("steps: [1, 2]", r"a\.yaml: steps must be a whole number; got '1,2'"),
+        ("widths: [16, x]", r"a\.yaml: widths must be whole numbers with commas between them; got '16,x'"),
+        ("steps:", r"a\.yaml: steps must be a number, a word or a list; got None"),
+        ("steps: yes", r"a\.yaml: steps must be a number, a word or a list; got True"),
+        ("widths: {a: 1}", r"a\.yaml: widths must be a number, a word or a list; got \{'a': 1\}"),
+        ("eta: 0", r"eta must be above 0; got 0\.0; the settings of .*a\.yaml are in force"),
+        ("- steps", r"a\.yaml must hold lines NAME: VALUE; it holds \['steps'\]"),
+        ("", r"a\.yaml must hold lines NAME: VALUE; it holds None"),
+        ("steps: [1", r"cannot read .*a\.yaml: while parsing a flow sequence .* line 1"),
+        ("!!python/object/apply:os.getcwd []", r"cannot read .*a\.yaml: could not determine a constructor"),
+        (b"\xff\xfe\x00", r"cannot read .*a\.yaml: "),
+    ],
+)
+def test_refused_files(tmp_path, text, message):
+    path = tmp_path / "a.yaml"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(ValueError, match=f"train: .*{message}"):
+        configure("arm-fsrcnn", {}, path)
+    with pytest.raises(ValueError, match=r"train: cannot read .*b\.yaml: No such file"):
+        configure("arm-fsrcnn", {}, tmp_path / "b.yaml")
+
+
+@pytest.mark.parametrize("name", list(RECIPES))
+def test_files_give_back_what_was_written(tmp_path, name):
+    recipe = dataclasses.replace(RECIPES[name][0], learning_rate=3e-5, seed=7)
+    write_config(tmp_path / "a.yaml", recipe, "how")
+    assert (tmp_path / "a.yaml").read_text().startswith("# how\nbackbone: ")
+    assert configure(name, {}, tmp_path / "a.yaml") == recipe
+    # What is said on the command line comes first.
+    assert configure(name, {"seed": "2"}, tmp_path / "a.yaml") == dataclasses.replace(recipe, seed=2)
+
+
+def test_settings_from_files(tmp_path):
+    path = tmp_path / "a.yaml"
+    path.write_text("upsamplers: [[], [7], [9, 9]]\nclassifier: []\nscales: 2,3  # as text\nlight_rate: 1e-2\nbatch: 4\n")
+    recipe = configure("pcsr-fsrcnn", {}, path)
+    assert recipe.upsamplers == ((), (7,), (9, 9)) and recipe.classifier == () and recipe.scales == (2, 3)
+    assert recipe.light_rate == 0.01 and recipe.batch == 4
+
+
 def test_settings_from_text():
     recipe = configure("pcsr-fsrcnn", {"upsamplers": ";7;9,9", "classifier": "", "scales": "2,3,4", "light_rate": "1e-2"})
     assert recipe.upsamplers == ((), (7,), (9, 9)) and recipe.classifier == () and recipe.scale == 4
     assert recipe.light_rate == 0.01 and configure("arm-fsrcnn", {}) == arm.Recipe()
-    assert tuple(RECIPES) == cli.RECIPE_NAMES
+    assert tuple(RECIPES) == RECIPE_NAMES
 
 
 def test_every_recipe_is_as_published():
@@ -98,10 +146,14 @@ def test_command(images, tmp_path, name):
     upscaled = router.upscale(image)
     assert upscaled.image.shape == (3, 160, 200) and router.num_classes >= 2
     assert router.upscale(image, budget=1).stats.flops.fraction > 0.9
-    # Run again, nothing is trained and the same file is written.
+    # Run again, nothing is trained and the same file is written; and so from its settings alone.
     first = read_checkpoint(path)[0]
-    assert call(name, "--images", images, "--out", tmp_path, *options).exit_code == 0
-    assert equal(read_checkpoint(path)[0], first)
+    config = tmp_path / "config.yaml"
+    assert f"train {name} --images DIR --config FILE --precision float32\n" in config.read_text()
+    for settings in (options, ["--config", config]):
+        path.unlink()
+        assert call(name, "--images", images, "--out", tmp_path, *settings).exit_code == 0
+        assert equal(read_checkpoint(path)[0], first)
 
 
 def test_command_builds_the_table_of_a_published_supernet(images, tmp_path):
@@ -114,7 +166,15 @@ def test_command_builds_the_table_of_a_published_supernet(images, tmp_path):
 
 
 def test_command_refuses(images, tmp_path):
+    (tmp_path / "wrong.yaml").write_text("steps: -1")
+    save_checkpoint(tmp_path / "other.pth", ARM("fsrcnn", (3, 5)))
     for options, word in (
+        (["--config", tmp_path / "wrong.yaml"], "steps must be at least 0; got -1; the settings of"),
+        (["--config", tmp_path], "Is a directory"),
+        (["--precision", "float8"], "'float8' is not one of"),
+        (["--init", tmp_path / "other.pth"], "other.pth does not fit ARM"),
+        (["--images", tmp_path / "none"], "none is not a folder"),
+        (["--images", tmp_path], "holds no image file"),
         (["--device", "nowhere"], "'nowhere' cannot be used"),
         (["--set", "steps"], "NAME=VALUE"),
         (["--routing-steps", 3], "has no setting 'routing_steps'"),

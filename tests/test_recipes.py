@@ -16,8 +16,9 @@ from fastroute.models.checkpoints import save_checkpoint
 from fastroute.training import arm, cdnsr, pcsr
 from fastroute.training.data import Pool
 from fastroute.training.recipes import RECIPES, configure
+from fastroute.training.start import Start
 
-pytestmark = pytest.mark.usefixtures("quick_tuning")
+pytestmark = pytest.mark.usefixtures("quick_tuning", "one_thread")
 
 CDNSR = cdnsr.Recipe(
     widths=(3, 4), scale=2, patch=8, branch_steps=(2, 3), classifier_steps=3, joint_steps=3, distill_steps=3, batch=4,
@@ -28,15 +29,6 @@ PCSR = pcsr.Recipe(
     width=4, upsamplers=((), (3,), (5, 5)), classifier=(3,), scales=(2, 3), patch=8, heavy_steps=5, light_steps=4, batch=2
 )  # fmt: skip
 CASES = {"cdnsr": (cdnsr.Trainer, CDNSR), "arm": (arm.Trainer, ARM_RECIPE), "pcsr": (pcsr.Trainer, PCSR)}
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Sums in one order, whatever the machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -192,7 +184,7 @@ def test_arm_starts_from_a_supernet_or_from_the_whole(pools, tmp_path):
     other = make("arm", pools, tmp_path / "a.pt", dataclasses.replace(ARM_RECIPE, seed=3)).run()
     still = dataclasses.replace(ARM_RECIPE, steps=0)
     for number, state in enumerate((other.network.state_dict(), other.state_dict())):
-        model = make("arm", pools, tmp_path / f"b{number}.pt", still, init=dict(state)).run()
+        model = make("arm", pools, tmp_path / f"b{number}.pt", still, init=Start(state)).run()
         assert equal(model.network.state_dict(), other.network.state_dict()) and model.table.ready
 
 

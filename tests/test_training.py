@@ -19,20 +19,13 @@ from fastroute.models.classsr import ClassSR
 from fastroute.training.classsr import Recipe, Trainer
 from fastroute.training.data import Pool
 from fastroute.training.losses import routing_loss
+from fastroute.training.start import Start
 
 RECIPE = Recipe(
     widths=(3, 4), scale=2, patch=8, branch_steps=(3, 5), classifier_steps=4, joint_steps=3, routing_steps=2, batch=4
 )
+pytestmark = pytest.mark.usefixtures("one_thread")
 OPTIONS = ["--branch-steps", "1,2,1", "--classifier-steps", "2", "--joint-steps", "1", "--routing-steps", "1", "--batch", "2"]
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Sums in one order, whatever the machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +66,27 @@ def test_an_interrupt_loses_nothing(pool, tmp_path, interruption):
     # 7 steps are done, and are not done again.
     trainer = Trainer(pool, RECIPE, tmp_path / "parts.pt")
     resumed = stopping(trainer, sum(stage.steps for stage in trainer.stages) - 7).run()
+    assert equal(resumed.state_dict(), whole.state_dict())
+
+
+def test_an_interrupt_within_a_step(pool, tmp_path):
+    """The statistics of batch norms count its batch once."""
+    recipe = dataclasses.replace(RECIPE, backbone="carn", widths=(4, 8), branch_steps=(1, 3))
+    whole = Trainer(pool, recipe, tmp_path / "whole.pt").run()
+    trainer = Trainer(pool, recipe, tmp_path / "parts.pt")
+    original = trainer._loss
+
+    def loss(stage, rng):
+        result = original(stage, rng)
+        if trainer.step == 2:
+            raise KeyboardInterrupt
+        return result
+
+    trainer._loss = loss
+    with pytest.raises(KeyboardInterrupt):
+        trainer.run()
+    resumed = Trainer(pool, recipe, tmp_path / "parts.pt")
+    resumed = stopping(resumed, sum(stage.steps for stage in resumed.stages) - 2).run()
     assert equal(resumed.state_dict(), whole.state_dict())
 
 
@@ -136,7 +150,7 @@ def test_seeds_and_start_weights(pool, tmp_path):
     assert equal(first, Trainer(pool, RECIPE, tmp_path / "c.pt").model.state_dict())
     # The first three features start as an interpolator, whatever the seed.
     assert not torch.equal(first["net2.head_conv.0.weight"], other["net2.head_conv.0.weight"])
-    assert equal(Trainer(pool, RECIPE, tmp_path / "d.pt", init=other).model.state_dict(), other)
+    assert equal(Trainer(pool, RECIPE, tmp_path / "d.pt", init=Start(other)).model.state_dict(), other)
 
 
 def test_state_of_another_recipe(pool, tmp_path):
@@ -184,7 +198,7 @@ def fails(result: Result, *words: str) -> None:
 @pytest.mark.parametrize("interruption", [KeyboardInterrupt, Stop])
 def test_command_resumes_bit_for_bit(images, tmp_path, monkeypatch, interruption):
     whole = train("--images", images, "--out", tmp_path / "whole", *OPTIONS)
-    assert whole.exit_code == 0, whole.output
+    assert whole.exit_code == 0 and " patches from 2 images, whole and reduced\n" in whole.output, whole.output
     original = Trainer._run_stage
 
     def run_stage(self, number, *args):
@@ -225,7 +239,7 @@ def test_command_refuses(images, tmp_path):
     fails(train("--images", tmp_path / "empty", "--out", tmp_path / "o"), "empty holds no image file")
     fails(train("--images", tmp_path / "absent", "--out", tmp_path / "o"), "absent is not a folder")
     fails(train("--out", tmp_path / "o"), "--images")
-    fails(train("--images", images, "--exclude", "*.png", "--out", tmp_path / "o"), "no image", "128 x 128")
+    fails(train("--images", images, "--exclude", "*.png", "--out", tmp_path / "o"), "is excluded by *.png")
     for steps, word in (("1,2", "one positive number per width"), ("1,x,3", "whole numbers"), ("", "whole numbers")):
         fails(train("--images", images, "--out", tmp_path / "o", "--branch-steps", steps), word)
     fails(train("--images", images, "--out", tmp_path / "o", "--batch", 0), "batch must be at least 1")
@@ -238,9 +252,21 @@ def test_command_names_bad_images(tmp_path):
     folder = tmp_path / "images"
     folder.mkdir()
     io.write_image(folder / "small.png", torch.zeros(3, 127, 300, dtype=torch.uint8))
-    fails(train("--images", folder, "--out", tmp_path / "o"), "at least 128 x 128 pixels; found 1 image(s)")
+    fails(
+        train("--images", folder, "--out", tmp_path / "o"),
+        "images must be at least 128 x 128 pixels",
+        f"{folder / 'small.png'} (300 x 127)",
+        "--exclude",
+    )
     (folder / "broken.png").write_bytes(b"no image")
     fails(train("--images", folder, "--out", tmp_path / "o"), f"cannot read {folder / 'broken.png'}")
+    # A header that promises more than there is.
+    io.write_image(folder / "large.png", torch.zeros(3, 300, 300, dtype=torch.uint8))
+    content = (folder / "large.png").read_bytes()
+    (folder / "broken.png").write_bytes(content[: len(content) // 2])
+    (folder / "small.png").unlink()
+    fails(train("--images", folder, "--out", tmp_path / "o"), f"cannot read {folder / 'broken.png'}")
+    assert not (tmp_path / "o").exists()
 
 
 @pytest.mark.parametrize("content", [b"", b"junk", b"J", {"a": 1}, {"recipe": {"batch": 3}}, [1]])

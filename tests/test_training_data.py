@@ -27,7 +27,6 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("images")
     io.write_image(folder / "large.png", as_uint8(picture(1, 3, 120, 160)))
     io.write_image(folder / "small.png", as_uint8(picture(1, 3, 40, 45, seed=1)))
-    io.write_image(folder / "tiny.png", as_uint8(picture(1, 3, 15, 90, seed=2)))
     io.write_image(folder / "flat.png", torch.full((3, 30, 30), 77, dtype=torch.uint8))
     return folder
 
@@ -75,7 +74,7 @@ def test_make_pair(size):
 
 def test_ranking(pool, folder):
     # 120 x 160: pairs of 60 x 80 and, at 48 x 64, of 24 x 32; 40 x 45: 20 x 22 and, at 16 x 18, 8 x 9; 30 x 30: 15 x 15;
-    # the tiny one is too small, and so is the flat one when it is reduced.
+    # the flat one is too small when it is reduced.
     sizes = [tuple(lr.shape[1:]) for lr in pool.lr]
     assert sizes == [(15, 15), (60, 80), (24, 32), (20, 22), (8, 9)]
     assert all(hr.shape[1:] == (2 * h, 2 * w) for hr, (h, w) in zip(pool.hr, sizes, strict=True))
@@ -112,8 +111,17 @@ def test_bicubic_psnr_by_hand():
 def test_exclusion(folder, pool):
     fewer = Pool.build(folder, SCALE, PATCH, shrinks=(1.0,), stride=STRIDE, exclude=("la*", "flat.png"))
     assert [tuple(lr.shape[1:]) for lr in fewer.lr] == [(20, 22)]
-    with pytest.raises(ValueError, match=r"no image in .* is at least 16 x 16 pixels; found 1 image\(s\)"):
+    with pytest.raises(ValueError, match=r"every image in .* is excluded by la\*, flat\.png, small\*"):
         Pool.build(folder, SCALE, PATCH, exclude=("la*", "flat.png", "small*"))
+
+
+def test_small_images_are_named(tmp_path):
+    for number in range(6):
+        io.write_image(tmp_path / f"{number}.png", torch.zeros(3, 15 + (number == 3), 90 + number, dtype=torch.uint8))
+    message = r"at least 16 x 16 pixels, one patch; too small: .*0\.png \(90 x 15\), .*4\.png \(94 x 15\) and 1 more; move them"
+    with pytest.raises(ValueError, match=message):
+        Pool.build(tmp_path, SCALE, PATCH)
+    assert Pool.build(tmp_path, SCALE, PATCH, (1.0, 2.0), exclude=("[!3].png",)).images == 1
 
 
 @pytest.mark.parametrize("total", [1, 2, 3, 10, 100, 101])

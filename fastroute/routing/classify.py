@@ -13,6 +13,9 @@ from fastroute.grid import TileGrid
 from fastroute.models.classsr import PatchClassifier
 from fastroute.ops.extract_patches import extract_patches
 from fastroute.profiling import count_flops
+from fastroute.routing.bands import band_around
+from fastroute.routing.working_set import REARRANGED, pass_bytes
+from fastroute.streaming.rows import Source, TensorSource
 
 # Cells per chunk: 2048 rows of 128 channels are 1 MiB, which stays in the second-level cache between two layers.
 CELLS_PER_CHUNK = 2048
@@ -33,40 +36,64 @@ class Scores:
     flops: int
 
 
-def classify_patches(classifier: nn.Module, image: Tensor, grid: TileGrid) -> Scores:  # [B, C, H, W]
+def classify_patches(classifier: nn.Module, image: Tensor | Source, grid: TileGrid) -> Scores:  # [B, C, H, W]
     """Scores of all patches of `grid`.
 
     ClassSR's classifier is run once per 4 x 4 cell of the image instead of once per patch when patch and stride are
     multiples of 4: the features of a cell are the same for every patch that covers it. The last convolution and the linear
     layer commute with the average and become one product per patch. Patches off the cell grid, the shifted last row and
     column when the image is not a multiple of 4 beyond a patch, are classified on their own. Any other classifier gets the
-    extracted patches in batches.
+    extracted patches in batches. Rows of the image are read from the top to the bottom, once or twice.
 
     Args:
         classifier: maps patches (N, C, p, p) to scores (N, K).
-        image: (B, C, H, W), floating or uint8 / uint16.
+        image: (B, C, H, W), floating or uint8 / uint16; or where its rows come from.
         grid: where the patches lie.
 
     Raises:
         ValueError: the classifier returns another shape than (N, K).
     """
+    source = TensorSource(image, image.device) if isinstance(image, Tensor) else image
+    batch = source.shape[0]
     if not _cellwise(classifier, grid):
-        return _by_patch(classifier, image, grid, None)
+        return _by_patch(classifier, source, grid, torch.arange(batch * grid.num_patches))
     assert isinstance(classifier, PatchClassifier)  # for the type checker; _cellwise has seen it
     cell = classifier.CELL
     rows = [i for i, y in enumerate(grid.row_origins) if y % cell == 0]
     cols = [j for j, x in enumerate(grid.col_origins) if x % cell == 0]
-    score, flops = _by_cell(classifier, image, grid, rows, cols)  # [B, rows, cols, K]
+    score, flops = _by_cell(classifier, source, grid, rows, cols)  # [B, rows, cols, K]
     if len(rows) == grid.rows and len(cols) == grid.cols:
         return Scores(score.flatten(0, 2), flops)
-    full = score.new_empty(image.shape[0], grid.rows, grid.cols, score.shape[-1])
+    full = score.new_empty(batch, grid.rows, grid.cols, score.shape[-1])
     full[:, : len(rows), : len(cols)] = score
     # Only the last row and column can be off the cells.
-    off = torch.ones(image.shape[0], grid.rows, grid.cols, dtype=torch.bool, device=image.device)
+    off = torch.ones(batch, grid.rows, grid.cols, dtype=torch.bool)
     off[:, : len(rows), : len(cols)] = False
-    rest = _by_patch(classifier, image, grid, off.flatten().nonzero().squeeze(1))
-    full[off] = rest.score
-    return Scores(full.flatten(0, 2), flops + rest.flops)
+    numbers = off.flatten().nonzero().squeeze(1)
+    rest = _by_patch(classifier, source, grid, numbers)
+    full = full.flatten(0, 2)
+    full[numbers.to(full.device)] = rest.score
+    return Scores(full, flops + rest.flops)
+
+
+def classifying_bytes(classifier: nn.Module, source: Source, grid: TileGrid) -> int:
+    """What :func:`classify_patches` holds at most beside the image and the scores."""
+    dtype = next((p.dtype for p in classifier.parameters()), torch.float32)
+    if not _cellwise(classifier, grid):
+        size = (PATCHES_PER_BATCH, source.shape[1], grid.patch, grid.patch)
+        known = _BYTES.setdefault(classifier, {})
+        if size not in known:
+            known[size] = REARRANGED * pass_bytes(classifier, size, dtype)
+        return known[size]
+    assert isinstance(classifier, PatchClassifier)  # for the type checker; _cellwise has seen it
+    hidden = classifier.lastOut.in_features
+    for layer in classifier.CondNet:
+        hidden = max(hidden, layer.out_channels) if isinstance(layer, nn.Conv2d) else hidden
+    cell = classifier.CELL
+    cells = max(CELLS_PER_CHUNK, -(-grid.width // cell))
+    rows = max(1, CELLS_PER_CHUNK // -(-grid.width // cell)) + 2 * grid.patch // cell
+    # A chunk as pixels, in the order of its cells, and between two layers; the averaged rows of cells, joined to others.
+    return dtype.itemsize * (cells * (3 * source.shape[1] * cell**2 + 3 * hidden) + 2 * rows * grid.cols * hidden)
 
 
 def _cellwise(classifier: nn.Module, grid: TileGrid) -> bool:
@@ -79,7 +106,7 @@ def _cellwise(classifier: nn.Module, grid: TileGrid) -> bool:
 
 
 def _by_cell(
-    classifier: PatchClassifier, image: Tensor, grid: TileGrid, rows: list[int], cols: list[int]
+    classifier: PatchClassifier, source: Source, grid: TileGrid, rows: list[int], cols: list[int]
 ) -> tuple[Tensor, int]:
     layers = [layer for layer in classifier.CondNet if isinstance(layer, nn.Conv2d)]
     first, middle, last = layers[0], layers[1:-1], layers[-1]
@@ -88,46 +115,52 @@ def _by_cell(
     col_cells = [grid.col_origins[j] // cell for j in cols]
     span = grid.patch // cell
     height, width = row_cells[-1] + span, col_cells[-1] + span  # cells that some patch covers
-    batch, channels = image.shape[:2]
-    average_y = _averages(row_cells, span, height, first.weight)
-    average_x = _averages(col_cells, span, width, first.weight)
+    batch, channels = source.shape[:2]
 
     weight = first.weight.flatten(1)  # [hidden, C·16]
     inner = [(conv.weight.flatten(1), _bias(conv)) for conv in middle]
-    score = image.new_empty(batch, len(rows), len(cols), classifier.lastOut.out_features, dtype=weight.dtype)
-    # Σ over the cells of a patch, then one product for the last convolution and the linear layer together.
+    logits = weight.new_empty(batch, len(rows), len(cols), classifier.lastOut.out_features)
+    # One product for the last convolution and the linear layer together.
     tail_weight = classifier.lastOut.weight @ last.weight.flatten(1)
     tail_bias = torch.addmv(classifier.lastOut.bias, classifier.lastOut.weight, _bias(last))
     step = max(1, CELLS_PER_CHUNK // width)
     for b in range(batch):
-        pooled = weight.new_empty(height, len(cols), hidden)
+        # Rows of cells, averaged along the row, until the last patch over them is done.
+        held, begin, row = weight.new_empty(0, len(cols), hidden), 0, 0
         for top in range(0, height, step):
             count = min(step, height - top)
-            band = image[b, :, top * cell : (top + count) * cell, : width * cell]
+            band = source.get((b, b + 1), (top * cell, (top + count) * cell))[0, :, :, : width * cell]
             band = to_float(band, weight.dtype).reshape(channels, count, cell, width, cell)
             x = band.permute(1, 3, 0, 2, 4).reshape(count * width, channels * cell * cell)
             x = F.leaky_relu_(torch.addmm(_bias(first), x, weight.t()), 0.1)
             for w, bias in inner:
                 x = F.leaky_relu_(torch.addmm(bias, x, w.t()), 0.1)
-            pooled[top : top + count] = average_x @ x.view(count, width, hidden)
-        patches = (average_y @ pooled.flatten(1)).view(len(rows) * len(cols), hidden)
-        logits = torch.addmm(tail_bias, patches, tail_weight.t())
-        score[b] = torch.softmax(logits, dim=1).view(len(rows), len(cols), -1)
-    # The averages are sums of span cells per output, done densely for speed: counted as the sums that they are.
+            held = torch.cat([held, _averages(x.view(count, width, hidden), col_cells, span)])
+            while row < len(rows) and row_cells[row] + span <= top + count:
+                average = held[row_cells[row] - begin :][:span].mean(dim=0)
+                # One tile row after the other: the numbers do not depend on how many rows the image has.
+                torch.addmm(tail_bias, average, tail_weight.t(), out=logits[b, row])
+                row += 1
+            if row < len(rows):
+                held, begin = held[row_cells[row] - begin :], row_cells[row]
+    # The averages are counted as the product that stands for them.
     products = height * width * (weight.numel() + sum(w.numel() for w, _ in inner))
     products += len(rows) * len(cols) * tail_weight.numel()
-    return score, 2 * batch * products
+    return torch.softmax(logits, dim=-1), 2 * batch * products
 
 
 def _bias(conv: nn.Conv2d) -> Tensor:  # [out_channels]
     return conv.weight.new_zeros(conv.out_channels) if conv.bias is None else conv.bias
 
 
-def _averages(starts: list[int], span: int, length: int, like: Tensor) -> Tensor:  # [tiles, length]
-    """Row i averages `span` cells from starts[i]."""
-    first = torch.tensor(starts, device=like.device)[:, None]
-    at = torch.arange(length, device=like.device)
-    return ((at >= first) & (at < first + span)).to(like.dtype) / span
+def _averages(x: Tensor, starts: list[int], span: int) -> Tensor:  # [n, width, D] -> [n, tiles, D]
+    """The mean of `span` columns from each of `starts`, which lie at equal distances but for the last."""
+    step = starts[1] - starts[0] if len(starts) > 1 else span
+    regular = len(starts) if starts[-1] == step * (len(starts) - 1) else len(starts) - 1
+    means = x[:, : step * (regular - 1) + span].unfold(1, span, step).mean(dim=-1)
+    if regular == len(starts):
+        return means
+    return torch.cat([means, x[:, starts[-1] : starts[-1] + span].mean(dim=1, keepdim=True)], dim=1)
 
 
 def to_float(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -137,7 +170,9 @@ def to_float(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x.to(dtype) / (255 if x.dtype == torch.uint8 else 65535)
 
 
+# By the size of an input: counting takes longer than classifying.
 _FLOPS: WeakKeyDictionary[nn.Module, dict[tuple[int, ...], int]] = WeakKeyDictionary()
+_BYTES: WeakKeyDictionary[nn.Module, dict[tuple[int, ...], int]] = WeakKeyDictionary()
 
 
 def _patch_flops(classifier: nn.Module, size: tuple[int, ...]) -> int:
@@ -148,21 +183,22 @@ def _patch_flops(classifier: nn.Module, size: tuple[int, ...]) -> int:
     return known[size]
 
 
-def _by_patch(classifier: nn.Module, image: Tensor, grid: TileGrid, numbers: Tensor | None) -> Scores:
-    if numbers is None:
-        numbers = torch.arange(image.shape[0] * grid.num_patches, device=image.device)
+def _by_patch(classifier: nn.Module, source: Source, grid: TileGrid, numbers: Tensor) -> Scores:  # [n], rising, on the CPU
     dtype = next((p.dtype for p in classifier.parameters()), torch.float32)
     pieces: list[Tensor] = []
-    for chunk in numbers.split(PATCHES_PER_BATCH):
-        piece = classifier(extract_patches(image, grid, order=chunk, dtype=dtype))
+    for chunk in numbers.split(PATCHES_PER_BATCH) if len(numbers) else []:
+        band = band_around(chunk, grid)
+        pixels, part = band.read(source, grid)
+        order = (chunk - band.first_patch(grid)).to(source.device)
+        piece = classifier(extract_patches(pixels, part, order=order, dtype=dtype))
         if piece.ndim != 2 or piece.shape[0] != chunk.shape[0]:
             raise ValueError(
                 f"classifier: must map ({chunk.shape[0]}, C, p, p) to ({chunk.shape[0]}, K); got {tuple(piece.shape)}"
             )
         pieces.append(piece)
-    size = (1, image.shape[1], grid.patch, grid.patch)
+    size = (1, source.shape[1], grid.patch, grid.patch)
     flops = _patch_flops(classifier, size) * numbers.shape[0]
     if not pieces:
         # No patch: one throw-away patch tells the number of classes.
-        return Scores(classifier(image.new_zeros(size, dtype=dtype))[:0], 0)
+        return Scores(classifier(torch.zeros(size, dtype=dtype, device=source.device))[:0], 0)
     return Scores(torch.cat(pieces), flops)

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from fastroute.catalogue import DEFAULT_MODEL, WEIGHTS, list_models
 from fastroute.models import arm as arm_models
 from fastroute.models.arm import ARM
 from fastroute.models.carn import CARN, RGB_MEAN
@@ -22,8 +23,6 @@ from fastroute.models.srresnet import SRResNet
 from fastroute.routing.patch_router import PatchRouter
 from fastroute.routing.pixel_router import PixelRouter
 
-DEFAULT_MODEL = "classsr-fsrcnn-x4"
-WEIGHTS = Path(__file__).parent.parent / "weights"
 # The weight by which a backbone is known; its first size is the width.
 FIRST_LAYERS = {
     "fsrcnn": "head_conv.0.weight",
@@ -31,11 +30,6 @@ FIRST_LAYERS = {
     "srresnet": "conv_first.weight",
     "rcan": "head.0.weight",
 }
-
-
-def list_models() -> list[str]:
-    """Names of the models shipped with the package."""
-    return sorted(path.stem for path in WEIGHTS.glob("*.safetensors"))
 
 
 def load(name_or_path: str | Path = DEFAULT_MODEL, device: str | torch.device = "cpu") -> PatchRouter | PixelRouter:
@@ -52,9 +46,11 @@ def load(name_or_path: str | Path = DEFAULT_MODEL, device: str | torch.device = 
         :class:`fastroute.PatchRouter`, or for PCSR :class:`fastroute.PixelRouter`; call its `upscale`.
 
     Raises:
+        ValueError: a device that cannot be used.
         fastroute.CheckpointError: no such model or file, a damaged file, or another architecture (the message names the keys
             that do not fit).
     """
+    device = usable_device(device)
     path = WEIGHTS / f"{name_or_path}.safetensors"
     if str(name_or_path) not in list_models():
         path = Path(name_or_path)
@@ -88,6 +84,22 @@ def load(name_or_path: str | Path = DEFAULT_MODEL, device: str | torch.device = 
         raise
     except ValueError as error:
         raise CheckpointError(f"cannot use {path}: {error}") from error
+
+
+def usable_device(name: str | torch.device) -> torch.device:
+    """The device `name`, once a tensor could be made there.
+
+    Raises:
+        ValueError: no such device, or none that works; the message says why.
+    """
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        # Torch goes on to list every backend there is.
+        reason = str(error).splitlines()[0].split(". ")[0].split(", ipu")[0]
+        raise ValueError(f"device {str(name)!r} cannot be used: {reason}") from error
+    return device
 
 
 def _settings(metadata: Mapping[str, str], path: Path) -> dict[str, int]:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -14,21 +14,15 @@ from tqdm import tqdm
 from fastroute import memory
 from fastroute.models.optimize import optimize, parameter_dtype
 from fastroute.models.pcsr import MLP, PCSR
-from fastroute.models.streaming import run_in_bands, unsupported_reasons
 from fastroute.ops import _checks as check
-from fastroute.ops.adaptive_threshold import adaptive_threshold
 from fastroute.ops.assign_classes import assign_classes
-from fastroute.ops.pixel_mlp import pixel_mlp
-from fastroute.ops.refine_boundaries import refine_boundaries
 from fastroute.profiling import RoutedFlops, count_flops, mix_flops
-from fastroute.routing.classify import to_float
-from fastroute.routing.result import RoutingStats, Stopwatch, Upscaled
-
-# Pixels of a band, of the output and of the encoder's input: bounds of the memory, large enough to give threads work.
-OUTPUT_BAND = 1 << 20
-ENCODER_BAND = 1 << 14
-# A budget is solved on at most this many pixels, in rows spread over the image.
-BUDGET_SAMPLE = 1 << 21
+from fastroute.routing.pixel_image import Choice, PixelImage
+from fastroute.routing.pixel_rows import Footprint, PixelGrid
+from fastroute.routing.result import RoutingStats, Stopwatch, Streamed, Upscaled
+from fastroute.routing.working_set import DEFAULT_LIMIT, WorkingSet, advised, check_limit
+from fastroute.streaming.ends import Ends, home, in_memory, output_like, streamed
+from fastroute.streaming.protocols import Reader, Writer, check_reader
 
 Layers = list[tuple[Tensor, Tensor]]
 
@@ -77,6 +71,7 @@ class PixelRouter:
         if not self.classifier:
             raise ValueError("PixelRouter: model must have a classifier of at least one layer; got an empty one")
         size = (1, self.channels, 16, 16)
+        self.footprint = Footprint(model, self.encoder, self.dtype)
         self._encoder_flops = [count_flops(model.encoder, size, name) / 256 for name in ("true", "paper")]
 
     @property
@@ -95,19 +90,24 @@ class PixelRouter:
         refine: bool = True,
         budget: float | None = None,
         progress: bool = False,
+        memory_limit: int | None = None,
     ) -> Upscaled:
         """Super-resolve an image or a batch of images.
 
         Args:
-            image: (B, C, h, w) or (C, h, w), floating in [0, 1], uint8 or uint16, on the device of the networks.
+            image: (B, C, h, w) or (C, h, w), floating in [0, 1], uint8 or uint16; on the device of the networks, or on the
+                CPU: bands of it are then copied there and back, and the result is on the CPU.
             scale: upscaling factor, an integer or a fraction; the size is rounded. Default 4 where no `size` is given.
             size: (H, W) instead of `scale`.
             k: exponent of the cost in the decision, argmax of probability / cost^k.
-            adaptive: decide by the 2-means of each image's second probability instead; two classes only.
+            adaptive: decide by the 2-means of each image's second probability instead; two classes only. They are taken over
+                a sample of rows where the output has more than 33 million pixels.
             refine: smooth cheap pixels beside dearer ones.
             budget: mean cost of the chosen classes as a fraction of the dearest one's; `k` is then solved for, on a sample
                 of rows where the output has more than 2 million pixels.
             progress: show a progress bar.
+            memory_limit: bytes to hold at most beside `image`, the result and its class map. It changes no bit of them: a
+                budget or `adaptive` encodes the image twice where all features do not fit.
 
         Returns:
             :class:`Upscaled`, its class map uint8 (B, H, W) or (H, W). A floating image is not clamped; an integer one is,
@@ -115,147 +115,111 @@ class PixelRouter:
 
         Raises:
             ValueError: a wrong rank, number of channels, empty image or size, another device, arguments that exclude each
-                other, or an impossible budget. Nothing has been computed then.
+                other, an impossible budget, or a limit below the least that is needed, which the message names. Nothing has
+                been computed then.
             TypeError: an unsupported dtype.
         """
-        images, size, factor = self._check(image, scale, size, k, adaptive, budget)
-        cost = self.model.class_cost(factor) if k or budget is not None else [1.0] * self.num_classes
-        watch = Stopwatch(images.device)
-        output = memory.empty((images.shape[0], images.shape[1], *size), images.dtype, images.device)
-        class_map = memory.empty((images.shape[0], *size), torch.uint8, images.device)
-        bands = max(1, OUTPUT_BAND // size[1])
-        with tqdm(total=images.shape[0] * 2 * -(-size[0] // bands), unit="band", desc="upscale", disable=not progress) as bar:
-            for number in range(images.shape[0]):
-                lr = images[number : number + 1]
-                with watch.stage("encode"):
-                    features = self.encode(lr)
-                self._classify(features, class_map[number : number + 1], cost, k, adaptive, budget, watch, bar.update)
-                here = slice(number, number + 1)
-                self._upsample(features, lr, class_map[here], output[here], refine, watch, bar.update)
-        stats = self._stats(class_map, images.shape[2] * images.shape[3], watch)
+        images = check.images("upscale", image, self.channels, home(image, self.device), "h, w")
+        grid, choice = self._check(images.shape, memory_limit, scale, size, k, adaptive, budget)
+        output = output_like("upscale", images, (*images.shape[:2], *grid.size))
+        class_map = memory.empty((images.shape[0], *grid.size), torch.uint8, self.device)
+        ends = in_memory(images, output, self.device)
+        stats = self._run(ends, grid, choice, refine, progress, memory_limit, class_map)
+        class_map = class_map.to(images.device)
         if image.ndim == 3:
             return Upscaled(output[0], class_map[0], stats)
         return Upscaled(output, class_map, stats)
 
-    def encode(self, lr: Tensor) -> Tensor:  # [1, C, h, w] -> [1, D, h, w]
-        """The features of one image, channels_last."""
-        _, _, height, width = lr.shape
-        if unsupported_reasons(self.encoder):
-            return self.encoder(self._normalise(lr))
-        depth = int(self.model.encoder.width)  # type: ignore[arg-type]
-        features = memory.empty((1, height, width, depth), self.dtype, lr.device).permute(0, 3, 1, 2)
-        run_in_bands(self.encoder, lambda rows, cols: self._normalise(lr[:, :, rows, cols]), features, ENCODER_BAND)
-        return features
-
-    def _normalise(self, lr: Tensor) -> Tensor:
-        image = to_float(lr, self.dtype) - self.model.get_buffer("mean").to(self.dtype)
-        return image.contiguous(memory_format=torch.channels_last)
-
-    def _classify(
+    @torch.inference_mode()
+    def stream(
         self,
-        features: Tensor,  # [1, D, h, w]
-        class_map: Tensor,  # [1, H, W]
-        cost: list[float],
-        k: float,
-        adaptive: bool,
-        budget: float | None,
-        watch: Stopwatch,
-        done: Callable[[int], object],
-    ) -> None:
-        height, width = class_map.shape[1:]
-        if adaptive:
-            score = memory.empty((1, height, width), self.dtype, features.device)
-            odds = _last_layer(self.classifier, lambda w, b: (w[1:] - w[:1], b[1:] - b[:1]))
-            with watch.stage("classify"):
-                for begin, end in _bands(height, width):
-                    logit = pixel_mlp(features, [odds], (height, width), rows=(begin, end))
-                    torch.sigmoid(logit[:, 0], out=score[:, begin:end])
-                    done(1)
-            with watch.stage("assign"):
-                class_map.copy_(adaptive_threshold(score, torch.uint8))
-            return
-        if budget is not None:
-            with watch.stage("assign"):
-                k = self._solve(features, (height, width), cost, budget)
-        # argmax of softmax(z) / cost^k is argmax of z - k · log(cost): a change of the last bias.
-        shift = torch.tensor([k * math.log(c) for c in cost], dtype=torch.float64).to(features.device)
-        penalised = _last_layer(self.classifier, lambda w, b: (w, (b.double() - shift).to(b.dtype)))
-        for begin, end in _bands(height, width):
-            with watch.stage("classify"):
-                logits = pixel_mlp(features, [penalised], (height, width), rows=(begin, end))
-            with watch.stage("assign"):
-                class_map[:, begin:end] = assign_classes(logits, [1.0] * self.num_classes, dtype=torch.uint8)
-            done(1)
+        reader: Reader,
+        writer: Writer,
+        scale: float | None = None,
+        size: tuple[int, int] | None = None,
+        k: float = 0.0,
+        adaptive: bool = False,
+        refine: bool = True,
+        budget: float | None = None,
+        progress: bool = False,
+        memory_limit: int | None = DEFAULT_LIMIT,
+    ) -> Streamed:
+        """Super-resolve an image that need not fit in memory, and neither need its result.
 
-    def _solve(self, features: Tensor, size: tuple[int, int], cost: list[float], budget: float) -> float:
-        """The smallest penalty at which the mean cost of the sampled pixels is within the budget."""
-        height, width = size
-        step = -(-height * width // BUDGET_SAMPLE)
-        rows = range(step // 2, height, step) if step > 1 else None
-        mlps = [self.classifier]
-        if rows is None:
-            logits = pixel_mlp(features, mlps, size)
-        else:
-            logits = torch.cat([pixel_mlp(features, mlps, size, rows=(y, y + 1)) for y in rows], dim=2)
-        logits = logits.double().flatten(2)[0].t()  # [n, K]
-        log_cost = torch.tensor(cost, dtype=torch.float64, device=logits.device).log()
-        share = torch.tensor([c / max(cost) for c in cost], dtype=torch.float64, device=logits.device)
+        Args:
+            reader: gives rectangles of the image, see :class:`fastroute.Reader`; it is read once, and once more for a budget
+                or `adaptive` where all features do not fit.
+            writer: takes bands of the result, see :class:`fastroute.Writer`, of the type that the reader gives.
+            scale, size, k, adaptive, refine, budget, progress: see :meth:`upscale`. At an integer scale few rows are held; at
+                a size in no small ratio to the image's, its features are.
+            memory_limit: bytes to hold at most. It changes no bit of the result, which is that of :meth:`upscale`.
 
-        def spent(penalty: float) -> float:
-            return share[(logits - penalty * log_cost).argmax(dim=1)].mean().item()
+        Raises:
+            ValueError, TypeError: see :meth:`upscale`. Nothing has been read or written then.
+            MemoryError, torch.OutOfMemoryError: memory ran out; the message names a limit that would fit.
+        """
+        check_reader("stream", reader, self.channels, check.FLOATING + check.INTEGER_IMAGE)
+        grid, choice = self._check((1, *reader.shape), memory_limit, scale, size, k, adaptive, budget)
+        ends = streamed(reader, writer, grid.size, self.device)
+        return Streamed(None, self._run(ends, grid, choice, refine, progress, memory_limit, None))
 
-        # Penalties at which no score counts any more.
-        gaps = log_cost.unique().diff()
-        spread = (logits.amax() - logits.amin()).item() + 1
-        bound = spread / gaps.min().item() if len(gaps) else 1.0
-        low, high = -bound, bound
-        if spent(low) <= budget:
-            return low
-        while (middle := 0.5 * (low + high)) not in (low, high) and high - low > 1e-9 * bound:
-            low, high = (low, middle) if spent(middle) <= budget else (middle, high)
-        return high
+    def output_size(
+        self, height: int, width: int, scale: float | None = None, size: tuple[int, int] | None = None
+    ) -> tuple[int, int]:
+        """Height and width of what an image of that size becomes, see :meth:`upscale`."""
+        return self._check((1, self.channels, height, width), None, scale, size, 0.0, False, None)[0].size
 
-    def _upsample(
+    def _run(
         self,
-        features: Tensor,  # [1, D, h, w]
-        lr: Tensor,  # [1, C, h, w]
-        class_map: Tensor,  # [1, H, W]
-        output: Tensor,  # [1, C, H, W]
+        ends: Ends,
+        grid: PixelGrid,
+        choice: Choice,
         refine: bool,
-        watch: Stopwatch,
-        done: Callable[[int], object],
-    ) -> None:
-        height, width = class_map.shape[1:]
-        residual = to_float(lr, self.dtype)
-        for begin, end in _bands(height, width):
-            # The refinement looks one row further.
-            top, bottom = (max(begin - 1, 0), min(end + 1, height)) if refine else (begin, end)
-            with watch.stage("upsample"):
-                band = pixel_mlp(features, self.mlps, (height, width), class_map, residual, rows=(top, bottom))
-            with watch.stage("refine"):
-                classes = class_map[:, top:bottom] if refine else class_map.new_zeros(1, bottom - top, width)
-                target = output[:, :, begin:end]
-                rows = (begin - top, end - top)
-                if output.dtype in (self.dtype, *check.INTEGER_IMAGE):
-                    refine_boundaries(band, classes, rows, out=target)
-                else:
-                    target.copy_(refine_boundaries(band, classes, rows))
-            done(1)
+        progress: bool,
+        memory_limit: int | None,
+        class_map: Tensor | None,  # [B, H, W]
+    ) -> PixelStats:
+        """From one end to the other; the arguments are checked."""
+        source = ends.source
+        watch = Stopwatch(self.device, self.device.type != "cuda" or ends.in_place)
+        # Nothing is copied where all features are kept, and two passes need not encode twice.
+        keep = grid.overlapping or not self.footprint.in_bands or (ends.in_place and memory_limit is None)
+        if not keep and choice.solved:
+            keep = memory_limit is None or self._working_set(ends, grid, choice, True, True).bytes(1) <= memory_limit
+        working = self._working_set(ends, grid, choice, keep, not ends.in_place)
+        rows = working.rows(memory_limit)
+        used = working.bytes(rows)
+        lowest = partial(self._working_set, ends, grid, choice, grid.overlapping, True)
+        counts = torch.zeros(self.num_classes, dtype=torch.int64, device=self.device)
+        total = source.shape[0] * len(grid.bands())
+        with (
+            advised("upscale", self.device, used, lowest, ends.in_place),
+            ends.opened(max(1, rows * grid.lr[0] // grid.size[0]), rows) as sink,
+            tqdm(total=total, unit="band", desc="upscale", disable=not progress) as bar,
+        ):
+            for number in range(source.shape[0]):
+                image = PixelImage(self, ends, number, grid, choice, keep, watch)
+                image.run(None if class_map is None else class_map[number : number + 1], refine, sink, counts, bar.update)
+        return self._stats(counts.tolist(), source.shape[0] * math.prod(grid.lr), watch, used)
+
+    def _working_set(self, ends: Ends, grid: PixelGrid, choice: Choice, keep: bool, in_bands: bool) -> WorkingSet:
+        return self.footprint.working_set(grid, keep, choice.sampled(grid), ends.source.dtype.itemsize, in_bands, ends.step)
 
     def _check(
         self,
-        image: Tensor,
+        shape: Sequence[int],
+        memory_limit: int | None,
         scale: float | None,
         size: tuple[int, int] | None,
         k: float,
         adaptive: bool,
         budget: float | None,
-    ) -> tuple[Tensor, tuple[int, int], float]:
+    ) -> tuple[PixelGrid, Choice]:
         op = "upscale"
-        images = check.images(op, image, self.channels, self.device, "h, w")
+        check_limit(op, memory_limit)
         if scale is not None and size is not None:
             raise ValueError(f"{op}: give either scale or size; got scale={scale} and size={size}")
-        h, w = images.shape[2:]
+        h, w = shape[2:]
         if size is None:
             factor = 4.0 if scale is None else float(scale)
             if not (math.isfinite(factor) and factor > 0):
@@ -275,15 +239,11 @@ class PixelRouter:
         if budget is not None:
             # Refuses an impossible budget before anything is computed.
             assign_classes(torch.ones(1, self.num_classes), self.model.class_cost(factor), budget=budget)
-        return images, (int(size[0]), int(size[1])), factor
+        cost = self.model.class_cost(factor) if k or budget is not None else [1.0] * self.num_classes
+        return PixelGrid((h, w), (int(size[0]), int(size[1]))), Choice(cost, k, adaptive, budget)
 
-    def _stats(self, class_map: Tensor, lr_pixels: int, watch: Stopwatch) -> PixelStats:
-        with watch.stage("assign"):
-            # Band by band: a sum of all would be made of a 64-bit copy.
-            bands = class_map.view(-1).split(OUTPUT_BAND)
-            counts = torch.stack([torch.bincount(band, minlength=self.num_classes) for band in bands]).sum(dim=0).tolist()
-        images = class_map.shape[0]
-        features, pixels = images * lr_pixels, class_map.numel()
+    def _stats(self, counts: list[int], features: int, watch: Stopwatch, working_set: int) -> PixelStats:
+        pixels = sum(counts)
 
         def flops(layers: Layers) -> tuple[int, int]:
             """Per output pixel: as done, but for the product with the features, and as the papers count."""
@@ -304,20 +264,10 @@ class PixelRouter:
         done = RoutedFlops(true.routed + encoder + extra + used * features, true.dense + encoder + dearest * features)
         stages = {"encode": 0.0, "classify": 0.0, "assign": 0.0, "upsample": 0.0, "refine": 0.0}
         seconds = {**stages, **watch.finish()}
-        return PixelStats(counts, done, RoutedFlops(paper.routed + encoder_paper, paper.dense + encoder_paper), seconds)
+        paper = RoutedFlops(paper.routed + encoder_paper, paper.dense + encoder_paper)
+        return PixelStats(counts, done, paper, seconds, working_set)
 
 
 def _layers(mlp: nn.Module) -> Layers:
     assert isinstance(mlp, MLP)
     return [(w.detach(), b.detach()) for w, b in zip(*mlp.parameter_lists, strict=True)]
-
-
-def _last_layer(layers: Layers, change: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> Layers:
-    return [*layers[:-1], change(*layers[-1])]
-
-
-def _bands(height: int, width: int) -> Iterator[tuple[int, int]]:
-    """Rows (first, one past the last) of bands of nearly equal height."""
-    count = -(-height * width // OUTPUT_BAND)
-    edges = [height * i // count for i in range(count + 1)]
-    yield from ((a, b) for a, b in pairwise(edges) if b > a)

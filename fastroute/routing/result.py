@@ -23,12 +23,15 @@ class RoutingStats:
         paper_flops: the papers' convention; they leave the classifier out.
         seconds: wall time of each stage: tune (a first call measures how each branch runs fastest), classify, assign,
             extract, branches, stitch; and total.
+        working_set: bytes held at most beside the image and the result, or for a streamed run beside nothing: a model of
+            what is allocated, without the program itself.
     """
 
     patches_per_class: list[int]
     flops: RoutedFlops
     paper_flops: RoutedFlops
     seconds: dict[str, float]
+    working_set: int = 0
 
     @property
     def overhead(self) -> float:
@@ -61,6 +64,20 @@ class Upscaled:
     stats: RoutingStats
 
 
+@dataclass(frozen=True)
+class Streamed:
+    """What a streamed upscale did; its image is where the writer put it.
+
+    Attributes:
+        class_map: int64 (rows, cols), the branch of every patch, 0 the cheapest; None for a router of pixels, whose map is
+            as large as the image.
+        stats: counts, FLOPs and times.
+    """
+
+    class_map: Tensor | None
+    stats: RoutingStats
+
+
 @dataclass
 class Stopwatch:
     """Wall time by stage. On a GPU a stage ends when its kernels do, so timing costs waits: only the total is taken there
@@ -69,16 +86,20 @@ class Stopwatch:
     device: torch.device
     detailed: bool = True
     seconds: dict[str, float] = field(default_factory=dict)
+    parts: dict[int, float] = field(default_factory=dict)
     start: float = field(default_factory=time.perf_counter)
 
     @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """Add the time of the ``with`` block to stage `name`."""
+    def stage(self, name: str, part: int | None = None) -> Iterator[None]:
+        """Add the time of the ``with`` block to stage `name`, and to class `part` where one is given."""
         self._wait()
         begin = time.perf_counter()
         yield
         self._wait()
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - begin
+        taken = time.perf_counter() - begin
+        self.seconds[name] = self.seconds.get(name, 0.0) + taken
+        if part is not None:
+            self.parts[part] = self.parts.get(part, 0.0) + taken
 
     def finish(self) -> dict[str, float]:
         """All stages and the total."""

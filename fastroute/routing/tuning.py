@@ -8,7 +8,7 @@ import logging
 import os
 import platform
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -50,25 +50,26 @@ def cache_path() -> Path:
     return Path(folder) / "tuning.json"
 
 
-def tune(branch: nn.Module, example: Tensor) -> Tuning:  # [1, C, p, p]
+def tune(branch: nn.Module, example: Tensor, largest: int = BATCHES[-1]) -> Tuning:  # [1, C, p, p]
     """The fastest of the memory formats and batch sizes, by measurement; from the cache when it was measured before.
 
     Args:
         branch: in evaluation mode, on the device of `example`.
         example: one patch, of the dtype in which the branch runs.
+        largest: patches that may pass together at most; larger batches take too much memory.
     """
-    key = _key(branch, example)
+    key = tuning_key(branch, example)
     remembered = _read().get(key)
     if remembered is not None:
-        return remembered
+        return replace(remembered, batch=min(remembered.batch, largest))
     best: Tuning | None = None
     with torch.inference_mode():
         for channels_last in (True, False):
             # The better format at one size is the better one at all: batch sizes are tried for it alone.
-            tuning = _measure(branch, example, 16, channels_last)
+            tuning = _measure(branch, example, min(16, largest), channels_last)
             best = tuning if best is None or tuning.milliseconds < best.milliseconds else best
         assert best is not None
-        for batch in BATCHES:
+        for batch in sorted({min(batch, largest) for batch in BATCHES}):
             tuning = _measure(branch, example, batch, best.channels_last)
             # A larger batch must earn its memory; where one does not, a still larger one is not tried.
             better = tuning.milliseconds < 0.98 * best.milliseconds
@@ -95,7 +96,8 @@ def _measure(branch: nn.Module, example: Tensor, batch: int, channels_last: bool
     return Tuning(batch, channels_last, 1e3 * min(times[1:]) / batch)
 
 
-def _key(branch: nn.Module, example: Tensor) -> str:
+def tuning_key(branch: nn.Module, example: Tensor) -> str:  # [1, C, p, p]
+    """A name for what decides the speed of `branch` on patches like `example`: device, threads, versions and structure."""
     if example.is_cuda:
         device = torch.cuda.get_device_name(example.device)
     else:

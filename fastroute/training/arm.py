@@ -6,12 +6,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional as F
 
 from fastroute.models.arm import ARM, BACKBONES, BINS, edge_score
-from fastroute.models.checkpoints import load_weights
-from fastroute.training.base import BaseTrainer, Stage, check_backbone, check_settings, check_widths
+from fastroute.training.base import BaseTrainer, Stage, StepResult, check_backbone, check_settings, check_widths
+from fastroute.training.start import Start, start_network
 
 MEASURED_AT_ONCE = 32
 
@@ -56,7 +56,8 @@ class Recipe:
 class Trainer(BaseTrainer):
     """Runs a :class:`Recipe` with progress and exact resume; see :class:`BaseTrainer` for the arguments.
 
-    `init` may be a published supernet, which has no table.
+    `init` may also be one network of the largest width, such as a published supernet, which has no table; of a ClassSR or CDNSR
+    it takes the dearest branch. The narrower networks are then its first channels, as they always are, and learn to be used.
     """
 
     def _build(self) -> nn.Module:
@@ -66,9 +67,11 @@ class Trainer(BaseTrainer):
         self.share = (cost.square() / cost.square().sum()).numpy()
         return arm
 
-    def _start_from(self, init: dict[str, Tensor], name: str) -> None:
-        whole = "classifier.table.psnr" in init
-        load_weights(self.model if whole else self.model.network, init, name)
+    def _start_from(self, start: Start) -> None:
+        if "classifier.table.psnr" in start.state:
+            super()._start_from(start)
+        else:
+            start_network(self.model.network, start.network)
 
     def _plan(self) -> list[Stage]:
         return [Stage("widths", self.recipe.steps, self.recipe.learning_rate, "widths")]
@@ -76,13 +79,13 @@ class Trainer(BaseTrainer):
     def _parameters(self, stage: Stage) -> list[nn.Parameter]:
         return list(self.model.network.parameters())
 
-    def _loss(self, stage: Stage, rng: np.random.Generator) -> tuple[Tensor, float, str]:
+    def _loss(self, stage: Stage, rng: np.random.Generator) -> StepResult:
         # By the square of its cost, as published: a wide network learns more slowly. Interpolation costs nothing.
         k = int(rng.choice(len(self.share), p=self.share))
         lr, hr = self._batch(self.pool.draw(0, len(self.pool.positions), self.recipe.batch, rng), rng)
         # Squared, as PSNR counts.
         loss = F.mse_loss(self.model.run(k, lr), hr)
-        return 100 * loss, loss.item(), f", last width {self.recipe.widths[k - 1]}"
+        return 100 * loss, loss.detach(), lambda: f", last width {self.recipe.widths[k - 1]}"
 
     def _finish(self) -> None:
         super()._finish()
@@ -93,7 +96,7 @@ class Trainer(BaseTrainer):
         rng = np.random.default_rng(self.recipe.seed)
         scores, psnrs = [], []
         for indices in np.array_split(chosen, -(-len(chosen) // MEASURED_AT_ONCE)):
-            lr, hr = self._batch(indices, rng)
+            lr, hr = self._batch(indices, rng, slice(None))
             scores.append(edge_score(lr))
             psnrs.append(self.model.measure(lr, hr))
         self.model.table.fit(torch.cat(scores), torch.cat(psnrs))

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastroute.models.cdnsr import CDNSR, CLASSIFIER_LAYERS, annealed, mix
+from fastroute.models.cdnsr import CDNSR, CLASSIFIER_LAYERS, annealed, gumbel_softmax, mix
 from fastroute.models.classsr import ClassSR
-from fastroute.training.base import Stage, check_settings, class_shares
+from fastroute.training import distributed
+from fastroute.training.base import Stage, StepResult, check_settings, class_shares
 from fastroute.training.classsr import BranchRecipe, BranchTrainer
 from fastroute.training.distillation import ContrastiveLoss, small_features
-from fastroute.training.losses import cdnsr_loss
+from fastroute.training.losses import at_least_single, cdnsr_loss
+from fastroute.training.start import Start, start_branches
 
 # Target FLOPs of the variants, as a fraction of the dearest branch: near the full network, medium, small.
 VARIANTS = {"r": 0.85, "m": 0.65, "s": 0.5}
@@ -85,13 +88,24 @@ class Recipe(BranchRecipe):
 class Trainer(BranchTrainer):
     """Runs a :class:`Recipe` with progress and exact resume; see :class:`BaseTrainer` for the arguments.
 
+    `init` may also be a ClassSR, of which it takes the branches: its classifier is too sure of its choices for noise to
+    move it.
+
     Attributes:
         contrast: the loss of step 4; replace its `features` by those of VGG-19 for the published one.
     """
 
     def _system(self) -> ClassSR:
+        if self.recipe.contrast_batch % distributed.size():
+            raise ValueError(f"train: contrast_batch must be a multiple of the processes, {distributed.size()}")
         self.contrast = ContrastiveLoss(small_features()).to(self.device)
         return CDNSR.build(self.recipe.backbone, self.recipe.widths, self.recipe.scale, self.recipe.layers)
+
+    def _start_from(self, start: Start) -> None:
+        if start.recipe.startswith("cdnsr"):
+            super()._start_from(start)
+        else:
+            start_branches(self.model.branches, start)
 
     def _plan(self) -> list[Stage]:
         r = self.recipe
@@ -110,23 +124,26 @@ class Trainer(BranchTrainer):
         branches = [p for branch in self.model.branches for p in branch.parameters()]
         return branches if stage.kind == "distill" else [*self.model.classifier.parameters(), *branches]
 
-    def _system_loss(self, stage: Stage, lr: Tensor, hr: Tensor, rng: np.random.Generator) -> tuple[Tensor, float, str]:
+    def _system_loss(self, stage: Stage, lr: Tensor, hr: Tensor, rng: np.random.Generator) -> StepResult:
         r, distill = self.recipe, stage.kind == "distill"
         # `step` counts the steps done, so the temperature is that of an uninterrupted run.
         self.model.temperature = r.last_temperature if distill else annealed(
             self.step, stage.steps, r.temperature, r.last_temperature
         )  # fmt: skip
-        noise = torch.from_numpy(rng.gumbel(size=(len(lr), self.model.num_classes)))
+        # Drawn for the whole batch, of which `lr` is a share.
+        processes = distributed.size()
+        noise = torch.from_numpy(rng.gumbel(size=(len(lr) * processes, self.model.num_classes))[self.rows])
         with torch.set_grad_enabled(stage.kind != "classifier"):
             outputs = self.model.outputs(lr)
         with torch.set_grad_enabled(not distill):
-            weights = self.model.relaxed(lr, noise)
+            logits = at_least_single(self.model.classifier.logits(lr))
+            weights = gumbel_softmax(logits, self.model.temperature, noise)
         mixed = mix(outputs, weights)
         if distill:
-            negatives = lr[torch.from_numpy(rng.permutation(len(lr))[: r.negatives])]
+            negatives = distributed.gathered(lr)[torch.from_numpy(rng.permutation(len(lr) * processes)[: r.negatives])]
             blurred = F.interpolate(negatives, scale_factor=r.scale, mode="bicubic", align_corners=False)
-            contrast = self.contrast.of_branches(outputs[:, : r.contrast_batch], blurred)
+            contrast = self.contrast.of_branches(outputs[:, : r.contrast_batch // processes], blurred)
             loss = r.image_weight * F.l1_loss(mixed, hr) + r.contrast_weight * contrast
         else:
             loss = cdnsr_loss(mixed, hr, weights, self.cost, r.target, r.lambda_reg, r.image_weight)
-        return loss, F.mse_loss(mixed.detach(), hr).item(), class_shares(weights.detach())
+        return loss, F.mse_loss(mixed.detach(), hr), partial(class_shares, weights.detach())

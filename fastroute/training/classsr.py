@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -11,7 +12,7 @@ from torch.nn import functional as F
 
 from fastroute.models.classsr import BACKBONES, ClassSR
 from fastroute.profiling import count_flops
-from fastroute.training.base import BaseTrainer, Stage, check_backbone, check_settings, check_widths, class_shares
+from fastroute.training.base import BaseTrainer, Stage, StepResult, check_backbone, check_settings, check_widths, class_shares
 from fastroute.training.losses import average_loss, class_loss, routing_loss
 
 
@@ -106,15 +107,15 @@ class BranchTrainer(BaseTrainer):
     def _clip(self, stage: Stage) -> float:
         return 10.0 * (1 if stage.branch is not None else self.recipe.image_weight)
 
-    def _loss(self, stage: Stage, rng: np.random.Generator) -> tuple[Tensor, float, str]:
+    def _loss(self, stage: Stage, rng: np.random.Generator) -> StepResult:
         lr, hr = self._draw(stage, rng)
         if stage.branch is None:
             return self._system_loss(stage, lr, hr, rng)
         # Squared, as PSNR counts: the error of strong edges decides, which the absolute one undervalues.
         loss = F.mse_loss(self.model.branches[stage.branch](lr), hr)
-        return 100 * loss, loss.item(), ""
+        return 100 * loss, loss.detach(), lambda: ""
 
-    def _system_loss(self, stage: Stage, lr: Tensor, hr: Tensor, rng: np.random.Generator) -> tuple[Tensor, float, str]:
+    def _system_loss(self, stage: Stage, lr: Tensor, hr: Tensor, rng: np.random.Generator) -> StepResult:
         """Loss of the stages after the branches; see :meth:`BaseTrainer._loss`."""
         raise NotImplementedError(f"a stage {stage.name!r} without a loss")
 
@@ -148,7 +149,7 @@ class Trainer(BranchTrainer):
             return super()._parameters(stage)
         return list((self.model if stage.kind == "joint" else self.model.classifier).parameters())
 
-    def _system_loss(self, stage: Stage, lr: Tensor, hr: Tensor, rng: np.random.Generator) -> tuple[Tensor, float, str]:
+    def _system_loss(self, stage: Stage, lr: Tensor, hr: Tensor, rng: np.random.Generator) -> StepResult:
         if stage.kind == "joint":
             output, probability = self.model.mixture(lr)
         else:
@@ -157,11 +158,11 @@ class Trainer(BranchTrainer):
             probability = self.model.classifier(lr)
             if stage.kind == "routing":
                 errors = (outputs.clamp(0, 1) - hr[:, None]).square().mean(dim=(2, 3, 4))
-                chosen = errors.gather(1, probability.argmax(dim=1, keepdim=True)).mean().item()
+                chosen = errors.gather(1, probability.argmax(dim=1, keepdim=True)).mean()
                 loss = routing_loss(probability, errors, self.cost, self.recipe.routing_price)
-                return loss, chosen, class_shares(probability)
+                return loss, chosen, partial(class_shares, probability.detach())
             output = (probability[:, :, None, None, None] * outputs).sum(dim=1)
         r = self.recipe
         loss = r.image_weight * F.l1_loss(output, hr)
         loss = loss + r.class_weight * class_loss(probability) + r.average_weight * average_loss(probability)
-        return loss, F.mse_loss(output.detach(), hr).item(), class_shares(probability)
+        return loss, F.mse_loss(output.detach(), hr), partial(class_shares, probability.detach())

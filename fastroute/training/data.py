@@ -10,11 +10,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
 from fastroute import io
+from fastroute.training import distributed
+
+NAMED_AT_MOST = 4
 
 
 def downscale(image: Tensor, scale: float) -> Tensor:  # [B, C, H, W] -> [B, C, H / s, W / s]
@@ -51,6 +55,7 @@ class Pool:
         psnr: float32 (M,): PSNR of its bicubic upscaling in dB, falling.
         patch: LR patch size.
         scale: upscaling factor.
+        images: number of files that they come from.
     """
 
     lr: list[Tensor]
@@ -59,6 +64,7 @@ class Pool:
     psnr: np.ndarray
     patch: int
     scale: int
+    images: int = 0
 
     @staticmethod
     def build(
@@ -79,14 +85,17 @@ class Pool:
             exclude: glob patterns of file names to leave out, such as pixel art, whose structure no photograph has.
 
         Raises:
-            ValueError: `folder` holds no image as large as one patch.
+            ValueError: `folder` holds no image, or one smaller than a patch.
             fastroute.io.ImageError: an image cannot be read.
         """
         paths = [p for p in io.list_images(folder) if not any(fnmatch(p.name, pattern) for pattern in exclude)]
+        if not paths:
+            raise ValueError(f"train: every image in {folder} is excluded by {', '.join(exclude)}")
+        check_sizes(paths, patch * scale)
         lrs: list[Tensor] = []
         hrs: list[Tensor] = []
         positions, psnrs = [], []
-        for path in tqdm(paths, desc="reading images", unit="image"):
+        for path in tqdm(paths, desc="reading images", unit="image", disable=distributed.rank() > 0):
             image = io.read_image(path)
             for shrink in shrinks:
                 smaller = image if shrink == 1 else to_uint8(downscale(image[None].float() / 255, shrink)[0])
@@ -100,14 +109,10 @@ class Pool:
                 psnrs.append(psnr.numpy().ravel())
                 lrs.append(lr)
                 hrs.append(hr)
-        if not lrs:
-            raise ValueError(
-                f"train: no image in {folder} is at least {patch * scale} x {patch * scale} pixels; found {len(paths)} image(s)"
-            )
         psnr_all = np.concatenate(psnrs)
         order = np.argsort(-psnr_all, kind="stable")
         where = np.concatenate(positions).astype(np.int32)[order]
-        return Pool(lrs, hrs, where, psnr_all[order].astype(np.float32), patch, scale)
+        return Pool(lrs, hrs, where, psnr_all[order].astype(np.float32), patch, scale, len(paths))
 
     def class_range(self, k: int, num_classes: int) -> tuple[int, int]:
         """Patches of difficulty class `k`: equal shares by rank, 0 the easiest."""
@@ -131,11 +136,25 @@ class Pool:
         sizes = np.unique(images, return_counts=True)[1]
         return sizes, np.cumsum(sizes) - sizes, np.argsort(images, kind="stable")
 
-    def batch(self, indices: np.ndarray, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-        """Float patches (N, C, p, p) and (N, C, p * s, p * s), each flipped and turned at random."""
+    def batch(
+        self,
+        indices: np.ndarray,
+        rng: np.random.Generator,
+        share: slice = slice(None),
+        device: torch.device | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Float patches (N, C, p, p) and (N, C, p * s, p * s), each flipped and turned at random.
+
+        Args:
+            indices: numbers of patches.
+            rng: draws one turn for each of `indices`.
+            share: which of them are wanted.
+            device: where; default the CPU.
+        """
         p, s = self.patch, self.scale
         lrs, hrs = [], []
-        for (image, y, x), turn in zip(self.positions[indices], rng.integers(0, 8, len(indices)), strict=True):
+        turns = rng.integers(0, 8, len(indices))
+        for (image, y, x), turn in zip(self.positions[indices[share]], turns[share], strict=True):
             lr = self.lr[image][:, y : y + p, x : x + p]
             hr = self.hr[image][:, y * s : (y + p) * s, x * s : (x + p) * s]
             lr, hr = (torch.rot90(t, int(turn) % 4, (1, 2)) for t in (lr, hr))
@@ -143,7 +162,34 @@ class Pool:
                 lr, hr = lr.flip(2), hr.flip(2)
             lrs.append(lr)
             hrs.append(hr)
-        return torch.stack(lrs).float().div_(255), torch.stack(hrs).float().div_(255)
+        both = [torch.stack(lrs), torch.stack(hrs)]
+        if device is not None and device.type == "cuda":
+            # Bytes in pinned memory travel while the GPU works on what came before.
+            both = [x.pin_memory() for x in both]
+        lr, hr = (x.to(device, non_blocking=True).float().div_(255) for x in both)
+        return lr, hr
+
+
+def check_sizes(paths: Sequence[Path], side: int) -> None:
+    """Raise a ValueError that names the images smaller than `side`; reads only headers."""
+    small = [f"{path} ({w} x {h})" for path, (h, w) in zip(paths, map(_size, paths), strict=True) if min(h, w) < side]
+    if small:
+        more = f" and {len(small) - NAMED_AT_MOST} more" if len(small) > NAMED_AT_MOST else ""
+        raise ValueError(
+            f"train: images must be at least {side} x {side} pixels, one patch; too small: "
+            f"{', '.join(small[:NAMED_AT_MOST])}{more}; move them, or leave them out with --exclude"
+        )
+
+
+def _size(path: Path) -> tuple[int, int]:
+    """Height and width in either order."""
+    try:
+        with Image.open(path) as image:
+            return image.height, image.width
+    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        # Its way of reading knows more kinds of files, and names the one at fault.
+        _, height, width = io.read_image(path).shape
+        return height, width
 
 
 def bicubic_psnr(lr: Tensor, hr: Tensor, patch: int, stride: int, scale: int) -> Tensor:

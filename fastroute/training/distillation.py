@@ -7,6 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from fastroute.training.distributed import process_mean
+from fastroute.training.losses import at_least_single
+
 # Weights of five feature layers, shallow to deep; fewer layers take the last ones.
 LAYER_WEIGHTS = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1.0)
 # Indices of VGG-19's features at its first ReLU of every resolution.
@@ -117,13 +120,14 @@ class ContrastiveLoss(nn.Module):
         return self.features(teacher), self.features(negatives)
 
     def _compare(self, student: Tensor, teachers: list[Tensor], blurred: list[Tensor]) -> Tensor:
-        students = self.features(student)
+        every = (self.features(student), teachers, blurred)
+        students, teachers, blurred = ([at_least_single(x) for x in features] for features in every)
         weights = LAYER_WEIGHTS[-len(students) :] if self.weights is None else self.weights
         if len(weights) != len(students):
             raise ValueError(f"ContrastiveLoss: weights must be one per feature, {len(students)}; got {len(weights)}")
         loss = student.new_zeros(())
         for weight, s, t, n in zip(weights, students, teachers, blurred, strict=True):
             # One negative at a time: all pairs at once would be M times the features.
-            away = torch.stack([(s - one).abs().mean() for one in n]).sum()
-            loss = loss + weight * (s - t).abs().mean() / (away + EPSILON)
+            means = process_mean(torch.stack([(s - t).abs().mean(), *((s - one).abs().mean() for one in n)]))
+            loss = loss + weight * means[0] / (means[1:].sum() + EPSILON)
         return loss

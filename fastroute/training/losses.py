@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fastroute.training.distributed import process_mean
+
 
 def class_loss(probability: Tensor) -> Tensor:  # [N, K]
     """ClassSR's class loss, equation 4: rewards confident choices.
@@ -19,7 +21,7 @@ def class_loss(probability: Tensor) -> Tensor:  # [N, K]
     Returns:
         A scalar tensor.
     """
-    _check(probability, "class_loss")
+    probability = _checked(probability, "class_loss")
     k = probability.shape[1]
     pairs = (probability[:, :, None] - probability[:, None, :]).abs().sum(dim=(1, 2)) / 2
     return (k - 1 - pairs).mean()
@@ -28,7 +30,8 @@ def class_loss(probability: Tensor) -> Tensor:  # [N, K]
 def average_loss(probability: Tensor) -> Tensor:  # [N, K]
     """ClassSR's average loss, equation 5: keeps every class in use.
 
-    The sum over classes of |total probability - N / K|, divided by 4 N / K as in the published training code.
+    The sum over classes of |total probability - N / K|, divided by 4 N / K as in the published training code. The totals are
+    those of all processes.
 
     Args:
         probability: (N, K), rows summing to 1.
@@ -36,9 +39,9 @@ def average_loss(probability: Tensor) -> Tensor:  # [N, K]
     Returns:
         A scalar tensor.
     """
-    _check(probability, "average_loss")
+    probability = _checked(probability, "average_loss")
     n, k = probability.shape
-    return (probability.sum(dim=0) - n / k).abs().sum() / (4 * n / k)
+    return (process_mean(probability.sum(dim=0)) - n / k).abs().sum() / (4 * n / k)
 
 
 def routing_loss(probability: Tensor, errors: Tensor, cost: Tensor, price: float) -> Tensor:  # [N, K], [N, K], [K]
@@ -58,7 +61,7 @@ def routing_loss(probability: Tensor, errors: Tensor, cost: Tensor, price: float
     Returns:
         A scalar tensor, least where the probabilities are the targets.
     """
-    _check(probability, "routing_loss")
+    probability = _checked(probability, "routing_loss")
     if errors.shape != probability.shape or cost.shape != probability.shape[1:]:
         raise ValueError(
             f"routing_loss: errors must be {tuple(probability.shape)} and cost {tuple(probability.shape[1:])}; got "
@@ -68,12 +71,13 @@ def routing_loss(probability: Tensor, errors: Tensor, cost: Tensor, price: float
     regret = ((total - total.amin(dim=1, keepdim=True)) / price).clamp(max=10)
     target, stake = torch.softmax(-2 * regret, dim=1), regret.amax(dim=1) + 0.5
     entropy = -(target * probability.clamp(min=1e-12).log()).sum(dim=1)
-    return (stake * entropy).sum() / stake.sum()
+    weighted, weight = process_mean(torch.stack([(stake * entropy).sum(), stake.sum()]))
+    return weighted / weight
 
 
 def expected_cost(probability: Tensor, cost: Tensor) -> Tensor:  # [N, K], [K]
     """Mean cost of the choices as a fraction of the dearest class's: CDNSR, equation 3."""
-    _check(probability, "expected_cost")
+    probability = _checked(probability, "expected_cost")
     if cost.shape != probability.shape[1:] or not bool((cost > 0).all()):
         raise ValueError(f"expected_cost: cost must be {tuple(probability.shape[1:])} positive numbers; got {cost.tolist()}")
     return (probability @ (cost / cost.max()).to(probability)).mean()
@@ -96,7 +100,7 @@ def flops_loss(probability: Tensor, cost: Tensor, alpha: float) -> Tensor:  # [N
     if not 0 <= alpha <= 1:
         raise ValueError(f"flops_loss: alpha must lie in [0, 1]; got {alpha}")
     spread = float(1 - cost.min() / cost.max()) or 1.0
-    return (expected_cost(probability, cost) - alpha).clamp(min=0) / spread
+    return (process_mean(expected_cost(probability, cost)) - alpha).clamp(min=0) / spread
 
 
 def cdnsr_loss(
@@ -115,6 +119,13 @@ def cdnsr_loss(
     return image_weight * F.l1_loss(output, target) + lambda_reg * flops_loss(probability, cost, alpha)
 
 
-def _check(probability: Tensor, name: str) -> None:
+def _checked(probability: Tensor, name: str) -> Tensor:
+    """`probability`, in a type with the digits that sums over a batch need."""
     if probability.ndim != 2 or 0 in probability.shape:
         raise ValueError(f"{name}: probability must be (N, K) with N and K at least 1; got {tuple(probability.shape)}")
+    return at_least_single(probability)
+
+
+def at_least_single(x: Tensor) -> Tensor:
+    """Half types as float32."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -11,10 +13,12 @@ from torch.nn import functional as F
 
 from fastroute.models.carn import CARN, RGB_MEAN
 from fastroute.models.fsrcnn import FSRCNN
-from fastroute.models.pcsr import PCSR
-from fastroute.training.base import BaseTrainer, Stage, check_backbone, check_settings, class_shares
+from fastroute.models.pcsr import MLP, PCSR
+from fastroute.reference.pixel_mlp import bilinear_reference
+from fastroute.training.base import BaseTrainer, Stage, StepResult, check_backbone, check_settings, class_shares
 from fastroute.training.data import downscale, to_uint8
 from fastroute.training.losses import average_loss
+from fastroute.training.start import Start, start_encoder
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,8 @@ class Recipe:
         heavy_steps: phase 1, encoder and dearest upsampler.
         light_steps: phase 2, the other upsamplers and the classifier, all else frozen.
         batch: patches per step.
+        pixels: output pixels of every LR pixel at which a step evaluates classifier and upsamplers, drawn anew for each step
+            and LR pixel; 0 for all. They take most of the time; every feature still learns in every step.
         learning_rate, light_rate: Adam's peak rates of the phases, annealed by a cosine.
         image_weight: of the absolute error in phase 2.
         average_weight: of :func:`average_loss` over all pixels; 6 is the published weight of 3 on twice that loss.
@@ -46,6 +52,7 @@ class Recipe:
     heavy_steps: int = 20000
     light_steps: int = 6000
     batch: int = 16
+    pixels: int = 4
     learning_rate: float = 1e-3
     light_rate: float = 1e-3
     image_weight: float = 1000.0
@@ -53,7 +60,7 @@ class Recipe:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_settings(self, ("width", "patch", "heavy_steps", "light_steps", "batch"), ("seed", "average_weight"))
+        check_settings(self, ("width", "patch", "heavy_steps", "light_steps", "batch"), ("pixels", "seed", "average_weight"))
         if len(self.upsamplers) < 2 or not self.upsamplers[-1]:
             raise ValueError(f"train: upsamplers must be at least two, the last not empty; got {self.upsamplers}")
         if not self.scales or min(self.scales) < 1 or list(self.scales) != sorted(set(self.scales)):
@@ -70,13 +77,23 @@ class Recipe:
 
 
 class Trainer(BaseTrainer):
-    """Runs a :class:`Recipe` with progress and exact resume; see :class:`BaseTrainer` for the arguments."""
+    """Runs a :class:`Recipe` with progress and exact resume; see :class:`BaseTrainer` for the arguments.
+
+    `init` may also be one network of the encoder's backbone and width, or a ClassSR with such a network for its dearest branch:
+    the encoder takes its layers up to the features.
+    """
 
     def _build(self) -> nn.Module:
         r = self.recipe
         carn = r.backbone == "carn"
         encoder = CARN(r.width, upsample=False) if carn else FSRCNN(r.width, upsample=False)
         return PCSR.build(encoder, [hidden or None for hidden in r.upsamplers], r.classifier, RGB_MEAN if carn else None)
+
+    def _start_from(self, start: Start) -> None:
+        if any(key.startswith("encoder.") for key in start.state):
+            super()._start_from(start)
+        else:
+            start_encoder(self.model.encoder, start)
 
     def _plan(self) -> list[Stage]:
         r = self.recipe
@@ -93,23 +110,25 @@ class Trainer(BaseTrainer):
     def _clip(self, stage: Stage) -> float:
         return 10.0 * (self.recipe.image_weight if stage.kind == "light" else 1)
 
-    def _loss(self, stage: Stage, rng: np.random.Generator) -> tuple[Tensor, float, str]:
+    def _loss(self, stage: Stage, rng: np.random.Generator) -> StepResult:
         r = self.recipe
         lr, hr = self._draw(rng)
-        size, last = (hr.shape[2], hr.shape[3]), self.model.num_classes - 1
+        scale = hr.shape[2] // lr.shape[2]
+        chosen = torch.from_numpy(choose_pixels(lr.shape[2] * lr.shape[3], scale**2, r.pixels, rng)).to(self.device)
+        bilinear, target = (at_pixels(x, chosen) for x in (bilinear_reference(lr, *hr.shape[2:]), hr))
         with torch.set_grad_enabled(stage.kind == "heavy"):
             features = self.model.features(lr)
-            heavy = self.model.upsample(features, lr, size, None, [last])
+            heavy = bilinear + run_mlp(self.model.upsamplers[-1], features, chosen, scale)
         if stage.kind == "heavy":
             # Squared, as PSNR counts.
-            loss = F.mse_loss(heavy, hr)
-            return 100 * loss, loss.item(), f", x{hr.shape[2] // lr.shape[2]}"
-        probability = self.model.probability(features, size)
-        outputs = [self.model.upsample(features, lr, size, None, [k]) for k in range(last)]
-        mixed = (torch.stack([*outputs, heavy], dim=1) * probability[:, :, None]).sum(dim=1)
-        pixels = probability.movedim(1, -1).flatten(0, -2)
-        loss = r.image_weight * F.l1_loss(mixed, hr) + r.average_weight * average_loss(pixels)
-        return loss, F.mse_loss(mixed.detach(), hr).item(), class_shares(pixels.detach())
+            loss = F.mse_loss(heavy, target)
+            return 100 * loss, loss.detach(), lambda: f", x{scale}"
+        probability = run_mlp(self.model.classifier, features, chosen, scale).softmax(dim=-1)
+        outputs = [bilinear + run_mlp(mlp, features, chosen, scale) for mlp in self.model.upsamplers[:-1]]
+        mixed = (torch.stack([*outputs, heavy], dim=-1) * probability[..., None, :]).sum(dim=-1)
+        pixels = probability.flatten(0, -2)
+        loss = r.image_weight * F.l1_loss(mixed, target) + r.average_weight * average_loss(pixels)
+        return loss, F.mse_loss(mixed.detach(), target), partial(class_shares, pixels.detach())
 
     def _draw(self, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
         """A batch of one scale. For smaller factors than the pool's, part of each HR patch is reduced anew."""
@@ -122,3 +141,35 @@ class Trainer(BaseTrainer):
             hr = hr[:, :, y : y + span, x : x + span]
             lr = to_uint8(downscale(hr, scale)).float() / 255
         return lr, hr
+
+
+def choose_pixels(cells: int, inside: int, count: int, rng: np.random.Generator) -> np.ndarray:
+    """For each LR pixel, `count` different ones of the `inside` output pixels in it, int64 (cells, count); 0 means all."""
+    if not 0 < count < inside:
+        return np.tile(np.arange(inside), (cells, 1))
+    return rng.random((cells, inside)).argsort(axis=1)[:, :count]
+
+
+def at_pixels(image: Tensor, chosen: Tensor) -> Tensor:  # [B, C, H, W], [h·w, q] -> [B, h·w, q, C]
+    """`image` at some output pixels of every LR pixel, which are numbered row by row, as the LR pixels are."""
+    channels, scale = image.shape[1], math.isqrt(image[0, 0].numel() // len(chosen))
+    cells = F.pixel_unshuffle(image, scale).unflatten(1, (channels, -1)).flatten(3).permute(0, 3, 2, 1)
+    return cells.gather(2, chosen[None, :, :, None].expand(len(image), -1, -1, channels))
+
+
+def run_mlp(mlp: MLP, features: Tensor, chosen: Tensor, scale: int) -> Tensor:  # [B, D, h, w], [h·w, q] -> [B, h·w, q, F]
+    """`mlp` at some output pixels of every LR pixel, the numbers of `pixel_mlp` at a whole factor; 0 for an empty one.
+
+    What the first layer makes of a feature is computed once per LR pixel.
+    """
+    weights, biases = mlp.parameter_lists
+    if not weights:
+        return features.new_zeros(())
+    depth = features.shape[1]
+    relative = torch.stack([chosen // scale, chosen % scale], dim=-1) * 2 + 1 - scale
+    place = torch.cat([relative, torch.full_like(relative, 2)], dim=-1).to(features.dtype) / scale
+    x = F.linear(features.flatten(2).transpose(1, 2), weights[0][:, :depth])[:, :, None]
+    x = x + F.linear(place, weights[0][:, depth:], biases[0])
+    for weight, bias in zip(weights[1:], biases[1:], strict=True):
+        x = F.linear(F.relu(x), weight, bias)
+    return x

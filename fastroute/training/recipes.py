@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+import yaml
+
+from fastroute import io
 from fastroute.models import arm as arm_models
 from fastroute.models import cdnsr as cdnsr_models
 from fastroute.models import classsr as classsr_models
@@ -26,24 +30,68 @@ RECIPES: dict[str, tuple[Any, type[BaseTrainer]]] = {
 }
 
 
-def configure(name: str, settings: Mapping[str, str]) -> Any:
+def configure(name: str, settings: Mapping[str, str], config: str | Path | None = None) -> Any:
     """The recipe `name` with some settings changed.
 
     Args:
         name: a key of `RECIPES`.
         settings: by name, as text: numbers, words, numbers with commas between them, or several such lists with semicolons.
+        config: a YAML file of more settings, such as :func:`write_config` makes; `settings` come before those.
 
     Raises:
-        ValueError: a setting that the recipe does not have, or a value that it cannot take; the message names it.
+        ValueError: a setting that the recipe does not have, or a value that it cannot take; the message names it, and the
+            file if it is from there.
     """
     default = RECIPES[name][0]
+    changes = {} if config is None else _parse_all(name, read_config(config), f"train: {config}: ")
+    changes |= _parse_all(name, settings, "train: ")
+    try:
+        return dataclasses.replace(default, **changes)
+    except ValueError as error:
+        raise ValueError(f"{error}; the settings of {config} are in force" if config is not None else str(error)) from error
+
+
+def read_config(path: str | Path) -> dict[str, str]:
+    """The settings in a YAML file, as text; lists may be given as such or as in :func:`configure`.
+
+    Raises:
+        ValueError: the file cannot be read, or holds something else; the message names it.
+    """
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"train: cannot read {path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"train: cannot read {path}: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"train: {path} must hold lines NAME: VALUE; it holds {content!r:.60}")
+    return {str(key): _as_text(value, f"train: {path}: {key}") for key, value in content.items()}
+
+
+def write_config(path: Path, recipe: Any, comment: str) -> None:
+    """Write every setting of `recipe` below a line of comment; :func:`configure` reads it."""
+    lines = "\n".join(f"{field.name}: {_as_yaml(getattr(recipe, field.name))}" for field in dataclasses.fields(recipe))
+    io.write_atomically(path, lambda file: file.write(f"# {comment}\n{lines}\n".encode()))
+
+
+def _as_yaml(value: object) -> str:
+    return f"[{', '.join(map(_as_yaml, value))}]" if isinstance(value, tuple) else str(value)
+
+
+def _as_text(value: object, where: str) -> str:
+    if isinstance(value, list):
+        return (";" if any(isinstance(item, list) for item in value) else ",").join(_as_text(item, where) for item in value)
+    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+        raise ValueError(f"{where} must be a number, a word or a list; got {value!r}")
+    return str(value)
+
+
+def _parse_all(name: str, settings: Mapping[str, str], where: str) -> dict[str, object]:
+    default = RECIPES[name][0]
     known = {field.name for field in dataclasses.fields(default)}
-    changes = {}
-    for key, text in settings.items():
-        if key not in known:
-            raise ValueError(f"train: {name} has no setting {key!r}; it has {', '.join(sorted(known))}")
-        changes[key] = _parse(key, text, getattr(default, key))
-    return dataclasses.replace(default, **changes)
+    if unknown := [key for key in settings if key not in known]:
+        raise ValueError(f"{where}{name} has no setting {unknown[0]!r}; it has {', '.join(sorted(known))}")
+    return {key: _parse(f"{where}{key}", text, getattr(default, key)) for key, text in settings.items()}
 
 
 def _parse(key: str, text: str, like: object) -> object:
@@ -59,9 +107,9 @@ def _parse(key: str, text: str, like: object) -> object:
         try:
             return tuple(int(part) for part in text.split(","))
         except ValueError:
-            raise ValueError(f"train: {key} must be whole numbers with commas between them; got {text!r}") from None
+            raise ValueError(f"{key} must be whole numbers with commas between them; got {text!r}") from None
     kind = type(like)
     try:
         return kind(text)  # type: ignore[call-arg]
     except ValueError:
-        raise ValueError(f"train: {key} must be a {'whole ' if kind is int else ''}number; got {text!r}") from None
+        raise ValueError(f"{key} must be a {'whole ' if kind is int else ''}number; got {text!r}") from None

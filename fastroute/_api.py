@@ -1,0 +1,55 @@
+"""Every public name of the package; ``fastroute/__init__.py`` takes them from here."""
+
+from fastroute.backends import BackendError, use_backend
+from fastroute.catalogue import list_models
+from fastroute.grid import TileGrid
+from fastroute.info import info
+from fastroute.models.adapters import ScoreClassifier
+from fastroute.models.arm import Bicubic
+from fastroute.models.checkpoints import CheckpointError
+from fastroute.ops.adaptive_threshold import adaptive_threshold
+from fastroute.ops.assign_classes import assign_classes
+from fastroute.ops.extract_patches import extract_patches
+from fastroute.ops.gather_groups import gather_groups
+from fastroute.ops.group_by_class import ClassGroups, group_by_class
+from fastroute.ops.pixel_mlp import pixel_mlp
+from fastroute.ops.refine_boundaries import refine_boundaries
+from fastroute.ops.scatter_groups import scatter_groups
+from fastroute.ops.stitch_patches import stitch_patches
+from fastroute.routing.load import load
+from fastroute.routing.many import upscale_many
+from fastroute.routing.patch_router import PatchRouter
+from fastroute.routing.pixel_router import PixelRouter
+from fastroute.routing.result import RoutingStats, Upscaled
+from fastroute.tiled import Tiled, tiled
+from fastroute.windows import make_window
+
+__all__ = [
+    "BackendError",
+    "Bicubic",
+    "CheckpointError",
+    "ClassGroups",
+    "PatchRouter",
+    "PixelRouter",
+    "RoutingStats",
+    "ScoreClassifier",
+    "TileGrid",
+    "Tiled",
+    "Upscaled",
+    "adaptive_threshold",
+    "assign_classes",
+    "extract_patches",
+    "gather_groups",
+    "group_by_class",
+    "info",
+    "list_models",
+    "load",
+    "make_window",
+    "pixel_mlp",
+    "refine_boundaries",
+    "scatter_groups",
+    "stitch_patches",
+    "tiled",
+    "upscale_many",
+    "use_backend",
+]

@@ -1,0 +1,46 @@
+"""The models shipped with the package and what their cards say; imports no torch."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+DEFAULT_MODEL = "classsr-fsrcnn-x4"
+WEIGHTS = Path(__file__).parent / "weights"
+# A row of a card's table.
+ROW = re.compile(r"^\|\s*(\S[^|]*?)\s*\|\s*(\S[^|]*?)\s*\|\s*$", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Card:
+    """A shipped model.
+
+    Attributes:
+        name: by which :func:`fastroute.load` knows it.
+        size: of its weights, in bytes.
+        task: what it does, for example "photographs x4".
+        flops: of each branch, cheapest first, and of the classifier.
+        psnr: reached, and by bicubic interpolation.
+        path: the card itself, which also tells on what it was trained and measured.
+    """
+
+    name: str
+    size: int
+    task: str
+    flops: str
+    psnr: str
+    path: Path
+
+
+def list_models() -> list[str]:
+    """Names of the models shipped with the package."""
+    return sorted(path.stem for path in WEIGHTS.glob("*.safetensors"))
+
+
+def read_card(name: str) -> Card:
+    """What is known of the shipped model `name`; "" where its card does not say."""
+    path = WEIGHTS / f"{name}.md"
+    rows = dict(ROW.findall(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+    size = (WEIGHTS / f"{name}.safetensors").stat().st_size
+    return Card(name, size, rows.get("Task", ""), rows.get("FLOPs", ""), rows.get("PSNR", ""), path)

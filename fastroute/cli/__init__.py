@@ -1,0 +1,62 @@
+"""The command line: ``fastroute`` or ``python -m fastroute``. A command lies in the module of its name.
+
+Modules here import torch, and whatever needs it, only inside their functions, so that help is shown at once.
+"""
+
+from __future__ import annotations
+
+import importlib
+import signal
+import sys
+
+import click
+
+from fastroute import __version__
+
+# In the order in which the help lists them.
+COMMANDS = ("upscale", "compare", "evaluate", "train", "models", "info")
+
+
+class Group(click.Group):
+    """Imports a command when it is asked for. Errors that a user can mend end the command with their message alone."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Names of all commands."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        """The command `name`, if there is one."""
+        if name not in COMMANDS:
+            return None
+        command: click.Command = importlib.import_module(f"fastroute.cli.{name}").command
+        return command
+
+    def invoke(self, ctx: click.Context) -> object:
+        """Run the command; see the class."""
+        # A terminated run tidies up like an interrupted one: no temporary file is left.
+        signal.signal(signal.SIGTERM, _terminate)
+        try:
+            return super().invoke(ctx)
+        except (ValueError, TypeError, RuntimeError, MemoryError) as error:
+            if not _is_users(error):
+                raise
+            raise click.ClickException(str(error) or "out of memory") from error
+
+
+def _is_users(error: Exception) -> bool:
+    """Whether a user can mend it."""
+    if isinstance(error, (ValueError, TypeError, MemoryError)):
+        return True
+    # Click's own way to stop is an error of this kind too, and may come before anything is imported.
+    torch, backends = sys.modules.get("torch"), sys.modules.get("fastroute.backends")
+    return bool(torch and backends and isinstance(error, (backends.BackendError, torch.OutOfMemoryError)))
+
+
+def _terminate(number: int, frame: object) -> None:
+    sys.exit(128 + number)
+
+
+@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__)
+def main() -> None:
+    """Dynamic-routing super-resolution in the time that its FLOPs promise."""

@@ -1,0 +1,79 @@
+"""What several commands share."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import click
+
+import fastroute
+
+if TYPE_CHECKING:
+    import torch
+
+    from fastroute.routing.patch_router import PatchRouter
+    from fastroute.routing.pixel_router import PixelRouter
+
+
+class Command(click.Command):
+    """A command that begins with the public names, and torch with them, in place; its help does not wait for them."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command."""
+        from fastroute import _api
+
+        for name in _api.__all__:
+            setattr(fastroute, name, getattr(_api, name))
+        return super().invoke(ctx)
+
+
+def device_of(name: str) -> torch.device:
+    """The device `name`, once it has been seen to work."""
+    from fastroute.routing.load import usable_device
+
+    try:
+        return usable_device(name)
+    except ValueError as error:
+        raise click.BadParameter(str(error).removeprefix("device "), param_hint="--device") from error
+
+
+def check_routing(router: PatchRouter | PixelRouter, model: str, chosen: dict[str, Any]) -> dict[str, Any]:
+    """The options of `upscale` that suit the router; those that do not are refused before anything is read.
+
+    Args:
+        router: of `model`.
+        model: its name.
+        chosen: what was given on the command line, by the names of the router's arguments.
+    """
+    from fastroute.ops.assign_classes import assign_classes
+    from fastroute.routing.patch_router import PatchRouter
+
+    chosen = dict(chosen)
+    if isinstance(router, PatchRouter):
+        scale = chosen.pop("scale", router.scale)
+        if scale != router.scale:
+            raise click.BadParameter(f"{model} upscales by {router.scale} alone; got {scale:g}", param_hint="--scale")
+        refuse_pixel_options(model, chosen)
+        costs = router.costs
+    else:
+        deciding = [name for name in ("budget", "k", "adaptive") if name in chosen]
+        if len(deciding) > 1:
+            raise click.UsageError(f"give one of --{' and --'.join(deciding)}: each decides alone")
+        if "scale" in chosen and "size" in chosen:
+            raise click.UsageError("give either --scale or --size")
+        costs = router.model.class_cost(float(chosen.get("scale", 4)))
+    if "budget" in chosen:
+        import torch
+
+        try:
+            assign_classes(torch.ones(1, len(costs)), costs, budget=chosen["budget"])
+        except ValueError as error:
+            raise click.BadParameter(str(error).removeprefix("assign_classes: "), param_hint="--budget") from error
+    return chosen
+
+
+def refuse_pixel_options(model: str, chosen: dict[str, Any]) -> None:
+    """Fail if an option of PCSR was given to a model that routes patches."""
+    for name in ("size", "k", "adaptive", "refine"):
+        if name in chosen:
+            raise click.BadParameter(f"{model} routes patches; this option is PCSR's", param_hint=f"--{name}")

@@ -1,0 +1,84 @@
+"""`fastroute compare`: bicubic, dense and routed results of one image on one HTML page."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from fastroute.catalogue import DEFAULT_MODEL
+from fastroute.cli._common import Command, device_of
+
+# Options that take all values up to the next option.
+LISTS = ("--models", "--budget")
+
+
+class ListCommand(Command):
+    """Lets ``--models A B`` stand for ``--models A --models B``."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Repeat the name of a list before each of its values."""
+        spread: list[str] = []
+        name, first = "", False
+        for arg in args:
+            if arg.startswith("-"):
+                option, equals, _ = arg.partition("=")
+                name, first = (option if option in LISTS else ""), not equals
+                spread.append(arg)
+            else:
+                spread += [arg] if first or not name else [name, arg]
+                first = False
+        return super().parse_args(ctx, spread)
+
+
+@click.command("compare", cls=ListCommand, short_help="Show bicubic, dense and routed results on one HTML page.")
+@click.argument("source", metavar="IN", type=click.Path(path_type=Path))
+@click.option("--models", multiple=True, default=[DEFAULT_MODEL], show_default=True, metavar="MODEL...",
+              help="Shipped models or checkpoint files; IN stands before them.")  # fmt: skip
+@click.option("--budget", "budgets", multiple=True, type=float, metavar="BUDGET...",
+              help="Route within each of these, say 0.5 0.7.  [default: as the model itself decides]")  # fmt: skip
+@click.option("--reference", type=click.Path(path_type=Path), help="What the result should be, for PSNR and SSIM.")
+@click.option("--downscale", is_flag=True, help="Reduce IN by the factor first; IN itself is then the reference.")
+@click.option("--scale", type=float, help="Upscaling factor for models that have none of their own (PCSR).")
+@click.option("--detail", type=(int, int, int, int), metavar="LEFT TOP WIDTH HEIGHT",
+              help="What the slider shows, in pixels of the result.  [default: all, or where most changes]")  # fmt: skip
+@click.option("--runs", type=click.IntRange(min=1), default=3, show_default=True, help="How often each time is taken.")
+@click.option("--out", type=click.Path(path_type=Path), help="The page to write.  [default: IN-compare.html, in this folder]")
+@click.option("--device", metavar="DEVICE", default="cpu", show_default=True, help="Where to run, as torch names it.")
+@click.option("--quiet", is_flag=True, help="No progress bar and no summary.")
+def command(
+    source: Path,
+    models: tuple[str, ...],
+    budgets: tuple[float, ...],
+    reference: Path | None,
+    downscale: bool,
+    scale: float | None,
+    detail: tuple[int, int, int, int] | None,
+    runs: int,
+    out: Path | None,
+    device: str,
+    quiet: bool,
+) -> None:
+    """Enlarge image IN by bicubic interpolation and by every model, dense and routed, and write one HTML page with a slider
+    between the results, class maps, PSNR where there is a reference, FLOPs and times.
+    """
+    from fastroute import io
+    from fastroute.compare import compare
+    from fastroute.page import check_page, write_page
+
+    target = Path(f"{source.stem}-compare.html") if out is None else out
+    check_page(target)
+    image = io.read_image(source)
+    truth = None if reference is None else io.read_image(reference)
+    comparison = compare(image, models, budgets, truth, downscale, scale, device_of(device), runs, progress=not quiet)
+    write_page(target, comparison, source.name, detail)
+    if quiet:
+        return
+    for variant in comparison.variants:
+        facts = [f"{1000 * variant.seconds:,.0f} ms"]
+        if variant.stats is not None:
+            facts.append(f"{variant.stats.flops.routed / 1e9:,.1f} GFLOPs")
+        if variant.quality:
+            facts.append(f"PSNR {variant.quality['psnr']:.2f} dB")
+        click.echo(f"  {variant.name}: {', '.join(facts)}")
+    click.echo(f"wrote {target} ({target.stat().st_size / 1e6:.1f} MB)")

@@ -1,0 +1,110 @@
+"""`fastroute train`: a recipe on images of one's own."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+
+import click
+
+from fastroute.cli._common import Command, device_of
+
+# Those of fastroute.training.recipes, which is imported only to train.
+RECIPE_NAMES = tuple(
+    f"{system}-{backbone}"
+    for system, backbones in (
+        ("classsr", ("fsrcnn", "carn", "srresnet", "rcan")),
+        ("cdnsr", ("fsrcnn", "carn", "srresnet", "rcan")),
+        ("arm", ("fsrcnn", "carn", "srresnet")),
+        ("pcsr", ("fsrcnn", "carn")),
+    )
+    for backbone in backbones
+)
+
+
+@click.command("train", cls=Command)
+@click.argument("recipe", type=click.Choice(RECIPE_NAMES))
+@click.option("--images", required=True, type=click.Path(path_type=Path), help="Folder of HR images, searched recursively.")
+@click.option("--out", type=click.Path(path_type=Path), help="Folder for the state of training, from which the same command "
+              "resumes, and the result.  [default: runs/RECIPE]")  # fmt: skip
+@click.option("--exclude", multiple=True, metavar="PATTERN", help="File names to leave out, say '*-x4.png'; may be repeated.")
+@click.option("--init", type=click.Path(path_type=Path), help="Start from the weights of this checkpoint: of the same recipe, "
+              "of a ClassSR (cdnsr takes its branches, arm and pcsr the dearest), or one network (arm, pcsr).")  # fmt: skip
+@click.option("--config", type=click.Path(path_type=Path), help="YAML file of settings, NAME: VALUE; the options below and "
+              "--set overrule it. Every run writes one beside its result.")  # fmt: skip
+@click.option("--set", "assignments", multiple=True, metavar="NAME=VALUE",
+              help="Any setting of the recipe; may be repeated. A wrong name lists them.")  # fmt: skip
+@click.option("--scale", metavar="N", help="Upscaling factor; of pcsr, --set scales=.  [default: 4]")
+@click.option("--branch-steps", metavar="N,N,...",
+              help="Steps of each branch, cheapest first (classsr, cdnsr).  [default: 6000,8000,12000]")  # fmt: skip
+@click.option("--classifier-steps", metavar="N",
+              help="Steps of the classifier alone (classsr, cdnsr).  [default: 1200; cdnsr 2000]")  # fmt: skip
+@click.option("--joint-steps", metavar="N",
+              help="Steps of classifier and branches together (classsr, cdnsr).  [default: 800; cdnsr 2000]")  # fmt: skip
+@click.option("--routing-steps", metavar="N",
+              help="Last steps of the classifier alone, by what each choice costs (classsr).  [default: 1500]")  # fmt: skip
+@click.option("--batch", metavar="N", help="Patches per step.  [default: 32; pcsr 16]")
+@click.option("--seed", metavar="N", help="Fixes initial weights and batches.  [default: 0]")
+@click.option("--device", metavar="DEVICE", default="cpu", show_default=True, help="Where to train, as torch names it.")
+@click.option("--precision", type=click.Choice(("float32", "bfloat16", "float16")), default="float32", show_default=True,
+              help="Of the convolutions; the weights stay in float32.")  # fmt: skip
+def command(
+    recipe: str,
+    images: Path,
+    out: Path | None,
+    exclude: tuple[str, ...],
+    init: Path | None,
+    config: Path | None,
+    assignments: tuple[str, ...],
+    device: str,
+    precision: str,
+    **options: str | None,
+) -> None:
+    """Train RECIPE on your own images; run again to resume.
+
+    On several GPUs or machines: torchrun --nproc-per-node N -m fastroute train RECIPE ... --device cuda
+    """
+    from fastroute.models.checkpoints import save_checkpoint
+    from fastroute.training.data import Pool
+    from fastroute.training.distributed import processes, rank
+    from fastroute.training.recipes import RECIPES, configure, write_config
+    from fastroute.training.start import Start
+
+    settings = {name: value for name, value in options.items() if value is not None}
+    for assignment in assignments:
+        name, equals, value = assignment.partition("=")
+        if not equals:
+            raise click.BadParameter(f"must be NAME=VALUE; got {assignment!r}", param_hint="--set")
+        settings[name.strip().replace("-", "_")] = value.strip()
+    plan = configure(recipe, settings, config)
+    start = None if init is None else Start.read(init)
+    folder = Path("runs") / recipe if out is None else out
+    _check_folder(folder)
+    with processes(device) as where:
+        at = device_of(where)
+        pool = Pool.build(images, plan.scale, plan.patch, exclude=exclude)
+        trainer = RECIPES[recipe][1](pool, plan, folder / "state.pt", start, device=at, precision=precision)
+        first = rank() == 0
+        if first:
+            click.echo(f"{len(pool.positions):,} patches from {pool.images} images, whole and reduced")
+            folder.mkdir(parents=True, exist_ok=True)
+        model = trainer.run()
+        if not first:
+            return
+        more = f" --init {init}" if init is not None else ""
+        command = f"python -m fastroute train {recipe} --images DIR --config FILE{more} --precision {precision}"
+        write_config(folder / "config.yaml", plan, f"To repeat the training: {command}")
+        target = folder / f"{recipe}-x{plan.scale}.safetensors"
+        save_checkpoint(target, model, {**dataclasses.asdict(plan), "scale": plan.scale, "stride": 28, "system": recipe})
+    click.echo(f"wrote {target}; use it with: fastroute upscale IN OUT --model {target}")
+
+
+def _check_folder(folder: Path) -> None:
+    """Fail before the work if `folder` cannot be made or written."""
+    parent = folder
+    while not parent.exists() and parent != parent.parent:
+        parent = parent.parent
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        reason = "permission denied" if parent.is_dir() else f"{parent} is no folder"
+        raise click.ClickException(f"cannot make the folder {folder}: {reason}")

@@ -1,0 +1,135 @@
+"""Files and folders: which are images, which may be written, and how one is written whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import os
+import secrets
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import BinaryIO
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp")
+# Where Linux shows the open files of a process; a nameless file gets its name from there.
+OPEN_FILES = "/proc/self/fd"
+
+
+class ImageError(ValueError):
+    """An image file that cannot be read or written; the message names the file and the reason."""
+
+
+def list_images(folder: str | Path) -> list[Path]:
+    """Image files below `folder`, sorted by path.
+
+    Raises:
+        ValueError: `folder` is no folder or holds no image.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ValueError(f"images: {folder} is not a folder")
+    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+    if not paths:
+        raise ValueError(f"images: {folder} holds no image file ({', '.join(SUFFIXES)})")
+    return paths
+
+
+def check_writable(path: str | Path) -> None:
+    """Fail now rather than after the work.
+
+    Raises:
+        ImageError: the folder is missing or not writable, `path` is a folder, or its ending names no known format.
+    """
+    path = Path(path)
+    if path.suffix.lower() not in SUFFIXES:
+        raise ImageError(f"cannot write {path}: its ending must be one of {', '.join(SUFFIXES)}")
+    if path.is_dir():
+        raise ImageError(f"cannot write {path}: it is a folder")
+    if not path.parent.is_dir():
+        raise ImageError(f"cannot write {path}: the folder {path.parent} does not exist")
+    if not os.access(path.parent, os.W_OK) or (path.exists() and not os.access(path, os.W_OK)):
+        raise ImageError(f"cannot write {path}: permission denied")
+
+
+def write_atomically(path: str | Path, write: Callable[[BinaryIO], object]) -> None:
+    """Call `write` on a new file and give it the name `path` when whole; an interrupted run leaves `path` as it was.
+
+    Until then the file has no name, where the system allows that, so that even a killed process leaves nothing behind.
+    Elsewhere it is called ``.NAME.….part``, and a failure removes it.
+    """
+    path = Path(path)
+    handle, part = _open_nameless(path.parent), None
+    if handle is None:
+        handle, part = _open_part(path)
+    try:
+        # Some libraries ask a file for its name.
+        with open(path, "w+b", opener=lambda *_: handle) as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+            # Temporary files are private; give the result the permissions any new file would have.
+            mask = os.umask(0)
+            os.umask(mask)
+            os.chmod(file.fileno(), 0o666 & ~mask)
+            if part is None:
+                part = _name(file, path)
+        # A new name cannot take the place of a file in one step, but a renaming can.
+        os.replace(part, path)
+    except BaseException:
+        if part is not None:
+            Path(part).unlink(missing_ok=True)
+        raise
+
+
+def remove_parts(paths: Iterable[str | Path]) -> None:
+    """Remove what a killed process may have left of writing `paths`."""
+    prefixes: dict[Path, set[str]] = {}
+    for path in map(Path, paths):
+        prefixes.setdefault(path.parent, set()).add(_part_prefix(path))
+    for folder, starts in prefixes.items():
+        for part in folder.glob(".*.part"):
+            # What follows the prefix is random and has no dot.
+            if part.name.removesuffix(".part").rpartition(".")[0] + "." in starts:
+                part.unlink(missing_ok=True)
+
+
+def _open_nameless(folder: Path) -> int | None:
+    """A file in `folder` that has no name yet; None where the system or the file system knows no such thing."""
+    if not hasattr(os, "O_TMPFILE") or not os.path.isdir(OPEN_FILES):
+        return None
+    try:
+        return os.open(folder, os.O_TMPFILE | os.O_RDWR, 0o600)
+    except OSError as error:
+        if error.errno in (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL, errno.ENOENT):
+            return None
+        raise
+
+
+def _name(file: BinaryIO, path: Path) -> str:
+    """Name the nameless `file` as a part of `path`; returns the name."""
+    part = str(path.parent / f"{_part_prefix(path)}{secrets.token_hex(6)}.part")
+    links = os.open(OPEN_FILES, os.O_RDONLY)
+    try:
+        os.link(str(file.fileno()), part, src_dir_fd=links, follow_symlinks=True)
+    except OSError:
+        # Some sandboxes forbid it: the bytes go to a file that had a name from the start.
+        handle, part = _open_part(path)
+        with os.fdopen(handle, "wb") as copy:
+            file.seek(0)
+            shutil.copyfileobj(file, copy)
+            copy.flush()
+            os.fsync(copy.fileno())
+        os.chmod(part, os.fstat(file.fileno()).st_mode & 0o777)
+    finally:
+        os.close(links)
+    return part
+
+
+def _open_part(path: Path) -> tuple[int, str]:
+    return tempfile.mkstemp(dir=path.parent, prefix=_part_prefix(path), suffix=".part")
+
+
+def _part_prefix(path: Path) -> str:
+    """A hint of the target, short enough for file systems."""
+    return f".{path.name[:80]}."

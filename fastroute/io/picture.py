@@ -1,0 +1,103 @@
+"""A picture as it was read: pixels as the networks take them, and what its file said about them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+
+import torch
+from torch import Tensor
+
+BITS = {torch.uint8: 8, torch.uint16: 16, torch.float32: 32}
+# The colour space stands at these bytes of a profile.
+ICC_SPACE = slice(16, 20)
+
+
+@dataclass(frozen=True)
+class Metadata:
+    """What a file says beside its pixels.
+
+    Attributes:
+        icc: colour profile of the pixels.
+        exif: a block of EXIF as JPEG files hold it, without an orientation: the pixels are upright.
+        xmp: a packet of XMP, its orientation set to upright.
+        dpi: pixels per inch, horizontally and vertically.
+        text: titles, comments and the like of a PNG.
+    """
+
+    icc: bytes | None = None
+    exif: bytes | None = None
+    xmp: bytes | None = None
+    dpi: tuple[float, float] | None = None
+    text: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+
+
+@dataclass(frozen=True)
+class Picture:
+    """Pixels and metadata.
+
+    Attributes:
+        color: (3, H, W), uint8, uint16 or float32 in about [0, 1], RGB; a gray picture has three equal channels.
+        alpha: (H, W) of the same type, or None for a picture without transparency; not premultiplied.
+        kind: "gray", "rgb", "palette" or "cmyk": how the file stored its colours. A gray picture is written as gray, all
+            others as RGB.
+        metadata: profile, EXIF, XMP, resolution, texts.
+    """
+
+    color: Tensor  # [3, H, W]
+    alpha: Tensor | None = None  # [H, W]
+    kind: str = "rgb"
+    metadata: Metadata = Metadata()
+
+    @property
+    def bits(self) -> int:
+        """Bits per channel: 8, 16, or 32 for floating point."""
+        return BITS[self.color.dtype]
+
+    @property
+    def height(self) -> int:
+        """In pixels."""
+        return self.color.shape[1]
+
+    @property
+    def width(self) -> int:
+        """In pixels."""
+        return self.color.shape[2]
+
+    def __str__(self) -> str:
+        depth = "float" if self.bits == 32 else f"{self.bits}-bit"
+        name = {"gray": "gray", "rgb": "RGB", "palette": "palette", "cmyk": "CMYK"}[self.kind]
+        return f"{depth} {name}{'' if self.alpha is None else ' with alpha'}"
+
+    def as_bits(self, bits: int) -> Picture:
+        """The same picture with 8 or 16 bits per channel, or as float32 for 32; clamped and rounded."""
+        if bits == self.bits:
+            return self
+        alpha = None if self.alpha is None else _convert(self.alpha, bits)
+        # A gray picture's channels may be one in memory.
+        color = _convert(self.color[:1], bits).expand(3, -1, -1) if self.kind == "gray" else _convert(self.color, bits)
+        return replace(self, color=color, alpha=alpha)
+
+    def profile(self, gray: bool) -> bytes | None:
+        """The colour profile if it suits pixels stored as gray, or as RGB."""
+        icc = self.metadata.icc
+        if icc is None or icc[ICC_SPACE] not in ((b"GRAY", b"RGB ") if gray else (b"RGB ",)):
+            return None
+        return icc
+
+
+def upright_xmp(xmp: bytes) -> bytes:
+    """The packet with its orientation set to upright."""
+    xmp = re.sub(rb'(tiff:Orientation\s*=\s*["\'])\d', rb"\g<1>1", xmp)
+    return re.sub(rb"(<tiff:Orientation>\s*)\d", rb"\g<1>1", xmp)
+
+
+def _convert(x: Tensor, bits: int) -> Tensor:
+    peaks = {8: 255, 16: 65535, 32: 1}
+    source = {torch.uint8: 255, torch.uint16: 65535, torch.float32: 1}[x.dtype]
+    scaled = x.float() * (peaks[bits] / source)
+    if bits == 32:
+        return scaled
+    return scaled.clamp_(0, peaks[bits]).round_().to(torch.uint8 if bits == 8 else torch.uint16)

@@ -1,0 +1,129 @@
+"""Tensors and pictures to files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from fastroute.io import png
+from fastroute.io.files import ImageError, check_writable, write_atomically
+from fastroute.io.metadata import save_options
+from fastroute.io.picture import BITS, Picture
+
+
+class Format(NamedTuple):
+    """What a file format holds: bits per channel, the longest side, and whether an alpha channel."""
+
+    bits: tuple[int, ...]
+    side: int
+    alpha: bool
+    options: dict[str, Any]
+
+
+FORMATS = {
+    "PNG": Format((8, 16), 2**31 - 1, True, {"compress_level": png.LEVEL}),
+    "JPEG": Format((8,), 65500, False, {"quality": 95, "subsampling": 0}),
+    # The hidden colours below full transparency are kept, as in the other formats.
+    "WEBP": Format((8,), 16383, True, {"quality": 95, "exact": True}),
+    "TIFF": Format((8, 16, 32), 2**31 - 1, True, {}),
+    "BMP": Format((8,), 2**31 - 1, False, {}),
+}
+ALPHA_FORMATS = "PNG, WebP or TIFF"
+
+
+def format_of(path: str | Path) -> str:
+    """The format that the ending of `path` names; see :func:`check_writable`."""
+    return Image.registered_extensions()[Path(path).suffix.lower()]
+
+
+def check_holds(path: str | Path, height: int, width: int, alpha: Tensor | None = None) -> None:  # alpha [h, w]
+    """Fail now if the format of `path` cannot hold a picture of this size, with this alpha unless it is opaque.
+
+    Raises:
+        ImageError: the format holds no alpha, or not so many pixels on a side.
+    """
+    name = format_of(path)
+    known = FORMATS[name]
+    if max(height, width) > known.side:
+        raise ImageError(f"cannot write {path}: {name} holds at most {known.side:,} pixels a side; it has {width} x {height}")
+    if alpha is not None and not known.alpha and not _is_opaque(alpha):
+        raise ImageError(
+            f"cannot write {path}: {name} holds no transparency; choose {ALPHA_FORMATS}, or drop the alpha channel"
+        )
+
+
+def write_picture(path: str | Path, picture: Picture) -> None:
+    """Write a picture in the format that the file's ending names. All or nothing.
+
+    A gray picture is written as gray, where the format has it. Depth is kept by TIFF, and up to 16 bits by PNG; other formats
+    get 8 bits, clamped and rounded. Profile, EXIF, XMP, resolution and texts are kept as far as the format holds them.
+
+    Raises:
+        ImageError: see :func:`check_writable` and :func:`check_holds`; or the encoder failed.
+    """
+    check_writable(path)
+    check_holds(path, picture.height, picture.width, picture.alpha)
+    name = format_of(path)
+    picture = picture.as_bits(min(picture.bits, max(FORMATS[name].bits)))
+    # Pillow writes gray WebP as RGB, whose profile must then be one of RGB.
+    gray = picture.kind == "gray" and name != "WEBP"
+    pixels = _interleaved(picture, FORMATS[name].alpha)
+    try:
+        write_atomically(path, lambda file: _encode(file, picture, pixels, name, gray))
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ImageError(f"cannot write {path}: {error}") from error
+
+
+def write_image(path: str | Path, image: Tensor) -> None:  # [C, H, W]
+    """Write an image (C, H, W) of uint8, uint16 or float in [0, 1]: C is 1 for gray, 3 for RGB, 2 and 4 with alpha.
+
+    The format follows the file's ending; see :func:`write_picture` for what it keeps. All or nothing.
+
+    Raises:
+        ImageError: see :func:`check_writable` and :func:`check_holds`; or the encoder failed.
+        ValueError: a wrong number of dimensions or channels, or another dtype.
+    """
+    if image.ndim != 3 or image.shape[0] not in (1, 2, 3, 4):
+        raise ValueError(f"write_image: image must be (C, H, W) with 1 to 4 channels; got {tuple(image.shape)}")
+    if image.is_floating_point():
+        image = image.float()
+    if image.dtype not in BITS:
+        raise ValueError(f"write_image: image must be uint8, uint16 or floating; got {image.dtype}")
+    image = image.cpu()
+    alpha = image[-1] if image.shape[0] % 2 == 0 else None
+    if image.shape[0] <= 2:
+        write_picture(path, Picture(image[:1].expand(3, -1, -1), alpha, "gray"))
+    else:
+        write_picture(path, Picture(image[:3], alpha))
+
+
+def _encode(file: BinaryIO, picture: Picture, pixels: np.ndarray, name: str, gray: bool) -> None:
+    if name == "TIFF":
+        from fastroute.io import tiff
+
+        tiff.encode(file, picture, pixels)
+        return
+    options = save_options(picture, name, gray)
+    if picture.bits == 16:
+        png.encode(file, pixels, **options)
+        return
+    Image.fromarray(pixels).save(file, format=name, **FORMATS[name].options, **options)
+
+
+def _interleaved(picture: Picture, with_alpha: bool) -> np.ndarray:  # -> [H, W] or [H, W, C]
+    """The channels side by side, gray as one."""
+    planes = [*picture.color[: 1 if picture.kind == "gray" else 3]]
+    if with_alpha and picture.alpha is not None:
+        planes.append(picture.alpha)
+    arrays = [plane.numpy() for plane in planes]
+    return np.ascontiguousarray(arrays[0]) if len(arrays) == 1 else np.stack(arrays, axis=-1)
+
+
+def _is_opaque(alpha: Tensor) -> bool:
+    peak = {torch.uint8: 255, torch.uint16: 65535}.get(alpha.dtype, 1)
+    return bool((alpha.numpy() == peak).all())

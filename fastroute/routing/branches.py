@@ -1,0 +1,102 @@
+"""The networks of a patch router: what they cost, how they run fastest, and the memory that they take."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from fastroute.models.optimize import optimize, parameter_dtype, split_shuffle
+from fastroute.profiling import count_flops
+from fastroute.routing.tuning import Tuning, tune
+from fastroute.routing.working_set import ACTIVATIONS, REARRANGED, pass_bytes
+
+
+class Branches:
+    """One network per class, copied and prepared.
+
+    Args:
+        branches: as the router is given them.
+        patch: LR patch size.
+        optimized: run them in their fastest exact form.
+        channels: of the patches; default as a branch says, else as a first convolution reads, else 3.
+        batch: patches per pass; default by measurement.
+
+    Attributes:
+        modules: the prepared networks.
+        shuffle: factor of the pixel shuffle that was taken off all of them; 1 for none.
+        channels, dtype: of the patches that they take.
+        flops, paper_flops: of each per patch, as it was written.
+        pass_bytes: what a patch takes on its way through each.
+    """
+
+    def __init__(
+        self,
+        branches: Sequence[nn.Module],
+        patch: int,
+        optimized: bool,
+        channels: int | None = None,
+        batch: int | None = None,
+    ) -> None:
+        for name, number in (("channels", channels), ("batch", batch)):
+            if number is not None and number < 1:
+                raise ValueError(f"PatchRouter: {name} must be at least 1; got {number}")
+        self.batch, self.channels = batch, channels or guess_channels(branches)
+        # A class without weights computes in the type of the others.
+        weighted = [branch for branch in branches if next(branch.parameters(), None) is not None]
+        self.dtype = parameter_dtype([*weighted, *branches][0])
+        self.size = (1, self.channels, patch, patch)
+        self.flops = [count_flops(branch, self.size) for branch in branches]
+        self.paper_flops = [count_flops(branch, self.size, "paper") for branch in branches]
+        prepared = [optimize(b) if optimized else frozen_copy(b) for b in branches]
+        split = [split_shuffle(branch) for branch in prepared]
+        # The stitching undoes a pixel shuffle on the way when all branches end with the same one.
+        self.shuffle = split[0][1] if len({factor for _, factor in split}) == 1 else 1
+        self.modules = [body for body, _ in split] if self.shuffle > 1 else prepared
+        self.pass_bytes = [REARRANGED * pass_bytes(branch, self.size, self.dtype) for branch in self.modules]
+        self._tunings: dict[tuple[int, torch.device, int], Tuning] = {}
+
+    @property
+    def device(self) -> torch.device:
+        """Where they are."""
+        return next((p.device for branch in self.modules for p in branch.parameters()), torch.device("cpu"))
+
+    def to(self, device: str | torch.device) -> None:
+        """Move them."""
+        for module in self.modules:
+            module.to(device)
+        self._tunings.clear()
+
+    def tuning(self, c: int, device: torch.device) -> Tuning:
+        """How branch `c` runs on `device`; measured on the first call."""
+        key = (c, device, torch.get_num_threads())
+        if key not in self._tunings:
+            example = torch.full(self.size, 0.5, dtype=self.dtype, device=device)
+            fixed = None if self.batch is None else Tuning(self.batch, False, 0.0)
+            self._tunings[key] = fixed or tune(self.modules[c], example, self.largest(c, device))
+            self.modules[c].to(memory_format=self._tunings[key].memory_format)  # type: ignore[call-overload]
+        return self._tunings[key]
+
+    def largest(self, c: int, device: torch.device) -> int:
+        """Patches that may pass together."""
+        return max(1, ACTIVATIONS.get(device.type, ACTIVATIONS["cpu"]) // self.pass_bytes[c])
+
+    def batch_bytes(self, device: torch.device) -> int:
+        """What the batch that takes most holds on its way through a branch."""
+        threads = torch.get_num_threads()
+        tunings = [self._tunings.get((c, device, threads)) for c in range(len(self.modules))]
+        return max(t.batch * size if t else 0 for t, size in zip(tunings, self.pass_bytes, strict=True))
+
+
+def frozen_copy(module: nn.Module) -> nn.Module:
+    """A copy for inference; the caller's own stays as it is."""
+    return copy.deepcopy(module).eval().requires_grad_(False)
+
+
+def guess_channels(branches: Sequence[nn.Module]) -> int:
+    """Channels of the images: as a branch says, else as a first convolution reads, else 3."""
+    told = [channels for branch in branches if isinstance(channels := getattr(branch, "channels", None), int)]
+    read = [m.in_channels for branch in branches for m in branch.modules() if isinstance(m, nn.Conv2d)]
+    return [*told, *read, 3][0]

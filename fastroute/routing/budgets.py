@@ -1,0 +1,167 @@
+"""Budgets in FLOPs and in milliseconds: what a patch costs here, and the classes that fit."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fastroute import io
+from fastroute.ops.assign_classes import assign_classes
+from fastroute.routing.tuning import cache_path
+
+logger = logging.getLogger("fastroute")
+
+# Share of the newest run in what is known of the speed: the machine may have become slower or faster.
+NEWEST = 0.5
+# Patches of a class from which its own time counts for more than that of all classes.
+FEW = 16
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What the classes of one call may cost; at most one of the three.
+
+    Attributes:
+        fraction: mean cost as a fraction of the dearest class's.
+        flops: floating-point operations of the whole call, classifier included.
+        ms: milliseconds of the whole call.
+    """
+
+    fraction: float | None = None
+    flops: float | None = None
+    ms: float | None = None
+
+    def check(self, op: str, penalty: float = 0.0) -> None:
+        """At most one is given, FLOPs and milliseconds positive.
+
+        Raises:
+            ValueError: otherwise.
+        """
+        given = {"budget": self.fraction, "budget_flops": self.flops, "budget_ms": self.ms}
+        used = {name: value for name, value in given.items() if value is not None}
+        if len(used) > 1:
+            raise ValueError(f"{op}: give one of budget, budget_flops and budget_ms; got {', '.join(used)}")
+        if penalty != 0 and (self.flops is not None or self.ms is not None):
+            raise ValueError(f"{op}: give either penalty or a budget; got penalty={penalty} and {', '.join(used)}")
+        for name, value in used.items():
+            if name != "budget" and not 0 < value < math.inf:
+                raise ValueError(f"{op}: {name} must be positive and finite; got {value}")
+
+
+def refuse_below(op: str, name: str, asked: float, least: float, text: str) -> None:
+    """An impossible budget.
+
+    Args:
+        asked: what was asked for.
+        least: what everything in the cheapest class takes.
+        text: `least` with its unit.
+
+    Raises:
+        ValueError: `asked` is less.
+    """
+    if asked < least:
+        raise ValueError(f"{op}: {name} must be at least {text}, with everything in the cheapest class; got {asked:g}")
+
+
+def assign_within(score: Tensor, costs: Sequence[float], allowed: float) -> Tensor:  # [N, K] -> [N]
+    """Classes whose costs sum to at most `allowed`, spent where the scores gain most; the cheapest where that is too little."""
+    dearest, number = max(costs), max(score.shape[0], 1)
+    share = min(max(allowed / (number * dearest), min(costs) / dearest), 1.0)
+    return assign_classes(score, costs, budget=share)
+
+
+@dataclass
+class Pace:
+    """Milliseconds of one patch, by what is done with it.
+
+    Attributes:
+        branches: in each branch.
+        classify: in the classifier.
+        rest: in everything else: cutting, sorting, merging.
+    """
+
+    branches: list[float]
+    classify: float
+    rest: float
+
+    def fixed(self, number: int) -> float:
+        """Of `number` patches, whatever their classes."""
+        return number * (self.classify + self.rest)
+
+    def learn(self, counts: Sequence[int], branches: Sequence[float], classify: float | None, rest: float) -> None:
+        """Move towards a run that was measured.
+
+        Args:
+            counts: patches per class.
+            branches: seconds in each branch.
+            classify: seconds in the classifier; None when it did not run.
+            rest: seconds in everything else.
+        """
+        number, expected = sum(counts), sum(n * ms for n, ms in zip(counts, self.branches, strict=True))
+        if not number:
+            return
+
+        def moved(known: float, seconds: float) -> float:
+            return (1 - NEWEST) * known + NEWEST * 1e3 * seconds / number
+
+        # A class of a few patches says little about its own speed: then that of all classes counts.
+        overall = 1e3 * sum(branches) / expected
+        for c, (count, seconds) in enumerate(zip(counts, branches, strict=True)):
+            trust = count / (count + FEW)
+            own = 1e3 * seconds / (count * self.branches[c]) if count else 0.0
+            self.branches[c] *= 1 - NEWEST + NEWEST * (trust * own + (1 - trust) * overall)
+        self.rest = moved(self.rest, rest)
+        if classify is not None:
+            self.classify = moved(self.classify, classify)
+
+
+def pace_key(facts: Sequence[object]) -> str:
+    """A name for what decides the speed: networks, sizes, device."""
+    return hashlib.sha256(json.dumps([torch.__version__, *map(str, facts)]).encode()).hexdigest()[:24]
+
+
+def recall(key: str, num_classes: int) -> Pace | None:
+    """What is remembered of this machine under `key`."""
+    entry = _read().get(key)
+    if not isinstance(entry, dict):
+        return None
+    try:
+        pace = Pace(**entry)
+        numbers = [float(x) for x in (*pace.branches, pace.classify, pace.rest)]
+    except (TypeError, ValueError):
+        return None
+    sound = len(pace.branches) == num_classes and all(0 <= x < math.inf for x in numbers) and min(pace.branches) > 0
+    return pace if sound else None
+
+
+def remember(key: str, pace: Pace) -> Pace:
+    """Keep `pace` for later processes; returns it."""
+    path = _path()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        text = json.dumps({**_read(), key: asdict(pace)}, indent=1)
+        io.write_atomically(path, lambda file: file.write(text.encode()))
+    except OSError as error:
+        # A read-only home costs another measurement next time, nothing else.
+        logger.info("speed not remembered in %s: %s", path, error)
+    return pace
+
+
+def _path() -> Path:
+    return cache_path().with_name("pace.json")
+
+
+def _read() -> dict:
+    try:
+        table = json.loads(_path().read_text())
+    except (OSError, ValueError):
+        return {}
+    return table if isinstance(table, dict) else {}

@@ -1,0 +1,160 @@
+"""Which class every patch gets: by the classifier alone, or within a budget of cost, FLOPs or time."""
+
+from __future__ import annotations
+
+import time
+from statistics import median
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from fastroute.grid import TileGrid
+from fastroute.ops.assign_classes import assign_classes
+from fastroute.routing.budgets import Budget, Pace, assign_within, pace_key, recall, refuse_below, remember
+from fastroute.routing.classify import Scores, classify_patches
+from fastroute.routing.result import RoutingStats, Stopwatch
+from fastroute.routing.tuning import tuning_key
+from fastroute.streaming.rows import Source, TensorSource
+
+if TYPE_CHECKING:
+    from fastroute.routing.patch_router import PatchRouter
+
+# Columns of the picture on which the speed is measured, and runs of which the median counts.
+COLUMNS = 8
+RUNS = 3
+
+
+class Paces:
+    """The speed of a router for every type of image, device and number of threads that it has met."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[torch.dtype, torch.device, int], Pace] = {}
+
+    def of(self, router: PatchRouter, dtype: torch.dtype) -> Pace:
+        """What a patch of an image of `dtype` takes now; measured on the first call, and remembered."""
+        place = (dtype, router.device, torch.get_num_threads())
+        if place not in self._known:
+            example = torch.empty(router.networks.size, dtype=router.dtype, device=router.device)
+            networks = [tuning_key(n, example) for n in (*router.branches, router.classifier) if n is not None]
+            window = router.window if isinstance(router.window, str) else "own"
+            key = pace_key([*networks, router.stride, router.scale, router.shuffle, window, dtype, router.networks.batch])
+            self._known[place] = recall(key, router.num_classes) or remember(key, measure_pace(router, dtype))
+        return self._known[place]
+
+    def learn(self, router: PatchRouter, dtype: torch.dtype, stats: RoutingStats, branches: dict[int, float]) -> None:
+        """What a run says about the speed, once anybody has asked for it.
+
+        Args:
+            branches: seconds in the branch of each class.
+        """
+        pace = self._known.get((dtype, router.device, torch.get_num_threads()))
+        if pace is not None:
+            seconds = stats.seconds
+            rest = seconds["total"] - seconds["tune"] - seconds["classify"] - seconds["branches"]
+            each = [branches.get(c, 0.0) for c in range(router.num_classes)]
+            pace.learn(stats.patches_per_class, each, seconds["classify"] or None, rest)
+
+
+def choose_classes(
+    router: PatchRouter, source: Source, grid: TileGrid, limit: Budget, penalty: float, watch: Stopwatch
+) -> tuple[Tensor, int]:  # [N]
+    """Classes of all patches, and the FLOPs of the classifier.
+
+    Raises:
+        ValueError: FLOPs that are less than the classifier and the cheapest class take.
+    """
+    number = source.shape[0] * grid.num_patches
+    pace = None if limit.ms is None else router.paces.of(router, source.dtype)
+    costs = pace.branches if pace else router.costs if limit.flops is None else router.flop_costs
+    if router.num_classes == 1 or affords_all(limit, number, costs, pace):
+        # All patches go to the dearest class: nothing to classify.
+        dearest = max(range(router.num_classes), key=costs.__getitem__)
+        return torch.full((number,), dearest, device=router.device), 0
+    with watch.stage("classify"):
+        scores = score_patches(router, source, grid)
+    with watch.stage("assign"):
+        if pace is not None and limit.ms is not None:
+            spent = 1e3 * (time.perf_counter() - watch.start - watch.seconds.get("tune", 0.0))
+            return assign_within(scores.score, costs, limit.ms - spent - number * pace.rest), scores.flops
+        if limit.flops is not None:
+            least = number * min(costs) + scores.flops
+            refuse_below("upscale", "budget_flops", limit.flops, least, f"{least:.4g}")
+            return assign_within(scores.score, costs, limit.flops - scores.flops), scores.flops
+        return assign_classes(scores.score, costs, penalty, limit.fraction), scores.flops
+
+
+def score_patches(router: PatchRouter, source: Source, grid: TileGrid) -> Scores:
+    """What the router's classifier says of all patches.
+
+    Raises:
+        ValueError: it gives another number of scores than there are branches, or there is none.
+    """
+    if router.classifier is None:
+        raise ValueError("upscale: this router has no classifier; give a class_map or budget=1")
+    scores = classify_patches(router.classifier, source, grid)
+    if scores.score.shape[1:] != (router.num_classes,):
+        raise ValueError(
+            f"upscale: the classifier must give one score per branch, {router.num_classes}; got {tuple(scores.score.shape[1:])}"
+        )
+    return scores
+
+
+def check_least(router: PatchRouter, limit: Budget, number: int, dtype: torch.dtype) -> None:
+    """Refuse FLOPs or milliseconds that `number` patches of images of `dtype` need in any case.
+
+    Raises:
+        ValueError: see above; what the classifier adds to the FLOPs is known only when it has run.
+    """
+    if limit.flops is not None:
+        least = number * min(router.flop_costs)
+        refuse_below("upscale", "budget_flops", limit.flops, least, f"{least:.4g}")
+    if limit.ms is not None:
+        pace = router.paces.of(router, dtype)
+        classify = 0.0 if router.num_classes == 1 else pace.classify
+        least = number * (min(pace.branches) + classify + pace.rest)
+        refuse_below("upscale", "budget_ms", limit.ms, least, f"{least:.3g} ms on this device")
+
+
+def affords_all(limit: Budget, number: int, costs: list[float], pace: Pace | None) -> bool:
+    """Whether every patch may have the dearest class, so that none need be classified."""
+    if limit.flops is not None:
+        return limit.flops >= number * max(costs)
+    if limit.ms is not None and pace is not None:
+        return limit.ms >= number * (max(costs) + pace.rest)
+    return limit.fraction == 1
+
+
+@torch.inference_mode()
+def measure_pace(router: PatchRouter, dtype: torch.dtype) -> Pace:
+    """The speed of every part of `router` on images of `dtype`, from a picture of noise."""
+    device = router.device
+    batch = max(router.networks.tuning(c, device).batch for c in range(router.num_classes))
+    rows = -(-max(batch, 2 * COLUMNS) // COLUMNS)
+    height, width = (router.patch + (n - 1) * router.stride for n in (rows, COLUMNS))
+    image = torch.rand((1, router.channels, height, width), generator=torch.Generator().manual_seed(0))
+    if not dtype.is_floating_point:
+        image = image * (255 if dtype == torch.uint8 else 65535)
+    image = (image if dtype.is_floating_point else image.int()).to(device, dtype)
+    number = rows * COLUMNS
+    branches: list[list[float]] = [[] for _ in range(router.num_classes)]
+    rest = []
+    # In turn, so that what slows the machine for a while slows all.
+    for run in range(RUNS * router.num_classes):
+        c = run % router.num_classes
+        seconds = router.upscale(image, class_map=torch.full((1, rows, COLUMNS), c, device=device)).stats.seconds
+        branches[c].append(seconds["branches"])
+        rest.append(seconds["total"] - seconds["branches"] - seconds["tune"])
+    classify = 0.0
+    if router.classifier is not None and router.num_classes > 1:
+        source, grid = TensorSource(image, device), TileGrid(height, width, router.patch, router.stride, router.scale)
+        times = []
+        for _ in range(RUNS):
+            watch = Stopwatch(device)
+            with watch.stage("classify"):
+                score_patches(router, source, grid)
+            times.append(watch.seconds["classify"])
+        classify = median(times)
+    milliseconds = 1e3 / number
+    each = [max(median(times), 1e-9) * milliseconds for times in branches]
+    return Pace(each, classify * milliseconds, median(rest) * milliseconds)

@@ -1,0 +1,174 @@
+"""Which rows of the features and of the image a band of output pixels needs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+from fastroute.models.pcsr import MLP, PCSR
+from fastroute.models.streaming import rows_in_bands, unsupported_reasons
+from fastroute.routing.working_set import REARRANGED, LiveBytes, WorkingSet
+
+# Pixels of a band, of the output and of the encoder's input: bounds of the memory, large enough to give threads work.
+OUTPUT_BAND = 1 << 20
+ENCODER_BAND = 1 << 14
+# A budget is solved on at most this many pixels, in rows spread over the image, and 2-means on this many.
+BUDGET_SAMPLE = 1 << 21
+ADAPTIVE_SAMPLE = 1 << 25
+# Bytes per sampled pixel: in float64 the logits of a class, their penalised form and its maxima; a score, twice.
+BUDGET_BYTES, ADAPTIVE_BYTES = 24, 20
+# Rows of a band, and columns, on which the memory of an encoder is counted.
+PROBE = 16
+
+
+@dataclass(frozen=True)
+class Window:
+    """Rows of the features, and the rows of the output that they stand for.
+
+    Attributes:
+        features: first row and one past the last.
+        output: the same of the output, at the ratio of the whole.
+    """
+
+    features: tuple[int, int]
+    output: tuple[int, int]
+
+    @property
+    def height(self) -> int:
+        """Output rows."""
+        return self.output[1] - self.output[0]
+
+    def within(self, begin: int, end: int) -> tuple[int, int]:
+        """Output rows counted from its first."""
+        return begin - self.output[0], end - self.output[0]
+
+
+@dataclass(frozen=True)
+class PixelGrid:
+    """The rows of an image and of what it is upscaled to.
+
+    Attributes:
+        lr, size: height and width of the image and of the output.
+    """
+
+    lr: tuple[int, int]
+    size: tuple[int, int]
+
+    def window(self, begin: int, end: int) -> Window:
+        """The features that output rows `begin` to `end` read, and a row more on either side.
+
+        Their number is in the ratio of the whole to the output rows that they stand for, and begins at a multiple of it.
+        So pixels of the window lie within their features, to the last bit, where those of the whole do.
+        """
+        h, height = self.lr[0], self.size[0]
+        parts = math.gcd(h, height)
+        low, high = h // parts, height // parts  # features and output rows of the smallest window
+        first = max(begin * h // height - 1, 0) // low
+        last = -(-min(-(-end * h // height) + 1, h) // low)
+        return Window((first * low, last * low), (first * high, last * high))
+
+    def bands(self) -> list[tuple[int, int]]:
+        """Rows (first, one past the last) of bands of nearly equal height."""
+        height, width = self.size
+        count = -(-height * width // OUTPUT_BAND)
+        edges = [height * i // count for i in range(count + 1)]
+        return [(a, b) for a, b in pairwise(edges) if b > a]
+
+    def sample(self, pixels: int) -> int:
+        """The distance of rows that hold at most `pixels` pixels together."""
+        step, high = -(-self.size[0] * self.size[1] // pixels), self.size[0] // math.gcd(self.lr[0], self.size[0])
+        # Else all of them would lie at the same place within their features.
+        while step > 1 and math.gcd(step, high) > 1:
+            step += 1
+        return step
+
+    @property
+    def overlapping(self) -> bool:
+        """Whether the windows of bands are no small part of the image: only all features serve them."""
+        return any(2 * (w.features[1] - w.features[0]) >= self.lr[0] for w in self.widest)
+
+    @property
+    def widest(self) -> list[Window]:
+        """The windows of all bands with a row more on either side."""
+        return [self.window(max(a - 1, 0), min(b + 1, self.size[0])) for a, b in self.bands()]
+
+
+class Footprint:
+    """The memory of the pixel path.
+
+    Args:
+        model: whose encoder it is.
+        encoder: as it runs.
+        dtype: of features.
+    """
+
+    def __init__(self, model: PCSR, encoder: nn.Module, dtype: torch.dtype) -> None:
+        self.channels, self.depth = int(model.encoder.channels), int(model.encoder.width)  # type: ignore[arg-type]
+        self.classes, self.itemsize = model.num_classes, dtype.itemsize
+        self.in_bands = not unsupported_reasons(encoder)
+        widths = [w.shape[0] for mlp in [*model.upsamplers, model.classifier] for w in _weights(mlp)]
+        self.units = max(widths, default=1)
+        device = next(encoder.parameters()).device
+        x = torch.zeros(1, self.channels, 2 * PROBE, PROBE, dtype=dtype, device=device)
+        with torch.no_grad(), LiveBytes() as live:
+            if self.in_bands:
+                for _ in rows_in_bands(encoder, lambda rows, cols: x[:, :, rows, cols], 2 * PROBE, PROBE, 0, PROBE):
+                    live.mark()
+            else:
+                encoder(x)
+        # Rows that layers keep, per column; what lives while a band passes, per pixel of it.
+        self.kept = live.marked // PROBE
+        self.passing = REARRANGED * live.most // (PROBE * (PROBE if self.in_bands else 2 * PROBE))
+
+    def features(self, grid: PixelGrid, keep: bool) -> int:
+        """Bytes of the features that are held."""
+        row = grid.lr[1] * self.depth * self.itemsize
+        if keep:
+            return grid.lr[0] * row
+        # Those of a band that is classified, and of the one before that is upsampled, each joined for its kernel.
+        return 4 * row * max(w.features[1] - w.features[0] for w in grid.widest)
+
+    def working_set(
+        self, grid: PixelGrid, keep: bool, sampled: int, itemsize: int, streamed: bool, step: int = 1
+    ) -> WorkingSet:
+        """The working set.
+
+        Args:
+            grid: the rows.
+            keep: all features are kept.
+            sampled: bytes for what the decision is solved on.
+            itemsize: of a value of the image.
+            streamed: rows are read and written in bands of their own.
+            step: rows that are written together.
+        """
+        (h, w), (height, width) = grid.lr, grid.size
+        tallest = max(b - a for a, b in grid.bands()) + 2
+        lr_rows = max(window.features[1] - window.features[0] for window in grid.widest)
+        band = ENCODER_BAND * self.passing + w * self.kept if self.in_bands else h * w * self.passing
+        values = max(self.classes + 1, 2 * self.channels) * self.itemsize + 3
+        fixed = self.features(grid, keep) + band + sampled + tallest * width * values
+        fixed += 2 * lr_rows * w * self.channels * self.itemsize + max(window.height for window in grid.widest) * width
+        if not streamed:
+            return WorkingSet(fixed)
+        out_row, row = self.channels * itemsize * width, self.channels * itemsize * w
+        fixed += 3 * lr_rows * row + 3 * step * out_row
+        return WorkingSet(fixed, 3 * out_row + 2 * row * h // height, tallest, height)
+
+
+def sampled_rows(grid: PixelGrid, pixels: int) -> Iterator[tuple[int, int]]:
+    """Bands of all rows where the output has at most `pixels` pixels, else single rows at equal distances."""
+    step = grid.sample(pixels)
+    if step <= 1:
+        yield from grid.bands()
+    else:
+        yield from ((y, y + 1) for y in range(step // 2, grid.size[0], step))
+
+
+def _weights(mlp: nn.Module) -> list[Tensor]:
+    assert isinstance(mlp, MLP)
+    return mlp.parameter_lists[0]

@@ -1,0 +1,116 @@
+"""Tiled inference equals that of the whole image where tiles overlap by what the network sees."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from networks import as_image, picture, randomise
+from torch import nn
+from torch.nn import functional as F
+
+import fastroute
+from fastroute import tiled
+from fastroute.routing import patch_router, tuning
+
+pytestmark = pytest.mark.usefixtures("quick_tuning")
+
+
+def network(reach: int, scale: int, channels: int = 3, seed: int = 0) -> nn.Module:
+    """A random network that sees `reach` pixels around each."""
+    layers: list[nn.Module] = [nn.Conv2d(channels, 4, 3, padding=1)]
+    for _ in range(reach - 2):
+        layers += [nn.ReLU(), nn.Conv2d(4, 4, 3, padding=1)]
+    layers += [nn.ReLU(), nn.Conv2d(4, channels * scale**2, 3, padding=1), nn.PixelShuffle(scale)]
+    return randomise(nn.Sequential(*layers), seed).eval()
+
+
+@pytest.mark.parametrize(("height", "width"), [(16, 16), (17, 50), (40, 33), (57, 29), (16, 91)])
+@pytest.mark.parametrize(("reach", "patch", "scale"), [(3, 16, 2), (4, 16, 1), (5, 13, 3), (2, 16, 4)])
+@torch.no_grad()
+def test_crop_is_the_whole_image_when_the_overlap_covers_the_reach(height, width, reach, patch, scale, monkeypatch):
+    monkeypatch.setattr(patch_router, "PATCHES_PER_BAND", 7)
+    model, image = network(reach, scale), picture(2, 3, height, width, seed=height)
+    for overlap in (2 * reach, 2 * reach + 1):
+        result = tiled(model, patch, overlap=overlap)(image)
+        # The same sums by convolutions of another size.
+        torch.testing.assert_close(result, model(image), rtol=0, atol=1e-6)
+
+
+@torch.no_grad()
+def test_less_overlap_than_the_reach_shows():
+    """Else the comparison above would prove little."""
+    model, image = network(4, 1), picture(1, 3, 40, 33)
+    for overlap in (6, 0):
+        assert (tiled(model, 16, overlap=overlap)(image) - model(image)).abs().max() > 1e-4
+
+
+@torch.no_grad()
+def test_weighted_windows_come_closer_than_the_mean():
+    model, image = network(3, 2), picture(1, 3, 61, 40)
+
+    def error(window: object, size: int = 16, overlap: int = 8) -> float:
+        return float((tiled(model, size, overlap=overlap, window=window)(image) - model(image)).abs().mean())
+
+    assert 1e-4 < error("hann") < error("linear") < error("uniform")
+    assert error(torch.ones(32)) == error("uniform")
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float16])
+def test_ranks_dtypes_and_scale(dtype):
+    model = network(2, 3, channels=1)
+    upscale = tiled(model, 16, overlap=4, batch=3)
+    image = as_image(picture(1, 1, 30, 20), dtype)
+    assert upscale.router.scale == 3 and upscale.router.networks.tuning(0, torch.device("cpu")) == tuning.Tuning(3, False, 0.0)
+    result = upscale(image[0])
+    assert result.shape == (1, 90, 60) and result.dtype == dtype
+    assert torch.equal(upscale(image)[0], result)
+
+
+def test_batch_is_what_runs_at_a_time(monkeypatch):
+    seen = []
+
+    def count(x: torch.Tensor) -> torch.Tensor:
+        seen.append(len(x))
+        return x
+
+    fastroute.tiled(count, 8, overlap=0, scale=1, batch=3)(torch.rand(3, 8, 64))
+    # A pass of no memory counts the operations; then 8 tiles, in parts of nearly equal size.
+    assert seen[-3:] == [3, 3, 2] and max(seen) == 3
+
+
+@torch.no_grad()
+def test_is_a_module():
+    model = network(2, 2)
+    upscale = tiled(model, 16)
+    image = picture(1, 3, 30, 30)
+    before = upscale(image)
+    assert upscale.router.stride == 12
+    assert not any(p.requires_grad for p in upscale.parameters())
+    upscale.train()
+    assert not any(layer.training for layer in upscale.network.children()) and model[0].weight.requires_grad
+    assert upscale.double().router.dtype == torch.float64
+    torch.testing.assert_close(upscale(image.double()).float(), before, rtol=0, atol=1e-5)
+    # In a pipeline of modules.
+    both = nn.Sequential(upscale.float(), tiled(lambda x: 1 - x, 16, scale=1))
+    torch.testing.assert_close(both(image), 1 - before, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "args", "words"),
+    [
+        (ValueError, {"stride": 4, "overlap": 4}, "stride or overlap"),
+        (ValueError, {"overlap": 16}, r"less than patch \(16\); got 16"),
+        (ValueError, {"overlap": -1}, "at least 0"),
+        (ValueError, {"stride": 17}, "stride must be at most patch"),
+        (ValueError, {"batch": 0}, "batch must be at least 1; got 0"),
+        (ValueError, {"window": "boxcar"}, "window"),
+        (ValueError, {"model": lambda x: x[:, :, ::2, ::2]}, r"whole multiple of 16 x 16; got \(1, 3, 8, 8\)"),
+        (ValueError, {"model": lambda x: F.interpolate(x, scale_factor=1.5)}, r"got \(1, 3, 24, 24\)"),
+        (ValueError, {"model": lambda x: x[:, :1]}, r"got \(1, 1, 16, 16\)"),
+        (ValueError, {"model": lambda x: [x]}, "got list"),
+        (TypeError, {"model": "net.pth"}, "tiled: model must be a torch.nn.Module, .*got str"),
+    ],
+)
+def test_errors(kind, args, words):
+    with pytest.raises(kind, match=words):
+        tiled(**{"model": network(2, 1), "patch": 16} | args)

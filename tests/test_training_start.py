@@ -1,0 +1,125 @@
+"""Weights to start from: each recipe's own layout, ClassSR's branches and single networks."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from interrupted import equal
+from networks import picture, randomise
+
+from fastroute.models.arm import ARM
+from fastroute.models.carn import CARN
+from fastroute.models.cdnsr import CDNSR
+from fastroute.models.checkpoints import CheckpointError, save_checkpoint
+from fastroute.models.classsr import ClassSR
+from fastroute.models.fsrcnn import FSRCNN
+from fastroute.training import arm, cdnsr, pcsr
+from fastroute.training.data import Pool
+from fastroute.training.recipes import RECIPES
+from fastroute.training.start import Start
+
+WIDTHS = (4, 8)
+SETTINGS = {
+    "cdnsr": cdnsr.Recipe(widths=WIDTHS, branch_steps=(1, 1), scale=2),
+    "arm": arm.Recipe(widths=WIDTHS, scale=2),
+    "pcsr": pcsr.Recipe(width=8, scales=(2,)),
+}
+
+
+@pytest.fixture(scope="module")
+def pool():
+    """Nothing is trained here."""
+    return Pool([], [], np.zeros((0, 3), np.int32), np.zeros(0, np.float32), 32, 2)
+
+
+def begin(name: str, pool: Pool, path, start: Start, **settings: object):
+    recipe = {**vars(SETTINGS[name]), **settings}
+    trainer = RECIPES[f"{name}-fsrcnn"][1]
+    return trainer(pool, type(SETTINGS[name])(**recipe), path / "state.pt", start).model
+
+
+def classsr(backbone: str = "fsrcnn", widths: tuple[int, ...] = WIDTHS) -> ClassSR:
+    return randomise(ClassSR.build(backbone, widths, 2), seed=5).eval()
+
+
+@pytest.mark.parametrize("backbone", ["fsrcnn", "carn", "srresnet"])
+@torch.no_grad()
+def test_cdnsr_takes_the_branches_of_classsr(pool, tmp_path, backbone):
+    other = classsr(backbone)
+    model = begin("cdnsr", pool, tmp_path, Start(other.state_dict()), backbone=backbone).eval()
+    x = picture(2, 3, 16, 16)
+    for mine, branch in zip(model.branches, other.branches, strict=True):
+        # Folded batch norms change the order of sums.
+        torch.testing.assert_close(mine(x), branch(x), rtol=1e-4, atol=1e-4)
+    fresh = begin("cdnsr", pool, tmp_path, Start(model.state_dict()), backbone=backbone)
+    assert equal(fresh.classifier.state_dict(), model.classifier.state_dict())
+    assert not equal(other.classifier.state_dict(), model.classifier.state_dict())
+
+
+def test_cdnsr_goes_on_from_cdnsr(pool, tmp_path):
+    other = randomise(CDNSR.build("fsrcnn", WIDTHS, 2, layers=3))
+    save_checkpoint(tmp_path / "a.safetensors", other, {"system": "cdnsr-fsrcnn"})
+    model = begin("cdnsr", pool, tmp_path, Start.read(tmp_path / "a.safetensors"), layers=3)
+    assert equal(model.state_dict(), other.state_dict())
+
+
+@pytest.mark.parametrize("backbone", ["fsrcnn", "carn", "srresnet"])
+@torch.no_grad()
+def test_arm_takes_the_dearest_branch(pool, tmp_path, backbone):
+    other = classsr(backbone)
+    x = picture(2, 3, 16, 16)
+    for state in (other.state_dict(), other.branches[-1].state_dict()):
+        model = begin("arm", pool, tmp_path, Start(state), backbone=backbone).eval()
+        torch.testing.assert_close(model.run(2, x), other.branches[-1](x), rtol=1e-4, atol=1e-4)
+        assert not torch.allclose(model.run(1, x), other.branches[0](x), atol=1e-2)
+
+
+@pytest.mark.parametrize("backbone", ["fsrcnn", "carn"])
+@torch.no_grad()
+def test_pcsr_takes_the_layers_up_to_the_features(pool, tmp_path, backbone):
+    # A constant mean, as PCSR removes it, so that features can be compared.
+    network = randomise(CARN(8, 2) if backbone == "carn" else FSRCNN(8, 2), seed=6).eval()
+    features = []
+    last = network.upsample if backbone == "carn" else network.tail_conv
+    last.register_forward_pre_hook(lambda module, inputs: features.append(inputs[0]))
+    x = picture(2, 3, 16, 16)
+    network(x)
+    system = ClassSR([classsr(backbone, (4,)).branches[0], network])
+    for state in (network.state_dict(), system.state_dict()):
+        model = begin("pcsr", pool, tmp_path, Start(state), backbone=backbone).eval()
+        torch.testing.assert_close(model.features(x), features[0], rtol=1e-5, atol=1e-6)
+    other = begin("pcsr", pool, tmp_path, Start(model.state_dict()), backbone=backbone, seed=9)
+    assert equal(other.state_dict(), model.state_dict())
+
+
+def test_a_supernet_is_a_network_too(pool, tmp_path):
+    supernet = randomise(ARM("fsrcnn", WIDTHS, 2))
+    encoder = begin("pcsr", pool, tmp_path, Start(supernet.state_dict())).encoder.state_dict()
+    assert equal(encoder, {name: supernet.network.state_dict()[name] for name in encoder})
+
+
+@pytest.mark.parametrize(
+    ("name", "state", "message"),
+    [
+        ("cdnsr", FSRCNN(8, 2), "init does not fit: it has 0 branches net1, net2, …, not 2"),
+        ("cdnsr", classsr("fsrcnn", (4, 6, 8)), "it has 3 branches net1, net2, …, not 2"),
+        ("cdnsr", classsr("fsrcnn", (4, 6)), r"init \(net2\) does not fit FSRCNN: .* \(6, 3, 5, 5\) instead of \(8, 3, 5, 5\)"),
+        ("arm", classsr("fsrcnn", (4, 6)), r"init \(net2\) does not fit FSRCNN: .* instead of \(8, 3, 5, 5\)"),
+        ("arm", classsr("carn"), r"init \(net2\) does not fit FSRCNN: .* missing: head_conv\.0\.weight"),
+        ("pcsr", FSRCNN(6, 2), r"init does not fit FSRCNN: .* of another shape: head_conv\.0\.weight"),
+        ("pcsr", FSRCNN(8, 2, depth=5), r"init does not fit FSRCNN: .* body_conv\.6\.0\.weight"),
+        ("pcsr", classsr("srresnet"), r"init \(net2\) does not fit FSRCNN: .* missing"),
+    ],
+)
+def test_refusals(pool, tmp_path, name, state, message):
+    with pytest.raises(CheckpointError, match=message):
+        begin(name, pool, tmp_path, Start(state.state_dict()))
+
+
+def test_published_networks(pool, tmp_path, data_folder):
+    start = Start.read(data_folder / "weights" / "fsrcnn-x4.pth")
+    model = begin("pcsr", pool, tmp_path, start, width=56)
+    assert torch.equal(model.encoder.head_conv[0].weight, start.state["head_conv.0.weight"])
+    whole = Start.read(data_folder / "weights" / "pcsr-fsrcnn-x4.pth")
+    assert equal(dict(whole.state), begin("pcsr", pool, tmp_path, whole, width=48).state_dict())
