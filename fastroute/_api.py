@@ -20,22 +20,30 @@ from fastroute.routing.load import load
 from fastroute.routing.many import upscale_many
 from fastroute.routing.patch_router import PatchRouter
 from fastroute.routing.pixel_router import PixelRouter
-from fastroute.routing.result import RoutingStats, Upscaled
+from fastroute.routing.result import RoutingStats, Streamed, Upscaled
+from fastroute.streaming.protocols import ArrayReader, ArrayWriter, Reader, Writer
+from fastroute.streaming.upscale_file import UpscaledFile, upscale_file
 from fastroute.tiled import Tiled, tiled
 from fastroute.windows import make_window
 
 __all__ = [
+    "ArrayReader",
+    "ArrayWriter",
     "BackendError",
     "Bicubic",
     "CheckpointError",
     "ClassGroups",
     "PatchRouter",
     "PixelRouter",
+    "Reader",
     "RoutingStats",
     "ScoreClassifier",
+    "Streamed",
     "TileGrid",
     "Tiled",
     "Upscaled",
+    "UpscaledFile",
+    "Writer",
     "adaptive_threshold",
     "assign_classes",
     "extract_patches",
@@ -50,6 +58,7 @@ __all__ = [
     "scatter_groups",
     "stitch_patches",
     "tiled",
+    "upscale_file",
     "upscale_many",
     "use_backend",
 ]

@@ -37,7 +37,7 @@ class Group(click.Group):
         signal.signal(signal.SIGTERM, _terminate)
         try:
             return super().invoke(ctx)
-        except (ValueError, TypeError, RuntimeError, MemoryError) as error:
+        except (ValueError, TypeError, RuntimeError, MemoryError, ImportError) as error:
             if not _is_users(error):
                 raise
             raise click.ClickException(str(error) or "out of memory") from error
@@ -47,6 +47,9 @@ def _is_users(error: Exception) -> bool:
     """Whether a user can mend it."""
     if isinstance(error, (ValueError, TypeError, MemoryError)):
         return True
+    # What names an extra to install.
+    if isinstance(error, ImportError):
+        return "fastroute[" in str(error)
     # Click's own way to stop is an error of this kind too, and may come before anything is imported.
     torch, backends = sys.modules.get("torch"), sys.modules.get("fastroute.backends")
     return bool(torch and backends and isinstance(error, (backends.BackendError, torch.OutOfMemoryError)))

@@ -74,4 +74,7 @@ def images(op: str, image: Tensor, channels: int, device: torch.device, sides: s
         raise ValueError(f"{op}: image must have at least one pixel; got {tuple(image.shape)}")
     if batch.device != device:
         raise ValueError(f"{op}: image must be on {device}, where the networks are; got {batch.device}")
+    # A GPU would have to be waited for.
+    if batch.is_floating_point() and batch.device.type == "cpu" and batch.numel() and (largest := batch.max().item()) > 2:
+        raise ValueError(f"{op}: a floating image must lie in about [0, 1]; its largest value is {largest:g}: divide by 255?")
     return batch

@@ -28,7 +28,10 @@ class Workspace:
         if tuple(result.shape[1:]) != size:
             patch = f"{self.grid.patch} x {self.grid.patch}"
             before = f" before its pixel shuffle of factor {self.shuffle}" if self.shuffle > 1 else ""
-            raise ValueError(f"upscale: a branch must map {patch} patches to {size}{before}; got {tuple(result.shape[1:])}")
+            raise ValueError(
+                f"upscale: a branch must map {patch} patches to {size}{before}; got {tuple(result.shape[1:])}. "
+                f"Is scale={self.grid.scale} that of the branches?"
+            )
         like = self.batches[0] if self.batches else result
         # A branch may answer in a memory format of its own.
         if result.stride()[1:] != like.stride()[1:]:
