@@ -13,7 +13,7 @@ from fastroute import io
 README = Path(__file__).parent.parent / "README.md"
 SECTIONS = ("movement", "patch_routing", "quality")
 # Those that the README may leave out.
-OPTIONAL = ("class_mixes",)
+OPTIONAL = ("class_mixes", "pixel_routing")
 # What stands beside fastroute in an operator's result and is no peer.
 NO_PEERS = ("copy of the same bytes", "copy to a new tensor")
 
@@ -120,6 +120,35 @@ def class_mixes(folder: Path) -> str:
             *(f"{100 * row[k]:.0f} %" for k in ("flops_ratio", "paper_flops_ratio")),
         ]
         cells += [f"**{100 * row['time_ratio']:.0f} %**", f"{100 * printed:.0f} %" if printed else ""]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n" + footer(contents[0])
+
+
+def pixel_routing(folder: Path) -> str:
+    """PCSR per photograph, beside its published formulation and the plain network."""
+    lines = [
+        "| encoder, photograph (LR size) | dear pixels | FLOPs, true | **time, realised** | routed | dense | plain network, "
+        "one pass | published formulation | routed, after the encoder | faster than published |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    files = sorted(folder.glob("pixel_routing_*.json"), reverse=True)
+    if not files:
+        raise FileNotFoundError("pixel_routing")
+    contents = [json.loads(path.read_text()) for path in files]
+    for row in (row for content in contents for row in content["rows"]):
+        times = row["times"]
+        cells = [
+            f"{row['model'].upper()}, {row['image']} ({row['lr_size'][0]} x {row['lr_size'][1]})",
+            f"{100 * row['heavy_share']:.0f} %",
+            f"{100 * row['flops_ratio']:.0f} %",
+            f"**{100 * row['time_ratio']:.0f} %**",
+            milliseconds(times["fastroute"]),
+            milliseconds(times["dense, same machinery"]),
+            milliseconds(times["plain network, one pass"]),
+            f"{milliseconds(times['published formulation'])} ({row['speedup']:.1f} x)",
+            milliseconds({"median": row["rest"]}),
+            f"{row['rest_speedup']:.1f} x",
+        ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n" + footer(contents[0])
 

@@ -113,7 +113,7 @@ def test_descriptors_are_called_and_their_networks_moved():
     branch = as_module("PatchRouter", "branches", Descriptor(network, 2, 2))
     assert isinstance(branch, Described) and (branch.channels, branch.scale) == (2, 2)
     assert len(list(branch.parameters())) == 2
-    image = 3 * picture(1, 2, 20, 20)
+    image = 1.9 * picture(1, 2, 20, 20)
     router = PatchRouter([Descriptor(network, 2, 2)], patch=20, stride=20, scale=2)
     with torch.no_grad():
         torch.testing.assert_close(router.upscale(image).image, network(image).clamp(0, 1), rtol=0, atol=1e-6)

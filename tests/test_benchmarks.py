@@ -137,6 +137,18 @@ def test_mixes_are_written_where_the_readme_has_a_place(results: Path):
     assert "Not measured yet" in report.render(PAGE + place, results).split("generated: class_mixes")[1]
 
 
+def test_pixel_routing_is_written_where_the_readme_has_a_place(results: Path):
+    labels = ("fastroute", "dense, same machinery", "plain network, one pass", "published formulation")
+    row = {"model": "carn", "image": "a", "lr_size": [8, 6], "heavy_share": 0.3, "flops_ratio": 0.6, "time_ratio": 0.7}
+    row |= {"times": {label: timing(0.2 * (n + 1)) for n, label in enumerate(labels)}, "speedup": 4.0}
+    row |= {"rest": 0.05, "rest_speedup": 9.0}
+    content = {"facts": FACTS, "notes": "made up", "rows": [row]}
+    (results / "pixel_routing_carn.json").write_text(json.dumps(content))
+    text = report.render(PAGE + "<!-- generated: pixel_routing -->\n<!-- end: pixel_routing -->\n", results)
+    cells = "30 % | 60 % | **70 %** | 200 ms | 400 ms | 600 ms | 800 ms (4.0 x) | 50.0 ms | 9.0 x"
+    assert f"| CARN, a (8 x 6) | {cells} |" in text
+
+
 def test_a_missing_section_is_an_error(results: Path):
     with pytest.raises(SystemExit, match="one section movement; it has 0"):
         report.render("# Title\n", results)

@@ -108,7 +108,7 @@ def test_milliseconds_are_met():
 def test_a_dear_class_that_runs_fast_is_used():
     """Milliseconds go by the clock, not by FLOPs."""
     router = sleeper((2.0, 0.1, 4.0))
-    assert router.upscale(IMAGES[0], budget_ms=25).stats.patches_per_class[0] == 0
+    assert router.upscale(IMAGES[0], budget_ms=45).stats.patches_per_class[0] == 0
 
 
 def test_speed_is_measured_once_and_remembered(cache, monkeypatch):

@@ -264,3 +264,10 @@ def test_given_networks_stay_as_they_are(optimized):
 
 def test_to(router):
     assert router.to("cpu") is router and router.device == torch.device("cpu")
+
+
+@pytest.mark.parametrize("shape", [(3, 40, 40), (2, 3, 7, 300)])
+def test_bytes_as_floats_are_refused(shape):
+    router = PatchRouter([nn.Identity()], patch=8, stride=8, scale=1, channels=3)
+    with pytest.raises(ValueError, match=r"^upscale: a floating image must lie in about \[0, 1\]; it has values like 200: "):
+        router.upscale(torch.full(shape, 200.0))

@@ -182,8 +182,8 @@ class PixelRouter:
         """From one end to the other; the arguments are checked."""
         source = ends.source
         watch = Stopwatch(self.device, self.device.type != "cuda" or ends.in_place)
-        # Nothing is copied where all features are kept, and two passes need not encode twice.
-        keep = grid.overlapping or not self.footprint.in_bands or (ends.in_place and memory_limit is None)
+        keep = grid.overlapping or not self.footprint.in_bands
+        # Two passes need not encode twice.
         if not keep and choice.solved:
             keep = memory_limit is None or self._working_set(ends, grid, choice, True, True).bytes(1) <= memory_limit
         working = self._working_set(ends, grid, choice, keep, not ends.in_place)
