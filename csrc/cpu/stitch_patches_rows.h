@@ -208,8 +208,8 @@ struct StitchBody {
     }
 
     // What `run` does where at most two tile rows and columns meet, in whole vectors.
-    static void run_wide(const StitchPlan<T>& plan, int64_t image, int64_t at, TileRange range, bool direct, W* window,
-                         W* sum, Rows<Out> out) {
+    static void run_wide(const StitchPlan<T>& plan, int64_t image, int64_t c, int64_t at, TileRange range, bool direct,
+                         W* window, W* sum, Rows<Out> out) {
         const int64_t cols = plan.grid.x.count(), span = plan.span, rows = out.count;
         for (int64_t i = range.first; i <= range.last; ++i) {
             const int64_t k = at - plan.grid.y.origin(i) * plan.scale;
@@ -224,7 +224,7 @@ struct StitchBody {
                 for (int64_t r = 0; r < rows; r += 4) {
                     const int64_t lr_row = (k + r) / 4 * plan.layout.y;
                     const auto runs = [&](int64_t begin, int64_t end, Runs to, bool joined) {
-                        const int64_t offset = lr_row + begin / 4 * plan.layout.x;
+                        const int64_t offset = c * 16 + lr_row + begin / 4 * plan.layout.x;
                         const ShuffledRow from{patch + offset, ahead + offset, plan.layout.x, (end - begin) / 4,
                                                plan.channels};
                         each_shuffled_run(
@@ -258,7 +258,7 @@ struct StitchBody {
         const bool whole = plan.side_by_side() && rows % factor == 0;
         if constexpr (kWideRuns<T, Out>) {
             if (plan.wide && whole && at % factor == 0 && (direct || range.last == range.first + 1)) {
-                return run_wide(plan, image, at, range, direct, window, sum, out);
+                return run_wide(plan, image, c, at, range, direct, window, sum, out);
             }
         }
         for (int64_t i = range.first; i <= range.last; ++i) {
@@ -271,11 +271,14 @@ struct StitchBody {
                 const W* weight = plan.weights_x + j * span;
                 const int64_t x0 = plan.grid.x.origin(j) * plan.scale, kept = std::min(span, width - x0);
                 if (whole && k % factor == 0 && factor == 4) {
-                    weigh_shuffled<4>(patch, ahead, plan.layout, channels, k, rows, span, shared, kept, weight, window);
+                    weigh_shuffled<4>(patch + c * 16, ahead + c * 16, plan.layout, channels, k, rows, span, shared,
+                                      kept, weight, window);
                 } else if (whole && k % factor == 0 && factor == 3) {
-                    weigh_shuffled<3>(patch, ahead, plan.layout, channels, k, rows, span, shared, kept, weight, window);
+                    weigh_shuffled<3>(patch + c * 9, ahead + c * 9, plan.layout, channels, k, rows, span, shared, kept,
+                                      weight, window);
                 } else if (whole && k % factor == 0 && factor == 2) {
-                    weigh_shuffled<2>(patch, ahead, plan.layout, channels, k, rows, span, shared, kept, weight, window);
+                    weigh_shuffled<2>(patch + c * 4, ahead + c * 4, plan.layout, channels, k, rows, span, shared, kept,
+                                      weight, window);
                 } else {
                     weigh_rows(patch, ahead, plan.layout, channels, k, rows, span, shared, kept, weight, window,
                                scratch->row.data(), c);
