@@ -78,6 +78,15 @@ def test_shuffle_in_rows(backend, dtype, scale, factor):
         same(stitch_patches(patches, grid, "uniform", inverse, torch.uint8, shuffle=factor), bytes_)
 
 
+@pytest.mark.parametrize("factor", [2, 3, 4])
+def test_large_patches_with_a_shuffle(factor):
+    """Windows too large to be summed for all channels at once."""
+    grid = TileGrid(130, 140, 128, 112, factor)
+    patches = in_layout(random((grid.num_patches, 3 * factor**2, 128, 128), torch.float32, "cpu"), "channels_last")
+    whole = reference(F.pixel_shuffle(patches, factor), grid, "uniform", None)
+    same(stitch_patches(patches, grid, "uniform", shuffle=factor), whole)
+
+
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_several_tensors_stand_for_one(backend, layout):
     grid = TileGrid(9, 17, 4, 3, 4)
