@@ -101,7 +101,8 @@ def figures(results: dict[str, Result]) -> Iterator[tuple[str, Figure]]:
         yield "Peak memory against image size", plots.by_size(memory, "peak memory, MB")
     quality = [row for row in results.get("quality", {"rows": []})["rows"] if row.get("seconds_per_megapixel")]
     if quality:
-        networks = [(row["network"], row["seconds_per_megapixel"], row["psnr"]) for row in quality]
+        models = [row["network"].partition(", ")[0] for row in quality]
+        networks = [(m, row["seconds_per_megapixel"], row["psnr"]) for m, row in zip(models, quality, strict=True)]
         yield "PSNR against time", plots.quality_by_time(networks)
     panels = []
     for name, label in PANELS.items():

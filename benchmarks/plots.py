@@ -123,19 +123,40 @@ def readable(axis: Any) -> None:
 
 
 def quality_by_time(rows: list[tuple[str, float, float]]) -> Figure:
-    """PSNR against time: up and to the left is better.
+    """PSNR against time: up and to the left is better. What a model reaches with several budgets is joined by a line.
 
     Args:
-        rows: network, seconds per megapixel, PSNR in dB.
+        rows: model, seconds per megapixel, PSNR in dB; several per model.
     """
     figure = Figure(figsize=(9.2, 4.8), layout="constrained")
     axes: Axes = figure.subplots()
-    for (name, seconds, decibels), style in zip(rows, styles(name for name, _, _ in rows).values(), strict=True):
-        axes.plot([1e3 * seconds], [decibels], linestyle="none", label=name, **style)
+    for name, style in styles(name for name, _, _ in rows).items():
+        own = sorted((decibels, 1e3 * seconds) for model, seconds, decibels in rows if model == name)
+        axes.plot([ms for _, ms in own], [decibels for decibels, _ in own], label=name, linewidth=0.8, **style)
     axes.set(xscale="log", xlabel="time, ms per megapixel of output", ylabel="PSNR (RGB), dB")
     readable(axes.xaxis)
     axes.grid(alpha=0.3, which="both")
     figure.legend(loc="outside right upper", fontsize="small")
+    return figure
+
+
+def budget_curves(curves: dict[str, list[tuple[float, float]]], own: dict[str, tuple[float, float]]) -> Figure:
+    """PSNR against FLOPs: what every model makes of a budget, and in black rings where its classifier stands by itself.
+
+    Args:
+        curves: model to FLOPs as a share of its dearest branch everywhere, and PSNR in dB, for every budget.
+        own: model to the same of its own choice.
+    """
+    figure = Figure(figsize=(7.6, 4.2), layout="constrained")
+    axes: Axes = figure.subplots()
+    for name, style in styles(curves).items():
+        axes.plot(*zip(*((100 * flops, psnr) for flops, psnr in sorted(curves[name])), strict=True), label=name, **style)
+    rings = [(100 * flops, psnr) for flops, psnr in own.values()]
+    ring = {"markersize": 12, "markerfacecolor": "none", "markeredgecolor": "black", "zorder": 3}
+    axes.plot(*zip(*rings, strict=True), linestyle="none", marker="o", label="own choice", **ring)
+    axes.set(xlabel="FLOPs with the classifier, % of the dearest branch everywhere", ylabel="PSNR (RGB), dB")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small", loc="lower right")
     return figure
 
 

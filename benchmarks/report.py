@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 import sys
@@ -16,6 +17,9 @@ SECTIONS = ("movement", "patch_routing", "quality")
 OPTIONAL = ("class_mixes", "pixel_routing")
 # What stands beside fastroute in an operator's result and is no peer.
 NO_PEERS = ("copy of the same bytes", "copy to a new tensor")
+# Parts of the names of rows in the result of the quality benchmark.
+BUDGET, OWN = ", budget ", "routed by its classifier"
+CURVES = README.parent / "assets" / "budgets.svg"
 
 
 def milliseconds(timing: dict) -> str:
@@ -154,13 +158,37 @@ def pixel_routing(folder: Path) -> str:
 
 
 def quality(folder: Path) -> str:
-    """PSNR of the shipped model."""
+    """PSNR of the shipped models, dense and by their own choice; budgets are in the picture."""
     content = json.loads((folder / "quality.json").read_text())
     lines = ["| network | PSNR (RGB) | over bicubic | true FLOPs |", "| --- | --- | --- | --- |"]
     for row in content["rows"]:
+        if BUDGET in row["network"]:
+            continue
         flops = f"{100 * row['flops']:.0f} %" if row["flops"] else ""
         lines.append(f"| {row['network']} | {row['psnr']:.2f} dB | {row['gain']:+.2f} dB | {flops} |")
     return "\n".join(lines) + "\n" + footer(content)
+
+
+def draw_budgets(folder: Path, target: Path) -> None:
+    """PSNR against FLOPs of every shipped model, as a picture of vectors; the same bytes from the same results."""
+    import matplotlib
+
+    from benchmarks.plots import budget_curves
+
+    curves: dict[str, list[tuple[float, float]]] = {}
+    own = {}
+    for row in json.loads((folder / "quality.json").read_text())["rows"]:
+        model, _, variant = row["network"].partition(", ")
+        if row["flops"] is None or model.startswith("published"):
+            continue
+        if variant == OWN:
+            own[model] = (row["flops"], row["psnr"])
+        else:
+            curves.setdefault(model, []).append((row["flops"], row["psnr"]))
+    curves = {model: points for model, points in curves.items() if len(points) > 1}
+    with matplotlib.rc_context({"svg.hashsalt": "fastroute", "svg.fonttype": "none"}):
+        figure = budget_curves(curves, {model: own[model] for model in curves})
+        io.write_atomically(target, lambda file: figure.savefig(file, format="svg", metadata={"Date": None}))
 
 
 def render(text: str, folder: Path) -> str:
@@ -187,6 +215,12 @@ def main() -> None:
     if "--check" in sys.argv:
         sys.exit("README.md is out of date: python -m benchmarks.report" if made != text else 0)
     io.write_atomically(README, lambda file: file.write(made.encode()))
+    if not (folders[0] / "quality.json").exists():
+        return
+    if importlib.util.find_spec("matplotlib") is None:
+        print(f"{CURVES} is left as it is: it needs matplotlib (pip install 'fastroute[benchmark]')")
+    else:
+        draw_budgets(folders[0], CURVES)
 
 
 if __name__ == "__main__":

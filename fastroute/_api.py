@@ -16,6 +16,9 @@ from fastroute.ops.pixel_mlp import pixel_mlp
 from fastroute.ops.refine_boundaries import refine_boundaries
 from fastroute.ops.scatter_groups import scatter_groups
 from fastroute.ops.stitch_patches import stitch_patches
+from fastroute.routing.fixed import FixedPatchRouter, FixedUpscaled
+from fastroute.routing.fixed_pixels import FixedPixelRouter
+from fastroute.routing.graphs import CudaGraph
 from fastroute.routing.load import load
 from fastroute.routing.many import upscale_many
 from fastroute.routing.patch_router import PatchRouter
@@ -33,6 +36,10 @@ __all__ = [
     "Bicubic",
     "CheckpointError",
     "ClassGroups",
+    "CudaGraph",
+    "FixedPatchRouter",
+    "FixedPixelRouter",
+    "FixedUpscaled",
     "PatchRouter",
     "PixelRouter",
     "Reader",

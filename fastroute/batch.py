@@ -9,16 +9,18 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from fastroute import io
 from fastroute.backends import BackendError
 from fastroute.grid import TileGrid
 from fastroute.io.files import SUFFIXES, remove_parts
 from fastroute.pictures import upscale_picture
+from fastroute.routing.budgets import Budget
 from fastroute.routing.patch_router import PatchRouter
 from fastroute.routing.pixel_router import PixelRouter
 from fastroute.routing.result import RoutingStats, Upscaled
+from fastroute.routing.shared import Turn, share
 from fastroute.visualize import class_overlay
 
 READERS, WRITERS = 2, 2
@@ -139,7 +141,12 @@ def check_apart(pairs: Sequence[tuple[Path, Path]]) -> None:
 
 
 def run_jobs(
-    router: Router, jobs: Sequence[Job], resume: bool = False, drop_alpha: bool = False, **options: Any
+    router: Router,
+    jobs: Sequence[Job],
+    resume: bool = False,
+    drop_alpha: bool = False,
+    shared_budget: bool = False,
+    **options: Any,
 ) -> Iterator[Outcome]:
     """Do the jobs; files are read and written in threads of their own while the router works.
 
@@ -150,12 +157,15 @@ def run_jobs(
         jobs: see :func:`plan_jobs`.
         resume: skip jobs whose target exists and is no older than its source.
         drop_alpha: leave transparency out.
+        shared_budget: the budget among `options` is that of all images together, see :func:`fastroute.upscale_many`; each is
+            read twice.
         options: arguments of the router's `upscale`, such as `budget`.
 
     Yields:
         An :class:`Outcome` per job: first those skipped, then the others as they end.
 
     Raises:
+        ValueError: a shared budget that cannot be kept.
         fastroute.BackendError: the backend asked for cannot run; no other job could.
     """
     rest = deque(jobs)
@@ -163,10 +173,30 @@ def run_jobs(
         rest = deque(job for job in jobs if not is_done(job))
         yield from (Outcome(job, skipped=True) for job in jobs if is_done(job))
         remove_parts(job.target for job in rest)
+    shared, number = None, 0
+    if shared_budget and rest:
+        limit = Budget(*(options.pop(name, None) for name in ("budget", "budget_flops", "budget_ms")))
+        shared = share(router, limit, len(rest), "upscale", **options)
+        options.pop("memory_limit", None)
     readers, writers = ThreadPoolExecutor(READERS, "read"), ThreadPoolExecutor(WRITERS, "write")
     reading: deque[tuple[Job, Future[io.Picture]]] = deque()
     writing: deque[tuple[Outcome, int, Future[None]]] = deque()
     try:
+        if shared is not None:
+            seen: list[Job] = []
+            for job, future in _ahead(rest, readers, drop_alpha):
+                try:
+                    picture = future.result()
+                    check_target(router, job, picture, **options)
+                    shared.look(picture.color.to(router.device))
+                except BackendError:
+                    raise
+                except FAILURES as error:
+                    yield Outcome(job, _reason(job, error))
+                    continue
+                seen.append(job)
+            shared.settle()
+            rest = deque(seen)
         while rest or reading or writing:
             while rest and len(reading) < AHEAD + 1:
                 job = rest.popleft()
@@ -177,10 +207,15 @@ def run_jobs(
             while len(writing) >= BEHIND or sum(size for _, size, _ in writing) > BEHIND_BYTES:
                 yield _ended(writing.popleft())
             job, future = reading.popleft()
+            turn = None if shared is None else Turn(shared, number)
+            number += 1
             try:
                 picture = future.result()
                 check_target(router, job, picture, **options)
-                result, upscaled = upscale_picture(router, picture, **options)
+                if turn is not None:
+                    result, upscaled = upscale_picture(cast(Router, turn), picture)
+                else:
+                    result, upscaled = upscale_picture(router, picture, **options)
             except BackendError:
                 raise
             except FAILURES as error:
@@ -195,6 +230,16 @@ def run_jobs(
         # What is being written becomes whole; nothing else is begun.
         readers.shutdown(cancel_futures=True)
         writers.shutdown(cancel_futures=True)
+
+
+def _ahead(jobs: Sequence[Job], readers: ThreadPoolExecutor, drop_alpha: bool) -> Iterator[tuple[Job, Future[io.Picture]]]:
+    """The pictures of all jobs, read while those before are worked on."""
+    rest, reading = deque(jobs), deque[tuple[Job, Future[io.Picture]]]()
+    while rest or reading:
+        while rest and len(reading) < AHEAD + 1:
+            job = rest.popleft()
+            reading.append((job, readers.submit(read_job, job, drop_alpha)))
+        yield reading.popleft()
 
 
 def is_done(job: Job) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from functools import lru_cache
+from functools import cache, lru_cache
 
 import torch
 from torch import Tensor
@@ -29,8 +29,8 @@ def make_window(window: str | Tensor, size: int, stride: int | None = None) -> T
         float32 (size,), on the CPU for a named window, on its own device for a tensor.
 
     Raises:
-        ValueError: an unknown name, "crop" without a stride from 1 to `size`, or weights of another length or not all
-            positive and finite.
+        ValueError: an unknown name, "crop" without a stride from 1 to `size`, or weights of another length or, on the CPU,
+            not all positive and finite.
         TypeError: neither a name nor a floating tensor.
     """
     if isinstance(window, str):
@@ -47,9 +47,26 @@ def make_window(window: str | Tensor, size: int, stride: int | None = None) -> T
         raise ValueError(
             f"window: must have shape ({size},), one weight per output pixel of a patch; got {tuple(window.shape)}"
         )
-    if not torch.compiler.is_compiling() and not bool(((window > 0) & window.isfinite()).all()):
+    # Only where looking costs no wait, and a trace knows no values.
+    seen = window.device.type == "cpu" and not torch.compiler.is_compiling()
+    if seen and not bool(((window > 0) & window.isfinite()).all()):
         raise ValueError("window: weights must be positive and finite, or a pixel could end up with no weight")
     return window
+
+
+def window_on(window: str | Tensor, size: int, stride: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """:func:`make_window` on `device`. A named window is copied there once: a copy waits, and no CUDA graph can hold it."""
+    if isinstance(window, Tensor) or device.type == "cpu" or torch.compiler.is_compiling():
+        return make_window(window, size, stride).to(device=device, dtype=dtype)
+    return _named_on(window, int(size), int(stride), device, dtype)
+
+
+# None is let go: a graph may read it.
+@cache
+def _named_on(window: str, size: int, stride: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    # An ordinary tensor, whoever asks first.
+    with torch.inference_mode(False):
+        return make_window(window, size, stride).to(device=device, dtype=dtype)
 
 
 @lru_cache(maxsize=64)

@@ -75,7 +75,15 @@ def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         for x in (0.5, 33.0)
     ]
     fit = {"kind": "fit", "of": "megapixels", "variant": "a", "unit": "megapixel", "seconds_per_unit": 0.1, "r2": 0.999}
-    networks = [{"network": n, "psnr": 31.0, "gain": 0.0, "flops": None, "seconds_per_megapixel": 0.01} for n in "xy"]
+    networks = [
+        {"network": name, "psnr": psnr, "gain": 0.0, "flops": flops, "seconds_per_megapixel": 0.01}
+        for name, psnr, flops in (
+            ("bicubic", 31.0, None),
+            ("Some-SR, largest branch everywhere", 32.0, 1.0),
+            ("Some-SR, routed by its classifier", 31.9, 0.8),
+            ("Some-SR, budget 0.5", 31.5, 0.55),
+        )
+    ]
     contents = {
         "extract_patches": [operator_row("extract_patches", n, n * 1e-9) for n in (2_000_000, 8_000_000)],
         "stitch_patches": [operator_row("stitch_patches", n, n * 2e-9) for n in (2_000_000, 8_000_000)],
@@ -92,6 +100,7 @@ def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     readme.write_text(PAGE)
     monkeypatch.setattr(report, "RESULTS", folder.parent)
     monkeypatch.setattr(report, "README", readme)
+    monkeypatch.setattr(report, "CURVES", tmp_path / "budgets.svg")
     monkeypatch.setattr(device_report, "RESULTS", folder.parent)
     return folder
 
@@ -126,6 +135,21 @@ def test_tables_hold_the_numbers(results: Path, monkeypatch: pytest.MonkeyPatch)
     assert text.count("| group_by_class, 10,000 items |") == 1, "of several types of ids the README names one"
     assert text.count("Not measured yet") == 1
     assert text.startswith("# Title\n") and text.endswith("text\n")
+    assert "| Some-SR, routed by its classifier | 31.90 dB |" in text
+    assert "budget 0.5" not in text, "budgets are in the picture"
+
+
+def test_the_curves_are_drawn(results: Path, monkeypatch: pytest.MonkeyPatch):
+    pytest.importorskip("matplotlib")
+    run_report(monkeypatch)
+    first = report.CURVES.read_bytes()
+    assert b"Some-SR" in first and b"PSNR" in first and b"bicubic" not in first
+    run_report(monkeypatch)
+    assert report.CURVES.read_bytes() == first
+    path = results / "quality.json"
+    path.write_text(path.read_text().replace("31.5", "31.6"))
+    run_report(monkeypatch)
+    assert report.CURVES.read_bytes() != first
 
 
 def test_mixes_are_written_where_the_readme_has_a_place(results: Path):
@@ -167,7 +191,7 @@ def test_device_report_in_markdown(results: Path):
     assert "| test2k | compiled | not timed | takes too long |" in text
     assert "| stitch_patches | 2 | 5.0 x | 5.0 x | 5.0 x | nowhere |" in text
     assert "| megapixels | a: 100 ms per megapixel, R² 0.999 |" in text
-    assert "| x | 31.00 dB | +0.00 dB |  | 10.0 ms |" in text
+    assert "| bicubic | 31.00 dB | +0.00 dB |  | 10.0 ms |" in text
     # Every table has as many cells in its rows as in its head.
     for block in text.split("\n\n"):
         lines = [line.replace("\\|", "").count("|") for line in block.splitlines() if line.startswith("|")]

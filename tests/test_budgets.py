@@ -153,6 +153,12 @@ def test_learning():
     pace.learn([1600, 0, 1600], [4.8, 0.0, 9.6], None, 2.4)
     assert pace.branches[0] == pytest.approx(2.25, rel=0.01) and pace.branches[2] == pytest.approx(6.0, rel=0.01)
     assert 3.0 < pace.branches[1] < 4.5 and pace.classify == 1.5
+    # What came between is not believed in full; what was faster is.
+    pace = Pace([1.0, 2.0], 1.0, 0.5)
+    pace.learn([100, 100], [30.0, 40.0], 50.0, 60.0)
+    assert pace == Pace([1.5, 3.0], 1.5, 0.75)
+    pace.learn([100, 100], [0.0, 0.0], 0.0, 0.0)
+    assert pace == Pace([0.75, 1.5], 0.75, 0.375)
 
 
 def test_what_is_allowed_is_spent():

@@ -135,7 +135,7 @@ def test_stats():
     result = router.upscale(torch.rand(2, 3, 9, 11), scale=2)
     stats = result.stats
     assert stats.pixels_per_class == [int((result.class_map == c).sum()) for c in range(2)]
-    assert set(stats.seconds) == {"encode", "classify", "assign", "upsample", "refine", "total"}
+    assert set(stats.seconds) == {"encode", "classify", "solve", "assign", "upsample", "refine", "total"}
     assert stats.flops.fraction > 0
     assert stats.paper_flops.fraction < 1
     assert "pixels" in str(stats)
@@ -190,8 +190,8 @@ IMAGE = torch.rand(3, 5, 6)
         (ValueError, {"scale": 0.01}, "size at least 1 x 1"),
         (ValueError, {"size": (0, 4)}, "size at least 1 x 1"),
         (ValueError, {"k": float("nan")}, "k finite nan"),
-        (ValueError, {"k": 1.0, "adaptive": True}, "one of k, adaptive and budget"),
-        (ValueError, {"adaptive": True, "budget": 0.9}, "one of k, adaptive and budget"),
+        (ValueError, {"k": 1.0, "adaptive": True}, "one of k, adaptive and a budget"),
+        (ValueError, {"adaptive": True, "budget": 0.9}, "one of k, adaptive and a budget"),
     ],
 )
 def test_errors(kind, args, words):

@@ -132,6 +132,24 @@ def test_training_lowers_the_loss(pool, tmp_path):
     assert all(after < 0.8 * first for after, first in zip(error(), before, strict=True))
 
 
+@pytest.mark.parametrize("balance", [0.0, 0.5, 1.0])
+def test_balanced_errors(pool, tmp_path, balance):
+    """The weight of a patch is (1e-3 / (bicubic error + 2e-4))^balance."""
+    trainer = Trainer(pool, dataclasses.replace(RECIPE, balance=balance), tmp_path / "state.pt")
+    stage = trainer.stages[0]
+    loss, mse, _ = trainer._loss(stage, np.random.default_rng(1))
+    rng = np.random.default_rng(1)
+    indices = trainer._draw(stage, rng)
+    lr, hr = pool.batch(indices, rng)
+    with torch.no_grad():
+        errors = (trainer.model.branches[stage.branch](lr) - hr).double().square().flatten(1).mean(dim=1)
+    bicubic = 10 ** (-torch.from_numpy(pool.psnr[indices]).double() / 10)
+    weights = (1e-3 / (bicubic + 2e-4)) ** balance
+    assert torch.allclose(loss.double(), 100 * (weights * errors).mean(), rtol=1e-5)
+    assert torch.allclose(mse.double(), errors.mean(), rtol=1e-5), "the progress bar tells the plain error"
+    assert (weights.std() > 0) == (balance > 0)
+
+
 def test_rates_are_annealed(pool, tmp_path, monkeypatch):
     rates = []
     original = torch.optim.Adam.step
@@ -176,6 +194,7 @@ def test_state_of_another_recipe(pool, tmp_path):
         ({"scale": -1}, "scale must be at least 1"),
         ({"joint_steps": 0}, "joint_steps must be at least 1"),
         ({"focus": 1.1}, r"focus must lie in \[0, 1\]"),
+        ({"balance": -0.1}, r"balance must lie in \[0, 1\]"),
         ({"seed": -1}, "seed"),
     ],
 )

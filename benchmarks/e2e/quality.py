@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import math
 import statistics
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -15,19 +18,31 @@ from benchmarks import images
 from benchmarks.measure import device, synchronise
 from benchmarks.setting import Setting
 from fastroute import io
+from fastroute.models.arm import WIDTHS
 from fastroute.routing.load import DEFAULT_MODEL
 from fastroute.routing.result import Upscaled
-from fastroute.training.data import make_pair
+from fastroute.training import arm
+from fastroute.training.data import Pool, make_pair
+from fastroute.training.start import Start
 
 BORDER = 4
-BUDGETS = (0.5, 0.6, 0.7, 0.8, 0.9)
+BUDGETS = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 # Published weights that the data folder may hold, by the name of a row.
 PUBLISHED = {
     "published FSRCNN-56": "fsrcnn-x4.pth",
     "published PCSR-FSRCNN": "pcsr-fsrcnn-x4.pth",
     "published PCSR-CARN": "pcsr-carn-x4.pth",
 }
-TITLES = {DEFAULT_MODEL: "ClassSR-FSRCNN"}
+# Published supernets of ARM: weights without the table from edge scores to PSNR, which is measured on data.
+SUPERNETS = {"published ARM-FSRCNN": ("fsrcnn", "arm-fsrcnn.pth"), "published ARM-CARN": ("carn", "arm-carn.pth")}
+# Every so many training photographs, and patches of them, for that table.
+EVERY, TABLE_PATCHES = 4, 2000
+TITLES = {
+    DEFAULT_MODEL: "ClassSR-FSRCNN",
+    "cdnsr-fsrcnn-x4": "CDNSR-FSRCNN",
+    "arm-fsrcnn-x4": "ARM-FSRCNN",
+    "pcsr-fsrcnn-x4": "PCSR-FSRCNN",
+}
 
 
 def psnr(image: Tensor, hr: Tensor) -> float:  # uint8 [3, H, W]
@@ -36,24 +51,54 @@ def psnr(image: Tensor, hr: Tensor) -> float:  # uint8 [3, H, W]
     return 10 * math.log10(255**2 / max(error, 1e-10))
 
 
-def networks() -> dict[str, Callable[[Tensor], Tensor | Upscaled]]:
+def supernets(smoke: bool) -> dict[str, fastroute.PatchRouter]:
+    """ARM with published weights, and tables measured on some training photographs."""
+    folder = images.data_folder()
+    if folder is None or not (folder / "images" / "train").is_dir():
+        return {}
+    paths = io.list_images(folder / "images" / "train")
+    left_out = [path.name for number, path in enumerate(paths) if number % (len(paths) if smoke else EVERY)]
+    found = {}
+    with tempfile.TemporaryDirectory() as work:
+        pool = Pool.build(folder / "images" / "train", images.SCALE, exclude=left_out)
+        for name, (backbone, file) in SUPERNETS.items():
+            if not (folder / "weights" / file).exists():
+                continue
+            recipe = arm.Recipe(backbone, WIDTHS[backbone], steps=0, table_patches=60 if smoke else TABLE_PATCHES)
+            state = Path(work, f"{backbone}.pt")
+            model = arm.Trainer(pool, recipe, state, Start.read(folder / "weights" / file), device=device()).run()
+            found[name] = fastroute.PatchRouter(model.branches, model.classifier, costs=model.costs(recipe.patch))
+    return found
+
+
+def variants(title: str, router: fastroute.PatchRouter | fastroute.PixelRouter) -> dict[str, Callable[[Tensor], Upscaled]]:
+    """A routed model everywhere dear, by its own choice, and at every budget that it can keep."""
+    if isinstance(router, fastroute.PixelRouter):
+        costs: Sequence[float] = router.model.class_cost(images.SCALE)
+    else:
+        costs = router.costs
+    found = {f"{title}, largest branch everywhere": partial(router.upscale, budget=1.0)}
+    if len(costs) > 1:
+        found[f"{title}, routed by its classifier"] = router.upscale
+        for budget in BUDGETS:
+            if min(costs) <= budget * max(costs):
+                found[f"{title}, budget {budget}"] = partial(router.upscale, budget=budget)
+    return found
+
+
+def networks(smoke: bool) -> dict[str, Callable[[Tensor], Tensor | Upscaled]]:
     """What enlarges an 8-bit image four times, by name."""
     found: dict[str, Callable[[Tensor], Tensor | Upscaled]] = {"bicubic": images.bicubic}
     folder = images.data_folder()
     for name, file in PUBLISHED.items():
         if folder is not None and (folder / "weights" / file).exists():
             found[name] = fastroute.load(folder / "weights" / file, device()).upscale
+    for name, router in supernets(smoke).items():
+        found |= {key: run for key, run in variants(name, router).items() if "budget" not in key}
     for model in fastroute.list_models():
         router = fastroute.load(model, device())
-        if getattr(router, "scale", images.SCALE) != images.SCALE:
-            continue
-        title = TITLES.get(model, model)
-        routed = isinstance(router, fastroute.PixelRouter) or router.num_classes > 1
-        found[f"{title}, largest branch everywhere"] = lambda lr, r=router: r.upscale(lr, budget=1.0)
-        if routed:
-            found[f"{title}, routed by its classifier"] = router.upscale
-            for budget in BUDGETS:
-                found[f"{title}, budget {budget}"] = lambda lr, r=router, b=budget: r.upscale(lr, budget=b)
+        if getattr(router, "scale", images.SCALE) == images.SCALE:
+            found |= variants(TITLES.get(model, model), router)
     return found
 
 
@@ -62,7 +107,7 @@ def test_quality(setting: Setting) -> None:
     scores: dict[str, list[float]] = {}
     flops: dict[str, list[float]] = {}
     seconds: dict[str, list[float]] = {}
-    paths, known = images.photographs("test2k"), networks()
+    paths, known = images.photographs("test2k"), networks(setting.smoke)
     for path in paths[:1] if setting.smoke else paths:
         lr, hr = make_pair(io.read_image(path), images.SCALE)
         if setting.smoke:

@@ -43,27 +43,18 @@ inline void check_cpu(const char* op, const char* name, const Tensor& x) {
 }
 
 inline void check_same_device(const char* op, const char* name, const Tensor& x, const Tensor& first) {
+    if (first.is_cpu()) return check_cpu(op, name, x);
     FASTROUTE_CHECK(x.device() == first.device(), op, ": ", name, " must be on the device of the first argument");
 }
 
-// A contiguous int64 vector, or nothing.
-inline std::optional<Tensor> contiguous_index(const char* op, const char* name, const std::optional<Tensor>& index) {
+// A contiguous int64 vector on the device of the first argument, or nothing.
+inline std::optional<Tensor> checked_index(const char* op, const char* name, const std::optional<Tensor>& index,
+                                           const Tensor& first) {
     if (!index.has_value()) return std::nullopt;
+    check_same_device(op, name, *index, first);
     check_rank(op, name, *index, 1);
     FASTROUTE_CHECK(index->scalar_type() == ScalarType::Long, op, ": ", name, " must be int64");
     return torch::stable::contiguous(*index);
-}
-
-// The same on the CPU, or on the device of the first argument.
-inline std::optional<Tensor> checked_index(const char* op, const char* name, const std::optional<Tensor>& index) {
-    if (index.has_value()) check_cpu(op, name, *index);
-    return contiguous_index(op, name, index);
-}
-
-inline std::optional<Tensor> checked_index(const char* op, const char* name, const std::optional<Tensor>& index,
-                                           const Tensor& first) {
-    if (index.has_value()) check_same_device(op, name, *index, first);
-    return contiguous_index(op, name, index);
 }
 
 inline void check_in_range(const char* op, const char* name, const int64_t* index, int64_t count, int64_t limit) {

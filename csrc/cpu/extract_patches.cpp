@@ -6,14 +6,12 @@
 #include <cstring>
 #include <vector>
 
-#include "common/geometry.h"
+#include "common/extract_patches.h"
 #include "common/pixel.h"
 #include "cpu/memory.h"
 
 namespace fastroute {
 namespace {
-
-constexpr const char* kOp = "extract_patches";
 
 struct Layout {
     int64_t n, c, y, x;  // strides in elements
@@ -90,18 +88,15 @@ struct ExtractBody {
 };
 
 template <typename W>
-std::vector<W> statistic(const char* name, const std::optional<Tensor>& values, int64_t channels) {
+std::vector<W> statistic(const char* name, const std::optional<Tensor>& values, const Tensor& image) {
     std::vector<W> result;
     if (!values.has_value()) return result;
-    check_cpu(kOp, name, *values);
-    check_rank(kOp, name, *values, 1);
-    FASTROUTE_CHECK(values->size(0) == channels, kOp, ": ", name, " must have ", channels, " entries; got ",
-                    values->size(0));
+    check_statistic(name, *values, image);
     const Tensor dense = torch::stable::contiguous(*values);
     dispatch_floating(kOp, dense.scalar_type(), [&](auto zero) {
         using T = decltype(zero);
         const T* data = dense.const_data_ptr<T>();
-        for (int64_t c = 0; c < channels; ++c) result.push_back(static_cast<W>(data[c]));
+        for (int64_t c = 0; c < dense.size(0); ++c) result.push_back(static_cast<W>(data[c]));
     });
     return result;
 }
@@ -114,59 +109,43 @@ Tensor extract_patches_cpu(const Tensor& image,                 // [B, C, H, W]
                            const std::optional<Tensor>& std,    // [C]
                            int64_t patch, int64_t stride, bool crop, std::optional<ScalarType> dtype,
                            bool channels_last) {
-    check_rank(kOp, "image", image, 4);
-    const int64_t batch = image.size(0), channels = image.size(1), height = image.size(2), width = image.size(3);
-    FASTROUTE_CHECK(channels > 0 && height > 0 && width > 0, kOp,
-                    ": image must have at least one channel and one pixel");
-    FASTROUTE_CHECK(patch > 0 && stride > 0 && stride <= patch, kOp, ": stride must lie in [1, patch]");
-    const TileGrid grid{{height, patch, stride, crop}, {width, patch, stride, crop}};
+    const Selection selected = checked_selection(image, order, patch, stride, crop);
+    const int64_t channels = image.size(1), height = image.size(2), width = image.size(3), count = selected.count;
+    const TileGrid& grid = selected.grid;
     const int64_t tiles = grid.num_patches(), cols = grid.x.count();
-    const std::optional<Tensor> numbers = checked_index(kOp, "order", order);
-    const int64_t* number = numbers.has_value() ? numbers->const_data_ptr<int64_t>() : nullptr;
-    const int64_t count = numbers.has_value() ? numbers->size(0) : batch * tiles;
-    if (number != nullptr) check_in_range(kOp, "order", number, count, batch * tiles);
+    const int64_t* number = selected.numbers();
+    if (number != nullptr) check_in_range(kOp, "order", number, count, selected.patches);
 
-    const ScalarType target = dtype.value_or(image.scalar_type());
-    const int64_t size[] = {count, channels, patch, patch};
-    const Tensor out = torch::stable::empty(
-        {size, 4}, target, std::nullopt, image.device(), std::nullopt,
-        channels_last ? torch::headeronly::MemoryFormat::ChannelsLast : torch::headeronly::MemoryFormat::Contiguous);
+    const Tensor out = empty_patches(image, count, patch, dtype.value_or(image.scalar_type()), channels_last);
     prefer_huge_pages(out.mutable_data_ptr(), out.numel() * static_cast<int64_t>(out.element_size()));
     const Layout from = layout_of(image), to = layout_of(out);
-    dispatch_image(kOp, image.scalar_type(), [&](auto in_zero) {
-        dispatch_image(kOp, target, [&](auto out_zero) {
-            using In = decltype(in_zero);
-            using Out = decltype(out_zero);
-            // Integers are written only as they were read.
-            if constexpr (std::is_integral_v<Out> && !std::is_same_v<In, Out>) {
-                fail("fastroute error: ", kOp, ": dtype must be floating to convert");
-            } else {
-                using W = typename Convert<In, Out>::W;
-                const std::vector<W> means = statistic<W>("mean", mean, channels);
-                const std::vector<W> stds = statistic<W>("std", std, channels);
-                Convert<In, Out> convert{means.empty() ? nullptr : means.data(), stds.empty() ? nullptr : stds.data()};
-                std::vector<Out> table;
-                if constexpr (std::is_same_v<In, uint8_t> && !std::is_same_v<In, Out>) {
-                    for (int64_t c = 0; c < channels; ++c) {
-                        for (int pixel = 0; pixel < 256; ++pixel) {
-                            table.push_back(convert.compute(static_cast<In>(pixel), c));
-                        }
-                    }
-                    convert.table = table.data();
+    dispatch_extract(image.scalar_type(), out.scalar_type(), [&](auto in_zero, auto out_zero) {
+        using In = decltype(in_zero);
+        using Out = decltype(out_zero);
+        using W = typename Convert<In, Out>::W;
+        const std::vector<W> means = statistic<W>("mean", mean, image);
+        const std::vector<W> stds = statistic<W>("std", std, image);
+        Convert<In, Out> convert{means.empty() ? nullptr : means.data(), stds.empty() ? nullptr : stds.data()};
+        std::vector<Out> table;
+        if constexpr (std::is_same_v<In, uint8_t> && !std::is_same_v<In, Out>) {
+            for (int64_t c = 0; c < channels; ++c) {
+                for (int pixel = 0; pixel < 256; ++pixel) {
+                    table.push_back(convert.compute(static_cast<In>(pixel), c));
                 }
-                const In* in = image.const_data_ptr<In>();
-                Out* result = out.mutable_data_ptr<Out>();
-                const int64_t bytes = channels * patch * patch * static_cast<int64_t>(sizeof(In) + sizeof(Out));
-                parallel(count, grain_for(bytes), [&](int64_t begin, int64_t end) {
-                    const auto place_of = [&](int64_t m) -> Place {
-                        const int64_t n = number == nullptr ? m : number[m], tile = n % tiles;
-                        return {n / tiles, grid.y.origin(tile / cols), grid.x.origin(tile % cols)};
-                    };
-                    for (int64_t m = begin; m < end; ++m) {
-                        run_isa<ExtractBody<In, Out>>(in, from, result + m * to.n, to, channels, height, width, patch,
-                                                      place_of(m), place_of(std::min(m + 1, end - 1)), convert);
-                    }
-                });
+            }
+            convert.table = table.data();
+        }
+        const In* in = image.const_data_ptr<In>();
+        Out* result = out.mutable_data_ptr<Out>();
+        const int64_t bytes = channels * patch * patch * static_cast<int64_t>(sizeof(In) + sizeof(Out));
+        parallel(count, grain_for(bytes), [&](int64_t begin, int64_t end) {
+            const auto place_of = [&](int64_t m) -> Place {
+                const int64_t n = number == nullptr ? m : number[m], tile = n % tiles;
+                return {n / tiles, grid.y.origin(tile / cols), grid.x.origin(tile % cols)};
+            };
+            for (int64_t m = begin; m < end; ++m) {
+                run_isa<ExtractBody<In, Out>>(in, from, result + m * to.n, to, channels, height, width, patch,
+                                              place_of(m), place_of(std::min(m + 1, end - 1)), convert);
             }
         });
     });
@@ -217,15 +196,12 @@ Tensor _extract_patches_backward_cpu(const Tensor& grad,                  // [M,
                                      const std::optional<Tensor>& order,  // [M]
                                      int64_t batch, int64_t height, int64_t width, int64_t patch, int64_t stride,
                                      bool crop) {
-    check_rank(kOp, "grad", grad, 4);
-    const TileGrid grid{{height, patch, stride, crop}, {width, patch, stride, crop}};
-    const int64_t tiles = grid.num_patches() * batch, count = grad.size(0), channels = grad.size(1);
-    const std::optional<Tensor> numbers = checked_index(kOp, "order", order);
-    FASTROUTE_CHECK(numbers.has_value() ? numbers->size(0) == count : tiles == count, kOp,
-                    ": grad must have one row per extracted patch; got ", count);
+    const Selection selected = checked_gradients(grad, order, batch, height, width, patch, stride, crop);
+    const TileGrid& grid = selected.grid;
+    const int64_t tiles = selected.patches, count = selected.count, channels = grad.size(1);
     // Rows of `grad` by patch number: a stable counting sort.
     std::vector<int64_t> start(tiles + 1, 0), rows(count);
-    const int64_t* number = numbers.has_value() ? numbers->const_data_ptr<int64_t>() : nullptr;
+    const int64_t* number = selected.numbers();
     if (number != nullptr) check_in_range(kOp, "order", number, count, tiles);
     for (int64_t m = 0; m < count; ++m) ++start[(number == nullptr ? m : number[m]) + 1];
     for (int64_t n = 0; n < tiles; ++n) start[n + 1] += start[n];

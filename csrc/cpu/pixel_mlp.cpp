@@ -254,6 +254,10 @@ Tensor pixel_mlp_cpu(const Tensor& features,              // [B, D, h, w]
 
 namespace fastroute {
 
-STABLE_TORCH_LIBRARY_IMPL(fastroute, CPU, m) { m.impl("pixel_mlp", TORCH_BOX(&pixel_mlp::pixel_mlp_cpu)); }
+STABLE_TORCH_LIBRARY_IMPL(fastroute, CPU, m) {
+    m.impl("pixel_mlp", TORCH_BOX(&pixel_mlp::pixel_mlp_cpu));
+    // A processor has no such products.
+    m.impl("pixel_mlp.tf32", TORCH_BOX(&pixel_mlp::pixel_mlp_cpu));
+}
 
 }  // namespace fastroute

@@ -9,14 +9,13 @@
 #include <cstring>
 #include <vector>
 
-#include "common/geometry.h"
 #include "common/pixel.h"
+#include "common/stitch_patches.h"
 #include "cpu/stitch_patches_rows.h"
 
 namespace fastroute {
 namespace {
 
-constexpr const char* kOp = "stitch_patches";
 constexpr int64_t kWindowBytes = 24 << 10;  // what the window of an item may take of the first-level cache
 constexpr int64_t kStreamFrom = 8 << 20;    // bytes of output from which it is written past the caches
 
@@ -42,62 +41,16 @@ std::vector<W> axis_weights(const W* window, const TileAxis& axis, int64_t scale
 
 bool same(TileRange a, TileRange b) { return a.first == b.first && a.last == b.last; }
 
-// Images of N patches each; checks what the rows [begin, end) of the output will read.
-int64_t checked_batch(const std::optional<Tensor>& inverse, int64_t num_patches, const TileGrid& grid, int64_t scale,
-                      int64_t begin, int64_t end) {
-    const int64_t tiles = grid.num_patches(), cols = grid.x.count();
-    const int64_t count = inverse.has_value() ? inverse->size(0) : num_patches;
-    FASTROUTE_CHECK(count % tiles == 0, kOp, ": patches must fill whole images of ", tiles, "; got ", count);
-    if (!inverse.has_value() || begin >= end) return count / tiles;
+// Checks the places that the rows [begin, end) of the output will read.
+void check_read(const std::optional<Tensor>& inverse, const Target& target, const TileGrid& grid, int64_t scale,
+                int64_t begin, int64_t end) {
+    if (!inverse.has_value() || begin >= end) return;
     const int64_t* places = inverse->const_data_ptr<int64_t>();
+    const int64_t tiles = grid.num_patches(), cols = grid.x.count();
     const int64_t first = grid.y.covering(begin / scale).first, last = grid.y.covering((end - 1) / scale).last;
-    for (int64_t b = 0; b < count / tiles; ++b) {
-        check_in_range(kOp, "inverse", places + b * tiles + first * cols, (last - first + 1) * cols, num_patches);
+    for (int64_t b = 0; b < target.batch; ++b) {
+        check_in_range(kOp, "inverse", places + b * tiles + first * cols, (last - first + 1) * cols, target.count);
     }
-    return count / tiles;
-}
-
-template <typename T>
-const T* typed_window(const Tensor& window, int64_t span, ScalarType type) {
-    FASTROUTE_CHECK(window.dim() == 1 && window.size(0) == span && window.scalar_type() == type, kOp,
-                    ": window must be ", span, " weights, float32, or float64 for float64 patches");
-    return window.const_data_ptr<T>();
-}
-
-// Height and width of the whole stitched image, and its channels, from checked arguments.
-struct Target {
-    int64_t batch, channels, rows, width;
-};
-
-// Patches in one tensor, or in several that stand for their concatenation.
-using Batches = std::vector<Tensor>;
-
-Target checked_target(const Batches& batches, const std::optional<Tensor>& inverse, const TileGrid& grid, int64_t scale,
-                      int64_t shuffle, int64_t row_begin, int64_t row_end) {
-    FASTROUTE_CHECK(!batches.empty(), kOp, ": patches must hold at least one batch; got none");
-    const Tensor& patches = batches.front();
-    int64_t number = 0;
-    for (const Tensor& batch : batches) {
-        check_cpu(kOp, "patches", batch);
-        check_rank(kOp, "patches", batch, 4);
-        FASTROUTE_CHECK(batch.scalar_type() == patches.scalar_type(), kOp, ": patches must have one dtype");
-        for (int64_t d = 1; d < 4; ++d) {
-            FASTROUTE_CHECK(batch.size(d) == patches.size(d) && batch.stride(d) == patches.stride(d), kOp,
-                            ": all batches of patches must have one shape and memory format");
-        }
-        number += batch.size(0);
-    }
-    const int64_t span = grid.y.patch * scale, square = shuffle * shuffle;
-    FASTROUTE_CHECK(
-        shuffle >= 1 && span % shuffle == 0 && patches.size(2) == span / shuffle && patches.size(3) == span / shuffle,
-        kOp, ": patches must be ", span, " / ", shuffle, " pixels wide; got ", patches.size(2), " x ", patches.size(3));
-    FASTROUTE_CHECK(patches.size(1) % square == 0, kOp, ": patches must have C * ", square, " channels; got ",
-                    patches.size(1));
-    const int64_t height = grid.y.covered() * scale;
-    FASTROUTE_CHECK(row_begin >= 0 && row_begin <= row_end && row_end <= height, kOp, ": rows must lie in [0, ", height,
-                    "]; got [", row_begin, ", ", row_end, ")");
-    return {checked_batch(inverse, number, grid, scale, row_begin, row_end), patches.size(1) / square,
-            row_end - row_begin, grid.x.covered() * scale};
 }
 
 void stitch_into(const Tensor& out, const Batches& batches, const std::optional<Tensor>& places, const Tensor& window,
@@ -108,8 +61,7 @@ void stitch_into(const Tensor& out, const Batches& batches, const std::optional<
     dispatch_floating(kOp, first.scalar_type(), [&](auto zero) {
         using T = decltype(zero);
         using W = Work<T>;
-        const W* weight =
-            typed_window<W>(dense_window, span, std::is_same_v<W, double> ? ScalarType::Double : ScalarType::Float);
+        const W* weight = checked_window<W>(dense_window, span);
         const std::vector<W> weights_y = axis_weights(weight, grid.y, scale),
                              weights_x = axis_weights(weight, grid.x, scale);
         std::vector<const T*> patches;
@@ -168,8 +120,9 @@ Tensor stitch_patches_cpu(const Tensor& patches,                 // [M, C·r·r,
                           int64_t height, int64_t width, int64_t patch, int64_t stride, int64_t scale, bool crop,
                           int64_t shuffle, std::optional<ScalarType> dtype, int64_t row_begin, int64_t row_end) {
     const TileGrid grid{{height, patch, stride, crop}, {width, patch, stride, crop}};
-    const std::optional<Tensor> places = checked_index(kOp, "inverse", inverse);
+    const std::optional<Tensor> places = checked_index(kOp, "inverse", inverse, patches);
     const Target target = checked_target({patches}, places, grid, scale, shuffle, row_begin, row_end);
+    check_read(places, target, grid, scale, row_begin, row_end);
     const int64_t size[] = {target.batch, target.channels, target.rows, target.width};
     const Tensor out =
         torch::stable::empty({size, 4}, dtype.value_or(patches.scalar_type()), std::nullopt, patches.device());
@@ -185,14 +138,10 @@ void stitch_batches_out_cpu(const Batches& batches,                // [M_i, C·r
                             int64_t shuffle, int64_t row_begin, int64_t row_end,
                             const Tensor& out) {  // [B, C, rows, W·s]
     const TileGrid grid{{height, patch, stride, crop}, {width, patch, stride, crop}};
-    const std::optional<Tensor> places = checked_index(kOp, "inverse", inverse);
+    const std::optional<Tensor> places = checked_index(kOp, "inverse", inverse, out);
     const Target target = checked_target(batches, places, grid, scale, shuffle, row_begin, row_end);
-    check_cpu(kOp, "out", out);
-    FASTROUTE_CHECK(out.dim() == 4 && out.size(0) == target.batch && out.size(1) == target.channels &&
-                        out.size(2) == target.rows && out.size(3) == target.width &&
-                        (out.stride(3) == 1 || target.width <= 1),
-                    kOp, ": out must be ", target.batch, " x ", target.channels, " x ", target.rows, " x ",
-                    target.width, " with contiguous rows");
+    check_read(places, target, grid, scale, row_begin, row_end);
+    check_stitch_out(target, batches.front(), out);
     stitch_into(out, batches, places, window, grid, scale, shuffle, row_begin, target);
 }
 
@@ -235,11 +184,7 @@ Tensor _stitch_patches_backward_cpu(const Tensor& grad,                    // [B
     const TileGrid grid{{height, patch, stride, crop}, {width, patch, stride, crop}};
     const int64_t span = patch * scale, tiles = grid.num_patches(), cols = grid.x.count();
     const int64_t batch = grad.size(0), channels = grad.size(1), out_height = grad.size(2), out_width = grad.size(3);
-    FASTROUTE_CHECK(out_height == grid.y.covered() * scale && out_width == grid.x.covered() * scale, kOp,
-                    ": grad must have the size of the stitched image; got ", out_height, " x ", out_width);
-    const std::optional<Tensor> places = checked_index(kOp, "inverse", inverse);
-    FASTROUTE_CHECK((places.has_value() ? places->size(0) : num_patches) == batch * tiles, kOp,
-                    ": inverse must have one entry per patch");
+    const std::optional<Tensor> places = checked_places(grad, inverse, grid, scale, num_patches);
     const int64_t* place = places.has_value() ? places->const_data_ptr<int64_t>() : nullptr;
     if (place != nullptr) check_in_range(kOp, "inverse", place, batch * tiles, num_patches);
     // Patch numbers by row of `patches`: a row may hold several patches, or none.
@@ -255,8 +200,7 @@ Tensor _stitch_patches_backward_cpu(const Tensor& grad,                    // [B
     dispatch_floating(kOp, grad.scalar_type(), [&](auto zero) {
         using T = decltype(zero);
         using W = Work<T>;
-        const W* weight =
-            typed_window<W>(dense_window, span, std::is_same_v<W, double> ? ScalarType::Double : ScalarType::Float);
+        const W* weight = checked_window<W>(dense_window, span);
         const std::vector<W> weights_y = axis_weights(weight, grid.y, scale),
                              weights_x = axis_weights(weight, grid.x, scale);
         const T* data = dense.template const_data_ptr<T>();

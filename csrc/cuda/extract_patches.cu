@@ -2,13 +2,13 @@
 // of image b at (y0, x0), reads clamped to the image. A patch is a sequence of rows, runs in memory: the p pixels of
 // one row of a channel, or all channels of them in channels_last. A block writes some rows of one patch, a thread 16
 // bytes of them at a time.
+#include "common/extract_patches.h"
 #include "cuda/counting_sort.cuh"
 #include "cuda/extract_patches.cuh"
 
 namespace fastroute {
 namespace {
 
-constexpr const char* kOp = "extract_patches";
 constexpr int kThreads = 256;
 constexpr int kPacks = 4;  // of one thread: enough to pay for finding the patch
 
@@ -41,10 +41,7 @@ __global__ void __launch_bounds__(kThreads, 4) extract_patches_kernel(const In* 
 
 Statistic checked_statistic(const char* name, const std::optional<Tensor>& values, const Tensor& image) {
     if (!values.has_value()) return {nullptr, ScalarType::Float};
-    check_same_device(kOp, name, *values, image);
-    check_rank(kOp, name, *values, 1);
-    FASTROUTE_CHECK(values->size(0) == image.size(1), kOp, ": ", name, " must have ", image.size(1), " entries; got ",
-                    values->size(0));
+    check_statistic(name, *values, image);
     dispatch_floating(kOp, values->scalar_type(), [](auto) {});
     return {values->const_data_ptr(), values->scalar_type()};
 }
@@ -59,25 +56,14 @@ Tensor extract_patches_cuda(const Tensor& image,                 // [B, C, H, W]
                             const std::optional<Tensor>& std,    // [C]
                             int64_t patch, int64_t stride, bool crop, std::optional<ScalarType> dtype,
                             bool channels_last) {
-    check_rank(kOp, "image", image, 4);
-    const int64_t batch = image.size(0), channels = image.size(1), height = image.size(2), width = image.size(3);
-    FASTROUTE_CHECK(channels > 0 && height > 0 && width > 0, kOp,
-                    ": image must have at least one channel and one pixel");
-    FASTROUTE_CHECK(patch > 0 && stride > 0 && stride <= patch, kOp, ": stride must lie in [1, patch]");
+    const Selection selected = checked_selection(image, order, patch, stride, crop);
+    const int64_t channels = image.size(1), count = selected.count;
     FASTROUTE_CHECK(channels <= kMaxBlocks / patch / 2, kOp, ": C * patch must be below 2^30; got ", channels, " * ",
                     patch);
-    const TileGrid grid{{height, patch, stride, crop}, {width, patch, stride, crop}};
-    const int64_t tiles = grid.num_patches();
-    const std::optional<Tensor> numbers = checked_index(kOp, "order", order, image);
     const std::optional<Tensor> means = dense(mean), stds = dense(std);
-    const int64_t count = numbers.has_value() ? numbers->size(0) : batch * tiles;
-    FASTROUTE_CHECK(count == 0 || batch > 0, kOp, ": order must be empty where there is no image");
+    FASTROUTE_CHECK(count == 0 || selected.patches > 0, kOp, ": order must be empty where there is no image");
 
-    const ScalarType target = dtype.value_or(image.scalar_type());
-    const int64_t size[] = {count, channels, patch, patch};
-    const Tensor out = torch::stable::empty(
-        {size, 4}, target, std::nullopt, image.device(), std::nullopt,
-        channels_last ? torch::headeronly::MemoryFormat::ChannelsLast : torch::headeronly::MemoryFormat::Contiguous);
+    const Tensor out = empty_patches(image, count, patch, dtype.value_or(image.scalar_type()), channels_last);
     const int64_t rows = channels_last ? patch : channels * patch, length = channels_last ? patch * channels : patch;
     const int64_t wanted = kThreads * kPacks * 16 / static_cast<int64_t>(out.element_size());
     const int64_t group_rows = std::clamp<int64_t>(wanted / length, 1, rows);
@@ -85,12 +71,12 @@ Tensor extract_patches_cuda(const Tensor& image,                 // [B, C, H, W]
                            image.stride(1),
                            image.stride(2),
                            image.stride(3),
-                           grid,
-                           tiles,
-                           grid.x.count(),
-                           batch * tiles,
+                           selected.grid,
+                           selected.grid.num_patches(),
+                           selected.grid.x.count(),
+                           selected.patches,
                            blocks_for(rows, group_rows),
-                           numbers.has_value() ? numbers->const_data_ptr<int64_t>() : nullptr,
+                           selected.numbers(),
                            static_cast<int>(channels),
                            static_cast<int>(patch),
                            static_cast<int>(rows),
@@ -100,19 +86,12 @@ Tensor extract_patches_cuda(const Tensor& image,                 // [B, C, H, W]
                            checked_statistic("mean", means, image),
                            checked_statistic("std", stds, image)};
     const Queue queue(kOp, image);
-    dispatch_image(kOp, image.scalar_type(), [&](auto in_zero) {
-        dispatch_image(kOp, target, [&](auto out_zero) {
-            using In = decltype(in_zero);
-            using Out = decltype(out_zero);
-            // Integers are written only as they were read.
-            if constexpr (std::is_integral_v<Out> && !std::is_same_v<In, Out>) {
-                fail("fastroute error: ", kOp, ": dtype must be floating to convert");
-            } else {
-                const int64_t total = count * plan.groups;
-                queue.launch(extract_patches_kernel<In, Out>, total, kThreads, 0, image.const_data_ptr<In>(), plan,
-                             total, out.mutable_data_ptr<Out>());
-            }
-        });
+    dispatch_extract(image.scalar_type(), out.scalar_type(), [&](auto in_zero, auto out_zero) {
+        using In = decltype(in_zero);
+        using Out = decltype(out_zero);
+        const int64_t total = count * plan.groups;
+        queue.launch(extract_patches_kernel<In, Out>, total, kThreads, 0, image.const_data_ptr<In>(), plan, total,
+                     out.mutable_data_ptr<Out>());
     });
     return out;
 }
@@ -168,12 +147,8 @@ Tensor _extract_patches_backward_cuda(const Tensor& grad,                  // [M
                                       const std::optional<Tensor>& order,  // [M]
                                       int64_t batch, int64_t height, int64_t width, int64_t patch, int64_t stride,
                                       bool crop) {
-    check_rank(kOp, "grad", grad, 4);
-    const TileGrid grid{{height, patch, stride, crop}, {width, patch, stride, crop}};
-    const int64_t tiles = grid.num_patches() * batch, count = grad.size(0), channels = grad.size(1);
-    const std::optional<Tensor> numbers = checked_index(kOp, "order", order, grad);
-    FASTROUTE_CHECK(numbers.has_value() ? numbers->size(0) == count : tiles == count, kOp,
-                    ": grad must have one row per extracted patch; got ", count);
+    const Selection selected = checked_gradients(grad, order, batch, height, width, patch, stride, crop);
+    const int64_t tiles = selected.patches, count = selected.count, channels = grad.size(1);
     const Tensor data = torch::stable::contiguous(grad);
     const int64_t size[] = {batch, channels, height, width}, items[] = {count}, bounds[] = {tiles + 1};
     const Tensor out = torch::stable::empty({size, 4}, grad.scalar_type(), std::nullopt, grad.device());
@@ -181,10 +156,10 @@ Tensor _extract_patches_backward_cuda(const Tensor& grad,                  // [M
     const Queue queue(kOp, grad);
     // Rows of `grad` by patch number.
     std::optional<Tensor> start, rows;
-    if (numbers.has_value()) {
+    if (selected.order.has_value()) {
         start = torch::stable::empty({bounds, 1}, ScalarType::Long, std::nullopt, grad.device());
         rows = torch::stable::empty({items, 1}, ScalarType::Long, std::nullopt, grad.device());
-        counting_sort(queue, grad, numbers->const_data_ptr<int64_t>(), count, tiles, rows->mutable_data_ptr<int64_t>(),
+        counting_sort(queue, grad, selected.numbers(), count, tiles, rows->mutable_data_ptr<int64_t>(),
                       static_cast<int64_t*>(nullptr), start->mutable_data_ptr<int64_t>());
     }
     dispatch_floating(kOp, grad.scalar_type(), [&](auto zero) {
@@ -192,8 +167,8 @@ Tensor _extract_patches_backward_cuda(const Tensor& grad,                  // [M
         queue.launch(_extract_patches_backward_kernel<T>, blocks_for(out.numel(), kThreads), kThreads, 0,
                      data.template const_data_ptr<T>(),
                      start.has_value() ? start->const_data_ptr<int64_t>() : static_cast<const int64_t*>(nullptr),
-                     rows.has_value() ? rows->const_data_ptr<int64_t>() : static_cast<const int64_t*>(nullptr), grid,
-                     channels, out.numel(), out.mutable_data_ptr<T>());
+                     rows.has_value() ? rows->const_data_ptr<int64_t>() : static_cast<const int64_t*>(nullptr),
+                     selected.grid, channels, out.numel(), out.mutable_data_ptr<T>());
     });
     return out;
 }

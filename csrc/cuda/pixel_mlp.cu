@@ -44,7 +44,7 @@ int64_t check_layers(const Tensor& features, const std::vector<Tensor>& weights,
 template <typename T>
 void run(const Sizes& s, const Tensor& features, const std::vector<Tensor>& weights, const std::vector<Tensor>& biases,
          const std::vector<int64_t>& depths, const std::optional<Tensor>& class_map,
-         const std::optional<Tensor>& residual, const std::optional<Tensor>& relative, const Tensor& out) {
+         const std::optional<Tensor>& residual, const std::optional<Tensor>& relative, bool tf32, const Tensor& out) {
     using W = Work<T>;
     const Queue queue(kOp, features);
     const W* given = relative.has_value() ? static_cast<const W*>(relative->const_data_ptr()) : nullptr;
@@ -52,7 +52,7 @@ void run(const Sizes& s, const Tensor& features, const std::vector<Tensor>& weig
         return 2.0 * static_cast<double>(small) / static_cast<double>(large);
     };
     const Plan<T> plan = plan_of<T>(weights, biases, depths, s.dim, s.channels, ratio(s.h, s.height),
-                                    ratio(s.w, s.width), queue.max_shared_bytes());
+                                    ratio(s.w, s.width), tf32, queue.max_shared_bytes());
     Pixels<T> pixels{};
     pixels.width = static_cast<uint32_t>(s.width), pixels.feature_cols = static_cast<int32_t>(s.w);
     pixels.source_rows = static_cast<int32_t>(s.h), pixels.source_cols = static_cast<int32_t>(s.w);
@@ -87,15 +87,15 @@ void run(const Sizes& s, const Tensor& features, const std::vector<Tensor>& weig
     }
 }
 
-Tensor pixel_mlp_cuda(const Tensor& features,              // [B, D, h, w]
-                      const std::vector<Tensor>& weights,  // [F_out, F_in] each
-                      const std::vector<Tensor>& biases,   // [F_out] each
-                      const std::vector<int64_t>& depths,  // [K]
-                      int64_t height, int64_t width,
-                      const std::optional<Tensor>& class_map,  // [B, H, W]
-                      const std::optional<Tensor>& residual,   // [B, C, h, w]
-                      const std::optional<Tensor>& relative,   // [H + W]
-                      int64_t row_begin, int64_t row_end) {
+Tensor pixel_mlp(const Tensor& features,              // [B, D, h, w]
+                 const std::vector<Tensor>& weights,  // [F_out, F_in] each
+                 const std::vector<Tensor>& biases,   // [F_out] each
+                 const std::vector<int64_t>& depths,  // [K]
+                 int64_t height, int64_t width,
+                 const std::optional<Tensor>& class_map,  // [B, H, W]
+                 const std::optional<Tensor>& residual,   // [B, C, h, w]
+                 const std::optional<Tensor>& relative,   // [H + W]
+                 int64_t row_begin, int64_t row_end, bool tf32) {
     check_rank(kOp, "features", features, 4);
     const int64_t batch = features.size(0), h = features.size(2), w = features.size(3);
     if (residual.has_value()) {
@@ -135,9 +135,26 @@ Tensor pixel_mlp_cuda(const Tensor& features,              // [B, D, h, w]
     FASTROUTE_CHECK(std::max({h, w, height, width}) <= longest, kOp, ": no side may exceed ", longest);
     const Sizes sizes{batch, features.size(1), h, w, channels, height, width, row_begin, row_end - row_begin};
     dispatch_floating(kOp, features.scalar_type(), [&](auto zero) {
-        run<decltype(zero)>(sizes, features, weights, biases, depths, class_map, residual, given, out);
+        run<decltype(zero)>(sizes, features, weights, biases, depths, class_map, residual, given, tf32, out);
     });
     return out;
+}
+
+Tensor pixel_mlp_cuda(const Tensor& features, const std::vector<Tensor>& weights, const std::vector<Tensor>& biases,
+                      const std::vector<int64_t>& depths, int64_t height, int64_t width,
+                      const std::optional<Tensor>& class_map, const std::optional<Tensor>& residual,
+                      const std::optional<Tensor>& relative, int64_t row_begin, int64_t row_end) {
+    return pixel_mlp(features, weights, biases, depths, height, width, class_map, residual, relative, row_begin,
+                     row_end, false);
+}
+
+// The products of float32 layers may be made as TF32.
+Tensor pixel_mlp_tf32_cuda(const Tensor& features, const std::vector<Tensor>& weights,
+                           const std::vector<Tensor>& biases, const std::vector<int64_t>& depths, int64_t height,
+                           int64_t width, const std::optional<Tensor>& class_map, const std::optional<Tensor>& residual,
+                           const std::optional<Tensor>& relative, int64_t row_begin, int64_t row_end) {
+    return pixel_mlp(features, weights, biases, depths, height, width, class_map, residual, relative, row_begin,
+                     row_end, true);
 }
 
 }  // namespace
@@ -145,6 +162,9 @@ Tensor pixel_mlp_cuda(const Tensor& features,              // [B, D, h, w]
 
 namespace fastroute {
 
-STABLE_TORCH_LIBRARY_IMPL(fastroute, FASTROUTE_CUDA, m) { m.impl("pixel_mlp", TORCH_BOX(&pixel_mlp::pixel_mlp_cuda)); }
+STABLE_TORCH_LIBRARY_IMPL(fastroute, FASTROUTE_CUDA, m) {
+    m.impl("pixel_mlp", TORCH_BOX(&pixel_mlp::pixel_mlp_cuda));
+    m.impl("pixel_mlp.tf32", TORCH_BOX(&pixel_mlp::pixel_mlp_tf32_cuda));
+}
 
 }  // namespace fastroute

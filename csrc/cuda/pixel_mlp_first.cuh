@@ -2,7 +2,6 @@
 // feature[d] + what is the same for all pixels. Kept in float32 (float64 for float64), so it is not rounded on the way.
 #pragma once
 
-#include "cuda/mma.cuh"
 #include "cuda/pixel_mlp_pack.cuh"
 
 namespace fastroute::pixel_mlp {
@@ -34,36 +33,41 @@ struct FirstLayer {
 // Tensor cores. Work mapping: a block takes kFirstTile features, each warp 32 of them by 64 units at a time.
 inline constexpr int kFirstTile = kThreads;
 inline constexpr int kFirstDepth = 64;  // numbers of a feature held at once
-// 16 bytes more per row: the eight rows that a warp reads at once then lie in different banks.
+// Eight numbers more per row: what a warp reads at once then lies in different banks.
 inline constexpr int kFirstStride = kFirstDepth + 8;
 
 // Copies numbers [begin, begin + kFirstDepth) of this thread's feature to shared memory, zeros beyond the last.
 template <typename T>
-__device__ __forceinline__ void load_feature(const FirstLayer<T>& f, const T* from, int32_t begin, T* to) {
-    for (int32_t d = 0; d < kFirstDepth; d += 8) {
-        alignas(16) T values[8];
+__device__ __forceinline__ void load_feature(const FirstLayer<T>& f, const T* from, int32_t begin, Element<T>* to) {
+    constexpr int N = 16 / static_cast<int>(sizeof(T));
+    for (int32_t d = 0; d < kFirstDepth; d += N) {
+        alignas(16) T values[N];
+        alignas(16) Element<T> elements[N];
         const int32_t left = from == nullptr ? 0 : f.dim - begin - d;
-        if (f.wide && left >= 8) {
+        if (f.wide && left >= N) {
             *reinterpret_cast<uint4*>(values) = *reinterpret_cast<const uint4*>(from + begin + d);
         } else {
 #pragma unroll
-            for (int i = 0; i < 8; ++i) values[i] = i < left ? from[(begin + d + i) * f.stride[1]] : T(0.0f);
+            for (int i = 0; i < N; ++i) values[i] = i < left ? from[(begin + d + i) * f.stride[1]] : T(0.0f);
         }
-        *reinterpret_cast<uint4*>(to + d) = *reinterpret_cast<const uint4*>(values);
+#pragma unroll
+        for (int i = 0; i < N; ++i) elements[i] = Element<T>(values[i]);
+        *reinterpret_cast<uint4*>(to + d) = *reinterpret_cast<const uint4*>(elements);
     }
 }
 
 template <typename T, bool Permuted>
 __global__ void __launch_bounds__(kThreads) pixel_mlp_first_mma_kernel(FirstLayer<T> f) {
-    FASTROUTE_SHARED(uint4, memory, [kFirstTile * kFirstStride / 8]);
-    T* const tile = reinterpret_cast<T*>(memory);
+    constexpr int Steps = kSteps<T>;
+    FASTROUTE_SHARED(uint4, memory, [kFirstTile * kFirstStride * sizeof(T) / 16]);
+    Element<T>* const tile = reinterpret_cast<Element<T>*>(memory);
     if (f.members.size() == 0) return;
     const uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, q = lane % 4;
     const uint32_t feature = blockIdx.x * kFirstTile + threadIdx.x, count = f.count();
     const T* from = feature < count ? f.at(feature) : nullptr;
     const uint4* weight = static_cast<const uint4*>(f.weight);
     const int32_t depth_tiles = f.padded_in / 16, unit_tiles = f.padded_out / 16;
-    const T* rows = tile + (warp * 32 + g) * kFirstStride + 2 * q;
+    const Element<T>* rows = tile + (warp * 32 + g) * kFirstStride + 2 * q;
     const bool once = f.dim <= kFirstDepth;
     for (int32_t n0 = 0; n0 < unit_tiles; n0 += 4) {
         float sum[2][4][2][4] = {};
@@ -73,25 +77,21 @@ __global__ void __launch_bounds__(kThreads) pixel_mlp_first_mma_kernel(FirstLaye
                 load_feature(f, from, begin, tile + threadIdx.x * kFirstStride);
                 __syncthreads();
             }
-            const int32_t steps = min(kFirstDepth / 16, depth_tiles - begin / 16);
+            const int32_t steps = min(kFirstDepth / 16, depth_tiles - begin / 16) * Steps;
             for (int32_t k = 0; k < steps; ++k) {
                 uint32_t a[2][4];
 #pragma unroll
                 for (int m = 0; m < 2; ++m) {
-#pragma unroll
-                    for (int i = 0; i < 4; ++i) {
-                        const T* at = rows + (m * 16 + i % 2 * 8) * kFirstStride + k * 16 + i / 2 * 8;
-                        a[m][i] = *reinterpret_cast<const uint32_t*>(at);
-                    }
+                    load_operand<T>(rows + m * 16 * kFirstStride + k * (16 / Steps), 8 * kFirstStride, a[m]);
                 }
 #pragma unroll
                 for (int n = 0; n < 4; ++n) {
                     if (n0 + n >= unit_tiles) continue;
-                    const uint4 b = __ldg(weight + ((n0 + n) * depth_tiles + begin / 16 + k) * 32 + lane);
+                    const uint4 b = __ldg(weight + (((n0 + n) * depth_tiles + begin / 16) * Steps + k) * 32 + lane);
 #pragma unroll
                     for (int m = 0; m < 2; ++m) {
-                        mma_m16n8k16<T>(sum[m][n][0], a[m], b.x, b.y);
-                        mma_m16n8k16<T>(sum[m][n][1], a[m], b.z, b.w);
+                        multiply_step<T>(sum[m][n][0], a[m], b.x, b.y);
+                        multiply_step<T>(sum[m][n][1], a[m], b.z, b.w);
                     }
                 }
             }

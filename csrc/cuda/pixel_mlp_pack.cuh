@@ -3,6 +3,7 @@
 #pragma once
 
 #include "cuda/pixel_mlp_data.cuh"
+#include "cuda/pixel_mlp_operand.cuh"
 
 namespace fastroute::pixel_mlp {
 
@@ -70,10 +71,11 @@ __device__ __forceinline__ int32_t unit_of(int32_t place) {
     return place / 16 * 16 + place % 16 / 4 * 2 + place % 2 + place % 4 / 2 * 8;
 }
 
-// The packed weight. Fragments: [out / 16][in / 16][lane][8], what a lane needs for 16 x 16 weights of mma.m16n8k16, of
-// the lower eight units first. Otherwise [in][out].
-template <typename E, typename W, bool Fragments>
+// The packed weight. Fragments: [out / 16][in / 16] blocks of 16 x 16, see `fragment_place`. Otherwise [in][out].
+template <typename T, bool Fragments>
 __global__ void __launch_bounds__(kPackThreads) pixel_mlp_pack_kernel(PackedLayers all) {
+    using W = Work<T>;
+    using E = std::conditional_t<Fragments, Element<T>, W>;
     const PackedLayer& layer = all.layers[blockIdx.x / kPackBlocks];
     const int32_t first = blockIdx.x % kPackBlocks * kPackThreads + threadIdx.x, step = kPackBlocks * kPackThreads;
     const int32_t columns = layer.dim >= 0 ? layer.dim : layer.in;
@@ -82,9 +84,9 @@ __global__ void __launch_bounds__(kPackThreads) pixel_mlp_pack_kernel(PackedLaye
     for (int32_t i = first; i < numbers; i += step) {
         int32_t row = i % layer.padded_out, col = i / layer.padded_out;
         if (Fragments) {
-            const int32_t element = i % 8, lane = i / 8 % 32, tile = i / 256, tiles = layer.padded_in / 16;
-            row = tile / tiles * 16 + element / 4 * 8 + lane / 4;
-            col = tile % tiles * 16 + lane % 4 * 2 + element % 2 + element % 4 / 2 * 8;
+            const int32_t tile = i / 256, tiles = layer.padded_in / 16;
+            const FragmentPlace place = fragment_place<T>(i % 256);
+            row = tile / tiles * 16 + place.unit, col = tile % tiles * 16 + place.input;
         }
         const int32_t unit = layer.permuted ? unit_of(row) : row;
         const bool real = unit < layer.out && col < columns;

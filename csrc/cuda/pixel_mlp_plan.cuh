@@ -35,6 +35,7 @@ T* data_at(const Tensor& buffer, int64_t offset = 0) {
 enum class Kind { free, linear, simt, mma };
 
 // One class; offsets are bytes in the buffer of packed numbers.
+template <typename T>
 struct ClassPlan {
     Kind kind = Kind::free;
     bool fragments = false;          // its first layer runs on tensor cores
@@ -44,13 +45,13 @@ struct ClassPlan {
     int64_t table = 0;  // of SimtLayer
     int64_t image = 0;  // of MmaImage
     bool resident = false;
-    MmaImage layout{};
+    MmaImage<T> layout{};
 };
 
 template <typename T>
 struct Plan {
     using W = Work<T>;
-    std::vector<ClassPlan> classes;
+    std::vector<ClassPlan<T>> classes;
     std::vector<PackedLayer> fragments, plain;  // what pixel_mlp_pack_kernel is to do, offsets standing for pointers
     int64_t bytes = 0;
 
@@ -67,26 +68,30 @@ inline Numbers numbers_of(const Tensor& x) {
     return {x.const_data_ptr(), {x.stride(0), x.dim() > 1 ? x.stride(1) : 0}, type};
 }
 
-// The tiles of 16 units for which there is a kernel.
-inline constexpr int kTiles[] = {1, 2, 3, 4, 5, 6, 8, 12, 16};
-// Those for which there is one that reads 16 units at a time, for weights too many for shared memory.
-inline constexpr int kStreamedTiles[] = {8, 16};
-
-inline int64_t mma_shared_bytes(const ClassPlan& c) {
-    const int64_t tiles = c.layout.tiles, pixels = 16 * mma_rows(tiles) * mma_warps(tiles);
-    return pixels * kStageStride * static_cast<int64_t>(sizeof(float)) +
-           (c.resident ? c.layout.bytes() : tiles * kTileBytes);
+// Whether there is a kernel of layers of 16 · tiles units: one that keeps all weights in shared memory, or one that
+// reads those of 16 units at a time. TF32 has fewer, and 256 units of it would leave no room for the weights.
+template <typename T>
+constexpr bool has_kernel(int tiles, bool resident) {
+    if (!resident) return tiles == 8 || tiles == 16;
+    return tiles <= 5 || tiles == 8 || (kSteps<T> == 1 && (tiles == 6 || tiles == 12 || tiles == 16));
 }
 
-// Chooses the tensor-core kernel of a class whose widest layer but the last has `widest` units.
-inline void choose_mma(ClassPlan& c, int64_t widest, int32_t channels, int64_t max_shared) {
-    const auto fitting = [&](int tiles) { return tiles * 16 >= widest; };
-    const int tiles = *std::find_if(std::begin(kTiles), std::end(kTiles), fitting);
-    c.layout = {tiles, c.depth - 2, channels};
-    c.resident = true;
-    if (mma_shared_bytes(c) > max_shared) {
-        c.layout.tiles = *std::find_if(std::begin(kStreamedTiles), std::end(kStreamedTiles), fitting);
-        c.resident = false;
+template <typename T>
+int64_t mma_shared_bytes(const ClassPlan<T>& c) {
+    const int64_t tiles = c.layout.tiles, steps = kSteps<T> * tiles, warps = mma_warps(steps);
+    return 16 * mma_rows(steps) * warps * kStageStride * static_cast<int64_t>(sizeof(float)) +
+           (mma_through_shared(steps) ? warps * steps * 512 : 0) +
+           (c.resident ? c.layout.bytes() : tiles * kTileBytes<T>);
+}
+
+// Chooses the tensor-core kernel of a class whose widest layer but the last has `widest` units, at most 256.
+template <typename T>
+void choose_mma(ClassPlan<T>& c, int64_t widest, int32_t channels, int64_t max_shared) {
+    for (const bool resident : {true, false}) {
+        int32_t tiles = static_cast<int32_t>(blocks_for(widest, 16));
+        while (tiles <= 16 && !has_kernel<T>(tiles, resident)) ++tiles;
+        c.layout = {tiles, c.depth - 2, channels}, c.resident = resident;
+        if (tiles <= 16 && mma_shared_bytes(c) <= max_shared) break;
     }
     c.padded = c.widest = c.layout.tiles * 16;
 }
@@ -95,13 +100,13 @@ template <typename T>
 Plan<T> plan_of(const std::vector<Tensor>& weights,  // [F_out, F_in] each
                 const std::vector<Tensor>& biases,   // [F_out] each
                 const std::vector<int64_t>& depths,  // [K]
-                int64_t dim, int64_t channels, double cell_y, double cell_x, int64_t max_shared) {
+                int64_t dim, int64_t channels, double cell_y, double cell_x, bool tf32, int64_t max_shared) {
     using W = Work<T>;
     Plan<T> plan;
     const auto offset = [](int64_t bytes) { return reinterpret_cast<void*>(bytes); };
     size_t at = 0;
     for (const int64_t depth : depths) {
-        ClassPlan c;
+        ClassPlan<T> c;
         c.depth = static_cast<int32_t>(depth);
         if (depth == 0) {
             plan.classes.push_back(c);
@@ -113,9 +118,10 @@ Plan<T> plan_of(const std::vector<Tensor>& weights,  // [F_out, F_in] each
             same &= weights[at + n].scalar_type() == weights[at].scalar_type();
             if (n + 1 < depth) widest = std::max(widest, weights[at + n].size(0));
         }
-        const bool half = std::is_same_v<T, Half> || std::is_same_v<T, BFloat16>;
-        const auto type = std::is_same_v<T, Half> ? ScalarType::Half : ScalarType::BFloat16;
-        c.fragments = half && same && weights[at].scalar_type() == type && widest <= 256;
+        const auto type = std::is_same_v<T, Half>    ? ScalarType::Half
+                          : std::is_same_v<T, float> ? ScalarType::Float
+                                                     : ScalarType::BFloat16;
+        c.fragments = (sizeof(T) == 2 || (sizeof(T) == 4 && tf32)) && same && weights[at].scalar_type() == type;
         c.units = static_cast<int32_t>(weights[at].size(0));
         c.kind = depth == 1 ? Kind::linear : (c.fragments ? Kind::mma : Kind::simt);
         c.padded = static_cast<int32_t>(round_up(c.units, c.fragments ? 16 : kUnits));

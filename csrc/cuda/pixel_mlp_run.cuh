@@ -23,7 +23,7 @@ struct Run {
     bool given;  // coordinates are given: a pixel may read a feature beside its nearest
 
     // All layers' numbers, in the kernels' order.
-    template <typename E, bool Fragments>
+    template <typename As, bool Fragments>
     void pack(std::vector<PackedLayer> layers) const {
         const auto move = [&](void*& offset) {
             offset = data_at<char>(packed, static_cast<int64_t>(reinterpret_cast<intptr_t>(offset)));
@@ -36,14 +36,14 @@ struct Run {
             const size_t count = std::min<size_t>(layers.size() - begin, kPackLayers);
             PackedLayers part{};
             std::copy_n(layers.begin() + static_cast<int64_t>(begin), count, part.layers);
-            queue.launch(pixel_mlp_pack_kernel<E, W, Fragments>, static_cast<int64_t>(count) * kPackBlocks,
-                         kPackThreads, 0, part);
+            queue.launch(pixel_mlp_pack_kernel<As, Fragments>, static_cast<int64_t>(count) * kPackBlocks, kPackThreads,
+                         0, part);
         }
     }
 
     void prepare(int64_t rows, const W* relative /* [H + W], or null: exact */) {
         pack<W, false>(plan.plain);
-        if constexpr (sizeof(T) == 2) pack<T, true>(plan.fragments);
+        if constexpr (sizeof(T) <= 4) pack<T, true>(plan.fragments);
         Place<W>* const to = data_at<Place<W>>(places);
         const auto axis = [&](const PixelAxis& a, const W* values, int64_t begin, int64_t count, Place<W>* at) {
             queue.launch(pixel_mlp_axis_kernel<W>, blocks_for(count, kPackThreads), kPackThreads, 0, a, values, begin,
@@ -98,7 +98,7 @@ struct Run {
             queue.launch(pixel_mlp_free_kernel<T>, blocks_for(count, kSortThreads), kSortThreads, 0, p, map, free);
         }
         int64_t widest = 0;
-        for (const ClassPlan& c : plan.classes) widest = std::max<int64_t>(widest, c.padded);
+        for (const ClassPlan<T>& c : plan.classes) widest = std::max<int64_t>(widest, c.padded);
         if (widest == 0) return;
         const int64_t feature_count = images * p.feature_rows * p.feature_cols;
         const Tensor first = device_buffer(feature_count * widest * sizeof(W), features);
@@ -108,10 +108,10 @@ struct Run {
         }
     }
 
-    void one_class(const ClassPlan& c, const Pixels<T>& p, const Members& members, int64_t image, W* first) const {
+    void one_class(const ClassPlan<T>& c, const Pixels<T>& p, const Members& members, int64_t image, W* first) const {
         const auto numbers = [&](int64_t offset) { return data_at<W>(packed, offset); };
         FirstLayer<T> f{};
-        const auto aligned = [](int64_t stride) { return stride % 8 == 0; };
+        const auto aligned = [](int64_t stride) { return stride * static_cast<int64_t>(sizeof(T)) % 16 == 0; };
         for (int64_t d = 0; d < 4; ++d) f.stride[d] = features.stride(d);
         f.features =
             static_cast<const T*>(features.const_data_ptr()) + image * f.stride[0] + p.feature_row * f.stride[2];
@@ -124,7 +124,7 @@ struct Run {
         f.weight = data_at<char>(packed, c.first_weight), f.constant = numbers(c.constant);
         f.to = first, f.members = members;
         const int64_t count = p.count();
-        if constexpr (sizeof(T) == 2) {
+        if constexpr (sizeof(T) <= 4) {
             if (c.fragments) {
                 const auto kernel =
                     c.kind == Kind::mma ? pixel_mlp_first_mma_kernel<T, true> : pixel_mlp_first_mma_kernel<T, false>;
@@ -166,28 +166,22 @@ struct Run {
     }
 
     template <bool Resident>
-    void launch_mma(const ClassPlan& c, const MmaTask<T>& task, int64_t count) const {
-        const int tiles = c.layout.tiles;
-        const int64_t bytes = mma_shared_bytes(c), pixels = 16 * mma_rows(tiles) * mma_warps(tiles);
-        const int64_t fitting = std::clamp<int64_t>(queue.max_shared_bytes() / bytes, 1, mma_blocks(tiles));
+    void launch_mma(const ClassPlan<T>& c, const MmaTask<T>& task, int64_t count) const {
+        const int steps = kSteps<T> * c.layout.tiles, warps = mma_warps(steps);
+        const int64_t bytes = mma_shared_bytes(c), pixels = 16 * mma_rows(steps) * warps;
+        const int64_t fitting = std::clamp<int64_t>(queue.max_shared_bytes() / bytes, 1, mma_blocks(steps));
         const int64_t blocks = std::min(blocks_for(count, pixels), fitting * queue.multiprocessors());
-        const auto launch = [&](auto kernel) { queue.launch(kernel, blocks, 32 * mma_warps(tiles), bytes, task); };
-        switch (tiles) {
-            case 8: return launch(pixel_mlp_mma_kernel<T, 8, Resident>);
-            case 16: return launch(pixel_mlp_mma_kernel<T, 16, Resident>);
-            default: break;
-        }
-        if constexpr (Resident) {
-            switch (tiles) {
-                case 1: return launch(pixel_mlp_mma_kernel<T, 1, true>);
-                case 2: return launch(pixel_mlp_mma_kernel<T, 2, true>);
-                case 3: return launch(pixel_mlp_mma_kernel<T, 3, true>);
-                case 4: return launch(pixel_mlp_mma_kernel<T, 4, true>);
-                case 5: return launch(pixel_mlp_mma_kernel<T, 5, true>);
-                case 6: return launch(pixel_mlp_mma_kernel<T, 6, true>);
-                default: return launch(pixel_mlp_mma_kernel<T, 12, true>);
-            }
-        }
+        const auto launch = [&]<int... Tiles>(std::integer_sequence<int, Tiles...>) {
+            const auto one = [&]<int N>(std::integral_constant<int, N>) {
+                if constexpr (has_kernel<T>(N, Resident)) {
+                    if (c.layout.tiles == N) {
+                        queue.launch(pixel_mlp_mma_kernel<T, N, Resident>, blocks, 32 * warps, bytes, task);
+                    }
+                }
+            };
+            (one(std::integral_constant<int, Tiles>{}), ...);
+        };
+        launch(std::integer_sequence<int, 1, 2, 3, 4, 5, 6, 8, 12, 16>{});
     }
 };
 

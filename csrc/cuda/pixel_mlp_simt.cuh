@@ -1,7 +1,7 @@
-// pixel_mlp without tensor cores: float32 and float64 by fused multiply-adds in that type, and whatever the other
-// kernels do not take, such as weights of another type than the features.
-// Work mapping: a block of kThreads threads takes 8 · Pixels pixels (or features) and 64 units at a time; a thread sums
-// Pixels pixels by 4 units. Activations lie in shared memory as [unit][pixel], weights in the caches as [in][out].
+// pixel_mlp without tensor cores: float64, and float32 where TF32 is not asked for, by fused multiply-adds in that
+// type; and whatever the other kernels do not take, such as weights of another type than the features. Work mapping: a
+// block of kThreads threads takes 8 · Pixels pixels (or features) and 64 units at a time; a thread sums Pixels pixels
+// by 4 units. Activations lie in shared memory as [unit][pixel], weights in the caches as [in][out].
 #pragma once
 
 #include "cuda/pixel_mlp_first.cuh"

@@ -1,12 +1,12 @@
 // refine_boundaries: a pixel of class 0 with a dearer neighbour becomes the mean of its 3 x 3 pixels; all others are
 // copied. Work mapping: one thread per 16 bytes of an image row; it finds their boundary pixels once for all channels.
 #include "common/pixel.h"
+#include "common/refine_boundaries.h"
 #include "cuda/pack.cuh"
 
 namespace fastroute {
 namespace {
 
-constexpr const char* kOp = "refine_boundaries";
 constexpr int kThreads = 256;
 // Of a multiprocessor, at least: left to aim at more, the compiler keeps too few registers and spills.
 constexpr int kBlocks = 4;
@@ -106,43 +106,16 @@ void refine(const Tensor& image, const Tensor& classes, int64_t begin, int64_t e
 
 void refine_into(const Tensor& image, const Tensor& class_map, int64_t begin, int64_t end, const Tensor& out) {
     const Tensor dense = torch::stable::contiguous(image), classes = torch::stable::contiguous(class_map);
-    dispatch_floating(kOp, dense.scalar_type(), [&](auto zero) {
-        using T = decltype(zero);
-        const auto run = [&](auto pixel) {
-            using Out = decltype(pixel);
-            if (classes.scalar_type() == ScalarType::Byte) {
-                refine<T, Out, uint8_t>(dense, classes, begin, end, out);
-            } else {
-                refine<T, Out, int64_t>(dense, classes, begin, end, out);
-            }
-        };
-        switch (out.scalar_type()) {
-            case ScalarType::Byte: return run(uint8_t{});
-            case ScalarType::UInt16: return run(uint16_t{});
-            default:
-                FASTROUTE_CHECK(out.scalar_type() == dense.scalar_type(), kOp,
-                                ": out must have the dtype of image, or uint8 or uint16");
-                return run(T{});
-        }
-    });
-}
-
-void check(const Tensor& image, const Tensor& class_map, int64_t begin, int64_t end) {
-    check_rank(kOp, "image", image, 4), check_rank(kOp, "class_map", class_map, 3);
-    check_same_device(kOp, "class_map", class_map, image);
-    FASTROUTE_CHECK(class_map.scalar_type() == ScalarType::Byte || class_map.scalar_type() == ScalarType::Long, kOp,
-                    ": class_map must be uint8 or int64");
-    FASTROUTE_CHECK(
-        class_map.size(0) == image.size(0) && class_map.size(1) == image.size(2) && class_map.size(2) == image.size(3),
-        kOp, ": class_map must be [B, H, W], as image is");
-    FASTROUTE_CHECK(0 <= begin && begin <= end && end <= image.size(2), kOp,
-                    ": the rows must be ordered and lie in the image");
+    dispatch_refine(dense.scalar_type(), classes.scalar_type(), out.scalar_type(),
+                    [&](auto pixel, auto written, auto id) {
+                        refine<decltype(pixel), decltype(written), decltype(id)>(dense, classes, begin, end, out);
+                    });
 }
 
 Tensor refine_boundaries_cuda(const Tensor& image,      // [B, C, H, W]
                               const Tensor& class_map,  // [B, H, W]
                               int64_t row_begin, int64_t row_end) {
-    check(image, class_map, row_begin, row_end);
+    check_refine(image, class_map, row_begin, row_end);
     const int64_t size[4] = {image.size(0), image.size(1), row_end - row_begin, image.size(3)};
     const Tensor out = torch::stable::empty({size, 4}, image.scalar_type(), std::nullopt, image.device());
     if (out.numel() > 0) refine_into(image, class_map, row_begin, row_end, out);
@@ -153,12 +126,8 @@ Tensor refine_boundaries_out_cuda(const Tensor& image,      // [B, C, H, W]
                                   const Tensor& class_map,  // [B, H, W]
                                   int64_t row_begin, int64_t row_end,
                                   const Tensor& out) {  // [B, C, rows, W]
-    check(image, class_map, row_begin, row_end);
-    check_rank(kOp, "out", out, 4), check_same_device(kOp, "out", out, image);
-    FASTROUTE_CHECK(out.size(0) == image.size(0) && out.size(1) == image.size(1) &&
-                        out.size(2) == row_end - row_begin && out.size(3) == image.size(3) &&
-                        (out.stride(3) == 1 || out.size(3) <= 1),
-                    kOp, ": out must be [B, C, rows, W] with contiguous rows");
+    check_refine(image, class_map, row_begin, row_end);
+    check_refine_out(image, row_end - row_begin, out);
     if (out.numel() > 0) refine_into(image, class_map, row_begin, row_end, out);
     return out;
 }

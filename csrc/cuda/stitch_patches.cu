@@ -1,53 +1,20 @@
 // stitch_patches: out[b, c, Y, X] = Σ_i wy[i, Y] · Σ_j wx[j, X] · patch(i, j)[c, Y - y_i, X - x_j], the sums over the
 // tile rows i and tile columns j that cover the pixel. Its kernel is in stitch_patches_forward.cuh.
-#include <vector>
-
 #include "cuda/counting_sort.cuh"
 #include "cuda/stitch_patches_forward.cuh"
 
 namespace fastroute {
 namespace {
 
-constexpr const char* kOp = "stitch_patches";
-
-// Patches in one tensor, or in several that stand for their concatenation.
-using Batches = std::vector<Tensor>;
-
-struct Target {
-    int64_t count, batch, channels, rows, width;
-};
-
-Target checked_target(const Batches& batches, const std::optional<Tensor>& inverse, const TileGrid& grid, int64_t scale,
-                      int64_t shuffle, int64_t row_begin, int64_t row_end) {
-    FASTROUTE_CHECK(!batches.empty(), kOp, ": patches must hold at least one batch; got none");
-    const Tensor& patches = batches.front();
-    int64_t number = 0;
-    for (const Tensor& batch : batches) {
-        check_same_device(kOp, "patches", batch, patches);
-        check_rank(kOp, "patches", batch, 4);
-        FASTROUTE_CHECK(batch.scalar_type() == patches.scalar_type(), kOp, ": patches must have one dtype");
-        for (int64_t d = 1; d < 4; ++d) {
-            FASTROUTE_CHECK(batch.size(d) == patches.size(d) && batch.stride(d) == patches.stride(d), kOp,
-                            ": all batches of patches must have one shape and memory format");
-        }
-        number += batch.size(0);
-    }
-    const int64_t span = grid.y.patch * scale, square = shuffle * shuffle, tiles = grid.num_patches();
-    FASTROUTE_CHECK(
-        shuffle >= 1 && span % shuffle == 0 && patches.size(2) == span / shuffle && patches.size(3) == span / shuffle,
-        kOp, ": patches must be ", span, " / ", shuffle, " pixels wide; got ", patches.size(2), " x ", patches.size(3));
-    FASTROUTE_CHECK(patches.size(1) % square == 0, kOp, ": patches must have C * ", square, " channels; got ",
-                    patches.size(1));
-    const int64_t height = grid.y.covered() * scale, width = grid.x.covered() * scale;
-    FASTROUTE_CHECK(row_begin >= 0 && row_begin <= row_end && row_end <= height, kOp, ": rows must lie in [0, ", height,
-                    "]; got [", row_begin, ", ", row_end, ")");
+// What the kernel cannot do, beside what no kernel of stitch_patches can.
+void check_limits(const Target& target, const TileGrid& grid, int64_t scale) {
     // Leaves room for the end of a block beyond the image, and for a tile that a small image does not fill.
     constexpr int64_t most = kMaxBlocks / 2;
-    FASTROUTE_CHECK(height <= most && width <= most && span <= most, kOp, ": the image must be below 2^30 pixels wide");
-    const int64_t places = inverse.has_value() ? inverse->size(0) : number;
-    FASTROUTE_CHECK(places % tiles == 0, kOp, ": patches must fill whole images of ", tiles, "; got ", places);
-    FASTROUTE_CHECK(places == 0 || number > 0, kOp, ": patches must hold at least one row where inverse is not empty");
-    return {number, places / tiles, patches.size(1) / square, row_end - row_begin, width};
+    const int64_t height = grid.y.covered() * scale, span = grid.y.patch * scale;
+    FASTROUTE_CHECK(height <= most && target.width <= most && span <= most, kOp,
+                    ": the image must be below 2^30 pixels wide");
+    FASTROUTE_CHECK(target.batch == 0 || target.count > 0, kOp,
+                    ": patches must hold at least one row where inverse is not empty");
 }
 
 // Where every row of several tensors lies; nothing for one tensor.
@@ -93,7 +60,7 @@ void stitch_into(const Tensor& out, const Batches& batches, const std::optional<
             {first.stride(0), first.stride(1), first.stride(2), first.stride(3), static_cast<int>(shuffle)},
             inverse.has_value() ? inverse->const_data_ptr<int64_t>() : nullptr,
             target.count,
-            make_tables<W>(queue, kOp, dense_window, grid, scale, memory),
+            make_tables<W>(queue, dense_window, grid, scale, memory),
             static_cast<int>(grid.y.stride),
             static_cast<int>(grid.y.last_origin()),
             static_cast<int>(grid.x.last_origin()),
@@ -125,6 +92,7 @@ Tensor stitch_patches_cuda(const Tensor& patches,                 // [M, C·r·r
     const TileGrid grid{{height, patch, stride, crop}, {width, patch, stride, crop}};
     const std::optional<Tensor> places = checked_index(kOp, "inverse", inverse, patches);
     const Target target = checked_target({patches}, places, grid, scale, shuffle, row_begin, row_end);
+    check_limits(target, grid, scale);
     const int64_t size[] = {target.batch, target.channels, target.rows, target.width};
     const Tensor out =
         torch::stable::empty({size, 4}, dtype.value_or(patches.scalar_type()), std::nullopt, patches.device());
@@ -141,12 +109,8 @@ void stitch_batches_out_cuda(const Batches& batches,                // [M_i, C·
     const TileGrid grid{{height, patch, stride, crop}, {width, patch, stride, crop}};
     const std::optional<Tensor> places = checked_index(kOp, "inverse", inverse, out);
     const Target target = checked_target(batches, places, grid, scale, shuffle, row_begin, row_end);
-    check_same_device(kOp, "out", out, batches.front());
-    FASTROUTE_CHECK(out.dim() == 4 && out.size(0) == target.batch && out.size(1) == target.channels &&
-                        out.size(2) == target.rows && out.size(3) == target.width &&
-                        (out.stride(3) == 1 || target.width <= 1),
-                    kOp, ": out must be ", target.batch, " x ", target.channels, " x ", target.rows, " x ",
-                    target.width, " with contiguous rows");
+    check_limits(target, grid, scale);
+    check_stitch_out(target, batches.front(), out);
     stitch_into(out, batches, places, window, grid, scale, shuffle, row_begin, target);
 }
 
@@ -193,11 +157,7 @@ Tensor _stitch_patches_backward_cuda(const Tensor& grad,                    // [
     check_same_device(kOp, "window", window, grad);
     const TileGrid grid{{height, patch, stride, crop}, {width, patch, stride, crop}};
     const int64_t span = patch * scale, count = grad.size(0) * grid.num_patches(), channels = grad.size(1);
-    FASTROUTE_CHECK(grad.size(2) == grid.y.covered() * scale && grad.size(3) == grid.x.covered() * scale, kOp,
-                    ": grad must have the size of the stitched image; got ", grad.size(2), " x ", grad.size(3));
-    const std::optional<Tensor> places = checked_index(kOp, "inverse", inverse, grad);
-    FASTROUTE_CHECK((places.has_value() ? places->size(0) : num_patches) == count, kOp,
-                    ": inverse must have one entry per patch");
+    const std::optional<Tensor> places = checked_places(grad, inverse, grid, scale, num_patches);
     const Tensor dense = torch::stable::contiguous(grad), dense_window = torch::stable::contiguous(window);
     const int64_t size[] = {num_patches, channels, span, span}, items[] = {count}, bounds[] = {num_patches + 1};
     const Tensor out = torch::stable::empty({size, 4}, grad.scalar_type(), std::nullopt, grad.device());
@@ -217,7 +177,7 @@ Tensor _stitch_patches_backward_cuda(const Tensor& grad,                    // [
         using W = Work<T>;
         const int64_t bytes[] = {AxisTables<W>::bytes(grid, span)};
         const Tensor memory = torch::stable::empty({bytes, 1}, ScalarType::Byte, std::nullopt, grad.device());
-        const AxisTables<W> tables = make_tables<W>(queue, kOp, dense_window, grid, scale, memory);
+        const AxisTables<W> tables = make_tables<W>(queue, dense_window, grid, scale, memory);
         const int64_t* none = nullptr;
         queue.launch(_stitch_patches_backward_kernel<T>, blocks_for(out.numel(), kThreads), kThreads, 0,
                      dense.template const_data_ptr<T>(), start.has_value() ? start->const_data_ptr<int64_t>() : none,

@@ -2,8 +2,8 @@
 // pixel, and where in memory a patch lies.
 #pragma once
 
-#include "common/geometry.h"
 #include "common/pixel.h"
+#include "common/stitch_patches.h"
 #include "cuda/pack.cuh"
 
 namespace fastroute {
@@ -93,16 +93,14 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <typename W>
-AxisTables<W> make_tables(const Queue& queue, const char* op, const Tensor& window, const TileGrid& grid, int64_t scale,
+AxisTables<W> make_tables(const Queue& queue, const Tensor& window, const TileGrid& grid, int64_t scale,
                           const Tensor& memory) {
     const int64_t span = grid.y.patch * scale;
-    constexpr ScalarType type = std::is_same_v<W, double> ? ScalarType::Double : ScalarType::Float;
-    FASTROUTE_CHECK(window.dim() == 1 && window.size(0) == span && window.scalar_type() == type, op,
-                    ": window must be ", span, " weights, float32, or float64 for float64 patches");
+    const W* weights = checked_window<W>(window, span);
     const AxisTables<W> tables(memory.mutable_data_ptr(), grid, span);
     const int64_t items = (grid.y.count() + grid.x.count()) * span + grid.y.size + grid.x.size;
-    queue.launch(stitch_patches_tables_kernel<W>, blocks_for(items, kThreads), kThreads, 0, window.const_data_ptr<W>(),
-                 grid, scale, tables);
+    queue.launch(stitch_patches_tables_kernel<W>, blocks_for(items, kThreads), kThreads, 0, weights, grid, scale,
+                 tables);
     return tables;
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -13,6 +14,10 @@ if TYPE_CHECKING:
 
     from fastroute.routing.patch_router import PatchRouter
     from fastroute.routing.pixel_router import PixelRouter
+
+
+# Each says by itself how classes are chosen.
+DECIDING = ("budget", "budget_flops", "budget_ms", "k", "adaptive")
 
 
 class Command(click.Command):
@@ -37,6 +42,28 @@ def device_of(name: str) -> torch.device:
         raise click.BadParameter(str(error).removeprefix("device "), param_hint="--device") from error
 
 
+def check_deciding(chosen: dict[str, Any], shared: bool = False) -> None:
+    """Refuse options that contradict each other, before anything is loaded.
+
+    Args:
+        chosen: what was given on the command line, by the names of the router's arguments.
+        shared: the budget is that of all inputs.
+    """
+    deciding = [f"--{name.replace('_', '-')}" for name in DECIDING if name in chosen]
+    if len(deciding) > 1:
+        raise click.UsageError(f"give one of {' and '.join(deciding)}: each decides alone")
+    if "scale" in chosen and "size" in chosen:
+        raise click.UsageError("give either --scale or --size")
+    for name in ("budget_flops", "budget_ms"):
+        if name in chosen and not 0 < chosen[name] < math.inf:
+            flag = f"--{name.replace('_', '-')}"
+            raise click.BadParameter(f"it must be positive and finite; got {chosen[name]:g}", param_hint=flag)
+    if shared and not any(name.startswith("budget") for name in chosen):
+        raise click.UsageError("--shared-budget needs --budget, --budget-flops or --budget-ms")
+    if shared and "size" in chosen:
+        raise click.UsageError("--shared-budget needs --scale in place of --size")
+
+
 def check_routing(router: PatchRouter | PixelRouter, model: str, chosen: dict[str, Any]) -> dict[str, Any]:
     """The options of `upscale` that suit the router; those that do not are refused before anything is read.
 
@@ -56,11 +83,7 @@ def check_routing(router: PatchRouter | PixelRouter, model: str, chosen: dict[st
         refuse_pixel_options(model, chosen)
         costs = router.costs
     else:
-        deciding = [name for name in ("budget", "k", "adaptive") if name in chosen]
-        if len(deciding) > 1:
-            raise click.UsageError(f"give one of --{' and --'.join(deciding)}: each decides alone")
-        if "scale" in chosen and "size" in chosen:
-            raise click.UsageError("give either --scale or --size")
+        check_deciding(chosen)
         costs = router.model.class_cost(float(chosen.get("scale", 4)))
     if "budget" in chosen:
         import torch

@@ -48,7 +48,8 @@ def tell_routing(router: Router, job: Job, stats: RoutingStats, chosen: dict[str
         click.echo(f"         the budget of {chosen['budget']:g} bounds the branches alone, without the classifier")
     seconds = stats.seconds
     stages = ", ".join(f"{name} {seconds[name]:.3f}" for name in seconds if name != "total")
-    click.echo(f"  time: {seconds['total']:.3f} s ({stages})")
+    asked = f" of the {chosen['budget_ms']:g} ms asked for" if "budget_ms" in chosen else ""
+    click.echo(f"  time: {seconds['total']:.3f} s{asked} ({stages})")
 
 
 def tell_many(jobs: Sequence[Job], outcomes: Iterable[Outcome], folder: Path, quiet: bool) -> None:

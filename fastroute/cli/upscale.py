@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from fastroute.catalogue import DEFAULT_MODEL
-from fastroute.cli._common import Command, check_routing, device_of
+from fastroute.cli._common import Command, check_deciding, check_routing, device_of
 
 if TYPE_CHECKING:
     from fastroute.batch import Job
@@ -28,6 +28,9 @@ SLOW_TO_WRITE = 1 << 25
 @click.option(
     "--budget", type=float, help="Mean branch FLOPs as a fraction of the dearest's, say 0.7; the classifier comes on top."
 )
+@click.option("--budget-flops", type=float, metavar="FLOPS", help="FLOPs of the whole image instead, say 2e11.")
+@click.option("--budget-ms", type=float, metavar="MS", help="Milliseconds of the whole image instead, without its files.")
+@click.option("--shared-budget", is_flag=True, help="One budget over all inputs, spent where it helps most; reads them twice.")
 @click.option("--scale", type=float, help="Upscaling factor; any for PCSR, that of its branches for other models.")
 @click.option("--size", type=(int, int), metavar="HEIGHT WIDTH", help="Output size instead of a factor (PCSR).")
 @click.option("--k", type=float, help="Cost exponent of PCSR's decision: 0 is best quality, larger is cheaper.")
@@ -56,6 +59,7 @@ def command(
     resume: bool,
     overwrite: bool,
     memory_limit: int | None,
+    shared_budget: bool,
     device: str,
     quiet: bool,
     **options: Any,
@@ -85,6 +89,7 @@ def command(
     chosen = {name: value for name, value in options.items() if value is not None and value is not False}
     if options["refine"] is not None:
         chosen["refine"] = options["refine"]
+    check_deciding(chosen, shared_budget)
     limit = {} if memory_limit is None else {"memory_limit": memory_limit * 1_000_000}
     many = len(sources) > 1 or sources[0].is_dir() or target.is_dir() or any(sign in str(sources[0]) for sign in "*?[")
     if sources[0].is_file() and len(sources) == 1 and target.suffix.lower() in SUFFIXES:
@@ -101,10 +106,10 @@ def command(
         for folder in (target, class_map):
             if folder is not None:
                 _make_folder(folder)
-        outcomes = batch.run_jobs(router, jobs, resume, drop_alpha, **chosen, **limit)
+        outcomes = batch.run_jobs(router, jobs, resume, drop_alpha, shared_budget, **chosen, **limit)
         tell_many(jobs, outcomes, target, quiet)
         return
-    for flag, given in (("--resume", resume), ("--format", file_format)):
+    for flag, given in (("--resume", resume), ("--format", file_format), ("--shared-budget", shared_budget)):
         if given:
             raise click.UsageError(f"{flag} is for an OUT that is a folder; {target} is none")
     if class_map is not None and class_map.resolve() == target.resolve():

@@ -15,6 +15,8 @@ from fastroute.reference.pixel_mlp import _pixel_mlp_backward_reference, pixel_m
 SCHEMAS = [
     "pixel_mlp(Tensor features, Tensor[] weights, Tensor[] biases, int[] depths, SymInt height, SymInt width, "
     "Tensor? class_map, Tensor? residual, Tensor? relative, SymInt row_begin, SymInt row_end) -> Tensor",
+    "pixel_mlp.tf32(Tensor features, Tensor[] weights, Tensor[] biases, int[] depths, SymInt height, SymInt width, "
+    "Tensor? class_map, Tensor? residual, Tensor? relative, SymInt row_begin, SymInt row_end) -> Tensor",
     "_pixel_mlp_backward(Tensor grad, Tensor features, Tensor[] weights, Tensor[] biases, int[] depths, SymInt height, "
     "SymInt width, Tensor? class_map, Tensor? residual, Tensor? relative, SymInt row_begin, SymInt row_end) -> Tensor[]",
 ]
@@ -41,6 +43,9 @@ def pixel_mlp(
     The input of an MLP is LIIF's, [feature | rel_y | rel_x | cell_y | cell_x], D + 4 numbers; ReLU stands between layers.
     Half way between two features the even one is read. The first layer's product with the features is made once per feature
     and the queries of the pixels are never stored.
+
+    On a GPU, products of float32 are made as torch makes its own: where `torch.backends.cuda.matmul` allows TF32, which it
+    does not by default, their operands are rounded to 10 bits behind the point; sums stay float32.
 
     Args:
         features: (B, D, h, w), float32, float16, bfloat16 or float64.
@@ -97,7 +102,22 @@ def pixel_mlp(
     weights, biases = [w for mlp in mlps for w, _ in mlp], [b for mlp in mlps for _, b in mlp]
     depths = [len(mlp) for mlp in mlps]
     args = (features, weights, biases, depths, height, width, class_map, residual, relative, begin, end)
-    return call(op, _checked_reference, features.device, *args)
+    overload = "tf32" if multiplies_as_tf32(features) else "default"
+    return call(f"{op}.{overload}", _checked_reference, features.device, *args)
+
+
+def multiplies_as_tf32(x: Tensor) -> bool:
+    """Whether torch's own matrix products of `x` round float32 to TF32."""
+    return x.dtype == torch.float32 and x.device.type == "cuda" and _tf32_is_allowed()
+
+
+def _tf32_is_allowed() -> bool:
+    # This name of the switch can be read whichever it was set by; `allow_tf32` raises once it was set by another.
+    return bool(torch.backends.cuda.matmul.fp32_precision == "tf32")
+
+
+# A compiled graph is guarded by the switch anyway: a trace takes its value and does not look inside.
+setattr(_tf32_is_allowed, "_dynamo_marked_constant", True)  # noqa: B010
 
 
 def _check_mlps(features: Tensor, mlps: Sequence[Layers], residual: Tensor | None) -> int:
@@ -230,4 +250,5 @@ def _backward(ops: Any, ctx: Any, grad: Tensor) -> tuple:
 
 
 register("pixel_mlp", _checked_reference, _fake, _backward, _setup_context)
+register("pixel_mlp.tf32", _checked_reference, _fake, _backward, _setup_context)
 register("_pixel_mlp_backward", _pixel_mlp_backward_reference, _backward_fake)

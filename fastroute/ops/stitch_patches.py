@@ -18,7 +18,7 @@ from fastroute.reference.stitch_patches import (
     _stitch_patches_backward_reference,
     stitch_patches_reference,
 )
-from fastroute.windows import make_window
+from fastroute.windows import window_on
 
 SCHEMAS = [
     "stitch_patches(Tensor patches, Tensor? inverse, Tensor window, SymInt height, SymInt width, int patch, int stride, "
@@ -110,7 +110,7 @@ def stitch_patches(
     if number % grid.num_patches:
         name = "patches" if inverse is None else "inverse"
         raise ValueError(f"{op}: {name} must hold a multiple of {grid.num_patches}, whole images; got {number}")
-    weights = make_window(window, span, grid.stride * grid.scale).to(device=patches.device, dtype=_work(patches.dtype))
+    weights = window_on(window, span, grid.stride * grid.scale, patches.device, _work(patches.dtype))
     height, width = grid.output_size
     begin, end = (0, height) if rows is None else rows
     if not 0 <= begin <= end <= height:
@@ -164,14 +164,27 @@ def _checked_batches(patches: Sequence[Tensor], out: Tensor | None) -> list[Tens
     return batches
 
 
+def check_places(
+    inverse: Tensor | None,  # [N]
+    number: int,
+    geometry: tuple[int, int, int, int, int, bool],
+    begin: int,
+    end: int,
+) -> None:
+    """What output rows [begin, end) read of `inverse` lies in [0, number); looked at on the CPU alone.
+
+    `geometry` is height, width, patch, stride, scale and crop.
+    """
+    if inverse is None or inverse.device.type != "cpu" or begin >= end:
+        return
+    height, width, patch, stride, scale, crop = geometry
+    rows, cols = (tile_origins(size, patch, stride, crop) for size in (height, width))
+    used = [begin < (y + patch) * scale and y * scale < end for y in rows]
+    check.in_range("stitch_patches", "inverse", inverse.view(-1, len(rows), len(cols))[:, torch.tensor(used)], number)
+
+
 def _checked_reference(patches: Tensor, inverse: Tensor | None, *rest: Any) -> Tensor:
-    height, width, patch, stride, scale, crop = rest[1:7]
-    begin, end = rest[-2:]
-    if inverse is not None and begin < end:
-        rows, cols = (tile_origins(size, patch, stride, crop) for size in (height, width))
-        used = [begin < (y + patch) * scale and y * scale < end for y in rows]
-        read = inverse.view(-1, len(rows), len(cols))[:, torch.tensor(used, device=inverse.device)]
-        check.in_range("stitch_patches", "inverse", read, patches.shape[0])
+    check_places(inverse, patches.shape[0], rest[1:7], *rest[-2:])
     return stitch_patches_reference(patches, inverse, *rest)
 
 

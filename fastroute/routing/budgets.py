@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -21,6 +21,10 @@ logger = logging.getLogger("fastroute")
 
 # Share of the newest run in what is known of the speed: the machine may have become slower or faster.
 NEWEST = 0.5
+# Runs of which the median counts, where a speed is measured.
+RUNS = 3
+# Times that a run may take as long as expected before the excess is ignored: what else the machine does only adds time.
+SLOWEST = 2.0
 # Patches of a class from which its own time counts for more than that of all classes.
 FEW = 16
 
@@ -38,6 +42,12 @@ class Budget:
     fraction: float | None = None
     flops: float | None = None
     ms: float | None = None
+
+    @property
+    def given(self) -> list[str]:
+        """The names of those that are given."""
+        values = {"budget": self.fraction, "budget_flops": self.flops, "budget_ms": self.ms}
+        return [name for name, value in values.items() if value is not None]
 
     def check(self, op: str, penalty: float = 0.0) -> None:
         """At most one is given, FLOPs and milliseconds positive.
@@ -80,47 +90,92 @@ def assign_within(score: Tensor, costs: Sequence[float], allowed: float) -> Tens
 
 @dataclass
 class Pace:
-    """Milliseconds of one patch, by what is done with it.
+    """Milliseconds of one patch, or of one output pixel, by what is done with it.
 
     Attributes:
-        branches: in each branch.
+        branches: in each branch or upsampler.
         classify: in the classifier.
         rest: in everything else: cutting, sorting, merging.
+        encode: of one pixel of the image, in the encoder of a pixel router.
+        solve: of one pixel of a sample, to find the exponent of the cost.
     """
 
     branches: list[float]
     classify: float
     rest: float
+    encode: float = 0.0
+    solve: float = 0.0
 
     def fixed(self, number: int) -> float:
         """Of `number` patches, whatever their classes."""
         return number * (self.classify + self.rest)
 
-    def learn(self, counts: Sequence[int], branches: Sequence[float], classify: float | None, rest: float) -> None:
+    def learn(
+        self, counts: Sequence[int], branches: Sequence[float] | float, classify: float | None, rest: float,
+        encode: float = 0.0, encoded: int = 0, solve: float = 0.0, searched: int = 0,
+    ) -> None:  # fmt: skip
         """Move towards a run that was measured.
 
         Args:
-            counts: patches per class.
-            branches: seconds in each branch.
+            counts: patches or pixels per class.
+            branches: seconds in each branch, or in all together.
             classify: seconds in the classifier; None when it did not run.
             rest: seconds in everything else.
+            encode: seconds in the encoder.
+            encoded: pixels that passed it.
+            solve: seconds that the exponent took.
+            searched: pixels on which it was found.
         """
         number, expected = sum(counts), sum(n * ms for n, ms in zip(counts, self.branches, strict=True))
         if not number:
             return
 
-        def moved(known: float, seconds: float) -> float:
-            return (1 - NEWEST) * known + NEWEST * 1e3 * seconds / number
+        def moved(known: float, seconds: float, count: int) -> float:
+            taken = 1e3 * seconds / count
+            return (1 - NEWEST) * known + NEWEST * (min(taken, SLOWEST * known) if known else taken)
 
-        # A class of a few patches says little about its own speed: then that of all classes counts.
-        overall = 1e3 * sum(branches) / expected
-        for c, (count, seconds) in enumerate(zip(counts, branches, strict=True)):
-            trust = count / (count + FEW)
-            own = 1e3 * seconds / (count * self.branches[c]) if count else 0.0
-            self.branches[c] *= 1 - NEWEST + NEWEST * (trust * own + (1 - trust) * overall)
-        self.rest = moved(self.rest, rest)
+        apart = None if isinstance(branches, float) else branches
+        overall = 1e3 * (branches if isinstance(branches, float) else sum(branches)) / expected
+        for c, count in enumerate(counts):
+            # A class of a few patches says little about its own speed: then that of all classes counts.
+            trust = count / (count + FEW) if apart is not None else 0.0
+            own = 1e3 * apart[c] / (count * self.branches[c]) if apart is not None and count else 0.0
+            self.branches[c] *= 1 - NEWEST + NEWEST * min(trust * own + (1 - trust) * overall, SLOWEST)
+        self.rest = moved(self.rest, rest, number)
         if classify is not None:
-            self.classify = moved(self.classify, classify)
+            self.classify = moved(self.classify, classify, number)
+        if encoded:
+            self.encode = moved(self.encode, encode, encoded)
+        if searched:
+            self.solve = moved(self.solve, solve, searched)
+
+
+class Paces:
+    """The speed of a router at every place that it has met: what decides it, and may differ from call to call."""
+
+    def __init__(self) -> None:
+        self.known: dict[tuple[object, ...], Pace] = {}
+
+    def find(
+        self, place: tuple[object, ...], num_classes: int, facts: Callable[[], Sequence[object]], measure: Callable[[], Pace]
+    ) -> Pace:
+        """The pace at `place`; on the first call what is remembered of such a router, else measured and then remembered.
+
+        Args:
+            facts: what decides the speed, by which it is remembered.
+        """
+        if place not in self.known:
+            key = pace_key(facts())
+            self.known[place] = recall(key, num_classes) or remember(key, measure())
+        return self.known[place]
+
+
+def noise(size: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A picture of noise of `dtype`, on which speeds are measured."""
+    image = torch.rand(size, generator=torch.Generator().manual_seed(0))
+    if not dtype.is_floating_point:
+        image = (image * (255 if dtype == torch.uint8 else 65535)).int()
+    return image.to(device, dtype)
 
 
 def pace_key(facts: Sequence[object]) -> str:
@@ -135,7 +190,7 @@ def recall(key: str, num_classes: int) -> Pace | None:
         return None
     try:
         pace = Pace(**entry)
-        numbers = [float(x) for x in (*pace.branches, pace.classify, pace.rest)]
+        numbers = [float(x) for x in (*pace.branches, pace.classify, pace.rest, pace.encode, pace.solve)]
     except (TypeError, ValueError):
         return None
     sound = len(pace.branches) == num_classes and all(0 <= x < math.inf for x in numbers) and min(pace.branches) > 0

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastroute.grid import TileGrid
 from fastroute.ops.assign_classes import assign_classes
-from fastroute.routing.budgets import Budget, Pace, assign_within, pace_key, recall, refuse_below, remember
+from fastroute.routing.budgets import RUNS, Budget, Pace, Paces, assign_within, noise, refuse_below
 from fastroute.routing.classify import Scores, classify_patches
 from fastroute.routing.result import RoutingStats, Stopwatch
 from fastroute.routing.tuning import tuning_key
@@ -20,27 +20,24 @@ from fastroute.streaming.rows import Source, TensorSource
 if TYPE_CHECKING:
     from fastroute.routing.patch_router import PatchRouter
 
-# Columns of the picture on which the speed is measured, and runs of which the median counts.
+# Columns of the picture on which the speed is measured.
 COLUMNS = 8
-RUNS = 3
 
 
-class Paces:
-    """The speed of a router for every type of image, device and number of threads that it has met."""
-
-    def __init__(self) -> None:
-        self._known: dict[tuple[torch.dtype, torch.device, int], Pace] = {}
+class PatchPaces(Paces):
+    """The speed of a router of patches for every type of image, device and number of threads."""
 
     def of(self, router: PatchRouter, dtype: torch.dtype) -> Pace:
         """What a patch of an image of `dtype` takes now; measured on the first call, and remembered."""
-        place = (dtype, router.device, torch.get_num_threads())
-        if place not in self._known:
+
+        def facts() -> list[object]:
             example = torch.empty(router.networks.size, dtype=router.dtype, device=router.device)
             networks = [tuning_key(n, example) for n in (*router.branches, router.classifier) if n is not None]
             window = router.window if isinstance(router.window, str) else "own"
-            key = pace_key([*networks, router.stride, router.scale, router.shuffle, window, dtype, router.networks.batch])
-            self._known[place] = recall(key, router.num_classes) or remember(key, measure_pace(router, dtype))
-        return self._known[place]
+            return [*networks, router.stride, router.scale, router.shuffle, window, dtype, router.networks.batch]
+
+        place = (dtype, router.device, torch.get_num_threads())
+        return self.find(place, router.num_classes, facts, lambda: measure_pace(router, dtype))
 
     def learn(self, router: PatchRouter, dtype: torch.dtype, stats: RoutingStats, branches: dict[int, float]) -> None:
         """What a run says about the speed, once anybody has asked for it.
@@ -48,7 +45,7 @@ class Paces:
         Args:
             branches: seconds in the branch of each class.
         """
-        pace = self._known.get((dtype, router.device, torch.get_num_threads()))
+        pace = self.known.get((dtype, router.device, torch.get_num_threads()))
         if pace is not None:
             seconds = stats.seconds
             rest = seconds["total"] - seconds["tune"] - seconds["classify"] - seconds["branches"]
@@ -132,10 +129,7 @@ def measure_pace(router: PatchRouter, dtype: torch.dtype) -> Pace:
     batch = max(router.networks.tuning(c, device).batch for c in range(router.num_classes))
     rows = -(-max(batch, 2 * COLUMNS) // COLUMNS)
     height, width = (router.patch + (n - 1) * router.stride for n in (rows, COLUMNS))
-    image = torch.rand((1, router.channels, height, width), generator=torch.Generator().manual_seed(0))
-    if not dtype.is_floating_point:
-        image = image * (255 if dtype == torch.uint8 else 65535)
-    image = (image if dtype.is_floating_point else image.int()).to(device, dtype)
+    image = noise((1, router.channels, height, width), dtype, device)
     number = rows * COLUMNS
     branches: list[list[float]] = [[] for _ in range(router.num_classes)]
     rest = []

@@ -55,9 +55,9 @@ def classify_patches(classifier: nn.Module, image: Tensor | Source, grid: TileGr
     """
     source = TensorSource(image, image.device) if isinstance(image, Tensor) else image
     batch = source.shape[0]
-    if not _cellwise(classifier, grid):
+    if not cellwise(classifier, grid):
         return _by_patch(classifier, source, grid, torch.arange(batch * grid.num_patches))
-    assert isinstance(classifier, PatchClassifier)  # for the type checker; _cellwise has seen it
+    assert isinstance(classifier, PatchClassifier)  # for the type checker; cellwise has seen it
     cell = classifier.CELL
     rows = [i for i, y in enumerate(grid.row_origins) if y % cell == 0]
     cols = [j for j, x in enumerate(grid.col_origins) if x % cell == 0]
@@ -79,13 +79,13 @@ def classify_patches(classifier: nn.Module, image: Tensor | Source, grid: TileGr
 def classifying_bytes(classifier: nn.Module, source: Source, grid: TileGrid) -> int:
     """What :func:`classify_patches` holds at most beside the image and the scores."""
     dtype = next((p.dtype for p in classifier.parameters()), torch.float32)
-    if not _cellwise(classifier, grid):
+    if not cellwise(classifier, grid):
         size = (PATCHES_PER_BATCH, source.shape[1], grid.patch, grid.patch)
         known = _BYTES.setdefault(classifier, {})
         if size not in known:
             known[size] = REARRANGED * pass_bytes(classifier, size, dtype)
         return known[size]
-    assert isinstance(classifier, PatchClassifier)  # for the type checker; _cellwise has seen it
+    assert isinstance(classifier, PatchClassifier)  # for the type checker; cellwise has seen it
     hidden = classifier.lastOut.in_features
     for layer in classifier.CondNet:
         hidden = max(hidden, layer.out_channels) if isinstance(layer, nn.Conv2d) else hidden
@@ -96,7 +96,8 @@ def classifying_bytes(classifier: nn.Module, source: Source, grid: TileGrid) -> 
     return dtype.itemsize * (cells * (3 * source.shape[1] * cell**2 + 3 * hidden) + 2 * rows * grid.cols * hidden)
 
 
-def _cellwise(classifier: nn.Module, grid: TileGrid) -> bool:
+def cellwise(classifier: nn.Module, grid: TileGrid) -> bool:
+    """Whether `classifier` may run once per cell of the image instead of once per patch."""
     # A subclass may have a forward of its own.
     if type(classifier) is not PatchClassifier:
         return False

@@ -20,7 +20,7 @@ from fastroute.profiling import RoutedFlops, mix_flops
 from fastroute.routing.bands import Band, band_of_patches, plan_bands
 from fastroute.routing.branches import Branches, frozen_copy
 from fastroute.routing.budgets import Budget
-from fastroute.routing.choose import Paces, check_least, choose_classes
+from fastroute.routing.choose import PatchPaces, check_least, choose_classes
 from fastroute.routing.classify import classifying_bytes
 from fastroute.routing.result import RoutingStats, Stopwatch, Streamed, Upscaled
 from fastroute.routing.working_set import DEFAULT_LIMIT, WorkingSet, advised, check_limit, of_patches
@@ -96,7 +96,7 @@ class PatchRouter:
         # What counts no operation writes its values all the same.
         self.flop_costs = [float(f or values) for f in self.branch_flops]
         self.costs = list(costs) if costs is not None else self.flop_costs
-        self.paces = Paces()
+        self.paces = PatchPaces()
 
     @property
     def device(self) -> torch.device:
@@ -270,8 +270,9 @@ class PatchRouter:
             if tuple(class_map.shape) not in ((shape[1:], shape) if shape[0] == 1 else (shape,)):
                 raise ValueError(f"{op}: class_map must be {shape} for this image; got {tuple(class_map.shape)}")
         else:
-            # Also refuses an impossible budget, before anything is classified.
-            assign_classes(torch.ones(1, self.num_classes), self.costs, penalty, limit.fraction)
+            if penalty != 0 or limit.fraction is not None:
+                # Refuses an impossible one before anything is classified.
+                assign_classes(torch.ones(1, self.num_classes), self.costs, penalty, limit.fraction)
             if self.classifier is None and limit.fraction != 1 and self.num_classes > 1:
                 raise ValueError(f"{op}: this router has no classifier; give a class_map or budget=1")
             check_least(self, limit, batch * grid.num_patches, dtype)
@@ -326,11 +327,12 @@ class PatchRouter:
                 tuning = self.networks.tuning(c, source.device)
             with watch.stage("extract"):
                 patches = extract_patches(pixels, part, order=here, dtype=self.dtype, memory_format=tuning.memory_format)
-            # Batches of one size: the last is not left with a few patches, which run at a fraction of the speed.
-            for batch in patches.tensor_split(-(-here.numel() // tuning.batch)):
-                with watch.stage("branches", c):
-                    result = self.branches[c](batch)
-                workspace.put(result)
+                # Batches of one size: the last is not left with a few patches, which run at a fraction of the speed.
+                batches = patches.tensor_split(-(-here.numel() // tuning.batch))
+            with watch.stage("branches", c):
+                branch = self.branches[c]
+                results = [branch(batch) for batch in batches]
+            workspace.put(results)
 
     def _stats(self, counts: list[int], classifier_flops: int, watch: Stopwatch, working_set: int) -> RoutingStats:
         seconds = {

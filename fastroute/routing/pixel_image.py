@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,42 +20,16 @@ from fastroute.ops.pixel_mlp import Layers, pixel_mlp
 from fastroute.ops.refine_boundaries import refine_boundaries
 from fastroute.routing import pixel_rows
 from fastroute.routing.classify import to_float
-from fastroute.routing.pixel_rows import PixelGrid, Window, sampled_rows
+from fastroute.routing.pixel_budget import Sample
+from fastroute.routing.pixel_request import Request
+from fastroute.routing.pixel_rows import Window, budget_sample, sampled_rows
+from fastroute.routing.pixel_stats import Work
 from fastroute.routing.result import Stopwatch
-from fastroute.streaming.ends import Ends
-from fastroute.streaming.rows import RowStream, TensorSource
+from fastroute.streaming.rows import RowStream, Source, TensorSource
 from fastroute.streaming.sinks import Sink
 
 if TYPE_CHECKING:
     from fastroute.routing.pixel_router import PixelRouter
-
-
-@dataclass(frozen=True)
-class Choice:
-    """How classes are chosen: by the exponent `k` of their cost, which `budget` solves for, or by 2-means.
-
-    Attributes:
-        cost: of each class.
-    """
-
-    cost: list[float]
-    k: float = 0.0
-    adaptive: bool = False
-    budget: float | None = None
-
-    @property
-    def solved(self) -> bool:
-        """Whether pixels of the image are looked at first."""
-        return self.adaptive or self.budget is not None
-
-    def sampled(self, grid: PixelGrid) -> int:
-        """Bytes of what it is solved on."""
-        pixels = grid.size[0] * grid.size[1]
-        if self.adaptive:
-            return pixel_rows.ADAPTIVE_BYTES * min(pixels, pixel_rows.ADAPTIVE_SAMPLE + grid.size[1])
-        if self.budget is not None:
-            return pixel_rows.BUDGET_BYTES * len(self.cost) * min(pixels, pixel_rows.BUDGET_SAMPLE + grid.size[1])
-        return 0
 
 
 class PixelImage:
@@ -63,34 +37,55 @@ class PixelImage:
 
     Args:
         router: its networks.
-        ends: where rows come from.
+        source: where rows come from.
         number: which of the images.
-        grid: rows of image and output.
-        choice: how classes are chosen.
+        request: what is asked for.
         keep: all features are kept, so that the image is encoded once.
         watch: what takes the times.
+
+    Attributes:
+        passes: how often it was encoded.
     """
 
     def __init__(
-        self, router: PixelRouter, ends: Ends, number: int, grid: PixelGrid, choice: Choice, keep: bool, watch: Stopwatch
+        self, router: PixelRouter, source: Source, number: int, request: Request, keep: bool, watch: Stopwatch
     ) -> None:
-        self.router, self.source, self.images = router, ends.source, (number, number + 1)
-        self.grid, self.choice, self.keep, self.watch = grid, choice, keep, watch
-        like = torch.empty(1, dtype=router.dtype, device=router.device).expand(1, 1, *grid.lr)
-        self.place = relative_coordinates(like, grid.size)
+        self.router, self.source, self.images = router, source, (number, number + 1)
+        self.grid, self.choice, self.purse = request.grid, request.choice, request.purse
+        self.refine, self.keep, self.watch, self.passes = request.refine, keep, watch, 0
+        self.turn = request.first + number
+        self.started: tuple[RowStream, RowStream] | None = None
+        like = torch.empty(1, dtype=router.dtype, device=router.device).expand(1, 1, *self.grid.lr)
+        self.place = relative_coordinates(like, self.grid.size)
+
+    def look(self, pixels: int, hold: bool) -> Sample:
+        """The scores of about `pixels` pixels, before its turn.
+
+        Args:
+            hold: its features are there when its turn comes.
+        """
+        lr, features = self._start()
+        sample = self._sample(features, pixels)
+        if hold:
+            self.started = lr, features
+        return sample
 
     def run(
         self,
         class_map: Tensor | None,  # [1, H, W]
-        refine: bool,
         sink: Sink,
         counts: Tensor,  # [K]
         done: Callable[[int], object],
     ) -> None:
         """Write the result into `sink`, its classes into `class_map` where it is given, and add their numbers to `counts`."""
-        lr, features = self._start()
-        solved = self._solved(features)
-        if self.choice.solved and not self.keep:
+        refine = self.refine
+        seen = None if self.purse is None else self.purse.begin(self.turn)
+        # Whether it is encoded after its classes are known.
+        again = self.started is None if seen is not None else self.choice.solved and not self.keep
+        lr, features = self.started or self._start()
+        self.started = None
+        solved = self._solved(features, seen, again)
+        if again and seen is None:
             lr, features = self._start()
         classes = RowStream(self._classes(features, solved), class_map)
         height = self.grid.size[0]
@@ -101,11 +96,12 @@ class PixelImage:
             near = classes.rows(top, bottom)
             with self.watch.stage("assign"):
                 counts += torch.bincount(near[:, begin - top : end - top].flatten(), minlength=len(counts))
+            held = features.rows(*window.features)  # encodes, outside of the time of what follows
             with self.watch.stage("upsample"):
                 chosen = near.new_zeros(1, window.height, near.shape[2])
                 chosen[:, slice(*window.within(top, bottom))] = near
                 residual = to_float(lr.rows(*window.features), self.router.dtype)
-                band = self._mlp(features.rows(*window.features), window, self.router.mlps, (top, bottom), chosen, residual)
+                band = self._mlp(held, window, self.router.mlps, (top, bottom), chosen, residual)
             with self.watch.stage("refine"):
                 target = sink.band(self.images, (begin, end))
                 inner = (begin - top, end - top)
@@ -122,6 +118,7 @@ class PixelImage:
     def _start(self) -> tuple[RowStream, RowStream]:
         """The rows of the image and of its features, from the first one on."""
         height = self.grid.lr[0]
+        self.passes += 1
         if isinstance(self.source, TensorSource):
             lr = RowStream((), self.source.get(self.images, (0, height)), height)
         else:
@@ -181,37 +178,77 @@ class PixelImage:
 
     def _classes(self, features: RowStream, solved: Tensor | float) -> Iterator[list[Tensor]]:
         """The classes of all rows, band by band: uint8 [1, rows, W]."""
+        device = self.place.device
         if isinstance(solved, Tensor) and solved.ndim:
             yield [solved]
+            return
+        if self.choice.only is not None:
+            for begin, end in self.grid.bands():
+                yield [torch.full((1, end - begin, self.grid.size[1]), self.choice.only, dtype=torch.uint8, device=device)]
             return
         layers = self.router.classifier
         if isinstance(solved, Tensor):
             layers = odds(layers)
         else:
             # argmax of softmax(z) / cost^k is argmax of z - k · log(cost): a change of the last bias.
-            shift = torch.tensor([solved * math.log(c) for c in self.choice.cost], dtype=torch.float64).to(self.place.device)
+            shift = torch.tensor([solved * math.log(c) for c in self.choice.cost], dtype=torch.float64).to(device)
             layers = last_layer(layers, lambda w, b: (w, (b.double() - shift).to(b.dtype)))
         for begin, end in self.grid.bands():
+            pixels = (end - begin) * self.grid.size[1]
+            if self.purse is not None and isinstance(solved, float) and self.purse.tight(pixels):
+                scores = self._logits(features, odds(self.router.classifier), begin, end)
+                with self.watch.stage("assign"):
+                    ids = self.purse.take(scores[0].flatten(1).float(), solved, self.purse.mean)
+                yield [ids.view(1, end - begin, -1)]
+                continue
             logits = self._logits(features, layers, begin, end)
             with self.watch.stage("assign"):
                 if isinstance(solved, Tensor):
                     chosen = (torch.sigmoid(logits[:, 0]) >= solved).to(torch.uint8)
                 else:
                     chosen = assign_classes(logits, [1.0] * self.router.num_classes, dtype=torch.uint8)
+                if self.purse is not None:
+                    self.purse.spend(chosen)
             yield [chosen]
 
-    def _solved(self, features: RowStream) -> Tensor | float:
-        """The exponent of the cost; or for 2-means all classes [1, H, W], or from which score on a pixel is of class 1."""
+    def _solved(self, features: RowStream, seen: Sample | None, again: bool) -> Tensor | float:
+        """The exponent of the cost, all classes [1, H, W], or of 2-means from which score on a pixel is of class 1."""
         if self.choice.adaptive:
             return self._two_means(features)
-        if self.choice.budget is None:
+        if self.purse is None:
             return self.choice.k
-        samples = []
-        for begin, end in sampled_rows(self.grid, pixel_rows.BUDGET_SAMPLE):
-            samples.append(self._logits(features, self.router.classifier, begin, end).flatten(2))
+        (h, w), (height, width) = self.grid.lr, self.grid.size
+        pixels = budget_sample(self.grid)
+        whole = height * width <= pixels or seen is not None
+        sample = seen or self._sample(features, pixels)
+        with self.watch.stage("solve"):
+            todo = Work(
+                pixels=height * width,
+                classified=0 if whole else height * width,
+                encoded=h * w if again else 0,
+            )
+            penalty = self.purse.solve(sample, todo, self._elapsed())
+            if not whole:
+                return penalty
+            return self.purse.take(sample.scores, penalty, min(self.purse.cost)).view(1, height, width)
+
+    def _elapsed(self) -> float:
+        """Milliseconds since the call began."""
+        if self.place.is_cuda:
+            torch.cuda.synchronize(self.place.device)
+        return 1e3 * (time.perf_counter() - self.watch.start)
+
+    def _sample(self, features: RowStream, pixels: int) -> Sample:
+        """The scores of about `pixels` pixels, in rows spread over the image; all of them where it has no more."""
+        bands = list(sampled_rows(self.grid, pixels))
+        (height, width), rows = self.grid.size, sum(end - begin for begin, end in bands)
+        scores = torch.empty(self.router.num_classes - 1, rows, width, device=self.place.device)
+        top = 0
+        for begin, end in bands:
+            scores[:, top : top + end - begin] = self._logits(features, odds(self.router.classifier), begin, end)[0]
+            top += end - begin
             self._release(features, begin)
-        with self.watch.stage("assign"):
-            return solve(torch.cat(samples, dim=2)[0].t().double(), self.choice.cost, self.choice.budget)
+        return Sample(scores.flatten(1), height / rows)
 
     def _two_means(self, features: RowStream) -> Tensor:
         samples = []
@@ -233,37 +270,10 @@ class PixelImage:
 
 
 def odds(layers: Layers) -> list[tuple[Tensor, Tensor]]:
-    """Of two classes, the logit of the second one."""
+    """The logits of all classes but the first, relative to the first one's."""
     return last_layer(layers, lambda w, b: (w[1:] - w[:1], b[1:] - b[:1]))
 
 
 def last_layer(layers: Layers, change: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
     """`layers` with another last one."""
     return [*layers[:-1], change(*layers[-1])]
-
-
-def solve(logits: Tensor, cost: list[float], budget: float) -> float:  # [n, K] float64
-    """The smallest penalty at which the mean cost of the pixels is within the budget."""
-    log_cost = torch.tensor(cost, dtype=torch.float64, device=logits.device).log()
-    share = torch.tensor([c / max(cost) for c in cost], dtype=torch.float64, device=logits.device)
-
-    # Penalties at which no score counts any more.
-    gaps = log_cost.unique().diff()
-    spread = (logits.amax() - logits.amin()).item() + 1
-    bound = spread / gaps.min().item() if len(gaps) else 1.0
-    low, high = -bound, bound
-    at_low, at_high = ((logits - p * log_cost).argmax(dim=1) for p in (low, high))
-    left = budget * len(logits)
-    if share[at_low].sum().item() <= left:
-        return low
-    while (middle := 0.5 * (low + high)) not in (low, high) and high - low > 1e-9 * bound:
-        # The cost of a pixel falls as the penalty grows: where both ends agree, it is settled.
-        unsettled = at_low != at_high
-        left -= share[at_low[~unsettled]].sum().item()
-        logits, at_low, at_high = logits[unsettled], at_low[unsettled], at_high[unsettled]
-        between = (logits - middle * log_cost).argmax(dim=1)
-        if share[between].sum().item() <= left:
-            high, at_high = middle, between
-        else:
-            low, at_low = middle, between
-    return high

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+import dataclasses
 from functools import partial
 
 import torch
@@ -15,35 +13,17 @@ from fastroute import memory
 from fastroute.models.optimize import optimize, parameter_dtype
 from fastroute.models.pcsr import MLP, PCSR
 from fastroute.ops import _checks as check
-from fastroute.ops.assign_classes import assign_classes
-from fastroute.profiling import RoutedFlops, count_flops, mix_flops
-from fastroute.routing.pixel_image import Choice, PixelImage
-from fastroute.routing.pixel_rows import Footprint, PixelGrid
-from fastroute.routing.result import RoutingStats, Stopwatch, Streamed, Upscaled
-from fastroute.routing.working_set import DEFAULT_LIMIT, WorkingSet, advised, check_limit
+from fastroute.routing.budgets import Budget
+from fastroute.routing.pixel_budget import Ahead
+from fastroute.routing.pixel_image import PixelImage
+from fastroute.routing.pixel_pace import PixelPaces
+from fastroute.routing.pixel_request import Request, looking_ahead, make_grid, make_request
+from fastroute.routing.pixel_rows import BUDGET_BYTES, Footprint, waiting_sample
+from fastroute.routing.pixel_stats import Layers, PixelFlops, PixelStats, Work
+from fastroute.routing.result import Stopwatch, Streamed, Upscaled
+from fastroute.routing.working_set import DEFAULT_LIMIT, WorkingSet, advised
 from fastroute.streaming.ends import Ends, home, in_memory, output_like, streamed
 from fastroute.streaming.protocols import Reader, Writer, check_reader
-
-Layers = list[tuple[Tensor, Tensor]]
-
-
-@dataclass(frozen=True)
-class PixelStats(RoutingStats):
-    """What was done for one call of :meth:`PixelRouter.upscale`; its `patches` are output pixels."""
-
-    @property
-    def pixels_per_class(self) -> list[int]:
-        """Output pixels that went through each upsampler, cheapest first."""
-        return self.patches_per_class
-
-    @property
-    def overhead(self) -> float:
-        """Share of the time spent on anything but networks."""
-        networks = sum(self.seconds[name] for name in ("encode", "classify", "upsample"))
-        return 1 - networks / self.seconds["total"]
-
-    def __str__(self) -> str:
-        return super().__str__().replace("patches", "pixels", 1)
 
 
 class PixelRouter:
@@ -70,9 +50,8 @@ class PixelRouter:
         self.classifier = _layers(model.classifier)
         if not self.classifier:
             raise ValueError("PixelRouter: model must have a classifier of at least one layer; got an empty one")
-        size = (1, self.channels, 16, 16)
         self.footprint = Footprint(model, self.encoder, self.dtype)
-        self._encoder_flops = [count_flops(model.encoder, size, name) / 256 for name in ("true", "paper")]
+        self.flops, self.paces = PixelFlops(model, self.mlps, self.classifier), PixelPaces()
 
     @property
     def device(self) -> torch.device:
@@ -91,6 +70,8 @@ class PixelRouter:
         budget: float | None = None,
         progress: bool = False,
         memory_limit: int | None = None,
+        budget_flops: float | None = None,
+        budget_ms: float | None = None,
     ) -> Upscaled:
         """Super-resolve an image or a batch of images.
 
@@ -103,11 +84,19 @@ class PixelRouter:
             adaptive: decide by the 2-means of each image's second probability instead; two classes only. They are taken over
                 a sample of rows where the output has more than 33 million pixels.
             refine: smooth cheap pixels beside dearer ones.
-            budget: mean cost of the chosen classes as a fraction of the dearest one's; `k` is then solved for, on a sample
-                of rows where the output has more than 2 million pixels.
+            budget: mean cost of the chosen classes as a fraction of the dearest one's, encoder included; `k` is then solved
+                for, on a sample of rows where the output has more than 4 million pixels, and the budget is kept all the
+                same. 1 sends every pixel to the dearest class. A batch shares one budget, as a folder does under
+                :func:`fastroute.upscale_many`: it is spent where it helps most.
             progress: show a progress bar.
             memory_limit: bytes to hold at most beside `image`, the result and its class map. It changes no bit of them: a
-                budget or `adaptive` encodes the image twice where all features do not fit.
+                budget or `adaptive` encodes the image twice where all features do not fit. Of a batch under one budget so
+                many features are kept as fit, by default in 512 MB; the other images are encoded twice.
+            budget_flops: instead of `budget`: FLOPs of the whole call, as `stats.flops` counts them.
+            budget_ms: instead of `budget`: milliseconds of the whole call on this device, by what a pixel takes in encoder,
+                classifier, each upsampler and around them. That is measured before the first such call, remembered, and
+                follows the calls that come after; what else the machine does is not foreseen. The classes, and so the
+                result, depend on it.
 
         Returns:
             :class:`Upscaled`, its class map uint8 (B, H, W) or (H, W). A floating image is not clamped; an integer one is,
@@ -120,15 +109,12 @@ class PixelRouter:
             TypeError: an unsupported dtype.
         """
         images = check.images("upscale", image, self.channels, home(image, self.device), "h, w")
-        grid, choice = self._check(images.shape, memory_limit, scale, size, k, adaptive, budget)
-        output = output_like("upscale", images, (*images.shape[:2], *grid.size))
-        class_map = memory.empty((images.shape[0], *grid.size), torch.uint8, self.device)
-        ends = in_memory(images, output, self.device)
-        stats = self._run(ends, grid, choice, refine, progress, memory_limit, class_map)
-        class_map = class_map.to(images.device)
+        limit = Budget(budget, budget_flops, budget_ms)
+        shape, options = images.shape, (scale, size, k, adaptive, refine, progress, memory_limit)
+        result = self.answer(images, make_request(self, shape, images.dtype, limit, *options))
         if image.ndim == 3:
-            return Upscaled(output[0], class_map[0], stats)
-        return Upscaled(output, class_map, stats)
+            return dataclasses.replace(result, image=result.image[0], class_map=result.class_map[0])
+        return result
 
     @torch.inference_mode()
     def stream(
@@ -143,6 +129,8 @@ class PixelRouter:
         budget: float | None = None,
         progress: bool = False,
         memory_limit: int | None = DEFAULT_LIMIT,
+        budget_flops: float | None = None,
+        budget_ms: float | None = None,
     ) -> Streamed:
         """Super-resolve an image that need not fit in memory, and neither need its result.
 
@@ -150,8 +138,9 @@ class PixelRouter:
             reader: gives rectangles of the image, see :class:`fastroute.Reader`; it is read once, and once more for a budget
                 or `adaptive` where all features do not fit.
             writer: takes bands of the result, see :class:`fastroute.Writer`, of the type that the reader gives.
-            scale, size, k, adaptive, refine, budget, progress: see :meth:`upscale`. At an integer scale few rows are held; at
-                a size in no small ratio to the image's, its features are.
+            scale, size, k, adaptive, refine, budget, progress, budget_flops, budget_ms: see :meth:`upscale`. At an integer
+                scale few rows are held; at a size in no small ratio to the image's, its features are. Reading and writing
+                count towards milliseconds where the computation waits for them.
             memory_limit: bytes to hold at most. It changes no bit of the result, which is that of :meth:`upscale`.
 
         Raises:
@@ -159,113 +148,95 @@ class PixelRouter:
             MemoryError, torch.OutOfMemoryError: memory ran out; the message names a limit that would fit.
         """
         check_reader("stream", reader, self.channels, check.FLOATING + check.INTEGER_IMAGE)
-        grid, choice = self._check((1, *reader.shape), memory_limit, scale, size, k, adaptive, budget)
-        ends = streamed(reader, writer, grid.size, self.device)
-        return Streamed(None, self._run(ends, grid, choice, refine, progress, memory_limit, None))
+        limit = Budget(budget, budget_flops, budget_ms)
+        shape, options = (1, *reader.shape), (scale, size, k, adaptive, refine, progress, memory_limit)
+        request = make_request(self, shape, reader.dtype, limit, *options)
+        ends = streamed(reader, writer, request.grid.size, self.device)
+        return Streamed(None, self._run(ends, request, None))
 
     def output_size(
         self, height: int, width: int, scale: float | None = None, size: tuple[int, int] | None = None
     ) -> tuple[int, int]:
         """Height and width of what an image of that size becomes, see :meth:`upscale`."""
-        return self._check((1, self.channels, height, width), None, scale, size, 0.0, False, None)[0].size
+        return make_grid((height, width), scale, size)[0].size
 
-    def _run(
-        self,
-        ends: Ends,
-        grid: PixelGrid,
-        choice: Choice,
-        refine: bool,
-        progress: bool,
-        memory_limit: int | None,
-        class_map: Tensor | None,  # [B, H, W]
-    ) -> PixelStats:
-        """From one end to the other; the arguments are checked."""
-        source = ends.source
+    @torch.inference_mode()
+    def answer(self, images: Tensor, request: Request) -> Upscaled:  # [B, C, h, w]
+        """What `upscale` gives for a request that is checked."""
+        grid = request.grid
+        output = output_like("upscale", images, (*images.shape[:2], *grid.size))
+        class_map = memory.empty((images.shape[0], *grid.size), torch.uint8, self.device)
+        stats = self._run(in_memory(images, output, self.device), request, class_map)
+        return Upscaled(output, class_map.to(images.device), stats)
+
+    def _run(self, ends: Ends, request: Request, class_map: Tensor | None) -> PixelStats:  # [B, H, W]
+        """From one end to the other."""
+        source, grid, choice, limit = ends.source, request.grid, request.choice, request.memory_limit
         watch = Stopwatch(self.device, self.device.type != "cuda" or ends.in_place)
+        number, before = source.shape[0], 0 if request.purse is None else request.purse.searched
+        waiting = 0 if request.purse is None or request.looked else number - 1
         keep = grid.overlapping or not self.footprint.in_bands
         # Two passes need not encode twice.
         if not keep and choice.solved:
-            keep = memory_limit is None or self._working_set(ends, grid, choice, True, True).bytes(1) <= memory_limit
-        working = self._working_set(ends, grid, choice, keep, not ends.in_place)
-        rows = working.rows(memory_limit)
+            keep = limit is None or self._working_set(ends, request, waiting, True, True).bytes(1) <= limit
+        held, each = 0, self.footprint.features(grid, True)
+        if waiting and keep:
+            needed = self._working_set(ends, request, waiting, True, not ends.in_place).bytes(1)
+            free = DEFAULT_LIMIT if limit is None else limit - needed
+            held = min(waiting, max(free, 0) // each)
+        working = self._working_set(ends, request, waiting, keep, not ends.in_place)
+        working = dataclasses.replace(working, fixed=working.fixed + held * each)
+        rows = working.rows(limit)
         used = working.bytes(rows)
-        lowest = partial(self._working_set, ends, grid, choice, grid.overlapping, True)
+        lowest = partial(self._working_set, ends, request, waiting, grid.overlapping, True)
         counts = torch.zeros(self.num_classes, dtype=torch.int64, device=self.device)
-        total = source.shape[0] * len(grid.bands())
+        images = [PixelImage(self, source, n, request, keep, watch) for n in range(number)]
         with (
             advised("upscale", self.device, used, lowest, ends.in_place),
             ends.opened(max(1, rows * grid.lr[0] // grid.size[0]), rows) as sink,
-            tqdm(total=total, unit="band", desc="upscale", disable=not progress) as bar,
+            tqdm(total=number * len(grid.bands()), unit="band", desc="upscale", disable=not request.progress) as bar,
         ):
-            for number in range(source.shape[0]):
-                image = PixelImage(self, ends, number, grid, choice, keep, watch)
-                image.run(None if class_map is None else class_map[number : number + 1], refine, sink, counts, bar.update)
-        return self._stats(counts.tolist(), source.shape[0] * math.prod(grid.lr), watch, used)
+            if waiting:
+                self._look(images, request, held, keep)
+            for n, image in enumerate(images):
+                image.run(None if class_map is None else class_map[n : n + 1], sink, counts, bar.update)
+        done = Work()
+        for n in range(number):
+            done += choice.work(grid) + (looking_ahead(grid, waiting_sample(number)) if waiting and n else Work())
+        stats = self._stats(counts.tolist(), done, watch, used)
+        if watch.detailed:
+            encoded = sum(image.passes for image in images) * grid.lr[0] * grid.lr[1]
+            done = dataclasses.replace(done, encoded=encoded)
+            searched = 0 if request.purse is None else request.purse.searched - before
+            self.paces.learn(self, source.dtype, request, searched, done, stats.pixels_per_class, stats.seconds)
+        return stats
 
-    def _working_set(self, ends: Ends, grid: PixelGrid, choice: Choice, keep: bool, in_bands: bool) -> WorkingSet:
-        return self.footprint.working_set(grid, keep, choice.sampled(grid), ends.source.dtype.itemsize, in_bands, ends.step)
+    def _look(self, images: list[PixelImage], request: Request, held: int, keep: bool) -> None:
+        """Look at all images but the first; the features of the next `held` ones are kept."""
+        assert request.purse is not None
+        grid = request.grid
+        for n, image in enumerate(images[1:], start=1):
+            sample = image.look(waiting_sample(len(images)), n <= held)
+            encodes = 0 if n <= held else 1 if keep or sample.weight == 1 else 2
+            encoded = encodes * grid.lr[0] * grid.lr[1]
+            work = dataclasses.replace(request.choice.work(grid), encoded=encoded)
+            request.purse.ahead.append(Ahead(request.first + n, work, sample))
 
-    def _check(
-        self,
-        shape: Sequence[int],
-        memory_limit: int | None,
-        scale: float | None,
-        size: tuple[int, int] | None,
-        k: float,
-        adaptive: bool,
-        budget: float | None,
-    ) -> tuple[PixelGrid, Choice]:
-        op = "upscale"
-        check_limit(op, memory_limit)
-        if scale is not None and size is not None:
-            raise ValueError(f"{op}: give either scale or size; got scale={scale} and size={size}")
-        h, w = shape[2:]
-        if size is None:
-            factor = 4.0 if scale is None else float(scale)
-            if not (math.isfinite(factor) and factor > 0):
-                raise ValueError(f"{op}: scale must be positive and finite; got {scale}")
-            size = (round(h * factor), round(w * factor))
-        else:
-            # The published code knows a size by its mean factor, to one decimal.
-            factor = max(round((size[0] / h + size[1] / w) / 2, 1), 0.1)
-        if min(size) < 1:
-            raise ValueError(f"{op}: size must be at least 1 x 1; got {size}")
-        if not math.isfinite(k):
-            raise ValueError(f"{op}: k must be finite; got {k}")
-        if (k != 0) + adaptive + (budget is not None) > 1:
-            raise ValueError(f"{op}: give one of k, adaptive and budget; got k={k}, adaptive={adaptive}, budget={budget}")
-        if adaptive and self.num_classes != 2:
-            raise ValueError(f"{op}: adaptive needs exactly 2 classes; got {self.num_classes}; use k instead")
-        if budget is not None:
-            # Refuses an impossible budget before anything is computed.
-            assign_classes(torch.ones(1, self.num_classes), self.model.class_cost(factor), budget=budget)
-        cost = self.model.class_cost(factor) if k or budget is not None else [1.0] * self.num_classes
-        return PixelGrid((h, w), (int(size[0]), int(size[1]))), Choice(cost, k, adaptive, budget)
+    def _working_set(self, ends: Ends, request: Request, waiting: int, keep: bool, in_bands: bool) -> WorkingSet:
+        grid = request.grid
+        sampled = request.choice.sampled(grid)
+        # Logits of the images to come, and a search in them.
+        sampled += (
+            waiting
+            * min(waiting_sample(waiting + 1) + grid.size[1], grid.size[0] * grid.size[1])
+            * BUDGET_BYTES
+            * self.num_classes
+        )
+        return self.footprint.working_set(grid, keep, sampled, ends.source.dtype.itemsize, in_bands, ends.step)
 
-    def _stats(self, counts: list[int], features: int, watch: Stopwatch, working_set: int) -> PixelStats:
-        pixels = sum(counts)
-
-        def flops(layers: Layers) -> tuple[int, int]:
-            """Per output pixel: as done, but for the product with the features, and as the papers count."""
-            tail = sum(weight.numel() for weight, _ in layers)
-            first = layers[0][0].shape if layers else (0, 4)
-            # The row's and the column's part of the first layer are two multiply-adds per unit.
-            return 2 * (tail - first[0] * (first[1] - 2)), 2 * tail
-
-        def shared(layers: Layers) -> int:
-            return 2 * layers[0][0].shape[0] * (layers[0][0].shape[1] - 4) if layers else 0
-
-        true = mix_flops([flops(m)[0] for m in self.mlps], counts)
-        paper = mix_flops([flops(m)[1] for m in self.mlps], counts)
-        used = sum(shared(m) for m, n in zip(self.mlps, counts, strict=True) if n)
-        dearest = max(shared(m) for m in self.mlps)
-        extra = flops(self.classifier)[0] * pixels + shared(self.classifier) * features
-        encoder, encoder_paper = (f * features for f in self._encoder_flops)
-        done = RoutedFlops(true.routed + encoder + extra + used * features, true.dense + encoder + dearest * features)
-        stages = {"encode": 0.0, "classify": 0.0, "assign": 0.0, "upsample": 0.0, "refine": 0.0}
-        seconds = {**stages, **watch.finish()}
-        paper = RoutedFlops(paper.routed + encoder_paper, paper.dense + encoder_paper)
-        return PixelStats(counts, done, paper, seconds, working_set)
+    def _stats(self, counts: list[int], work: Work, watch: Stopwatch, working_set: int) -> PixelStats:
+        stages = {"encode": 0.0, "classify": 0.0, "solve": 0.0, "assign": 0.0, "upsample": 0.0, "refine": 0.0}
+        return PixelStats(counts, *self.flops.done(counts, work), {**stages, **watch.finish()}, working_set)
 
 
 def _layers(mlp: nn.Module) -> Layers:

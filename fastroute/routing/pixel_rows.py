@@ -17,11 +17,14 @@ from fastroute.routing.working_set import REARRANGED, LiveBytes, WorkingSet
 # Pixels of a band, of the output and of the encoder's input: bounds of the memory, large enough to give threads work.
 OUTPUT_BAND = 1 << 20
 ENCODER_BAND = 1 << 14
-# A budget is solved on at most this many pixels, in rows spread over the image, and 2-means on this many.
-BUDGET_SAMPLE = 1 << 21
+# An image of at most this many output pixels is classified whole under a budget, a larger one first on rows spread over it, of
+# a quarter as many: single rows take several times as long per pixel. 2-means do so beyond the second number.
+BUDGET_SAMPLE = 1 << 22
 ADAPTIVE_SAMPLE = 1 << 25
-# Bytes per sampled pixel: in float64 the logits of a class, their penalised form and its maxima; a score, twice.
-BUDGET_BYTES, ADAPTIVE_BYTES = 24, 20
+# Pixels of an image whose turn under a shared budget is yet to come, at least.
+WAITING_SAMPLE = 1 << 16
+# Bytes per sampled pixel: the logits of a class, and a search in them; a score, twice.
+BUDGET_BYTES, ADAPTIVE_BYTES = 14, 20
 # Rows of a band, and columns, on which the memory of an encoder is counted.
 PROBE = 16
 
@@ -158,6 +161,16 @@ class Footprint:
         out_row, row = self.channels * itemsize * width, self.channels * itemsize * w
         fixed += 3 * lr_rows * row + 3 * step * out_row
         return WorkingSet(fixed, 3 * out_row + 2 * row * h // height, tallest, height)
+
+
+def budget_sample(grid: PixelGrid) -> int:
+    """Pixels on which a budget is solved."""
+    return BUDGET_SAMPLE if grid.size[0] * grid.size[1] <= BUDGET_SAMPLE else BUDGET_SAMPLE // 4
+
+
+def waiting_sample(images: int) -> int:
+    """Pixels that are looked at before its turn in each of so many images."""
+    return max(WAITING_SAMPLE, BUDGET_SAMPLE // max(images, 1))
 
 
 def sampled_rows(grid: PixelGrid, pixels: int) -> Iterator[tuple[int, int]]:

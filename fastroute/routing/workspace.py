@@ -14,30 +14,34 @@ class Workspace:
     """Branch outputs of a band, and of earlier ones as long as output rows to come are covered by their patches."""
 
     def __init__(self, grid: TileGrid, channels: int, shuffle: int, window: str | Tensor) -> None:
-        self.grid, self.channels, self.shuffle, self.window = grid, channels, shuffle, window
+        self.grid, self.shuffle, self.window = grid, shuffle, window
+        span = grid.patch * grid.scale // shuffle
+        self.size = torch.Size((channels * shuffle**2, span, span))
+        self.strides: tuple[int, ...] = ()  # of what is in `batches`, but for the first
         self.batches: list[Tensor] = []
         self.number = 0  # of patches in `batches`
         # Batches of earlier bands: last tile row of the band, and how many batches there were with it.
         self.marks: list[tuple[int, int]] = []
         self.places = torch.empty(0)  # [images, patches] of the current band's images; those not held are not read
 
-    def put(self, result: Tensor) -> None:  # [n, C·r·r, P / r, P / r]
-        """Keep the next batch of branch outputs."""
-        span = self.grid.patch * self.grid.scale // self.shuffle
-        size = (self.channels * self.shuffle**2, span, span)
-        if tuple(result.shape[1:]) != size:
-            patch = f"{self.grid.patch} x {self.grid.patch}"
-            before = f" before its pixel shuffle of factor {self.shuffle}" if self.shuffle > 1 else ""
-            raise ValueError(
-                f"upscale: a branch must map {patch} patches to {size}{before}; got {tuple(result.shape[1:])}. "
-                f"Is scale={self.grid.scale} that of the branches?"
-            )
-        like = self.batches[0] if self.batches else result
-        # A branch may answer in a memory format of its own.
-        if result.stride()[1:] != like.stride()[1:]:
-            result = torch.empty_strided(result.shape, like.stride(), dtype=result.dtype, device=result.device).copy_(result)
-        self.batches.append(result)
-        self.number += result.shape[0]
+    def put(self, results: list[Tensor]) -> None:  # [n, C·r·r, P / r, P / r] each
+        """Keep the next batches of branch outputs."""
+        if not self.batches:
+            self.strides = results[0].stride()[1:]
+        for result in results:
+            if result.shape[1:] != self.size:
+                patch = f"{self.grid.patch} x {self.grid.patch}"
+                before = f" before its pixel shuffle of factor {self.shuffle}" if self.shuffle > 1 else ""
+                raise ValueError(
+                    f"upscale: a branch must map {patch} patches to {tuple(self.size)}{before}; got "
+                    f"{tuple(result.shape[1:])}. Is scale={self.grid.scale} that of the branches?"
+                )
+            # A branch may answer in a memory format of its own.
+            if result.stride()[1:] != self.strides:
+                strides = (result[0].numel(), *self.strides)
+                result = torch.empty_strided(result.shape, strides, dtype=result.dtype, device=result.device).copy_(result)
+            self.batches.append(result)
+            self.number += result.shape[0]
 
     def stitch(self, band: Band, inverse: Tensor, output: Tensor) -> None:  # [N], [images, C, rows, W]
         """Write into `output` the rows that are complete with `band`, and drop what no later row needs."""

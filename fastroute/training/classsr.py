@@ -15,6 +15,10 @@ from fastroute.profiling import count_flops
 from fastroute.training.base import BaseTrainer, Stage, StepResult, check_backbone, check_settings, check_widths, class_shares
 from fastroute.training.losses import average_loss, class_loss, routing_loss
 
+# Squared errors in [0, 1]²: that of a usual patch, which `balance` leaves its weight, and what keeps the weight of a flat
+# patch, which is nearly exact already, from growing without end.
+LEVEL, FLAT = 1e-3, 2e-4
+
 
 @dataclass(frozen=True)
 class BranchRecipe:
@@ -28,6 +32,9 @@ class BranchRecipe:
         batch: patches per step.
         focus: share of a branch's pre-training batch that comes from its own difficulty class. The published recipe
             uses 1; the rest, drawn from all classes, keeps every branch usable when a budget sends it other patches.
+        balance: how much a branch's pre-training heeds easy patches: the squared error of each counts by the power -`balance`
+            of that of its bicubic upscaling. 0 is plain squared error, which hard patches decide; at 1, as in a mean of PSNR,
+            a patch counts by the share of its error that goes away.
         learning_rate: Adam's peak rate, annealed by a cosine.
         seed: fixes initial weights and batches.
     """
@@ -39,6 +46,7 @@ class BranchRecipe:
     branch_steps: tuple[int, ...] = (6000, 8000, 12000)
     batch: int = 32
     focus: float = 0.5
+    balance: float = 0.0
     learning_rate: float = 1e-3
     seed: int = 0
 
@@ -46,8 +54,9 @@ class BranchRecipe:
         if len(self.branch_steps) != len(self.widths) or min(self.branch_steps, default=0) < 1:
             raise ValueError(f"train: branch_steps must be one positive number per width; got {self.branch_steps}")
         check_settings(self, ("batch", "scale", "patch"), ("seed",))
-        if not 0 <= self.focus <= 1:
-            raise ValueError(f"train: focus must lie in [0, 1]; got {self.focus}")
+        for name in ("focus", "balance"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"train: {name} must lie in [0, 1]; got {getattr(self, name)}")
         check_widths(self.widths)
         check_backbone(self.backbone, BACKBONES)
 
@@ -108,18 +117,22 @@ class BranchTrainer(BaseTrainer):
         return 10.0 * (1 if stage.branch is not None else self.recipe.image_weight)
 
     def _loss(self, stage: Stage, rng: np.random.Generator) -> StepResult:
-        lr, hr = self._draw(stage, rng)
+        indices = self._draw(stage, rng)
+        lr, hr = self._batch(indices, rng)
         if stage.branch is None:
             return self._system_loss(stage, lr, hr, rng)
         # Squared, as PSNR counts: the error of strong edges decides, which the absolute one undervalues.
-        loss = F.mse_loss(self.model.branches[stage.branch](lr), hr)
-        return 100 * loss, loss.detach(), lambda: ""
+        errors = (self.model.branches[stage.branch](lr) - hr).square().mean(dim=(1, 2, 3))
+        bicubic = torch.from_numpy(10 ** (-self.pool.psnr[indices[self.rows]] / 10)).to(errors)
+        weights = (LEVEL / (bicubic + FLAT)) ** self.recipe.balance
+        return 100 * (weights * errors).mean(), errors.detach().mean(), lambda: ""
 
     def _system_loss(self, stage: Stage, lr: Tensor, hr: Tensor, rng: np.random.Generator) -> StepResult:
         """Loss of the stages after the branches; see :meth:`BaseTrainer._loss`."""
         raise NotImplementedError(f"a stage {stage.name!r} without a loss")
 
-    def _draw(self, stage: Stage, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+    def _draw(self, stage: Stage, rng: np.random.Generator) -> np.ndarray:
+        """Numbers of the patches of a step."""
         total, size = len(self.pool.positions), self.recipe.batch
         # The classifier needs larger batches: its average loss compares class shares within one.
         if stage.branch is None:
@@ -129,7 +142,7 @@ class BranchTrainer(BaseTrainer):
             own = round(size * self.recipe.focus)
             low, high = self.pool.class_range(stage.branch, len(self.recipe.widths))
             indices[:own] = self.pool.draw(low, max(high, low + 1), own, rng)
-        return self._batch(indices, rng)
+        return indices
 
 
 class Trainer(BranchTrainer):

@@ -147,14 +147,14 @@ def pixel_mlp_wide_kernel(
         rel_y, rel_x = tl.load(relative_ptr + row), tl.load(relative_ptr + column)
         for at in range(0, PADDED[0], PIECE):
             piece = first_piece(hoisted_ptr, values_ptr, feature, rel_y, rel_x, at, PADDED[0], PIECE)
-            tl.store(scratch_ptr + at + tl.arange(0, PIECE)[None, :], activate(piece, TYPE))
+            tl.store(scratch_ptr + at + tl.arange(0, PIECE)[None, :], activate(piece, TYPE, PRECISION))
         for i in tl.static_range(1, DEPTH - 1):
             tl.debug_barrier()
             weight_ptr, bias_ptr = packed_ptr + weight_place(i, PADDED), values_ptr + value_place(i, PADDED)
             source, to = scratch_ptr + (i - 1) % 2 * BLOCK * WIDEST, scratch_ptr + i % 2 * BLOCK * WIDEST
             for at in range(0, PADDED[i], PIECE):
                 piece = wide_piece(source, weight_ptr, bias_ptr, at, PADDED[i - 1], PIECE, STEP, BLOCK, PRECISION)
-                tl.store(to + at + tl.arange(0, PIECE)[None, :], activate(piece, TYPE))
+                tl.store(to + at + tl.arange(0, PIECE)[None, :], activate(piece, TYPE, PRECISION))
         tl.debug_barrier()
         weight_ptr, bias_ptr = packed_ptr + weight_place(DEPTH - 1, PADDED), values_ptr + value_place(DEPTH - 1, PADDED)
         source = scratch_ptr + (DEPTH - 2) % 2 * BLOCK * WIDEST

@@ -67,20 +67,34 @@ def multiply_add(x, weight, sums, PRECISION: tl.constexpr):  # [M, K], [N, K], [
 
 
 @triton.jit
-def activate(x, TYPE: tl.constexpr):
+def round_operand(x, PRECISION: tl.constexpr):
+    """A number of a product. As TF32 it is rounded to nearest, ties away from zero: the product would cut its last bits off."""
+    if PRECISION != "tf32":
+        return x
+    elif INTERPRETED:
+        bits = (x.to(tl.uint32, bitcast=True) + 0x1000) & 0xFFFFE000
+        return tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
+    else:
+        bits = tl.inline_asm_elementwise("cvt.rna.tf32.f32 $0, $1;", "=r,f", [x], tl.uint32, True, 1)
+        return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def activate(x, TYPE: tl.constexpr, PRECISION: tl.constexpr):
     """ReLU, then the type of the products; NaN stays NaN.
 
     One instruction per pair of half floats. It says that it has effects, although it has none: else the compiler computes
     the first layer once more for each layout in which a product reads it, which takes more registers than there are.
     """
     if INTERPRETED:
-        return to_type(tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL), TYPE)
+        return round_operand(to_type(tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL), TYPE), PRECISION)
     elif TYPE == tl.float16:  # noqa: SIM300
         return tl.inline_asm_elementwise("cvt.rn.relu.f16x2.f32 $0, $2, $1;", "=r,f,f", [x], tl.float16, False, 2)
     elif TYPE == tl.bfloat16:  # noqa: SIM300
         return tl.inline_asm_elementwise("cvt.rn.relu.bf16x2.f32 $0, $2, $1;", "=r,f,f", [x], tl.bfloat16, False, 2)
     else:
-        return tl.inline_asm_elementwise("max.NaN.f32 $0, $1, 0f00000000;", "=f,f", [x], tl.float32, False, 1)
+        x = tl.inline_asm_elementwise("max.NaN.f32 $0, $1, 0f00000000;", "=f,f", [x], tl.float32, False, 1)
+        return round_operand(x, PRECISION)
 
 
 @triton.jit
@@ -142,7 +156,7 @@ def next_layer(
     """W relu(sums) + b in pieces; `blocks` are those of W, or empty: they are then read from memory one by one."""
     inputs = ()
     for k in tl.static_range(piece_count(PADDED_IN, PIECE)):
-        inputs = inputs + (activate(sums[k], TYPE),)  # type: ignore[assignment]  # noqa: RUF005
+        inputs = inputs + (activate(sums[k], TYPE, PRECISION),)  # type: ignore[assignment]  # noqa: RUF005
     results = ()
     for j in tl.static_range(piece_count(PADDED_OUT, PIECE_OUT)):
         bias = tl.load(bias_ptr + j * PIECE_OUT + tl.arange(0, piece_size(j, PADDED_OUT, PIECE_OUT)))

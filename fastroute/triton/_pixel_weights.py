@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from fastroute.triton._common import WIDER, to_work
-from fastroute.triton._pixel_layers import multiply_add, value_place, weight_place
+from fastroute.triton._pixel_layers import multiply_add, round_operand, value_place, weight_place
 
 # Features of which one program makes the hoisted product.
 HOIST_ROWS = 64
@@ -41,6 +41,7 @@ def pixel_pack_kernel(
     PADDED: tl.constexpr,
     D: tl.constexpr,
     BLOCK: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """The layers as `pixel_mlp_kernel` reads them, padded with zeros, in its types.
 
@@ -60,7 +61,7 @@ def pixel_pack_kernel(
                     n, k = at // PADDED[i - 1], at % PADDED[i - 1]
                     inside = (n < WIDTHS[i]) & (k < WIDTHS[i - 1])
                     weight = tl.load(flat_ptr + layer_place(i, WIDTHS, D + 4) + n * WIDTHS[i - 1] + k, mask=inside, other=0.0)
-                    weight = convert(weight, packed_ptr.dtype.element_ty)
+                    weight = round_operand(convert(weight, packed_ptr.dtype.element_ty), PRECISION)
                     tl.store(packed_ptr + weight_place(i, PADDED) + at, weight, mask=n < PADDED[i])
                 for first in range(0, PADDED[i], BLOCK):
                     n = first + tl.arange(0, BLOCK)
@@ -113,7 +114,7 @@ def pixel_hoist_kernel(
         block = convert(tl.load(at, mask=inside[:, None] & (d < D)[None, :], other=0.0), TYPE)
         at = weight_ptr + n[:, None] * (D + 4) + d[None, :]
         weight = convert(tl.load(at, mask=(n < OUT)[:, None] & (d < D)[None, :], other=0.0), TYPE)
-        sums = multiply_add(block, weight, sums, PRECISION)
+        sums = multiply_add(round_operand(block, PRECISION), round_operand(weight, PRECISION), sums, PRECISION)
     constant = to_work(tl.load(bias_ptr + n, mask=n < OUT, other=0.0), tl.float32)
     for axis in tl.static_range(2):
         small, large = (h, height) if axis == 0 else (w, width)

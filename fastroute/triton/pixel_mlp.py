@@ -33,7 +33,7 @@ from fastroute.triton._pixel_prepare import (
 from fastroute.triton._pixel_weights import HOIST_ROWS, PACK_BLOCK, pixel_hoist_kernel, pixel_pack_kernel
 
 # The launchers build their arguments from lists of tensors, which a compiled graph keeps as one node.
-OPAQUE = ("pixel_mlp",)
+OPAQUE = ("pixel_mlp", "pixel_mlp.tf32")
 
 # Units of one matrix product, and the smallest that tensor cores take.
 PIECE, SMALLEST = 64, 16
@@ -117,11 +117,6 @@ def step(dtype: torch.dtype, how: str, most: int) -> int:
     return min(16 if dtype == torch.float32 and how == "ieee" else 32, most)
 
 
-def precision(dtype: torch.dtype) -> str:
-    """How products of float32 are made: as torch's own matrix products."""
-    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
-
-
 def multiprocessors(device: torch.device) -> int:
     """Of a GPU; the interpreter runs programs one by one."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
@@ -144,11 +139,13 @@ def pixel_mlp_triton(
     relative: Tensor | None,  # [H + W]
     row_begin: int,
     row_end: int,
+    *,
+    precision: str = "ieee",
 ) -> Tensor:  # [B, C, rows, W]
-    """See :func:`fastroute.pixel_mlp`.
+    """See :func:`fastroute.pixel_mlp`; `precision` says how products of float32 are made.
 
-    Half types have products of half types and float32 sums; float32 follows torch's TF32 switch; tensors of several types
-    are computed in float32. In float64 the reference runs. Pixels of no class are free.
+    Half types have products of half types and float32 sums; tensors of several types are computed in float32. In float64 the
+    reference runs. Pixels of no class are free.
     """
     rows, size = (row_begin, row_end), (height, width)
     if class_map is not None and check_on_host(class_map):
@@ -174,13 +171,19 @@ def pixel_mlp_triton(
     for first, last in runs(depths, groups is not None):
         depth = depths[first] if first < len(depths) else 0
         own, layers = layers[:depth], layers[depth:]
-        plan = Plan(tuple(len(bias) for _, bias in own), channels, dtype, precision(dtype), keeps_weights(features.device))
+        how = precision if dtype == torch.float32 else "ieee"
+        plan = Plan(tuple(len(bias) for _, bias in own), channels, dtype, how, keeps_weights(features.device))
         prepared: tuple[Tensor | None, ...] = (None, None, None)
         if own:
             flat = torch.cat([x.reshape(-1) for column in zip(*own, strict=True) for x in column])
             prepared = (hoist(features, flat, own[0][1], lr_rows, size, plan), *pack(flat, dim, plan))
         run_class(plan, prepared, tables, groups, (first, last), residual, out)
     return out
+
+
+def pixel_mlp_tf32_triton(*args: Any) -> Tensor:
+    """The same with TF32 products of float32."""
+    return pixel_mlp_triton(*args, precision="tf32")
 
 
 def runs(depths: list[int], listed: bool) -> Iterator[tuple[int, int]]:
@@ -236,7 +239,7 @@ def pack(
     units, device = plan.padded, flat.device
     packed = torch.empty(sum(a * b for a, b in pairwise(units)), dtype=plan.dtype, device=device)
     values = torch.empty(units[0] + sum(units), dtype=torch.float32, device=device)
-    constants = {"WIDTHS": plan.widths, "PADDED": units, "D": dim, "BLOCK": PACK_BLOCK}
+    constants = {"WIDTHS": plan.widths, "PADDED": units, "D": dim, "BLOCK": PACK_BLOCK, "PRECISION": plan.precision}
     launch(pixel_pack_kernel, len(units), flat, packed, values, **constants)
     return packed, values
 
@@ -321,7 +324,7 @@ def prepare_variants(plan: Plan, types: dict[str, Any]) -> Iterator[Variant]:
     sizes = ("pixels", "lr_begin", "lr_rows", "h", "w", "height", "width", "stride_b", "stride_d", "stride_y", "stride_x")
     types = types | dict.fromkeys(sizes, "i32")
     yield Variant(pixel_hoist_kernel, types, hoist_constants(plan, 48), {"num_warps": WARPS})
-    constants = {"WIDTHS": plan.widths, "PADDED": plan.padded, "D": 48, "BLOCK": PACK_BLOCK}
+    constants = {"WIDTHS": plan.widths, "PADDED": plan.padded, "D": 48, "BLOCK": PACK_BLOCK, "PRECISION": plan.precision}
     yield Variant(pixel_pack_kernel, types | {"flat_ptr": types["weight_ptr"]}, constants)
 
 

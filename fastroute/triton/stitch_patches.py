@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fastroute.grid import covered_size, tile_count
 from fastroute.ops import _checks as check
+from fastroute.ops.stitch_patches import check_places
 from fastroute.triton._common import (
     FLOATING,
     INTEGER_IMAGE,
@@ -192,10 +193,7 @@ def stitch_patches_out_triton(
     rows, cols = tile_count(height, patch, stride, crop), tile_count(width, patch, stride, crop)
     if inverse is not None:
         inverse = inverse.contiguous()
-        if inverse.device.type == "cpu" and row_begin < row_end:
-            first, last = row_begin // scale, (row_end - 1) // scale
-            used = [i for i in range(rows) if min(i * stride, max(height - patch, 0)) in range(first - patch + 1, last + 1)]
-            check.in_range("stitch_patches", "inverse", inverse.view(-1, rows, cols)[:, used], patches.shape[0])
+        check_places(inverse, patches.shape[0], (height, width, patch, stride, scale, crop), row_begin, row_end)
     constants = _constants(patches.dtype, patch, stride, scale)
     weights = _weights(window, height, width, rows, cols, patch, stride, scale, crop)
     batch, channels, out_height, out_width = out.shape

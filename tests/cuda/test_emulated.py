@@ -17,7 +17,7 @@ OPS = [path.stem for path in builds.KERNELS]
 @pytest.mark.skipif(REASON is not None, reason=str(REASON))
 def test_operators():
     files = sorted({str(path) for op in OPS for path in builds.ROOT.glob(f"tests/ops/test_{op}*.py")})
-    own = [str(builds.HERE / name) for name in ("emulated_cases.py", "test_pixel_widths.py")]
+    own = [str(builds.HERE / name) for name in ("emulated_cases.py", "test_pixel_widths.py", "test_pixel_mlp_tf32.py")]
     result = builds.emulated(*files, *own)
     assert result.returncode == 0, f"{result.stdout[-10000:]}\n{result.stderr[:10000]}"
     launched = dict(re.findall(r"^test_(\w+): (\d+) kernels launched$", result.stdout, re.MULTILINE))

@@ -20,6 +20,17 @@ from fastroute.reference.pixel_mlp import pixel_mlp_reference
 OPS = ("pixel_mlp",)
 REASON = builds.compiler_reason() or "; ".join(EXTENSION.reasons) or None
 
+# Hidden widths of each class, D, C: all sizes of the kernels.
+WIDTHS = {
+    "58": ([[58] * 4], 48, 3),
+    "10-74": ([[10] * 3, [74] * 3], 48, 3),
+    "20-33": ([[20, 33], None, []], 7, 2),
+    "48-90": ([[40, 48, 5], [90]], 70, 9),
+    "128-150": ([[128, 100], [150, 2]], 16, 3),
+    "256": ([[256, 1, 130]], 130, 40),
+    "40-classes": ([[n] for n in range(1, 41)], 5, 1),
+}
+
 
 def make(dim, hidden, channels, dtype, device):
     generator = torch.Generator().manual_seed(0)
@@ -58,19 +69,7 @@ def close(actual, features, mlps, size, class_map, residual) -> None:
 
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)
-@pytest.mark.parametrize(
-    ("hidden", "dim", "channels"),
-    [
-        ([[58] * 4], 48, 3),
-        ([[10] * 3, [74] * 3], 48, 3),
-        ([[20, 33], None, []], 7, 2),
-        ([[40, 48, 5], [90]], 70, 9),
-        ([[128, 100], [150, 2]], 16, 3),
-        ([[256, 1, 130]], 130, 40),
-        ([[n] for n in range(1, 41)], 5, 1),
-    ],
-    ids=["58", "10-74", "20-33", "48-90", "128-150", "256", "40-classes"],
-)
+@pytest.mark.parametrize(("hidden", "dim", "channels"), WIDTHS.values(), ids=list(WIDTHS))
 # Emulated, a sliced tensor is read as a contiguous one is: number by number.
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"] if EMULATED else ["contiguous", "channels_last", "sliced"])
 def test_half(backend, hidden, dim, channels, layout, dtype):
@@ -114,5 +113,5 @@ def test_unknown_class_is_free(backend):
 def test_streamed(monkeypatch):
     """With 24 KiB of shared memory, the weights of most networks do not stay in it."""
     monkeypatch.setenv("SHIM_SHARED_KIB", "24")
-    result = builds.emulated(__file__, "-k", "contiguous")
+    result = builds.emulated(__file__, str(builds.HERE / "test_pixel_mlp_tf32.py"), "-k", "contiguous or tf32")
     assert result.returncode == 0, f"{result.stdout[-10000:]}\n{result.stderr[:10000]}"

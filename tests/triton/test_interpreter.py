@@ -32,7 +32,8 @@ REPEATED = {
     "extract_patches": f"{POISONED} or {LAYOUTS} or {GEOMETRIES} or (types and float64)",
     "gather_groups": "complex64 or int16 or uint8",
     "group_by_class": "torch.int16 or torch.int32 or (70001 and uint8)",
-    "pixel_mlp": f"(sweep and not float32 and ({SIZES})) or (opcheck and (False-True or True-False)) or hidden0",
+    "pixel_mlp": f"(sweep and not float32 and ({SIZES})) or (opcheck and (False-True or True-False or tf32)) or hidden0 or "
+    "40-classes",
     "refine_boundaries": "(sweep and not float32 and not 22)",
     "scatter_groups": "complex64 or int16 or uint8",
     "stitch_patches": f"{POISONED} or {LAYOUTS} or inductor or through_shuffle or {ROWS} or {TYPES}",
@@ -44,7 +45,7 @@ def outcomes(tmp_path_factory):
     """Of each operator, (test, what went wrong or "") of all its tests, from one run: a process takes seconds to start."""
     report = tmp_path_factory.mktemp("interpreter") / "report.xml"
     left_out = " or ".join(f"(test_{op} and ({words}))" for op, words in REPEATED.items())
-    files = [path for op in OPS for path in sorted((ROOT / "tests" / "ops").glob(f"test_{op}*.py"))]
+    files = [path for op in OPS for path in sorted((ROOT / "tests").glob(f"[co]*/test_{op}*.py"))]
     files = [str(path) for path in files if not path.stem.endswith("_reference")]
     words = ["-k", f"triton-cpu and not deterministic and not ({left_out})", f"--junitxml={report}"]
     subprocess.run(

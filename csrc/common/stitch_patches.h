@@ -1,0 +1,84 @@
+// What the kernels of stitch_patches and its adjoint check before they run.
+#pragma once
+
+#include <vector>
+
+#include "common/dispatch.h"
+#include "common/geometry.h"
+
+namespace fastroute {
+namespace {
+
+constexpr const char* kOp = "stitch_patches";
+
+// Patches in one tensor, or in several that stand for their concatenation.
+using Batches = std::vector<Tensor>;
+
+// Rows of `patches`; and images, channels, rows and width of what is written.
+struct Target {
+    int64_t count, batch, channels, rows, width;
+};
+
+Target checked_target(const Batches& batches,                // [M_i, C·r·r, P / r, P / r] each
+                      const std::optional<Tensor>& inverse,  // [N]
+                      const TileGrid& grid, int64_t scale, int64_t shuffle, int64_t row_begin, int64_t row_end) {
+    FASTROUTE_CHECK(!batches.empty(), kOp, ": patches must hold at least one batch; got none");
+    const Tensor& patches = batches.front();
+    int64_t number = 0;
+    for (const Tensor& batch : batches) {
+        check_same_device(kOp, "patches", batch, patches);
+        check_rank(kOp, "patches", batch, 4);
+        FASTROUTE_CHECK(batch.scalar_type() == patches.scalar_type(), kOp, ": patches must have one dtype");
+        for (int64_t d = 1; d < 4; ++d) {
+            FASTROUTE_CHECK(batch.size(d) == patches.size(d) && batch.stride(d) == patches.stride(d), kOp,
+                            ": all batches of patches must have one shape and memory format");
+        }
+        number += batch.size(0);
+    }
+    const int64_t span = grid.y.patch * scale, square = shuffle * shuffle, tiles = grid.num_patches();
+    FASTROUTE_CHECK(
+        shuffle >= 1 && span % shuffle == 0 && patches.size(2) == span / shuffle && patches.size(3) == span / shuffle,
+        kOp, ": patches must be ", span, " / ", shuffle, " pixels wide; got ", patches.size(2), " x ", patches.size(3));
+    FASTROUTE_CHECK(patches.size(1) % square == 0, kOp, ": patches must have C * ", square, " channels; got ",
+                    patches.size(1));
+    const int64_t height = grid.y.covered() * scale;
+    FASTROUTE_CHECK(row_begin >= 0 && row_begin <= row_end && row_end <= height, kOp, ": rows must lie in [0, ", height,
+                    "]; got [", row_begin, ", ", row_end, ")");
+    const int64_t places = inverse.has_value() ? inverse->size(0) : number;
+    FASTROUTE_CHECK(places % tiles == 0, kOp, ": patches must fill whole images of ", tiles, "; got ", places);
+    return {number, places / tiles, patches.size(1) / square, row_end - row_begin, grid.x.covered() * scale};
+}
+
+void check_stitch_out(const Target& target, const Tensor& patches,
+                      const Tensor& out) {  // [B, C, rows, W·s]
+    check_same_device(kOp, "out", out, patches);
+    FASTROUTE_CHECK(out.dim() == 4 && out.size(0) == target.batch && out.size(1) == target.channels &&
+                        out.size(2) == target.rows && out.size(3) == target.width &&
+                        (out.stride(3) == 1 || target.width <= 1),
+                    kOp, ": out must be ", target.batch, " x ", target.channels, " x ", target.rows, " x ",
+                    target.width, " with contiguous rows");
+}
+
+// The window of patches whose sums are of type W, [P] contiguous.
+template <typename W>
+const W* checked_window(const Tensor& window, int64_t span) {
+    constexpr ScalarType type = std::is_same_v<W, double> ? ScalarType::Double : ScalarType::Float;
+    FASTROUTE_CHECK(window.dim() == 1 && window.size(0) == span && window.scalar_type() == type, kOp,
+                    ": window must be ", span, " weights, float32, or float64 for float64 patches");
+    return window.const_data_ptr<W>();
+}
+
+// Of the adjoint; returns `inverse` as a contiguous vector, or nothing.
+std::optional<Tensor> checked_places(const Tensor& grad,                    // [B, C, H·s, W·s]
+                                     const std::optional<Tensor>& inverse,  // [N]
+                                     const TileGrid& grid, int64_t scale, int64_t num_patches) {
+    FASTROUTE_CHECK(grad.size(2) == grid.y.covered() * scale && grad.size(3) == grid.x.covered() * scale, kOp,
+                    ": grad must have the size of the stitched image; got ", grad.size(2), " x ", grad.size(3));
+    const std::optional<Tensor> places = checked_index(kOp, "inverse", inverse, grad);
+    FASTROUTE_CHECK((places.has_value() ? places->size(0) : num_patches) == grad.size(0) * grid.num_patches(), kOp,
+                    ": inverse must have one entry per patch");
+    return places;
+}
+
+}  // namespace
+}  // namespace fastroute

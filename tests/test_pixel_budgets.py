@@ -1,0 +1,374 @@
+"""Budgets of the pixel path in fractions, FLOPs and milliseconds, of one image, a batch and a folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import time
+from statistics import median
+
+import numpy as np
+import pytest
+import torch
+from networks import as_image, picture
+from test_pixel_router import make_model
+
+import fastroute
+from fastroute import PixelRouter, io, upscale_many
+from fastroute.routing import pixel_budget, pixel_image, pixel_pace, pixel_rows
+from fastroute.routing.budgets import Pace
+from fastroute.routing.pixel_budget import Purse, Sample, classes_at, logarithms, solve, spent
+from fastroute.routing.pixel_rows import PixelGrid
+from fastroute.routing.pixel_stats import Work
+from fastroute.streaming.protocols import ArrayReader, ArrayWriter
+
+HIDDEN = {2: ([5], [40, 40]), 3: (None, [5], [40, 40])}
+IMAGE = picture(1, 3, 15, 20, seed=1)[0]
+PIXELS, FEATURES = 60 * 80, 15 * 20
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("FASTROUTE_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "pace.json"
+
+
+@pytest.fixture(params=[2, 3], ids=["2 classes", "3 classes"])
+def router(request) -> PixelRouter:
+    return PixelRouter(make_model(hidden=HIDDEN[request.param]))
+
+
+@pytest.fixture
+def sampled(monkeypatch):
+    """Rows are sampled, and images cut into many bands."""
+    monkeypatch.setattr(pixel_rows, "BUDGET_SAMPLE", 4000)
+    monkeypatch.setattr(pixel_rows, "WAITING_SAMPLE", 300)
+    monkeypatch.setattr(pixel_rows, "OUTPUT_BAND", 500)
+
+
+def with_pace(pace: Pace, dtype: torch.dtype = torch.float32, scale: float = 4.0, hidden=HIDDEN[2]) -> PixelRouter:
+    router = PixelRouter(make_model(hidden=hidden))
+    router.paces.known[(dtype, router.device, torch.get_num_threads(), scale)] = dataclasses.replace(
+        pace, branches=list(pace.branches)
+    )
+    return router
+
+
+def shares(router: PixelRouter) -> torch.Tensor:
+    cost = torch.tensor(router.model.class_cost(4.0), dtype=torch.float64)
+    return cost / cost.max()
+
+
+def flops_between(router: PixelRouter, share: float, images: int = 1) -> float:
+    """From everything in the cheapest class to everything in the dearest, classified."""
+    work = Work(FEATURES, PIXELS, FEATURES, PIXELS, FEATURES)
+    fixed, costs = router.flops.fixed(work), router.flops.costs
+    return images * (fixed + PIXELS * (min(costs) + share * (max(costs) - min(costs))))
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
+def test_flops_are_those_of_the_whole_call(router, share):
+    budget = flops_between(router, share)
+    stats = router.upscale(IMAGE, budget_flops=budget).stats
+    # A class without layers counts none; under a budget its values do.
+    spare = PIXELS * (router.flops.costs[0] - router.flops.pixel[0])
+    assert budget - 2 * max(router.flops.costs) - spare < stats.flops.routed <= budget
+    assert stats.seconds["classify"] > 0
+
+
+@pytest.mark.usefixtures("sampled")
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
+def test_a_sample_never_overdraws(router, share):
+    budget = flops_between(router, share) + router.flops.fixed(Work(classified=10 * 80, products=10 * 20))
+    stats = router.upscale(IMAGE, budget_flops=budget).stats
+    assert 0.85 * budget < stats.flops.routed <= budget
+    fraction = float(shares(router).min()) * (1 - share) + share
+    result = router.upscale(IMAGE, budget=fraction)
+    assert fraction - 0.1 < shares(router)[result.class_map.long()].mean() <= fraction * (1 + 1e-9)
+
+
+def test_nothing_is_classified_where_there_is_nothing_to_choose(router):
+    dearest = router.upscale(IMAGE, budget=1)
+    work = Work(FEATURES, PIXELS)
+    enough = router.flops.all_in(router.num_classes - 1, work)
+    assert enough == dearest.stats.flops.dense == dearest.stats.flops.routed
+    for result in (dearest, router.upscale(IMAGE, budget_flops=enough)):
+        assert (result.class_map == router.num_classes - 1).all() and result.stats.seconds["classify"] == 0
+    least = router.flops.all_in(0, work)
+    cheapest = router.upscale(IMAGE, budget_flops=least)
+    assert not cheapest.class_map.any() and cheapest.stats.seconds["classify"] == 0
+    assert cheapest.stats.flops.routed <= least
+    with pytest.raises(ValueError, match=r"^upscale: budget_flops must be at least [\d.e+]+, with everything in .*; got"):
+        router.upscale(IMAGE, budget_flops=0.99 * least)
+
+
+def test_a_stream_has_the_same_budgets(router):
+    budget = flops_between(router, 0.4)
+    expected = router.upscale(IMAGE, budget_flops=budget)
+    output = np.empty(tuple(expected.image.shape), np.float32)
+    reader = ArrayReader(IMAGE.numpy(), channels_first=True)
+    router.stream(reader, ArrayWriter(output, channels_first=True), budget_flops=budget)
+    assert torch.equal(torch.from_numpy(output), expected.image)
+    output[:] = -1
+    with pytest.raises(ValueError, match="budget_flops must be at least"):
+        router.stream(reader, ArrayWriter(output, True), budget_flops=1)
+    assert (output == -1).all()
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_milliseconds_become_classes(monkeypatch, whole):
+    """A pace that nobody has, so slow that the time of the test itself is next to nothing."""
+    if not whole:
+        monkeypatch.setattr(pixel_rows, "BUDGET_SAMPLE", 4000)
+    pace = Pace([10.0, 50.0], 5.0, 2.0, encode=20.0)
+    for share in (0.2, 0.7):
+        budget = PIXELS * (pace.rest + 10 + share * 40) + (0 if whole else PIXELS * pace.classify)
+        least = FEATURES * pace.encode + PIXELS * (pace.rest + 10)
+        # What is encoded and classified when the classes are chosen has taken its own time, not the expected one.
+        budget = max(budget, least)
+        stats = with_pace(pace).upscale(IMAGE, budget_ms=budget).stats
+        spent = sum(n * ms for n, ms in zip(stats.pixels_per_class, pace.branches, strict=True))
+        expected = budget - PIXELS * pace.rest - (0 if whole else PIXELS * pace.classify)
+        if budget - pace.encode * FEATURES - PIXELS * (pace.classify + pace.rest) < PIXELS * 10:
+            expected = PIXELS * 10
+        assert expected - 2000 < spent <= expected
+    enough = FEATURES * pace.encode + PIXELS * (pace.rest + 50)
+    stats = with_pace(pace).upscale(IMAGE, budget_ms=enough).stats
+    assert stats.pixels_per_class == [0, PIXELS] and stats.seconds["classify"] == 0
+    with pytest.raises(ValueError, match=r"^upscale: budget_ms must be at least [\d.e+]+ ms on this device, .*; got 1000$"):
+        with_pace(pace).upscale(IMAGE, budget_ms=1000)
+
+
+def test_a_dear_class_that_runs_fast_is_used():
+    """Milliseconds go by the clock, not by FLOPs."""
+    pace = Pace([50.0, 1.0, 90.0], 0.5, 0.5)
+    stats = with_pace(pace, hidden=HIDDEN[3]).upscale(IMAGE, budget_ms=PIXELS * 5).stats
+    assert stats.pixels_per_class[1] > 0.9 * PIXELS
+
+
+def test_milliseconds_are_met(monkeypatch):
+    """Upsamplers that sleep: the time is theirs, whatever else the machine does."""
+    mlp = pixel_image.pixel_mlp
+
+    def slow(features, mlps, size, classes=None, *rest):
+        result = mlp(features, mlps, size, classes, *rest)
+        if classes is not None:
+            dear = int((classes == 1).sum())
+            time.sleep(4e-6 * (classes.numel() - dear) + 4e-5 * dear)
+        return result
+
+    monkeypatch.setattr(pixel_image, "pixel_mlp", slow)
+    monkeypatch.setattr(pixel_pace, "PICTURE", (16, 32))
+    router = PixelRouter(make_model(hidden=HIDDEN[2]))
+    for ms in (80.0, 120.0, 170.0):
+        stats = [router.upscale(IMAGE, budget_ms=ms).stats for _ in range(5)]
+        assert abs(median(1e3 * s.seconds["total"] for s in stats) / ms - 1) < 0.15
+        assert all(min(s.pixels_per_class) > 0 for s in stats)
+
+
+def test_speed_is_measured_once_and_remembered(cache, monkeypatch):
+    monkeypatch.setattr(pixel_pace, "PICTURE", (16, 24))
+    router = PixelRouter(make_model())
+    pace = router.paces.of(router, torch.float32, 4.0)
+    assert len(pace.branches) == 2 and min(*pace.branches, pace.classify, pace.rest, pace.encode) > 0
+    assert json.loads(cache.read_text())
+    measured = []
+    monkeypatch.setattr(pixel_pace, "measure_pace", lambda *args: measured.append(args) or Pace([1.0, 2.0], 3.0, 4.0, 5.0))
+    again = PixelRouter(make_model())
+    assert again.paces.of(again, torch.float32, 4.0) == pace and not measured
+    # What decides the speed is measured apart.
+    assert again.paces.of(again, torch.uint8, 4.0).encode == again.paces.of(again, torch.float32, 2.5).encode == 5.0
+    assert len(measured) == 2
+
+
+def test_learning():
+    pace = Pace([1.0, 3.0], 1.0, 0.5, encode=2.0)
+    # Both classes together took twice as long as expected; the rest as long, the encoder half.
+    pace.learn([100, 100], 0.8, 0.2, 0.1, encode=0.05, encoded=50)
+    assert pace == Pace([1.5, 4.5], 1.0, 0.5, encode=1.5)
+    pace.learn([100, 0], 0.15, None, 0.05)
+    assert pace == Pace([1.5, 4.5], 1.0, 0.5, encode=1.5)
+
+
+def test_runs_are_learned_from():
+    pace = Pace([10.0, 50.0], 5.0, 2.0, encode=20.0)
+    router = with_pace(pace)
+    router.upscale(IMAGE, k=0.1)
+    [learned] = router.paces.known.values()
+    assert 4.9 < learned.branches[0] < 5.1 and 24.5 < learned.branches[1] < 25.5
+    assert 2.4 < learned.classify < 2.6 and 0.9 < learned.rest < 1.1 and 9.9 < learned.encode < 10.1
+
+
+@pytest.mark.parametrize("classes", [2, 3, 4])
+@pytest.mark.parametrize("first", [100, 1 << 15])
+def test_search(monkeypatch, classes, first):
+    monkeypatch.setattr(pixel_budget, "FIRST", first)
+    generator = torch.Generator().manual_seed(classes)
+    logits = 3 * torch.randn(classes, 3000, generator=generator)
+    cost = [1.0, 3.0, 2.0, 7.0][:classes]
+    sample = Sample(logits[1:] - logits[:1], 1.0)
+    for allowed in (3001.0, 4000.0, 7000.0, 3000.0 * max(cost)):
+        penalty, price = solve([sample], cost, allowed)
+        ids = classes_at(sample.scores, penalty, logarithms(cost))
+        assert spent(ids, cost) == pytest.approx(price) and allowed - max(cost) < price <= allowed * (1 + 1e-8)
+        budget = fastroute.assign_classes(logits.softmax(0).t().double(), cost, budget=allowed / (3000 * max(cost)))
+        assert (budget != ids).sum() <= 1
+    # A pixel that stands for two is two.
+    parts = [Sample(sample.scores[:, :1000], 2.0), Sample(sample.scores[:, 1000:], 1.0)]
+    doubled = Sample(torch.cat([sample.scores[:, :1000], sample.scores], dim=1), 1.0)
+    assert solve(parts, cost, 5000.0) == pytest.approx(solve([doubled], cost, 5000.0))
+    assert solve([sample], cost, 1.0)[1] == pytest.approx(3000 * min(cost))
+
+
+def test_a_purse_is_not_overdrawn():
+    scores = torch.randn(1, 1000, generator=torch.Generator().manual_seed(0))
+    purse = Purse([1.0, 5.0], left=2000.0, pixels=1000)
+    # An exponent at which all would be dear.
+    spent_so_far = [spent(purse.take(part, -100.0, reserve=1.0), purse.cost) for part in scores.split(100, dim=1)]
+    assert sum(spent_so_far) == 2000.0 and spent_so_far[0] == 500.0 and spent_so_far[-1] == 100.0
+    assert purse.left == 0 and purse.pixels == 0
+
+
+def uneven() -> torch.Tensor:
+    """A batch of a flat, a simple and a rich image."""
+    batch = picture(3, 3, 15, 20, seed=5)
+    return torch.stack([batch[0] * 0.02 + 0.5, batch[1] * 0.3 + 0.4, batch[2]])
+
+
+@pytest.mark.parametrize("budget", [0.65, 0.8])
+def test_a_batch_shares_one_budget(router, budget):
+    batch = uneven()
+    together = router.upscale(batch, budget=budget)
+    used = shares(router)[together.class_map.long()].mean(dim=(1, 2))
+    assert budget - 0.01 < used.mean() <= budget * (1 + 1e-9)
+    alone = torch.stack([router.upscale(image, budget=budget).class_map for image in batch])
+    assert (shares(router)[alone.long()].mean(dim=(1, 2)) - budget).abs().max() < 0.01
+    assert used.max() - used.min() > 0.02
+    if router.num_classes == 2:
+        # No pixel of any image is cheap that would gain more than a dear one of another.
+        chance = router.model(batch, scale=4).probability[:, 1]
+        dear = together.class_map == 1
+        assert chance[dear].min() >= chance[~dear].max() - 1e-5
+        assert used.argsort().tolist() == dear.float().mean(dim=(1, 2)).argsort().tolist()
+        assert chance[alone == 1].min() < chance[alone == 0].max() - 1e-3
+
+
+def test_features_of_a_batch_are_kept_as_far_as_they_fit(monkeypatch):
+    monkeypatch.setattr(pixel_rows, "OUTPUT_BAND", 500)
+    monkeypatch.setattr(pixel_rows, "ENCODER_BAND", 33)
+    router, runs, rows = PixelRouter(make_model()), [], pixel_image.rows_in_bands
+    monkeypatch.setattr(pixel_image, "rows_in_bands", lambda *args: runs.append(1) or rows(*args))
+    batch = picture(6, 3, 60, 40)
+    whole = router.upscale(batch, 2, budget=0.8, memory_limit=10**9)
+    assert len(runs) == 6
+    some = whole.stats.working_set - 3 * router.footprint.features(PixelGrid((60, 40), (120, 80)), True)
+    with pytest.raises(ValueError, match=r"memory_limit must be at least") as error:
+        router.upscale(batch, 2, budget=0.8, memory_limit=10)
+    for limit, passes in ((None, 6), (some, 9), (int(re.findall(r"least (\d+)", str(error.value))[0]), 12)):
+        runs.clear()
+        result = router.upscale(batch, 2, budget=0.8, memory_limit=limit)
+        assert len(runs) == passes and (limit is None or result.stats.working_set <= limit)
+        assert torch.equal(result.image, whole.image)
+
+
+@pytest.mark.parametrize("budget", [0.65, 0.8])
+def test_many_images_share_as_a_batch_does(budget):
+    router, batch = PixelRouter(make_model(hidden=HIDDEN[2])), uneven()
+    together = router.upscale(batch, budget=budget)
+    results = list(upscale_many(router, list(batch), budget=budget))
+    assert torch.equal(torch.stack([r.class_map for r in results]), together.class_map)
+    assert torch.equal(torch.stack([r.image for r in results]), together.image)
+
+
+@pytest.mark.parametrize("small", [True, False])
+def test_many_images_of_all_kinds(router, tmp_path, request, small):
+    if not small:
+        request.getfixturevalue("sampled")
+    flat = as_image(IMAGE * 0.1 + 0.4, torch.uint8)
+    io.write_image(tmp_path / "one.png", flat)
+    rich, opened = picture(1, 3, 25, 31, seed=9)[0], []
+    sources = [tmp_path / "one.png", lambda: opened.append(1) or rich, torch.stack([IMAGE, IMAGE])]
+    dense = [router.upscale(image, budget=1).stats.flops.dense for image in (flat, rich, IMAGE, IMAGE)]
+    work = 4 * [FEATURES]
+    work[1] = 25 * 31
+    # Each is encoded and classified twice, or part of it.
+    least = sum(router.flops.all_in(0, Work(f, 16 * f)) for f in work)
+    assert least < sum(dense)
+    twice = sum(router.flops.fixed(Work(0, 0, f, 16 * f, f)) for f in work)
+    allowed = 0.7 * sum(dense) + twice
+    results = list(upscale_many(router, sources, budget_flops=allowed))
+    assert len(opened) == 2
+    assert [tuple(r.image.shape) for r in results] == [(3, 60, 80), (3, 100, 124), (2, 3, 60, 80)]
+    assert results[0].image.dtype == torch.uint8
+    total = sum(r.stats.flops.routed for r in results)
+    assert 0.75 * allowed < total <= allowed
+    for result in results:
+        seconds = result.stats.seconds
+        assert sum(value for name, value in seconds.items() if name != "total") <= seconds["total"]
+    with pytest.raises(ValueError, match=r"^upscale_many: budget_flops must be at least"):
+        next(upscale_many(router, sources, budget_flops=least))
+    # A budget of shares is kept too.
+    maps = [r.class_map.flatten() for r in upscale_many(router, sources, budget=0.6)]
+    assert 0.55 < shares(router)[torch.cat(maps).long()].mean() <= 0.6 * (1 + 1e-9)
+
+
+def test_many_images_within_milliseconds():
+    pace, images = Pace([10.0, 50.0], 5.0, 2.0, encode=20.0), [IMAGE, IMAGE.flip(1), IMAGE.flip(2)]
+    router = with_pace(pace)
+    each = PIXELS * (pace.classify + pace.rest + 30) + FEATURES * pace.encode
+    first = next(upscale_many(router, images, budget_ms=3 * each)).stats
+    spent = sum(n * ms for n, ms in zip(first.pixels_per_class, pace.branches, strict=True))
+    # A third of what is allowed and of what encoding and classifying the first one did not take.
+    assert 0.9 < spent / (PIXELS * 30) < 1.3
+    with pytest.raises(ValueError, match=r"^upscale_many: budget_ms must be at least .* on this device"):
+        next(upscale_many(with_pace(pace), images, budget_ms=1000))
+
+
+def test_an_image_that_changes_is_told():
+    images = iter([IMAGE, IMAGE, IMAGE, picture(1, 3, 9, 9)[0]])
+    results = upscale_many(PixelRouter(make_model()), 2 * [lambda: next(images)], budget=0.8)
+    next(results)
+    with pytest.raises(ValueError, match=r"^upscale_many: image 2 was \(3, 15, 20\) when it was looked at; got \(3, 9, 9\)"):
+        next(results)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"budget": 0.5, "budget_ms": 10}, "give one of budget, budget_flops and budget_ms; got budget, budget_ms"),
+        ({"budget_flops": 1e9, "k": 0.5}, "give one of k, adaptive and a budget; got k=0.5, budget_flops"),
+        ({"budget_ms": 10, "adaptive": True}, "give one of k, adaptive and a budget; got adaptive, budget_ms"),
+        ({"budget_ms": 0}, "budget_ms must be positive and finite; got 0"),
+        ({"budget_flops": float("inf")}, "budget_flops must be positive and finite; got inf"),
+        ({"budget_flops": -1.0}, "budget_flops must be positive and finite; got -1"),
+    ],
+)
+def test_errors(arguments, words):
+    with pytest.raises(ValueError, match=f"^upscale: .*{words}"):
+        PixelRouter(make_model()).upscale(IMAGE, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("images", "arguments", "words"),
+    [
+        ([], {"budget": 0.5}, "images must hold at least one image"),
+        ([IMAGE], {}, "give one of budget"),
+        ([IMAGE], {"budget": 0.01}, "budget must lie in"),
+        ([IMAGE], {"budget": 0.5, "scale": -1}, "scale must be positive"),
+        ([IMAGE], {"budget": 0.5, "memory_limit": -1}, "memory_limit"),
+    ],
+)
+def test_errors_of_many(images, arguments, words):
+    with pytest.raises(ValueError, match=words):
+        upscale_many(PixelRouter(make_model()), images, **arguments)
+
+
+def test_one_class_has_nothing_to_choose(monkeypatch):
+    monkeypatch.setattr(pixel_pace, "PICTURE", (16, 24))
+    router = PixelRouter(make_model(hidden=([5],)))
+    result = router.upscale(IMAGE, budget=1)
+    assert not result.class_map.any() and result.stats.seconds["classify"] == 0
+    assert router.upscale(IMAGE, budget_ms=1e6).stats.pixels_per_class == [PIXELS]
+    with pytest.raises(ValueError, match="budget_ms must be at least"):
+        router.upscale(IMAGE, budget_ms=1e-6)
