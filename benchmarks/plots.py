@@ -141,7 +141,7 @@ def quality_by_time(rows: list[tuple[str, float, float]]) -> Figure:
 
 
 def budget_curves(curves: dict[str, list[tuple[float, float]]], own: dict[str, tuple[float, float]]) -> Figure:
-    """PSNR against FLOPs: what every model makes of a budget, and in black rings where its classifier stands by itself.
+    """PSNR against FLOPs: what every model makes of a budget, and as stars what its classifier chooses by itself.
 
     Args:
         curves: model to FLOPs as a share of its dearest branch everywhere, and PSNR in dB, for every budget.
@@ -149,11 +149,12 @@ def budget_curves(curves: dict[str, list[tuple[float, float]]], own: dict[str, t
     """
     figure = Figure(figsize=(7.6, 4.2), layout="constrained")
     axes: Axes = figure.subplots()
+    star = {"marker": "*", "markersize": 15, "markeredgecolor": "black", "markeredgewidth": 0.7}
     for name, style in styles(curves).items():
         axes.plot(*zip(*((100 * flops, psnr) for flops, psnr in sorted(curves[name])), strict=True), label=name, **style)
-    rings = [(100 * flops, psnr) for flops, psnr in own.values()]
-    ring = {"markersize": 12, "markerfacecolor": "none", "markeredgecolor": "black", "zorder": 3}
-    axes.plot(*zip(*rings, strict=True), linestyle="none", marker="o", label="own choice", **ring)
+        flops, psnr = own[name]
+        axes.plot([100 * flops], [psnr], linestyle="none", color=style["color"], zorder=3, **star)
+    axes.plot([], [], linestyle="none", color="0.7", label="own choice", **star)
     axes.set(xlabel="FLOPs with the classifier, % of the dearest branch everywhere", ylabel="PSNR (RGB), dB")
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small", loc="lower right")
