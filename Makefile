@@ -53,7 +53,7 @@ test-gpu-sanitize: $(VENV)/installed
 # What fails to run is named at the end; the report is written from the results that there are. A machine that is too slow
 # for the time leaves the last benchmarks out and says so.
 benchmark: $(VENV)/benchmark
-	status=0; $(RUN) -m pytest benchmarks -v -s -rs --save --minutes 27 --durations=30 || status=$$?; $(RUN) -m benchmarks.device_report && exit $$status
+	status=0; $(RUN) -m pytest benchmarks/ops benchmarks/e2e -v -s -rs --save --minutes 27 --durations=30 || status=$$?; $(RUN) -m benchmarks.device_report && exit $$status
 
 # Both are built under build/compare and run in turn; see the head of benchmarks/compare.py.
 benchmark-compare: $(VENV)/installed

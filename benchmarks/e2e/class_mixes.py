@@ -20,7 +20,7 @@ from fastroute.models.classsr import ClassSR
 from fastroute.routing.classify import classify_patches
 
 # LR height and width: what a backbone does in seconds on a CPU, and on a GPU.
-CPU_SIZES = {"fsrcnn": (540, 960), "carn": (270, 480), "srresnet": (124, 208), "rcan": (96, 160)}
+CPU_SIZES = {"fsrcnn": (540, 960), "carn": (180, 320), "srresnet": (96, 160), "rcan": (96, 160)}
 GPU_SIZES = {"fsrcnn": (1080, 1920), "carn": (540, 960), "srresnet": (540, 960), "rcan": (270, 480)}
 SMOKE_SIZE, SMOKE_WIDTHS, SMOKE_PATCH, SMOKE_STRIDE = (28, 40), (8, 12, 16), 16, 12
 ROUNDS, SECONDS = 5, 40.0

@@ -52,20 +52,25 @@ def psnr(image: Tensor, hr: Tensor) -> float:  # uint8 [3, H, W]
     return 10 * math.log10(255**2 / max(error, 1e-10))
 
 
-def supernets(smoke: bool) -> dict[str, fastroute.PatchRouter]:
+def left_out(file: str, setting: Setting) -> bool:
+    """CARN takes minutes on a CPU, which only --full spends."""
+    return "carn" in file and device().type == "cpu" and not (setting.full or setting.smoke)
+
+
+def supernets(setting: Setting) -> dict[str, fastroute.PatchRouter]:
     """ARM with published weights, and tables measured on some training photographs."""
     folder = images.data_folder()
     if folder is None or not (folder / "images" / "train").is_dir():
         return {}
     paths = io.list_images(folder / "images" / "train")
-    left_out = [path.name for number, path in enumerate(paths) if number % (len(paths) if smoke else EVERY)]
+    others = [path.name for number, path in enumerate(paths) if number % (len(paths) if setting.smoke else EVERY)]
     found = {}
     with tempfile.TemporaryDirectory() as work:
-        pool = Pool.build(folder / "images" / "train", images.SCALE, exclude=left_out)
+        pool = Pool.build(folder / "images" / "train", images.SCALE, exclude=others)
         for name, (backbone, file) in SUPERNETS.items():
-            if not (folder / "weights" / file).exists():
+            if left_out(file, setting) or not (folder / "weights" / file).exists():
                 continue
-            recipe = arm.Recipe(backbone, WIDTHS[backbone], steps=0, table_patches=60 if smoke else TABLE_PATCHES)
+            recipe = arm.Recipe(backbone, WIDTHS[backbone], steps=0, table_patches=60 if setting.smoke else TABLE_PATCHES)
             state = Path(work, f"{backbone}.pt")
             model = arm.Trainer(pool, recipe, state, Start.read(folder / "weights" / file), device=device()).run()
             found[name] = fastroute.PatchRouter(model.branches, model.classifier, costs=model.costs(recipe.patch))
@@ -87,14 +92,14 @@ def variants(title: str, router: fastroute.PatchRouter | fastroute.PixelRouter) 
     return found
 
 
-def networks(smoke: bool) -> dict[str, Callable[[Tensor], Tensor | Upscaled]]:
+def networks(setting: Setting) -> dict[str, Callable[[Tensor], Tensor | Upscaled]]:
     """What enlarges an 8-bit image four times, by name."""
     found: dict[str, Callable[[Tensor], Tensor | Upscaled]] = {"bicubic": images.bicubic}
     folder = images.data_folder()
     for name, file in PUBLISHED.items():
-        if folder is not None and (folder / "weights" / file).exists():
+        if folder is not None and (folder / "weights" / file).exists() and not left_out(file, setting):
             found[name] = fastroute.load(folder / "weights" / file, device()).upscale
-    for name, router in supernets(smoke).items():
+    for name, router in supernets(setting).items():
         found |= {key: run for key, run in variants(name, router).items() if "budget" not in key}
     for model in fastroute.list_models():
         router = fastroute.load(model, device())
@@ -108,7 +113,7 @@ def test_quality(setting: Setting) -> None:
     scores: dict[str, list[float]] = {}
     flops: dict[str, list[float]] = {}
     seconds: dict[str, list[float]] = {}
-    paths, known = images.photographs("test2k"), networks(setting.smoke)
+    paths, known = images.photographs("test2k"), networks(setting)
     for path in paths[:1] if setting.smoke else paths:
         lr, hr = make_pair(io.read_image(path), images.SCALE)
         if setting.smoke:
