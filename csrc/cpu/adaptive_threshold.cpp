@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "common/dispatch.h"
+#include "cpu/eight_doubles.h"
 #include "cpu/isa.h"
 
 namespace fastroute {
@@ -52,16 +53,78 @@ struct SumBody {
     }
 };
 
+#if FASTROUTE_X86
+// The same in vectors.
 template <typename T>
-Range range_of(const T* score, int64_t count) {
-    Range range;
-    for (int64_t i = 0; i < count; ++i) {
-        const double value = static_cast<double>(static_cast<Work<T>>(score[i]));
-        range.smallest = std::min(range.smallest, value), range.largest = std::max(range.largest, value);
-        range.finite &= value - value == 0;
+FASTROUTE_AVX512 void sum_wide(const T* score, int64_t count, double offset, double threshold, Sums* sums) {
+    __m512d upper = _mm512_setzero_pd(), lower = _mm512_setzero_pd();
+    const __m512d from = _mm512_set1_pd(offset), middle = _mm512_set1_pd(threshold);
+    int64_t i = 0, number = 0;
+    for (; i + kLanes <= count; i += kLanes) {
+        const __m512d value = _mm512_sub_pd(eight_doubles(score + i), from);
+        const __mmask8 above = _mm512_cmp_pd_mask(value, middle, _CMP_GE_OQ);
+        upper = _mm512_mask_add_pd(upper, above, upper, value);
+        lower = _mm512_mask_add_pd(lower, static_cast<__mmask8>(~above), lower, value);
+        number += __builtin_popcount(above);
     }
-    return range;
+    double uppers[kLanes], lowers[kLanes];
+    _mm512_storeu_pd(uppers, upper), _mm512_storeu_pd(lowers, lower);
+    for (; i < count; ++i) {
+        const double value = static_cast<double>(static_cast<Work<T>>(score[i])) - offset;
+        (value >= threshold ? uppers : lowers)[0] += value;
+        number += value >= threshold;
+    }
+    for (int lane = 0; lane < kLanes; ++lane) sums->upper += uppers[lane], sums->lower += lowers[lane];
+    sums->count += number;
 }
+#endif
+
+template <typename T>
+void add_sums(const T* score, int64_t count, double offset, double threshold, Sums* sums) {
+#if FASTROUTE_X86
+    if (active_isa() == Isa::avx512) return sum_wide(score, count, offset, threshold, sums);
+#endif
+    run_isa<SumBody<T>>(score, count, offset, threshold, sums);
+}
+
+// Extremes lane by lane, so that they are compared in vectors.
+template <typename T>
+struct RangeBody {
+    FASTROUTE_INLINE static void run(const T* score, int64_t count, Range* range) {
+        using W = Work<T>;
+        constexpr int lanes = 16;
+        const auto value = [&](int64_t i) __attribute__((always_inline)) { return static_cast<W>(score[i]); };
+        W smallest[lanes], largest[lanes], odd[lanes];
+        for (int lane = 0; lane < lanes; ++lane) smallest[lane] = largest[lane] = value(0), odd[lane] = W(0);
+        for (int64_t i = 0; i + lanes <= count; i += lanes) {
+            for (int lane = 0; lane < lanes; ++lane) {
+                const W x = value(i + lane);
+                smallest[lane] = x < smallest[lane] ? x : smallest[lane];
+                largest[lane] = x > largest[lane] ? x : largest[lane];
+                odd[lane] += x - x;  // 0, or NaN for good
+            }
+        }
+        for (int64_t i = count / lanes * lanes; i < count; ++i) {
+            smallest[0] = std::min(smallest[0], value(i)), largest[0] = std::max(largest[0], value(i));
+            odd[0] += value(i) - value(i);
+        }
+        for (int lane = 0; lane < lanes; ++lane) {
+            range->smallest = std::min(range->smallest, static_cast<double>(smallest[lane]));
+            range->largest = std::max(range->largest, static_cast<double>(largest[lane]));
+            range->finite &= odd[lane] == W(0);
+        }
+    }
+};
+
+// Class 1 from the threshold on.
+template <typename T, typename Id>
+struct ClassBody {
+    FASTROUTE_INLINE static void run(const T* score, int64_t count, double offset, double threshold, Id* out) {
+        for (int64_t i = 0; i < count; ++i) {
+            out[i] = static_cast<Id>(static_cast<double>(static_cast<Work<T>>(score[i])) - offset >= threshold);
+        }
+    }
+};
 
 // f(chunk, first pixel, pixels) for all chunks of an image, on all threads.
 template <typename F>
@@ -76,7 +139,10 @@ template <typename T, typename Id>
 void threshold_image(const T* score, int64_t count, Id* out) {
     const int64_t chunks = (count + kChunk - 1) / kChunk;
     std::vector<Range> ranges(chunks);
-    for_chunks(count, [&](int64_t chunk, int64_t at, int64_t length) { ranges[chunk] = range_of(score + at, length); });
+    for_chunks(count, [&](int64_t chunk, int64_t at, int64_t length) {
+        Range* range = &ranges[chunk];
+        run_isa<RangeBody<T>>(score + at, length, range);
+    });
     Range range;
     for (const Range& part : ranges) {
         if (!part.finite) value_error(kOp, ": score must be finite");
@@ -86,8 +152,7 @@ void threshold_image(const T* score, int64_t count, Id* out) {
     const auto sum = [&](double threshold) {
         std::vector<Sums> parts(chunks);
         for_chunks(count, [&](int64_t chunk, int64_t at, int64_t length) {
-            Sums* part = &parts[chunk];
-            run_isa<SumBody<T>>(score + at, length, offset, threshold, part);
+            add_sums(score + at, length, offset, threshold, &parts[chunk]);
         });
         Sums total;
         for (const Sums& part : parts) total.upper += part.upper, total.lower += part.lower, total.count += part.count;
@@ -111,9 +176,8 @@ void threshold_image(const T* score, int64_t count, Id* out) {
         }
     }
     for_chunks(count, [&](int64_t, int64_t at, int64_t length) {
-        for (int64_t i = at; i < at + length; ++i) {
-            out[i] = static_cast<Id>(static_cast<double>(static_cast<Work<T>>(score[i])) - offset >= threshold);
-        }
+        Id* target = out + at;
+        run_isa<ClassBody<T, Id>>(score + at, length, offset, threshold, target);
     });
 }
 

@@ -27,13 +27,15 @@ struct Items {
     int64_t batch, classes, length;
 };
 
-// best[l] = argmax over k of score · scale[k]; the lowest class wins a tie. Returns whether a score was NaN.
-template <typename T>
+// out[l] = argmax over k of score · scale[k]; the lowest class wins a tie. Tells whether a score was NaN.
+template <typename T, typename Id>
 struct ArgmaxBody {
     using W = Work<T>;
 
-    FASTROUTE_INLINE static void run(const T* score, Items items, const W* scale, int64_t count, int32_t* best,
-                                     W* value, int32_t* nan) {
+    FASTROUTE_INLINE static void run(const T* score, Items items, const W* scale, int64_t count, Id* out,
+                                     int32_t* nan) {
+        int32_t best[kBlock];
+        W value[kBlock];
         int32_t bad = 0;
         for (int64_t l = 0; l < count; ++l) {
             value[l] = static_cast<W>(score[l]) * scale[0];
@@ -49,13 +51,13 @@ struct ArgmaxBody {
                 value[l] = other > value[l] ? other : value[l];
             }
         }
+        for (int64_t l = 0; l < count; ++l) out[l] = static_cast<Id>(best[l]);
         *nan = bad;
     }
 };
 
-template <typename T>
-void assign_by_penalty(const T* score, Items items, const std::vector<double>& cost, double penalty,
-                       std::vector<uint8_t>& ids) {
+template <typename T, typename Id>
+void assign_by_penalty(const T* score, Items items, const std::vector<double>& cost, double penalty, Id* ids) {
     using W = Work<T>;
     std::vector<W> scale(items.classes, W(1));
     if (penalty != 0) {
@@ -81,22 +83,19 @@ void assign_by_penalty(const T* score, Items items, const std::vector<double>& c
                     if (other > value) value = other, best = k;
                 }
                 if (bad) nan = true;
-                ids[n] = static_cast<uint8_t>(best);
+                ids[n] = static_cast<Id>(best);
             }
         });
     } else {
         const int64_t blocks = (items.length + kBlock - 1) / kBlock;
         parallel(items.batch * blocks, 16, [&](int64_t begin, int64_t end) {
-            int32_t best[kBlock];
-            W value[kBlock];
             for (int64_t item = begin; item < end; ++item) {
                 const int64_t b = item / blocks, first = item % blocks * kBlock;
                 const int64_t count = std::min(kBlock, items.length - first);
                 int32_t bad = 0;
-                run_isa<ArgmaxBody<T>>(score + b * items.classes * items.length + first, items, scale.data(), count,
-                                       &best[0], &value[0], static_cast<int32_t*>(&bad));
+                run_isa<ArgmaxBody<T, Id>>(score + b * items.classes * items.length + first, items, scale.data(), count,
+                                           ids + b * items.length + first, static_cast<int32_t*>(&bad));
                 if (bad != 0) nan = true;
-                for (int64_t l = 0; l < count; ++l) ids[b * items.length + first + l] = static_cast<uint8_t>(best[l]);
             }
         });
     }
@@ -218,20 +217,20 @@ Tensor assign_classes_cpu(const Tensor& score,  // [N, K, ...]
     std::vector<int64_t> size{score.size(0)};
     for (int64_t d = 2; d < score.dim(); ++d) items.length *= score.size(d), size.push_back(score.size(d));
     const int64_t total = items.batch * items.length;
-    std::vector<uint8_t> ids(total, 0);
+    const Tensor out = torch::stable::empty({size.data(), size.size()}, dtype, std::nullopt, score.device());
     dispatch_floating(kOp, dense.scalar_type(), [&](auto zero) {
         using T = decltype(zero);
         const T* data = dense.template const_data_ptr<T>();
-        if (budget.has_value()) {
+        dispatch_index(kOp, dtype, [&](auto id) {
+            using Id = decltype(id);
+            Id* result = out.template mutable_data_ptr<Id>();
+            if (!budget.has_value()) return assign_by_penalty(data, items, costs, penalty, result);
+            std::vector<uint8_t> ids(total, 0);
             assign_by_budget(data, items, costs, *budget, ids);
-        } else {
-            assign_by_penalty(data, items, costs, penalty, ids);
-        }
-    });
-    const Tensor out = torch::stable::empty({size.data(), size.size()}, dtype, std::nullopt, score.device());
-    dispatch_index(kOp, dtype, [&](auto zero) {
-        using T = decltype(zero);
-        std::copy(ids.begin(), ids.end(), out.mutable_data_ptr<T>());
+            parallel(total, grain_for(sizeof(Id)), [&](int64_t begin, int64_t end) {
+                std::copy(ids.begin() + begin, ids.begin() + end, result + begin);
+            });
+        });
     });
     return out;
 }
