@@ -24,6 +24,21 @@ struct Convert {
     const W* std;                // [C] or null
     const Out* table = nullptr;  // [C, 256] for 8-bit pixels: a look-up instead of divisions
 
+    // Pixels of a row side by side, in vectors.
+    FASTROUTE_INLINE void row(const In* source, int64_t count, int64_t c, Out* target) const {
+        if (mean == nullptr && std == nullptr) {
+            for (int64_t l = 0; l < count; ++l) {
+                if constexpr (std::is_same_v<In, Out>) {
+                    target[l] = source[l];
+                } else {
+                    target[l] = static_cast<Out>(from_pixel<W>(source[l]));
+                }
+            }
+        } else {
+            for (int64_t l = 0; l < count; ++l) target[l] = (*this)(source[l], c);
+        }
+    }
+
     FASTROUTE_INLINE Out operator()(In pixel, int64_t c) const {
         if constexpr (std::is_same_v<In, uint8_t> && !std::is_same_v<In, Out>) return table[c * 256 + pixel];
         return compute(pixel, c);
@@ -47,6 +62,40 @@ struct Place {
 
 template <typename In, typename Out>
 struct ExtractBody {
+    // One row of three channels from planes to pixels.
+    FASTROUTE_INLINE static void interleave(const In* source, int64_t channel_step, int64_t count,
+                                            const Convert<In, Out>& convert, Out* target) {
+        constexpr int64_t kRun = 64;
+        Out rows[3][kRun];
+        for (int64_t at = 0; at < count; at += kRun) {
+            const int64_t length = std::min(kRun, count - at);
+            for (int64_t c = 0; c < 3; ++c) convert.row(source + c * channel_step + at, length, c, rows[c]);
+            Out* pixels = target + 3 * at;
+            for (int64_t l = 0; l < length; ++l) {
+                pixels[3 * l] = rows[0][l], pixels[3 * l + 1] = rows[1][l], pixels[3 * l + 2] = rows[2][l];
+            }
+        }
+    }
+
+    // One row of one channel.
+    FASTROUTE_INLINE static void copy_row(const In* source, int64_t from_x, Out* target, int64_t to_x, int64_t patch,
+                                          int64_t x, int64_t width, bool inside, bool plain, int64_t c,
+                                          const Convert<In, Out>& convert) {
+        if (!inside) {
+            for (int64_t l = 0; l < patch; ++l) {
+                target[l * to_x] = convert(source[std::min(x + l, width - 1) * from_x], c);
+            }
+        } else if (from_x == 1 && to_x == 1) {
+            if (plain) {
+                copy_run(target, source + x, patch * sizeof(In));
+            } else {
+                convert.row(source + x, patch, c, target);
+            }
+        } else {
+            for (int64_t l = 0; l < patch; ++l) target[l * to_x] = convert(source[(x + l) * from_x], c);
+        }
+    }
+
     // One patch into `out`; `next` is the patch after it, whose pixels are asked for on the way.
     FASTROUTE_INLINE static void run(const In* images, Layout from, Out* out, Layout to, int64_t channels,
                                      int64_t height, int64_t width, int64_t patch, Place place, Place next,
@@ -56,32 +105,39 @@ struct ExtractBody {
         // Both channels_last: a patch row is one run of pixels.
         const bool runs = plain && inside && from.c == 1 && to.c == 1 && from.x == channels && to.x == channels;
         const int64_t run_bytes = (from.c == 1 ? patch * from.x : patch) * static_cast<int64_t>(sizeof(In));
-        for (int64_t k = 0; k < patch; ++k) {
-            const In* row = images + place.image * from.n + std::min(place.y + k, height - 1) * from.y;
-            const In* ahead =
-                images + next.image * from.n + std::min(next.y + k, height - 1) * from.y + next.x * from.x;
-            if (from.c == 1) prefetch_run(ahead, run_bytes);
-            if (runs) {
-                copy_run(out + k * to.y, row + place.x * from.x, patch * channels * sizeof(In));
-                continue;
-            }
-            for (int64_t c = 0; c < channels; ++c) {
-                const In* source = row + c * from.c;
-                Out* target = out + k * to.y + c * to.c;
-                if (from.x == 1) prefetch_run(ahead + c * from.c, run_bytes);
-                if (!inside) {
-                    for (int64_t l = 0; l < patch; ++l) {
-                        target[l * to.x] = convert(source[std::min(place.x + l, width - 1) * from.x], c);
-                    }
-                } else if (from.x == 1 && to.x == 1) {
-                    if (plain) {
-                        copy_run(target, source + place.x, patch * sizeof(In));
-                    } else {
-                        for (int64_t l = 0; l < patch; ++l) target[l] = convert(source[place.x + l], c);
-                    }
-                } else {
-                    for (int64_t l = 0; l < patch; ++l) target[l * to.x] = convert(source[(place.x + l) * from.x], c);
+        const In* image = images + place.image * from.n;
+        const In* ahead = images + next.image * from.n + next.x * from.x;
+        const auto row_of = [&](Place at, int64_t k) { return std::min(at.y + k, height - 1) * from.y; };
+        if (from.c == 1 || to.c == 1) {
+            for (int64_t k = 0; k < patch; ++k) {
+                const In* row = image + row_of(place, k);
+                if (from.c == 1) prefetch_run(ahead + row_of(next, k), run_bytes);
+                if (runs) {
+                    copy_run(out + k * to.y, row + place.x * from.x, patch * channels * sizeof(In));
+                    continue;
                 }
+                if (from.x == 1) {
+                    for (int64_t c = 0; c < channels; ++c) {
+                        prefetch_run(ahead + row_of(next, k) + c * from.c, run_bytes);
+                    }
+                }
+                if (from.x == 1 && inside && channels == 3 && to.x == 3) {
+                    interleave(row + place.x, from.c, patch, convert, out + k * to.y);
+                    continue;
+                }
+                for (int64_t c = 0; c < channels; ++c) {
+                    copy_row(row + c * from.c, from.x, out + k * to.y + c * to.c, to.x, patch, place.x, width, inside,
+                             plain, c, convert);
+                }
+            }
+            return;
+        }
+        // Planes one after the other: what is written lies side by side.
+        for (int64_t c = 0; c < channels; ++c) {
+            for (int64_t k = 0; k < patch; ++k) {
+                if (from.x == 1) prefetch_run(ahead + row_of(next, k) + c * from.c, run_bytes);
+                copy_row(image + row_of(place, k) + c * from.c, from.x, out + k * to.y + c * to.c, to.x, patch, place.x,
+                         width, inside, plain, c, convert);
             }
         }
     }

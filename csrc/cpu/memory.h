@@ -63,6 +63,7 @@ FASTROUTE_INLINE void copy_run(void* target, const void* source, int64_t bytes) 
     const char* from = static_cast<const char*>(source);
     int64_t at = 0;
     for (; at + kLine <= bytes; at += kLine) std::memcpy(to + at, from + at, kLine);
+    for (; at + 16 <= bytes; at += 16) std::memcpy(to + at, from + at, 16);
     if (at < bytes) std::memcpy(to + at, from + at, bytes - at);
 }
 

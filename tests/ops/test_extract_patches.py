@@ -268,6 +268,18 @@ def test_errors(kind, args, words):
         extract_patches(**{"image": IMAGE, "grid": GRID} | args)
 
 
+@pytest.mark.parametrize("statistics", [False, True])
+@pytest.mark.parametrize("pixels", [torch.uint8, torch.uint16, torch.float32], ids=str)
+def test_planes_to_pixels_of_large_patches(pixels, statistics):
+    """Rows of a patch longer than what is converted at a time, whole or not."""
+    grid = TileGrid(80, 210, patch=70, stride=64)
+    image = random((1, 3, 80, 210), pixels, "cpu")
+    mean, std = map(torch.tensor, STATISTICS) if statistics else (None, None)
+    for dtype in (torch.float32, torch.float16, torch.float64):
+        patches = extract_patches(image, grid, None, mean, std, dtype, torch.channels_last)
+        same(patches, reference(image, grid, None, mean, std, dtype, channels_last=True))
+
+
 @pytest.mark.parametrize("number", [-1, 18, 2**31, -(2**40)])
 def test_number_out_of_range(backend, number):
     order = torch.tensor([0, number], device=backend.device)
