@@ -7,7 +7,7 @@ import json
 import logging
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -110,6 +110,10 @@ class Pace:
         """Of `number` patches, whatever their classes."""
         return number * (self.classify + self.rest)
 
+    def cheapest(self, classified: bool) -> float:
+        """Of a patch in the cheapest class."""
+        return min(self.branches) + self.rest + (self.classify if classified else 0.0)
+
     def learn(
         self, counts: Sequence[int], branches: Sequence[float] | float, classify: float | None, rest: float,
         encode: float = 0.0, encoded: int = 0, solve: float = 0.0, searched: int = 0,
@@ -155,6 +159,7 @@ class Paces:
 
     def __init__(self) -> None:
         self.known: dict[tuple[object, ...], Pace] = {}
+        self._measured: dict[int, Pace] = {}
 
     def find(
         self, place: tuple[object, ...], num_classes: int, facts: Callable[[], Sequence[object]], measure: Callable[[], Pace]
@@ -166,8 +171,18 @@ class Paces:
         """
         if place not in self.known:
             key = pace_key(facts())
-            self.known[place] = recall(key, num_classes) or remember(key, measure())
+            pace = self.known[place] = recall(key, num_classes) or remember(key, measure())
+            self._measured[id(pace)] = replace(pace, branches=list(pace.branches))
         return self.known[place]
+
+    def measured(self, pace: Pace) -> Pace:
+        """What `pace` was before it learned: one slow run must not make the next ones impossible."""
+        return self._measured.get(id(pace), pace)
+
+
+def duration(ms: float) -> str:
+    """Milliseconds as messages name them."""
+    return f"{ms:.0f} ms" if ms >= 100 else f"{ms:.3g} ms"
 
 
 def noise(size: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastroute.grid import TileGrid
 from fastroute.ops.assign_classes import assign_classes
-from fastroute.routing.budgets import RUNS, Budget, Pace, Paces, assign_within, noise, refuse_below
+from fastroute.routing.budgets import RUNS, Budget, Pace, Paces, assign_within, duration, noise, refuse_below
 from fastroute.routing.classify import Scores, classify_patches
 from fastroute.routing.result import RoutingStats, Stopwatch
 from fastroute.routing.tuning import tuning_key
@@ -66,7 +66,9 @@ def choose_classes(
     costs = pace.branches if pace else router.costs if limit.flops is None else router.flop_costs
     if router.num_classes == 1 or affords_all(limit, number, costs, pace):
         # All patches go to the dearest class: nothing to classify.
-        dearest = max(range(router.num_classes), key=costs.__getitem__)
+        # By its own cost, not by its time: a small network may have been slow when that was measured.
+        own = router.costs if limit.flops is None else costs
+        dearest = max(range(router.num_classes), key=own.__getitem__)
         return torch.full((number,), dearest, device=router.device), 0
     with watch.stage("classify"):
         scores = score_patches(router, source, grid)
@@ -107,10 +109,9 @@ def check_least(router: PatchRouter, limit: Budget, number: int, dtype: torch.dt
         least = number * min(router.flop_costs)
         refuse_below("upscale", "budget_flops", limit.flops, least, f"{least:.4g}")
     if limit.ms is not None:
-        pace = router.paces.of(router, dtype)
-        classify = 0.0 if router.num_classes == 1 else pace.classify
-        least = number * (min(pace.branches) + classify + pace.rest)
-        refuse_below("upscale", "budget_ms", limit.ms, least, f"{least:.3g} ms on this device")
+        pace, classified = router.paces.of(router, dtype), router.num_classes > 1
+        least = number * min(p.cheapest(classified) for p in (pace, router.paces.measured(pace)))
+        refuse_below("upscale", "budget_ms", limit.ms, least, f"{duration(least)} on this device")
 
 
 def affords_all(limit: Budget, number: int, costs: list[float], pace: Pace | None) -> bool:

@@ -11,7 +11,7 @@ import torch
 
 from fastroute.ops.assign_classes import assign_classes
 from fastroute.routing import pixel_rows
-from fastroute.routing.budgets import Budget, refuse_below
+from fastroute.routing.budgets import Budget, duration, refuse_below
 from fastroute.routing.pixel_budget import Purse, fixed_ms, only_class
 from fastroute.routing.pixel_rows import PixelGrid, budget_sample, sampled_rows
 from fastroute.routing.pixel_stats import Work
@@ -197,8 +197,9 @@ def plan(
         pace = router.paces.of(router, dtype, factor_of(work))
         cost, done = pace.branches, 1e3 * (seconds or 0.0)
         unclassified = limit.ms - done - fixed_ms(pace, Work(pixels=pixels, encoded=work.features))
-        least = limit.ms - unclassified + pixels * min(cost)
-        refuse_below(op, "budget_ms", limit.ms, least, f"{least:.3g} ms on this device")
+        bare = Work(pixels=pixels, encoded=work.features)
+        least = min(fixed_ms(p, bare) + pixels * min(p.branches) for p in (pace, router.paces.measured(pace)))
+        refuse_below(op, "budget_ms", limit.ms, least, f"{duration(least)} on this device")
         classified = limit.ms - done - fixed_ms(pace, work if seconds is not None else work + samples)
     else:
         cost = router.model.class_cost(factor)

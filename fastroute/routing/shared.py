@@ -14,7 +14,7 @@ from fastroute.grid import TileGrid
 from fastroute.ops import _checks as check
 from fastroute.ops.assign_classes import assign_classes
 from fastroute.profiling import RoutedFlops
-from fastroute.routing.budgets import Budget, assign_within, refuse_below
+from fastroute.routing.budgets import Budget, assign_within, duration, refuse_below
 from fastroute.routing.choose import score_patches
 from fastroute.routing.patch_router import PatchRouter
 from fastroute.routing.pixel_budget import Ahead, Purse
@@ -113,8 +113,8 @@ class SharedPatches(Shared):
         if limit.ms is not None:
             pace = router.paces.of(router, self.dtype)
             fixed = 1e3 * sum(self.seconds) + number * pace.rest
-            least = fixed + number * min(pace.branches)
-            refuse_below(self.op, "budget_ms", limit.ms, least, f"{least:.3g} ms on this device")
+            least = number * min(p.cheapest(True) for p in (pace, router.paces.measured(pace)))
+            refuse_below(self.op, "budget_ms", limit.ms, least, f"{duration(least)} on this device")
             return assign_within(score, pace.branches, limit.ms - fixed)
         return assign_classes(score, router.costs, budget=limit.fraction)
 
