@@ -1,6 +1,6 @@
 """A network that spandrel loads, as one class of a router; the other class is bicubic interpolation.
 
-Needs: pip install fastroute spandrel. spandrel tells the architecture from a checkpoint: give the path of yours, or run it as
+Needs: pip install . spandrel. spandrel tells the architecture from a checkpoint: give the path of yours, or run it as
 it is, on a small network with random weights and a picture drawn here.
 """
 
