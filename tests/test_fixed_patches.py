@@ -116,7 +116,7 @@ def test_random_class_maps(data):
 def test_capacities_of_a_sample():
     router, sample = make_router(), as_image(picture(3, 3, 64, 76, seed=6), torch.uint8)
     counts = router.upscale(sample, budget=0.9).stats.patches_per_class
-    fixed = FixedPatchRouter(router, (3, 52, 64), torch.uint8, sample=sample, slack=0.5, budget=0.9)
+    fixed = FixedPatchRouter(router, (3, 52, 64), sample=sample, slack=0.5, budget=0.9)
     number = TileGrid(52, 64, PATCH, STRIDE).num_patches
     assert fixed.capacities == [min(number, -(-3 * n * number // (2 * sum(counts)))) for n in counts]
     assert fixed(sample[0, :, :52, :64]).image.shape == (3, 208, 256)

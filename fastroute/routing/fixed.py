@@ -54,7 +54,7 @@ class FixedPatchRouter(nn.Module):
     Args:
         router: its networks are copied, where they are.
         shape: of the images, (B, C, H, W) or (C, H, W).
-        dtype: of the images: floating in [0, 1], uint8 or uint16.
+        dtype: of the images: floating in [0, 1], uint8 or uint16; default that of `sample`, else float32.
         capacities: slots of each class, cheapest first: numbers of patches, or floats, fractions of all patches. Together
             they must hold all patches.
         sample: instead: images like those to come, (B, C, H, W) or (C, H, W), of any size and number; the classes of their
@@ -90,7 +90,7 @@ class FixedPatchRouter(nn.Module):
         self,
         router: PatchRouter,
         shape: Sequence[int],
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype | None = None,
         capacities: Sequence[int | float] | None = None,
         sample: Tensor | None = None,
         slack: float = 0.25,
@@ -100,6 +100,8 @@ class FixedPatchRouter(nn.Module):
         super().__init__()
         if not isinstance(router, PatchRouter):
             raise TypeError(f"{self.OP}: router must be a PatchRouter; got {type(router).__name__}")
+        if dtype is None:
+            dtype = sample.dtype if isinstance(sample, Tensor) else torch.float32
         self.shape, self.dtype, self.device = check_shape(self.OP, shape, router.channels), dtype, router.device
         check.dtype(self.OP, "dtype", dtype, check.FLOATING + check.INTEGER_IMAGE)
         assign_classes(torch.ones(1, router.num_classes), router.costs, penalty, budget)  # refuses an impossible budget
