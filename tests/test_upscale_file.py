@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -172,14 +173,12 @@ def test_missing_packages_name_the_extra(router, image, tmp_path, monkeypatch):
 
 
 PEAK = """
-import ctypes
 import sys
 from pathlib import Path
 import torch
 sys.path.insert(0, sys.argv[1])
 from networks import random_classsr
 from test_pixel_router import make_model
-import fastroute
 from fastroute import PatchRouter, PixelRouter
 
 class Reader:
@@ -200,9 +199,6 @@ system = random_classsr((3, 5, 8), 4, 32)
 for router in (PatchRouter(system.branches, system.classifier, batch=16), PixelRouter(make_model())):
     image = torch.zeros(3, 64, 64, dtype=torch.uint8)
     router.upscale(image)
-    # What the allocator holds of earlier work would be used again, and not be seen.
-    fastroute.memory.release()
-    getattr(ctypes.CDLL(None), "malloc_trim", int)(0)
     Path("/proc/self/clear_refs").write_text("5")
     before = peak()
     stats = router.stream(Reader(), Writer(), memory_limit=int(sys.argv[2])).stats
@@ -212,12 +208,15 @@ for router in (PatchRouter(system.branches, system.classifier, batch=16), PixelR
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
 def test_memory_is_what_is_stated():
-    """Counted from a heap that holds nothing: what the allocator keeps between two bands comes on top of what is alive."""
+    """The allocator gives everything back at once here: what it keeps differs from run to run, and hides what is used again."""
     limit = 150_000_000
+    own = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     done = subprocess.run(
-        [sys.executable, "-c", PEAK, str(Path(__file__).parent), str(limit)], capture_output=True, text=True, check=True
-    )
+        [sys.executable, "-c", PEAK, str(Path(__file__).parent), str(limit)],
+        capture_output=True, text=True, check=True, env={**os.environ, **own},
+    )  # fmt: skip
     for line in done.stdout.splitlines():
         measured, stated = map(int, line.split())
         assert stated <= limit
-        assert 0.2 * stated < measured < 2 * stated, f"{measured / 1e6:.0f} MB instead of {stated / 1e6:.0f} MB"
+        assert measured < 1.25 * stated, f"{measured / 1e6:.0f} MB instead of {stated / 1e6:.0f} MB"
+        assert measured > 0.2 * stated, f"{measured / 1e6:.0f} MB instead of {stated / 1e6:.0f} MB"

@@ -270,9 +270,8 @@ class PatchRouter:
             if tuple(class_map.shape) not in ((shape[1:], shape) if shape[0] == 1 else (shape,)):
                 raise ValueError(f"{op}: class_map must be {shape} for this image; got {tuple(class_map.shape)}")
         else:
-            if penalty != 0 or limit.fraction is not None:
-                # Refuses an impossible one before anything is classified.
-                assign_classes(torch.ones(1, self.num_classes), self.costs, penalty, limit.fraction)
+            # Also refuses an impossible budget, before anything is classified.
+            assign_classes(torch.ones(1, self.num_classes), self.costs, penalty, limit.fraction)
             if self.classifier is None and limit.fraction != 1 and self.num_classes > 1:
                 raise ValueError(f"{op}: this router has no classifier; give a class_map or budget=1")
             check_least(self, limit, batch * grid.num_patches, dtype)
