@@ -81,10 +81,15 @@ def refuse_below(op: str, name: str, asked: float, least: float, text: str) -> N
         raise ValueError(f"{op}: {name} must be at least {text}, with everything in the cheapest class; got {asked:g}")
 
 
+def dearest(costs: Sequence[float]) -> int:
+    """The class that costs most; of several alike the last, since classes go from the cheapest to the dearest."""
+    return max(range(len(costs)), key=lambda c: (costs[c], c))
+
+
 def assign_within(score: Tensor, costs: Sequence[float], allowed: float) -> Tensor:  # [N, K] -> [N]
     """Classes whose costs sum to at most `allowed`, spent where the scores gain most; the cheapest where that is too little."""
-    dearest, number = max(costs), max(score.shape[0], 1)
-    share = min(max(allowed / (number * dearest), min(costs) / dearest), 1.0)
+    most, number = max(costs), max(score.shape[0], 1)
+    share = min(max(allowed / (number * most), min(costs) / most), 1.0)
     return assign_classes(score, costs, budget=share)
 
 

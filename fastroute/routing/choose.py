@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastroute.grid import TileGrid
 from fastroute.ops.assign_classes import assign_classes
-from fastroute.routing.budgets import RUNS, Budget, Pace, Paces, assign_within, duration, noise, refuse_below
+from fastroute.routing.budgets import RUNS, Budget, Pace, Paces, assign_within, dearest, duration, noise, refuse_below
 from fastroute.routing.classify import Scores, classify_patches
 from fastroute.routing.result import RoutingStats, Stopwatch
 from fastroute.routing.tuning import tuning_key
@@ -68,8 +68,7 @@ def choose_classes(
         # All patches go to the dearest class: nothing to classify.
         # By its own cost, not by its time: a small network may have been slow when that was measured.
         own = router.costs if limit.flops is None else costs
-        dearest = max(range(router.num_classes), key=own.__getitem__)
-        return torch.full((number,), dearest, device=router.device), 0
+        return torch.full((number,), dearest(own), device=router.device), 0
     with watch.stage("classify"):
         scores = score_patches(router, source, grid)
     with watch.stage("assign"):

@@ -139,17 +139,17 @@ def fixed_ms(pace: Pace, work: Work) -> float:
     return pace.encode * work.encoded + pace.classify * work.classified + pace.rest * work.pixels
 
 
-def only_class(costs: Sequence[float], pixels: int, unclassified: float, classified: float) -> int | None:
-    """The class of all pixels where there is nothing to choose: the dearest where all may have it, the cheapest where
+def only_class(costs: Sequence[float], most: int, pixels: int, unclassified: float, classified: float) -> int | None:
+    """The class of all pixels where there is nothing to choose: the dearest where all may have any, the cheapest where
     classifying leaves too little for more; else None.
 
     Args:
+        most: the dearest class.
         unclassified, classified: what the pixels may cost where they are not classified, and where they are.
     """
-    classes = range(len(costs))
-    dearest, cheapest = max(classes, key=costs.__getitem__), min(classes, key=costs.__getitem__)
-    if len(costs) == 1 or unclassified >= pixels * costs[dearest] * (1 - BUDGET_SLACK):
-        return dearest
+    cheapest = min(range(len(costs)), key=costs.__getitem__)
+    if len(costs) == 1 or unclassified >= pixels * max(costs) * (1 - BUDGET_SLACK):
+        return most
     return cheapest if classified < pixels * costs[cheapest] else None
 
 

@@ -11,7 +11,7 @@ import torch
 
 from fastroute.ops.assign_classes import assign_classes
 from fastroute.routing import pixel_rows
-from fastroute.routing.budgets import Budget, duration, refuse_below
+from fastroute.routing.budgets import Budget, dearest, duration, refuse_below
 from fastroute.routing.pixel_budget import Purse, fixed_ms, only_class
 from fastroute.routing.pixel_rows import PixelGrid, budget_sample, sampled_rows
 from fastroute.routing.pixel_stats import Work
@@ -190,8 +190,8 @@ def plan(
         done = 0.0 if seconds is None else flops.fixed(samples)
         least = min(flops.all_in(c, work) for c in classes) + done
         refuse_below(op, "budget_flops", limit.flops, least, f"{least:.4g}")
-        dearest = max(classes, key=cost.__getitem__)
-        unclassified = limit.flops - done - flops.all_in(dearest, work) + pixels * cost[dearest]
+        most = dearest(cost)
+        unclassified = limit.flops - done - flops.all_in(most, work) + pixels * cost[most]
         classified = limit.flops - flops.fixed(work + samples)
     elif limit.ms is not None:
         pace = router.paces.of(router, dtype, factor_of(work))
@@ -206,7 +206,9 @@ def plan(
         # Refuses an impossible budget.
         assign_classes(torch.ones(1, router.num_classes), cost, budget=limit.fraction)
         unclassified = classified = (limit.fraction or 0.0) * max(cost) * pixels
-    only = only_class(cost, pixels, unclassified, classified)
+    # By its own cost, not by its time: a small network may have been slow when that was measured.
+    own = dearest(cost if limit.ms is None else router.model.class_cost(factor))
+    only = only_class(cost, own, pixels, unclassified, classified)
     if only is not None:
         return Choice(cost, only=only), None
     shares = [c / max(cost) for c in cost]
