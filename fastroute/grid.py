@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -92,12 +93,12 @@ class TileGrid:
     @property
     def row_origins(self) -> list[int]:
         """First LR row of each tile row."""
-        return tile_origins(self.height, self.patch, self.stride, self.crop)
+        return list(_origins(self.height, self.patch, self.stride, self.crop))
 
     @property
     def col_origins(self) -> list[int]:
         """First LR column of each tile column."""
-        return tile_origins(self.width, self.patch, self.stride, self.crop)
+        return list(_origins(self.width, self.patch, self.stride, self.crop))
 
     def origins(self) -> Tensor:
         """Top left corner of every patch: int64 (num_patches, 2), row and column in LR pixels."""
@@ -116,6 +117,10 @@ def tile_origins(size: int, patch: int, stride: int, crop: bool) -> list[int]:
     """First pixel of each tile along one axis."""
     last = max(size - patch, 0)
     return [min(i * stride, last) for i in range(tile_count(size, patch, stride, crop))]
+
+
+# Asked for again and again while an image is routed band by band.
+_origins = lru_cache(maxsize=64)(tile_origins)
 
 
 def covered_size(size: int, patch: int, stride: int, crop: bool) -> int:

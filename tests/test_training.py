@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import torch
 from click.testing import CliRunner, Result
 from interrupted import Stop, equal, stopping
 from networks import picture
+from torch.nn import functional as F
 
 import fastroute
 from fastroute import io
@@ -44,17 +46,38 @@ def pool(images):
 
 # Inside a stage, at its end, and between two saved states; 5 + 3 + 4 + 3 steps in all.
 @pytest.mark.parametrize("stops", [(4,), (5,), (7,), (2, 3, 1), (13,), (0,)])
-def test_a_resumed_run_ends_bit_for_bit_like_an_uninterrupted_one(pool, tmp_path, stops):
-    whole = Trainer(pool, RECIPE, tmp_path / "whole.pt", save_every=2).run()
+@pytest.mark.parametrize("optimizer", ["adam", "soap"])
+def test_a_resumed_run_ends_bit_for_bit_like_an_uninterrupted_one(pool, tmp_path, stops, optimizer):
+    recipe = replace(RECIPE, optimizer=optimizer)
+    whole = Trainer(pool, recipe, tmp_path / "whole.pt", save_every=2).run()
     assert not whole.training
     for at in stops:
         with pytest.raises(Stop):
-            stopping(Trainer(pool, RECIPE, tmp_path / "parts.pt", save_every=2), at).run()
+            stopping(Trainer(pool, recipe, tmp_path / "parts.pt", save_every=2), at).run()
         # What else goes on in the process decides nothing.
         torch.rand(7)
         np.random.rand(3)
-    resumed = Trainer(pool, RECIPE, tmp_path / "parts.pt", save_every=2).run()
+    resumed = Trainer(pool, recipe, tmp_path / "parts.pt", save_every=2).run()
     assert equal(resumed.state_dict(), whole.state_dict())
+
+
+def test_optimizers(pool, tmp_path, monkeypatch):
+    """Both learn, on different ways."""
+    weights = []
+    for optimizer in ("adam", "soap"):
+        recipe = replace(RECIPE, optimizer=optimizer, branch_steps=(1, 150), learning_rate=1e-2)
+        trainer = Trainer(pool, recipe, tmp_path / f"{optimizer}.pt")
+        lr, hr = pool.batch(np.arange(16), np.random.default_rng(0))
+        before = F.mse_loss(trainer.model.branches[1](lr), hr)
+        model = trainer.run()
+        assert F.mse_loss(model.branches[1](lr), hr) < 0.7 * before
+        weights.append(model.state_dict())
+    assert not equal(*weights)
+    with pytest.raises(ValueError, match=r"^train: optimizer must be one of adam, soap; got 'sgd'$"):
+        replace(RECIPE, optimizer="sgd")
+    monkeypatch.setattr("fastroute.training.optimizers.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="optimizer=soap needs another package: pip install"):
+        replace(RECIPE, optimizer="soap")
 
 
 @pytest.mark.parametrize("interruption", [KeyboardInterrupt, SystemExit])

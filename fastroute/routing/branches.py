@@ -90,6 +90,13 @@ class Branches:
         return max(t.batch * size if t else 0 for t, size in zip(tunings, self.pass_bytes, strict=True))
 
 
+def even_parts(count: int, batch: int) -> list[int]:
+    """Sizes of the passes of `count` patches, at most `batch` each: even, so that the last is not left with a few, which
+    run at a fraction of the speed."""
+    passes = -(-count // batch)
+    return [count // passes + (i < count % passes) for i in range(passes)]
+
+
 def frozen_copy(module: nn.Module) -> nn.Module:
     """A copy for inference; the caller's own stays as it is."""
     return copy.deepcopy(module).eval().requires_grad_(False)

@@ -57,8 +57,9 @@ class FixedPatchRouter(nn.Module):
         dtype: of the images: floating in [0, 1], uint8 or uint16; default that of `sample`, else float32.
         capacities: slots of each class, cheapest first: numbers of patches, or floats, fractions of all patches. Together
             they must hold all patches.
-        sample: instead: images like those to come, (B, C, H, W) or (C, H, W), of any size and number; the classes of their
-            patches and `slack` give the capacities.
+        sample: instead: images like those to come, (B, C, H, W) or (C, H, W), of any size and number. They are taken as calls
+            of as many images as `shape` says, and each meets the budget on its own; a class gets the largest share of patches
+            that it has in any of them.
         slack: with `sample`, slots beyond those, as a fraction of them.
         budget, penalty: see :meth:`PatchRouter.upscale`; a batch shares its budget.
 
@@ -175,18 +176,18 @@ class FixedPatchRouter(nn.Module):
         return check_capacities(self.OP, capacities, self.num_classes, self.number)
 
     @torch.no_grad()
-    def _counts(self, router: PatchRouter, sample: Tensor) -> list[int]:
-        """Patches of each class in a sample."""
+    def _counts(self, router: PatchRouter, sample: Tensor) -> list[list[int]]:
+        """Patches of each class in each call of a sample."""
         images = check.images(self.OP, sample, router.channels, sample.device).to(self.device)
         grid = TileGrid(images.shape[2], images.shape[3], router.patch, router.stride, router.scale)
         if self.only is not None:
-            return [int(c == self.only) for c in range(self.num_classes)]
+            return [[int(c == self.only) for c in range(self.num_classes)]]
         if router.classifier is None:
             raise ValueError(f"{self.OP}: this router has no classifier to look at a sample; give capacities")
         score = classify_patches(router.classifier, TensorSource(images, self.device), grid).score
-        ids = assign_classes(score, self.costs, self.penalty, self.budget)
-        counts: list[int] = torch.bincount(ids, minlength=self.num_classes).tolist()
-        return counts
+        per_call = self.number // self.grid.num_patches * grid.num_patches
+        ids = [assign_classes(part, self.costs, self.penalty, self.budget) for part in score.split(per_call)]
+        return [torch.bincount(part, minlength=self.num_classes).tolist() for part in ids]
 
     def _classes(self, images: Tensor, class_map: Tensor | None) -> tuple[Tensor, Tensor | None]:  # [N], [N]
         """The class of every patch, and how hard the classifier finds it."""
@@ -286,9 +287,11 @@ def check_fixed(op: str, image: Tensor, shape: tuple[int, ...], dtype: torch.dty
         TypeError: another dtype, or no tensor.
     """
     check.tensor(op, "image", image)
-    check.dtype(op, "image", image.dtype, (dtype,))
-    if tuple(image.shape) != shape or image.device != device:
-        raise ValueError(
-            f"{op}: image must be {shape} on {device}, as this was made for; got {tuple(image.shape)} on {image.device}"
+    if tuple(image.shape) != shape or image.dtype != dtype or image.device != device:
+        expected, got = (str(d).removeprefix("torch.") for d in (dtype, image.dtype))
+        message = (
+            f"{op}: image must be {expected} {shape} on {device}, as this was made for; "
+            f"got {got} {tuple(image.shape)} on {image.device}"
         )
+        raise ValueError(message) if image.dtype == dtype else TypeError(message)
     return image if image.ndim == 4 else image[None]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import groupby, islice
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from fastroute.ops.extract_patches import extract_patches
 from fastroute.ops.group_by_class import group_by_class
 from fastroute.profiling import RoutedFlops, mix_flops
 from fastroute.routing.bands import Band, band_of_patches, plan_bands
-from fastroute.routing.branches import Branches, frozen_copy
+from fastroute.routing.branches import Branches, even_parts, frozen_copy
 from fastroute.routing.budgets import Budget
 from fastroute.routing.choose import PatchPaces, check_least, choose_classes
 from fastroute.routing.classify import classifying_bytes
@@ -97,6 +98,7 @@ class PatchRouter:
         self.flop_costs = [float(f or values) for f in self.branch_flops]
         self.costs = list(costs) if costs is not None else self.flop_costs
         self.paces = PatchPaces()
+        self._possible: tuple[float | None, ...] = ()  # costs, penalty and budget that were found possible last
 
     @property
     def device(self) -> torch.device:
@@ -270,8 +272,11 @@ class PatchRouter:
             if tuple(class_map.shape) not in ((shape[1:], shape) if shape[0] == 1 else (shape,)):
                 raise ValueError(f"{op}: class_map must be {shape} for this image; got {tuple(class_map.shape)}")
         else:
-            # Also refuses an impossible budget, before anything is classified.
-            assign_classes(torch.ones(1, self.num_classes), self.costs, penalty, limit.fraction)
+            # Refuses impossible costs and budgets, before anything is classified; once for those of many calls.
+            asked = (*self.costs, penalty, limit.fraction)
+            if asked != self._possible:
+                assign_classes(torch.ones(1, self.num_classes), self.costs, penalty, limit.fraction)
+                self._possible = asked
             if self.classifier is None and limit.fraction != 1 and self.num_classes > 1:
                 raise ValueError(f"{op}: this router has no classifier; give a class_map or budget=1")
             check_least(self, limit, batch * grid.num_patches, dtype)
@@ -318,20 +323,24 @@ class PatchRouter:
         with watch.stage("extract"):
             pixels, part = band.read(source, grid)
             order = order[offsets[0] : offsets[-1]] - band.first_patch(grid)
-        for c in range(self.num_classes):
-            here = order[offsets[c] - offsets[0] : offsets[c + 1] - offsets[0]]
-            if here.numel() == 0:
-                continue
-            with watch.stage("tune"):
-                tuning = self.networks.tuning(c, source.device)
+        counts = [offsets[c + 1] - offsets[c] for c in range(self.num_classes)]
+        with watch.stage("tune"):
+            tunings = {c: self.networks.tuning(c, source.device) for c, count in enumerate(counts) if count}
+        first = 0
+        # Classes whose branches read the same memory format are cut out together.
+        for memory_format, group in groupby(tunings, key=lambda c: tunings[c].memory_format):
+            classes = list(group)
+            sizes = [even_parts(counts[c], tunings[c].batch) for c in classes]
             with watch.stage("extract"):
-                patches = extract_patches(pixels, part, order=here, dtype=self.dtype, memory_format=tuning.memory_format)
-                # Batches of one size: the last is not left with a few patches, which run at a fraction of the speed.
-                batches = patches.tensor_split(-(-here.numel() // tuning.batch))
-            with watch.stage("branches", c):
-                branch = self.branches[c]
-                results = [branch(batch) for batch in batches]
-            workspace.put(results)
+                end = first + sum(counts[c] for c in classes)
+                patches = extract_patches(pixels, part, order=order[first:end], dtype=self.dtype, memory_format=memory_format)
+                batches = iter(patches.split([size for parts in sizes for size in parts]))
+                first = end
+            for c, parts in zip(classes, sizes, strict=True):
+                with watch.stage("branches", c):
+                    branch = self.branches[c]
+                    results = [branch(batch) for batch in islice(batches, len(parts))]
+                workspace.put(results)
 
     def _stats(self, counts: list[int], classifier_flops: int, watch: Stopwatch, working_set: int) -> RoutingStats:
         seconds = {

@@ -46,8 +46,7 @@ class PixelRouter:
             self.encoder = optimize(model.encoder).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.num_classes, self.channels = model.num_classes, int(model.encoder.channels)  # type: ignore[arg-type]
         self.dtype = parameter_dtype(model)
-        self.mlps = [_layers(mlp) for mlp in model.upsamplers]
-        self.classifier = _layers(model.classifier)
+        self.mlps, self.classifier = _mlps(model)
         if not self.classifier:
             raise ValueError("PixelRouter: model must have a classifier of at least one layer; got an empty one")
         self.footprint = Footprint(model, self.encoder, self.dtype)
@@ -57,6 +56,13 @@ class PixelRouter:
     def device(self) -> torch.device:
         """Where the networks are."""
         return self.classifier[0][0].device
+
+    def to(self, device: str | torch.device) -> PixelRouter:
+        """Move the networks, `model` among them; returns self."""
+        self.model.to(device)
+        self.encoder.to(device)
+        self.mlps, self.classifier = _mlps(self.model)
+        return self
 
     @torch.inference_mode()
     def upscale(
@@ -237,6 +243,11 @@ class PixelRouter:
     def _stats(self, counts: list[int], work: Work, watch: Stopwatch, working_set: int) -> PixelStats:
         stages = {"encode": 0.0, "classify": 0.0, "solve": 0.0, "assign": 0.0, "upsample": 0.0, "refine": 0.0}
         return PixelStats(counts, *self.flops.done(counts, work), {**stages, **watch.finish()}, working_set)
+
+
+def _mlps(model: PCSR) -> tuple[list[Layers], Layers]:
+    """The layers of the upsamplers and of the classifier, where the model is now."""
+    return [_layers(mlp) for mlp in model.upsamplers], _layers(model.classifier)
 
 
 def _layers(mlp: nn.Module) -> Layers:

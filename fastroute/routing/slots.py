@@ -134,13 +134,19 @@ def check_capacities(op: str, capacities: Sequence[int | float], num_classes: in
     return counts
 
 
-def capacities_for(counts: Sequence[int], number: int, slack: float) -> list[int]:
-    """Slots in proportion to the `counts` of a sample, and `slack` times as many in reserve.
+def capacities_for(counts: Sequence[Sequence[int]], number: int, slack: float) -> list[int]:
+    """Slots of `number` patches for the largest share that each class has in any call of a sample, and a reserve.
+
+    Args:
+        counts: patches of each class in each call.
+        number: of patches in the calls to come.
+        slack: the reserve, as a fraction of the slots.
 
     Raises:
         ValueError: a slack that is negative or not finite.
     """
     if not 0 <= slack < math.inf:
         raise ValueError(f"FixedPatchRouter: slack must be at least 0 and finite; got {slack}")
-    total = max(sum(counts), 1)
-    return [min(number, math.ceil((1 + slack) * count * number / total - 1e-9)) for count in counts]
+    shares = [[count / max(sum(call), 1) for count in call] for call in counts]
+    largest = map(max, zip(*shares, strict=True))
+    return [min(number, math.ceil((1 + slack) * share * number - 1e-9)) for share in largest]

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from fastroute.models.arm import ARM, BACKBONES, BINS, edge_score
 from fastroute.training.base import BaseTrainer, Stage, StepResult, check_backbone, check_settings, check_widths
+from fastroute.training.optimizers import check_optimizer
 from fastroute.training.start import Start, start_network
 
 MEASURED_AT_ONCE = 32
@@ -26,7 +27,8 @@ class Recipe:
         scale, patch: upscaling factor and LR patch size.
         steps: each trains one width; 0 only measures the table, of weights to start from.
         batch: patches per step.
-        learning_rate: Adam's peak rate, annealed by a cosine.
+        learning_rate: peak rate, annealed by a cosine.
+        optimizer: "adam" or "soap", of all stages; see :func:`fastroute.training.optimizers.make_optimizer`.
         bins: of the table.
         table_patches: patches on which the table is measured, spread evenly from the easiest to the hardest.
         eta: what a decibel is worth, in units of the dearest class's FLOPs; the published code tries 0.5 to 32.
@@ -40,6 +42,7 @@ class Recipe:
     steps: int = 30000
     batch: int = 32
     learning_rate: float = 1e-3
+    optimizer: str = "adam"
     bins: int = BINS
     table_patches: int = 8000
     eta: float = 4.0
@@ -48,6 +51,7 @@ class Recipe:
     def __post_init__(self) -> None:
         check_settings(self, ("scale", "patch", "batch", "bins", "table_patches"), ("steps", "seed"))
         check_widths(self.widths)
+        check_optimizer(self.optimizer)
         check_backbone(self.backbone, BACKBONES)
         if not self.eta > 0:
             raise ValueError(f"train: eta must be above 0; got {self.eta}")

@@ -19,6 +19,7 @@ from fastroute.io.files import remove_parts
 from fastroute.models.checkpoints import CheckpointError, load_weights, read_checkpoint
 from fastroute.training import distributed
 from fastroute.training.data import Pool
+from fastroute.training.optimizers import make_optimizer
 from fastroute.training.start import Start
 
 STATE_KEYS = {"recipe", "stage", "step", "model", "optimizer"}
@@ -37,7 +38,7 @@ class Stage:
     Attributes:
         name: shown beside the progress bar.
         steps: its length.
-        rate: Adam's peak rate, annealed by a cosine.
+        rate: peak rate, annealed by a cosine.
         kind: what is trained, in the words of the recipe.
         branch: number of the branch, where one is trained alone.
     """
@@ -82,7 +83,7 @@ class BaseTrainer(ABC):
 
     Args:
         pool: ranked training patches.
-        recipe: what to train; a dataclass with `seed`, `scale`, `patch` and `batch`.
+        recipe: what to train; a dataclass with `seed`, `scale`, `patch`, `batch` and `optimizer`.
         state_path: checkpoint written every `save_every` steps and read on start when it exists.
         init: weights to start from; default a fresh initialisation. Each recipe says which layouts it takes.
         save_every: steps between two checkpoints.
@@ -164,7 +165,7 @@ class BaseTrainer(ABC):
         for number in range(self.stage, len(self.stages)):
             stage = self.stages[number]
             parameters = self._parameters(stage)
-            optimizer = torch.optim.Adam(parameters, lr=stage.rate, betas=(0.9, 0.99))
+            optimizer = make_optimizer(self.recipe.optimizer, parameters, stage.rate)
             if optimizer_state is not None:
                 optimizer.load_state_dict(optimizer_state)
                 optimizer_state = None

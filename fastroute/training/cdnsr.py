@@ -35,7 +35,7 @@ class Recipe(BranchRecipe):
         classifier_steps: step 2, the classifier alone, the branches frozen.
         joint_steps: step 3, classifier and branches together.
         distill_steps: step 4, the branches alone under the trained classifier, the dearest teaching the others.
-        classifier_rate, joint_rate, distill_rate: Adam's peak rates of these steps.
+        classifier_rate, joint_rate, distill_rate: peak rates of these steps.
         image_weight: of the absolute error.
         contrast_weight: of the contrastive loss in step 4.
         contrast_batch: patches of a batch that it looks at; its distances to all negatives cost more than the branches.

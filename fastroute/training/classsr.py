@@ -14,6 +14,7 @@ from fastroute.models.classsr import BACKBONES, ClassSR
 from fastroute.profiling import count_flops
 from fastroute.training.base import BaseTrainer, Stage, StepResult, check_backbone, check_settings, check_widths, class_shares
 from fastroute.training.losses import average_loss, class_loss, routing_loss
+from fastroute.training.optimizers import check_optimizer
 
 # Squared errors in [0, 1]²: that of a usual patch, which `balance` leaves its weight, and what keeps the weight of a flat
 # patch, which is nearly exact already, from growing without end.
@@ -35,7 +36,8 @@ class BranchRecipe:
         balance: how much a branch's pre-training heeds easy patches: the squared error of each counts by the power -`balance`
             of that of its bicubic upscaling. 0 is plain squared error, which hard patches decide; at 1, as in a mean of PSNR,
             a patch counts by the share of its error that goes away.
-        learning_rate: Adam's peak rate, annealed by a cosine.
+        learning_rate: peak rate, annealed by a cosine.
+        optimizer: "adam" or "soap", of all stages; see :func:`fastroute.training.optimizers.make_optimizer`.
         seed: fixes initial weights and batches.
     """
 
@@ -48,16 +50,21 @@ class BranchRecipe:
     focus: float = 0.5
     balance: float = 0.0
     learning_rate: float = 1e-3
+    optimizer: str = "adam"
     seed: int = 0
 
     def __post_init__(self) -> None:
+        check_widths(self.widths)
         if len(self.branch_steps) != len(self.widths) or min(self.branch_steps, default=0) < 1:
-            raise ValueError(f"train: branch_steps must be one positive number per width; got {self.branch_steps}")
+            widths, got = (", ".join(map(str, numbers)) for numbers in (self.widths, self.branch_steps))
+            raise ValueError(
+                f"train: branch_steps must be one positive number per width, {len(self.widths)} for widths {widths}; got {got}"
+            )
         check_settings(self, ("batch", "scale", "patch"), ("seed",))
         for name in ("focus", "balance"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"train: {name} must lie in [0, 1]; got {getattr(self, name)}")
-        check_widths(self.widths)
+        check_optimizer(self.optimizer)
         check_backbone(self.backbone, BACKBONES)
 
 
@@ -70,7 +77,7 @@ class Recipe(BranchRecipe):
         joint_steps: steps of classifier and branches together.
         routing_steps: steps of the classifier alone at the end, by what each choice costs: see :func:`routing_loss`.
         routing_price: squared error (per pixel, of images in [0, 1]) that the dearest branch must save to be worth its cost.
-        classifier_rate, joint_rate, routing_rate: Adam's peak rates of these stages.
+        classifier_rate, joint_rate, routing_rate: peak rates of these stages.
         image_weight, class_weight, average_weight: loss weights of the classifier and joint stages (1000, 0.5 and 3 as
             published).
     """

@@ -18,6 +18,7 @@ from fastroute.reference.pixel_mlp import bilinear_reference
 from fastroute.training.base import BaseTrainer, Stage, StepResult, check_backbone, check_settings, class_shares
 from fastroute.training.data import downscale, to_uint8
 from fastroute.training.losses import average_loss
+from fastroute.training.optimizers import check_optimizer
 from fastroute.training.start import Start, start_encoder
 
 
@@ -37,7 +38,8 @@ class Recipe:
         batch: patches per step.
         pixels: output pixels of every LR pixel at which a step evaluates classifier and upsamplers, drawn anew for each step
             and LR pixel; 0 for all. They take most of the time; every feature still learns in every step.
-        learning_rate, light_rate: Adam's peak rates of the phases, annealed by a cosine.
+        learning_rate, light_rate: peak rates of the phases, annealed by a cosine.
+        optimizer: "adam" or "soap", of all stages; see :func:`fastroute.training.optimizers.make_optimizer`.
         image_weight: of the absolute error in phase 2.
         average_weight: of :func:`average_loss` over all pixels; 6 is the published weight of 3 on twice that loss.
         seed: fixes initial weights and batches.
@@ -55,6 +57,7 @@ class Recipe:
     pixels: int = 4
     learning_rate: float = 1e-3
     light_rate: float = 1e-3
+    optimizer: str = "adam"
     image_weight: float = 1000.0
     average_weight: float = 6.0
     seed: int = 0
@@ -65,6 +68,7 @@ class Recipe:
             raise ValueError(f"train: upsamplers must be at least two, the last not empty; got {self.upsamplers}")
         if not self.scales or min(self.scales) < 1 or list(self.scales) != sorted(set(self.scales)):
             raise ValueError(f"train: scales must be positive and rise; got {self.scales}")
+        check_optimizer(self.optimizer)
         check_backbone(self.backbone, ("fsrcnn", "carn"))
         for widths in (*self.upsamplers, self.classifier):
             if any(w < 1 for w in widths):
