@@ -54,10 +54,12 @@ def routing_points(results: dict[str, Result]) -> list[tuple[str, float, float]]
 
 def sections(results: dict[str, Result]) -> Iterator[tuple[str, Table, str]]:
     """Title, table and origin: what matters most first, then every result in full."""
-    quality = footer(results["quality"]).strip() if "quality" in results else ""
+    quality, whole = (footer(results[name]).strip() if name in results else "" for name in ("quality", "whole_images"))
     summaries = [
         ("Realised saving", tables.saving_table(results), "Dense: every patch or pixel in the dearest class, same machinery."),
         ("Operators beside their peers", tables.peers_table(results), "The fastest of all others that give the same result."),
+        ("Whole images", tables.whole_table(results), whole),
+        ("Time budgets", tables.budgets_table(results), "The error is the median call's; of all budgets, without its sign."),
         ("How cost grows", tables.growth_table(results), "Least squares; the power is the slope of the logarithms."),
         ("Quality", tables.quality_table(results), quality),
     ]

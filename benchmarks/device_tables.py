@@ -115,6 +115,42 @@ def growth_table(results: dict[str, Result]) -> Table:
     return lines
 
 
+def whole_table(results: dict[str, Result]) -> Table:
+    """Every way to upscale whole images: sizes, time, throughput and memory."""
+    head = ["way", "model", "input", "output", "input, output", "time", "megapixels per second", "images per second"]
+    lines = [[*head, "peak memory", "beyond the result"]]
+    for row in results.get("whole_images", {"rows": []})["rows"]:
+        count = f"{row['images']} of " if row["images"] > 1 else ""
+        sizes = [f"{count}{row[key][0]} x {row[key][1]}" for key in ("lr_size", "size")]
+        weights = f"{megabytes(row['input_bytes'])}, {megabytes(row['output_bytes'])}"
+        cells = [row["op"], row["model"], *sizes, weights]
+        for name, timing in row["times"].items():
+            speeds = [f"{row['megapixels_per_second']:.1f}", f"{row['images_per_second']:.2f}"]
+            memory = [megabytes(row["peak_bytes"][name]), megabytes(row["beyond_bytes"])]
+            lines.append([*cells, milliseconds(timing), *speeds, *memory])
+        lines += [[*cells, "not timed", reason, "", "", ""] for reason in row["missing"].values()]
+    return lines
+
+
+def budgets_table(results: dict[str, Result]) -> Table:
+    """Time budgets: what was asked for, what it took, and by how much it was missed; all together in the last line of each."""
+    head = ["result", "image (LR size)", "cheapest to dearest", "asked", "taken", "error", "worst single call"]
+    lines = [head]
+    for name, result in results.items():
+        for row in (row for row in result["rows"] if "asked" in row):
+            ends = " to ".join(milliseconds({"median": row[end]}) for end in ("cheapest", "dearest"))
+            label = f"{row['image']} ({row['lr_size'][0]} x {row['lr_size'][1]})"
+            cells = [name, label, ends, milliseconds({"median": row["asked"]})]
+            for timing in row["times"].values():
+                worst = max(row["errors"], key=abs)
+                lines.append([*cells, milliseconds(timing), f"{100 * row['error']:+.1f} %", f"{100 * worst:+.1f} %"])
+            lines += [[*cells, "refused", reason, ""] for reason in row["missing"].values()]
+        for row in (row for row in result["rows"] if row.get("kind") == "overall" and row["budgets"]):
+            errors = f"median {100 * row['median_error']:.1f} %, worst {100 * row['worst_error']:.1f} %"
+            lines.append([name, f"all {row['budgets']} budgets", "", "", "", errors, f"{100 * row['worst_call']:.1f} %"])
+    return lines
+
+
 def quality_table(results: dict[str, Result]) -> Table:
     """PSNR beside time."""
     lines = [["network", "PSNR (RGB)", "over bicubic", "true FLOPs", "per megapixel of output"]]

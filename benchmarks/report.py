@@ -6,20 +6,49 @@ import importlib.util
 import json
 import re
 import sys
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from benchmarks.measure import RESULTS
 from fastroute import io
 
 README = Path(__file__).parent.parent / "README.md"
-SECTIONS = ("movement", "patch_routing", "quality")
+SECTIONS = ("operators", "patch_routing", "quality")
 # Those that the README may leave out.
 OPTIONAL = ("class_mixes", "pixel_routing")
+# Results of the operators, in the order of the table; of those that are not named here in full the least size and the largest.
+IN_FULL = ("extract_patches", "stitch_patches", "group_by_class")
+OPERATORS = (
+    *IN_FULL,
+    "gather_groups",
+    "scatter_groups",
+    "assign_classes_penalty",
+    "assign_classes_budget",
+    "pixel_mlp",
+    "adaptive_threshold",
+    "refine_boundaries",
+)
+# The types of which the table tells; the others, formats and batches are in the report of the device.
+TOLD = ("float32", "int64")
+FLOOR = "copy of the same bytes"
 # What stands beside fastroute in an operator's result and is no peer.
-NO_PEERS = ("copy of the same bytes", "copy to a new tensor")
+NO_PEERS = (FLOOR, "copy to a new tensor")
 # Parts of the names of rows in the result of the quality benchmark.
 BUDGET, OWN = ", budget ", "routed by its classifier"
 CURVES = README.parent / "assets" / "budgets.svg"
+
+
+def results(folder: Path, names: Iterable[str], prefix: str = "") -> dict[str, dict]:
+    """Those of the results that there are, by their names without `prefix`.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    paths = {name.removeprefix(prefix): folder / f"{name}.json" for name in names}
+    found = {name: json.loads(path.read_text()) for name, path in paths.items() if path.exists()}
+    if not found:
+        raise FileNotFoundError(f"no results in {folder}")
+    return found
 
 
 def milliseconds(timing: dict) -> str:
@@ -29,12 +58,28 @@ def milliseconds(timing: dict) -> str:
 
 
 def footer(content: dict) -> str:
-    """Where the numbers come from."""
-    facts = content["facts"]
-    origin = f"{facts['device']}; torch {facts['torch']}, commit {facts['commit']}"
-    if "backends" in facts:
-        origin += f", backend {' and '.join(facts['backends'])}"
-    return f"\n{origin}; {content['notes']}. `{facts['command']}`\n"
+    """Where the numbers of one result come from."""
+    return footers({"": content})
+
+
+def footers(contents: Mapping[str, dict]) -> str:
+    """Where the numbers of several results come from, by the names that the table has for them.
+
+    What was measured alike is told once; what differs is told of each by name.
+    """
+    runs: dict[tuple[str, str], dict[str, list[str]]] = {}
+    for name, content in contents.items():
+        facts = content["facts"]
+        origin = f"{facts['device']}; torch {facts['torch']}, commit {facts['commit']}"
+        if "backends" in facts:
+            origin += f", backend {' and '.join(facts['backends'])}"
+        runs.setdefault((origin, facts["command"]), {}).setdefault(content["notes"], []).append(name)
+    alike = len(runs) == 1 and all(len(notes) == 1 for notes in runs.values())
+    lines = []
+    for (origin, command), notes in runs.items():
+        told = notes if alike else [f"{', '.join(names)}: {note}" for note, names in notes.items()]
+        lines.append(f"{origin}; {'. '.join(told)}. `{command}`")
+    return "\n" + "\n\n".join(lines) + "\n"
 
 
 def peers(times: dict[str, dict]) -> dict[str, float]:
@@ -42,38 +87,39 @@ def peers(times: dict[str, dict]) -> dict[str, float]:
     return {name: t["median"] for name, t in times.items() if not name.startswith("fastroute") and name not in NO_PEERS}
 
 
-def movement(folder: Path) -> str:
-    """extract, stitch and group beside their floor, the usual way and the fastest of all others."""
+def representative(name: str, rows: Sequence[dict]) -> list[dict]:
+    """Those rows of an operator of which the table tells."""
+    chosen = [
+        row
+        for row in rows
+        if row.get("dtype", TOLD[0]) in TOLD and row.get("batch", 1) == 1 and not row.get("channels_last")
+        if row.get("mlp", "mixed") == "mixed"
+    ]
+    if name in IN_FULL:
+        return chosen
+    setups = dict.fromkeys(row.get("setup") for row in chosen)
+    if len(setups) > 1:
+        return [[row for row in chosen if row["setup"] == setup][-1] for setup in setups]
+    return chosen if len(chosen) < 2 else [chosen[0], chosen[-1]]
+
+
+def operators(folder: Path) -> str:
+    """Every operator beside a copy of its bytes, the usual way and the fastest of all others."""
     lines = [
         "| operation | fastroute | copy of the same bytes | usual way | faster | fastest other | faster |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
-
-    def fastest(times: dict[str, dict]) -> str:
-        name, seconds = min(peers(times).items(), key=lambda item: item[1])
-        return f"{name}: {milliseconds({'median': seconds})} | {seconds / times['fastroute']['median']:.1f} x"
-
-    for op in ("extract_patches", "stitch_patches"):
-        content = json.loads((folder / f"{op}.json").read_text())
-        for row in content["rows"]:
-            # The other types, formats and batches are in the report of the device.
-            if row.get("dtype", "float32") != "float32" or row.get("batch", 1) > 1 or row.get("channels_last"):
-                continue
-            times = row["times"]
-            floor = milliseconds(times["copy of the same bytes"])
-            usual = f"{row['peer']}: {milliseconds(times[row['peer']])}"
-            told = f"{milliseconds(times['fastroute'])} | {floor} | {usual} | {row['speedup']:.1f} x"
-            lines.append(f"| {row['op']} | {told} | {fastest(times)} |")
-    content = json.loads((folder / "group_by_class.json").read_text())
-    for row in content["rows"]:
-        if row.get("dtype", "int64") != "int64":
-            continue
-        times = row["times"]
-        usual = f"argsort: {milliseconds(times['argsort'])}"
-        ours = milliseconds(times["fastroute"])
-        told = f"{ours} | | {usual} | {row['speedup']:.1f} x | {fastest(times)}"
-        lines.append(f"| group_by_class, {row['items']:,} items | {told} |")
-    return "\n".join(lines) + "\n" + footer(content)
+    contents = results(folder, OPERATORS)
+    for name, content in contents.items():
+        for row in representative(name, content["rows"]):
+            times, ours = row["times"], row["times"]["fastroute"]
+            others = peers(times)
+            fastest = min(others, key=others.__getitem__)
+            cells = [row["op"].removesuffix(", int64"), milliseconds(ours), milliseconds(times[FLOOR])]
+            for peer in (row["peer"], fastest):
+                cells += [f"{peer}: {milliseconds(times[peer])}", f"{times[peer]['median'] / ours['median']:.1f} x"]
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n" + footers(contents)
 
 
 def patch_routing(folder: Path) -> str:
@@ -110,11 +156,8 @@ def class_mixes(folder: Path) -> str:
         "| branches | mix | classes | FLOPs, true | FLOPs, as papers count | **time, realised** | time, as the papers print |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
-    files = sorted(folder.glob("class_mixes_*.json"))
-    if not files:
-        raise FileNotFoundError("class_mixes")
-    contents = [json.loads(path.read_text()) for path in files]
-    for row in (row for content in contents for row in content["rows"] if "time_ratio" in row):
+    contents = results(folder, sorted(path.stem for path in folder.glob("class_mixes_*.json")), "class_mixes_")
+    for row in (row for content in contents.values() for row in content["rows"] if "time_ratio" in row):
         shares = " / ".join(f"{100 * share:.0f}" for share in row["class_shares"])
         printed = row["published_time_ratio"]
         cells = [
@@ -125,7 +168,7 @@ def class_mixes(folder: Path) -> str:
         ]
         cells += [f"**{100 * row['time_ratio']:.0f} %**", f"{100 * printed:.0f} %" if printed else ""]
         lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n" + footer(contents[0])
+    return "\n".join(lines) + "\n" + footers(contents)
 
 
 def pixel_routing(folder: Path) -> str:
@@ -135,11 +178,9 @@ def pixel_routing(folder: Path) -> str:
         "one pass | published formulation | routed, after the encoder | faster than published |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
-    files = sorted(folder.glob("pixel_routing_*.json"), reverse=True)
-    if not files:
-        raise FileNotFoundError("pixel_routing")
-    contents = [json.loads(path.read_text()) for path in files]
-    for row in (row for content in contents for row in content["rows"]):
+    found = sorted((path.stem for path in folder.glob("pixel_routing_*.json")), reverse=True)
+    contents = {name.upper(): content for name, content in results(folder, found, "pixel_routing_").items()}
+    for row in (row for content in contents.values() for row in content["rows"]):
         times = row["times"]
         cells = [
             f"{row['model'].upper()}, {row['image']} ({row['lr_size'][0]} x {row['lr_size'][1]})",
@@ -154,7 +195,7 @@ def pixel_routing(folder: Path) -> str:
             f"{row['rest_speedup']:.1f} x",
         ]
         lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n" + footer(contents[0])
+    return "\n".join(lines) + "\n" + footers(contents)
 
 
 def quality(folder: Path) -> str:

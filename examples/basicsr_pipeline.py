@@ -15,14 +15,17 @@ import fastroute
 
 
 class Routed(nn.Module):
-    """A router as a module."""
+    """A router as a module. It is none itself, and follows a buffer that `.to` of this module, or of one around it, moves."""
 
     def __init__(self, router: fastroute.PatchRouter, budget: float) -> None:
         super().__init__()
         self.router, self.budget = router, budget
+        self.register_buffer("place", torch.empty(0, device=router.device), persistent=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, 3, H, W) to (B, 3, H * scale, W * scale); the budget is shared by the batch."""
+        if self.router.device != self.place.device:
+            self.router.to(self.place.device)
         return self.router.upscale(x, budget=self.budget).image
 
 

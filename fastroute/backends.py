@@ -84,7 +84,7 @@ def unsupported_reasons(op: str, backend: str, device: torch.device) -> list[str
 def _triton_reasons(op: str, device_type: str, index: int | None) -> list[str]:
     version = _installed_version("triton")
     if version is None:
-        return ["triton is not installed (pip install 'fastroute[gpu]')"]
+        return ['triton is not installed (run `pip install ".[gpu]"` in a copy of the source)']
     if _release(version) < TRITON_VERSION:
         return [f"triton {version} is older than {'.'.join(map(str, TRITON_VERSION))}"]
     if device_type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":

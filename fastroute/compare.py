@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -128,6 +129,8 @@ def compare(
             raise ValueError(f"compare: downscale needs an image of at least {factor:g} x {factor:g}; got {size(image)}")
         image, reference = make_pair(image, int(factor))
     height, width = (round(side * factor) for side in image.shape[1:])
+    if min(height, width) < 1:
+        raise ValueError(f"compare: scale must leave at least one pixel; {factor:g} makes {width} x {height} of {size(image)}")
     if reference is not None and tuple(reference.shape[1:]) != (height, width):
         raise ValueError(f"compare: reference must be {width} x {height}, as the result is; got {size(reference)}")
     if reference is not None:
@@ -203,6 +206,8 @@ def size(image: Tensor) -> str:  # [3, H, W]
 
 def common_scale(routers: dict[str, PatchRouter | PixelRouter], scale: float | None) -> float:
     """The one factor of all models: theirs, else the one asked for, else 4."""
+    if scale is not None and not 0 < scale < math.inf:
+        raise ValueError(f"compare: scale must be positive and finite; got {scale:g}")
     own = {name: router.scale for name, router in routers.items() if isinstance(router, PatchRouter)}
     if len({*own.values(), *([] if scale is None else [scale])}) > 1:
         told = ", ".join(f"{name} {factor}" for name, factor in own.items())
@@ -230,7 +235,9 @@ def caller(
                 return router.upscale(image, **options)
             return router.upscale(image, scale=scale, **options)
         except ValueError as error:
-            raise ValueError(f"compare: {name}: {error}") from error
+            # The name of the variant stands for that of the operator that refused.
+            reason = re.sub(r"^[a-z_]+: ", "", str(error))
+            raise ValueError(f"compare: {name}: {reason}") from error
 
     return call
 

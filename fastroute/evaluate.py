@@ -1,6 +1,6 @@
 """How good and how dear a model is on a folder of images: PSNR, SSIM, FLOPs in both conventions, seconds, classes.
 
-PSNR and SSIM are scikit-image's; install it with ``pip install fastroute[evaluate]``.
+PSNR and SSIM are scikit-image's; ``pip install ".[evaluate]"`` in a copy of the source brings it along.
 """
 
 from __future__ import annotations
@@ -223,6 +223,6 @@ def _metrics() -> tuple[Any, Any]:
         from skimage.metrics import peak_signal_noise_ratio, structural_similarity
     except ImportError as error:
         raise ValueError(
-            f"evaluate: PSNR and SSIM need scikit-image ({error}); install it with: pip install 'fastroute[evaluate]'"
+            f'evaluate: PSNR and SSIM need scikit-image ({error}): run pip install ".[evaluate]" in a copy of the source'
         ) from error
     return peak_signal_noise_ratio, structural_similarity

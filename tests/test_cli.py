@@ -18,6 +18,7 @@ from PIL import Image
 import fastroute
 from fastroute import TileGrid, io
 from fastroute.cli import main
+from fastroute.cli.train import RECIPE_NAMES
 from fastroute.models.checkpoints import save_checkpoint
 from fastroute.models.fsrcnn import FSRCNN
 from fastroute.models.pcsr import PCSR
@@ -267,7 +268,7 @@ def test_options_that_exclude_each_other(source, out, tmp_path):
     [
         ([], ["upscale", "info", "models", "train", "--version"]),
         (["upscale"], ["IN OUT", "IN... FOLDER", "--model", DEFAULT_MODEL, "--budget", "--class-map", "--device", "--quiet"]),
-        (["train"], ["classsr-fsrcnn", "--images", "--out", "--branch-steps", "--init", "resume"]),
+        (["train"], [*RECIPE_NAMES, "--images", "--out", "--branch-steps", "--init", "resume"]),
         (["info"], ["backend"]),
         (["models"], ["shipped models"]),
     ],

@@ -155,7 +155,7 @@ def test_refusals(images, router, tmp_path, monkeypatch):
     io.write_image(tmp_path / "small.png", torch.zeros(3, 16, 17, dtype=torch.uint8))
     assert len(evaluate.evaluate(router, tmp_path)) == 1
     monkeypatch.setitem(sys.modules, "skimage.metrics", None)
-    with pytest.raises(ValueError, match=r"need scikit-image .*; install it with: pip install 'fastroute\[evaluate\]'"):
+    with pytest.raises(ValueError, match=r'need scikit-image .*: run pip install "\.\[evaluate\]" in a copy of the source'):
         evaluate.evaluate(router, images)
 
 

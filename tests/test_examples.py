@@ -6,6 +6,7 @@ import re
 import runpy
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ def run(capsys, monkeypatch):
     def call(name: str) -> str:
         monkeypatch.setattr(sys, "argv", [name])
         with torch.random.fork_rng():
-            runpy.run_path(str(EXAMPLES / f"{name}.py"))
+            call.names = runpy.run_path(str(EXAMPLES / f"{name}.py"))
         return capsys.readouterr().out
 
     return call
@@ -43,6 +44,24 @@ def test_denoise(run):
 def test_basicsr_pipeline(run):
     bicubic, largest, routed = numbers(run("basicsr_pipeline"), "dB")
     assert largest > routed > bicubic
+
+    class Router:
+        """Says where it is."""
+
+        device, moved = torch.device("cpu"), 0
+
+        def to(self, device):
+            self.device, self.moved = device, self.moved + 1
+
+        def upscale(self, x, budget):
+            return SimpleNamespace(image=x)
+
+    router = Router()
+    network = torch.nn.Sequential(run.names["Routed"](router, 0.6))
+    network(torch.empty(1))
+    assert router.moved == 0
+    network.to("meta")(torch.empty(1, device="meta"))
+    assert router.moved == 1 and router.device == torch.device("meta")
 
 
 def test_spandrel_branch(run):

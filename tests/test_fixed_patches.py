@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from fractions import Fraction
 from functools import cache
 
 import pytest
@@ -113,13 +115,38 @@ def test_random_class_maps(data):
         assert torch.equal(result.class_map, class_map)
 
 
-def test_capacities_of_a_sample():
-    router, sample = make_router(), as_image(picture(3, 3, 64, 76, seed=6), torch.uint8)
-    counts = router.upscale(sample, budget=0.9).stats.patches_per_class
-    fixed = FixedPatchRouter(router, (3, 52, 64), sample=sample, slack=0.5, budget=0.9)
-    number = TileGrid(52, 64, PATCH, STRIDE).num_patches
-    assert fixed.capacities == [min(number, -(-3 * n * number // (2 * sum(counts)))) for n in counts]
-    assert fixed(sample[0, :, :52, :64]).image.shape == (3, 208, 256)
+def frames_of_different_detail():
+    """Images of rising contrast: together they meet a budget with other classes than each alone."""
+    sample = picture(4, 3, 64, 76, seed=6)
+    return 0.5 + (sample - 0.5) * torch.tensor([0.05, 0.3, 0.6, 1.0]).view(4, 1, 1, 1)
+
+
+@pytest.mark.parametrize("images", [1, 2, 3])
+def test_capacities_of_a_sample(images):
+    """The largest share of each class in any call, the last one being smaller where images are left over."""
+    router, sample = make_router(), as_image(frames_of_different_detail(), torch.uint8)
+    calls = [router.upscale(part, budget=0.9).stats.patches_per_class for part in sample.split(images)]
+    fixed = FixedPatchRouter(router, (images, 3, 52, 64), sample=sample, slack=0.5, budget=0.9)
+    number = images * TileGrid(52, 64, PATCH, STRIDE).num_patches
+    most = [
+        max(Fraction(n, sum(call)) for n, call in zip(of_class, calls, strict=True)) for of_class in zip(*calls, strict=True)
+    ]
+    assert fixed.capacities == [min(number, math.ceil(number * share * 3 / 2)) for share in most]
+    assert fixed(sample[:images, :, :52, :64]).image.shape == (images, 3, 208, 256)
+
+
+def test_every_frame_of_a_sample_fits():
+    router, sample = make_router(), frames_of_different_detail()
+    fixed = FixedPatchRouter(router, sample.shape[1:], sample=sample, slack=0, budget=0.9)
+    classes = []
+    for frame in sample:
+        result = fixed(frame)
+        assert not result.overflow.any()
+        assert torch.equal(result.class_map, router.upscale(frame, budget=0.9).class_map)
+        classes.append(torch.bincount(result.class_map.flatten(), minlength=3))
+    # Otherwise, one budget for all of them would do as well.
+    assert len({tuple(counts.tolist()) for counts in classes}) > 1
+    assert (torch.stack(classes).amax(dim=0) == torch.tensor(fixed.capacities)).all()
 
 
 def test_one_class_needs_no_capacities():
@@ -182,10 +209,13 @@ def test_what_is_refused():
     with pytest.raises(TypeError, match="dtype must be one of"):
         FixedPatchRouter(router, shape, torch.int32)
     fixed = FixedPatchRouter(router, shape, capacities=[1.0] * 3)
-    with pytest.raises(ValueError, match=r"image must be \(3, 45, 61\) on cpu, as this was made for; got \(3, 45, 60\)"):
+    expected = r"image must be float32 \(3, 45, 61\) on cpu, as this was made for; "
+    with pytest.raises(ValueError, match=expected + r"got float32 \(3, 45, 60\) on cpu"):
         fixed(torch.rand(3, 45, 60))
-    with pytest.raises(TypeError, match="image must be one of float32; got uint8"):
+    with pytest.raises(TypeError, match=expected + r"got uint8 \(3, 45, 61\) on cpu"):
         fixed(torch.zeros(shape, dtype=torch.uint8))
+    with pytest.raises(TypeError, match=expected + r"got float16 \(1, 3, 45, 61\) on meta"):
+        fixed(torch.empty(1, *shape, dtype=torch.float16, device="meta"))
     with pytest.raises(ValueError, match=r"class_map must be \(1, 4, 5\) for this size; got \(5, 4\)"):
         fixed(torch.rand(shape), torch.zeros(5, 4, dtype=torch.int64))
     with pytest.raises(ValueError, match=r"in \[0, 3\); got 3"):

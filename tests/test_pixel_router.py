@@ -149,6 +149,20 @@ def test_model_is_left_as_it_was():
     assert all(p.requires_grad for p in model.parameters())
 
 
+@pytest.mark.parametrize("optimized", [True, False])
+def test_to(optimized):
+    router = PixelRouter(make_model(), optimized)
+    lr = torch.rand(3, 5, 6)
+    before = router.upscale(lr, scale=2)
+    assert router.to("cpu") is router and router.device == torch.device("cpu")
+    assert torch.equal(router.upscale(lr, scale=2).image, before.image)
+    # A device that every machine has; nothing is computed there.
+    router.to("meta")
+    layers = [tensor for mlp in (*router.mlps, router.classifier) for layer in mlp for tensor in layer]
+    weights = [*router.encoder.parameters(), *router.model.parameters(), *layers]
+    assert all(tensor.is_meta for tensor in weights) and router.device == torch.device("meta")
+
+
 @pytest.mark.parametrize("kind", ["fsrcnn", "carn"])
 @pytest.mark.parametrize("rows", [1, 2, 5, 30])
 @pytest.mark.parametrize(("height", "width"), [(1, 1), (4, 7), (30, 7), (9, 47)])

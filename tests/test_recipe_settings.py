@@ -46,7 +46,7 @@ def images(tmp_path_factory):
         ("cdnsr-fsrcnn", {"layers": "7"}, "layers must be 3 to 6; got 7"),
         ("cdnsr-fsrcnn", {"last_temperature": "0"}, "temperature must not be below last_temperature, above 0"),
         ("cdnsr-fsrcnn", {"lambda_reg": "-1"}, "lambda_reg must be at least 0; got -1"),
-        ("cdnsr-fsrcnn", {"branch_steps": "1,2"}, "branch_steps must be one positive number per width"),
+        ("cdnsr-fsrcnn", {"branch_steps": "5"}, "one positive number per width, 3 for widths 16, 36, 56; got 5$"),
         ("arm-fsrcnn", {"widths": "8,4"}, "widths must rise"),
         ("arm-fsrcnn", {"eta": "0"}, "eta must be above 0"),
         ("arm-fsrcnn", {"backbone": "edsr"}, "backbone must be one of fsrcnn, carn, srresnet; got 'edsr'"),

@@ -91,9 +91,11 @@ def test_capacities():
     assert check_capacities("op", [3, 0.5, 1.0], 3, 7) == [3, 4, 7]
     assert check_capacities("op", [7 / 10, 3 / 10], 2, 10) == [7, 3]
     assert check_capacities("op", [10**6, 0], 2, 10) == [10, 0]
-    assert capacities_for([5, 0, 15], 20, 0.2) == [6, 0, 18]
-    assert capacities_for([5, 0, 15], 40, 0) == [10, 0, 30]
-    assert capacities_for([1, 1], 3, 9) == [3, 3]
+    assert capacities_for([[5, 0, 15]], 20, 0.2) == [6, 0, 18]
+    assert capacities_for([[5, 0, 15]], 40, 0) == [10, 0, 30]
+    assert capacities_for([[1, 1]], 3, 9) == [3, 3]
+    # The largest share of each class, in calls of different length.
+    assert capacities_for([[8, 1, 1], [4, 4, 12], [1, 3, 0]], 20, 0) == [16, 15, 12]
 
 
 @pytest.mark.parametrize(
@@ -112,4 +114,4 @@ def test_impossible_capacities(capacities, error, text):
     with pytest.raises(error, match=text):
         check_capacities("op", capacities, 3, 10)
     with pytest.raises(ValueError, match="slack must be at least 0"):
-        capacities_for([1, 2], 3, -0.5)
+        capacities_for([[1, 2]], 3, -0.5)

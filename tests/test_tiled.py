@@ -37,6 +37,17 @@ def test_crop_is_the_whole_image_when_the_overlap_covers_the_reach(height, width
 
 
 @torch.no_grad()
+def test_large_tiles_are_held_in_small_number(monkeypatch):
+    image, router = picture(1, 3, 200, 40), tiled(network(3, 4), 16, overlap=6).router
+    whole = router.upscale(image)
+    monkeypatch.setattr(patch_router, "HELD_BYTES", {"cpu": 8 * 3 * 64**2 * 4})
+    few = router.upscale(image)
+    assert torch.equal(few.image, whole.image)
+    # Of 80 tiles 8 are held, and a row that the next ones overlap.
+    assert few.stats.working_set < 0.5 * whole.stats.working_set
+
+
+@torch.no_grad()
 def test_less_overlap_than_the_reach_shows():
     """Else the comparison above would prove little."""
     model, image = network(4, 1), picture(1, 3, 40, 33)

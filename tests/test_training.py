@@ -76,7 +76,7 @@ def test_optimizers(pool, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"^train: optimizer must be one of adam, soap; got 'sgd'$"):
         replace(RECIPE, optimizer="sgd")
     monkeypatch.setattr("fastroute.training.optimizers.find_spec", lambda name: None)
-    with pytest.raises(ValueError, match="optimizer=soap needs another package: pip install"):
+    with pytest.raises(ValueError, match="optimizer=soap needs another package: run pip install"):
         replace(RECIPE, optimizer="soap")
 
 

@@ -168,7 +168,7 @@ def test_refused_files(router, image, tmp_path):
 def test_missing_packages_name_the_extra(router, image, tmp_path, monkeypatch):
     for name, target in (("tifffile", "out.tif"), ("zarr", "out.zarr")):
         monkeypatch.setitem(sys.modules, name, None)
-        with pytest.raises(ImportError, match=rf"large files need {name}: pip install 'fastroute\[large\]'"):
+        with pytest.raises(ImportError, match=rf'large files need {name}: run pip install "\.\[large\]"'):
             upscale_file(tmp_path / "in.png", tmp_path / target, router)
 
 

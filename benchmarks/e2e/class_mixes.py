@@ -23,7 +23,7 @@ from fastroute.routing.classify import classify_patches
 CPU_SIZES = {"fsrcnn": (540, 960), "carn": (180, 320), "srresnet": (96, 160), "rcan": (96, 160)}
 GPU_SIZES = {"fsrcnn": (1080, 1920), "carn": (540, 960), "srresnet": (540, 960), "rcan": (270, 480)}
 SMOKE_SIZE, SMOKE_WIDTHS, SMOKE_PATCH, SMOKE_STRIDE = (28, 40), (8, 12, 16), 16, 12
-ROUNDS, SECONDS = 5, 40.0
+ROUNDS, SECONDS = 5, 20.0
 
 
 def mixes(backbone: str) -> dict[str, list[float]]:

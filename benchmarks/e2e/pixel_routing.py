@@ -29,7 +29,7 @@ from fastroute.routing.pixel_router import PixelRouter
 from fastroute.routing.result import Upscaled
 
 SCALE = 4
-ROUNDS = 3
+ROUNDS, SECONDS = 3, 10.0
 # Photographs on a CPU; --full takes all.
 PHOTOGRAPHS = {"fsrcnn": 3, "carn": 1}
 # Hidden widths as published: of the cheap and the dear upsampler, and of the classifier.
@@ -155,7 +155,7 @@ def run_image(name: str, label: str, lr: Tensor, model: PCSR, plain: nn.Module, 
     memory = {label: peak_memory(run) for label, run in runs.items()}
     our_runs.clear()
     published_runs.clear()
-    times = alternate(runs, 1 if setting.smoke else ROUNDS, warm_up=0, limit=20.0)
+    times = alternate(runs, 1 if setting.smoke else ROUNDS, warm_up=0, limit=SECONDS)
     stages = {stage: statistics.median(run.stats.seconds[stage] for run in our_runs) for stage in our_runs[0].stats.seconds}
     rest = statistics.median(run.stats.seconds["total"] - run.stats.seconds["encode"] for run in our_runs)
     published_rest = statistics.median(run.rest_seconds for run in published_runs)

@@ -23,11 +23,11 @@ BATCH, SMOKE_BATCH = 8, 2
 MOST_PIXELS_OF_A_BATCH = 8 * 3840 * 2160
 ROUNDS, COLD_ROUNDS, SMOKE_ROUNDS = 31, 5, 1
 # Seconds for the runs of a case, an equal share for each variant; slow ones have three runs all the same.
-CASE_SECONDS = 3.0
+CASE_SECONDS = 1.5
 # A variant that is quick is run once more before its memory is looked at, so that what a first call sets up does not count.
 QUICK_SECONDS = 0.5
 # One that takes longer than this is timed once: it is far behind, and its quartiles would take minutes.
-SLOW_SECONDS = 2.0
+SLOW_SECONDS = 1.0
 FLOOR = "copy of the same bytes"
 CLONE = "copy to a new tensor"
 OURS = "fastroute"

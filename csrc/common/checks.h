@@ -47,6 +47,9 @@ inline void check_same_device(const char* op, const char* name, const Tensor& x,
     FASTROUTE_CHECK(x.device() == first.device(), op, ": ", name, " must be on the device of the first argument");
 }
 
+// torch::stable::contiguous looks its operator up by name in every call, which a small call feels.
+inline Tensor as_contiguous(const Tensor& x) { return x.is_contiguous() ? x : torch::stable::contiguous(x); }
+
 // A contiguous int64 vector on the device of the first argument, or nothing.
 inline std::optional<Tensor> checked_index(const char* op, const char* name, const std::optional<Tensor>& index,
                                            const Tensor& first) {
@@ -54,7 +57,7 @@ inline std::optional<Tensor> checked_index(const char* op, const char* name, con
     check_same_device(op, name, *index, first);
     check_rank(op, name, *index, 1);
     FASTROUTE_CHECK(index->scalar_type() == ScalarType::Long, op, ": ", name, " must be int64");
-    return torch::stable::contiguous(*index);
+    return as_contiguous(*index);
 }
 
 inline void check_in_range(const char* op, const char* name, const int64_t* index, int64_t count, int64_t limit) {

@@ -8,8 +8,8 @@
 #include <utility>
 #include <vector>
 
-#include "common/dispatch.h"
 #include "common/pixel_axis.h"
+#include "common/pixel_mlp.h"
 #include "cpu/isa.h"
 #include "cpu/memory.h"
 #include "cpu/pixel_mlp_bf16.h"
@@ -159,53 +159,11 @@ Tensor pixel_mlp_cpu(const Tensor& features,              // [B, D, h, w]
                      const std::optional<Tensor>& residual,   // [B, C, h, w]
                      const std::optional<Tensor>& relative,   // [H + W]
                      int64_t row_begin, int64_t row_end) {
-    check_rank(kOp, "features", features, 4);
-    const int64_t batch = features.size(0), dim = features.size(1), h = features.size(2), w = features.size(3);
-    FASTROUTE_CHECK(!depths.empty() && depths.size() <= 256, kOp, ": mlps must hold 1 to 256 MLPs; got ",
-                    depths.size());
-    int64_t total = 0, channels = residual.has_value() ? residual->size(1) : 0, widest = 1;
-    for (const int64_t depth : depths) {
-        FASTROUTE_CHECK(depth >= 0, kOp, ": depths must not be negative");
-        total += depth;
-    }
-    FASTROUTE_CHECK(static_cast<int64_t>(weights.size()) == total && weights.size() == biases.size(), kOp,
-                    ": depths must add up to the number of layers, ", weights.size());
-    if (total > 0) channels = weights.back().size(0);
-    int64_t at = 0;
-    for (const int64_t depth : depths) {
-        for (int64_t n = 0, in = dim + 4; n < depth; ++n, ++at) {
-            check_cpu(kOp, "mlps", weights[at]), check_cpu(kOp, "mlps", biases[at]);
-            check_rank(kOp, "a weight", weights[at], 2), check_rank(kOp, "a bias", biases[at], 1);
-            const int64_t out = weights[at].size(0);
-            FASTROUTE_CHECK(weights[at].size(1) == in && biases[at].size(0) == out, kOp, ": layer ", at, " must map ",
-                            in, " numbers, its bias as long as its output");
-            FASTROUTE_CHECK(out >= 1 && (n + 1 < depth || out == channels), kOp, ": each MLP must end in ", channels,
-                            " channels");
-            widest = std::max(widest, out), in = out;
-        }
-    }
-    FASTROUTE_CHECK(0 <= row_begin && row_begin <= row_end && row_end <= height && width >= 0, kOp,
-                    ": the rows must be ordered and lie in the output");
-    FASTROUTE_CHECK(class_map.has_value() || depths.size() == 1, kOp, ": class_map must be given for several MLPs");
-    if (class_map.has_value()) {
-        check_cpu(kOp, "class_map", *class_map), check_rank(kOp, "class_map", *class_map, 3);
-        FASTROUTE_CHECK(class_map->scalar_type() == ScalarType::Byte || class_map->scalar_type() == ScalarType::Long,
-                        kOp, ": class_map must be uint8 or int64");
-        FASTROUTE_CHECK(class_map->size(0) == batch && class_map->size(1) == height && class_map->size(2) == width, kOp,
-                        ": class_map must be [B, H, W]");
-    }
-    std::optional<Tensor> given;
-    if (relative.has_value()) {
-        check_cpu(kOp, "relative", *relative), check_rank(kOp, "relative", *relative, 1);
-        const auto sums = features.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-        FASTROUTE_CHECK(relative->scalar_type() == sums && relative->size(0) == height + width, kOp,
-                        ": relative must be [H + W], of the type of the sums");
-        given = torch::stable::contiguous(*relative);
-    }
-    const int64_t size[4] = {batch, channels, row_end - row_begin, width};
-    const Tensor out = torch::stable::empty({size, 4}, features.scalar_type(), std::nullopt, features.device());
+    const Sizes sizes =
+        checked_sizes(features, weights, biases, depths, height, width, class_map, residual, row_begin, row_end);
+    const std::optional<Tensor> given = checked_relative(relative, features, sizes);
+    const Tensor out = empty_output(features, sizes);
     if (out.numel() == 0) return out;
-    FASTROUTE_CHECK(h > 0 && w > 0, kOp, ": features must have at least one pixel");
     prefer_huge_pages(out.mutable_data_ptr(), out.numel() * static_cast<int64_t>(out.element_size()));
 
     dispatch_floating(kOp, features.scalar_type(), [&](auto zero) {
@@ -213,38 +171,26 @@ Tensor pixel_mlp_cpu(const Tensor& features,              // [B, D, h, w]
         using T = Work<S>;
         const int64_t cols = std::min(kBlockColumns, width);
         std::vector<std::vector<T>> memory;
-        Problem<T> p{dim,
-                     channels,
-                     width,
-                     row_begin,
-                     row_end - row_begin,
-                     round_up(widest, kPad<T>),
-                     {},
-                     {},
-                     {},
-                     {},
-                     {},
-                     static_cast<char*>(out.mutable_data_ptr()),
-                     sizeof(S),
-                     store_as<S, T>};
+        Problem<T> p{sizes.dim,  sizes.channels,
+                     width,      row_begin,
+                     sizes.rows, round_up(sizes.widest, kPad<T>),
+                     {},         {},
+                     {},         {},
+                     {},         static_cast<char*>(out.mutable_data_ptr()),
+                     sizeof(S),  store_as<S, T>};
         const T* rel_y = given.has_value() ? given->const_data_ptr<T>() : nullptr;
         const T* rel_x = given.has_value() ? rel_y + height : nullptr;
-        p.y = axis_of<T>(h, height, row_begin, row_end, std::max<int64_t>(kBlockPixels / cols, 1), rel_y);
-        p.x = axis_of<T>(w, width, 0, width, cols, rel_x);
+        p.y = axis_of<T>(sizes.h, height, row_begin, row_end, std::max<int64_t>(kBlockPixels / cols, 1), rel_y);
+        p.x = axis_of<T>(sizes.w, width, 0, width, cols, rel_x);
         const auto ratio = [](int64_t small, int64_t large) {
             return 2.0 * static_cast<double>(small) / static_cast<double>(large);
         };
         const bool bf16 = std::is_same_v<S, BFloat16> && active_bf16();
-        p.mlps = pack<T>(weights, biases, depths, dim, ratio(h, height), ratio(w, width), bf16, memory);
+        p.mlps =
+            pack<T>(weights, biases, depths, sizes.dim, ratio(sizes.h, height), ratio(sizes.w, width), bf16, memory);
         p.features = source_of<T>("features", features);
-        if (residual.has_value()) {
-            const Tensor& r = *residual;
-            FASTROUTE_CHECK(
-                r.dim() == 4 && r.size(0) == batch && r.size(1) == channels && r.size(2) == h && r.size(3) == w, kOp,
-                ": residual must be [B, C, h, w], C as the MLPs end in");
-            p.residual = source_of<T>("residual", r);
-        }
-        run_blocks(p, batch, class_map);
+        if (residual.has_value()) p.residual = source_of<T>("residual", *residual);
+        run_blocks(p, sizes.batch, class_map);
     });
     return out;
 }

@@ -12,12 +12,10 @@
 #include <utility>
 #include <vector>
 
-#include "common/dispatch.h"
 #include "common/pixel_axis.h"
+#include "common/pixel_mlp.h"
 
 namespace fastroute::pixel_mlp {
-
-inline constexpr const char* kOp = "pixel_mlp";
 
 // Units of one register block: 6 units by 4 vectors of pixels leave 8 of 32 AVX-512 registers for operands, and 6 by 2
 // leave 4 of 16 AVX2 ones.

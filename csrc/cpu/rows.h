@@ -12,7 +12,7 @@ inline Tensor gather_rows(const char* op, const char* name, const char* index_na
                           const Tensor& index) {                                                      // [N]
     FASTROUTE_CHECK(x.dim() >= 1, op, ": ", name, " must have at least one dimension");
     const Tensor places = *checked_index(op, index_name, index, x);
-    const Tensor dense = torch::stable::contiguous(x);
+    const Tensor dense = as_contiguous(x);
     const int64_t count = dense.size(0);
     FASTROUTE_CHECK(places.size(0) == count, op, ": ", name, " must have ", places.size(0), " rows; got ", count);
     const int64_t* from = places.const_data_ptr<int64_t>();

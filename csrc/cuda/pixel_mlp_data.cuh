@@ -4,13 +4,11 @@
 
 #include <cstdint>
 
-#include "common/dispatch.h"
 #include "common/pixel_axis.h"
+#include "common/pixel_mlp.h"
 #include "cuda/launch.h"
 
 namespace fastroute::pixel_mlp {
-
-inline constexpr const char* kOp = "pixel_mlp";
 
 // A class id that is out of range: a kernel cannot raise without a wait, so such pixels are free.
 inline constexpr uint32_t kNoClass = 256;

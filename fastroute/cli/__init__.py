@@ -49,7 +49,7 @@ def _is_users(error: Exception) -> bool:
         return True
     # What names an extra to install.
     if isinstance(error, ImportError):
-        return "fastroute[" in str(error)
+        return 'pip install ".[' in str(error)
     # Click's own way to stop is an error of this kind too, and may come before anything is imported.
     torch, backends = sys.modules.get("torch"), sys.modules.get("fastroute.backends")
     return bool(torch and backends and isinstance(error, (backends.BackendError, torch.OutOfMemoryError)))
@@ -62,4 +62,7 @@ def _terminate(number: int, frame: object) -> None:
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__)
 def main() -> None:
-    """Dynamic-routing super-resolution in the time that its FLOPs promise."""
+    """Dynamic-routing super-resolution: easy parts of an image go through a small network, hard parts through a large one.
+
+    fastroute COMMAND --help tells the options of a command.
+    """

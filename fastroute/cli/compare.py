@@ -34,17 +34,18 @@ class ListCommand(Command):
 @click.command("compare", cls=ListCommand, short_help="Show bicubic, dense and routed results on one HTML page.")
 @click.argument("source", metavar="IN", type=click.Path(path_type=Path))
 @click.option("--models", multiple=True, default=[DEFAULT_MODEL], show_default=True, metavar="MODEL...",
-              help="Shipped models or checkpoint files; IN stands before them.")  # fmt: skip
+              help="Shipped models, see `fastroute models`, or checkpoint files; IN stands before them.")  # fmt: skip
 @click.option("--budget", "budgets", multiple=True, type=float, metavar="BUDGET...",
               help="Route within each of these, say 0.5 0.7.  [default: as the model itself decides]")  # fmt: skip
 @click.option("--reference", type=click.Path(path_type=Path), help="What the result should be, for PSNR and SSIM.")
 @click.option("--downscale", is_flag=True, help="Reduce IN by the factor first; IN itself is then the reference.")
-@click.option("--scale", type=float, help="Upscaling factor for models that have none of their own (PCSR).")
+@click.option("--scale", type=float, help="Upscaling factor of models that have none of their own (PCSR).  "
+              "[default: that of the others, or 4]")  # fmt: skip
 @click.option("--detail", type=(int, int, int, int), metavar="LEFT TOP WIDTH HEIGHT",
               help="What the slider shows, in pixels of the result.  [default: all, or where most changes]")  # fmt: skip
 @click.option("--runs", type=click.IntRange(min=1), default=3, show_default=True, help="How often each time is taken.")
 @click.option("--out", type=click.Path(path_type=Path), help="The page to write.  [default: IN-compare.html, in this folder]")
-@click.option("--device", metavar="DEVICE", default="cpu", show_default=True, help="Where to run, as torch names it.")
+@click.option("--device", metavar="DEVICE", default="cpu", show_default=True, help="Where to run, say cuda.")
 @click.option("--quiet", is_flag=True, help="No progress bar and no summary.")
 def command(
     source: Path,

@@ -10,23 +10,28 @@ import click
 from fastroute.cli._common import Command, check_routing, device_of
 
 
-@click.command("evaluate", cls=Command)
+@click.command("evaluate", cls=Command, short_help="Measure a model on a folder of images: PSNR, SSIM, FLOPs, time.")
 @click.argument("model")
-@click.option("--images", required=True, type=click.Path(path_type=Path), help="Folder of HR images, searched recursively.")
+@click.option("--images", required=True, type=click.Path(path_type=Path),
+              help="Folder of high-resolution images, searched recursively.")  # fmt: skip
 @click.option("--exclude", multiple=True, metavar="PATTERN", help="File names to leave out, say '*-x4.png'; may be repeated.")
-@click.option("--budget", type=float, help="Mean branch FLOPs as a fraction of the dearest's.")
-@click.option("--scale", type=int, help="Upscaling factor; any whole one for PCSR, that of its branches for other models.")
+@click.option("--budget", type=float, help="Mean branch FLOPs as a fraction of the dearest's.  "
+              "[default: the classifier decides]")  # fmt: skip
+@click.option("--scale", type=int, help="Upscaling factor: any whole one for PCSR, 4 by default; that of its "
+              "branches for other models.")  # fmt: skip
 @click.option("--k", type=float, help="Cost exponent of PCSR's decision.")
 @click.option("--adaptive", is_flag=True, default=None, help="PCSR's adaptive decision (ADM) instead of --k.")
 @click.option("--refine/--no-refine", default=None, help="PCSR's refinement of class borders; on by default.")
-@click.option("--device", metavar="DEVICE", default="cpu", show_default=True, help="Where to run, as torch names it.")
+@click.option("--device", metavar="DEVICE", default="cpu", show_default=True, help="Where to run, say cuda.")
 @click.option("--json", "target", type=click.Path(path_type=Path), help="Also write every number to this file.")
 @click.option("--quiet", is_flag=True, help="No progress bar.")
 def command(
     model: str, images: Path, exclude: tuple[str, ...], scale: int | None, device: str, target: Path | None, quiet: bool,
     **options: Any,
 ) -> None:  # fmt: skip
-    """Reduce the images of a folder, super-resolve them with MODEL and compare: quality, FLOPs, seconds, classes."""
+    """Reduce the images of a folder, super-resolve them with MODEL, and compare with what they were: quality, FLOPs, seconds,
+    classes. MODEL is a shipped model, see `fastroute models`, or a checkpoint file.
+    """
     import torch
 
     import fastroute

@@ -23,9 +23,10 @@ RECIPE_NAMES = tuple(
 )
 
 
-@click.command("train", cls=Command)
-@click.argument("recipe", type=click.Choice(RECIPE_NAMES))
-@click.option("--images", required=True, type=click.Path(path_type=Path), help="Folder of HR images, searched recursively.")
+@click.command("train", cls=Command, short_help="Train a model on your own images; run again to resume.")
+@click.argument("recipe", metavar="RECIPE", type=click.Choice(RECIPE_NAMES))
+@click.option("--images", required=True, type=click.Path(path_type=Path), help="Folder of high-resolution images, searched "
+              "recursively; no side below 128 pixels, a patch of 32 times the factor.")  # fmt: skip
 @click.option("--out", type=click.Path(path_type=Path), help="Folder for the state of training, from which the same command "
               "resumes, and the result.  [default: runs/RECIPE]")  # fmt: skip
 @click.option("--exclude", multiple=True, metavar="PATTERN", help="File names to leave out, say '*-x4.png'; may be repeated.")
@@ -35,7 +36,7 @@ RECIPE_NAMES = tuple(
               "--set overrule it. Every run writes one beside its result.")  # fmt: skip
 @click.option("--set", "assignments", multiple=True, metavar="NAME=VALUE",
               help="Any setting of the recipe; may be repeated. A wrong name lists them.")  # fmt: skip
-@click.option("--scale", metavar="N", help="Upscaling factor; of pcsr, --set scales=.  [default: 4]")
+@click.option("--scale", metavar="N", help="Upscaling factor; pcsr may learn several, --set scales=2,3,4.  [default: 4]")
 @click.option("--branch-steps", metavar="N,N,...",
               help="Steps of each branch, cheapest first (classsr, cdnsr).  [default: 6000,8000,12000]")  # fmt: skip
 @click.option("--classifier-steps", metavar="N",
@@ -46,7 +47,7 @@ RECIPE_NAMES = tuple(
               help="Last steps of the classifier alone, by what each choice costs (classsr).  [default: 1500]")  # fmt: skip
 @click.option("--batch", metavar="N", help="Patches per step.  [default: 32; pcsr 16]")
 @click.option("--seed", metavar="N", help="Fixes initial weights and batches.  [default: 0]")
-@click.option("--device", metavar="DEVICE", default="cpu", show_default=True, help="Where to train, as torch names it.")
+@click.option("--device", metavar="DEVICE", default="cpu", show_default=True, help="Where to train, say cuda.")
 @click.option("--precision", type=click.Choice(("float32", "bfloat16", "float16")), default="float32", show_default=True,
               help="Of the convolutions; the weights stay in float32.")  # fmt: skip
 def command(
@@ -61,7 +62,13 @@ def command(
     precision: str,
     **options: str | None,
 ) -> None:
-    """Train RECIPE on your own images; run again to resume.
+    """Train a model on your own images. The same command goes on where it was stopped. RECIPE is one of:
+
+    \b
+    classsr-fsrcnn  classsr-carn  classsr-srresnet  classsr-rcan
+    cdnsr-fsrcnn    cdnsr-carn    cdnsr-srresnet    cdnsr-rcan
+    arm-fsrcnn      arm-carn      arm-srresnet
+    pcsr-fsrcnn     pcsr-carn
 
     On several GPUs or machines: torchrun --nproc-per-node N -m fastroute train RECIPE ... --device cuda
     """

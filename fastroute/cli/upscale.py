@@ -24,14 +24,19 @@ SLOW_TO_WRITE = 1 << 25
 @click.command("upscale", cls=Command)
 @click.argument("sources", metavar="IN...", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.argument("target", metavar="OUT", type=click.Path(path_type=Path))
-@click.option("--model", metavar="MODEL", default=DEFAULT_MODEL, show_default=True, help="Shipped, or a checkpoint file.")
+@click.option("--model", metavar="MODEL", default=DEFAULT_MODEL, show_default=True,
+              help="A shipped model, see `fastroute models`, or a checkpoint file.")  # fmt: skip
+@click.option("--budget", type=float, help="Mean branch FLOPs as a fraction of the dearest's, say 0.7; the classifier comes on "
+              "top.  [default: the classifier decides]")  # fmt: skip
+@click.option("--budget-flops", type=float, metavar="FLOPS",
+              help="FLOPs of every image instead, say 2e11; with --shared-budget of all together.")  # fmt: skip
+@click.option("--budget-ms", type=float, metavar="MS", help="Milliseconds for every image instead, its files not counted; with "
+              "--shared-budget for all together.")  # fmt: skip
+@click.option("--shared-budget", is_flag=True,
+              help="One budget over all inputs, not one for each, spent where it helps most; reads them twice.")  # fmt: skip
 @click.option(
-    "--budget", type=float, help="Mean branch FLOPs as a fraction of the dearest's, say 0.7; the classifier comes on top."
+    "--scale", type=float, help="Upscaling factor: any for PCSR, 4 by default; that of its branches for other models."
 )
-@click.option("--budget-flops", type=float, metavar="FLOPS", help="FLOPs of the whole image instead, say 2e11.")
-@click.option("--budget-ms", type=float, metavar="MS", help="Milliseconds of the whole image instead, without its files.")
-@click.option("--shared-budget", is_flag=True, help="One budget over all inputs, spent where it helps most; reads them twice.")
-@click.option("--scale", type=float, help="Upscaling factor; any for PCSR, that of its branches for other models.")
 @click.option("--size", type=(int, int), metavar="HEIGHT WIDTH", help="Output size instead of a factor (PCSR).")
 @click.option("--k", type=float, help="Cost exponent of PCSR's decision: 0 is best quality, larger is cheaper.")
 @click.option("--adaptive", is_flag=True, help="PCSR's adaptive decision (ADM) instead of --k.")
@@ -47,7 +52,7 @@ SLOW_TO_WRITE = 1 << 25
 @click.option("--memory-limit", type=click.IntRange(min=1), metavar="MB",
               help="Work in bands within so much memory, beside input and result. With a .tif or .zarr as OUT these are "
               "streamed too, and the limit holds for all; metadata and transparency are then left out.")  # fmt: skip
-@click.option("--device", metavar="DEVICE", default="cpu", show_default=True, help="Where to run, as torch names it.")
+@click.option("--device", metavar="DEVICE", default="cpu", show_default=True, help="Where to run, say cuda.")
 @click.option("--quiet", is_flag=True, help="No progress bar and no summary; errors are shown.")
 def command(
     sources: tuple[Path, ...],

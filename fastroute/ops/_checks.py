@@ -21,8 +21,8 @@ def tensor(op: str, name: str, x: object) -> Tensor:
 
 def rank(op: str, name: str, x: Tensor, shape: str, number: int) -> None:
     """`x` has `number` dimensions, called `shape`."""
-    tensor(op, name, x)
-    if x.ndim != number:
+    if not isinstance(x, Tensor) or x.ndim != number:
+        tensor(op, name, x)
         hint = "; add a batch dimension with unsqueeze(0)" if number == 4 and x.ndim == 3 else ""
         raise ValueError(f"{op}: {name} must be {shape}; got {x.ndim} dimension(s), {tuple(x.shape)}{hint}")
 
@@ -55,8 +55,10 @@ def index(op: str, name: str, x: Tensor | None, length: int | None) -> None:
     """`x`, when given, is a 1-D integer tensor, of `length` when that is not None."""
     if x is None:
         return
-    rank(op, name, x, "1-D", 1)
-    dtype(op, name, x.dtype, (torch.int64,))
+    # Operators are called with small tensors too, where a call of Python counts: only what is wrong is looked into.
+    if not isinstance(x, Tensor) or x.ndim != 1 or x.dtype != torch.int64:
+        rank(op, name, x, "1-D", 1)
+        dtype(op, name, x.dtype, (torch.int64,))
     if length is not None and x.shape[0] != length:
         raise ValueError(f"{op}: {name} must have {length} entries; got {x.shape[0]}")
 

@@ -77,7 +77,7 @@ def call(name: str, reference: Callable[..., Any], device: torch.device, *args: 
     """Run operator `name` on the chosen backend; what a kernel finds wrong with a value becomes a ValueError.
 
     An overload is named in full, `op.overload`: torch tries one after another, and prints all arguments for each that does
-    not fit.
+    not fit. Without a name it is `op.out` where `out` is given.
     """
     compiling = torch.compiler.is_compiling()
     packet, _, overload = name.partition(".")
@@ -85,13 +85,17 @@ def call(name: str, reference: Callable[..., Any], device: torch.device, *args: 
     # A compiled graph holds the operator, whose kernel may well be the reference, unless the reference was asked for.
     if backend == "reference" and (requested() or not compiling):
         return reference(*args, **out)
-    operator = getattr(torch.ops.fastroute_triton if backend == "triton" else torch.ops.fastroute, packet)
-    if overload:
-        operator = getattr(operator, overload)
+    namespace = torch.ops.fastroute_triton if backend == "triton" else torch.ops.fastroute
+    operator = getattr(getattr(namespace, packet), overload or ("out" if out else "default"))
     if compiling:
         return operator(*args, **out)
     try:
-        return operator(*args, **out)
+        if out or torch.is_inference_mode_enabled() or (torch.is_grad_enabled() and torch._C._any_requires_grad(*args)):
+            return operator(*args, **out)
+        # What torch would do itself, but only after it has entered Python, which takes as long as the rest of a small call.
+        # A tensor that is written has to go the whole way: its version is counted there.
+        with torch._C._AutoDispatchBelowAutograd():
+            return operator(*args)
     except RuntimeError as error:
         message = str(error)
         if VALUE_ERROR not in message:

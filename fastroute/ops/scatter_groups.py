@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fastroute.ops import _checks as check
 from fastroute.ops._library import call, register
-from fastroute.ops.gather_groups import check_rows, fake_rows, save_permutation
+from fastroute.ops.gather_groups import as_blocks, check_rows, fake_rows, save_permutation
 from fastroute.ops.group_by_class import ClassGroups
 from fastroute.reference.scatter_groups import scatter_groups_reference
 
@@ -23,7 +23,7 @@ def scatter_groups(y: Tensor, groups: ClassGroups) -> Tensor:  # [N, ...] -> [N,
         groups: from :func:`group_by_class` on N items.
 
     Returns:
-        (N, ...), contiguous, the same dtype.
+        (N, ...), the same dtype.
 
     Raises:
         ValueError: `y` has no dimension or another number of rows, is on another device, or an entry of
@@ -34,11 +34,13 @@ def scatter_groups(y: Tensor, groups: ClassGroups) -> Tensor:  # [N, ...] -> [N,
     Deterministic: yes, bit for bit.
     Synchronises: no.
     CUDA-graph safe: yes.
-    Memory layout: contiguous output; a non-contiguous input is copied first.
+    Memory layout: that of :func:`gather_groups`.
     """
     op = "scatter_groups"
-    check_rows(op, "y", y, groups)
-    return call(op, _checked_reference, y.device, y, groups.order, groups.inverse)
+    device = check_rows(op, "y", y, groups)
+    blocks, back = as_blocks(y)
+    moved = call(op, _checked_reference, device, blocks, groups.order, groups.inverse)
+    return moved.permute(*back) if back else moved
 
 
 def _checked_reference(y: Tensor, order: Tensor, inverse: Tensor) -> Tensor:

@@ -32,8 +32,10 @@ from fastroute.streaming.rows import Source
 from fastroute.streaming.sinks import Sink
 from fastroute.windows import make_window
 
-# Patches whose outputs are held at a time: enough for full batches of every class, little enough to stay near the caches.
+# Patches whose outputs are held at a time: enough for full batches of every class, little enough to stay near the caches;
+# and fewer of large ones, but for a row of tiles, which are held in any case.
 PATCHES_PER_BAND = 256
+HELD_BYTES = {"cpu": 64 << 20, "cuda": 1 << 30}
 
 
 class PatchRouter:
@@ -214,7 +216,7 @@ class PatchRouter:
         """Route from one end to the other; the arguments are checked. Returns the class map (B, rows, cols)."""
         source = ends.source
         grid, watch = self._grid(source.shape), Stopwatch(self.device, self.device.type != "cuda" or ends.in_place)
-        bands = plan_bands(source.shape[0], grid, PATCHES_PER_BAND)
+        bands = plan_bands(source.shape[0], grid, self._patches_per_band())
         if memory_limit is not None:
             with watch.stage("tune"):
                 for c in range(self.num_classes):
@@ -239,6 +241,10 @@ class PatchRouter:
         if watch.detailed:
             self.paces.learn(self, source.dtype, stats, watch.parts)
         return maps, stats
+
+    def _patches_per_band(self) -> int:
+        most = HELD_BYTES.get(self.device.type, HELD_BYTES["cpu"])
+        return max(1, min(PATCHES_PER_BAND, most // (self.channels * (self.patch * self.scale) ** 2 * self.dtype.itemsize)))
 
     def _working_set(self, ends: Ends, grid: TileGrid, bands: list[Band], in_bands: bool) -> WorkingSet:
         extracted = self.channels * self.patch**2 * self.dtype.itemsize

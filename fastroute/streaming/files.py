@@ -35,7 +35,7 @@ def require(name: str) -> Any:
     try:
         return import_module(name)
     except ImportError as error:
-        raise ImportError(f"large files need {name}: pip install 'fastroute[large]'") from error
+        raise ImportError(f'large files need {name}: run pip install ".[large]" in a copy of the source') from error
 
 
 class TensorReader:

@@ -22,7 +22,7 @@ def check_optimizer(name: str) -> None:
     if name not in OPTIMIZERS:
         raise ValueError(f"train: optimizer must be one of {', '.join(OPTIMIZERS)}; got {name!r}")
     if name == "soap" and find_spec("pytorch_optimizer") is None:
-        raise ValueError('train: optimizer=soap needs another package: pip install "pytorch_optimizer>=4.0"')
+        raise ValueError('train: optimizer=soap needs another package: run pip install ".[train]" in a copy of the source')
 
 
 def make_optimizer(name: str, parameters: Sequence[nn.Parameter], rate: float) -> torch.optim.Optimizer:

@@ -24,7 +24,14 @@ def random_groups(n: int, device: torch.device, classes: int = 3) -> ClassGroups
 
 def check(y: Tensor, groups: ClassGroups) -> None:
     rows = scatter_groups(y, groups)
-    assert rows.is_contiguous()
+    # Rows that fill one block of memory keep their strides; a size of 1 has no stride that counts.
+    sizes = [(n, stride) for n, stride in zip(y.shape[1:], y.stride()[1:], strict=True) if n > 1]
+    spans = 1 + sum((n - 1) * stride for n, stride in sizes)
+    if y.numel() > 0 and spans == y[0].numel() and all(stride for _, stride in sizes):
+        assert [(n, stride) for n, stride in zip(rows.shape[1:], rows.stride()[1:], strict=True) if n > 1] == sizes
+        assert len(y) == 1 or rows.stride(0) == spans
+    else:
+        assert rows.is_contiguous()
     same(rows, scatter_groups_reference(y, groups.order, groups.inverse))
 
 
@@ -53,9 +60,28 @@ def test_sweep_of_types_and_layouts(backend, dtype):
     images = random((9, 3, 4, 5), torch.uint8, backend.device).to(dtype)
     check(images.contiguous(memory_format=torch.channels_last), groups)
     check(images.transpose(1, 3), groups)
+    check(images.flatten(2).transpose(1, 2), groups)
+    check(images.contiguous(memory_format=torch.channels_last)[::2], random_groups(5, backend.device))
+    check(images[:, :, None].contiguous(memory_format=torch.channels_last_3d), groups)
+    check(images[:, :1].contiguous(memory_format=torch.channels_last).transpose(2, 3), groups)
     check(images[:, 1:, ::2, 1:], groups)
     check(images[:1].expand(9, -1, -1, -1), groups)
     check(images.permute(1, 0, 2, 3).contiguous().permute(1, 0, 2, 3), groups)
+
+
+@pytest.mark.parametrize("layout", [(0, 2, 3, 1), (0, 3, 2, 1), (0, 3, 1, 2)], ids=str)
+def test_rows_keep_their_layout(backend, layout):
+    """Blocks of memory are moved: strides stay, those of a gradient too, whatever the layout in which it comes."""
+    groups = random_groups(7, backend.device)
+    back = [layout.index(d) for d in range(4)]
+    y = random((7, 3, 4, 5), device=backend.device).permute(layout).contiguous().permute(back).requires_grad_()
+    rows = scatter_groups(y, groups)
+    assert rows.stride() == y.stride() != rows.contiguous().stride()
+    upstream = random((7, 3, 4, 5), device=backend.device, seed=1)
+    for grad in (upstream, upstream.contiguous(memory_format=torch.channels_last), upstream[:1].expand(7, 3, 4, 5)):
+        (actual,) = torch.autograd.grad(rows, y, grad, retain_graph=True)
+        same(actual, gather_groups(grad.contiguous(), groups))
+        assert actual.stride() == y.stride()
 
 
 def test_bits_survive(backend):
@@ -121,6 +147,8 @@ def test_compiles_once_for_all_sizes(operator):
         ids = torch.arange(n, device=operator.device) % 3
         arguments.append((ids, random((n, 2, h, 7), device=operator.device)))
     compiles_once(group_and_move, arguments)
+    channels_last = [(ids, y.contiguous(memory_format=torch.channels_last)) for ids, y in arguments]
+    compiles_once(group_and_move, channels_last)
     compiles_once(group_and_move, [(ids, y.requires_grad_()) for ids, y in arguments])
 
 
