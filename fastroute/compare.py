@@ -6,7 +6,8 @@ import math
 import re
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from tqdm import tqdm
 
 from fastroute import evaluate
 from fastroute.grid import TileGrid
+from fastroute.ops.assign_classes import assign_classes
 from fastroute.routing.load import load
 from fastroute.routing.patch_router import PatchRouter
 from fastroute.routing.pixel_router import PixelRouter
@@ -144,6 +146,7 @@ def compare(
     calls: dict[str, Callable[[], Upscaled]] = {}
     for name, router in routers.items():
         for label, options in choices(router, budgets).items():
+            check_budget(router, options.get("budget"), factor, f"{name}, {label}")
             calls[f"{name}, {label}"] = caller(router, lr, factor, options, f"{name}, {label}")
     enlarged = bicubic(lr, (height, width))
     results = {}
@@ -224,20 +227,34 @@ def choices(router: PatchRouter | PixelRouter, budgets: Sequence[float]) -> dict
     return {**dense, **({f"budget {b:g}": {"budget": b} for b in budgets} or {"routed": {}})}
 
 
+def check_budget(router: PatchRouter | PixelRouter, budget: float | None, scale: float, name: str) -> None:
+    """Refuse a budget that `router` cannot keep, before anything runs."""
+    costs = router.costs if isinstance(router, PatchRouter) else router.model.class_cost(scale)
+    with named(name):
+        assign_classes(torch.ones(1, len(costs)), costs, budget=budget)
+
+
+@contextmanager
+def named(name: str) -> Iterator[None]:
+    """Errors say which variant they are of."""
+    try:
+        yield
+    except ValueError as error:
+        # The name of the variant stands for that of the operator that refused.
+        reason = re.sub(r"^[a-z_]+: ", "", str(error))
+        raise ValueError(f"compare: {name}: {reason}") from error
+
+
 def caller(
     router: PatchRouter | PixelRouter, image: Tensor, scale: float, options: dict[str, Any], name: str
 ) -> Callable[[], Upscaled]:
     """One upscale without arguments, whose errors say which variant they are of."""
 
     def call() -> Upscaled:
-        try:
+        with named(name):
             if isinstance(router, PatchRouter):
                 return router.upscale(image, **options)
             return router.upscale(image, scale=scale, **options)
-        except ValueError as error:
-            # The name of the variant stands for that of the operator that refused.
-            reason = re.sub(r"^[a-z_]+: ", "", str(error))
-            raise ValueError(f"compare: {name}: {reason}") from error
 
     return call
 

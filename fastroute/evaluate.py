@@ -91,7 +91,6 @@ def evaluate(
         ValueError: no images, one that is too small, a scale that the router does not have, or scikit-image is missing.
         fastroute.io.ImageError: an image cannot be read.
     """
-    _metrics()
     own = router.scale if isinstance(router, PatchRouter) else None
     factor = scale or own or 4
     if own is not None and factor != own:
@@ -102,6 +101,8 @@ def evaluate(
     paths = [p for p in io.list_images(folder) if not any(fnmatch(p.name, pattern) for pattern in exclude)]
     if not paths:
         raise ValueError(f"evaluate: no image is left in {folder}; the patterns exclude {', '.join(exclude)}")
+    # Fails now where scikit-image is missing.
+    _metrics()
     rows = []
     for path in tqdm(paths, desc="evaluate", unit="image", disable=not progress):
         image = io.read_image(path)

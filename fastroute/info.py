@@ -48,11 +48,11 @@ class Info:
                 others = ", ".join(name for name in runs if name != backend)
                 lines.append(f"  {op:<{width}}  {backend}" + (f"  (also {others})" if others else ""))
             reasons: dict[str, str] = {}
-            for table in self.backends[device].values():
+            for op, table in self.backends[device].items():
                 for name, why in table.items():
                     if why and name not in reasons:
                         # Reasons that name the operator are told once for all of them.
-                        reason = why[0].rpartition(" of ")[0] or why[0]
+                        reason = why[0].removesuffix(f" of {op}")
                         kind = "a GPU" if device == "cpu" else "a CPU"
                         reasons[name] = reason.replace(f"the tensors are on {device}", f"it needs {kind}")
             lines += [f"  {name} cannot run here: {why}" for name, why in reasons.items()]

@@ -211,6 +211,17 @@ def test_reasons_against_triton(monkeypatch, version, word):
         select(OP, GPU)
 
 
+def test_info_tells_whole_reasons(monkeypatch):
+    monkeypatch.setattr(backends, "_installed_version", lambda package: None)
+    told = str(fastroute.info())
+    assert "\n  triton cannot run here: " + unsupported_reasons(OP, "triton", torch.device("cpu"))[0] + "\n" in told + "\n"
+    # What names an operator is told once for all of them.
+    module = sys.modules["fastroute.info"]
+    monkeypatch.setattr(module, "unsupported_reasons", lambda op, backend, device: [f"there is no kernel of {op}"])
+    monkeypatch.setattr(module, "select", lambda op, device: "reference")
+    assert "\n  cpu cannot run here: there is no kernel\n" in str(fastroute.info())
+
+
 def test_triton_needs_a_recent_gpu(monkeypatch):
     monkeypatch.setattr(backends, "_installed_version", lambda package: "3.6.0")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5))

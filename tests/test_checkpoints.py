@@ -62,6 +62,13 @@ def test_no_checkpoint(tmp_path, ending, data):
     refused(path, "cannot read")
 
 
+def test_what_python_says_of_noise_is_not_told(tmp_path):
+    path = tmp_path / "text.png"
+    path.write_bytes(b"tt.")
+    with pytest.raises(CheckpointError, match=r"damaged, cut short, or no checkpoint$"):
+        fastroute.load(path)
+
+
 @given(st.data())
 @settings(max_examples=30)
 def test_damaged_pickle(files, tmp_path, data):

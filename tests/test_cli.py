@@ -63,6 +63,10 @@ def fails(result: Result, *words: str) -> None:
     assert all(word in result.output for word in words), result.output
 
 
+def test_one_path_alone_lacks_the_output(source):
+    fails(call("upscale", source, "--budget", "0.7"), "Missing argument 'OUT'", f"only {source} is given")
+
+
 def test_upscale(model, source, out):
     target, class_map = out / "big.png", out / "classes.png"
     result = call("upscale", source, target, "--model", model, "--class-map", class_map)

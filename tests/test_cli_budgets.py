@@ -63,13 +63,16 @@ def test_flops_of_one_image(model, folder, tmp_path):
     assert torch.equal(io.read_image(tmp_path / "big.png"), expected.image)
 
 
-def test_milliseconds_of_one_image(model, folder, tmp_path):
+def test_milliseconds_of_one_image(model, folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("FASTROUTE_CACHE", str(tmp_path / "cache"))
     result = call(folder / "a.png", tmp_path / "big.png", "--model", model, "--budget-ms", 1e6)
     assert result.exit_code == 0 and "s of the 1e+06 ms asked for (" in result.output, result.output
+    assert result.output.count("measuring how fast this device is") == 1
     router = fastroute.load(model)
     assert torch.equal(io.read_image(tmp_path / "big.png"), router.upscale(io.read_image(folder / "a.png"), budget=1).image)
     result = call(folder / "a.png", tmp_path / "none.png", "--model", model, "--budget-ms", 1e-6)
     assert result.exit_code == 1 and "Error: upscale: budget_ms must be at least" in result.output
+    assert "measuring" not in result.output, "it is remembered"
     assert not (tmp_path / "none.png").exists()
 
 

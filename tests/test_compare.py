@@ -101,6 +101,14 @@ def test_the_time_of_a_first_run_is_not_counted(models, image, monkeypatch):
     assert [variant.seconds for variant in found.variants[1:]] == pytest.approx([2.0, 6.0])
 
 
+def test_all_budgets_are_checked_before_anything_runs(models, monkeypatch):
+    monkeypatch.setattr(fastroute.PixelRouter, "upscale", lambda *args, **options: pytest.fail("ran"))
+    monkeypatch.setattr(fastroute.PatchRouter, "upscale", lambda *args, **options: pytest.fail("ran"))
+    image = torch.zeros(3, 20, 20, dtype=torch.uint8)
+    with pytest.raises(ValueError, match=r"^compare: routed, budget 0\.001: budget must lie in \["):
+        compare(image, [models / "routed.safetensors", models / "pixels.safetensors"], budgets=(1.0, 0.001))
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [

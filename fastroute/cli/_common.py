@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +41,23 @@ def device_of(name: str) -> torch.device:
         return usable_device(name)
     except ValueError as error:
         raise click.BadParameter(str(error).removeprefix("device "), param_hint="--device") from error
+
+
+def tell_measuring() -> None:
+    """Say on the terminal when a speed is measured, until the command ends."""
+    from fastroute.routing.budgets import MEASURING
+
+    logger, handler = logging.getLogger("fastroute"), logging.StreamHandler()
+    handler.addFilter(lambda record: record.msg == MEASURING)
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+
+    def end() -> None:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+
+    click.get_current_context().call_on_close(end)
 
 
 def check_deciding(chosen: dict[str, Any], shared: bool = False) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from fastroute.catalogue import DEFAULT_MODEL
-from fastroute.cli._common import Command, check_deciding, check_routing, device_of
+from fastroute.cli._common import Command, check_deciding, check_routing, device_of, tell_measuring
 
 if TYPE_CHECKING:
     from fastroute.batch import Job
@@ -22,7 +22,7 @@ SLOW_TO_WRITE = 1 << 25
 
 
 @click.command("upscale", cls=Command)
-@click.argument("sources", metavar="IN...", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.argument("sources", metavar="IN...", nargs=-1, type=click.Path(path_type=Path))
 @click.argument("target", metavar="OUT", type=click.Path(path_type=Path))
 @click.option("--model", metavar="MODEL", default=DEFAULT_MODEL, show_default=True,
               help="A shipped model, see `fastroute models`, or a checkpoint file.")  # fmt: skip
@@ -48,7 +48,7 @@ SLOW_TO_WRITE = 1 << 25
 )
 @click.option("--drop-alpha", is_flag=True, help="Leave transparency out, say for JPEG.")
 @click.option("--resume", is_flag=True, help="Skip inputs whose result is in folder OUT already and no older.")
-@click.option("--overwrite", is_flag=True, help="Allow a result to take the place of its input.")
+@click.option("--overwrite", is_flag=True, help="Allow a result to take the place of its input; any other file is replaced.")
 @click.option("--memory-limit", type=click.IntRange(min=1), metavar="MB",
               help="Work in bands within so much memory, beside input and result. With a .tif or .zarr as OUT these are "
               "streamed too, and the limit holds for all; metadata and transparency are then left out.")  # fmt: skip
@@ -77,6 +77,9 @@ def command(
 
     Depth, transparency, colour profile and metadata are kept as far as the format holds them.
     """
+    if not sources:
+        # Of one argument click takes the last.
+        raise click.UsageError(f"Missing argument 'OUT': only {target} is given; say also what to write, a file or a folder")
     import logging
     import warnings
 
@@ -95,6 +98,8 @@ def command(
     if options["refine"] is not None:
         chosen["refine"] = options["refine"]
     check_deciding(chosen, shared_budget)
+    if "budget_ms" in chosen and not quiet:
+        tell_measuring()
     limit = {} if memory_limit is None else {"memory_limit": memory_limit * 1_000_000}
     many = len(sources) > 1 or sources[0].is_dir() or target.is_dir() or any(sign in str(sources[0]) for sign in "*?[")
     if sources[0].is_file() and len(sources) == 1 and target.suffix.lower() in SUFFIXES:

@@ -133,6 +133,7 @@ def _some(names: Any) -> str:
 
 
 def _detail(error: BaseException) -> str:
-    """The first line of what torch or pickle says, in brackets; nothing where that is a bare number or byte."""
+    """The first line of what torch or pickle says of the file, in brackets; nothing where Python itself stumbled, or where it
+    is a bare number or byte."""
     line = (str(error).splitlines() or [""])[0][:120]
-    return f" ({line})" if " " in line else ""
+    return f" ({line})" if " " in line and isinstance(error, (RuntimeError, EOFError, OSError)) else ""

@@ -21,6 +21,8 @@ logger = logging.getLogger("fastroute")
 
 # Share of the newest run in what is known of the speed: the machine may have become slower or faster.
 NEWEST = 0.5
+# Told before a speed is measured, which takes seconds, or minutes on a slow device.
+MEASURING = "measuring how fast this device is, once for each model and type of image"
 # Runs of which the median counts, where a speed is measured.
 RUNS = 3
 # Times that a run may take as long as expected before the excess is ignored: what else the machine does only adds time.
@@ -176,7 +178,11 @@ class Paces:
         """
         if place not in self.known:
             key = pace_key(facts())
-            pace = self.known[place] = recall(key, num_classes) or remember(key, measure())
+            pace = recall(key, num_classes)
+            if pace is None:
+                logger.info(MEASURING)
+                pace = remember(key, measure())
+            self.known[place] = pace
             self._measured[id(pace)] = replace(pace, branches=list(pace.branches))
         return self.known[place]
 

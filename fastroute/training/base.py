@@ -260,9 +260,10 @@ class BaseTrainer(ABC):
         saved = {**defaults, **state["recipe"], "precision": state.get("precision", "float32")}
         if saved != own:
             changed = [name for name in {**own, **saved} if saved.get(name) != own.get(name)]
+            told = ", ".join(f"{name}={saved.get(name)}" for name in changed)
             raise ValueError(
-                f"train: {self.state_path} was saved by a recipe with other {', '.join(changed)}; "
-                "train to another folder or delete it"
+                f"train: {self.state_path} was saved by a recipe with other {', '.join(changed)}; train to another folder, "
+                f"delete that file, or give what it was saved with: {told}"
             )
         return state
 

@@ -96,7 +96,7 @@ class Pool:
         hrs: list[Tensor] = []
         positions, psnrs = [], []
         for path in tqdm(paths, desc="reading images", unit="image", disable=distributed.rank() > 0):
-            image = io.read_image(path)
+            image = _read(path)
             for shrink in shrinks:
                 smaller = image if shrink == 1 else to_uint8(downscale(image[None].float() / 255, shrink)[0])
                 if min(smaller.shape[-2:]) < patch * scale:
@@ -188,8 +188,15 @@ def _size(path: Path) -> tuple[int, int]:
             return image.height, image.width
     except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         # Its way of reading knows more kinds of files, and names the one at fault.
-        _, height, width = io.read_image(path).shape
+        _, height, width = _read(path).shape
         return height, width
+
+
+def _read(path: Path) -> Tensor:  # uint8 [3, H, W]
+    try:
+        return io.read_image(path)
+    except io.ImageError as error:
+        raise io.ImageError(f"{error}; move it, or leave it out with --exclude") from error
 
 
 def bicubic_psnr(lr: Tensor, hr: Tensor, patch: int, stride: int, scale: int) -> Tensor:
