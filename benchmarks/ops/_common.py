@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import measure
-from benchmarks.measure import alternate, clone_bandwidth, copy_bandwidth, peak_memory, sweep_caches
+from benchmarks.measure import Timing, alternate, clone_bandwidth, copy_bandwidth, peak_memory, summary, sweep_caches
 from benchmarks.setting import Setting
 
 PATCH, STRIDE, SCALE = 32, 28, 4
@@ -19,14 +19,14 @@ PATCH, STRIDE, SCALE = 32, 28, 4
 SIZES = {"2K": (270, 480), "4K": (540, 960), "8K": (1080, 1920)}
 SMOKE_SIZES = {"smoke": (64, 96)}
 BATCH, SMOKE_BATCH = 8, 2
-# A batch of larger images in all is left to GPUs and to --full: float32 results of 33 million pixels take 400 MB.
-MOST_PIXELS_OF_A_BATCH = 8 * 3840 * 2160
+# A batch of larger images in all is left to GPUs and to --full: plain PyTorch takes half a minute for one on a CPU.
+MOST_PIXELS_OF_A_BATCH = 8 * 1920 * 1080
 ROUNDS, COLD_ROUNDS, SMOKE_ROUNDS = 31, 5, 1
 # Seconds for the runs of a case, an equal share for each variant; slow ones have three runs all the same.
 CASE_SECONDS = 1.5
 # A variant that is quick is run once more before its memory is looked at, so that what a first call sets up does not count.
 QUICK_SECONDS = 0.5
-# One that takes longer than this is timed once: it is far behind, and its quartiles would take minutes.
+# One that takes longer than this is timed once, as it is checked: it is far behind, and its quartiles would take minutes.
 SLOW_SECONDS = 1.0
 FLOOR = "copy of the same bytes"
 CLONE = "copy to a new tensor"
@@ -140,10 +140,11 @@ def compiled(
 
 def checked(
     variants: Mapping[str, Variant | str],
-) -> tuple[dict[str, Callable[[], Any]], set[str], dict[str, str], dict[str, int]]:
-    """Run every variant once and compare: what may be timed, what of it is slow, why the rest is not, peak memory by name."""
+) -> tuple[dict[str, Callable[[], Any]], dict[str, Timing], dict[str, str], dict[str, int]]:
+    """Run every variant once and compare: what may be timed, what is slow and took how long, why the rest is not, peak
+    memory by name."""
     timed: dict[str, Callable[[], Any]] = {}
-    slow: set[str] = set()
+    slow: dict[str, Timing] = {}
     missing: dict[str, str] = {}
     memory: dict[str, int] = {}
     for name, variant in variants.items():
@@ -166,8 +167,9 @@ def checked(
         if seconds < QUICK_SECONDS:
             most = peak_memory(variant.run)
         if seconds > SLOW_SECONDS and name != OURS:
-            slow.add(name)
-        timed[name] = variant.run
+            slow[name] = summary([seconds])
+        else:
+            timed[name] = variant.run
         if most is not None:
             memory[name] = most
     return timed, slow, missing, memory
@@ -201,10 +203,8 @@ def compare(
     timed[FLOOR]()
     timed[CLONE]()
     rounds, cold_rounds = (SMOKE_ROUNDS, SMOKE_ROUNDS) if setting.smoke else (ROUNDS, COLD_ROUNDS)
-    often = {name: run for name, run in timed.items() if name not in slow}
-    times = alternate(often, rounds, warm_up=0, limit=CASE_SECONDS)
-    times |= alternate({name: timed[name] for name in timed if name in slow}, 1, warm_up=0)
-    some = {name: often[name] for name in (OURS, peer, FLOOR) if name in often}
+    times = alternate(timed, rounds, warm_up=0, limit=CASE_SECONDS) | slow
+    some = {name: timed[name] for name in (OURS, peer, FLOOR) if name in timed}
     cold = alternate(some, cold_rounds, warm_up=0, limit=CASE_SECONDS, before=sweep_caches)
     ours, copied = times[OURS].median, times[FLOOR].median
     peak = measure.peak_flops(products)
