@@ -93,12 +93,12 @@ class TileGrid:
     @property
     def row_origins(self) -> list[int]:
         """First LR row of each tile row."""
-        return list(_origins(self.height, self.patch, self.stride, self.crop))
+        return _origins(self.height, self.patch, self.stride, self.crop)
 
     @property
     def col_origins(self) -> list[int]:
         """First LR column of each tile column."""
-        return list(_origins(self.width, self.patch, self.stride, self.crop))
+        return _origins(self.width, self.patch, self.stride, self.crop)
 
     def origins(self) -> Tensor:
         """Top left corner of every patch: int64 (num_patches, 2), row and column in LR pixels."""
@@ -120,7 +120,13 @@ def tile_origins(size: int, patch: int, stride: int, crop: bool) -> list[int]:
 
 
 # Asked for again and again while an image is routed band by band.
-_origins = lru_cache(maxsize=64)(tile_origins)
+_kept_origins = lru_cache(maxsize=64)(tile_origins)
+
+
+def _origins(size: int, patch: int, stride: int, crop: bool) -> list[int]:
+    # The compiler looks through the cache, and warns that it does.
+    found = tile_origins if torch.compiler.is_compiling() else _kept_origins
+    return list(found(size, patch, stride, crop))
 
 
 def covered_size(size: int, patch: int, stride: int, crop: bool) -> int:
