@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from fastroute import evaluate
 from fastroute.grid import TileGrid
-from fastroute.ops.assign_classes import assign_classes
+from fastroute.routing.budgets import check_possible
 from fastroute.routing.load import load
 from fastroute.routing.patch_router import PatchRouter
 from fastroute.routing.pixel_router import PixelRouter
@@ -231,7 +231,7 @@ def check_budget(router: PatchRouter | PixelRouter, budget: float | None, scale:
     """Refuse a budget that `router` cannot keep, before anything runs."""
     costs = router.costs if isinstance(router, PatchRouter) else router.model.class_cost(scale)
     with named(name):
-        assign_classes(torch.ones(1, len(costs)), costs, budget=budget)
+        check_possible(costs, budget)
 
 
 @contextmanager

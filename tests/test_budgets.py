@@ -17,7 +17,8 @@ from fastroute.routing import budgets, choose
 from fastroute.routing.budgets import Budget, Pace, assign_within
 from fastroute.streaming.protocols import ArrayReader, ArrayWriter
 
-pytestmark = pytest.mark.usefixtures("quick_tuning")
+# Threads that wait for each other take long beside another busy process.
+pytestmark = pytest.mark.usefixtures("quick_tuning", "one_thread")
 PATCH, STRIDE, SCALE = 16, 12, 4
 IMAGES = [picture(1, 3, 90, 70, seed=1)[0], picture(1, 3, 40, 101, seed=2)[0], picture(1, 3, 16, 16, seed=3)[0]]
 

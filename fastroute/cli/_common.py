@@ -90,7 +90,7 @@ def check_routing(router: PatchRouter | PixelRouter, model: str, chosen: dict[st
         model: its name.
         chosen: what was given on the command line, by the names of the router's arguments.
     """
-    from fastroute.ops.assign_classes import assign_classes
+    from fastroute.routing.budgets import check_possible
     from fastroute.routing.patch_router import PatchRouter
 
     chosen = dict(chosen)
@@ -104,10 +104,8 @@ def check_routing(router: PatchRouter | PixelRouter, model: str, chosen: dict[st
         check_deciding(chosen)
         costs = router.model.class_cost(float(chosen.get("scale", 4)))
     if "budget" in chosen:
-        import torch
-
         try:
-            assign_classes(torch.ones(1, len(costs)), costs, budget=chosen["budget"])
+            check_possible(costs, chosen["budget"])
         except ValueError as error:
             raise click.BadParameter(str(error).removeprefix("assign_classes: "), param_hint="--budget") from error
     return chosen

@@ -150,20 +150,20 @@ def _checked_batches(patches: Sequence[Tensor], out: Tensor | None) -> list[Tens
     batches = list(patches)
     if not batches:
         raise ValueError(f"{op}: patches must hold at least one tensor; got none")
-    check.rank(op, "patches", batches[0], "(M, C, P, P)", 4)
-    device, dtype, shape, strides = (first := batches[0]).device, first.dtype, first.shape[1:], first.stride()[1:]
+    first = batches[0]
+    check.rank(op, "patches", first, "(M, C, P, P)", 4)
+    device, dtype, shape, strides = first.device, first.dtype, first.shape[1:], first.stride()[1:]
     for batch in batches:
         # There may be hundreds, nearly always alike.
         if batch.dtype == dtype and batch.shape[1:] == shape and batch.stride()[1:] == strides and batch.device == device:
             continue
         check.rank(op, "patches", batch, "(M, C, P, P)", 4)
-        check.same_device(op, "patches", batches[0], "patches", batch)
-        if batch.dtype != batches[0].dtype:
-            raise TypeError(f"{op}: patches must have one dtype; got {batches[0].dtype} and {batch.dtype}")
-        if batch.shape[1:] != batches[0].shape[1:]:
-            raise ValueError(f"{op}: patches must have one shape; got {tuple(batches[0].shape)} and {tuple(batch.shape)}")
-        if batch.stride()[1:] != batches[0].stride()[1:]:
-            raise ValueError(f"{op}: patches must have one memory format")
+        check.same_device(op, "patches", first, "patches", batch)
+        if batch.dtype != dtype:
+            raise TypeError(f"{op}: patches must have one dtype; got {dtype} and {batch.dtype}")
+        if batch.shape[1:] != shape:
+            raise ValueError(f"{op}: patches must have one shape; got {tuple(first.shape)} and {tuple(batch.shape)}")
+        raise ValueError(f"{op}: patches must have one memory format")
     if out is None:
         raise ValueError(f"{op}: patches in several tensors need `out`")
     return batches

@@ -83,6 +83,15 @@ def refuse_below(op: str, name: str, asked: float, least: float, text: str) -> N
         raise ValueError(f"{op}: {name} must be at least {text}, with everything in the cheapest class; got {asked:g}")
 
 
+def check_possible(costs: Sequence[float], fraction: float | None, penalty: float = 0.0) -> None:
+    """Refuse costs, a budget or a penalty that no classes can keep, before anything is classified.
+
+    Raises:
+        ValueError: as :func:`fastroute.assign_classes` says.
+    """
+    assign_classes(torch.ones(1, len(costs)), costs, penalty, fraction)
+
+
 def dearest(costs: Sequence[float]) -> int:
     """The class that costs most; of several alike the last, since classes go from the cheapest to the dearest."""
     return max(range(len(costs)), key=lambda c: (costs[c], c))

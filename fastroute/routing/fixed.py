@@ -13,7 +13,8 @@ from fastroute.ops import _checks as check
 from fastroute.ops._library import OPERATORS, call
 from fastroute.ops.assign_classes import assign_classes
 from fastroute.ops.extract_patches import extract_patches
-from fastroute.routing.branches import frozen_copy
+from fastroute.routing.branches import even_parts, frozen_copy
+from fastroute.routing.budgets import check_possible, dearest
 from fastroute.routing.classify import PATCHES_PER_BATCH, cellwise, classify_patches
 from fastroute.routing.graphs import CudaGraph
 from fastroute.routing.patch_router import PatchRouter
@@ -105,13 +106,13 @@ class FixedPatchRouter(nn.Module):
             dtype = sample.dtype if isinstance(sample, Tensor) else torch.float32
         self.shape, self.dtype, self.device = check_shape(self.OP, shape, router.channels), dtype, router.device
         check.dtype(self.OP, "dtype", dtype, check.FLOATING + check.INTEGER_IMAGE)
-        assign_classes(torch.ones(1, router.num_classes), router.costs, penalty, budget)  # refuses an impossible budget
+        check_possible(router.costs, budget, penalty)
         batch, _, height, width = [1, *self.shape][-4:]
         self.grid = TileGrid(height, width, router.patch, router.stride, router.scale)
         self.number, self.num_classes = batch * self.grid.num_patches, router.num_classes
         self.costs, self.budget, self.penalty = list(router.costs), budget, penalty
         # Then nothing need be classified.
-        self.only = self.costs.index(max(self.costs)) if budget == 1 or self.num_classes == 1 else None
+        self.only = dearest(self.costs) if budget == 1 or self.num_classes == 1 else None
         self.classifier = None
         if self.only is None and router.classifier is not None:
             self.classifier = FixedClassifier(frozen_copy(router.classifier), (batch, *self.shape[-3:]), self.grid, self.device)
@@ -150,7 +151,7 @@ class FixedPatchRouter(nn.Module):
             patches = extract_patches(
                 images, self.grid, order=order, dtype=self.compute_dtype, memory_format=tuning.memory_format
             )
-            space.put([branch(part) for part in patches.tensor_split(-(-count // tuning.batch))])
+            space.put([branch(part) for part in patches.split(even_parts(count, tuning.batch))])
         output = torch.empty((batch, channels, *self.grid.output_size), dtype=self.dtype, device=self.device)
         self._stitch(space.batches, placed.places, output)
         maps = placed.classes.view(batch, self.grid.rows, self.grid.cols)

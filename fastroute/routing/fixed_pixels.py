@@ -15,6 +15,7 @@ from fastroute.ops.assign_classes import assign_classes
 from fastroute.ops.pixel_mlp import pixel_mlp
 from fastroute.ops.refine_boundaries import refine_boundaries
 from fastroute.routing.branches import frozen_copy
+from fastroute.routing.budgets import check_possible, dearest
 from fastroute.routing.classify import to_float
 from fastroute.routing.fixed import FixedUpscaled, check_fixed, check_shape
 from fastroute.routing.graphs import CudaGraph
@@ -91,9 +92,9 @@ class FixedPixelRouter(nn.Module):
         self.costs = router.model.class_cost(factor) if k or budget is not None else [1.0] * router.num_classes
         self.num_classes, self.adaptive, self.budget, self.refine = router.num_classes, adaptive, budget, refine
         if budget is not None:
-            assign_classes(torch.ones(1, self.num_classes), self.costs, budget=budget)  # refuses an impossible one
+            check_possible(self.costs, budget)
         # Then nothing need be classified.
-        self.only = self.costs.index(max(self.costs)) if budget == 1 else None
+        self.only = dearest(self.costs) if budget == 1 else None
 
         # A copy, because a graph knows weights by their addresses, and the router's may be moved.
         self.encoder, self.compute_dtype, self.mlps = frozen_copy(router.encoder), router.dtype, router.mlps

@@ -14,13 +14,12 @@ from tqdm import tqdm
 from fastroute.grid import TileGrid
 from fastroute.models.adapters import as_module
 from fastroute.ops import _checks as check
-from fastroute.ops.assign_classes import assign_classes
 from fastroute.ops.extract_patches import extract_patches
 from fastroute.ops.group_by_class import group_by_class
 from fastroute.profiling import RoutedFlops, mix_flops
 from fastroute.routing.bands import Band, band_of_patches, plan_bands
 from fastroute.routing.branches import Branches, even_parts, frozen_copy
-from fastroute.routing.budgets import Budget
+from fastroute.routing.budgets import Budget, check_possible
 from fastroute.routing.choose import PatchPaces, check_least, choose_classes
 from fastroute.routing.classify import classifying_bytes
 from fastroute.routing.result import RoutingStats, Stopwatch, Streamed, Upscaled
@@ -281,7 +280,7 @@ class PatchRouter:
             # Refuses impossible costs and budgets, before anything is classified; once for those of many calls.
             asked = (*self.costs, penalty, limit.fraction)
             if asked != self._possible:
-                assign_classes(torch.ones(1, self.num_classes), self.costs, penalty, limit.fraction)
+                check_possible(self.costs, limit.fraction, penalty)
                 self._possible = asked
             if self.classifier is None and limit.fraction != 1 and self.num_classes > 1:
                 raise ValueError(f"{op}: this router has no classifier; give a class_map or budget=1")

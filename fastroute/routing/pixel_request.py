@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from fastroute.ops.assign_classes import assign_classes
 from fastroute.routing import pixel_rows
-from fastroute.routing.budgets import Budget, dearest, duration, refuse_below
+from fastroute.routing.budgets import Budget, check_possible, dearest, duration, refuse_below
 from fastroute.routing.pixel_budget import Purse, fixed_ms, only_class
 from fastroute.routing.pixel_rows import PixelGrid, budget_sample, sampled_rows
 from fastroute.routing.pixel_stats import Work
@@ -196,19 +195,18 @@ def plan(
     elif limit.ms is not None:
         pace = router.paces.of(router, dtype, factor_of(work))
         cost, done = pace.branches, 1e3 * (seconds or 0.0)
-        unclassified = limit.ms - done - fixed_ms(pace, Work(pixels=pixels, encoded=work.features))
-        bare = Work(pixels=pixels, encoded=work.features)
+        # By its own cost, not by its time: a small network may have been slow when that was measured.
+        most, bare = dearest(router.model.class_cost(factor)), Work(pixels=pixels, encoded=work.features)
+        unclassified = limit.ms - done - fixed_ms(pace, bare)
         least = min(fixed_ms(p, bare) + pixels * min(p.branches) for p in (pace, router.paces.measured(pace)))
         refuse_below(op, "budget_ms", limit.ms, least, f"{duration(least)} on this device")
         classified = limit.ms - done - fixed_ms(pace, work if seconds is not None else work + samples)
     else:
         cost = router.model.class_cost(factor)
-        # Refuses an impossible budget.
-        assign_classes(torch.ones(1, router.num_classes), cost, budget=limit.fraction)
-        unclassified = classified = (limit.fraction or 0.0) * max(cost) * pixels
-    # By its own cost, not by its time: a small network may have been slow when that was measured.
-    own = dearest(cost if limit.ms is None else router.model.class_cost(factor))
-    only = only_class(cost, own, pixels, unclassified, classified)
+        check_possible(cost, limit.fraction)
+        most, unclassified = dearest(cost), (limit.fraction or 0.0) * max(cost) * pixels
+        classified = unclassified
+    only = only_class(cost, most, pixels, unclassified, classified)
     if only is not None:
         return Choice(cost, only=only), None
     shares = [c / max(cost) for c in cost]

@@ -14,7 +14,7 @@ from fastroute.grid import TileGrid
 from fastroute.ops import _checks as check
 from fastroute.ops.assign_classes import assign_classes
 from fastroute.profiling import RoutedFlops
-from fastroute.routing.budgets import Budget, assign_within, duration, refuse_below
+from fastroute.routing.budgets import Budget, assign_within, check_possible, duration, refuse_below
 from fastroute.routing.choose import score_patches
 from fastroute.routing.patch_router import PatchRouter
 from fastroute.routing.pixel_budget import Ahead, Purse
@@ -70,7 +70,7 @@ class SharedPatches(Shared):
         if router.classifier is None:
             raise ValueError(f"{op}: this router has no classifier, by which a budget could be shared")
         # Refuses an impossible budget before anything is read.
-        assign_classes(torch.ones(1, router.num_classes), router.costs, budget=limit.fraction)
+        check_possible(router.costs, limit.fraction)
         check_limit(op, options.get("memory_limit"))
         self.router, self.options, self.dtype = router, options, torch.uint8
         self.sizes: list[tuple[int, int, int]] = []
@@ -146,7 +146,7 @@ class SharedPixels(Shared):
         # Of images of any size: refuses an impossible scale before anything is read.
         factor = make_grid((1 << 16, 1 << 16), scale, None)[1]
         if limit.fraction is not None:
-            assign_classes(torch.ones(1, router.num_classes), router.model.class_cost(factor), budget=limit.fraction)
+            check_possible(router.model.class_cost(factor), limit.fraction)
         self.router, self.scale, self.refine, self.factor = router, scale, refine, factor
         self.memory_limit, self.progress, self.sample = memory_limit, progress, waiting_sample(count)
         self.shapes: list[tuple[int, ...]] = []
