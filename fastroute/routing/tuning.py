@@ -10,6 +10,7 @@ import platform
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from statistics import median
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,23 @@ from fastroute import io
 logger = logging.getLogger("fastroute")
 
 BATCHES = (8, 16, 32, 64)
-REPEATS = 3
+# Formats are compared at this size, or at what may pass together if that is less.
+FORMAT_BATCH = 16
+# A race has this many rounds; once its seconds are used, LEAST_ROUNDS are enough.
+REPEATS, LEAST_ROUNDS, SECONDS = 6, 3, 0.4
+# A turn lasts at least as long, whatever the batch: a short pass would slip between disturbances that a long one meets.
+TURN_SECONDS = 0.005
+# Passes that take longer have nothing left to gain from more patches, and would take minutes to compare.
+PASS_SECONDS = 1.0
+# A larger batch must earn its memory: what is slower than the fastest by less than this is as good.
+EARNED = 1.02
+# Where the median turn of a candidate exceeds its fastest by more, something else was running.
+STEADY = 1.25
+# What was measured in another way has another key, and is measured again.
+METHOD = 2
+
+# Measurements of this process that no file holds: its routers all run alike.
+_unwritten: dict[str, Tuning] = {}
 
 
 @dataclass(frozen=True)
@@ -53,47 +70,76 @@ def cache_path() -> Path:
 def tune(branch: nn.Module, example: Tensor, largest: int = BATCHES[-1]) -> Tuning:  # [1, C, p, p]
     """The fastest of the memory formats and batch sizes, by measurement; from the cache when it was measured before.
 
+    What is measured while the machine is busy with something else holds for this process only.
+
     Args:
         branch: in evaluation mode, on the device of `example`.
         example: one patch, of the dtype in which the branch runs.
         largest: patches that may pass together at most; larger batches take too much memory.
     """
     key = tuning_key(branch, example)
-    remembered = _read().get(key)
-    if remembered is not None:
-        return replace(remembered, batch=min(remembered.batch, largest))
-    best: Tuning | None = None
+    known = _unwritten.get(key) or _read().get(key)
+    if known is not None:
+        return replace(known, batch=min(known.batch, largest))
+    first = min(FORMAT_BATCH, largest)
     with torch.inference_mode():
-        for channels_last in (True, False):
-            # The better format at one size is the better one at all: batch sizes are tried for it alone.
-            tuning = _measure(branch, example, min(16, largest), channels_last)
-            best = tuning if best is None or tuning.milliseconds < best.milliseconds else best
-        assert best is not None
-        for batch in sorted({min(batch, largest) for batch in BATCHES}):
-            tuning = _measure(branch, example, batch, best.channels_last)
-            # A larger batch must earn its memory; where one does not, a still larger one is not tried.
-            better = tuning.milliseconds < 0.98 * best.milliseconds
-            if not better and batch > best.batch:
-                break
-            best = tuning if better else best
+        formats, steady = _race(branch, example, [(first, True), (first, False)])
+        # The better format at one size is the better one at all: batch sizes are tried for it alone.
+        found = min(formats, key=_milliseconds)
+        longest = max(first, 1e3 * PASS_SECONDS / max(found.milliseconds, 1e-9))
+        batches = sorted({min(batch, largest) for batch in BATCHES})
+        sizes, still = _race(branch, example, [(batch, found.channels_last) for batch in batches if batch <= longest])
+    fastest = min(map(_milliseconds, sizes))
+    best = next(tuning for tuning in sizes if tuning.milliseconds <= EARNED * fastest)
     logger.info("tuned %s: batch %d, channels_last %s", type(branch).__name__, best.batch, best.channels_last)
-    _remember(key, best)
+    if not (steady and still):
+        logger.info("tuning not remembered: the machine was busy")
+    if not (steady and still and _remember(key, best)):
+        _unwritten[key] = best
     return best
 
 
-def _measure(branch: nn.Module, example: Tensor, batch: int, channels_last: bool) -> Tuning:
+def _milliseconds(tuning: Tuning) -> float:
+    return tuning.milliseconds
+
+
+def _race(branch: nn.Module, example: Tensor, candidates: list[tuple[int, bool]]) -> tuple[list[Tuning], bool]:
+    """Batches and formats in turn, round after round, so that what slows the machine slows all of them.
+
+    Returns:
+        The time of each, and whether the machine was quiet enough to believe them later.
+    """
+    times: list[list[float]] = [[] for _ in candidates]
+    start = time.perf_counter()
+    for done in range(REPEATS):
+        if done >= LEAST_ROUNDS and time.perf_counter() - start > SECONDS:
+            break
+        for (batch, channels_last), taken in zip(candidates, times, strict=True):
+            taken.append(_turn(branch, example, batch, channels_last))
+    # Whatever else the machine does only adds time: the fastest turn is the true one, and first turns do no harm.
+    found = [Tuning(*candidate, 1e3 * min(taken)) for candidate, taken in zip(candidates, times, strict=True)]
+    return found, all(median(taken) <= STEADY * min(taken) for taken in times)
+
+
+def _turn(branch: nn.Module, example: Tensor, batch: int, channels_last: bool) -> float:
+    """Seconds per patch."""
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
     branch.to(memory_format=memory_format)  # type: ignore[call-overload]
     patches = example.expand(batch, -1, -1, -1).contiguous(memory_format=memory_format)
-    times = []
-    for _ in range(REPEATS + 1):
-        start = time.perf_counter()
+    _wait(example.device)
+    passes, start = 0, time.perf_counter()
+    while True:
         branch(patches)
-        if example.is_cuda:
-            torch.cuda.synchronize(example.device)
-        times.append(time.perf_counter() - start)
-    # Whatever else the machine does only adds time.
-    return Tuning(batch, channels_last, 1e3 * min(times[1:]) / batch)
+        _wait(example.device)
+        passes += 1
+        elapsed = time.perf_counter() - start
+        if elapsed >= TURN_SECONDS:
+            return elapsed / (passes * batch)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def tuning_key(branch: nn.Module, example: Tensor) -> str:  # [1, C, p, p]
@@ -104,7 +150,7 @@ def tuning_key(branch: nn.Module, example: Tensor) -> str:  # [1, C, p, p]
         device = f"{platform.machine()} {cpu_name()} {torch.get_num_threads()} threads"
     # Structure and shapes decide the speed, not the values of the weights.
     shapes = [(name, tuple(p.shape)) for name, p in branch.named_parameters()]
-    facts = [device, torch.__version__, str(example.dtype), tuple(example.shape), str(branch), shapes]
+    facts = [METHOD, device, torch.__version__, str(example.dtype), tuple(example.shape), str(branch), shapes]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:24]
 
 
@@ -135,7 +181,8 @@ def _is_tuning(entry: object) -> bool:
     return whole and type(entry["channels_last"]) is bool and isinstance(entry["milliseconds"], (int, float))
 
 
-def _remember(key: str, tuning: Tuning) -> None:
+def _remember(key: str, tuning: Tuning) -> bool:
+    """Whether the file holds it now."""
     path = cache_path()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -144,3 +191,5 @@ def _remember(key: str, tuning: Tuning) -> None:
     except OSError as error:
         # A read-only home costs a second of measuring next time, nothing else.
         logger.info("tuning not remembered in %s: %s", path, error)
+        return False
+    return True

@@ -280,6 +280,18 @@ def test_planes_to_pixels_of_large_patches(pixels, statistics):
         same(patches, reference(image, grid, None, mean, std, dtype, channels_last=True))
 
 
+# Rows of 128 bytes, as those of 32 float32, and rows that end within 16 bytes.
+@pytest.mark.parametrize("patch", [16, 32, 64, 128, 21])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_rows_are_copied(backend, dtype, patch):
+    # A part of a larger image, read to its last pixel; 18 patches of two images, some of them twice and some not at all.
+    image = random((2, 3, 2 * patch + 9, 2 * patch + 4), dtype, backend.device)[..., 3:, :-1]
+    grid = TileGrid(*image.shape[2:], patch, patch - 2)
+    order = torch.tensor([17, 0, 0, 8, 9, 10, 3, 17], device=backend.device)
+    for chosen in few([order, None, order[:1], order[:0]]):
+        same(extract_patches(image, grid, chosen), reference(image, grid, chosen))
+
+
 @pytest.mark.parametrize("number", [-1, 18, 2**31, -(2**40)])
 def test_number_out_of_range(backend, number):
     order = torch.tensor([0, number], device=backend.device)
