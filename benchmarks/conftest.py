@@ -16,7 +16,7 @@ BEGUN = time.perf_counter()
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--smoke", action="store_true", help="small sizes and few rounds: does everything run and agree?")
-    parser.addoption("--full", action="store_true", help="no limit on compilations and on the number of photographs")
+    parser.addoption("--full", action="store_true", help="all sizes, batches and photographs, no limit on compilations")
     parser.addoption("--save", action="store_true", help="write what was measured to benchmarks/results/<device>/")
     parser.addoption("--results", metavar="FOLDER", help="with --save: write to FOLDER/<device>/ instead")
     parser.addoption("--minutes", type=float, metavar="N", help="begin no further benchmark after N minutes")

@@ -28,7 +28,8 @@ PANELS = {"growth_patches": "patches", "growth_classes": "classes", "growth_dear
 RULES = (
     "Every variant is checked against the others before it is timed; what disagrees or cannot run is named with the reason. "
     "Variants run in turn after a warm-up, the device being waited for before and after each run; times are medians and "
-    'quartiles, with what the caches held from the run before. Where it says "caches swept", they were overwritten before each '
+    "quartiles, with what the caches held from the run before; of what is far "
+    'slower than fastroute there is one run. Where it says "caches swept", they were overwritten before each '
     "run. The floor of an operator is the longer of two times: a copy of the bytes that must be moved, measured in the same "
     "turns, and the FLOPs that must be done at the rate of the best matrix product. Peak memory is what a call needs beyond "
     "what was held before, its result included."

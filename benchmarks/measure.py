@@ -12,10 +12,11 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -28,8 +29,8 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 # What a number may depend on, beside torch.
 PACKAGES = ("triton", "numpy", "kornia", "monai", "tiler")
-# Quartiles of fewer runs say nothing.
-MIN_ROUNDS = 3
+# Quartiles of fewer runs say nothing; what takes longer than so many seconds has few.
+MIN_ROUNDS, FEW_ROUNDS, LONG_SECONDS = 5, 3, 0.1
 # Where a CPU says how large its last cache is, and what is taken for it elsewhere, GPUs included.
 LAST_CACHE, USUAL_CACHE = Path("/sys/devices/system/cpu/cpu0/cache/index3/size"), 128 << 20
 # Sides of matrix products that stay in the caches of a CPU, or fill a GPU.
@@ -72,6 +73,8 @@ def alternate(
     rounds: int,
     warm_up: int = 1,
     limit: float = math.inf,
+    slow: float = math.inf,
+    kept: Collection[str] = (),
     before: Callable[[], object] | None = None,
 ) -> dict[str, Timing]:
     """Time all variants in turn, `rounds` times over, so that whatever slows the machine slows them alike.
@@ -80,7 +83,10 @@ def alternate(
         variants: what to call, by name. The device is waited for before and after each call.
         rounds: runs per variant.
         warm_up: untimed runs of each before the first.
-        limit: seconds for all runs. A variant that has used its share sits out once it has MIN_ROUNDS runs.
+        limit: seconds for all runs. A variant that has used its share sits out once it has MIN_ROUNDS runs, or FEW_ROUNDS
+            of more than LONG_SECONDS.
+        slow: seconds of a run. A variant whose first one takes longer has no other.
+        kept: names of those that have all their runs all the same.
         before: called before each run, untimed.
     """
     for _ in range(warm_up):
@@ -91,7 +97,10 @@ def alternate(
     for _ in range(rounds):
         for name, run in variants.items():
             taken = seconds[name]
-            if len(taken) >= MIN_ROUNDS and sum(taken) > share:
+            if taken and taken[0] > slow and name not in kept:
+                continue
+            least = FEW_ROUNDS if taken and min(taken) > LONG_SECONDS else MIN_ROUNDS
+            if len(taken) >= least and sum(taken) > share:
                 continue
             if before is not None:
                 before()
@@ -109,6 +118,29 @@ def summary(seconds: list[float]) -> Timing:
         return Timing(seconds[0], seconds[0], seconds[0], 1)
     low, median, high = statistics.quantiles(seconds, n=4, method="inclusive")
     return Timing(median, low, high, len(seconds))
+
+
+@dataclass(frozen=True)
+class First:
+    """The first run of a variant: its result, seconds and bytes at its peak."""
+
+    result: Any
+    seconds: float
+    peak: int | None
+
+
+def first(run: Callable[[], Any]) -> First:
+    """Run once, looking at time and memory."""
+    results, seconds = [], []
+
+    def once() -> None:
+        begin = time.perf_counter()
+        results.append(run())
+        synchronise()
+        seconds.append(time.perf_counter() - begin)
+
+    peak = peak_memory(once)
+    return First(results[0], seconds[0], peak)
 
 
 def peak_memory(run: Callable[[], object]) -> int | None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import compare, images, measure
+from benchmarks import compare, images, measure, setting
 from benchmarks.baselines import classsr_published, mlp_layouts, packages, paper_tables
 from benchmarks.device_tables import sentence
 from benchmarks.e2e import class_mixes, growth
@@ -35,10 +35,23 @@ def test_alternate_takes_turns():
     assert all(taken.runs == 3 and taken.low <= taken.median <= taken.high for taken in times.values())
 
 
-def test_a_slow_variant_sits_out():
+def test_a_slow_variant_sits_out(monkeypatch: pytest.MonkeyPatch):
     variants = {"slow": lambda: time.sleep(0.02), "quick": lambda: None}
     times = alternate(variants, rounds=9, warm_up=0, limit=0.04)
     assert (times["slow"].runs, times["quick"].runs) == (measure.MIN_ROUNDS, 9)
+    monkeypatch.setattr(measure, "LONG_SECONDS", 0.01)
+    assert alternate(variants, rounds=9, warm_up=0, limit=0.04)["slow"].runs == measure.FEW_ROUNDS
+
+
+def test_a_slow_peer_runs_once():
+    variants = {name: lambda: time.sleep(0.02) for name in ("ours", "slow")} | {"quick": lambda: None}
+    times = alternate(variants, rounds=4, warm_up=0, slow=0.01, kept=("ours",))
+    assert {name: taken.runs for name, taken in times.items()} == {"ours": 4, "slow": 1, "quick": 4}
+
+
+def test_a_first_run_tells_all():
+    begun = measure.first(lambda: (time.sleep(0.02), 5)[1])
+    assert begun.result == 5 and begun.seconds >= 0.02
 
 
 def test_what_comes_before_a_run_is_not_timed():
@@ -255,12 +268,15 @@ def test_a_compiled_network_may_be_missing():
     assert "smoke" in str(reason)
 
 
-def test_limits_of_compilation():
+def test_limits_of_compilation(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(setting, "set_up_compiler", lambda: None)
     assert "smoke" in str(Setting(smoke=True).compile_reason())
     assert Setting().compile_reason() is None
     used = Setting(compiled_seconds=COMPILE_SECONDS + 1)
     assert "--full" in str(used.compile_reason())
     assert Setting(full=True, compiled_seconds=COMPILE_SECONDS + 1).compile_reason() is None
+    assert Setting(compiled_enough="enough").compile_reason() == "enough"
+    assert Setting(full=True, compiled_enough="enough").compile_reason() is None
     with used.compiling():
         time.sleep(0.01)
     assert used.compiled_seconds > COMPILE_SECONDS + 1.01

@@ -5,20 +5,14 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import time
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
-import torch
 
 from benchmarks import device_report, measure, report
 from benchmarks.measure import Timing
-from benchmarks.ops import _common
-from benchmarks.ops._common import FLOOR, OURS, Variant, cases, compare, same
-from benchmarks.setting import Setting
-
-SMOKE = Setting(smoke=True)
+from benchmarks.ops._common import FLOOR, OURS
 
 PAGE = "# Title\n" + "".join(f"<!-- generated: {name} -->\nold\n<!-- end: {name} -->\ntext\n" for name in report.SECTIONS)
 FACTS = {"device": "Some CPU, 2 threads", "torch": "2.13.0", "commit": "abc", "command": "python -m pytest benchmarks"}
@@ -228,80 +222,6 @@ def test_device_report_without_results(results: Path, tmp_path: Path, monkeypatc
     monkeypatch.setattr(sys, "argv", ["device_report", str(tmp_path / "other")])
     with pytest.raises(SystemExit, match="there are some-cpu-2-threads"):
         device_report.main()
-
-
-def test_a_wrong_peer_is_not_timed(capsys: pytest.CaptureFixture):
-    right = torch.arange(8)
-    variants = {
-        OURS: Variant(right.clone, same(right)),
-        "usual": Variant(lambda: right + 0, same(right)),
-        "wrong": Variant(lambda: right + 1, same(right), foreign=True),
-        "absent": "not installed",
-    }
-    row = compare("case", variants, 128, "usual", SMOKE, size="tiny")
-    assert set(row["times"]) == {OURS, "usual", FLOOR, "copy to a new tensor"}
-    assert row["missing"] == {"wrong": "disagrees: another result", "absent": "not installed"}
-    assert row["time_over_floor"] == row["times"][OURS].median / row["floor_seconds"]
-    assert row["floor_seconds"] == row["times"][FLOOR].median and row["size"] == "tiny"
-    assert set(row["cold"]) == {OURS, "usual", FLOOR}
-    assert row["speedup"] == row["times"]["usual"].median / row["times"][OURS].median
-    assert "wrong" in capsys.readouterr().out
-
-
-def test_a_wrong_result_of_ours_is_an_error():
-    right = torch.arange(8)
-    with pytest.raises(AssertionError, match="another result"):
-        compare("case", {OURS: Variant(lambda: right + 1, same(right))}, 128, OURS, SMOKE)
-
-
-def test_the_floor_is_the_longer_of_bytes_and_flops(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(measure, "peak_flops", lambda dtype: 1e9)
-    row = compare("case", {OURS: Variant(lambda: None, lambda result: None)}, 128, OURS, SMOKE, flops=10**9)
-    assert row["floor_seconds"] == 1.0 and row["flops"] == 10**9
-
-
-def test_a_variant_without_memory_is_not_timed():
-    def too_much() -> None:
-        raise torch.OutOfMemoryError("4 GB more than there are")
-
-    variants = {OURS: Variant(lambda: None, lambda r: None), "other": Variant(too_much, lambda r: None, foreign=True)}
-    assert compare("case", variants, 128, OURS, SMOKE)["missing"] == {"other": "out of memory: 4 GB more than there are"}
-
-
-def test_a_slow_variant_is_timed_once(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(_common, "SLOW_SECONDS", 0.01)
-    variants = {
-        OURS: Variant(lambda: time.sleep(0.02), lambda r: None),
-        "slow": Variant(lambda: time.sleep(0.02), lambda r: None),
-    }
-    row = compare("case", variants, 128, "slow", Setting())
-    assert row["times"]["slow"].runs == 1 and row["times"][OURS].runs > 1
-    assert set(row["cold"]) == {OURS, FLOOR}
-
-
-def test_cases_of_an_operator():
-    made = cases(Setting(), (torch.float32, torch.uint8), (torch.float16,))
-    assert sum(case.plain for case in made) == 3 * 2 + 1
-    assert [case.name for case in made if case.channels_last] == ["2K", "4K", "8K"]
-    assert all(case.batch * 16 * case.height * case.width <= 8 * 3840 * 2160 for case in made)
-    whole = cases(Setting(full=True), (torch.float32,))
-    assert [case.name for case in whole if case.batch == 8] == ["2K", "4K", "8K"]
-    assert made[0].suffix == "float32" and made[0].facts["output_pixels"] == 1920 * 1080
-
-
-def test_same_looks_at_every_tensor():
-    _common.same((torch.ones(2), torch.zeros(2)))((torch.ones(2), torch.zeros(2)))
-    with pytest.raises(AssertionError):
-        _common.same((torch.ones(2), torch.zeros(2)))((torch.ones(2), torch.ones(2)))
-
-
-def test_a_share_of_classes_may_differ():
-    expected = torch.zeros(100)
-    other = expected.clone()
-    other[0] = 1
-    _common.same_classes(expected, 0.01)(other)
-    with pytest.raises(AssertionError, match="of another class"):
-        _common.same_classes(expected, 0.009)(other)
 
 
 def test_saved_results_are_read_back(tmp_path: Path):

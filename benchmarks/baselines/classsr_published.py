@@ -18,6 +18,8 @@ from fastroute.models.classsr import ClassSR
 
 # Batches among which the tiled network finds its best.
 BATCHES = (8, 16, 32, 64)
+# Of a batch that takes longer one run tells enough.
+SLOW_SECONDS = 0.3
 
 
 def loop_over_patches(
@@ -57,7 +59,7 @@ def best_batch(network: nn.Module, image: Tensor, grid: TileGrid) -> int:  # [1,
     """The number of patches per batch at which the tiled network is fastest."""
     patches = cut(image, grid)
     sizes = [n for n in BATCHES if n <= len(patches)] or [len(patches)]
-    times = alternate({str(n): lambda n=n: network(patches[:n]) for n in sizes}, 3, limit=1.0)
+    times = alternate({str(n): lambda n=n: network(patches[:n]) for n in sizes}, 3, limit=1.0, slow=SLOW_SECONDS)
     return min(sizes, key=lambda n: times[str(n)].median / n)
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 import fastroute
 from benchmarks.measure import device
-from benchmarks.ops._common import OURS, SCALE, Case, Variant, cases, compare, compiled, same, same_classes
+from benchmarks.ops._common import OURS, SCALE, Case, Variant, cases, compare, compiled, known, same_classes
 from benchmarks.setting import Setting
 from fastroute.reference.assign_classes import assign_classes_reference
 
@@ -43,14 +43,12 @@ def run_case(decision: str, case: Case, setting: Setting) -> dict:
     cost = torch.tensor(COST, dtype=torch.float64, device=device())
     penalty, budget = (PENALTY, None) if decision == "penalty" else (0.0, BUDGET)
     args = (score, cost, penalty, budget, torch.uint8)
-    ours = Variant(lambda: fastroute.assign_classes(*args), lambda result: None)
-    result = ours.run()
+    result, ours = known(lambda: fastroute.assign_classes(*args))
     variants: dict[str, Variant | str] = {OURS: ours}
     if decision == "penalty":
-        expected = assign_classes_reference(*args)
-        same_classes(expected)(result)
-        variants["reference"] = Variant(lambda: assign_classes_reference(*args), same(expected))
+        expected, variants["reference"] = known(lambda: assign_classes_reference(*args))
         close = same_classes(expected)
+        close(result)
         variants["reference, compiled"] = compiled(assign_classes_reference, *args, check=close, setting=setting, case=case)
         peer = "divide and argmax"
         variants[peer] = Variant(lambda: by_argmax(score), close)
@@ -76,6 +74,6 @@ def run_case(decision: str, case: Case, setting: Setting) -> dict:
 def test_assign_classes(decision: str, setting: Setting) -> None:
     """The floor reads the scores once; under a budget they must be read several times."""
     # A sort of a whole batch takes seconds and says nothing that one of an image does not.
-    chosen = [case for case in cases(setting, DTYPES) if decision == "penalty" or case.plain]
+    chosen = [case for case in cases(setting, DTYPES, alike=True) if decision == "penalty" or case.plain]
     rows = [run_case(decision, case, setting) for case in chosen]
     setting.save(f"assign_classes_{decision}", rows, "2 classes, to uint8; medians of alternating runs, warm")

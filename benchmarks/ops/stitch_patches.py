@@ -9,7 +9,7 @@ from torch.nn import functional as F
 import fastroute
 from benchmarks.baselines.packages import mergers, padded_size
 from benchmarks.measure import device
-from benchmarks.ops._common import OURS, PATCH, SCALE, STRIDE, Case, Variant, cases, compare, same
+from benchmarks.ops._common import OURS, PATCH, SCALE, STRIDE, Case, Variant, cases, close, compare, complete, known, same
 from benchmarks.setting import Setting
 from fastroute import TileGrid
 from fastroute.reference.stitch_patches import stitch_patches_reference
@@ -51,24 +51,21 @@ def run_case(case: Case, setting: Setting) -> dict:
     patches = patches.contiguous(memory_format=case.memory_format)
     ones = torch.ones(span, device=device())
     args = (patches, None, ones, height, width, PATCH, STRIDE, SCALE, False, 1, dtype)
-    expected = stitch_patches_reference(*args)
+    expected, reference = known(lambda: stitch_patches_reference(*args))
     count = fold_count(grid, patches)
     out = torch.empty_like(expected)
     # What is merged alike wherever the last row and column lie.
     bottom, right = grid.row_origins[-2] * SCALE, grid.col_origins[-2] * SCALE
 
+    close_whole = close(expected[:, :, :bottom, :right], TOLERANCE.get(dtype, 0))
+
     def close_inner(image: Tensor) -> None:
-        got, wanted = image[:, :, :bottom, :right], expected[:, :, :bottom, :right]
-        if dtype == torch.uint8:
-            # Sums of at most four products in another order may lie on the other side of a half.
-            assert (got.int() - wanted.int()).abs().max() <= 1, "more than one level off"
-        else:
-            torch.testing.assert_close(got, wanted, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+        close_whole(image[:, :, :bottom, :right])
 
     variants: dict[str, Variant | str] = {
         OURS: Variant(lambda: fastroute.stitch_patches(patches, grid, dtype=dtype), same(expected)),
         "fastroute, out=": Variant(lambda: fastroute.stitch_patches(patches, grid, out=out), same(expected)),
-        "reference": Variant(lambda: stitch_patches_reference(*args), same(expected)),
+        "reference": reference,
         "reference, compiled": "its loop over patches would be unrolled into thousands of operations",
         "fold": Variant(lambda: quantised(fold_patches(patches, grid, count), dtype), close_inner),
     }
@@ -79,6 +76,8 @@ def run_case(case: Case, setting: Setting) -> dict:
             variants[package] = "merges the patches of one image"
         elif source in HALF and package != "kornia":
             variants[package] = "merges in float32 only"
+        elif dtype == torch.uint8 and case.name == "8K" and not complete(setting):
+            variants[package] = "timed in float32 at this size, which is then rounded; --full times both"
         else:
             variants[package] = Variant(lambda m=merge: quantised(m(patches), dtype), close_inner, foreign=True)
     label = f"stitch_patches, {width} x {height} -> {width * SCALE} x {height * SCALE}, {case.suffix}"
