@@ -40,7 +40,7 @@ def test_crop_is_the_whole_image_when_the_overlap_covers_the_reach(height, width
 def test_large_tiles_are_held_in_small_number(monkeypatch):
     image, router = picture(1, 3, 200, 40), tiled(network(3, 4), 16, overlap=6).router
     whole = router.upscale(image)
-    monkeypatch.setattr(patch_router, "HELD_BYTES", {"cpu": 8 * 3 * 64**2 * 4})
+    monkeypatch.setattr(patch_router, "HELD_BYTES", {"cpu": 8 * router.networks.produced_bytes(image.device)})
     few = router.upscale(image)
     assert torch.equal(few.image, whole.image)
     # Of 80 tiles 8 are held, and a row that the next ones overlap.

@@ -19,9 +19,11 @@ struct Target {
     int64_t count, batch, channels, rows, width;
 };
 
+// `upsampled`: channels that the last layers make of the patches, where those are computed on the way.
 Target checked_target(const Batches& batches,                // [M_i, C·r·r, P / r, P / r] each
                       const std::optional<Tensor>& inverse,  // [N]
-                      const TileGrid& grid, int64_t scale, int64_t shuffle, int64_t row_begin, int64_t row_end) {
+                      const TileGrid& grid, int64_t scale, int64_t shuffle, int64_t row_begin, int64_t row_end,
+                      int64_t upsampled = 0) {
     FASTROUTE_CHECK(!batches.empty(), kOp, ": patches must hold at least one batch; got none");
     const Tensor& patches = batches.front();
     int64_t number = 0;
@@ -39,14 +41,14 @@ Target checked_target(const Batches& batches,                // [M_i, C·r·r, P
     FASTROUTE_CHECK(
         shuffle >= 1 && span % shuffle == 0 && patches.size(2) == span / shuffle && patches.size(3) == span / shuffle,
         kOp, ": patches must be ", span, " / ", shuffle, " pixels wide; got ", patches.size(2), " x ", patches.size(3));
-    FASTROUTE_CHECK(patches.size(1) % square == 0, kOp, ": patches must have C * ", square, " channels; got ",
-                    patches.size(1));
+    const int64_t values = upsampled > 0 ? upsampled * square : patches.size(1);
+    FASTROUTE_CHECK(values % square == 0, kOp, ": patches must have C * ", square, " channels; got ", patches.size(1));
     const int64_t height = grid.y.covered() * scale;
     FASTROUTE_CHECK(row_begin >= 0 && row_begin <= row_end && row_end <= height, kOp, ": rows must lie in [0, ", height,
                     "]; got [", row_begin, ", ", row_end, ")");
     const int64_t places = inverse.has_value() ? inverse->size(0) : number;
     FASTROUTE_CHECK(places % tiles == 0, kOp, ": patches must fill whole images of ", tiles, "; got ", places);
-    return {number, places / tiles, patches.size(1) / square, row_end - row_begin, grid.x.covered() * scale};
+    return {number, places / tiles, values / square, row_end - row_begin, grid.x.covered() * scale};
 }
 
 void check_stitch_out(const Target& target, const Tensor& patches,

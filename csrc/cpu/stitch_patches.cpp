@@ -6,12 +6,14 @@
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstring>
 #include <vector>
 
 #include "common/pixel.h"
 #include "common/stitch_patches.h"
 #include "cpu/stitch_patches_rows.h"
+#include "cpu/stitch_patches_upsampled.h"
 
 namespace fastroute {
 namespace {
@@ -54,7 +56,9 @@ void check_read(const std::optional<Tensor>& inverse, const Target& target, cons
 }
 
 void stitch_into(const Tensor& out, const Batches& batches, const std::optional<Tensor>& places, const Tensor& window,
-                 const TileGrid& grid, int64_t scale, int64_t shuffle, int64_t row_begin, const Target& target) {
+                 const TileGrid& grid, int64_t scale, int64_t shuffle, int64_t row_begin, const Target& target,
+                 const std::vector<upsampler::Upsampler>& kinds = {}, const std::vector<int64_t>& kind_of = {},
+                 Spent* spent = nullptr) {
     const int64_t span = grid.y.patch * scale, channels = target.channels, rows = target.rows;
     const Tensor dense_window = torch::stable::contiguous(window);
     const Tensor& first = batches.front();
@@ -79,8 +83,19 @@ void stitch_into(const Tensor& out, const Batches& batches, const std::optional<
                            span,
                            target.width,
                            1,
-                           false};
-        plan.wide = plan.layout.shuffle == 4 && has_wide_runs() && plan.covers_twice();
+                           false,
+                           kRows,
+                           nullptr};
+        Upsampling upsampling{
+            kinds.data(), kind_of.data(), {first.stride(1), first.stride(2), first.stride(3)}, first.size(2)};
+        if (!kinds.empty()) {
+            plan.upsampling = &upsampling;
+            plan.channels = channels;
+            plan.rows = shuffle * rows_per_item(target.batch * rows / shuffle);
+            const int64_t align = upsampler::kRowAlign, row = (first.size(3) + align - 1) / align * align * shuffle;
+            plan.layout = {plan.rows * row, row, 1, 1};
+        }
+        plan.wide = (plan.layout.shuffle == 4 || !kinds.empty()) && has_wide_runs() && plan.covers_twice();
         if (plan.side_by_side() && channels * kRows * span * int64_t(sizeof(W)) <= kWindowBytes)
             plan.channels = channels;
         dispatch_image(kOp, out.scalar_type(), [&](auto out_zero) {
@@ -89,26 +104,41 @@ void stitch_into(const Tensor& out, const Batches& batches, const std::optional<
             const int64_t image_step = out.stride(0), channel_step = out.stride(1), row_step = out.stride(2);
             // What does not fit in the caches anyway should not push anything else out of them.
             const bool stream = target.batch * channels * rows * target.width * int64_t(sizeof(Out)) >= kStreamFrom;
-            const int64_t blocks = (rows + kRows - 1) / kRows, parts = channels / plan.channels;
-            const int64_t item_bytes = plan.channels * kRows * target.width * 8;
-            parallel(target.batch * parts * blocks, grain_for(item_bytes), [&](int64_t begin, int64_t end) {
-                Scratch<W> scratch(plan.channels, target.width, span);
-                for (int64_t item = begin; item < end; ++item) {
-                    const int64_t c = item / blocks % parts, b = item / blocks / parts;
-                    int64_t y = item % blocks * kRows;
-                    const int64_t last = std::min(rows, y + kRows);
-                    while (y < last) {
-                        // As many rows as the same tile rows cover; that changes between LR rows alone.
-                        const TileRange range = grid.y.covering((row_begin + y) / scale);
-                        int64_t next = y + 1;
-                        while (next < last && same(range, grid.y.covering((row_begin + next) / scale))) ++next;
-                        const Rows<Out> to{result + b * image_step + c * channel_step + y * row_step, channel_step,
-                                           row_step, next - y, stream};
-                        run_isa<StitchBody<T, Out>>(plan, b, c, row_begin + y, range, &scratch, to);
-                        y = next;
-                    }
+            const int64_t blocks = (rows + plan.rows - 1) / plan.rows, parts = channels / plan.channels;
+            const int64_t items = target.batch * parts * blocks;
+            const auto run = [&](int64_t item, Scratch<W>& scratch) {
+                const int64_t c = item / blocks % parts, b = item / blocks / parts;
+                int64_t y = item % blocks * plan.rows;
+                const int64_t last = std::min(rows, y + plan.rows);
+                while (y < last) {
+                    // As many rows as the same tile rows cover; that changes between LR rows alone.
+                    const TileRange range = grid.y.covering((row_begin + y) / scale);
+                    int64_t next = y + 1;
+                    while (next < last && same(range, grid.y.covering((row_begin + next) / scale))) ++next;
+                    const Rows<Out> to{result + b * image_step + c * channel_step + y * row_step, channel_step,
+                                       row_step, next - y, stream};
+                    run_isa<StitchBody<T, Out>>(plan, b, c, row_begin + y, range, &scratch, to);
+                    y = next;
                 }
+            };
+            if (kinds.empty()) {
+                const int64_t item_bytes = plan.channels * plan.rows * target.width * 8;
+                parallel(items, grain_for(item_bytes), [&](int64_t begin, int64_t end) {
+                    Scratch<W> scratch(plan, 0);
+                    for (int64_t item = begin; item < end; ++item) run(item, scratch);
+                    if (stream) stream_fence();
+                });
+                return;
+            }
+            // What the layers of a patch cost depends on its kind, and hard patches lie together: each thread takes the
+            // next item.
+            std::atomic<int64_t> next{0};
+            parallel(std::min<int64_t>(items, torch::stable::get_num_threads()), 1, [&](int64_t, int64_t) {
+                const int64_t start = ticks();
+                Scratch<W> scratch(plan, static_cast<int64_t>(kinds.size()));
+                for (int64_t item = next++; item < items; item = next++) run(item, scratch);
                 if (stream) stream_fence();
+                spent->add(scratch.spent, ticks() - start);
             });
         });
     });
@@ -150,6 +180,31 @@ void stitch_patches_out_cpu(const Tensor& patches, const std::optional<Tensor>& 
                             int64_t shuffle, int64_t row_begin, int64_t row_end, const Tensor& out) {
     stitch_batches_out_cpu({patches}, inverse, window, height, width, patch, stride, scale, crop, shuffle, row_begin,
                            row_end, out);
+}
+
+void stitch_upsampled_out_cpu(const Batches& batches,  // [M_i, F, p, p] each
+                              const std::vector<int64_t>& kinds,
+                              const Batches& layers,                 // five per kind, see checked_upsamplers
+                              const std::optional<Tensor>& inverse,  // [N]
+                              const Tensor& window,                  // [P]
+                              int64_t height, int64_t width, int64_t patch, int64_t stride, int64_t scale, bool crop,
+                              int64_t shuffle, int64_t row_begin, int64_t row_end,
+                              const Tensor& out,      // [B, C, rows, W·s]
+                              const Tensor& spent) {  // [kinds + 1]
+    const TileGrid grid{{height, patch, stride, crop}, {width, patch, stride, crop}};
+    const std::optional<Tensor> places = checked_index(kOp, "inverse", inverse, out);
+    const int64_t channels = checked_upsamplers(batches, kinds, layers, shuffle, spent);
+    const Target target = checked_target(batches, places, grid, scale, shuffle, row_begin, row_end, channels);
+    check_read(places, target, grid, scale, row_begin, row_end);
+    check_stitch_out(target, batches.front(), out);
+    const std::vector<upsampler::Upsampler> packed =
+        packed_upsamplers(layers, batches.front().size(1), channels, shuffle);
+    std::vector<int64_t> kind_of;
+    for (size_t i = 0; i < batches.size(); ++i) kind_of.insert(kind_of.end(), batches[i].size(0), kinds[i]);
+    Spent measured;
+    measured.ticks.resize(packed.size() + 1);
+    stitch_into(out, batches, places, window, grid, scale, shuffle, row_begin, target, packed, kind_of, &measured);
+    std::copy(measured.ticks.begin(), measured.ticks.end(), spent.mutable_data_ptr<double>());
 }
 
 // The adjoint: patch pixel (k, l) reads the gradient of its output pixel times wy[k] and then wx[l]. One patch of one
@@ -231,6 +286,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastroute, CPU, m) {
     m.impl("stitch_patches", TORCH_BOX(&stitch_patches_cpu));
     m.impl("stitch_patches.out", TORCH_BOX(&stitch_patches_out_cpu));
     m.impl("stitch_patches.batches_out", TORCH_BOX(&stitch_batches_out_cpu));
+    m.impl("stitch_patches.upsampled_out", TORCH_BOX(&stitch_upsampled_out_cpu));
     m.impl("_stitch_patches_backward", TORCH_BOX(&_stitch_patches_backward_cpu));
 }
 

@@ -2,18 +2,30 @@
 #pragma once
 
 #include <algorithm>
+#include <chrono>
 #include <cstring>
+#include <utility>
 #include <vector>
 
 #include "common/geometry.h"
 #include "cpu/memory.h"
 #include "cpu/pixel_run.h"
-#include "cpu/shuffled_runs.h"
+#include "cpu/upsampler.h"
+#include "cpu/wide_runs.h"
 
 namespace fastroute {
 namespace {
 
 constexpr int64_t kRows = 16;  // output rows per item of work: 16 rows of a 128-pixel patch are two 4 KiB pages
+
+// A clock that may be read often; what it counts is of no matter, only ratios are.
+inline int64_t ticks() {
+#if FASTROUTE_X86
+    return static_cast<int64_t>(__rdtsc());
+#else
+    return std::chrono::steady_clock::now().time_since_epoch().count();
+#endif
+}
 
 // Where the pixels of a patch lie: with a fused pixel shuffle of factor r, pixel (Y, X) of channel c is element (Y / r,
 // X / r) of channel c·r² + (Y mod r)·r + X mod r.
@@ -55,6 +67,14 @@ FASTROUTE_INLINE void prefetch_row(const T* patch, PatchLayout at, int64_t c, in
     }
 }
 
+// Patches that are the input of their branch's last layers, which are computed for the rows of each item of work.
+struct Upsampling {
+    const upsampler::Upsampler* kinds;
+    const int64_t* kind_of;  // [M]
+    upsampler::FeatureStep at;
+    int64_t size;  // of a patch, in LR pixels
+};
+
 template <typename T>
 struct StitchPlan {
     using W = Work<T>;
@@ -67,6 +87,8 @@ struct StitchPlan {
     int64_t scale, span, width;  // width in output pixels
     int64_t channels;            // of one item of work: 1, or all of them
     bool wide;                   // see `covers_twice`
+    int64_t rows;                // output rows per item of work
+    const Upsampling* upsampling;
 
     // Whether all phases and channels of an LR pixel of a patch lie side by side, and tiles meet between LR pixels.
     FASTROUTE_INLINE bool side_by_side() const {
@@ -88,18 +110,59 @@ struct StitchPlan {
         return true;
     }
 
-    FASTROUTE_INLINE const T* patch(int64_t n) const { return patches[inverse == nullptr ? n : inverse[n]]; }
+    FASTROUTE_INLINE int64_t place(int64_t n) const { return inverse == nullptr ? n : inverse[n]; }
+    FASTROUTE_INLINE const T* patch(int64_t n) const { return patches[place(n)]; }
 };
 
 // Buffers of one thread.
 template <typename W>
 struct Scratch {
-    std::vector<W> window;  // [channels, rows, span]: columns that the tiles so far cover and later ones may add to
-    std::vector<W> sum;     // [channels, rows, width]: for rows that several tile rows cover
-    std::vector<W> row;     // [span]
+    // [3, channels, rows, span]: columns that the tiles so far cover and later ones may add to, of each tile row where
+    // two are summed tile by tile, and what is passed from one to the other.
+    std::vector<W> window;
+    std::vector<W> sum;  // [channels, rows, width]: for rows that are summed tile row by tile row
+    std::vector<W> row;  // [span]
+    // Of upsampled patches: rows of one patch, as `layout` says; buffers; ticks spent in the layers of each kind.
+    std::vector<W> tile;
+    upsampler::Buffers layers;
+    std::vector<int64_t> spent;
 
-    Scratch(int64_t channels, int64_t width, int64_t span)
-        : window(channels * kRows * span), sum(channels * kRows * width), row(span) {}
+    template <typename T>
+    Scratch(const StitchPlan<T>& plan, int64_t kinds)
+        : window(3 * plan.channels * plan.rows * plan.span), row(plan.span), spent(kinds) {
+        if (plan.upsampling == nullptr) return;
+        tile.resize(plan.channels * plan.layout.c);
+        for (int64_t kind = 0; kind < kinds; ++kind) {
+            layers.reserve(plan.upsampling->kinds[kind].scratch(plan.upsampling->size));
+        }
+    }
+};
+
+// The rows of patch n of which the first is k, computed some at a time.
+class UpsampledRows {
+  public:
+    UpsampledRows(const StitchPlan<float>& plan, int64_t n, int64_t k, Scratch<float>* scratch)
+        : begin(ticks()),
+          layout(plan.layout),
+          kind(plan.upsampling->kind_of[plan.place(n)]),
+          patch(plan.upsampling->kinds[kind], plan.patch(n), plan.upsampling->at, plan.upsampling->size, k,
+                &scratch->layers),
+          scratch(scratch) {}
+
+    // Rows [k, k + rows), laid out as the plan says.
+    const float* next(int64_t k, int64_t rows) {
+        if (begin == 0) begin = ticks();
+        patch.compute(k, k + rows, scratch->tile.data(), layout.y, layout.c);
+        scratch->spent[kind] += ticks() - std::exchange(begin, 0);
+        return scratch->tile.data();
+    }
+
+  private:
+    int64_t begin;  // ticks since which the time counts; 0 while it does not
+    PatchLayout layout;
+    int64_t kind;
+    upsampler::Patch patch;
+    Scratch<float>* scratch;
 };
 
 // Where an item of work goes: rows of one image, channel after channel.
@@ -207,39 +270,67 @@ struct StitchBody {
         }
     }
 
-    // What `run` does where at most two tile rows and columns meet, in whole vectors.
+    // What `run` does where at most two tile rows and columns meet, in whole vectors. The two tiles of a column follow
+    // each other, so that what one leaves for the other stays in the caches.
     static void run_wide(const StitchPlan<T>& plan, int64_t image, int64_t c, int64_t at, TileRange range, bool direct,
-                         W* window, W* sum, Rows<Out> out) {
+                         Scratch<W>* scratch, Rows<Out> out) {
         const int64_t cols = plan.grid.x.count(), span = plan.span, rows = out.count;
-        for (int64_t i = range.first; i <= range.last; ++i) {
-            const int64_t k = at - plan.grid.y.origin(i) * plan.scale;
-            const Runs mode = direct ? Runs::put : i < range.last ? Runs::begin : Runs::finish;
-            int64_t shared = 0;  // columns of this tile that the window holds the beginning of
-            for (int64_t j = 0; j < cols; ++j) {
+        const int64_t held = plan.channels * rows * span;
+        int64_t shared = 0;  // columns of this tile that the window holds the beginning of
+        for (int64_t j = 0; j < cols; ++j) {
+            const int64_t x0 = plan.grid.x.origin(j) * plan.scale, finished = plan.finished(j);
+            const int64_t kept = std::min(span, plan.width - x0);
+            for (int64_t i = range.first; i <= range.last; ++i) {
+                const int64_t k = at - plan.grid.y.origin(i) * plan.scale;
                 const int64_t n = (image * plan.grid.y.count() + i) * cols + j;
-                const T* patch = plan.patch(n);
-                const T* ahead = j + 1 < cols ? plan.patch(n + 1) : patch;
-                const int64_t x0 = plan.grid.x.origin(j) * plan.scale, finished = plan.finished(j);
-                const int64_t kept = std::min(span, plan.width - x0);
-                for (int64_t r = 0; r < rows; r += 4) {
-                    const int64_t lr_row = (k + r) / 4 * plan.layout.y;
-                    const auto runs = [&](int64_t begin, int64_t end, Runs to, bool joined) {
-                        const int64_t offset = c * 16 + lr_row + begin / 4 * plan.layout.x;
-                        const ShuffledRow from{patch + offset, ahead + offset, plan.layout.x, (end - begin) / 4,
-                                               plan.channels};
-                        each_shuffled_run(
-                            to, joined, from,
-                            RunTarget<Out>{plan.weights_x + j * span + begin, plan.weights_y + i * span + k + r,
-                                           window + r * span, sum + r * plan.width + x0 + begin,
-                                           out.data + r * out.row_step + x0 + begin, rows * span, span,
-                                           rows * plan.width, plan.width, out.channel_step, out.row_step, out.stream});
-                    };
+                const Runs mode = direct ? Runs::put : i < range.last ? Runs::begin : Runs::finish;
+                W* window = scratch->window.data() + (i - range.first) * held;
+                const auto target = [&](int64_t r, int64_t begin) {
+                    return RunTarget<Out>{plan.weights_x + j * span + begin,
+                                          plan.weights_y + i * span + k + r,
+                                          window + r * span,
+                                          scratch->window.data() + 2 * held + r * span + begin,
+                                          out.data + r * out.row_step + x0 + begin,
+                                          rows * span,
+                                          span,
+                                          rows * span,
+                                          span,
+                                          out.channel_step,
+                                          out.row_step,
+                                          out.stream};
+                };
+                const auto each = [&](auto&& runs) {
                     runs(0, shared, mode, true);
                     runs(shared, finished, mode, false);
                     runs(finished, kept, Runs::keep, false);
+                };
+                if (plan.upsampling != nullptr) {
+                    UpsampledRows patch(plan, n, k, scratch);
+                    // As few as lie in the first-level cache until they are merged.
+                    for (int64_t r = 0, count; r < rows; r += count) {
+                        count = std::min(rows - r, kRows);
+                        const float* from = patch.next(k + r, count);
+                        each([&](int64_t begin, int64_t end, Runs to, bool joined) {
+                            const PlanarRows some{from + begin,  plan.layout.c, plan.layout.y,
+                                                  plan.channels, count,         end - begin};
+                            each_run<PlanarRuns>(to, joined, some, target(r, begin));
+                        });
+                    }
+                    continue;
                 }
-                shared = kept - finished;
+                const T* patch = plan.patch(n);
+                const T* ahead = j + 1 < cols ? plan.patch(n + 1) : patch;
+                for (int64_t r = 0; r < rows; r += 4) {
+                    const int64_t lr_row = (k + r) / 4 * plan.layout.y;
+                    each([&](int64_t begin, int64_t end, Runs to, bool joined) {
+                        const int64_t offset = c * 16 + lr_row + begin / 4 * plan.layout.x;
+                        const ShuffledRow from{patch + offset, ahead + offset, plan.layout.x, (end - begin) / 4,
+                                               plan.channels};
+                        each_run<ShuffledRuns>(to, joined, from, target(r, begin));
+                    });
+                }
             }
+            shared = kept - finished;
         }
     }
 
@@ -248,26 +339,31 @@ struct StitchBody {
     FASTROUTE_INLINE static void run(const StitchPlan<T>& plan, int64_t image, int64_t c, int64_t at, TileRange range,
                                      Scratch<W>* scratch, Rows<Out> out) {
         W* window = scratch->window.data();
-        W* sum = scratch->sum.data();
         const int64_t cols = plan.grid.x.count(), span = plan.span, width = plan.width, rows = out.count;
         const int64_t channels = plan.channels, factor = plan.layout.shuffle;
         const W* top = plan.weights_y + range.first * span + at - plan.grid.y.origin(range.first) * plan.scale;
         // One tile row of weight 1, as almost everywhere under a uniform window: nothing to sum over tile rows.
         bool direct = range.first == range.last;
         for (int64_t r = 0; r < rows; ++r) direct = direct && top[r] == W(1);
-        const bool whole = plan.side_by_side() && rows % factor == 0;
+        const bool computed = plan.upsampling != nullptr, whole = plan.side_by_side() && rows % factor == 0;
         if constexpr (kWideRuns<T, Out>) {
-            if (plan.wide && whole && at % factor == 0 && (direct || range.last == range.first + 1)) {
-                return run_wide(plan, image, c, at, range, direct, window, sum, out);
+            const bool aligned = computed || (whole && at % factor == 0);
+            if (plan.wide && aligned && (direct || range.last == range.first + 1)) {
+                return run_wide(plan, image, c, at, range, direct, scratch, out);
             }
         }
+        scratch->sum.resize(channels * plan.rows * width);
+        W* sum = scratch->sum.data();
         for (int64_t i = range.first; i <= range.last; ++i) {
             const int64_t k = at - plan.grid.y.origin(i) * plan.scale;
             int64_t shared = 0;  // columns at the front of the window that earlier tiles began
             for (int64_t j = 0; j < cols; ++j) {
                 const int64_t n = (image * plan.grid.y.count() + i) * cols + j;
                 const T* patch = plan.patch(n);
-                const T* ahead = j + 1 < cols ? plan.patch(n + 1) : patch;
+                if constexpr (std::is_same_v<T, float>) {
+                    if (computed) patch = UpsampledRows(plan, n, k, scratch).next(k, rows) - k * plan.layout.y;
+                }
+                const T* ahead = j + 1 < cols && !computed ? plan.patch(n + 1) : patch;
                 const W* weight = plan.weights_x + j * span;
                 const int64_t x0 = plan.grid.x.origin(j) * plan.scale, kept = std::min(span, width - x0);
                 if (whole && k % factor == 0 && factor == 4) {

@@ -27,6 +27,9 @@ SCHEMAS = [
     "int scale, bool crop, int shuffle, SymInt row_begin, SymInt row_end, *, Tensor(a!) out) -> ()",
     "stitch_patches.batches_out(Tensor[] batches, Tensor? inverse, Tensor window, SymInt height, SymInt width, int patch, "
     "int stride, int scale, bool crop, int shuffle, SymInt row_begin, SymInt row_end, *, Tensor(a!) out) -> ()",
+    "stitch_patches.upsampled_out(Tensor[] batches, int[] kinds, Tensor[] layers, Tensor? inverse, Tensor window, "
+    "SymInt height, SymInt width, int patch, int stride, int scale, bool crop, int shuffle, SymInt row_begin, SymInt row_end, "
+    "*, Tensor(a!) out, Tensor(b!) spent) -> ()",
     "_stitch_patches_backward(Tensor grad, Tensor? inverse, Tensor window, SymInt height, SymInt width, int patch, "
     "int stride, int scale, bool crop, SymInt num_patches) -> Tensor",
 ]

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from fastroute.models.optimize import optimize, parameter_dtype, split_shuffle
+from fastroute.ops._upsampled import Upsampler, split_upsampler, upsamples
 from fastroute.profiling import count_flops
 from fastroute.routing.tuning import Tuning, tune
 from fastroute.routing.working_set import ACTIVATIONS, REARRANGED, pass_bytes
@@ -23,13 +24,13 @@ class Branches:
         optimized: run them in their fastest exact form.
         channels: of the patches; default as a branch says, else as a first convolution reads, else 3.
         batch: patches per pass; default by measurement.
+        scale: of the outputs.
 
     Attributes:
         modules: the prepared networks.
         shuffle: factor of the pixel shuffle that was taken off all of them; 1 for none.
         channels, dtype: of the patches that they take.
         flops, paper_flops: of each per patch, as it was written.
-        pass_bytes: what a patch takes on its way through each.
     """
 
     def __init__(
@@ -39,11 +40,12 @@ class Branches:
         optimized: bool,
         channels: int | None = None,
         batch: int | None = None,
+        scale: int = 1,
     ) -> None:
         for name, number in (("channels", channels), ("batch", batch)):
             if number is not None and number < 1:
                 raise ValueError(f"PatchRouter: {name} must be at least 1; got {number}")
-        self.batch, self.channels = batch, channels or guess_channels(branches)
+        self.batch, self.channels, self.scale = batch, channels or guess_channels(branches), scale
         # A class without weights computes in the type of the others.
         weighted = [branch for branch in branches if next(branch.parameters(), None) is not None]
         self.dtype = parameter_dtype([*weighted, *branches][0])
@@ -55,7 +57,9 @@ class Branches:
         # The stitching undoes a pixel shuffle on the way when all branches end with the same one.
         self.shuffle = split[0][1] if len({factor for _, factor in split}) == 1 else 1
         self.modules = [body for body, _ in split] if self.shuffle > 1 else prepared
-        self.pass_bytes = [REARRANGED * pass_bytes(branch, self.size, self.dtype) for branch in self.modules]
+        # What `split` found in which modules; a new one in its place is looked at anew.
+        self._split: tuple[list[nn.Module], list[nn.Module], list[Upsampler]] | None = None
+        self._pass_bytes: dict[tuple[int, bool], int] = {}
         self._tunings: dict[tuple[int, torch.device, int], Tuning] = {}
 
     @property
@@ -68,26 +72,58 @@ class Branches:
         for module in self.modules:
             module.to(device)
         self._tunings.clear()
+        self._split = None
+
+    def split(self, device: torch.device) -> tuple[Sequence[nn.Module], list[Upsampler]]:
+        """What of each branch runs on `device` before the stitching, and the last layers that are left to it, if any.
+
+        They are where all branches end with such as there are kernels for, and as many pixels and channels come out of them.
+        """
+        if self.dtype != torch.float32 or not self.shuffle == self.scale > 1 or not upsamples(device):
+            return self.modules, []
+        if self._split is None or any(a is not b for a, b in zip(self._split[0], self.modules, strict=True)):
+            found = [split_upsampler(branch, self.shuffle) for branch in self.modules]
+            parts = [part for part in found if part is not None]
+            values = {(u.features, len(u.bias)) for _, u in parts}
+            whole = len(parts) == len(found) and len(values) == 1 and values.pop()[1] == self.channels * self.shuffle**2
+            bodies, upsamplers = [body for body, _ in parts], [upsampler for _, upsampler in parts]
+            self._split = list(self.modules), *((bodies, upsamplers) if whole else (self.modules, []))
+        return self._split[1], self._split[2]
 
     def tuning(self, c: int, device: torch.device) -> Tuning:
-        """How branch `c` runs on `device`; measured on the first call."""
+        """How branch `c`, as :meth:`split` cuts it, runs on `device`; measured on the first call."""
         key = (c, device, torch.get_num_threads())
         if key not in self._tunings:
             example = torch.full(self.size, 0.5, dtype=self.dtype, device=device)
+            module = self.split(device)[0][c]
             fixed = None if self.batch is None else Tuning(self.batch, False, 0.0)
-            self._tunings[key] = fixed or tune(self.modules[c], example, self.largest(c, device))
-            self.modules[c].to(memory_format=self._tunings[key].memory_format)  # type: ignore[call-overload]
+            self._tunings[key] = fixed or tune(module, example, self.largest(c, device))
+            module.to(memory_format=self._tunings[key].memory_format)  # type: ignore[call-overload]
         return self._tunings[key]
 
     def largest(self, c: int, device: torch.device) -> int:
         """Patches that may pass together."""
-        return max(1, ACTIVATIONS.get(device.type, ACTIVATIONS["cpu"]) // self.pass_bytes[c])
+        return max(1, ACTIVATIONS.get(device.type, ACTIVATIONS["cpu"]) // self.pass_bytes(c, device))
+
+    def pass_bytes(self, c: int, device: torch.device) -> int:
+        """What a patch takes on its way through branch `c`, as `split` cuts it."""
+        branches, upsamplers = self.split(device)
+        key = (c, bool(upsamplers))
+        if key not in self._pass_bytes:
+            self._pass_bytes[key] = REARRANGED * pass_bytes(branches[c], self.size, self.dtype)
+        return self._pass_bytes[key]
 
     def batch_bytes(self, device: torch.device) -> int:
         """What the batch that takes most holds on its way through a branch."""
         threads = torch.get_num_threads()
-        tunings = [self._tunings.get((c, device, threads)) for c in range(len(self.modules))]
-        return max(t.batch * size if t else 0 for t, size in zip(tunings, self.pass_bytes, strict=True))
+        tunings = {c: self._tunings.get((c, device, threads)) for c in range(len(self.modules))}
+        return max(self.pass_bytes(c, device) * (t.batch if t else 0) for c, t in tunings.items())
+
+    def produced_bytes(self, device: torch.device) -> int:
+        """What of a patch is held between its branch and the stitching."""
+        upsamplers = self.split(device)[1]
+        values = upsamplers[0].features if upsamplers else self.channels * self.scale**2
+        return values * self.size[2] ** 2 * self.dtype.itemsize
 
 
 def even_parts(count: int, batch: int) -> list[int]:

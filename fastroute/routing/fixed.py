@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from fastroute.grid import TileGrid
 from fastroute.ops import _checks as check
 from fastroute.ops._library import OPERATORS, call
+from fastroute.ops._upsampled import Upsampler, stitch_upsampled
 from fastroute.ops.assign_classes import assign_classes
 from fastroute.ops.extract_patches import extract_patches
 from fastroute.routing.branches import even_parts, frozen_copy
@@ -122,7 +123,9 @@ class FixedPatchRouter(nn.Module):
             router.networks.tuning(c, self.device) if slots else None for c, slots in enumerate(self.slots.capacities)
         ]
         # Copies, because a graph knows weights by their addresses, and the router may rearrange its own.
-        self.branches = nn.ModuleList(map(frozen_copy, router.branches))
+        branches, upsamplers = router.networks.split(self.device)
+        self.branches = nn.ModuleList(map(frozen_copy, branches))
+        self.upsamplers = nn.ModuleList(map(UpsamplerLayers, upsamplers))
         self.compute_dtype, self.shuffle = router.dtype, router.shuffle
         work = torch.float64 if router.dtype == torch.float64 else torch.float32
         span = router.patch * router.scale
@@ -142,8 +145,9 @@ class FixedPatchRouter(nn.Module):
         images = check_fixed("upscale", image, self.shape, self.dtype, self.device)
         batch, channels = images.shape[:2]
         placed = self.slots(*self._classes(images, class_map))
-        space, first = Workspace(self.grid, channels, self.shuffle, "uniform"), 0
-        for branch, tuning, count in zip(self.branches, self.tunings, self.capacities, strict=True):
+        upsamplers = [layers() for layers in self.upsamplers]
+        space, first = Workspace(self.grid, channels, self.shuffle, "uniform", upsamplers), 0
+        for c, (branch, tuning, count) in enumerate(zip(self.branches, self.tunings, self.capacities, strict=True)):
             if tuning is None:
                 continue
             order = placed.patches[first : first + count]
@@ -151,9 +155,9 @@ class FixedPatchRouter(nn.Module):
             patches = extract_patches(
                 images, self.grid, order=order, dtype=self.compute_dtype, memory_format=tuning.memory_format
             )
-            space.put([branch(part) for part in patches.split(even_parts(count, tuning.batch))])
+            space.put([branch(part) for part in patches.split(even_parts(count, tuning.batch))], c)
         output = torch.empty((batch, channels, *self.grid.output_size), dtype=self.dtype, device=self.device)
-        self._stitch(space.batches, placed.places, output)
+        self._stitch(space, placed.places, output)
         maps = placed.classes.view(batch, self.grid.rows, self.grid.cols)
         if image.ndim == 3:
             output, maps = output[0], maps[0]
@@ -211,11 +215,35 @@ class FixedPatchRouter(nn.Module):
         ids = assign_classes(score, self.costs, self.penalty, self.budget)
         return ids, (score.float() * self.dearer[ids]).sum(dim=1)
 
-    def _stitch(self, batches: list[Tensor], places: Tensor, out: Tensor) -> None:
+    def _stitch(self, space: Workspace, places: Tensor, out: Tensor) -> None:
         """`stitch_patches` with a window that is on the device already: a copy from the host would wait for it."""
-        op, grid = "stitch_patches.batches_out", self.grid
-        sizes = (grid.height, grid.width, grid.patch, grid.stride, grid.scale, grid.crop, self.shuffle, 0, grid.output_size[0])
-        call(op, OPERATORS[op].reference, out.device, batches, places, self.window, *sizes, out=out)
+        grid, rows = self.grid, (0, self.grid.output_size[0])
+        if space.upsamplers:
+            stitch_upsampled(space.batches, space.classes, space.upsamplers, grid, self.window, places, rows, out)
+            return
+        op = "stitch_patches.batches_out"
+        sizes = (grid.height, grid.width, grid.patch, grid.stride, grid.scale, grid.crop, self.shuffle, *rows)
+        call(op, OPERATORS[op].reference, out.device, space.batches, places, self.window, *sizes, out=out)
+
+
+class UpsamplerLayers(nn.Module):
+    """An upsampler as a module, so that it moves and is exported with the module that holds it."""
+
+    expand: Tensor
+    expand_bias: Tensor
+    slope: Tensor
+    weight: Tensor
+    bias: Tensor
+
+    def __init__(self, upsampler: Upsampler) -> None:
+        super().__init__()
+        self.shuffle = upsampler.shuffle
+        for name, tensor in zip(Upsampler._fields, upsampler.layers, strict=False):
+            self.register_buffer(name, tensor.clone(), persistent=False)
+
+    def forward(self) -> Upsampler:
+        """The same upsampler, of the buffers."""
+        return Upsampler(self.expand, self.expand_bias, self.slope, self.weight, self.bias, self.shuffle)
 
 
 class FixedClassifier(nn.Module):

@@ -90,7 +90,7 @@ class PatchRouter:
             raise ValueError(f"PatchRouter: costs must have one entry per branch, {len(branches)}; got {len(costs)}")
         self.classifier = None if classifier is None else frozen_copy(as_module("PatchRouter", "classifier", classifier))
         modules = [as_module("PatchRouter", "branches", branch) for branch in branches]
-        self.networks = Branches(modules, patch, optimized, channels, batch)
+        self.networks = Branches(modules, patch, optimized, channels, batch, scale)
         self.branches, self.shuffle = self.networks.modules, self.networks.shuffle
         self.channels, self.dtype = self.networks.channels, self.networks.dtype
         self.branch_flops, self.paper_flops = self.networks.flops, self.networks.paper_flops
@@ -243,13 +243,13 @@ class PatchRouter:
 
     def _patches_per_band(self) -> int:
         most = HELD_BYTES.get(self.device.type, HELD_BYTES["cpu"])
-        return max(1, min(PATCHES_PER_BAND, most // (self.channels * (self.patch * self.scale) ** 2 * self.dtype.itemsize)))
+        return max(1, min(PATCHES_PER_BAND, most // self.networks.produced_bytes(self.device)))
 
     def _working_set(self, ends: Ends, grid: TileGrid, bands: list[Band], in_bands: bool) -> WorkingSet:
         extracted = self.channels * self.patch**2 * self.dtype.itemsize
         classifying = 0 if self.classifier is None else classifying_bytes(self.classifier, ends.source, grid)
         batch = self.networks.batch_bytes(self.device)
-        produced = extracted * self.scale**2
+        produced = self.networks.produced_bytes(self.device)
         return of_patches(grid, bands, ends.source, extracted, produced, batch, classifying, in_bands, ends.step)
 
     def _grid(self, shape: Sequence[int]) -> TileGrid:
@@ -305,13 +305,15 @@ class PatchRouter:
             groups = group_by_class(band_of * k + class_ids, max(len(bands), 1) * k)
             read = torch.cat([per_class, groups.offsets]).tolist()  # the one wait for the device
             totals, offsets = read[: k + 1], read[k + 1 :]
-        workspace = Workspace(grid, source.shape[1], self.shuffle, self.window)
+        branches, upsamplers = self.networks.split(source.device)
+        workspace = Workspace(grid, source.shape[1], self.shuffle, self.window, upsamplers)
         with tqdm(total=class_ids.numel(), unit="patch", desc="upscale", disable=not progress) as bar:
             for number, band in enumerate(bands):
-                self._run_band(band, source, grid, groups.order, offsets[number * k :][: k + 1], workspace, watch)
+                self._run_band(band, source, grid, groups.order, offsets[number * k :][: k + 1], branches, workspace, watch)
                 with watch.stage("stitch"):
-                    workspace.stitch(band, groups.inverse, sink.band(band.images, band.output(grid)))
+                    layers = workspace.stitch(band, groups.inverse, sink.band(band.images, band.output(grid)))
                     sink.done()
+                watch.move("stitch", "branches", layers)
                 bar.update(band.num_patches(grid))
         return [totals[c + 1] - totals[c] for c in range(k)]
 
@@ -322,6 +324,7 @@ class PatchRouter:
         grid: TileGrid,
         order: Tensor,  # [N]
         offsets: list[int],
+        branches: Sequence[nn.Module],
         workspace: Workspace,
         watch: Stopwatch,
     ) -> None:
@@ -343,9 +346,9 @@ class PatchRouter:
                 first = end
             for c, parts in zip(classes, sizes, strict=True):
                 with watch.stage("branches", c):
-                    branch = self.branches[c]
+                    branch = branches[c]
                     results = [branch(batch) for batch in islice(batches, len(parts))]
-                workspace.put(results)
+                workspace.put(results, c)
 
     def _stats(self, counts: list[int], classifier_flops: int, watch: Stopwatch, working_set: int) -> RoutingStats:
         seconds = {

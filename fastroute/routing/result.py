@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -22,7 +22,8 @@ class RoutingStats:
         flops: true convention: multiply-adds done, classifier included, times two.
         paper_flops: the papers' convention; they leave the classifier out.
         seconds: wall time of each stage: tune (a first call measures how each branch runs fastest), classify, assign,
-            extract, branches, stitch; and total.
+            extract, branches, stitch; and total. Where the last layers of the branches are computed while their patches are
+            stitched, the time of the threads that do so is divided between the two.
         working_set: bytes held at most beside the image and the result, or for a streamed run beside nothing: a model of
             what is allocated, without the program itself.
     """
@@ -99,6 +100,13 @@ class Stopwatch:
         taken = time.perf_counter() - begin
         self.seconds[name] = self.seconds.get(name, 0.0) + taken
         if part is not None:
+            self.parts[part] = self.parts.get(part, 0.0) + taken
+
+    def move(self, stage: str, to: str, seconds: Mapping[int, float]) -> None:
+        """Count `seconds` of `stage`, by class, as spent in stage `to`."""
+        for part, taken in seconds.items():
+            self.seconds[stage] -= taken
+            self.seconds[to] = self.seconds.get(to, 0.0) + taken
             self.parts[part] = self.parts.get(part, 0.0) + taken
 
     def finish(self) -> dict[str, float]:

@@ -2,30 +2,46 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from fastroute.grid import TileGrid
+from fastroute.ops._upsampled import Upsampler, stitch_upsampled
 from fastroute.ops.stitch_patches import stitch_patches
 from fastroute.routing.bands import Band, first_covering
+from fastroute.windows import window_on
 
 
 class Workspace:
-    """Branch outputs of a band, and of earlier ones as long as output rows to come are covered by their patches."""
+    """Branch outputs of a band, and of earlier ones as long as output rows to come are covered by their patches.
 
-    def __init__(self, grid: TileGrid, channels: int, shuffle: int, window: str | Tensor) -> None:
-        self.grid, self.shuffle, self.window = grid, shuffle, window
+    Args:
+        grid: where the patches lie.
+        channels: of the images.
+        shuffle: factor of the pixel shuffle that the branches leave to the stitching.
+        window: weighs overlapping patches.
+        upsamplers: the last layers of every branch, where they are left to the stitching too.
+    """
+
+    def __init__(
+        self, grid: TileGrid, channels: int, shuffle: int, window: str | Tensor, upsamplers: Sequence[Upsampler] = ()
+    ) -> None:
+        self.grid, self.shuffle, self.window, self.upsamplers = grid, shuffle, window, upsamplers
         span = grid.patch * grid.scale // shuffle
-        self.size = torch.Size((channels * shuffle**2, span, span))
+        self.size = torch.Size((upsamplers[0].features if upsamplers else channels * shuffle**2, span, span))
         self.strides: tuple[int, ...] = ()  # of what is in `batches`, but for the first
         self.batches: list[Tensor] = []
+        self.classes: list[int] = []  # of `batches`
         self.number = 0  # of patches in `batches`
         # Batches of earlier bands: last tile row of the band, and how many batches there were with it.
         self.marks: list[tuple[int, int]] = []
         self.places = torch.empty(0)  # [images, patches] of the current band's images; those not held are not read
 
-    def put(self, results: list[Tensor]) -> None:  # [n, C·r·r, P / r, P / r] each
-        """Keep the next batches of branch outputs."""
+    def put(self, results: list[Tensor], c: int) -> None:  # [n, C·r·r, P / r, P / r] each
+        """Keep the next batches of outputs of the branch of class `c`."""
         if not self.batches:
             self.strides = results[0].stride()[1:]
         for result in results:
@@ -41,10 +57,15 @@ class Workspace:
                 strides = (result[0].numel(), *self.strides)
                 result = torch.empty_strided(result.shape, strides, dtype=result.dtype, device=result.device).copy_(result)
             self.batches.append(result)
+            self.classes.append(c)
             self.number += result.shape[0]
 
-    def stitch(self, band: Band, inverse: Tensor, output: Tensor) -> None:  # [N], [images, C, rows, W]
-        """Write into `output` the rows that are complete with `band`, and drop what no later row needs."""
+    def stitch(self, band: Band, inverse: Tensor, output: Tensor) -> dict[int, float]:  # [N], [images, C, rows, W]
+        """Write into `output` the rows that are complete with `band`, and drop what no later row needs.
+
+        Returns:
+            Seconds that the last layers of each branch took.
+        """
         grid, cols = self.grid, self.grid.cols
         (image, end), (top, bottom) = band.images, band.rows
         if top == 0:
@@ -53,24 +74,28 @@ class Workspace:
         # Places in class order are numbered over all bands, those in `batches` from the first batch that is still there.
         here = inverse[first : first + held] - first
         self.places[:, top * cols : bottom * cols] = here.view(end - image, -1) + self.number - held
-        stitch_patches(
-            self.batches,
-            grid,
-            self.window,
-            inverse=self.places.flatten(),
-            shuffle=self.shuffle,
-            rows=band.output(grid),
-            out=output,
-        )
+        layers = self._stitch(self.places.flatten(), band.output(grid), output)
         self.marks.append((bottom, len(self.batches)))
         needed = first_covering(grid, bottom)
         while self.marks and self.marks[0][0] <= needed:
             self._drop(self.marks.pop(0)[1])
+        return layers
+
+    def _stitch(self, places: Tensor, rows: tuple[int, int], output: Tensor) -> dict[int, float]:
+        if not self.upsamplers:
+            stitch_patches(self.batches, self.grid, self.window, inverse=places, shuffle=self.shuffle, rows=rows, out=output)
+            return {}
+        grid, held = self.grid, (self.batches, self.classes, self.upsamplers)
+        window = window_on(self.window, grid.patch * grid.scale, grid.stride * grid.scale, output.device, torch.float32)
+        begin = time.perf_counter()
+        spent = stitch_upsampled(*held, grid, window, places, rows, output).tolist()
+        taken = time.perf_counter() - begin
+        return {c: taken * seconds / sum(spent) for c, seconds in enumerate(spent[:-1]) if seconds}
 
     def _drop(self, count: int) -> None:
         """Forget the first `count` batches."""
         dropped = sum(batch.shape[0] for batch in self.batches[:count])
-        del self.batches[:count]
+        del self.batches[:count], self.classes[:count]
         self.number -= dropped
         self.places -= dropped
         self.marks = [(row, number - count) for row, number in self.marks]

@@ -1,0 +1,296 @@
+// The last layers of a branch, computed for a few output rows of one patch at a time: a 1 x 1 convolution and a leaky
+// rectifier, or none, then a convolution and a pixel shuffle. What the patches hold between the branches and the
+// stitching is then the few features that the layers read. Taps of the convolution that are 0 everywhere, as nearly
+// half are where it stands for a transposed one, are left out.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+#include "cpu/isa.h"
+
+#if FASTROUTE_X86
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#include <immintrin.h>
+#pragma GCC diagnostic pop
+#endif
+
+namespace fastroute::upsampler {
+
+// Columns of a row buffer come in multiples of this, and as many zeros lie before them as the widest kernel reads.
+inline constexpr int64_t kRowAlign = 32, kRowPad = 16;
+
+// One output row of some channels. `rows`: [taps] LR rows of [units], `step` apart; `out`: channels `channel_step`
+// apart.
+using ConvolveRow = void (*)(const float* const* rows, int64_t taps, int64_t units, int64_t step, int64_t width,
+                             const float* weight, const float* bias, float* out, int64_t channel_step);
+
+// Kernels for shuffle factor, kernel size, and which (column of the kernel, phase) is not 0 everywhere; by channels.
+struct Pattern {
+    int64_t shuffle, kernel;
+    unsigned mask;
+    ConvolveRow run[2];  // 1 channel, 3 channels
+};
+
+// Some channels of one row phase.
+struct Part {
+    int64_t channel, channels;
+    ConvolveRow run;
+    std::vector<int64_t> taps;  // rows of the kernel that are not 0 everywhere
+    std::vector<float> weight;  // [taps][units][columns, phases, channels that are not 0 everywhere]
+    std::vector<float> bias;    // [channels][phases]
+};
+
+struct Upsampler {
+    int64_t features = 0, units = 0, channels = 0, shuffle = 0, kernel = 0;
+    bool expands = false;
+    std::vector<float> expand;              // [units / 8][features][8]
+    std::vector<float> expand_bias, slope;  // [units]
+    std::vector<std::vector<Part>> parts;   // [shuffle]
+
+    // Floats of the buffers of a Patch.
+    int64_t scratch(int64_t size) const {
+        const int64_t width = (size + kRowAlign - 1) / kRowAlign * kRowAlign;
+        return features * width + (kernel + 1) * (units * (kRowPad + width) + 2 * kRowPad);
+    }
+};
+
+#if FASTROUTE_X86
+namespace avx512 {
+#define FASTROUTE_BYTES 64
+#define FASTROUTE_TARGET FASTROUTE_AVX512
+#include "cpu/upsampler_rows.h"
+#undef FASTROUTE_BYTES
+#undef FASTROUTE_TARGET
+}  // namespace avx512
+
+namespace avx2 {
+#define FASTROUTE_BYTES 32
+#define FASTROUTE_TARGET FASTROUTE_AVX2
+#include "cpu/upsampler_rows.h"
+#undef FASTROUTE_BYTES
+#undef FASTROUTE_TARGET
+}  // namespace avx2
+#endif
+
+namespace baseline {
+#define FASTROUTE_BYTES 16
+#define FASTROUTE_TARGET
+#include "cpu/upsampler_rows.h"
+#undef FASTROUTE_BYTES
+#undef FASTROUTE_TARGET
+}  // namespace baseline
+
+// The functions of one instruction set.
+struct Kernels {
+    const Pattern *begin, *end;
+    void (*expand_row)(const Upsampler& u, const float* planar, int64_t width, float* row, int64_t step);
+
+    static const Kernels& active() {
+#if FASTROUTE_X86
+        static const Kernels widest{std::begin(avx512::kPatterns), std::end(avx512::kPatterns), avx512::expand_row};
+        static const Kernels wide{std::begin(avx2::kPatterns), std::end(avx2::kPatterns), avx2::expand_row};
+        if (active_isa() == Isa::avx512) return widest;
+        if (active_isa() == Isa::avx2) return wide;
+#endif
+        static const Kernels any{std::begin(baseline::kPatterns), std::end(baseline::kPatterns), baseline::expand_row};
+        return any;
+    }
+
+    // The kernels that compute no more than they must; null where there are none.
+    const Pattern* find(int64_t shuffle, int64_t kernel, unsigned mask) const {
+        for (const Pattern* p = begin; p != end; ++p) {
+            if (p->shuffle == shuffle && p->kernel == kernel && (mask & ~p->mask) == 0) return p;
+        }
+        return nullptr;
+    }
+};
+
+// Layers in the order in which the kernels read them. `weight` is [C·r·r, units, K, K], `bias` [C·r·r]; `expand`
+// [units, features] or null.
+inline Upsampler pack(const float* expand, const float* expand_bias, const float* slope, const float* weight,
+                      const float* bias, int64_t features, int64_t units, int64_t channels, int64_t shuffle,
+                      int64_t kernel) {
+    Upsampler u;
+    u.features = features, u.units = units, u.channels = channels, u.shuffle = shuffle, u.kernel = kernel;
+    u.expands = expand != nullptr;
+    if (u.expands) {
+        u.expand.assign((units + 7) / 8 * 8 * features, 0.0f);
+        for (int64_t d = 0; d < units; ++d) {
+            for (int64_t f = 0; f < features; ++f)
+                u.expand[(d / 8 * features + f) * 8 + d % 8] = expand[d * features + f];
+        }
+        u.expand_bias.assign(expand_bias, expand_bias + units);
+        u.slope.assign(slope, slope + units);
+    }
+    const int64_t r2 = shuffle * shuffle;
+    const int64_t square = kernel * kernel;
+    unsigned mask = 0;
+    std::vector<char> used(square), row_used(shuffle * kernel, 0);
+    for (int64_t n = 0; n < channels * r2; ++n) {
+        std::fill(used.begin(), used.end(), 0);
+        for (int64_t d = 0; d < units; ++d) {
+            for (int64_t k = 0; k < square; ++k) used[k] |= weight[(n * units + d) * square + k] != 0.0f;
+        }
+        for (int64_t k = 0; k < square; ++k) {
+            if (!used[k]) continue;
+            mask |= 1u << (k % kernel * shuffle + n % shuffle);
+            row_used[n % r2 / shuffle * kernel + k / kernel] = 1;
+        }
+    }
+    const Pattern& pattern = *Kernels::active().find(shuffle, kernel, mask);
+    u.parts.resize(shuffle);
+    for (int64_t i = 0; i < shuffle; ++i) {
+        for (int64_t c = 0, count; c < channels; c += count) {
+            count = channels - c >= 3 ? 3 : 1;
+            Part part{c, count, pattern.run[count == 3], {}, {}, {}};
+            for (int64_t ky = 0; ky < kernel; ++ky) {
+                if (row_used[i * kernel + ky]) part.taps.push_back(ky);
+            }
+            std::vector<int64_t> steps;  // from the first weight of a unit and row of the kernel
+            for (int64_t k = 0; k < kernel * shuffle; ++k) {
+                for (int64_t e = 0; e < count && (pattern.mask >> k & 1) != 0; ++e) {
+                    steps.push_back(((c + e) * r2 + i * shuffle + k % shuffle) * units * square + k / shuffle);
+                }
+            }
+            part.weight.resize(part.taps.size() * units * steps.size());
+            float* to = part.weight.data();
+            for (const int64_t ky : part.taps) {
+                for (int64_t d = 0; d < units; ++d) {
+                    for (const int64_t step : steps) *to++ = weight[step + d * square + ky * kernel];
+                }
+            }
+            for (int64_t e = 0; e < count; ++e) {
+                for (int64_t r = 0; r < shuffle; ++r) part.bias.push_back(bias[(c + e) * r2 + i * shuffle + r]);
+            }
+            u.parts[i].push_back(std::move(part));
+        }
+    }
+    return u;
+}
+
+// Strides of the features of a patch, in elements.
+struct FeatureStep {
+    int64_t c, y, x;
+};
+
+// One LR row of features as [features][size], rows `pitch` apart; by squares of four where channels lie side by side.
+inline void copy_planar(const float* from, FeatureStep at, int64_t features, int64_t size, float* to, int64_t pitch) {
+    typedef float Four __attribute__((vector_size(16), aligned(4), may_alias));
+    const int64_t squares = at.c == 1 ? 4 : 0;
+    for (int64_t l = 0; l < size; l += 4) {
+        const int64_t columns = std::min<int64_t>(size - l, 4);
+        int64_t f = 0;
+        for (; squares == 4 && columns == 4 && f + 4 <= features; f += 4) {
+            Four a[4], b[4];
+            for (int i = 0; i < 4; ++i) a[i] = *reinterpret_cast<const Four*>(from + (l + i) * at.x + f);
+            b[0] = Four{a[0][0], a[1][0], a[0][1], a[1][1]};
+            b[1] = Four{a[2][0], a[3][0], a[2][1], a[3][1]};
+            b[2] = Four{a[0][2], a[1][2], a[0][3], a[1][3]};
+            b[3] = Four{a[2][2], a[3][2], a[2][3], a[3][3]};
+            a[0] = Four{b[0][0], b[0][1], b[1][0], b[1][1]};
+            a[1] = Four{b[0][2], b[0][3], b[1][2], b[1][3]};
+            a[2] = Four{b[2][0], b[2][1], b[3][0], b[3][1]};
+            a[3] = Four{b[2][2], b[2][3], b[3][2], b[3][3]};
+            for (int i = 0; i < 4; ++i) *reinterpret_cast<Four*>(to + (f + i) * pitch + l) = a[i];
+        }
+        for (; f < features; ++f) {
+            for (int64_t i = 0; i < columns; ++i) to[f * pitch + l + i] = from[f * at.c + (l + i) * at.x];
+        }
+    }
+}
+
+// Buffers of one thread, for any number of patches of one size.
+struct Buffers {
+    std::vector<float> values;
+    const Upsampler* padded_for = nullptr;  // whose zeros lie where they must
+
+    void reserve(int64_t count) {
+        if (count > static_cast<int64_t>(values.size())) values.resize(count);
+    }
+};
+
+// A patch of `size` x `size` LR pixels, whose output rows are computed from the top to the bottom, some at a time.
+class Patch {
+  public:
+    // `row` is the first output row that will be asked for; `buffers` hold `u.scratch(size)` floats.
+    Patch(const Upsampler& u, const float* features, FeatureStep at, int64_t size, int64_t row, Buffers* buffers)
+        : u(u), features(features), at(at), size(size), planar(buffers->values.data()) {
+        width = (size + kRowAlign - 1) / kRowAlign * kRowAlign, step = kRowPad + width;
+        row_size = u.units * step + 2 * kRowPad;
+        held = planar + u.features * width;
+        outside = held + u.kernel * row_size;
+        next = std::max<int64_t>(row / u.shuffle - u.kernel / 2, 0);
+        for (int64_t y = 0; y <= u.kernel / 2; ++y) prefetch(next + y);
+        if (buffers->padded_for == &u) return;
+        buffers->padded_for = &u;
+        std::fill(outside, outside + row_size, 0.0f);
+        // Each row of each unit ends in the zeros that the next one begins with.
+        for (int64_t r = 0; r < u.kernel; ++r) {
+            for (int64_t d = 0; d <= u.units; ++d) {
+                float* pad = held + r * row_size + d * step;
+                std::fill(pad, pad + kRowPad, 0.0f);
+            }
+        }
+    }
+
+    // Output rows [begin, end): channel c of row k goes to tile + c · channel_step + (k - begin) · row_step. What lies
+    // behind the last column, up to a multiple of kRowAlign LR pixels, is overwritten too.
+    void compute(int64_t begin, int64_t end, float* tile, int64_t row_step, int64_t channel_step) {
+        for (int64_t k = begin; k < end; ++k) {
+            const int64_t y = k / u.shuffle, reach = u.kernel / 2;
+            for (; next <= std::min(y + reach, size - 1); ++next) prepare(next);
+            for (const Part& part : u.parts[k % u.shuffle]) {
+                const float* rows[8];
+                const int64_t taps = static_cast<int64_t>(part.taps.size());
+                for (int64_t t = 0; t < taps; ++t) {
+                    const int64_t from = y + part.taps[t] - reach;
+                    rows[t] = from >= 0 && from < size ? row(from) : outside + kRowPad;
+                }
+                part.run(rows, taps, u.units, step, width, part.weight.data(), part.bias.data(),
+                         tile + part.channel * channel_step + (k - begin) * row_step, channel_step);
+            }
+        }
+    }
+
+  private:
+    float* row(int64_t y) const { return held + y % u.kernel * row_size + kRowPad; }
+
+    // Asks for LR row y.
+    void prefetch(int64_t y) const {
+        if (y >= size || at.c != 1) return;
+        const char* from = reinterpret_cast<const char*>(features + y * at.y);
+        for (int64_t byte = 0; byte < size * at.x * 4; byte += 64) __builtin_prefetch(from + byte, 0, 2);
+    }
+
+    // What the convolution reads of LR row y.
+    void prepare(int64_t y) const {
+        float* to = row(y);
+        prefetch(y + 1);
+        copy_planar(features + y * at.y, at, u.features, size, u.expands ? planar : to, u.expands ? width : step);
+        if (u.expands) {
+            for (int64_t f = 0; f < u.features && size < width; ++f)
+                std::fill(planar + f * width + size, planar + (f + 1) * width, 0.0f);
+            kernels.expand_row(u, planar, width, to, step);
+        }
+        for (int64_t d = 0; d < u.units && size < width; ++d)
+            std::fill(to + d * step + size, to + d * step + width, 0.0f);
+    }
+
+    const Upsampler& u;
+    const Kernels& kernels = Kernels::active();
+    const float* features;
+    FeatureStep at;
+    int64_t size, width, step, row_size;
+    int64_t next;    // LR row to prepare
+    float* planar;   // [features, width]
+    float* held;     // [kernel, row_size]: the rows that an output row reads, in turn
+    float* outside;  // [row_size]: a row of zeros
+};
+
+}  // namespace fastroute::upsampler

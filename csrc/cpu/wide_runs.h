@@ -1,0 +1,207 @@
+// The pixels of a patch in whole vectors of every output row at a time, where at most two tile rows and columns meet.
+// With a fused pixel shuffle of factor 4, one LR pixel holds 4 x 4 values per channel, so four of them are a 4 x 4
+// square of runs to transpose; rows that were just computed lie as they are written. Only for AVX-512; other
+// instruction sets take the general way, with the same bits.
+#pragma once
+
+#include <cstdint>
+#include <type_traits>
+
+#include "common/pixel.h"
+#include "cpu/isa.h"
+#include "cpu/memory.h"
+
+#if FASTROUTE_X86
+// The compiler's own header declares what it leaves undefined on purpose in a way that it warns of.
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#include <immintrin.h>
+#pragma GCC diagnostic pop
+#endif
+
+namespace fastroute {
+
+// One LR row of a patch, [count, channels, 4, 4] values, `step` apart; `ahead` is what will be read next.
+struct ShuffledRow {
+    const float* pixels;
+    const float* ahead;
+    int64_t step, count, channels;
+};
+
+// Rows of a patch, [channels, rows, count] values.
+struct PlanarRows {
+    const float* pixels;
+    int64_t channel_step, row_step, channels, rows, count;
+};
+
+// Types of patches and image for which there are the functions below, and whether the processor has what they need.
+template <typename T, typename Out>
+inline constexpr bool kWideRuns =
+    FASTROUTE_X86 && std::is_same_v<T, float> && (std::is_integral_v<Out> || std::is_same_v<Out, float>);
+
+inline bool has_wide_runs() { return active_isa() == Isa::avx512; }
+
+#if FASTROUTE_X86
+#define FASTROUTE_WIDE FASTROUTE_AVX512 FASTROUTE_INLINE
+
+// Four vectors of four runs each, transposed.
+FASTROUTE_WIDE void transpose_runs(__m512& a, __m512& b, __m512& c, __m512& d) {
+    const __m512 low0 = _mm512_shuffle_f32x4(a, b, 0x44), low1 = _mm512_shuffle_f32x4(c, d, 0x44);
+    const __m512 high0 = _mm512_shuffle_f32x4(a, b, 0xee), high1 = _mm512_shuffle_f32x4(c, d, 0xee);
+    a = _mm512_shuffle_f32x4(low0, low1, 0x88);
+    b = _mm512_shuffle_f32x4(low0, low1, 0xdd);
+    c = _mm512_shuffle_f32x4(high0, high1, 0x88);
+    d = _mm512_shuffle_f32x4(high0, high1, 0xdd);
+}
+
+// [0, 1] as integers, rounded half to even as by `to_pixel`; the maximum returns its second operand for NaN.
+FASTROUTE_WIDE __m512i wide_integers(__m512 value, float maximum) {
+    value = _mm512_min_ps(_mm512_max_ps(value, _mm512_setzero_ps()), _mm512_set1_ps(1.0f));
+    return _mm512_cvtps_epi32(_mm512_mul_ps(value, _mm512_set1_ps(maximum)));
+}
+
+FASTROUTE_WIDE void put_run(uint8_t* to, __mmask16 mask, __m512 value, bool) {
+    const __m512i integers = wide_integers(value, 255.0f);
+    if (mask == 0xffff) {
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8(integers));
+    } else {
+        _mm512_mask_cvtepi32_storeu_epi8(to, mask, integers);
+    }
+}
+
+FASTROUTE_WIDE void put_run(uint16_t* to, __mmask16 mask, __m512 value, bool) {
+    const __m512i integers = wide_integers(value, 65535.0f);
+    if (mask == 0xffff) {
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16(integers));
+    } else {
+        _mm512_mask_cvtepi32_storeu_epi16(to, mask, integers);
+    }
+}
+
+FASTROUTE_WIDE void put_run(float* to, __mmask16 mask, __m512 value, bool stream) {
+    if (stream && mask == 0xffff && reinterpret_cast<uintptr_t>(to) % kLine == 0) {
+        _mm512_stream_ps(to, value);
+    } else {
+        _mm512_mask_storeu_ps(to, mask, value);
+    }
+}
+
+// What becomes of the weighed values of one tile.
+enum class Runs {
+    keep,    // stored until the next tile column adds to them
+    put,     // to the image
+    begin,   // times the row's weight, stored until the next tile row adds to them
+    finish,  // times the row's weight, added to what was stored, to the image
+};
+
+// Where they go; all of it begins at the first row and column of the runs.
+template <typename Out>
+struct RunTarget {
+    const float* weight_x;  // [columns]
+    const float* weight_y;  // [rows]
+    float* window;          // [channels, rows, columns]: what the tile column before kept, and what is kept
+    float* sum;             // the same of the tile row before
+    Out* out;
+    int64_t window_channel, window_row, sum_channel, sum_row, out_channel, out_row;
+    bool stream;
+};
+
+// Values of columns [x, x + 16) of one row times the column's weight, with Joined added to the window, else to 0.
+template <Runs To, bool Joined, typename Out>
+FASTROUTE_WIDE void weigh_wide(__m512 value, __m512 weight, __mmask16 mask, int64_t c, int64_t row, int64_t x,
+                               const RunTarget<Out>& to) {
+    const __m512 zero = _mm512_setzero_ps();
+    float* window = to.window + c * to.window_channel + row * to.window_row + x;
+    const __m512 before = Joined ? _mm512_maskz_loadu_ps(mask, window) : zero;
+    value = _mm512_add_ps(before, _mm512_mul_ps(weight, value));
+    if constexpr (To == Runs::keep) {
+        _mm512_mask_storeu_ps(window, mask, value);
+        return;
+    }
+    float* sum = to.sum + c * to.sum_channel + row * to.sum_row + x;
+    if constexpr (To == Runs::begin || To == Runs::finish) {
+        const __m512 above = To == Runs::finish ? _mm512_maskz_loadu_ps(mask, sum) : zero;
+        value = _mm512_add_ps(above, _mm512_mul_ps(_mm512_set1_ps(to.weight_y[row]), value));
+    }
+    if constexpr (To == Runs::begin) {
+        _mm512_mask_storeu_ps(sum, mask, value);
+    } else {
+        put_run(to.out + c * to.out_channel + row * to.out_row + x, mask, value, to.stream);
+    }
+}
+
+// One LR row.
+struct ShuffledRuns {
+    using From = ShuffledRow;
+
+    template <Runs To, bool Joined, typename Out>
+    FASTROUTE_AVX512 __attribute__((noinline)) static void run(const From& from, const RunTarget<Out>& to) {
+        for (int64_t l = 0; l < from.count; l += 4) {
+            const int64_t left = from.count - l < 4 ? from.count - l : 4, x = 4 * l;
+            const __mmask16 mask = static_cast<__mmask16>((1 << 4 * left) - 1);
+            const int64_t second = left > 1 ? from.step : 0, third = left > 2 ? 2 * from.step : 0;
+            const int64_t fourth = left > 3 ? 3 * from.step : 0;
+            const __m512 weight = _mm512_maskz_loadu_ps(mask, to.weight_x + x);
+            for (int64_t c = 0; c < from.channels; ++c) {
+                // Not into the first level, where the window is.
+                const float* ahead = from.ahead + l * from.step + c * 16;
+                _mm_prefetch(ahead, _MM_HINT_T1);
+                _mm_prefetch(ahead + second, _MM_HINT_T1);
+                _mm_prefetch(ahead + third, _MM_HINT_T1);
+                _mm_prefetch(ahead + fourth, _MM_HINT_T1);
+                const float* pixel = from.pixels + l * from.step + c * 16;
+                __m512 run[4] = {_mm512_loadu_ps(pixel), _mm512_loadu_ps(pixel + second),
+                                 _mm512_loadu_ps(pixel + third), _mm512_loadu_ps(pixel + fourth)};
+                transpose_runs(run[0], run[1], run[2], run[3]);
+#pragma GCC unroll 4
+                for (int64_t row = 0; row < 4; ++row) {
+                    weigh_wide<To, Joined>(run[row], weight, mask, c, row, x, to);
+                }
+            }
+        }
+    }
+};
+
+// Some rows of all channels.
+struct PlanarRuns {
+    using From = PlanarRows;
+
+    template <Runs To, bool Joined, typename Out>
+    FASTROUTE_AVX512 __attribute__((noinline)) static void run(const From& from, const RunTarget<Out>& to) {
+        for (int64_t c = 0; c < from.channels; ++c) {
+            for (int64_t row = 0; row < from.rows; ++row) {
+                const float* pixels = from.pixels + c * from.channel_step + row * from.row_step;
+                int64_t x = 0;
+                for (; x + 16 <= from.count; x += 16) {
+                    const __m512 weight = _mm512_loadu_ps(to.weight_x + x);
+                    weigh_wide<To, Joined>(_mm512_loadu_ps(pixels + x), weight, 0xffff, c, row, x, to);
+                }
+                if (x == from.count) continue;
+                const __mmask16 mask = static_cast<__mmask16>((1 << (from.count - x)) - 1);
+                const __m512 weight = _mm512_maskz_loadu_ps(mask, to.weight_x + x);
+                weigh_wide<To, Joined>(_mm512_maskz_loadu_ps(mask, pixels + x), weight, mask, c, row, x, to);
+            }
+        }
+    }
+};
+
+#undef FASTROUTE_WIDE
+
+template <typename Source, typename Out>
+void each_run(Runs to, bool joined, const typename Source::From& from, const RunTarget<Out>& target) {
+    switch (to) {
+        case Runs::keep: return Source::template run<Runs::keep, false>(from, target);
+        case Runs::put:
+            return joined ? Source::template run<Runs::put, true>(from, target)
+                          : Source::template run<Runs::put, false>(from, target);
+        case Runs::begin:
+            return joined ? Source::template run<Runs::begin, true>(from, target)
+                          : Source::template run<Runs::begin, false>(from, target);
+        case Runs::finish:
+            return joined ? Source::template run<Runs::finish, true>(from, target)
+                          : Source::template run<Runs::finish, false>(from, target);
+    }
+}
+#endif
+
+}  // namespace fastroute

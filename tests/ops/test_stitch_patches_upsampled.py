@@ -1,0 +1,243 @@
+"""Tests of `stitch_patches.upsampled_out`: the last layers of the branches and the stitching in one pass."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support import in_layout, random
+from test_stitch_patches import shuffled
+from torch import Tensor, nn
+from torch.library import opcheck
+from torch.nn import functional as F
+
+import fastroute
+from fastroute import TileGrid, make_window, stitch_patches
+from fastroute.backends import unsupported_reasons
+from fastroute.models.fsrcnn import FSRCNN
+from fastroute.models.optimize import optimize, split_shuffle
+from fastroute.ops._upsampled import Upsampler, split_upsampler, stitch_upsampled
+
+MISSING = "; ".join(unsupported_reasons("stitch_patches", "cpu", torch.device("cpu")))
+needs_kernel = pytest.mark.skipif(bool(MISSING), reason=MISSING)
+# Sums of up to 56 * 9 products of numbers about 1: float32's rounding of them, as in the error policy of arithmetic ops.
+TOLERANCE = 2e-5
+
+
+def upsampler(
+    features: int, units: int, channels: int, shuffle: int, kernel: int = 3, expands: bool = True, seed: int = 0
+) -> Upsampler:
+    make = torch.Generator().manual_seed(seed)
+
+    def some(*size: int) -> Tensor:
+        return torch.randn(size, generator=make)
+
+    outputs = channels * shuffle**2
+    weight = some(outputs, units if expands else features, kernel, kernel) / kernel / units**0.5
+    if not expands:
+        empty = torch.empty(0)
+        return Upsampler(empty.view(0, 0), empty, empty, weight, some(outputs), shuffle)
+    return Upsampler(some(units, features) / features**0.5, some(units), some(units), weight, some(outputs), shuffle)
+
+
+def layers_of(x: Tensor, u: Upsampler) -> Tensor:
+    """In float64, layer by layer."""
+    x = x.double()
+    if u.expand.numel():
+        x = F.prelu(F.conv2d(x, u.expand.double()[:, :, None, None], u.expand_bias.double()), u.slope.double())
+    return F.pixel_shuffle(F.conv2d(x, u.weight.double(), u.bias.double(), padding=u.weight.shape[2] // 2), u.shuffle)
+
+
+def check(
+    grid: TileGrid,
+    upsamplers: list[Upsampler],
+    window: str = "uniform",
+    images: int = 1,
+    layout: str = "channels_last",
+    dtype: torch.dtype = torch.float32,
+    rows: tuple[int, int] | None = None,
+) -> None:
+    """Against the layers in float64 and the reference's stitching, over batches of every kind in turn."""
+    number = images * grid.num_patches
+    features = in_layout(random((number, upsamplers[0].features, grid.patch, grid.patch)), layout)
+    batches = [batch for batch in features.split(3)]
+    kinds = [i % len(upsamplers) for i in range(len(batches))]
+    inverse = shuffled(number, "cpu")
+    patches = torch.cat([layers_of(batch, upsamplers[kind]) for batch, kind in zip(batches, kinds, strict=True)])
+    with fastroute.use_backend("reference"):
+        expected = stitch_patches(patches, grid, window, inverse)
+    begin, end = rows or (0, grid.output_size[0])
+    expected = expected[:, :, begin:end]
+    out = torch.full(expected.shape, 7, dtype=dtype)
+    weights = make_window(window, grid.patch * grid.scale)
+    spent = stitch_upsampled(batches, kinds, upsamplers, grid, weights, inverse, (begin, end), out)
+    assert spent.shape == (len(upsamplers) + 1,) and (spent >= 0).all()
+    if dtype.is_floating_point:
+        torch.testing.assert_close(out.double(), expected, rtol=0, atol=TOLERANCE)
+    else:
+        levels = expected.clamp(0, 1) * (255 if dtype == torch.uint8 else 65535)
+        slack = 0.5 + 65535 * TOLERANCE
+        assert (out.double() - levels).abs().max() <= (0.51 if dtype == torch.uint8 else slack)
+
+
+@pytest.mark.parametrize("shuffle", [2, 3, 4])
+@pytest.mark.parametrize("geometry", [(9, 13, 8, 6), (20, 37, 8, 3), (5, 4, 8, 8), (70, 75, 33, 29)], ids=str)
+def test_equals_the_layers(shuffle, geometry):
+    grid = TileGrid(*geometry, shuffle)
+    kinds = [upsampler(5, units, 3, shuffle, seed=units) for units in (4, 9, 17)]
+    check(grid, kinds)
+    check(grid, kinds, "hann", images=2, layout="contiguous")
+
+
+@pytest.mark.parametrize("channels", [1, 2, 4, 7])
+def test_channels(channels):
+    check(TileGrid(9, 21, 8, 5, 4), [upsampler(3, 8, channels, 4)])
+
+
+@pytest.mark.parametrize(("shuffle", "kernel"), [(2, 5), (2, 3), (3, 3), (4, 3)])
+def test_without_expansion(shuffle, kernel):
+    grid = TileGrid(9, 40, 8, 7, shuffle)
+    check(grid, [upsampler(6, 6, 3, shuffle, kernel, expands=False)])
+    check(grid, [upsampler(6, 11, 3, shuffle, kernel), upsampler(6, 6, 3, shuffle, kernel, expands=False)], "linear")
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.uint8, torch.uint16, torch.float64], ids=str)
+def test_types(dtype, layout):
+    check(TileGrid(30, 26, 16, 12, 4), [upsampler(4, 10, 3, 4)], dtype=dtype, layout=layout)
+
+
+@pytest.mark.parametrize("rows", [(0, 0), (0, 1), (5, 31), (7, 50), (63, 64)])
+def test_rows(rows):
+    check(TileGrid(16, 20, 8, 6, 4), [upsampler(4, 10, 3, 4)], rows=rows)
+
+
+@pytest.mark.parametrize("scale", [2, 3, 4])
+def test_layers_of_fsrcnn(scale):
+    """A transposed convolution's taps, nearly half of which are 0."""
+    torch.manual_seed(0)
+    grid, split = TileGrid(20, 40, 16, 12, scale), []
+    x = torch.rand(grid.num_patches, 3, 16, 16)
+    networks = [FSRCNN(width, scale).double() for width in (16, 20)]
+    for network in networks:
+        nn.init.normal_(network.tail_conv.weight, std=0.1)
+        body, factor = split_shuffle(optimize(network.float()))
+        split.append(split_upsampler(body, factor))
+    upsamplers = [u for _, u in split]
+    assert [u.features for u in upsamplers] == [12, 12]
+    with torch.no_grad():
+        features = [body(x[i::2]) for i, (body, _) in enumerate(split)]
+        patches = torch.cat([network.double()(x[i::2].double()) for i, network in enumerate(networks)])
+    with fastroute.use_backend("reference"):
+        expected = stitch_patches(patches, grid)
+    out = torch.empty(expected.shape)
+    stitch_upsampled(features, [0, 1], upsamplers, grid, torch.ones(16 * scale), torch.arange(len(x)), (0, 20 * scale), out)
+    torch.testing.assert_close(out.double(), expected, rtol=0, atol=TOLERANCE)
+
+
+@needs_kernel
+def test_rows_are_those_of_the_whole_bit_for_bit():
+    """Wherever a band begins, and however the work is divided among threads."""
+    grid = TileGrid(40, 70, 16, 12, 4)
+    kinds, features = [upsampler(4, 10, 3, 4)], random((grid.num_patches, 4, 16, 16))
+    inverse = shuffled(grid.num_patches, "cpu")
+
+    def stitched(begin: int, end: int) -> Tensor:
+        out = torch.empty(1, 3, end - begin, 280)
+        stitch_upsampled([features], [0], kinds, grid, make_window("linear", 64), inverse, (begin, end), out)
+        return out
+
+    whole, threads = stitched(0, 160), torch.get_num_threads()
+    for begin, end in ((0, 160), (3, 157), (48, 52), (17, 18)):
+        assert torch.equal(stitched(begin, end), whole[:, :, begin:end])
+    try:
+        for number in (1, 3):
+            torch.set_num_threads(number)
+            assert torch.equal(stitched(0, 160), whole)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_patches_that_no_row_needs_may_be_missing():
+    grid, kinds = TileGrid(20, 10, 8, 6, 2), [upsampler(4, 10, 3, 2)]
+    features, inverse = random((grid.num_patches, 4, 8, 8)), torch.arange(grid.num_patches)
+    whole = torch.empty(1, 3, 40, 20)
+    stitch_upsampled([features], [0], kinds, grid, torch.ones(16), inverse, (0, 40), whole)
+    inverse[-grid.cols :] = -(10**9)
+    part = torch.empty(1, 3, 20, 20)
+    stitch_upsampled([features], [0], kinds, grid, torch.ones(16), inverse, (0, 20), part)
+    assert torch.equal(part, whole[:, :, :20])
+    with pytest.raises(ValueError, match="inverse"):
+        stitch_upsampled([features], [0], kinds, grid, torch.ones(16), inverse, (0, 40), whole)
+
+
+def arguments() -> tuple[list, dict]:
+    grid, u = TileGrid(9, 8, 8, 6, 2), upsampler(4, 6, 3, 2)
+    args = [
+        [random((2, 4, 8, 8))],
+        [0],
+        u.layers,
+        None,
+        torch.ones(16),
+        *(grid.height, grid.width, grid.patch, grid.stride, grid.scale, False, 2, 0, 18),
+    ]
+    return args, {"out": torch.empty(1, 3, 18, 16), "spent": torch.empty(2, dtype=torch.float64)}
+
+
+def test_opcheck():
+    args, out = arguments()
+    # What is measured differs from call to call.
+    opcheck(torch.ops.fastroute.stitch_patches.upsampled_out, tuple(args), out, test_utils=("test_schema", "test_faketensor"))
+
+
+@needs_kernel
+@pytest.mark.parametrize(
+    ("at", "value", "words"),
+    [
+        (0, [], "kinds"),
+        (1, [1], "kinds must lie in"),
+        (1, [0, 0], "one entry per batch"),
+        (2, [], "five tensors"),
+        (0, [random((2, 5, 8, 8))], "expansion"),
+        (0, [random((2, 4, 8, 8), torch.float64)], "float32"),
+        (0, [random((2, 4, 7, 8))], "pixels wide"),
+        (11, 3, "weight must be C"),
+        (12, -1, "rows"),
+        (4, torch.ones(15), "window"),
+    ],
+)
+def test_errors_of_the_kernel(at, value, words):
+    args, out = arguments()
+    args[at] = value
+    with pytest.raises(RuntimeError, match=words):
+        torch.ops.fastroute.stitch_patches.upsampled_out(*args, **out)
+
+
+@pytest.mark.parametrize(
+    "layers",
+    [
+        [],
+        [nn.Conv2d(4, 16, 3, padding=1)],
+        [nn.ReLU(), nn.Conv2d(4, 16, 3)],
+        [nn.ReLU(), nn.Conv2d(4, 16, 3, padding=1, padding_mode="reflect")],
+        [nn.ReLU(), nn.Conv2d(4, 16, 3, padding=1, groups=2)],
+        [nn.ReLU(), nn.Conv2d(4, 16, 3, padding=1).double()],
+        [nn.ReLU(), nn.Conv2d(4, 16, 1)],
+        [nn.ReLU(), nn.Conv2d(4, 16, 7, padding=3)],
+        [nn.Conv2d(4, 4, 3, padding=1), nn.ReLU()],
+        [nn.Conv2d(3, 4, 1), nn.LeakyReLU(), nn.Conv2d(4, 16, 3, padding=1)],
+    ],
+    ids=str,
+)
+def test_other_layers_are_not_split(layers):
+    assert split_upsampler(nn.Sequential(*layers), 4) is None
+
+
+def test_what_is_split_is_all_there():
+    layers = [nn.ReLU(), nn.Conv2d(3, 4, 1, bias=False), nn.LeakyReLU(0.3), nn.Conv2d(4, 16, 3, padding=1, bias=False)]
+    branch, x = nn.Sequential(*layers).eval(), random((2, 3, 5, 6))
+    body, u = split_upsampler(branch, 4)
+    assert len(body) == 1 and u.features == 3
+    with torch.no_grad():
+        torch.testing.assert_close(layers_of(body(x), u), F.pixel_shuffle(branch.double()(x.double()), 4))
+    body, u = split_upsampler(nn.Sequential(nn.ReLU(), nn.ReLU(), nn.Conv2d(4, 16, 3, padding=1)), 4)
+    assert len(body) == 2 and u.expand.numel() == 0 and u.features == 4
