@@ -20,6 +20,7 @@ OPTIONAL = ("class_mixes", "pixel_routing")
 IN_FULL = ("extract_patches", "stitch_patches", "group_by_class")
 OPERATORS = (
     *IN_FULL,
+    "stitch_patches_upsampled",
     "gather_groups",
     "scatter_groups",
     "assign_classes_penalty",

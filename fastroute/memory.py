@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import math
 import mmap
+import os
 import sys
 import threading
 import weakref
@@ -74,20 +75,24 @@ def _keep(buffer: mmap.mmap) -> None:
             del _spare[0]
 
 
-def available(device: torch.device) -> int:
-    """Bytes that `device` could still give, as far as the system tells."""
+def available(device: torch.device, enough: int = sys.maxsize) -> int:
+    """Bytes that `device` could still give, as far as the system tells; or fewer, but at least `enough`, if that is told sooner."""
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
     try:
         import resource
 
+        limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+        # Without what caches of files would give back.
+        unused = os.sysconf("SC_AVPHYS_PAGES") * mmap.PAGESIZE
+        if limit == resource.RLIM_INFINITY and unused >= enough:
+            return unused
         lines = Path("/proc/meminfo").read_text().splitlines()
         free = next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable"))
         used = int(Path("/proc/self/statm").read_text().split()[0]) * mmap.PAGESIZE
     except (ImportError, OSError, StopIteration, ValueError):
         return sys.maxsize
-    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
     return free if limit == resource.RLIM_INFINITY else max(0, min(free, limit - used))
 
 

@@ -17,7 +17,7 @@ from benchmarks.baselines import classsr_published, mlp_layouts, packages, paper
 from benchmarks.device_tables import sentence
 from benchmarks.e2e import class_mixes, growth
 from benchmarks.measure import Timing, alternate, summary
-from benchmarks.ops import pixel_mlp
+from benchmarks.ops import pixel_mlp, stitch_patches_upsampled
 from benchmarks.setting import COMPILE_SECONDS, Setting
 from fastroute import TileGrid
 from fastroute.models.classsr import ClassSR
@@ -179,6 +179,25 @@ def test_multiply_adds_of_a_pixel():
     layers = pixel_mlp.make_layers(8, [5], 3)
     # Per feature 5 · 8; per pixel 2 · 5 of the coordinates and 3 · 5 of the last layer.
     assert pixel_mlp.multiply_adds(layers, 8, features=10, pixels=160) == 10 * 40 + 160 * 25
+
+
+def test_flops_of_last_layers():
+    """A product for every pixel that a tap leads to within the patch, and none for what sticks out."""
+    plain, _, _ = stitch_patches_upsampled.last_layers()
+    expand, ones = plain[0], nn.ConvTranspose2d(1, 1, 9, 4, 3, output_padding=1, bias=False)
+    nn.init.ones_(ones.weight)
+    size = stitch_patches_upsampled.PATCH
+    taps = int(ones(torch.ones(1, 1, size, size)).sum())
+    products = expand.weight.numel() * size**2 + expand.out_channels * 3 * taps
+    assert stitch_patches_upsampled.needed_flops(plain) == 2 * products
+
+
+def test_last_layers_agree():
+    torch.manual_seed(0)
+    plain, subpixel, upsampler = stitch_patches_upsampled.last_layers()
+    features = stitch_patches_upsampled.some_features(2, upsampler.features)
+    shuffled = nn.functional.pixel_shuffle(subpixel(features), upsampler.shuffle)
+    torch.testing.assert_close(shuffled, plain(features), rtol=0, atol=1e-5)
 
 
 def test_photographs_without_a_data_folder(monkeypatch: pytest.MonkeyPatch):

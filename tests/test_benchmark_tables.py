@@ -134,7 +134,7 @@ def test_all_operators_stand_in_one_table(tmp_path: Path):
 
 def test_every_operator_has_its_place():
     ops = {path.stem for path in (measure.ROOT / "fastroute" / "ops").glob("[a-z]*.py")}
-    assert {re.sub("_(penalty|budget)$", "", name) for name in report.OPERATORS} == ops
+    assert {re.sub("_(penalty|budget|upsampled)$", "", name) for name in report.OPERATORS} == ops
 
 
 def test_the_documentation_shows_sections_of_the_readme():

@@ -270,6 +270,21 @@ struct StitchBody {
         }
     }
 
+    // Asks for the lines of the image that will be written when the next rows are computed: many short runs, which the
+    // hardware does not foresee, and of which the processor waits for one after the other.
+    FASTROUTE_INLINE static void expect(const Out* data, int64_t columns, int64_t channels, int64_t rows,
+                                        const Rows<Out>& out) {
+        if (out.stream && !std::is_integral_v<Out>) return;
+        for (int64_t c = 0; c < channels; ++c) {
+            for (int64_t r = 0; r < rows; ++r) {
+                const char* line = reinterpret_cast<const char*>(data + c * out.channel_step + r * out.row_step);
+                const int64_t bytes = columns * static_cast<int64_t>(sizeof(Out));
+                for (int64_t at = 0; at < bytes; at += kLine) __builtin_prefetch(line + at, 1, 2);
+                __builtin_prefetch(line + bytes - 1, 1, 2);
+            }
+        }
+    }
+
     // What `run` does where at most two tile rows and columns meet, in whole vectors. The two tiles of a column follow
     // each other, so that what one leaves for the other stays in the caches.
     static void run_wide(const StitchPlan<T>& plan, int64_t image, int64_t c, int64_t at, TileRange range, bool direct,
@@ -299,22 +314,19 @@ struct StitchBody {
                                           out.row_step,
                                           out.stream};
                 };
-                const auto each = [&](auto&& runs) {
-                    runs(0, shared, mode, true);
-                    runs(shared, finished, mode, false);
-                    runs(finished, kept, Runs::keep, false);
-                };
                 if (plan.upsampling != nullptr) {
                     UpsampledRows patch(plan, n, k, scratch);
                     // As few as lie in the first-level cache until they are merged.
+                    const W* weight = plan.weights_x + j * span;
+                    const bool unit = std::all_of(weight + shared, weight + finished, [](W w) { return w == W(1); });
                     for (int64_t r = 0, count; r < rows; r += count) {
                         count = std::min(rows - r, kRows);
-                        const float* from = patch.next(k + r, count);
-                        each([&](int64_t begin, int64_t end, Runs to, bool joined) {
-                            const PlanarRows some{from + begin,  plan.layout.c, plan.layout.y,
-                                                  plan.channels, count,         end - begin};
-                            each_run<PlanarRuns>(to, joined, some, target(r, begin));
-                        });
+                        if (mode == Runs::put || mode == Runs::finish) {
+                            expect(out.data + r * out.row_step + x0, finished, plan.channels, count, out);
+                        }
+                        const PlanarRows some{
+                            patch.next(k + r, count), plan.layout.c, plan.layout.y, plan.channels, count, kept};
+                        each_planar_row(mode, unit, some, shared, finished, target(r, 0));
                     }
                     continue;
                 }
@@ -322,12 +334,15 @@ struct StitchBody {
                 const T* ahead = j + 1 < cols ? plan.patch(n + 1) : patch;
                 for (int64_t r = 0; r < rows; r += 4) {
                     const int64_t lr_row = (k + r) / 4 * plan.layout.y;
-                    each([&](int64_t begin, int64_t end, Runs to, bool joined) {
+                    const auto runs = [&](int64_t begin, int64_t end, Runs to, bool joined) {
                         const int64_t offset = c * 16 + lr_row + begin / 4 * plan.layout.x;
                         const ShuffledRow from{patch + offset, ahead + offset, plan.layout.x, (end - begin) / 4,
                                                plan.channels};
-                        each_run<ShuffledRuns>(to, joined, from, target(r, begin));
-                    });
+                        each_shuffled_run(to, joined, from, target(r, begin));
+                    };
+                    runs(0, shared, mode, true);
+                    runs(shared, finished, mode, false);
+                    runs(finished, kept, Runs::keep, false);
                 }
             }
             shared = kept - finished;

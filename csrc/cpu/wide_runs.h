@@ -131,75 +131,93 @@ FASTROUTE_WIDE void weigh_wide(__m512 value, __m512 weight, __mmask16 mask, int6
 }
 
 // One LR row.
-struct ShuffledRuns {
-    using From = ShuffledRow;
-
-    template <Runs To, bool Joined, typename Out>
-    FASTROUTE_AVX512 __attribute__((noinline)) static void run(const From& from, const RunTarget<Out>& to) {
-        for (int64_t l = 0; l < from.count; l += 4) {
-            const int64_t left = from.count - l < 4 ? from.count - l : 4, x = 4 * l;
-            const __mmask16 mask = static_cast<__mmask16>((1 << 4 * left) - 1);
-            const int64_t second = left > 1 ? from.step : 0, third = left > 2 ? 2 * from.step : 0;
-            const int64_t fourth = left > 3 ? 3 * from.step : 0;
-            const __m512 weight = _mm512_maskz_loadu_ps(mask, to.weight_x + x);
-            for (int64_t c = 0; c < from.channels; ++c) {
-                // Not into the first level, where the window is.
-                const float* ahead = from.ahead + l * from.step + c * 16;
-                _mm_prefetch(ahead, _MM_HINT_T1);
-                _mm_prefetch(ahead + second, _MM_HINT_T1);
-                _mm_prefetch(ahead + third, _MM_HINT_T1);
-                _mm_prefetch(ahead + fourth, _MM_HINT_T1);
-                const float* pixel = from.pixels + l * from.step + c * 16;
-                __m512 run[4] = {_mm512_loadu_ps(pixel), _mm512_loadu_ps(pixel + second),
-                                 _mm512_loadu_ps(pixel + third), _mm512_loadu_ps(pixel + fourth)};
-                transpose_runs(run[0], run[1], run[2], run[3]);
-#pragma GCC unroll 4
-                for (int64_t row = 0; row < 4; ++row) {
-                    weigh_wide<To, Joined>(run[row], weight, mask, c, row, x, to);
-                }
-            }
-        }
-    }
-};
-
-// Some rows of all channels.
-struct PlanarRuns {
-    using From = PlanarRows;
-
-    template <Runs To, bool Joined, typename Out>
-    FASTROUTE_AVX512 __attribute__((noinline)) static void run(const From& from, const RunTarget<Out>& to) {
+template <Runs To, bool Joined, typename Out>
+FASTROUTE_AVX512 __attribute__((noinline)) void shuffled_run(const ShuffledRow& from, const RunTarget<Out>& to) {
+    for (int64_t l = 0; l < from.count; l += 4) {
+        const int64_t left = from.count - l < 4 ? from.count - l : 4, x = 4 * l;
+        const __mmask16 mask = static_cast<__mmask16>((1 << 4 * left) - 1);
+        const int64_t second = left > 1 ? from.step : 0, third = left > 2 ? 2 * from.step : 0;
+        const int64_t fourth = left > 3 ? 3 * from.step : 0;
+        const __m512 weight = _mm512_maskz_loadu_ps(mask, to.weight_x + x);
         for (int64_t c = 0; c < from.channels; ++c) {
-            for (int64_t row = 0; row < from.rows; ++row) {
-                const float* pixels = from.pixels + c * from.channel_step + row * from.row_step;
-                int64_t x = 0;
-                for (; x + 16 <= from.count; x += 16) {
-                    const __m512 weight = _mm512_loadu_ps(to.weight_x + x);
-                    weigh_wide<To, Joined>(_mm512_loadu_ps(pixels + x), weight, 0xffff, c, row, x, to);
-                }
-                if (x == from.count) continue;
-                const __mmask16 mask = static_cast<__mmask16>((1 << (from.count - x)) - 1);
-                const __m512 weight = _mm512_maskz_loadu_ps(mask, to.weight_x + x);
-                weigh_wide<To, Joined>(_mm512_maskz_loadu_ps(mask, pixels + x), weight, mask, c, row, x, to);
+            // Not into the first level, where the window is.
+            const float* ahead = from.ahead + l * from.step + c * 16;
+            _mm_prefetch(ahead, _MM_HINT_T1);
+            _mm_prefetch(ahead + second, _MM_HINT_T1);
+            _mm_prefetch(ahead + third, _MM_HINT_T1);
+            _mm_prefetch(ahead + fourth, _MM_HINT_T1);
+            const float* pixel = from.pixels + l * from.step + c * 16;
+            __m512 run[4] = {_mm512_loadu_ps(pixel), _mm512_loadu_ps(pixel + second), _mm512_loadu_ps(pixel + third),
+                             _mm512_loadu_ps(pixel + fourth)};
+            transpose_runs(run[0], run[1], run[2], run[3]);
+#pragma GCC unroll 4
+            for (int64_t row = 0; row < 4; ++row) {
+                weigh_wide<To, Joined>(run[row], weight, mask, c, row, x, to);
             }
         }
     }
-};
+}
+
+// Columns [begin, end) of one row. Unit: the weights are 1, and nothing is added to.
+template <Runs To, bool Joined, bool Unit, typename Out>
+FASTROUTE_WIDE void weigh_planar(const float* pixels, int64_t begin, int64_t end, int64_t c, int64_t row,
+                                 const RunTarget<Out>& to) {
+    for (int64_t x = begin; x < end; x += 16) {
+        const int64_t left = end - x;
+        const __mmask16 mask = left >= 16 ? 0xffff : static_cast<__mmask16>((1 << left) - 1);
+        const __m512 value = _mm512_maskz_loadu_ps(mask, pixels + x);
+        if constexpr (Unit && To == Runs::put) {
+            put_run(to.out + c * to.out_channel + row * to.out_row + x, mask, value, to.stream);
+        } else {
+            weigh_wide<To, Joined>(value, _mm512_maskz_loadu_ps(mask, to.weight_x + x), mask, c, row, x, to);
+        }
+    }
+}
+
+// Some rows of all channels of a tile. Its first `shared` columns are added to the window, `finished` are done with,
+// and the others are put into the window, whose first column is then that of the next tile.
+template <Runs To, bool Unit, typename Out>
+FASTROUTE_AVX512 __attribute__((noinline)) void planar_rows(const PlanarRows& from, int64_t shared, int64_t finished,
+                                                            const RunTarget<Out>& to) {
+    RunTarget<Out> next = to;
+    next.window -= finished;
+    for (int64_t c = 0; c < from.channels; ++c) {
+        for (int64_t row = 0; row < from.rows; ++row) {
+            const float* pixels = from.pixels + c * from.channel_step + row * from.row_step;
+            weigh_planar<To, true, false>(pixels, 0, shared, c, row, to);
+            weigh_planar<To, false, Unit>(pixels, shared, finished, c, row, to);
+            weigh_planar<Runs::keep, false, false>(pixels, finished, from.count, c, row, next);
+        }
+    }
+}
+
+template <typename Out>
+void each_planar_row(Runs mode, bool unit, const PlanarRows& from, int64_t shared, int64_t finished,
+                     const RunTarget<Out>& to) {
+    switch (mode) {
+        case Runs::put:
+            return unit ? planar_rows<Runs::put, true>(from, shared, finished, to)
+                        : planar_rows<Runs::put, false>(from, shared, finished, to);
+        case Runs::begin: return planar_rows<Runs::begin, false>(from, shared, finished, to);
+        case Runs::finish: return planar_rows<Runs::finish, false>(from, shared, finished, to);
+        case Runs::keep: return;  // never of whole rows
+    }
+}
 
 #undef FASTROUTE_WIDE
 
-template <typename Source, typename Out>
-void each_run(Runs to, bool joined, const typename Source::From& from, const RunTarget<Out>& target) {
+template <typename Out>
+void each_shuffled_run(Runs to, bool joined, const ShuffledRow& from, const RunTarget<Out>& target) {
     switch (to) {
-        case Runs::keep: return Source::template run<Runs::keep, false>(from, target);
+        case Runs::keep: return shuffled_run<Runs::keep, false>(from, target);
         case Runs::put:
-            return joined ? Source::template run<Runs::put, true>(from, target)
-                          : Source::template run<Runs::put, false>(from, target);
+            return joined ? shuffled_run<Runs::put, true>(from, target) : shuffled_run<Runs::put, false>(from, target);
         case Runs::begin:
-            return joined ? Source::template run<Runs::begin, true>(from, target)
-                          : Source::template run<Runs::begin, false>(from, target);
+            return joined ? shuffled_run<Runs::begin, true>(from, target)
+                          : shuffled_run<Runs::begin, false>(from, target);
         case Runs::finish:
-            return joined ? Source::template run<Runs::finish, true>(from, target)
-                          : Source::template run<Runs::finish, false>(from, target);
+            return joined ? shuffled_run<Runs::finish, true>(from, target)
+                          : shuffled_run<Runs::finish, false>(from, target);
     }
 }
 #endif

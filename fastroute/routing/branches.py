@@ -46,6 +46,7 @@ class Branches:
             if number is not None and number < 1:
                 raise ValueError(f"PatchRouter: {name} must be at least 1; got {number}")
         self.batch, self.channels, self.scale = batch, channels or guess_channels(branches), scale
+        self.optimized = optimized
         # A class without weights computes in the type of the others.
         weighted = [branch for branch in branches if next(branch.parameters(), None) is not None]
         self.dtype = parameter_dtype([*weighted, *branches][0])
@@ -79,7 +80,8 @@ class Branches:
 
         They are where all branches end with such as there are kernels for, and as many pixels and channels come out of them.
         """
-        if self.dtype != torch.float32 or not self.shuffle == self.scale > 1 or not upsamples(device):
+        usable = self.optimized and self.dtype == torch.float32 and self.shuffle == self.scale > 1
+        if not usable or not upsamples(device):
             return self.modules, []
         if self._split is None or any(a is not b for a, b in zip(self._split[0], self.modules, strict=True)):
             found = [split_upsampler(branch, self.shuffle) for branch in self.modules]

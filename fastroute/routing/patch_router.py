@@ -31,9 +31,9 @@ from fastroute.streaming.rows import Source
 from fastroute.streaming.sinks import Sink
 from fastroute.windows import make_window
 
-# Patches whose outputs are held at a time: enough for full batches of every class, little enough to stay near the caches;
-# and fewer of large ones, but for a row of tiles, which are held in any case.
-PATCHES_PER_BAND = 256
+# Patches whose outputs are held at a time: enough for full batches of every class; and fewer of large ones, but for a row of
+# tiles, which are held in any case.
+PATCHES_PER_BAND = 1024
 HELD_BYTES = {"cpu": 64 << 20, "cuda": 1 << 30}
 
 
@@ -220,6 +220,7 @@ class PatchRouter:
             with watch.stage("tune"):
                 for c in range(self.num_classes):
                     self.networks.tuning(c, self.device)
+        known = self.networks.batch_bytes(self.device)
         working = self._working_set(ends, grid, bands, not ends.in_place)
         rows = working.rows(memory_limit)
         lowest = partial(self._working_set, ends, grid, bands, True)
@@ -234,9 +235,10 @@ class PatchRouter:
             counts = self._route(source, sink, grid, bands, class_ids, watch, progress)
         with torch.inference_mode(False):
             maps = class_ids.clone().view(source.shape[0], grid.rows, grid.cols)
-        # Now all branches that ran are known.
-        used = self._working_set(ends, grid, bands, not ends.in_place).bytes(rows)
-        stats = self._stats(counts, classifier_flops, watch, used)
+        if self.networks.batch_bytes(self.device) != known:
+            # Now all branches that ran are known.
+            working = self._working_set(ends, grid, bands, not ends.in_place)
+        stats = self._stats(counts, classifier_flops, watch, working.bytes(rows))
         if watch.detailed:
             self.paces.learn(self, source.dtype, stats, watch.parts)
         return maps, stats

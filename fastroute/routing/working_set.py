@@ -138,7 +138,7 @@ def advised(op: str, device: torch.device, used: int, streamed: Callable[[], Wor
         streamed: the working set of a streamed run.
         in_place: the run holds input and output where it works on them, which a streamed one does not.
     """
-    free = memory.available(device)
+    free = memory.available(device, enough=2 * used)
     try:
         yield
     except (MemoryError, RuntimeError) as error:
