@@ -76,7 +76,7 @@ def _keep(buffer: mmap.mmap) -> None:
 
 
 def available(device: torch.device, enough: int = sys.maxsize) -> int:
-    """Bytes that `device` could still give, as far as the system tells; or fewer, of at least `enough`, where that is quicker."""
+    """Bytes that `device` could still give, as far as the system tells; or fewer, of at least `enough`, where quicker."""
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
