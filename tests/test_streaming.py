@@ -242,7 +242,7 @@ def test_out_of_memory_names_a_limit_that_fits(request, name, monkeypatch):
     fits = int(re.search(r"memory_limit=(\d+)", str(caught.value))[1])
     assert fits >= smallest
     router.stream(ArrayReader(image.numpy(), True), Recorder(), memory_limit=fits)
-    monkeypatch.setattr(working_set.memory, "available", lambda device: 1000)
+    monkeypatch.setattr(working_set.memory, "available", lambda device, enough: 1000)
     with pytest.raises(MemoryError, match=r"the least that a streamed run needs is .* were free"):
         router.stream(ArrayReader(image.numpy(), True), Hungry())
 

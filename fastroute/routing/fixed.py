@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fastroute.grid import TileGrid
 from fastroute.ops import _checks as check
 from fastroute.ops._library import OPERATORS, call
-from fastroute.ops._upsampled import Upsampler, stitch_upsampled
+from fastroute.ops._upsampled import Upsampler, split_upsampler, stitch_upsampled
 from fastroute.ops.assign_classes import assign_classes
 from fastroute.ops.extract_patches import extract_patches
 from fastroute.routing.branches import even_parts, frozen_copy
@@ -123,10 +123,14 @@ class FixedPatchRouter(nn.Module):
             router.networks.tuning(c, self.device) if slots else None for c, slots in enumerate(self.slots.capacities)
         ]
         # Copies, because a graph knows weights by their addresses, and the router may rearrange its own.
-        branches, upsamplers = router.networks.split(self.device)
-        self.branches = nn.ModuleList(map(frozen_copy, branches))
-        self.upsamplers = nn.ModuleList(map(UpsamplerLayers, upsamplers))
+        self.branches = nn.ModuleList(map(frozen_copy, router.branches))
         self.compute_dtype, self.shuffle = router.dtype, router.shuffle
+        # What of them runs before the stitching, and what with it; a CPU alone has kernels for that.
+        found = [split_upsampler(branch, self.shuffle) for branch in self.branches if router.networks.split(self.device)[1]]
+        parts = [part for part in found if part is not None]
+        # Not registered once more: their layers are those of `branches`.
+        self.bodies = tuple(body for body, _ in parts)
+        self.upsamplers = nn.ModuleList(UpsamplerLayers(upsampler) for _, upsampler in parts)
         work = torch.float64 if router.dtype == torch.float64 else torch.float32
         span = router.patch * router.scale
         window = make_window(router.window, span, router.stride * router.scale).to(self.device, work)
@@ -145,9 +149,10 @@ class FixedPatchRouter(nn.Module):
         images = check_fixed("upscale", image, self.shape, self.dtype, self.device)
         batch, channels = images.shape[:2]
         placed = self.slots(*self._classes(images, class_map))
-        upsamplers = [layers() for layers in self.upsamplers]
+        upsamplers = [layers() for layers in self.upsamplers] if self.device.type == "cpu" else []
+        branches = self.bodies if upsamplers else self.branches
         space, first = Workspace(self.grid, channels, self.shuffle, "uniform", upsamplers), 0
-        for c, (branch, tuning, count) in enumerate(zip(self.branches, self.tunings, self.capacities, strict=True)):
+        for c, (branch, tuning, count) in enumerate(zip(branches, self.tunings, self.capacities, strict=True)):
             if tuning is None:
                 continue
             order = placed.patches[first : first + count]
