@@ -301,10 +301,12 @@ class PatchRouter:
         """Every patch through the branch of its class, band by band; returns the number of patches of each class."""
         k = self.num_classes
         with watch.stage("assign"):
-            # Band-major, class-minor: one sort gives every band's batches.
-            band_of = band_of_patches(bands, grid).to(class_ids.device)
-            per_class = group_by_class(class_ids, k).offsets  # refuses ids out of range
-            groups = group_by_class(band_of * k + class_ids, max(len(bands), 1) * k)
+            groups = group_by_class(class_ids, k)  # refuses ids out of range
+            per_class = groups.offsets
+            if len(bands) > 1:
+                # Band-major, class-minor: one sort gives every band's batches.
+                band_of = band_of_patches(bands, grid).to(class_ids.device)
+                groups = group_by_class(band_of * k + class_ids, len(bands) * k)
             read = torch.cat([per_class, groups.offsets]).tolist()  # the one wait for the device
             totals, offsets = read[: k + 1], read[k + 1 :]
         branches, upsamplers = self.networks.split(source.device)
