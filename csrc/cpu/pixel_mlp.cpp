@@ -10,42 +10,16 @@
 
 #include "common/pixel_axis.h"
 #include "common/pixel_mlp.h"
+#include "cpu/intrinsics.h"
 #include "cpu/isa.h"
 #include "cpu/memory.h"
 #include "cpu/pixel_mlp_bf16.h"
 #include "cpu/pixel_mlp_plan.h"
 
-#if FASTROUTE_X86
-#include <immintrin.h>
-#endif
-
 namespace fastroute::pixel_mlp {
 
-#if FASTROUTE_X86
-namespace avx512 {
-#define FASTROUTE_BYTES 64
-#define FASTROUTE_TARGET FASTROUTE_AVX512
-#include "cpu/pixel_mlp_block.h"
-#undef FASTROUTE_BYTES
-#undef FASTROUTE_TARGET
-}  // namespace avx512
-
-namespace avx2 {
-#define FASTROUTE_BYTES 32
-#define FASTROUTE_TARGET FASTROUTE_AVX2
-#include "cpu/pixel_mlp_block.h"
-#undef FASTROUTE_BYTES
-#undef FASTROUTE_TARGET
-}  // namespace avx2
-#endif
-
-namespace baseline {
-#define FASTROUTE_BYTES 16
-#define FASTROUTE_TARGET
-#include "cpu/pixel_mlp_block.h"
-#undef FASTROUTE_BYTES
-#undef FASTROUTE_TARGET
-}  // namespace baseline
+#define FASTROUTE_BODY "cpu/pixel_mlp_block.h"
+#include "cpu/each_isa.h"
 
 namespace {
 

@@ -11,14 +11,8 @@
 #include <utility>
 #include <vector>
 
+#include "cpu/intrinsics.h"
 #include "cpu/isa.h"
-
-#if FASTROUTE_X86
-#pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#include <immintrin.h>
-#pragma GCC diagnostic pop
-#endif
 
 namespace fastroute::upsampler {
 
@@ -60,31 +54,8 @@ struct Upsampler {
     }
 };
 
-#if FASTROUTE_X86
-namespace avx512 {
-#define FASTROUTE_BYTES 64
-#define FASTROUTE_TARGET FASTROUTE_AVX512
-#include "cpu/upsampler_rows.h"
-#undef FASTROUTE_BYTES
-#undef FASTROUTE_TARGET
-}  // namespace avx512
-
-namespace avx2 {
-#define FASTROUTE_BYTES 32
-#define FASTROUTE_TARGET FASTROUTE_AVX2
-#include "cpu/upsampler_rows.h"
-#undef FASTROUTE_BYTES
-#undef FASTROUTE_TARGET
-}  // namespace avx2
-#endif
-
-namespace baseline {
-#define FASTROUTE_BYTES 16
-#define FASTROUTE_TARGET
-#include "cpu/upsampler_rows.h"
-#undef FASTROUTE_BYTES
-#undef FASTROUTE_TARGET
-}  // namespace baseline
+#define FASTROUTE_BODY "cpu/upsampler_rows.h"
+#include "cpu/each_isa.h"
 
 // The functions of one instruction set.
 struct Kernels {

@@ -8,16 +8,9 @@
 #include <type_traits>
 
 #include "common/pixel.h"
+#include "cpu/intrinsics.h"
 #include "cpu/isa.h"
 #include "cpu/memory.h"
-
-#if FASTROUTE_X86
-// The compiler's own header declares what it leaves undefined on purpose in a way that it warns of.
-#pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#include <immintrin.h>
-#pragma GCC diagnostic pop
-#endif
 
 namespace fastroute {
 

@@ -67,12 +67,12 @@ def split_upsampler(branch: nn.Module, shuffle: int) -> tuple[nn.Module, Upsampl
         first = _convolution(layers[-2])
         if first is not None and first.kernel_size == (1, 1):
             del layers[-2:]
-            expand, expand_bias = first.weight.flatten(1), _bias(first)
+            expand, expand_bias = first.weight.flatten(1), bias_of(first)
             slope = torch.full_like(expand_bias, rectifier.negative_slope)
     if not layers:
         return None
     expand, expand_bias, slope, weight, bias = (
-        tensor.detach().contiguous() for tensor in (expand, expand_bias, slope, last.weight, _bias(last))
+        tensor.detach().contiguous() for tensor in (expand, expand_bias, slope, last.weight, bias_of(last))
     )
     return nn.Sequential(*layers), Upsampler(expand, expand_bias, slope, weight, bias, shuffle)
 
@@ -88,7 +88,8 @@ def _convolution(layer: nn.Module) -> nn.Conv2d | None:
     return layer if found == expected and size % 2 == 1 else None
 
 
-def _bias(layer: nn.Conv2d) -> Tensor:
+def bias_of(layer: nn.Conv2d) -> Tensor:  # [out_channels]
+    """The bias of `layer`, zeros where it has none."""
     return layer.weight.new_zeros(layer.out_channels) if layer.bias is None else layer.bias
 
 

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from fastroute.grid import TileGrid
 from fastroute.models.classsr import PatchClassifier
+from fastroute.ops._upsampled import bias_of
 from fastroute.ops.extract_patches import extract_patches
 from fastroute.profiling import count_flops
 from fastroute.routing.bands import band_around
@@ -119,11 +120,11 @@ def _by_cell(
     batch, channels = source.shape[:2]
 
     weight = first.weight.flatten(1)  # [hidden, C·16]
-    inner = [(conv.weight.flatten(1), _bias(conv)) for conv in middle]
+    inner = [(conv.weight.flatten(1), bias_of(conv)) for conv in middle]
     logits = weight.new_empty(batch, len(rows), len(cols), classifier.lastOut.out_features)
     # One product for the last convolution and the linear layer together.
     tail_weight = classifier.lastOut.weight @ last.weight.flatten(1)
-    tail_bias = torch.addmv(classifier.lastOut.bias, classifier.lastOut.weight, _bias(last))
+    tail_bias = torch.addmv(classifier.lastOut.bias, classifier.lastOut.weight, bias_of(last))
     step = max(1, CELLS_PER_CHUNK // width)
     for b in range(batch):
         # Rows of cells, averaged along the row, until the last patch over them is done.
@@ -133,7 +134,7 @@ def _by_cell(
             band = source.get((b, b + 1), (top * cell, (top + count) * cell))[0, :, :, : width * cell]
             band = to_float(band, weight.dtype).reshape(channels, count, cell, width, cell)
             x = band.permute(1, 3, 0, 2, 4).reshape(count * width, channels * cell * cell)
-            x = F.leaky_relu_(torch.addmm(_bias(first), x, weight.t()), 0.1)
+            x = F.leaky_relu_(torch.addmm(bias_of(first), x, weight.t()), 0.1)
             for w, bias in inner:
                 x = F.leaky_relu_(torch.addmm(bias, x, w.t()), 0.1)
             held = torch.cat([held, _averages(x.view(count, width, hidden), col_cells, span)])
@@ -148,10 +149,6 @@ def _by_cell(
     products = height * width * (weight.numel() + sum(w.numel() for w, _ in inner))
     products += len(rows) * len(cols) * tail_weight.numel()
     return torch.softmax(logits, dim=-1), 2 * batch * products
-
-
-def _bias(conv: nn.Conv2d) -> Tensor:  # [out_channels]
-    return conv.weight.new_zeros(conv.out_channels) if conv.bias is None else conv.bias
 
 
 def _averages(x: Tensor, starts: list[int], span: int) -> Tensor:  # [n, width, D] -> [n, tiles, D]

@@ -126,7 +126,8 @@ class FixedPatchRouter(nn.Module):
         self.branches = nn.ModuleList(map(frozen_copy, router.branches))
         self.compute_dtype, self.shuffle = router.dtype, router.shuffle
         # What of them runs before the stitching, and what with it; a CPU alone has kernels for that.
-        found = [split_upsampler(branch, self.shuffle) for branch in self.branches if router.networks.split(self.device)[1]]
+        splits = bool(router.networks.split(self.device)[1])
+        found = [split_upsampler(branch, self.shuffle) for branch in self.branches if splits]
         parts = [part for part in found if part is not None]
         # Not registered once more: their layers are those of `branches`.
         self.bodies = tuple(body for body, _ in parts)
