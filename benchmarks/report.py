@@ -21,6 +21,7 @@ IN_FULL = ("extract_patches", "stitch_patches", "group_by_class")
 OPERATORS = (
     *IN_FULL,
     "stitch_patches_upsampled",
+    "cell_mlp",
     "gather_groups",
     "scatter_groups",
     "assign_classes_penalty",

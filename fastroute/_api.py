@@ -9,6 +9,7 @@ from fastroute.models.arm import Bicubic
 from fastroute.models.checkpoints import CheckpointError
 from fastroute.ops.adaptive_threshold import adaptive_threshold
 from fastroute.ops.assign_classes import assign_classes
+from fastroute.ops.cell_mlp import cell_mlp
 from fastroute.ops.extract_patches import extract_patches
 from fastroute.ops.gather_groups import gather_groups
 from fastroute.ops.group_by_class import ClassGroups, group_by_class
@@ -53,6 +54,7 @@ __all__ = [
     "Writer",
     "adaptive_threshold",
     "assign_classes",
+    "cell_mlp",
     "extract_patches",
     "gather_groups",
     "group_by_class",

@@ -7,12 +7,9 @@
 // unit's vector of pixels times one broadcast weight. Every pixel sums in one order, so its bits do not depend on its
 // tile.
 
-#include "cpu/simd.h"
+#include "cpu/mlp_layer_tile.h"
 
 #define FASTROUTE_SIMD FASTROUTE_TARGET FASTROUTE_INLINE
-
-// As many vectors beside kUnits as the registers hold.
-inline constexpr int kVectors = FASTROUTE_BYTES == 64 ? 4 : 2;
 
 // to[r] = Σ_d from[r][d] · weight[d], for up to kUnits rows and Count vectors of units.
 template <typename T, int Count>
@@ -34,63 +31,6 @@ FASTROUTE_SIMD void multiply_rows(const T* const* from, const T* weight, int64_t
     for (int64_t r = 0; r < count; ++r) {
         for (int v = 0; v < Count; ++v) store(to[r] + v * lanes, sum[r][v]);
     }
-}
-
-// y[u] = bias[u] + Σ_k weight[k][u] · x[k] for Units units and Count vectors of pixels.
-template <typename T, int Units, int Count, bool Relu>
-FASTROUTE_SIMD void multiply_block(const T* weight, const T* bias, const T* x, int64_t in, T* y) {
-    constexpr int lanes = Simd<T>::lanes;
-    Vector<T> sum[Units][Count];
-#pragma GCC unroll 8
-    for (int u = 0; u < Units; ++u) {
-#pragma GCC unroll 4
-        for (int v = 0; v < Count; ++v) sum[u][v] = broadcast(bias[u]);
-    }
-    for (int64_t k = 0; k < in; ++k) {
-        Vector<T> pixels[Count];
-#pragma GCC unroll 4
-        for (int v = 0; v < Count; ++v) pixels[v] = load(x + k * kTile + v * lanes);
-#pragma GCC unroll 8
-        for (int u = 0; u < Units; ++u) {
-            const Vector<T> w = broadcast(weight[k * Units + u]);
-#pragma GCC unroll 4
-            for (int v = 0; v < Count; ++v) sum[u][v] = fma(w, pixels[v], sum[u][v]);
-        }
-    }
-#pragma GCC unroll 8
-    for (int u = 0; u < Units; ++u) {
-#pragma GCC unroll 4
-        for (int v = 0; v < Count; ++v) store(y + u * kTile + v * lanes, Relu ? relu(sum[u][v]) : sum[u][v]);
-    }
-}
-
-// One layer for Count vectors of pixels.
-template <typename T, int Count, bool Relu>
-FASTROUTE_TARGET __attribute__((noinline)) void multiply_layer(const Layer<T>& layer, const T* x, T* y) {
-    const T* weight = layer.weight;
-    const T* bias = layer.bias;
-    int64_t u = 0;
-    for (; u + kUnits <= layer.out; u += kUnits) {
-        multiply_block<T, kUnits, Count, Relu>(weight, bias + u, x, layer.in, y + u * kTile);
-        weight += kUnits * layer.in;
-    }
-    switch (layer.out - u) {
-        case 5: return multiply_block<T, 5, Count, Relu>(weight, bias + u, x, layer.in, y + u * kTile);
-        case 4: return multiply_block<T, 4, Count, Relu>(weight, bias + u, x, layer.in, y + u * kTile);
-        case 3: return multiply_block<T, 3, Count, Relu>(weight, bias + u, x, layer.in, y + u * kTile);
-        case 2: return multiply_block<T, 2, Count, Relu>(weight, bias + u, x, layer.in, y + u * kTile);
-        case 1: return multiply_block<T, 1, Count, Relu>(weight, bias + u, x, layer.in, y + u * kTile);
-        default: return;
-    }
-}
-
-template <typename T, bool Relu>
-FASTROUTE_SIMD void run_layer(const Layer<T>& layer, const T* x, int64_t vectors, T* y) {
-    constexpr int lanes = Simd<T>::lanes;
-    int64_t v = 0;
-    for (; v + kVectors <= vectors; v += kVectors)
-        multiply_layer<T, kVectors, Relu>(layer, x + v * lanes, y + v * lanes);
-    for (; v < vectors; ++v) multiply_layer<T, 1, Relu>(layer, x + v * lanes, y + v * lanes);
 }
 
 // W_1 · feature, for the features ws.used[0 .. count) of the block.
@@ -156,10 +96,10 @@ FASTROUTE_SIMD T* further_layers(const Mlp<T>& mlp, int64_t vectors, T* x, T* y)
     }
 #endif
     for (size_t n = 0; n + 1 < mlp.layers.size(); ++n) {
-        run_layer<T, true>(mlp.layers[n], x, vectors, y);
+        run_layer(mlp.layers[n], x, vectors, y, Relu{});
         std::swap(x, y);
     }
-    run_layer<T, false>(mlp.layers.back(), x, vectors, y);
+    run_layer(mlp.layers.back(), x, vectors, y, Linear{});
     return y;
 }
 

@@ -4,7 +4,6 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
-#include <bit>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
@@ -14,28 +13,15 @@
 
 #include "common/pixel_axis.h"
 #include "common/pixel_mlp.h"
+#include "cpu/mlp_layer.h"
 
 namespace fastroute::pixel_mlp {
 
-// Units of one register block: 6 units by 4 vectors of pixels leave 8 of 32 AVX-512 registers for operands, and 6 by 2
-// leave 4 of 16 AVX2 ones.
-inline constexpr int64_t kUnits = 6;
-// Pixels that go through all layers together: the activations of 80 units, twice, stay near the first-level cache.
-inline constexpr int64_t kTile = 64;
 // Padding of the first layer's units: one vector of the widest instruction set.
 template <typename T>
 inline constexpr int64_t kPad = 64 / static_cast<int64_t>(sizeof(T));
 
 inline int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
-
-// A layer behind the first: units in groups of kUnits, weight [group][in][units of the group]; in bfloat16, pairs of
-// inputs for single ones, two numbers in the 32 bits of a float.
-template <typename T>
-struct Layer {
-    int64_t in, out;
-    const T* weight;
-    const T* bias;  // [out]
-};
 
 // One class. The first layer is split: [D][padded] for the feature, and [padded] each for what is added to it.
 template <typename T>
@@ -181,15 +167,6 @@ Axis<T> axis_of(int64_t size, int64_t out, int64_t begin, int64_t end, int64_t l
     return result;
 }
 
-// Two numbers that bfloat16 holds, in the bits of one float.
-template <typename T>
-T pair_of(T low, T high) {
-    if constexpr (std::is_same_v<T, float>) {
-        return std::bit_cast<float>(std::bit_cast<uint32_t>(low) >> 16 | (std::bit_cast<uint32_t>(high) & 0xffff0000u));
-    }
-    return low;
-}
-
 // The MLPs as the kernel reads them, in bfloat16 those whose weights are; `memory` holds the numbers.
 template <typename T>
 std::vector<Mlp<T>> pack(const std::vector<Tensor>& weights, const std::vector<Tensor>& biases,
@@ -220,18 +197,9 @@ std::vector<Mlp<T>> pack(const std::vector<Tensor>& weights, const std::vector<T
             const int64_t out = weights[at].size(0), in = weights[at].size(1);
             const T *weight = values(weights[at]), *bias = values(biases[at]);
             if (n > 0) {
-                const int64_t step = mlp.bf16 ? 2 : 1;
-                T* packed = keep(out * ((in + step - 1) / step));
+                T* packed = keep(packed_size(out, in, mlp.bf16));
+                pack_layer(weight, out, in, mlp.bf16, packed);
                 mlp.layers.push_back({in, out, packed, bias});
-                for (int64_t u = 0; u < out; u += kUnits) {
-                    const int64_t units = std::min(kUnits, out - u);
-                    for (int64_t k = 0; k < in; k += step) {
-                        for (int64_t i = 0; i < units; ++i) {
-                            const T* from = weight + (u + i) * in + k;
-                            *packed++ = mlp.bf16 ? pair_of(from[0], k + 1 < in ? from[1] : T(0)) : from[0];
-                        }
-                    }
-                }
                 continue;
             }
             mlp.units = out, mlp.padded = round_up(out, kPad<T>);

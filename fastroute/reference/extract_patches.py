@@ -11,6 +11,14 @@ from fastroute.grid import tile_origins
 MAXIMUM = {torch.uint8: 255, torch.uint16: 65535}
 
 
+def to_float(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Pixels in `dtype`; integers become [0, 1]."""
+    if x.dtype not in MAXIMUM:
+        return x.to(dtype)
+    # 65535 is more than float16 holds.
+    return (x.to(torch.float64 if dtype == torch.float64 else torch.float32) / MAXIMUM[x.dtype]).to(dtype)
+
+
 def extract_patches_reference(
     image: Tensor,  # [B, C, H, W]
     order: Tensor | None,  # [M]

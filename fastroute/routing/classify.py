@@ -7,19 +7,20 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from fastroute.grid import TileGrid
 from fastroute.models.classsr import PatchClassifier
 from fastroute.ops._upsampled import bias_of
+from fastroute.ops.cell_mlp import cell_mlp
 from fastroute.ops.extract_patches import extract_patches
 from fastroute.profiling import count_flops
+from fastroute.reference.cell_mlp import CHUNK
 from fastroute.routing.bands import band_around
 from fastroute.routing.working_set import REARRANGED, pass_bytes
 from fastroute.streaming.rows import Source, TensorSource
 
-# Cells per chunk: 4096 rows of 128 channels are 2 MiB, which stays in the second-level caches of two cores between two layers.
-CELLS_PER_CHUNK = 4096
+# Cells per band of the image, one 960 pixels wide as a whole: what is read at once from a file, and shared by the threads.
+CELLS_PER_BAND = 32768
 # Patches per batch where they must be extracted.
 PATCHES_PER_BATCH = 32
 
@@ -91,10 +92,11 @@ def classifying_bytes(classifier: nn.Module, source: Source, grid: TileGrid) -> 
     for layer in classifier.CondNet:
         hidden = max(hidden, layer.out_channels) if isinstance(layer, nn.Conv2d) else hidden
     cell = classifier.CELL
-    cells = max(CELLS_PER_CHUNK, -(-grid.width // cell))
-    rows = max(1, CELLS_PER_CHUNK // -(-grid.width // cell)) + 2 * grid.patch // cell
-    # A chunk as pixels, in the order of its cells, and between two layers; the averaged rows of cells, joined to others.
-    return dtype.itemsize * (cells * (3 * source.shape[1] * cell**2 + 3 * hidden) + 2 * rows * grid.cols * hidden)
+    cols = -(-grid.width // cell)
+    rows = max(1, CELLS_PER_BAND // cols) + 2 * grid.patch // cell
+    pixels = source.shape[1] * cell**2
+    # A band; what the plain form of cell_mlp works on; the averaged rows of cells, joined to others.
+    return dtype.itemsize * (rows * cols * pixels + max(CHUNK, cols) * (2 * pixels + 3 * hidden) + 2 * rows * grid.cols * hidden)
 
 
 def cellwise(classifier: nn.Module, grid: TileGrid) -> bool:
@@ -111,34 +113,29 @@ def _by_cell(
     classifier: PatchClassifier, source: Source, grid: TileGrid, rows: list[int], cols: list[int]
 ) -> tuple[Tensor, int]:
     layers = [layer for layer in classifier.CondNet if isinstance(layer, nn.Conv2d)]
-    first, middle, last = layers[0], layers[1:-1], layers[-1]
-    cell, hidden = classifier.CELL, first.out_channels
+    last, cell = layers[-1], classifier.CELL
     row_cells = [grid.row_origins[i] // cell for i in rows]
     col_cells = [grid.col_origins[j] // cell for j in cols]
     span = grid.patch // cell
     height, width = row_cells[-1] + span, col_cells[-1] + span  # cells that some patch covers
-    batch, channels = source.shape[:2]
+    batch = source.shape[0]
 
-    weight = first.weight.flatten(1)  # [hidden, C·16]
-    inner = [(conv.weight.flatten(1), bias_of(conv)) for conv in middle]
+    inner = [(conv.weight.flatten(1), bias_of(conv)) for conv in layers[:-1]]
+    weight = inner[0][0]
     logits = weight.new_empty(batch, len(rows), len(cols), classifier.lastOut.out_features)
     # One product for the last convolution and the linear layer together.
     tail_weight = classifier.lastOut.weight @ last.weight.flatten(1)
     tail_bias = torch.addmv(classifier.lastOut.bias, classifier.lastOut.weight, bias_of(last))
-    step = max(1, CELLS_PER_CHUNK // width)
+    count = max(1, CELLS_PER_BAND // width)
     for b in range(batch):
         # Rows of cells, averaged along the row, until the last patch over them is done.
-        held, begin, row = weight.new_empty(0, len(cols), hidden), 0, 0
-        for top in range(0, height, step):
-            count = min(step, height - top)
-            band = source.get((b, b + 1), (top * cell, (top + count) * cell))[0, :, :, : width * cell]
-            band = to_float(band, weight.dtype).reshape(channels, count, cell, width, cell)
-            x = band.permute(1, 3, 0, 2, 4).reshape(count * width, channels * cell * cell)
-            x = F.leaky_relu_(torch.addmm(bias_of(first), x, weight.t()), 0.1)
-            for w, bias in inner:
-                x = F.leaky_relu_(torch.addmm(bias, x, w.t()), 0.1)
-            held = torch.cat([held, _averages(x.view(count, width, hidden), col_cells, span)])
-            while row < len(rows) and row_cells[row] + span <= top + count:
+        held, begin, row = weight.new_empty(0, len(cols), last.in_channels), 0, 0
+        for top in range(0, height, count):
+            bottom = min(top + count, height)
+            band = source.get((b, b + 1), (top * cell, bottom * cell))[:, :, :, : width * cell]
+            means = cell_mlp(band, inner, cell, span, grid.stride // cell)[0]
+            held = torch.cat([held, means]) if len(held) else means
+            while row < len(rows) and row_cells[row] + span <= bottom:
                 average = held[row_cells[row] - begin :][:span].mean(dim=0)
                 # One tile row after the other: the numbers do not depend on how many rows the image has.
                 torch.addmm(tail_bias, average, tail_weight.t(), out=logits[b, row])
@@ -146,26 +143,9 @@ def _by_cell(
             if row < len(rows):
                 held, begin = held[row_cells[row] - begin :], row_cells[row]
     # The averages are counted as the product that stands for them.
-    products = height * width * (weight.numel() + sum(w.numel() for w, _ in inner))
+    products = height * width * sum(w.numel() for w, _ in inner)
     products += len(rows) * len(cols) * tail_weight.numel()
     return torch.softmax(logits, dim=-1), 2 * batch * products
-
-
-def _averages(x: Tensor, starts: list[int], span: int) -> Tensor:  # [n, width, D] -> [n, tiles, D]
-    """The mean of `span` columns from each of `starts`, which lie at equal distances but for the last."""
-    step = starts[1] - starts[0] if len(starts) > 1 else span
-    regular = len(starts) if starts[-1] == step * (len(starts) - 1) else len(starts) - 1
-    means = x[:, : step * (regular - 1) + span].unfold(1, span, step).mean(dim=-1)
-    if regular == len(starts):
-        return means
-    return torch.cat([means, x[:, starts[-1] : starts[-1] + span].mean(dim=1, keepdim=True)], dim=1)
-
-
-def to_float(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Pixels in `dtype`; integers become [0, 1]."""
-    if x.dtype.is_floating_point:
-        return x.to(dtype)
-    return x.to(dtype) / (255 if x.dtype == torch.uint8 else 65535)
 
 
 # By the size of an input: counting takes longer than classifying.
