@@ -31,7 +31,7 @@ TOLERANCE = 1e-5
 
 
 def whole_strides(size: int) -> int:
-    """The largest part of an axis that strides divide without a remainder, in pixels: the last patch of all ways is then regular."""
+    """The largest part of an axis, in pixels, that patches cover without a shifted last one."""
     return STRIDE * ((size - PATCH) // STRIDE) + PATCH
 
 
@@ -96,6 +96,6 @@ def test_cell_mlp(setting: Setting) -> None:
     setting.save(
         "cell_mlp",
         rows,
-        f"the four layers that ClassSR's class module has before its average, patches of {PATCH} at a stride of {STRIDE}, images "
-        "cropped to whole strides; medians of alternating runs, warm",
+        f"the four layers that ClassSR's class module has before its average, patches of {PATCH} at a stride of {STRIDE}, "
+        "images cropped to whole strides; medians of alternating runs, warm",
     )

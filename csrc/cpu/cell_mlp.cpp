@@ -79,9 +79,9 @@ void check(const Tensor& image,                 // [B, C, H, W]
         check_rank(kOp, "a weight", weights[n], 2), check_rank(kOp, "a bias", biases[n], 1);
         FASTROUTE_CHECK(weights[n].size(1) == in && biases[n].size(0) == weights[n].size(0) && biases[n].size(0) >= 1,
                         kOp, ": layer ", n, " must map ", in, " numbers, its bias as long as its output");
-        FASTROUTE_CHECK(weights[n].scalar_type() == weights[0].scalar_type() &&
-                            biases[n].scalar_type() == weights[0].scalar_type(),
-                        kOp, ": all layers must be of one dtype");
+        FASTROUTE_CHECK(
+            weights[n].scalar_type() == weights[0].scalar_type() && biases[n].scalar_type() == weights[0].scalar_type(),
+            kOp, ": all layers must be of one dtype");
         in = weights[n].size(0);
     }
 }
@@ -124,8 +124,9 @@ Tensor cell_mlp_cpu(const Tensor& image,                 // [B, C, H, W]
 
     dispatch_floating(kOp, weights[0].scalar_type(), [&](auto zero) {
         using T = Work<decltype(zero)>;
-        Problem<T> p{image.size(1), cell, span, rows, cols, windows, padded<T>(units), image.size(1) * cell * cell,
-                     static_cast<T>(slope), {}, {}, {}, {}, nullptr};
+        Problem<T> p{
+            image.size(1),         cell, span, rows, cols, windows, padded<T>(units), image.size(1) * cell * cell,
+            static_cast<T>(slope), {},   {},   {},   {},   nullptr};
         std::vector<std::vector<T>> memory;
         for (size_t n = 0; n < weights.size(); ++n) {
             const int64_t fan_out = weights[n].size(0), fan_in = weights[n].size(1);

@@ -12,7 +12,7 @@ namespace fastroute::cell_mlp {
 template <typename T>
 struct Problem {
     int64_t channels, cell, span, rows, cols;  // rows and columns of cells
-    int64_t windows, padded, widest;     // units of the last layer and numbers of any, in whole vectors
+    int64_t windows, padded, widest;           // units of the last layer and numbers of any, in whole vectors
     T slope;
     std::vector<Layer<T>> layers;
     std::vector<int32_t> first, last;  // [cols]: the windows that a column of cells lies in

@@ -1,5 +1,5 @@
-// Layers of an MLP for a tile of pixels, [units][kTile]: one unit's vector of pixels times one broadcast weight. Included
-// once per instruction set, like simd.h. Every pixel sums in one order, so its bits do not depend on its tile.
+// Layers of an MLP for a tile of pixels, [units][kTile]: one unit's vector of pixels times one broadcast weight.
+// Included once per instruction set, like simd.h. Every pixel sums in one order, so its bits do not depend on its tile.
 
 #include "cpu/simd.h"
 
@@ -59,7 +59,8 @@ FASTROUTE_SIMD void multiply_block(const T* weight, const T* bias, const T* x, i
 
 // One layer for Count vectors of pixels.
 template <typename T, int Count, typename Activation>
-FASTROUTE_TARGET __attribute__((noinline)) void multiply_layer(const Layer<T>& layer, const T* x, T* y, Activation activation) {
+FASTROUTE_TARGET __attribute__((noinline)) void multiply_layer(const Layer<T>& layer, const T* x, T* y,
+                                                               Activation activation) {
     const T* weight = layer.weight;
     const T* bias = layer.bias;
     int64_t u = 0;

@@ -99,27 +99,43 @@ struct RunTarget {
     bool stream;
 };
 
-// Values of columns [x, x + 16) of one row times the column's weight, with Joined added to the window, else to 0.
+// One row of a RunTarget. Held by value: the compiler cannot know that bytes written to an image are none of its
+// fields.
+template <typename Out>
+struct RowTarget {
+    const float* weight_x;
+    float weight_y;
+    float *window, *sum;
+    Out* out;
+    bool stream;
+
+    FASTROUTE_INLINE RowTarget(const RunTarget<Out>& to, int64_t c, int64_t row)
+        : weight_x(to.weight_x),
+          weight_y(to.weight_y[row]),
+          window(to.window + c * to.window_channel + row * to.window_row),
+          sum(to.sum + c * to.sum_channel + row * to.sum_row),
+          out(to.out + c * to.out_channel + row * to.out_row),
+          stream(to.stream) {}
+};
+
+// Values of columns [x, x + 16) times the column's weight, with Joined added to the window, else to 0.
 template <Runs To, bool Joined, typename Out>
-FASTROUTE_WIDE void weigh_wide(__m512 value, __m512 weight, __mmask16 mask, int64_t c, int64_t row, int64_t x,
-                               const RunTarget<Out>& to) {
+FASTROUTE_WIDE void weigh_wide(__m512 value, __m512 weight, __mmask16 mask, int64_t x, RowTarget<Out> to) {
     const __m512 zero = _mm512_setzero_ps();
-    float* window = to.window + c * to.window_channel + row * to.window_row + x;
-    const __m512 before = Joined ? _mm512_maskz_loadu_ps(mask, window) : zero;
+    const __m512 before = Joined ? _mm512_maskz_loadu_ps(mask, to.window + x) : zero;
     value = _mm512_add_ps(before, _mm512_mul_ps(weight, value));
     if constexpr (To == Runs::keep) {
-        _mm512_mask_storeu_ps(window, mask, value);
+        _mm512_mask_storeu_ps(to.window + x, mask, value);
         return;
     }
-    float* sum = to.sum + c * to.sum_channel + row * to.sum_row + x;
     if constexpr (To == Runs::begin || To == Runs::finish) {
-        const __m512 above = To == Runs::finish ? _mm512_maskz_loadu_ps(mask, sum) : zero;
-        value = _mm512_add_ps(above, _mm512_mul_ps(_mm512_set1_ps(to.weight_y[row]), value));
+        const __m512 above = To == Runs::finish ? _mm512_maskz_loadu_ps(mask, to.sum + x) : zero;
+        value = _mm512_add_ps(above, _mm512_mul_ps(_mm512_set1_ps(to.weight_y), value));
     }
     if constexpr (To == Runs::begin) {
-        _mm512_mask_storeu_ps(sum, mask, value);
+        _mm512_mask_storeu_ps(to.sum + x, mask, value);
     } else {
-        put_run(to.out + c * to.out_channel + row * to.out_row + x, mask, value, to.stream);
+        put_run(to.out + x, mask, value, to.stream);
     }
 }
 
@@ -145,26 +161,29 @@ FASTROUTE_AVX512 __attribute__((noinline)) void shuffled_run(const ShuffledRow& 
             transpose_runs(run[0], run[1], run[2], run[3]);
 #pragma GCC unroll 4
             for (int64_t row = 0; row < 4; ++row) {
-                weigh_wide<To, Joined>(run[row], weight, mask, c, row, x, to);
+                weigh_wide<To, Joined>(run[row], weight, mask, x, RowTarget<Out>(to, c, row));
             }
         }
     }
 }
 
-// Columns [begin, end) of one row. Unit: the weights are 1, and nothing is added to.
+// Columns [x, x + 16) of one row. Unit: the weights are 1, and nothing is added to.
 template <Runs To, bool Joined, bool Unit, typename Out>
-FASTROUTE_WIDE void weigh_planar(const float* pixels, int64_t begin, int64_t end, int64_t c, int64_t row,
-                                 const RunTarget<Out>& to) {
-    for (int64_t x = begin; x < end; x += 16) {
-        const int64_t left = end - x;
-        const __mmask16 mask = left >= 16 ? 0xffff : static_cast<__mmask16>((1 << left) - 1);
-        const __m512 value = _mm512_maskz_loadu_ps(mask, pixels + x);
-        if constexpr (Unit && To == Runs::put) {
-            put_run(to.out + c * to.out_channel + row * to.out_row + x, mask, value, to.stream);
-        } else {
-            weigh_wide<To, Joined>(value, _mm512_maskz_loadu_ps(mask, to.weight_x + x), mask, c, row, x, to);
-        }
+FASTROUTE_WIDE void weigh_vector(const float* pixels, int64_t x, __mmask16 mask, RowTarget<Out> to) {
+    const __m512 value = _mm512_maskz_loadu_ps(mask, pixels + x);
+    if constexpr (Unit && To == Runs::put) {
+        put_run(to.out + x, mask, value, to.stream);
+    } else {
+        weigh_wide<To, Joined>(value, _mm512_maskz_loadu_ps(mask, to.weight_x + x), mask, x, to);
     }
+}
+
+// Columns [begin, end) of one row.
+template <Runs To, bool Joined, bool Unit, typename Out>
+FASTROUTE_WIDE void weigh_planar(const float* pixels, int64_t begin, int64_t end, RowTarget<Out> to) {
+    int64_t x = begin;
+    for (; x + 16 <= end; x += 16) weigh_vector<To, Joined, Unit>(pixels, x, 0xffff, to);
+    if (x < end) weigh_vector<To, Joined, Unit>(pixels, x, static_cast<__mmask16>((1 << (end - x)) - 1), to);
 }
 
 // Some rows of all channels of a tile. Its first `shared` columns are added to the window, `finished` are done with,
@@ -172,14 +191,14 @@ FASTROUTE_WIDE void weigh_planar(const float* pixels, int64_t begin, int64_t end
 template <Runs To, bool Unit, typename Out>
 FASTROUTE_AVX512 __attribute__((noinline)) void planar_rows(const PlanarRows& from, int64_t shared, int64_t finished,
                                                             const RunTarget<Out>& to) {
-    RunTarget<Out> next = to;
-    next.window -= finished;
     for (int64_t c = 0; c < from.channels; ++c) {
         for (int64_t row = 0; row < from.rows; ++row) {
             const float* pixels = from.pixels + c * from.channel_step + row * from.row_step;
-            weigh_planar<To, true, false>(pixels, 0, shared, c, row, to);
-            weigh_planar<To, false, Unit>(pixels, shared, finished, c, row, to);
-            weigh_planar<Runs::keep, false, false>(pixels, finished, from.count, c, row, next);
+            RowTarget<Out> at(to, c, row);
+            weigh_planar<To, true, false>(pixels, 0, shared, at);
+            weigh_planar<To, false, Unit>(pixels, shared, finished, at);
+            at.window -= finished;
+            weigh_planar<Runs::keep, false, false>(pixels, finished, from.count, at);
         }
     }
 }

@@ -102,9 +102,7 @@ def _check_layers(image: Tensor, layers: Sequence[tuple[Tensor, Tensor]], cell: 
         fan_in = weight.shape[0]
 
 
-def _fake(
-    image: Tensor, weights: list[Tensor], biases: list[Tensor], slope: float, cell: int, span: int, step: int
-) -> Tensor:
+def _fake(image: Tensor, weights: list[Tensor], biases: list[Tensor], slope: float, cell: int, span: int, step: int) -> Tensor:
     cols = image.shape[3] // cell
     windows = (cols - span + step - 1) // step + 1
     return weights[0].new_empty((image.shape[0], image.shape[2] // cell, windows, weights[-1].shape[0]))

@@ -96,7 +96,9 @@ def classifying_bytes(classifier: nn.Module, source: Source, grid: TileGrid) -> 
     rows = max(1, CELLS_PER_BAND // cols) + 2 * grid.patch // cell
     pixels = source.shape[1] * cell**2
     # A band; what the plain form of cell_mlp works on; the averaged rows of cells, joined to others.
-    return dtype.itemsize * (rows * cols * pixels + max(CHUNK, cols) * (2 * pixels + 3 * hidden) + 2 * rows * grid.cols * hidden)
+    return dtype.itemsize * (
+        rows * cols * pixels + max(CHUNK, cols) * (2 * pixels + 3 * hidden) + 2 * rows * grid.cols * hidden
+    )
 
 
 def cellwise(classifier: nn.Module, grid: TileGrid) -> bool:

@@ -14,9 +14,9 @@ from fastroute.ops.adaptive_threshold import adaptive_threshold
 from fastroute.ops.assign_classes import assign_classes
 from fastroute.ops.pixel_mlp import pixel_mlp
 from fastroute.ops.refine_boundaries import refine_boundaries
+from fastroute.reference.extract_patches import to_float
 from fastroute.routing.branches import frozen_copy
 from fastroute.routing.budgets import check_possible, dearest
-from fastroute.reference.extract_patches import to_float
 from fastroute.routing.fixed import FixedUpscaled, check_fixed, check_shape
 from fastroute.routing.graphs import CudaGraph
 from fastroute.routing.pixel_image import last_layer, odds

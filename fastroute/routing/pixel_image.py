@@ -18,8 +18,8 @@ from fastroute.ops.adaptive_threshold import adaptive_threshold
 from fastroute.ops.assign_classes import assign_classes
 from fastroute.ops.pixel_mlp import Layers, pixel_mlp
 from fastroute.ops.refine_boundaries import refine_boundaries
-from fastroute.routing import pixel_rows
 from fastroute.reference.extract_patches import to_float
+from fastroute.routing import pixel_rows
 from fastroute.routing.pixel_budget import Sample
 from fastroute.routing.pixel_request import Request
 from fastroute.routing.pixel_rows import Window, budget_sample, sampled_rows

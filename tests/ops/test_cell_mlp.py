@@ -6,7 +6,18 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from support import FLOATING, INTEGER_IMAGE, LAYOUTS, compiles_once, few, in_layout, inductor_equals_eager, random, repeats, same
+from support import (
+    FLOATING,
+    INTEGER_IMAGE,
+    LAYOUTS,
+    compiles_once,
+    few,
+    in_layout,
+    inductor_equals_eager,
+    random,
+    repeats,
+    same,
+)
 from torch.library import opcheck
 from torch.nn import functional as F
 
@@ -47,7 +58,7 @@ def by_convolutions(image, layers, cell, span, step, slope=0.1):
     """What a network of PyTorch layers computes: convolutions, then the mean of every window on its own."""
     x = to_float(image, layers[0][0].dtype)
     if x.numel() == 0:
-        x = x[:, :1, :: cell, :: cell].expand(-1, len(layers[-1][1]), -1, -1)
+        x = x[:, :1, ::cell, ::cell].expand(-1, len(layers[-1][1]), -1, -1)
         layers = []
     for number, (weight, bias) in enumerate(layers):
         size = cell if number == 0 else 1
@@ -59,7 +70,9 @@ def by_convolutions(image, layers, cell, span, step, slope=0.1):
 
 def close(actual, image, layers, *rest):
     """Error against float64 at most twice that of PyTorch's layers, plus a few units in the last place of the largest."""
-    exact = by_convolutions(image.double() if image.dtype in FLOATING else image, [(w.double(), b.double()) for w, b in layers], *rest)
+    exact = by_convolutions(
+        image.double() if image.dtype in FLOATING else image, [(w.double(), b.double()) for w, b in layers], *rest
+    )
     plain = by_convolutions(image, layers, *rest)
     assert actual.dtype == layers[0][0].dtype
     assert actual.shape == exact.shape
@@ -77,7 +90,10 @@ def test_table(backend):
     expected = torch.tensor([[0.25, 3.0], [0.75, 1.5]], device=backend.device)[None, :, :, None]
     same(cell_mlp(image, [(weight, bias)], cell=1, span=2, step=1, slope=0.5), expected)
     # A window of all three, whatever the step.
-    same(cell_mlp(image, [(weight, bias)], 1, 3, 5, slope=0.5), torch.tensor([5.5, 1.5], device=backend.device).div(3).view(1, 2, 1, 1))
+    same(
+        cell_mlp(image, [(weight, bias)], 1, 3, 5, slope=0.5),
+        torch.tensor([5.5, 1.5], device=backend.device).div(3).view(1, 2, 1, 1),
+    )
 
 
 def test_order_of_pixels(backend):
