@@ -3,15 +3,10 @@
 #pragma once
 
 #include "common/dispatch.h"
+#include "cpu/intrinsics.h"
 #include "cpu/isa.h"
 
 #if FASTROUTE_X86
-// The compiler's own header declares what it leaves undefined on purpose in a way that it warns of.
-#pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#include <immintrin.h>
-#pragma GCC diagnostic pop
-
 namespace fastroute {
 
 FASTROUTE_AVX512 FASTROUTE_INLINE __m512d eight_doubles(const double* from) { return _mm512_loadu_pd(from); }

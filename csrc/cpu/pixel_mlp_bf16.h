@@ -7,12 +7,11 @@
 
 #include <cstdint>
 
+#include "cpu/intrinsics.h"
 #include "cpu/isa.h"
 #include "cpu/pixel_mlp_plan.h"
 
 #if FASTROUTE_X86
-#include <immintrin.h>
-
 #define FASTROUTE_SIMD FASTROUTE_AVX512_BF16 FASTROUTE_INLINE
 
 namespace fastroute::pixel_mlp::bf16 {

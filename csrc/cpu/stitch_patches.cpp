@@ -58,10 +58,11 @@ void check_read(const std::optional<Tensor>& inverse, const Target& target, cons
 void stitch_into(const Tensor& out, const Batches& batches, const std::optional<Tensor>& places, const Tensor& window,
                  const TileGrid& grid, int64_t scale, int64_t shuffle, int64_t row_begin, const Target& target,
                  const std::vector<upsampler::Upsampler>& kinds = {}, const std::vector<int64_t>& kind_of = {},
+                 size_t like = 0 /* the batch whose layout is that of all that are not finished */,
                  Spent* spent = nullptr) {
     const int64_t span = grid.y.patch * scale, channels = target.channels, rows = target.rows;
     const Tensor dense_window = torch::stable::contiguous(window);
-    const Tensor& first = batches.front();
+    const Tensor& first = batches[like];
     dispatch_floating(kOp, first.scalar_type(), [&](auto zero) {
         using T = decltype(zero);
         using W = Work<T>;
@@ -193,18 +194,26 @@ void stitch_upsampled_out_cpu(const Batches& batches,  // [M_i, F, p, p] each
                               const Tensor& spent) {  // [kinds + 1]
     const TileGrid grid{{height, patch, stride, crop}, {width, patch, stride, crop}};
     const std::optional<Tensor> places = checked_index(kOp, "inverse", inverse, out);
-    const int64_t channels = checked_upsamplers(batches, kinds, layers, shuffle, spent);
-    const Target target = checked_target(batches, places, grid, scale, shuffle, row_begin, row_end, channels);
+    const auto [channels, features] = checked_layers(layers, shuffle, spent);
+    const auto number = static_cast<int64_t>(layers.size() / kLayers);
+    const Target target = checked_features(batches, kinds, number, channels, features, places, grid, scale, shuffle,
+                                           row_begin, row_end);
     check_read(places, target, grid, scale, row_begin, row_end);
     check_stitch_out(target, batches.front(), out);
-    const std::vector<upsampler::Upsampler> packed =
-        packed_upsamplers(layers, batches.front().size(1), channels, shuffle);
+    double* seconds = spent.mutable_data_ptr<double>();
+    const auto computed = std::find_if(kinds.begin(), kinds.end(), [](int64_t kind) { return kind >= 0; });
+    if (computed == kinds.end()) {
+        std::fill_n(seconds, number, 0.0), seconds[number] = 1.0;
+        return stitch_into(out, batches, places, window, grid, scale, 1, row_begin, target);
+    }
+    const std::vector<upsampler::Upsampler> packed = packed_upsamplers(layers, features, channels, shuffle);
     std::vector<int64_t> kind_of;
     for (size_t i = 0; i < batches.size(); ++i) kind_of.insert(kind_of.end(), batches[i].size(0), kinds[i]);
     Spent measured;
     measured.ticks.resize(packed.size() + 1);
-    stitch_into(out, batches, places, window, grid, scale, shuffle, row_begin, target, packed, kind_of, &measured);
-    std::copy(measured.ticks.begin(), measured.ticks.end(), spent.mutable_data_ptr<double>());
+    stitch_into(out, batches, places, window, grid, scale, shuffle, row_begin, target, packed, kind_of,
+                computed - kinds.begin(), &measured);
+    std::copy(measured.ticks.begin(), measured.ticks.end(), seconds);
 }
 
 // The adjoint: patch pixel (k, l) reads the gradient of its output pixel times wy[k] and then wx[l]. One patch of one

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <chrono>
 #include <cstring>
+#include <optional>
 #include <utility>
 #include <vector>
 
@@ -71,7 +72,7 @@ FASTROUTE_INLINE void prefetch_row(const T* patch, PatchLayout at, int64_t c, in
 // Patches that are the input of their branch's last layers, which are computed for the rows of each item of work.
 struct Upsampling {
     const upsampler::Upsampler* kinds;
-    const int64_t* kind_of;  // [M]
+    const int64_t* kind_of;  // [M]; -1 for a patch that is finished, [C, P, P]
     upsampler::FeatureStep at;
     int64_t size;  // of a patch, in LR pixels
 };
@@ -139,30 +140,36 @@ struct Scratch {
     }
 };
 
-// The rows of patch n of which the first is k, computed some at a time.
+// The rows of patch n of which the first is k, computed some at a time; or where they lie, if the patch is finished.
 class UpsampledRows {
   public:
     UpsampledRows(const StitchPlan<float>& plan, int64_t n, int64_t k, Scratch<float>* scratch)
-        : begin(ticks()),
-          layout(plan.layout),
-          kind(plan.upsampling->kind_of[plan.place(n)]),
-          patch(plan.upsampling->kinds[kind], plan.patch(n), plan.upsampling->at, plan.upsampling->size, k,
-                &scratch->layers),
-          scratch(scratch) {}
+        : begin(ticks()), kind(plan.upsampling->kind_of[plan.place(n)]), finished(plan.patch(n)), scratch(scratch) {
+        if (kind < 0) {
+            layout = {plan.span * plan.span, plan.span, 1, 1};
+            return;
+        }
+        layout = plan.layout;
+        const Upsampling& from = *plan.upsampling;
+        patch.emplace(from.kinds[kind], finished, from.at, from.size, k, &scratch->layers);
+    }
 
-    // Rows [k, k + rows), laid out as the plan says.
+    // Rows [k, k + rows), channels and rows as far apart as `layout` says.
     const float* next(int64_t k, int64_t rows) {
+        if (!patch.has_value()) return finished + k * layout.y;
         if (begin == 0) begin = ticks();
-        patch.compute(k, k + rows, scratch->tile.data(), layout.y, layout.c);
+        patch->compute(k, k + rows, scratch->tile.data(), layout.y, layout.c);
         scratch->spent[kind] += ticks() - std::exchange(begin, 0);
         return scratch->tile.data();
     }
 
+    PatchLayout layout;
+
   private:
     int64_t begin;  // ticks since which the time counts; 0 while it does not
-    PatchLayout layout;
     int64_t kind;
-    upsampler::Patch patch;
+    const float* finished;
+    std::optional<upsampler::Patch> patch;
     Scratch<float>* scratch;
 };
 

@@ -160,7 +160,7 @@ struct StitchBody {
                             expect(out.data + r * out.row_step + x0, finished, plan.channels, count, out);
                         }
                         const PlanarRows some{
-                            patch.next(k + r, count), plan.layout.c, plan.layout.y, plan.channels, count, kept};
+                            patch.next(k + r, count), patch.layout.c, patch.layout.y, plan.channels, count, kept};
                         each_planar_row(mode, unit, some, shared, finished, target(r, 0));
                     }
                     continue;
@@ -210,8 +210,12 @@ struct StitchBody {
             for (int64_t j = 0; j < cols; ++j) {
                 const int64_t n = (image * plan.grid.y.count() + i) * cols + j;
                 const T* patch = plan.patch(n);
+                PatchLayout layout = plan.layout;
                 if constexpr (std::is_same_v<T, float>) {
-                    if (computed) patch = UpsampledRows(plan, n, k, scratch).next(k, rows) - k * plan.layout.y;
+                    if (computed) {
+                        UpsampledRows some(plan, n, k, scratch);
+                        layout = some.layout, patch = some.next(k, rows) - k * layout.y;
+                    }
                 }
                 const T* ahead = j + 1 < cols && !computed ? plan.patch(n + 1) : patch;
                 const W* weight = plan.weights_x + j * span;
@@ -226,7 +230,7 @@ struct StitchBody {
                     weigh_shuffled<2>(patch + c * 4, ahead + c * 4, plan.layout, channels, k, rows, span, shared, kept,
                                       weight, window);
                 } else {
-                    weigh_rows(patch, ahead, plan.layout, channels, k, rows, span, shared, kept, weight, window,
+                    weigh_rows(patch, ahead, layout, channels, k, rows, span, shared, kept, weight, window,
                                scratch->row.data(), c);
                 }
                 const int64_t finished = plan.finished(j);

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <mutex>
+#include <utility>
 #include <vector>
 
 #include "common/stitch_patches.h"
@@ -13,26 +14,21 @@ namespace {
 
 constexpr size_t kLayers = 5;  // tensors per kind
 
-// Checks [expand [D, F], its bias [D], slope [D], weight [C·r·r, D, K, K], bias [C·r·r]] of every kind; the first three
-// are empty where there is no expansion. Returns C.
-int64_t checked_upsamplers(const Batches& batches, const std::vector<int64_t>& kinds, const Batches& layers,
-                           int64_t shuffle, const Tensor& spent) {
-    FASTROUTE_CHECK(!batches.empty() && kinds.size() == batches.size(), kOp, ": kinds must have one entry per batch");
+// Whether batch i holds finished patches, which go through no layers.
+inline bool given(const std::vector<int64_t>& kinds, size_t i) { return kinds[i] < 0; }
+
+// Checks the layers of every kind, [expand [D, F], its bias [D], slope [D], weight [C·r·r, D, K, K], bias [C·r·r]]; the
+// first three are empty where there is no expansion. Returns C and F.
+std::pair<int64_t, int64_t> checked_layers(const Batches& layers, int64_t shuffle, const Tensor& spent) {
     FASTROUTE_CHECK(!layers.empty() && layers.size() % kLayers == 0, kOp, ": layers must hold five tensors per kind");
-    const int64_t number = static_cast<int64_t>(layers.size() / kLayers), features = batches.front().size(1);
-    for (const int64_t kind : kinds) {
-        FASTROUTE_CHECK(kind >= 0 && kind < number, kOp, ": kinds must lie in [0, ", number, "); got ", kind);
-    }
-    for (const Batches* list : {&batches, &layers}) {
-        for (const Tensor& tensor : *list) {
-            FASTROUTE_CHECK(tensor.scalar_type() == ScalarType::Float, kOp, ": upsampled patches must be float32");
-        }
-    }
+    const auto number = static_cast<int64_t>(layers.size() / kLayers);
     const int64_t square = shuffle * shuffle, outputs = layers[3].size(0);
+    const int64_t features = layers[0].numel() > 0 ? layers[0].size(1) : layers[3].size(1);
     for (size_t at = 0; at < layers.size(); at += kLayers) {
         const Tensor &expand = layers[at], &weight = layers[at + 3];
         for (size_t i = 0; i < kLayers; ++i) {
-            FASTROUTE_CHECK(layers[at + i].is_contiguous(), kOp, ": layers must be contiguous");
+            FASTROUTE_CHECK(layers[at + i].is_contiguous() && layers[at + i].scalar_type() == ScalarType::Float, kOp,
+                            ": layers must be contiguous float32");
         }
         FASTROUTE_CHECK(weight.dim() == 4 && weight.size(0) == outputs && outputs % square == 0 &&
                             weight.size(2) == weight.size(3) && layers[at + 4].numel() == outputs,
@@ -49,7 +45,43 @@ int64_t checked_upsamplers(const Batches& batches, const std::vector<int64_t>& k
     }
     FASTROUTE_CHECK(spent.dim() == 1 && spent.size(0) == number + 1 && spent.scalar_type() == ScalarType::Double, kOp,
                     ": spent must be ", number + 1, " numbers of float64");
-    return outputs / square;
+    return {outputs / square, features};
+}
+
+// Checks the batches: features [M, F, p, p] of one memory format, or given patches [M, C, P, P], dense.
+Target checked_features(const Batches& batches, const std::vector<int64_t>& kinds, int64_t number, int64_t channels,
+                        int64_t features, const std::optional<Tensor>& inverse, const TileGrid& grid, int64_t scale,
+                        int64_t shuffle, int64_t row_begin, int64_t row_end) {
+    FASTROUTE_CHECK(!batches.empty() && kinds.size() == batches.size(), kOp, ": kinds must have one entry per batch");
+    const int64_t span = grid.y.patch * scale;
+    Batches computed, finished;
+    for (size_t i = 0; i < batches.size(); ++i) {
+        FASTROUTE_CHECK(kinds[i] >= -1 && kinds[i] < number, kOp, ": kinds must lie in [-1, ", number, "); got ",
+                        kinds[i]);
+        FASTROUTE_CHECK(batches[i].scalar_type() == ScalarType::Float, kOp, ": upsampled patches must be float32");
+        (given(kinds, i) ? finished : computed).push_back(batches[i]);
+    }
+    FASTROUTE_CHECK(inverse.has_value() || finished.empty() || computed.empty(), kOp,
+                    ": inverse must be given where some patches are finished and some are not");
+    Target target{};
+    int64_t count = 0;
+    if (!computed.empty()) {
+        FASTROUTE_CHECK(computed.front().dim() == 4 && computed.front().size(1) == features, kOp,
+                        ": patches must have ", features, " features");
+        target = checked_target(computed, inverse, grid, scale, shuffle, row_begin, row_end, channels);
+        count += target.count;
+    }
+    if (!finished.empty()) {
+        target = checked_target(finished, inverse, grid, scale, 1, row_begin, row_end);
+        count += target.count;
+        const Tensor& first = finished.front();
+        FASTROUTE_CHECK(
+            target.channels == channels && first.stride(1) == span * span && first.stride(2) == span &&
+                first.stride(3) == 1,
+            kOp, ": finished patches must be ", channels, " x ", span, " x ", span, ", side by side");
+    }
+    target.count = count;
+    return target;
 }
 
 // The layers as the kernels read them; they were checked.

@@ -18,6 +18,8 @@ from fastroute.backends import select
 from fastroute.grid import TileGrid
 from fastroute.ops._library import call, register
 
+# Instead of the number of an upsampler.
+FINISHED = -1
 # (shuffle, kernel) for which there are kernels.
 SIZES = ((2, 3), (2, 5), (3, 3), (4, 3))
 
@@ -50,6 +52,10 @@ class Upsampler(NamedTuple):
     def layers(self) -> list[Tensor]:
         """The tensors, as the operator takes them."""
         return [self.expand, self.expand_bias, self.slope, self.weight, self.bias]
+
+
+# Of every branch, None for one that finishes its patches; empty where nothing is left to the stitching.
+Upsamplers = Sequence[Upsampler | None]
 
 
 def split_upsampler(branch: nn.Module, shuffle: int) -> tuple[nn.Module, Upsampler] | None:
@@ -99,7 +105,7 @@ def upsamples(device: torch.device) -> bool:
 
 
 def stitch_upsampled(
-    batches: Sequence[Tensor],  # [M_i, F, p, p] each
+    batches: Sequence[Tensor],  # [M_i, F, p, p] or [M_i, C, P, P] each
     kinds: Sequence[int],
     upsamplers: Sequence[Upsampler],
     grid: TileGrid,
@@ -111,9 +117,9 @@ def stitch_upsampled(
     """:func:`fastroute.stitch_patches` of what `upsamplers` make of `batches`.
 
     Args:
-        batches: float32 features with p = grid.patch * grid.scale / shuffle, of one memory format; they stand for their
-            concatenation along M.
-        kinds: for each batch, which of `upsamplers` it goes through.
+        batches: float32 features with p = grid.patch * grid.scale / shuffle, of one memory format, or finished patches,
+            contiguous; they stand for their concatenation along M.
+        kinds: for each batch, which of `upsamplers` it goes through; FINISHED for patches that go through none.
         upsamplers: K of one shuffle and number of features.
         window: float32 weights, as :func:`fastroute.make_window` gives them.
         grid, inverse, rows, out: see :func:`fastroute.stitch_patches`.
@@ -144,6 +150,10 @@ def _reference_upsampled(
     spent.zero_()
     patches = []
     for batch, kind in zip(batches, kinds, strict=True):
+        if kind == FINISHED:
+            # As a branch would leave it before the shuffle, which is the last number of `rest` but for the rows.
+            patches.append(F.pixel_unshuffle(batch, rest[-3]))
+            continue
         begin = time.perf_counter()
         expand, expand_bias, slope, weight, bias = layers[5 * kind : 5 * kind + 5]
         if expand.numel():

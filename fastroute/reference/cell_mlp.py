@@ -8,8 +8,13 @@ from torch.nn import functional as F
 
 from fastroute.reference.extract_patches import to_float
 
-# Cells that go through all layers together: 4096 rows of 128 float32 are 2 MiB, which second-level caches hold.
+# Cells that go through all layers together on a CPU: 4096 rows of 128 float32 are 2 MiB, which second-level caches hold.
 CHUNK = 4096
+
+
+def chunk_on(device: torch.device) -> int:
+    """Cells that go through all layers together; other devices than CPUs want larger products."""
+    return CHUNK if device.type == "cpu" else 16 * CHUNK
 
 
 def cell_mlp_reference(
@@ -34,7 +39,7 @@ def cell_mlp_reference(
     batch, channels, _, width = image.shape
     cols = width // cell
     pieces = []
-    for part in image.split(max(CHUNK // max(batch * cols, 1), 1) * cell, dim=2):
+    for part in image.split(max(chunk_on(image.device) // max(batch * cols, 1), 1) * cell, dim=2):
         rows = part.shape[2] // cell
         x = to_float(part, weights[0].dtype).reshape(batch, channels, rows, cell, cols, cell)
         x = x.permute(0, 2, 4, 1, 3, 5).reshape(batch * rows * cols, channels * cell * cell)

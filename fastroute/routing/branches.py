@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from fastroute.models.optimize import optimize, parameter_dtype, split_shuffle
-from fastroute.ops._upsampled import Upsampler, split_upsampler, upsamples
+from fastroute.ops._upsampled import Upsamplers, split_upsampler, upsamples
 from fastroute.profiling import count_flops
 from fastroute.routing.tuning import Tuning, tune
 from fastroute.routing.working_set import ACTIVATIONS, REARRANGED, pass_bytes
@@ -59,7 +59,7 @@ class Branches:
         self.shuffle = split[0][1] if len({factor for _, factor in split}) == 1 else 1
         self.modules = [body for body, _ in split] if self.shuffle > 1 else prepared
         # What `split` found in which modules; a new one in its place is looked at anew.
-        self._split: tuple[list[nn.Module], list[nn.Module], list[Upsampler]] | None = None
+        self._split: tuple[list[nn.Module], Sequence[nn.Module], Upsamplers] | None = None
         self._pass_bytes: dict[tuple[int, bool], int] = {}
         self._tunings: dict[tuple[int, torch.device, int], Tuning] = {}
 
@@ -75,22 +75,29 @@ class Branches:
         self._tunings.clear()
         self._split = None
 
-    def split(self, device: torch.device) -> tuple[Sequence[nn.Module], list[Upsampler]]:
+    def split(self, device: torch.device) -> tuple[Sequence[nn.Module], Upsamplers]:
         """What of each branch runs on `device` before the stitching, and the last layers that are left to it, if any.
 
-        They are where all branches end with such as there are kernels for, and as many pixels and channels come out of them.
+        They are where branches end with such as there are kernels for, and as many pixels and channels come out of them. A
+        branch that ends otherwise finishes its patches; but if all end with a pixel shuffle, all are left at that.
         """
-        usable = self.optimized and self.dtype == torch.float32 and self.shuffle == self.scale > 1
-        if not usable or not upsamples(device):
+        if not self.optimized or self.dtype != torch.float32 or self.scale < 2 or not upsamples(device):
             return self.modules, []
         if self._split is None or any(a is not b for a, b in zip(self._split[0], self.modules, strict=True)):
-            found = [split_upsampler(branch, self.shuffle) for branch in self.modules]
-            parts = [part for part in found if part is not None]
-            values = {(u.features, len(u.bias)) for _, u in parts}
-            whole = len(parts) == len(found) and len(values) == 1 and values.pop()[1] == self.channels * self.shuffle**2
-            bodies, upsamplers = [body for body, _ in parts], [upsampler for _, upsampler in parts]
-            self._split = list(self.modules), *((bodies, upsamplers) if whole else (self.modules, []))
+            self._split = list(self.modules), *self.cut(self.modules)
         return self._split[1], self._split[2]
+
+    def cut(self, modules: Sequence[nn.Module]) -> tuple[Sequence[nn.Module], Upsamplers]:
+        """:meth:`split` of `modules`, copies of these, where there are kernels."""
+        shuffled = [(module, self.shuffle) if self.shuffle > 1 else split_shuffle(module) for module in modules]
+        found = [split_upsampler(body, r) if r == self.scale else None for body, r in shuffled]
+        parts = [part for part in found if part is not None]
+        values = {(u.features, len(u.bias)) for _, u in parts}
+        fits = len(values) == 1 and values.pop()[1] == self.channels * self.scale**2
+        if not fits or (self.shuffle > 1 and len(parts) < len(found)):
+            return modules, []
+        bodies = [part[0] if part else module for part, module in zip(found, modules, strict=True)]
+        return bodies, [part[1] if part else None for part in found]
 
     def tuning(self, c: int, device: torch.device) -> Tuning:
         """How branch `c`, as :meth:`split` cuts it, runs on `device`; measured on the first call."""
@@ -123,8 +130,8 @@ class Branches:
 
     def produced_bytes(self, device: torch.device) -> int:
         """What of a patch is held between its branch and the stitching."""
-        upsamplers = self.split(device)[1]
-        values = upsamplers[0].features if upsamplers else self.channels * self.scale**2
+        upsamplers = self.split(device)[1] or [None]
+        values = max(u.features if u else self.channels * self.scale**2 for u in upsamplers)
         return values * self.size[2] ** 2 * self.dtype.itemsize
 
 

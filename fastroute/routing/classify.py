@@ -14,7 +14,7 @@ from fastroute.ops._upsampled import bias_of
 from fastroute.ops.cell_mlp import cell_mlp
 from fastroute.ops.extract_patches import extract_patches
 from fastroute.profiling import count_flops
-from fastroute.reference.cell_mlp import CHUNK
+from fastroute.reference.cell_mlp import chunk_on
 from fastroute.routing.bands import band_around
 from fastroute.routing.working_set import REARRANGED, pass_bytes
 from fastroute.streaming.rows import Source, TensorSource
@@ -95,10 +95,9 @@ def classifying_bytes(classifier: nn.Module, source: Source, grid: TileGrid) -> 
     cols = -(-grid.width // cell)
     rows = max(1, CELLS_PER_BAND // cols) + 2 * grid.patch // cell
     pixels = source.shape[1] * cell**2
+    chunk = max(chunk_on(source.device), cols)
     # A band; what the plain form of cell_mlp works on; the averaged rows of cells, joined to others.
-    return dtype.itemsize * (
-        rows * cols * pixels + max(CHUNK, cols) * (2 * pixels + 3 * hidden) + 2 * rows * grid.cols * hidden
-    )
+    return dtype.itemsize * (rows * cols * pixels + chunk * (2 * pixels + 3 * hidden) + 2 * rows * grid.cols * hidden)
 
 
 def cellwise(classifier: nn.Module, grid: TileGrid) -> bool:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fastroute.grid import TileGrid
 from fastroute.ops import _checks as check
 from fastroute.ops._library import OPERATORS, call
-from fastroute.ops._upsampled import Upsampler, split_upsampler, stitch_upsampled
+from fastroute.ops._upsampled import Upsampler, Upsamplers, stitch_upsampled
 from fastroute.ops.assign_classes import assign_classes
 from fastroute.ops.extract_patches import extract_patches
 from fastroute.routing.branches import even_parts, frozen_copy
@@ -126,12 +126,11 @@ class FixedPatchRouter(nn.Module):
         self.branches = nn.ModuleList(map(frozen_copy, router.branches))
         self.compute_dtype, self.shuffle = router.dtype, router.shuffle
         # What of them runs before the stitching, and what with it; a CPU alone has kernels for that.
-        splits = bool(router.networks.split(self.device)[1])
-        found = [split_upsampler(branch, self.shuffle) for branch in self.branches if splits]
-        parts = [part for part in found if part is not None]
+        networks = router.networks
+        bodies, upsamplers = networks.cut(list(self.branches)) if networks.split(self.device)[1] else ((), [])
         # Not registered once more: their layers are those of `branches`.
-        self.bodies = tuple(body for body, _ in parts)
-        self.upsamplers = nn.ModuleList(UpsamplerLayers(upsampler) for _, upsampler in parts)
+        self.bodies = tuple(bodies)
+        self.upsamplers = nn.ModuleDict({str(c): UpsamplerLayers(u) for c, u in enumerate(upsamplers) if u is not None})
         work = torch.float64 if router.dtype == torch.float64 else torch.float32
         span = router.patch * router.scale
         window = make_window(router.window, span, router.stride * router.scale).to(self.device, work)
@@ -150,7 +149,7 @@ class FixedPatchRouter(nn.Module):
         images = check_fixed("upscale", image, self.shape, self.dtype, self.device)
         batch, channels = images.shape[:2]
         placed = self.slots(*self._classes(images, class_map))
-        upsamplers = [layers() for layers in self.upsamplers] if self.device.type == "cpu" else []
+        upsamplers = self._upsamplers() if self.device.type == "cpu" else []
         branches = self.bodies if upsamplers else self.branches
         space, first = Workspace(self.grid, channels, self.shuffle, "uniform", upsamplers), 0
         for c, (branch, tuning, count) in enumerate(zip(branches, self.tunings, self.capacities, strict=True)):
@@ -168,6 +167,13 @@ class FixedPatchRouter(nn.Module):
         if image.ndim == 3:
             output, maps = output[0], maps[0]
         return FixedUpscaled(output, maps, placed.overflow)
+
+    def _upsamplers(self) -> Upsamplers:
+        """The last layers of each branch that are left to the stitching."""
+        if not self.upsamplers:
+            return []
+        names = [str(c) for c in range(self.num_classes)]
+        return [self.upsamplers[name]() if name in self.upsamplers else None for name in names]
 
     def capture(self, image: Tensor, class_map: Tensor | None = None) -> CudaGraph:
         """This upscale as a CUDA graph, which takes images, and class maps if one is given here, as these are."""
@@ -225,7 +231,8 @@ class FixedPatchRouter(nn.Module):
         """`stitch_patches` with a window that is on the device already: a copy from the host would wait for it."""
         grid, rows = self.grid, (0, self.grid.output_size[0])
         if space.upsamplers:
-            stitch_upsampled(space.batches, space.classes, space.upsamplers, grid, self.window, places, rows, out)
+            held = (space.batches, space.kinds_of_batches, space.upsamplers)
+            stitch_upsampled(*held, grid, self.window, places, rows, out)
             return
         op = "stitch_patches.batches_out"
         sizes = (grid.height, grid.width, grid.patch, grid.stride, grid.scale, grid.crop, self.shuffle, *rows)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from fastroute.grid import TileGrid
-from fastroute.ops._upsampled import Upsampler, stitch_upsampled
+from fastroute.ops._upsampled import FINISHED, Upsamplers, stitch_upsampled
 from fastroute.ops.stitch_patches import stitch_patches
 from fastroute.routing.bands import Band, first_covering
 from fastroute.windows import window_on
@@ -23,16 +22,17 @@ class Workspace:
         channels: of the images.
         shuffle: factor of the pixel shuffle that the branches leave to the stitching.
         window: weighs overlapping patches.
-        upsamplers: the last layers of every branch, where they are left to the stitching too.
+        upsamplers: the last layers of every branch, where they are left to the stitching too; None for a branch whose
+            patches are finished.
     """
 
-    def __init__(
-        self, grid: TileGrid, channels: int, shuffle: int, window: str | Tensor, upsamplers: Sequence[Upsampler] = ()
-    ) -> None:
-        self.grid, self.shuffle, self.window, self.upsamplers = grid, shuffle, window, upsamplers
-        span = grid.patch * grid.scale // shuffle
-        self.size = torch.Size((upsamplers[0].features if upsamplers else channels * shuffle**2, span, span))
-        self.strides: tuple[int, ...] = ()  # of what is in `batches`, but for the first
+    def __init__(self, grid: TileGrid, channels: int, shuffle: int, window: str | Tensor, upsamplers: Upsamplers = ()) -> None:
+        self.grid, self.channels, self.shuffle, self.window = grid, channels, shuffle, window
+        self.upsamplers = [u for u in upsamplers if u is not None]
+        numbers = iter(range(len(upsamplers)))
+        # Which of them each class goes through.
+        self.kinds = [FINISHED if u is None else next(numbers) for u in upsamplers]
+        self.strides: dict[torch.Size, tuple[int, ...]] = {}  # of what is in `batches`, but for the first; by size
         self.batches: list[Tensor] = []
         self.classes: list[int] = []  # of `batches`
         self.number = 0  # of patches in `batches`
@@ -40,22 +40,40 @@ class Workspace:
         self.marks: list[tuple[int, int]] = []
         self.places = torch.empty(0)  # [images, patches] of the current band's images; those not held are not read
 
-    def put(self, results: list[Tensor], c: int) -> None:  # [n, C·r·r, P / r, P / r] each
+    def size(self, c: int) -> torch.Size:
+        """Of a patch of class `c`, as it is held: (C, P, P), (C·r·r, P / r, P / r) or (F, p, p)."""
+        span = self.grid.patch * self.grid.scale
+        if not self.upsamplers:
+            return torch.Size((self.channels * self.shuffle**2, span // self.shuffle, span // self.shuffle))
+        if self.kinds[c] == FINISHED:
+            return torch.Size((self.channels, span, span))
+        upsampler = self.upsamplers[self.kinds[c]]
+        return torch.Size((upsampler.features, span // upsampler.shuffle, span // upsampler.shuffle))
+
+    @property
+    def kinds_of_batches(self) -> list[int]:
+        """Which of `upsamplers` each of `batches` goes through."""
+        return [self.kinds[c] for c in self.classes]
+
+    def put(self, results: list[Tensor], c: int) -> None:  # [n, *size(c)] each
         """Keep the next batches of outputs of the branch of class `c`."""
-        if not self.batches:
-            self.strides = results[0].stride()[1:]
+        size = self.size(c)
+        if size not in self.strides:
+            finished = bool(self.upsamplers) and self.kinds[c] == FINISHED
+            self.strides[size] = (size[1] * size[2], size[2], 1) if finished else results[0].stride()[1:]
+        strides = self.strides[size]
         for result in results:
-            if result.shape[1:] != self.size:
+            if result.shape[1:] != size:
                 patch = f"{self.grid.patch} x {self.grid.patch}"
                 before = f" before its pixel shuffle of factor {self.shuffle}" if self.shuffle > 1 else ""
                 raise ValueError(
-                    f"upscale: a branch must map {patch} patches to {tuple(self.size)}{before}; got "
+                    f"upscale: a branch must map {patch} patches to {tuple(size)}{before}; got "
                     f"{tuple(result.shape[1:])}. Is scale={self.grid.scale} that of the branches?"
                 )
             # A branch may answer in a memory format of its own.
-            if result.stride()[1:] != self.strides:
-                strides = (result[0].numel(), *self.strides)
-                result = torch.empty_strided(result.shape, strides, dtype=result.dtype, device=result.device).copy_(result)
+            if result.stride()[1:] != strides:
+                dense = torch.empty_strided(result.shape, (size.numel(), *strides), dtype=result.dtype, device=result.device)
+                result = dense.copy_(result)
             self.batches.append(result)
             self.classes.append(c)
             self.number += result.shape[0]
@@ -85,12 +103,13 @@ class Workspace:
         if not self.upsamplers:
             stitch_patches(self.batches, self.grid, self.window, inverse=places, shuffle=self.shuffle, rows=rows, out=output)
             return {}
-        grid, held = self.grid, (self.batches, self.classes, self.upsamplers)
+        grid, held = self.grid, (self.batches, self.kinds_of_batches, self.upsamplers)
         window = window_on(self.window, grid.patch * grid.scale, grid.stride * grid.scale, output.device, torch.float32)
         begin = time.perf_counter()
         spent = stitch_upsampled(*held, grid, window, places, rows, output).tolist()
         taken = time.perf_counter() - begin
-        return {c: taken * seconds / sum(spent) for c, seconds in enumerate(spent[:-1]) if seconds}
+        times = {kind: taken * seconds / sum(spent) for kind, seconds in enumerate(spent[:-1]) if seconds}
+        return {c: times[kind] for c, kind in enumerate(self.kinds) if kind in times}
 
     def _drop(self, count: int) -> None:
         """Forget the first `count` batches."""

@@ -15,7 +15,7 @@ from fastroute import TileGrid, make_window, stitch_patches
 from fastroute.backends import unsupported_reasons
 from fastroute.models.fsrcnn import FSRCNN
 from fastroute.models.optimize import optimize, split_shuffle
-from fastroute.ops._upsampled import Upsampler, split_upsampler, stitch_upsampled
+from fastroute.ops._upsampled import FINISHED, Upsampler, split_upsampler, stitch_upsampled
 
 MISSING = "; ".join(unsupported_reasons("stitch_patches", "cpu", torch.device("cpu")))
 needs_kernel = pytest.mark.skipif(bool(MISSING), reason=MISSING)
@@ -55,14 +55,21 @@ def check(
     layout: str = "channels_last",
     dtype: torch.dtype = torch.float32,
     rows: tuple[int, int] | None = None,
+    finished: bool = False,
 ) -> None:
-    """Against the layers in float64 and the reference's stitching, over batches of every kind in turn."""
+    """Against the layers in float64 and the reference's stitching, over batches of every kind in turn, finished ones too."""
     number = images * grid.num_patches
     features = in_layout(random((number, upsamplers[0].features, grid.patch, grid.patch)), layout)
     batches = [batch for batch in features.split(3)]
-    kinds = [i % len(upsamplers) for i in range(len(batches))]
+    turns = [FINISHED] * finished + [*range(len(upsamplers))]
+    kinds = [turns[i % len(turns)] for i in range(len(batches))]
     inverse = shuffled(number, "cpu")
-    patches = torch.cat([layers_of(batch, upsamplers[kind]) for batch, kind in zip(batches, kinds, strict=True)])
+    made = [layers_of(batch, upsamplers[kind]) for batch, kind in zip(batches, kinds, strict=True)]
+    for i, kind in enumerate(kinds):
+        if kind == FINISHED:
+            batches[i] = random(made[i].shape, seed=i)
+            made[i] = batches[i].double()
+    patches = torch.cat(made)
     with fastroute.use_backend("reference"):
         expected = stitch_patches(patches, grid, window, inverse)
     begin, end = rows or (0, grid.output_size[0])
@@ -86,6 +93,26 @@ def test_equals_the_layers(shuffle, geometry):
     kinds = [upsampler(5, units, 3, shuffle, seed=units) for units in (4, 9, 17)]
     check(grid, kinds)
     check(grid, kinds, "hann", images=2, layout="contiguous")
+
+
+@pytest.mark.parametrize("geometry", [(9, 13, 8, 6), (20, 37, 8, 3), (5, 4, 8, 8), (70, 75, 33, 29)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.uint8], ids=str)
+def test_finished_patches_among_others(geometry, dtype):
+    for shuffle in (2, 4):
+        kinds = [upsampler(5, units, 3, shuffle, seed=units) for units in (4, 17)]
+        check(TileGrid(*geometry, shuffle), kinds, dtype=dtype, finished=True)
+        check(TileGrid(*geometry, shuffle), kinds[:1], "hann", images=2, dtype=dtype, layout="contiguous", finished=True)
+
+
+def test_finished_patches_alone():
+    """As of a photograph all of whose patches are easy."""
+    grid, u = TileGrid(20, 37, 8, 6, 4), upsampler(5, 4, 3, 4)
+    patches, inverse = random((grid.num_patches, 3, 32, 32)), shuffled(grid.num_patches, "cpu")
+    expected = stitch_patches(patches, grid, "hann", inverse)
+    out = torch.full(expected.shape, 7.0)
+    held, window = ([patches[:5], patches[5:]], [FINISHED, FINISHED], [u]), make_window("hann", 32)
+    spent = stitch_upsampled(*held, grid, window, inverse, (0, 80), out)
+    assert torch.equal(out, expected) and spent[0] == 0 < spent[1]
 
 
 @pytest.mark.parametrize("channels", [1, 2, 4, 7])
@@ -197,7 +224,9 @@ def test_opcheck():
         (1, [1], "kinds must lie in"),
         (1, [0, 0], "one entry per batch"),
         (2, [], "five tensors"),
-        (0, [random((2, 5, 8, 8))], "expansion"),
+        (0, [random((2, 5, 8, 8))], "4 features"),
+        (1, [-2], "kinds must lie in"),
+        (1, [-1], "finished patches must be|pixels wide"),
         (0, [random((2, 4, 8, 8), torch.float64)], "float32"),
         (0, [random((2, 4, 7, 8))], "pixels wide"),
         (11, 3, "weight must be C"),
@@ -210,6 +239,22 @@ def test_errors_of_the_kernel(at, value, words):
     args[at] = value
     with pytest.raises(RuntimeError, match=words):
         torch.ops.fastroute.stitch_patches.upsampled_out(*args, **out)
+
+
+@needs_kernel
+def test_errors_of_finished_patches():
+    args, out = arguments()
+    features, patch = random((1, 4, 8, 8)), random((1, 3, 16, 16))
+    operator = torch.ops.fastroute.stitch_patches.upsampled_out
+    args[:2] = [features, patch], [0, FINISHED]
+    with pytest.raises(RuntimeError, match="inverse must be given"):
+        operator(*args, **out)
+    args[3] = torch.arange(2)
+    operator(*args, **out)
+    for wrong in (patch[:, :2], patch.contiguous(memory_format=torch.channels_last)):
+        args[0] = [features, wrong]
+        with pytest.raises(RuntimeError, match="finished patches must be 3 x 16 x 16"):
+            operator(*args, **out)
 
 
 @pytest.mark.parametrize(
