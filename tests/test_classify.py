@@ -73,7 +73,7 @@ def test_chunks_change_nothing(classifier, monkeypatch):
     with torch.no_grad():
         expected = classify_patches(classifier, image, grid).score
         monkeypatch.setattr(classify, "CELLS_PER_BAND", 30)
-        monkeypatch.setattr(classify, "PATCHES_PER_BATCH", 5)
+        monkeypatch.setattr(classify, "BATCH_BYTES", {"cpu": 1 << 17})
         torch.testing.assert_close(classify_patches(classifier, image, grid).score, expected, rtol=0, atol=1e-5)
 
 
@@ -114,11 +114,17 @@ def test_flops(classifier):
     # Stride 12: 52 x 40 pixels are 13 x 10 cells, each computed once, and 4 x 3 patches with one product of 3 x 128.
     flops = check(classifier, picture(1, 3, 40, 52), TileGrid(40, 52, 16, 12))
     assert flops == 2 * (13 * 10 * per_cell + 4 * 3 * 3 * 128)
-    # One more row of pixels: 4 patches on their own.
+    # One more row of pixels: 4 patches on their own, of 16 cells each.
+    per_patch = 2 * (16 * per_cell + 3 * 128)
     beyond = check(classifier, picture(1, 3, 41, 52), TileGrid(41, 52, 16, 12))
-    assert beyond == flops + 4 * count_flops(classifier, (1, 3, 16, 16))
+    assert beyond == flops + 4 * per_patch
     by_patch = check(classifier, picture(2, 3, 40, 52), TileGrid(40, 52, 16, 10))
-    assert by_patch == 2 * 4 * 5 * count_flops(classifier, (1, 3, 16, 16))
+    assert by_patch == 2 * 4 * 5 * per_patch
+    # As the network itself is counted, but for the last convolution, which follows the average here.
+    assert count_flops(classifier, (1, 3, 16, 16)) == per_patch + 2 * (16 * 32 * 128 + 3 * 32 - 3 * 128)
+    # Patches that are no multiple of a cell go through the network.
+    odd = check(classifier, picture(1, 3, 40, 36), TileGrid(40, 36, 18, 11))
+    assert odd == 3 * 3 * count_flops(classifier, (1, 3, 18, 18))
 
 
 @pytest.mark.parametrize("shape", [(4,), (4, 2, 1), (3, 2)])

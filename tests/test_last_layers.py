@@ -50,30 +50,33 @@ def test_the_image_is_that_of_the_whole_branches(dtype):
 
 
 @pytest.mark.parametrize(
-    "branches",
+    ("branches", "left"),
     [
-        [Bicubic(SCALE), *networks(5, 8)],
-        [*networks(5), randomise(CARN(8, SCALE)).eval(), *networks(8), Bicubic(SCALE)],
+        ([Bicubic(SCALE), *networks(5, 8)], [True, True, True]),
+        ([*networks(5), randomise(CARN(8, SCALE)).eval(), *networks(8), Bicubic(SCALE)], [True, False, True, True]),
+        ([randomise(CARN(8, SCALE)).eval(), Bicubic(SCALE)], [False, True]),
     ],
-    ids=["a free class", "other last layers"],
+    ids=["a free class", "other last layers", "a free class alone"],
 )
-def test_some_branches_finish_their_patches(branches):
+def test_some_branches_finish_their_patches(branches, left):
     ours, plain = make(branches), make(branches, optimized=False)
     bodies, upsamplers = ours.networks.split(CPU)
-    assert [u is not None for u in upsamplers] == [isinstance(branch, FSRCNN) for branch in branches]
+    assert [u is not None for u in upsamplers] == left
     assert all((body is whole) == (u is None) for body, whole, u in zip(bodies, ours.branches, upsamplers, strict=True))
-    assert ours.networks.produced_bytes(CPU) == 48 * PATCH**2 * 4
+    # What a patch of the class that takes most is held as: pixels, or the 12 features of FSRCNN.
+    most = 12 if all(left) else 48
+    assert ours.networks.produced_bytes(CPU) == most * PATCH**2 * 4
     image = torch.rand(3, 45, 61)
     result = run(ours, image)
     torch.testing.assert_close(result.image, run(plain, image).image, rtol=0, atol=1e-5)
     fixed = FixedPatchRouter(ours, image.shape, capacities=[1.0] * len(branches))
     assert torch.equal(fixed(image, result.class_map).image, result.image)
-    # All patches in one class that goes through none of the upsamplers.
+    # All patches in one class.
     grid = ours._grid((1, *image.shape))
-    only = torch.full((grid.rows, grid.cols), [u is None for u in upsamplers].index(True))
-    torch.testing.assert_close(
-        ours.upscale(image, class_map=only).image, plain.upscale(image, class_map=only).image, rtol=0, atol=1e-5
-    )
+    for c in range(len(branches)):
+        only = torch.full((grid.rows, grid.cols), c)
+        ours_alone, plain_alone = (router.upscale(image, class_map=only).image for router in (ours, plain))
+        torch.testing.assert_close(ours_alone, plain_alone, rtol=0, atol=1e-5)
 
 
 def test_the_time_of_the_layers_is_that_of_the_branches():
@@ -88,7 +91,7 @@ def test_the_time_of_the_layers_is_that_of_the_branches():
 @pytest.mark.parametrize(
     ("branches", "options"),
     [
-        ([randomise(CARN(8, SCALE)).eval(), Bicubic(SCALE)], {}),
+        ([randomise(CARN(8, SCALE)).eval(), randomise(CARN(12, SCALE)).eval()], {}),
         (networks(5, 6), {"optimized": False}),
         ([network.double() for network in networks(5, 6)], {}),
     ],

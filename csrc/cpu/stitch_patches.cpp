@@ -57,12 +57,10 @@ void check_read(const std::optional<Tensor>& inverse, const Target& target, cons
 
 void stitch_into(const Tensor& out, const Batches& batches, const std::optional<Tensor>& places, const Tensor& window,
                  const TileGrid& grid, int64_t scale, int64_t shuffle, int64_t row_begin, const Target& target,
-                 const std::vector<upsampler::Upsampler>& kinds = {}, const std::vector<int64_t>& kind_of = {},
-                 size_t like = 0 /* the batch whose layout is that of all that are not finished */,
-                 Spent* spent = nullptr) {
+                 const Upsampling* upsampling = nullptr, Spent* spent = nullptr) {
     const int64_t span = grid.y.patch * scale, channels = target.channels, rows = target.rows;
     const Tensor dense_window = torch::stable::contiguous(window);
-    const Tensor& first = batches[like];
+    const Tensor& first = batches.front();
     dispatch_floating(kOp, first.scalar_type(), [&](auto zero) {
         using T = decltype(zero);
         using W = Work<T>;
@@ -87,16 +85,14 @@ void stitch_into(const Tensor& out, const Batches& batches, const std::optional<
                            false,
                            kRows,
                            nullptr};
-        Upsampling upsampling{
-            kinds.data(), kind_of.data(), {first.stride(1), first.stride(2), first.stride(3)}, first.size(2)};
-        if (!kinds.empty()) {
-            plan.upsampling = &upsampling;
+        if (upsampling != nullptr) {
+            plan.upsampling = upsampling;
             plan.channels = channels;
             plan.rows = shuffle * rows_per_item(target.batch * rows / shuffle);
-            const int64_t align = upsampler::kRowAlign, row = (first.size(3) + align - 1) / align * align * shuffle;
+            const int64_t align = upsampler::kRowAlign, row = (span / shuffle + align - 1) / align * align * shuffle;
             plan.layout = {plan.rows * row, row, 1, 1};
         }
-        plan.wide = (plan.layout.shuffle == 4 || !kinds.empty()) && has_wide_runs() && plan.covers_twice();
+        plan.wide = (plan.layout.shuffle == 4 || upsampling != nullptr) && has_wide_runs() && plan.covers_twice();
         if (plan.side_by_side() && channels * kRows * span * int64_t(sizeof(W)) <= kWindowBytes)
             plan.channels = channels;
         dispatch_image(kOp, out.scalar_type(), [&](auto out_zero) {
@@ -122,7 +118,7 @@ void stitch_into(const Tensor& out, const Batches& batches, const std::optional<
                     y = next;
                 }
             };
-            if (kinds.empty()) {
+            if (upsampling == nullptr) {
                 const int64_t item_bytes = plan.channels * plan.rows * target.width * 8;
                 parallel(items, grain_for(item_bytes), [&](int64_t begin, int64_t end) {
                     Scratch<W> scratch(plan, 0);
@@ -136,7 +132,7 @@ void stitch_into(const Tensor& out, const Batches& batches, const std::optional<
             std::atomic<int64_t> next{0};
             parallel(std::min<int64_t>(items, torch::stable::get_num_threads()), 1, [&](int64_t, int64_t) {
                 const int64_t start = ticks();
-                Scratch<W> scratch(plan, static_cast<int64_t>(kinds.size()));
+                Scratch<W> scratch(plan, upsampling->number);
                 for (int64_t item = next++; item < items; item = next++) run(item, scratch);
                 if (stream) stream_fence();
                 spent->add(scratch.spent, ticks() - start);
@@ -194,26 +190,20 @@ void stitch_upsampled_out_cpu(const Batches& batches,  // [M_i, F, p, p] each
                               const Tensor& spent) {  // [kinds + 1]
     const TileGrid grid{{height, patch, stride, crop}, {width, patch, stride, crop}};
     const std::optional<Tensor> places = checked_index(kOp, "inverse", inverse, out);
-    const auto [channels, features] = checked_layers(layers, shuffle, spent);
-    const auto number = static_cast<int64_t>(layers.size() / kLayers);
-    const Target target = checked_features(batches, kinds, number, channels, features, places, grid, scale, shuffle,
-                                           row_begin, row_end);
+    std::vector<upsampler::FeatureStep> at;
+    const Target target =
+        checked_kinds(batches, kinds, layers, spent, places, grid, scale, shuffle, row_begin, row_end, at);
     check_read(places, target, grid, scale, row_begin, row_end);
     check_stitch_out(target, batches.front(), out);
-    double* seconds = spent.mutable_data_ptr<double>();
-    const auto computed = std::find_if(kinds.begin(), kinds.end(), [](int64_t kind) { return kind >= 0; });
-    if (computed == kinds.end()) {
-        std::fill_n(seconds, number, 0.0), seconds[number] = 1.0;
-        return stitch_into(out, batches, places, window, grid, scale, 1, row_begin, target);
-    }
-    const std::vector<upsampler::Upsampler> packed = packed_upsamplers(layers, features, channels, shuffle);
+    const std::vector<upsampler::Upsampler> packed = packed_upsamplers(layers, shuffle);
     std::vector<int64_t> kind_of;
     for (size_t i = 0; i < batches.size(); ++i) kind_of.insert(kind_of.end(), batches[i].size(0), kinds[i]);
+    const Upsampling upsampling{packed.data(), static_cast<int64_t>(packed.size()), at.data(), kind_of.data(),
+                                grid.y.patch * scale / shuffle};
     Spent measured;
     measured.ticks.resize(packed.size() + 1);
-    stitch_into(out, batches, places, window, grid, scale, shuffle, row_begin, target, packed, kind_of,
-                computed - kinds.begin(), &measured);
-    std::copy(measured.ticks.begin(), measured.ticks.end(), seconds);
+    stitch_into(out, batches, places, window, grid, scale, shuffle, row_begin, target, &upsampling, &measured);
+    std::copy(measured.ticks.begin(), measured.ticks.end(), spent.mutable_data_ptr<double>());
 }
 
 // The adjoint: patch pixel (k, l) reads the gradient of its output pixel times wy[k] and then wx[l]. One patch of one

@@ -72,9 +72,10 @@ FASTROUTE_INLINE void prefetch_row(const T* patch, PatchLayout at, int64_t c, in
 // Patches that are the input of their branch's last layers, which are computed for the rows of each item of work.
 struct Upsampling {
     const upsampler::Upsampler* kinds;
-    const int64_t* kind_of;  // [M]; -1 for a patch that is finished, [C, P, P]
-    upsampler::FeatureStep at;
-    int64_t size;  // of a patch, in LR pixels
+    int64_t number;                    // of them
+    const upsampler::FeatureStep* at;  // of the features of each kind
+    const int64_t* kind_of;            // [M]; -1 for a patch that is finished, [C, P, P]
+    int64_t size;                      // of a patch, in LR pixels
 };
 
 template <typename T>
@@ -151,7 +152,7 @@ class UpsampledRows {
         }
         layout = plan.layout;
         const Upsampling& from = *plan.upsampling;
-        patch.emplace(from.kinds[kind], finished, from.at, from.size, k, &scratch->layers);
+        patch.emplace(from.kinds[kind], finished, from.at[kind], from.size, k, &scratch->layers);
     }
 
     // Rows [k, k + rows), channels and rows as far apart as `layout` says.

@@ -17,82 +17,110 @@ constexpr size_t kLayers = 5;  // tensors per kind
 // Whether batch i holds finished patches, which go through no layers.
 inline bool given(const std::vector<int64_t>& kinds, size_t i) { return kinds[i] < 0; }
 
-// Checks the layers of every kind, [expand [D, F], its bias [D], slope [D], weight [C·r·r, D, K, K], bias [C·r·r]]; the
-// first three are empty where there is no expansion. Returns C and F.
-std::pair<int64_t, int64_t> checked_layers(const Batches& layers, int64_t shuffle, const Tensor& spent) {
-    FASTROUTE_CHECK(!layers.empty() && layers.size() % kLayers == 0, kOp, ": layers must hold five tensors per kind");
-    const auto number = static_cast<int64_t>(layers.size() / kLayers);
-    const int64_t square = shuffle * shuffle, outputs = layers[3].size(0);
-    const int64_t features = layers[0].numel() > 0 ? layers[0].size(1) : layers[3].size(1);
-    for (size_t at = 0; at < layers.size(); at += kLayers) {
-        const Tensor &expand = layers[at], &weight = layers[at + 3];
-        for (size_t i = 0; i < kLayers; ++i) {
-            FASTROUTE_CHECK(layers[at + i].is_contiguous() && layers[at + i].scalar_type() == ScalarType::Float, kOp,
-                            ": layers must be contiguous float32");
-        }
-        FASTROUTE_CHECK(weight.dim() == 4 && weight.size(0) == outputs && outputs % square == 0 &&
-                            weight.size(2) == weight.size(3) && layers[at + 4].numel() == outputs,
-                        kOp, ": weight must be C * ", square, " x D x K x K with one bias per output");
-        const int64_t units = weight.size(1);
-        FASTROUTE_CHECK(expand.numel() == 0
-                            ? units == features
-                            : expand.dim() == 2 && expand.size(0) == units && expand.size(1) == features &&
-                                  layers[at + 1].numel() == units && layers[at + 2].numel() == units,
-                        kOp, ": the expansion must lead from ", features, " features to ", units);
-        FASTROUTE_CHECK(weight.size(2) <= 5 && upsampler::Kernels::active().find(shuffle, weight.size(2), 0) != nullptr,
-                        kOp, ": there is no kernel of ", weight.size(2), " x ", weight.size(2), " for a shuffle of ",
-                        shuffle);
+// A kind's layers: [expand [D, F], its bias [D], slope [D], weight [C·r·r, D, K, K], bias [C·r·r]], the first three
+// empty where there is no expansion; or, with expand [0, C] and the others empty, weight [P, p], an interpolation.
+struct Kind {
+    const Tensor &expand, &expand_bias, &slope, &weight, &bias;
+
+    Kind(const Batches& layers, size_t kind)
+        : expand(layers[kLayers * kind]),
+          expand_bias(layers[kLayers * kind + 1]),
+          slope(layers[kLayers * kind + 2]),
+          weight(layers[kLayers * kind + 3]),
+          bias(layers[kLayers * kind + 4]) {}
+
+    bool interpolates() const { return weight.dim() == 2; }
+    int64_t features() const { return interpolates() || expand.numel() > 0 ? expand.size(1) : weight.size(1); }
+    int64_t channels(int64_t shuffle) const { return interpolates() ? features() : weight.size(0) / shuffle / shuffle; }
+};
+
+void check_kind(const Kind& kind, int64_t span, int64_t shuffle, int64_t channels) {
+    const Tensor &expand = kind.expand, &weight = kind.weight;
+    for (const Tensor* tensor : {&expand, &kind.expand_bias, &kind.slope, &weight, &kind.bias}) {
+        FASTROUTE_CHECK(tensor->is_contiguous() && tensor->scalar_type() == ScalarType::Float, kOp,
+                        ": layers must be contiguous float32");
     }
-    FASTROUTE_CHECK(spent.dim() == 1 && spent.size(0) == number + 1 && spent.scalar_type() == ScalarType::Double, kOp,
-                    ": spent must be ", number + 1, " numbers of float64");
-    return {outputs / square, features};
+    FASTROUTE_CHECK(weight.dim() == 4 || (weight.dim() == 2 && expand.dim() == 2), kOp,
+                    ": weight must be C * r * r x D x K x K, or P x p with an expansion 0 x C");
+    FASTROUTE_CHECK(kind.channels(shuffle) == channels, kOp, ": all kinds must have ", channels, " channels");
+    if (kind.interpolates()) {
+        FASTROUTE_CHECK(weight.size(0) == span && weight.size(1) * shuffle == span, kOp, ": weight must be ", span,
+                        " x ", span / shuffle);
+        FASTROUTE_CHECK(upsampler::band_of(weight.const_data_ptr<float>(), span, span / shuffle).has_value(), kOp,
+                        ": each row of weight must have at most ", upsampler::kMostRows,
+                        " numbers side by side, further right than those of the row above");
+        return;
+    }
+    const int64_t square = shuffle * shuffle, units = weight.size(1);
+    FASTROUTE_CHECK(
+        weight.size(0) % square == 0 && weight.size(2) == weight.size(3) && kind.bias.numel() == weight.size(0), kOp,
+        ": weight must be C * ", square, " x D x K x K with one bias per output");
+    FASTROUTE_CHECK(expand.numel() == 0 || (expand.dim() == 2 && expand.size(0) == units &&
+                                            kind.expand_bias.numel() == units && kind.slope.numel() == units),
+                    kOp, ": the expansion must lead from ", kind.features(), " features to ", units);
+    FASTROUTE_CHECK(weight.size(2) <= 5 && upsampler::Kernels::active().find(shuffle, weight.size(2), 0) != nullptr,
+                    kOp, ": there is no kernel of ", weight.size(2), " x ", weight.size(2), " for a shuffle of ",
+                    shuffle);
 }
 
-// Checks the batches: features [M, F, p, p] of one memory format, or given patches [M, C, P, P], dense.
-Target checked_features(const Batches& batches, const std::vector<int64_t>& kinds, int64_t number, int64_t channels,
-                        int64_t features, const std::optional<Tensor>& inverse, const TileGrid& grid, int64_t scale,
-                        int64_t shuffle, int64_t row_begin, int64_t row_end) {
+// Checks batches and layers: of each kind, features [M, F, p, p] of one memory format; of kind -1, finished patches
+// [M, C, P, P], side by side. `at` becomes the strides of each kind's.
+Target checked_kinds(const Batches& batches, const std::vector<int64_t>& kinds, const Batches& layers,
+                     const Tensor& spent, const std::optional<Tensor>& inverse, const TileGrid& grid, int64_t scale,
+                     int64_t shuffle, int64_t row_begin, int64_t row_end, std::vector<upsampler::FeatureStep>& at) {
     FASTROUTE_CHECK(!batches.empty() && kinds.size() == batches.size(), kOp, ": kinds must have one entry per batch");
-    const int64_t span = grid.y.patch * scale;
-    Batches computed, finished;
+    FASTROUTE_CHECK(!layers.empty() && layers.size() % kLayers == 0, kOp, ": layers must hold five tensors per kind");
+    const int64_t number = static_cast<int64_t>(layers.size() / kLayers), span = grid.y.patch * scale;
+    FASTROUTE_CHECK(spent.dim() == 1 && spent.size(0) == number + 1 && spent.scalar_type() == ScalarType::Double, kOp,
+                    ": spent must be ", number + 1, " numbers of float64");
+    std::vector<Batches> sorted(number + 1);  // those of kind -1 last
     for (size_t i = 0; i < batches.size(); ++i) {
         FASTROUTE_CHECK(kinds[i] >= -1 && kinds[i] < number, kOp, ": kinds must lie in [-1, ", number, "); got ",
                         kinds[i]);
         FASTROUTE_CHECK(batches[i].scalar_type() == ScalarType::Float, kOp, ": upsampled patches must be float32");
-        (given(kinds, i) ? finished : computed).push_back(batches[i]);
+        sorted[kinds[i] < 0 ? number : kinds[i]].push_back(batches[i]);
     }
-    FASTROUTE_CHECK(inverse.has_value() || finished.empty() || computed.empty(), kOp,
-                    ": inverse must be given where some patches are finished and some are not");
+    const int64_t channels = Kind(layers, 0).channels(shuffle);
+    for (int64_t k = 0; k < number; ++k) check_kind(Kind(layers, k), span, shuffle, channels);
+    const auto used = std::count_if(sorted.begin(), sorted.end(), [](const Batches& some) { return !some.empty(); });
+    FASTROUTE_CHECK(inverse.has_value() || used == 1, kOp, ": inverse must be given for patches of several kinds");
     Target target{};
     int64_t count = 0;
-    if (!computed.empty()) {
-        FASTROUTE_CHECK(computed.front().dim() == 4 && computed.front().size(1) == features, kOp,
-                        ": patches must have ", features, " features");
-        target = checked_target(computed, inverse, grid, scale, shuffle, row_begin, row_end, channels);
+    at.resize(number);
+    for (int64_t k = 0; k <= number; ++k) {
+        if (sorted[k].empty()) continue;
+        const Tensor& first = sorted[k].front();
+        const bool finished = k == number;
+        const int64_t features = finished ? channels : Kind(layers, k).features();
+        FASTROUTE_CHECK(first.dim() == 4 && first.size(1) == features, kOp, ": patches of kind ", finished ? -1 : k,
+                        " must have ", features, " features");
+        target = checked_target(sorted[k], inverse, grid, scale, finished ? 1 : shuffle, row_begin, row_end,
+                                finished ? 0 : channels);
         count += target.count;
-    }
-    if (!finished.empty()) {
-        target = checked_target(finished, inverse, grid, scale, 1, row_begin, row_end);
-        count += target.count;
-        const Tensor& first = finished.front();
+        if (!finished) at[k] = {first.stride(1), first.stride(2), first.stride(3)};
         FASTROUTE_CHECK(
-            target.channels == channels && first.stride(1) == span * span && first.stride(2) == span &&
-                first.stride(3) == 1,
-            kOp, ": finished patches must be ", channels, " x ", span, " x ", span, ", side by side");
+            !finished || (first.stride(1) == span * span && first.stride(2) == span && first.stride(3) == 1), kOp,
+            ": finished patches must be ", channels, " x ", span, " x ", span, ", side by side");
     }
     target.count = count;
     return target;
 }
 
 // The layers as the kernels read them; they were checked.
-std::vector<upsampler::Upsampler> packed_upsamplers(const Batches& layers, int64_t features, int64_t channels,
-                                                    int64_t shuffle) {
+std::vector<upsampler::Upsampler> packed_upsamplers(const Batches& layers, int64_t shuffle) {
     std::vector<upsampler::Upsampler> packed;
-    for (size_t at = 0; at < layers.size(); at += kLayers) {
-        const auto data = [&](size_t i) { return layers[at + i].const_data_ptr<float>(); };
-        const Tensor& weight = layers[at + 3];
-        packed.push_back(upsampler::pack(layers[at].numel() > 0 ? data(0) : nullptr, data(1), data(2), data(3), data(4),
-                                         features, weight.size(1), channels, shuffle, weight.size(2)));
+    for (size_t k = 0; k < layers.size() / kLayers; ++k) {
+        const Kind kind(layers, k);
+        const auto data = [](const Tensor& tensor) { return tensor.const_data_ptr<float>(); };
+        const int64_t channels = kind.channels(shuffle);
+        if (kind.interpolates()) {
+            upsampler::Band band = *upsampler::band_of(data(kind.weight), kind.weight.size(0), kind.weight.size(1));
+            packed.push_back(upsampler::interpolation(std::move(band), channels, shuffle));
+            continue;
+        }
+        packed.push_back(upsampler::pack(kind.expand.numel() > 0 ? data(kind.expand) : nullptr, data(kind.expand_bias),
+                                         data(kind.slope), data(kind.weight), data(kind.bias), kind.features(),
+                                         kind.weight.size(1), channels, shuffle, kind.weight.size(2)));
     }
     return packed;
 }

@@ -1,12 +1,13 @@
 // The last layers of a branch, computed for a few output rows of one patch at a time: a 1 x 1 convolution and a leaky
-// rectifier, or none, then a convolution and a pixel shuffle. What the patches hold between the branches and the
-// stitching is then the few features that the layers read. Taps of the convolution that are 0 everywhere, as nearly
-// half are where it stands for a transposed one, are left out.
+// rectifier, or none, then a convolution and a pixel shuffle; or a separable interpolation, A x Aᵀ of every channel.
+// What the patches hold between the branches and the stitching is then the few features that the layers read. Taps of
+// the convolution that are 0 everywhere, as nearly half are where it stands for a transposed one, are left out.
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <optional>
 #include <type_traits>
 #include <utility>
 #include <vector>
@@ -18,6 +19,11 @@ namespace fastroute::upsampler {
 
 // Columns of a row buffer come in multiples of this, and as many zeros lie before them as the widest kernel reads.
 inline constexpr int64_t kRowAlign = 32, kRowPad = 16;
+
+// Rows of a Band that go through it together.
+inline constexpr int64_t kBandLanes = 16;
+// Taps of a Band and rows of a convolution's kernel, at most.
+inline constexpr int64_t kMostRows = 8;
 
 // One output row of some channels. `rows`: [taps] LR rows of [units], `step` apart; `out`: channels `channel_step`
 // apart.
@@ -40,12 +46,24 @@ struct Part {
     std::vector<float> bias;    // [channels][phases]
 };
 
+// A banded matrix [rows, columns], each of whose rows has `taps` numbers side by side that may not be 0.
+struct Band {
+    int64_t rows, taps;
+    std::vector<int32_t> first;      // [rows], the column of the first of them; never falls
+    std::vector<float> coefficient;  // [taps][rows in whole vectors]
+    // The same columns within the kLanes columns from that of the first of every kBandLanes rows, where they fit.
+    std::vector<int32_t> lane;  // [taps][rows in whole vectors], or empty
+
+    int64_t padded() const { return (rows + kBandLanes - 1) / kBandLanes * kBandLanes; }
+};
+
 struct Upsampler {
     int64_t features = 0, units = 0, channels = 0, shuffle = 0, kernel = 0;
     bool expands = false;
     std::vector<float> expand;              // [units / 8][features][8]
     std::vector<float> expand_bias, slope;  // [units]
     std::vector<std::vector<Part>> parts;   // [shuffle]
+    std::optional<Band> band;               // of an interpolation
 
     // Floats of the buffers of a Patch.
     int64_t scratch(int64_t size) const {
@@ -61,15 +79,20 @@ struct Upsampler {
 struct Kernels {
     const Pattern *begin, *end;
     void (*expand_row)(const Upsampler& u, const float* planar, int64_t width, float* row, int64_t step);
+    void (*blend_row)(const Upsampler& u, int64_t k, const float* const* rows, int64_t step, int64_t width,
+                      float* blended, float* out, int64_t channel_step);
 
     static const Kernels& active() {
 #if FASTROUTE_X86
-        static const Kernels widest{std::begin(avx512::kPatterns), std::end(avx512::kPatterns), avx512::expand_row};
-        static const Kernels wide{std::begin(avx2::kPatterns), std::end(avx2::kPatterns), avx2::expand_row};
+        static const Kernels widest{std::begin(avx512::kPatterns), std::end(avx512::kPatterns), avx512::expand_row,
+                                    avx512::blend_row};
+        static const Kernels wide{std::begin(avx2::kPatterns), std::end(avx2::kPatterns), avx2::expand_row,
+                                  avx2::blend_row};
         if (active_isa() == Isa::avx512) return widest;
         if (active_isa() == Isa::avx2) return wide;
 #endif
-        static const Kernels any{std::begin(baseline::kPatterns), std::end(baseline::kPatterns), baseline::expand_row};
+        static const Kernels any{std::begin(baseline::kPatterns), std::end(baseline::kPatterns), baseline::expand_row,
+                                 baseline::blend_row};
         return any;
     }
 
@@ -145,6 +168,45 @@ inline Upsampler pack(const float* expand, const float* expand_bias, const float
     return u;
 }
 
+// The matrix [rows, columns] of an interpolation as its nonzero band; none where that is wider than `kMostRows` or
+// falls.
+inline std::optional<Band> band_of(const float* matrix, int64_t rows, int64_t columns) {
+    Band band{rows, 1, {}, {}, {}};
+    std::vector<int64_t> begin(rows), end(rows);
+    for (int64_t r = 0; r < rows; ++r) {
+        const float* row = matrix + r * columns;
+        end[r] = columns;
+        while (begin[r] + 1 < columns && row[begin[r]] == 0.0f) ++begin[r];
+        while (end[r] > begin[r] + 1 && row[end[r] - 1] == 0.0f) --end[r];
+        band.taps = std::max(band.taps, end[r] - begin[r]);
+    }
+    if (band.taps > kMostRows) return std::nullopt;
+    const int64_t padded = band.padded();
+    band.coefficient.resize(band.taps * padded), band.lane.resize(band.taps * padded);
+    bool fits = true;
+    for (int64_t r = 0; r < rows; ++r) {
+        const int64_t first = std::min(begin[r], columns - band.taps);
+        if (r > 0 && first < band.first.back()) return std::nullopt;
+        band.first.push_back(static_cast<int32_t>(first));
+        for (int64_t t = 0; t < band.taps; ++t) {
+            const int64_t lane = first - band.first[r / kBandLanes * kBandLanes] + t;
+            fits = fits && lane < kBandLanes;
+            band.coefficient[t * padded + r] = matrix[r * columns + first + t];
+            band.lane[t * padded + r] = static_cast<int32_t>(lane);
+        }
+    }
+    if (!fits) band.lane.clear();
+    return band;
+}
+
+// A separable interpolation of `channels` channels.
+inline Upsampler interpolation(Band band, int64_t channels, int64_t shuffle) {
+    Upsampler u;
+    u.features = u.units = u.channels = channels, u.shuffle = shuffle, u.kernel = band.taps;
+    u.band = std::move(band);
+    return u;
+}
+
 // Strides of the features of a patch, in elements.
 struct FeatureStep {
     int64_t c, y, x;
@@ -196,7 +258,7 @@ class Patch {
         row_size = u.units * step + 2 * kRowPad;
         held = planar + u.features * width;
         outside = held + u.kernel * row_size;
-        next = std::max<int64_t>(row / u.shuffle - u.kernel / 2, 0);
+        next = u.band.has_value() ? u.band->first[row] : std::max<int64_t>(row / u.shuffle - u.kernel / 2, 0);
         for (int64_t y = 0; y <= u.kernel / 2; ++y) prefetch(next + y);
         if (buffers->padded_for == &u) return;
         buffers->padded_for = &u;
@@ -213,11 +275,12 @@ class Patch {
     // Output rows [begin, end): channel c of row k goes to tile + c · channel_step + (k - begin) · row_step. What lies
     // behind the last column, up to a multiple of kRowAlign LR pixels, is overwritten too.
     void compute(int64_t begin, int64_t end, float* tile, int64_t row_step, int64_t channel_step) {
+        if (u.band.has_value()) return interpolate(*u.band, begin, end, tile, row_step, channel_step);
         for (int64_t k = begin; k < end; ++k) {
             const int64_t y = k / u.shuffle, reach = u.kernel / 2;
             for (; next <= std::min(y + reach, size - 1); ++next) prepare(next);
             for (const Part& part : u.parts[k % u.shuffle]) {
-                const float* rows[8];
+                const float* rows[kMostRows];
                 const int64_t taps = static_cast<int64_t>(part.taps.size());
                 for (int64_t t = 0; t < taps; ++t) {
                     const int64_t from = y + part.taps[t] - reach;
@@ -230,6 +293,16 @@ class Patch {
     }
 
   private:
+    void interpolate(const Band& band, int64_t begin, int64_t end, float* tile, int64_t row_step,
+                     int64_t channel_step) {
+        for (int64_t k = begin; k < end; ++k) {
+            for (; next < band.first[k] + band.taps; ++next) prepare(next);
+            const float* rows[kMostRows];
+            for (int64_t t = 0; t < band.taps; ++t) rows[t] = row(band.first[k] + t);
+            kernels.blend_row(u, k, rows, step, width, planar, tile + (k - begin) * row_step, channel_step);
+        }
+    }
+
     float* row(int64_t y) const { return held + y % u.kernel * row_size + kRowPad; }
 
     // Asks for LR row y.

@@ -132,6 +132,45 @@ FASTROUTE_TARGET __attribute__((noinline)) void expand_row(const Upsampler& u, c
     }
 }
 
+// One output row of a separable interpolation: LR rows blended into one of [width], and that one's columns.
+FASTROUTE_TARGET __attribute__((noinline)) void blend_row(const Upsampler& u, int64_t k, const float* const* rows,
+                                                          int64_t step, int64_t width, float* blended, float* out,
+                                                          int64_t channel_step) {
+    const Band& band = *u.band;
+    const int64_t padded = band.padded();
+    for (int64_t c = 0; c < u.channels; ++c, out += channel_step) {
+        for (int64_t x = 0; x < width; x += kLanes) {
+            Vector<float> sum{};
+            for (int64_t t = 0; t < band.taps; ++t) {
+                const Vector<float> factor = broadcast<float>(band.coefficient[t * padded + k]);
+                sum = fma(factor, load(rows[t] + c * step + x), sum);
+            }
+            store(blended + x, sum);
+        }
+#if FASTROUTE_BYTES == 64
+        for (int64_t x = 0; !band.lane.empty() && x < band.rows; x += kLanes) {
+            // What lies behind the row is of no number of the band.
+            const __m512 values = _mm512_loadu_ps(blended + band.first[x]);
+            Vector<float> sum{};
+            for (int64_t t = 0; t < band.taps; ++t) {
+                const __m512i lane = _mm512_loadu_si512(band.lane.data() + t * padded + x);
+                sum = fma(_mm512_maskz_permutexvar_ps(0xffff, lane, values),
+                          load(band.coefficient.data() + t * padded + x), sum);
+            }
+            store(out + x, sum);
+        }
+        if (!band.lane.empty()) continue;
+#endif
+        for (int64_t x = 0; x < band.rows; ++x) {
+            float sum = 0.0f;
+            for (int64_t t = 0; t < band.taps; ++t) {
+                sum += band.coefficient[t * padded + x] * blended[band.first[x] + t];
+            }
+            out[x] = sum;
+        }
+    }
+}
+
 template <int R, int K, unsigned Mask>
 constexpr Pattern pattern() {
     return {R, K, Mask, {convolve_row<1, R, K, Mask>, convolve_row<3, R, K, Mask>}};

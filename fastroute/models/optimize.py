@@ -6,10 +6,13 @@ import copy
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from fastroute.models.arm import Bicubic
 from fastroute.models.fsrcnn import TransposedConv2d
 from fastroute.models.subpixel import SubpixelPlan, dense_equivalent
+from fastroute.ops._upsampled import SIZES, Upsampler, bias_of
 
 
 def optimize(branch: nn.Module) -> nn.Module:
@@ -42,6 +45,53 @@ def split_shuffle(branch: nn.Module) -> tuple[nn.Module, int]:
     if isinstance(branch, nn.Sequential) and len(branch) > 1 and isinstance(branch[-1], nn.PixelShuffle):
         return nn.Sequential(*list(branch)[:-1]), int(branch[-1].upscale_factor)
     return branch, 1
+
+
+def split_upsampler(branch: nn.Module, shuffle: int) -> tuple[nn.Module, Upsampler] | None:
+    """`branch`, which lacks its final pixel shuffle of factor `shuffle`, in two: what comes before its last layers, and those.
+
+    None where it does not end with layers for which there is a kernel, or would have nothing left.
+    """
+    layers = list(branch) if type(branch) is nn.Sequential else []
+    last = _convolution(layers.pop()) if layers else None
+    if last is None or (shuffle, last.kernel_size[0]) not in SIZES or last.weight.dtype != torch.float32:
+        return None
+    empty = last.weight.new_empty(0)
+    expand, expand_bias, slope = empty.view(0, 0), empty, empty
+    if len(layers) > 1 and type(rectifier := layers[-1]) is nn.LeakyReLU:
+        first = _convolution(layers[-2])
+        if first is not None and first.kernel_size == (1, 1):
+            del layers[-2:]
+            expand, expand_bias = first.weight.flatten(1), bias_of(first)
+            slope = torch.full_like(expand_bias, rectifier.negative_slope)
+    if not layers:
+        return None
+    expand, expand_bias, slope, weight, bias = (
+        tensor.detach().contiguous() for tensor in (expand, expand_bias, slope, last.weight, bias_of(last))
+    )
+    return nn.Sequential(*layers), Upsampler(expand, expand_bias, slope, weight, bias, shuffle)
+
+
+def _convolution(layer: nn.Module) -> nn.Conv2d | None:
+    """`layer` if it is a plain square convolution that keeps the size."""
+    # A subclass may compute something else.
+    if type(layer) is not nn.Conv2d:
+        return None
+    size = layer.kernel_size[0]
+    expected = ((size, size), (1, 1), (1, 1), 1, (size // 2, size // 2), "zeros")
+    found = (layer.kernel_size, layer.stride, layer.dilation, layer.groups, layer.padding, layer.padding_mode)
+    return layer if found == expected and size % 2 == 1 else None
+
+
+def interpolation(branch: nn.Module, patch: int) -> Upsampler | None:
+    """`branch` as a separable interpolation of patches of `patch` x `patch` pixels, if it is one."""
+    if type(branch) is not Bicubic:
+        return None
+    size = (patch * branch.scale, patch)
+    # What it makes of each pixel of a column, in float64: its rows do not mix, at a factor of 1.
+    matrix = F.interpolate(torch.eye(patch, dtype=torch.float64)[None, None], size, mode="bicubic", align_corners=False)
+    empty = torch.empty(0)
+    return Upsampler(torch.empty(0, branch.channels), empty, empty, matrix[0, 0].float(), empty, branch.scale)
 
 
 def _rewrite(module: nn.Module, owned: bool) -> nn.Module:

@@ -1,7 +1,8 @@
 """`stitch_patches.upsampled_out`: the last layers of the branches and the stitching in one pass, for :class:`PatchRouter`.
 
 Between the branches and the image a patch is then the few features that its last layers read, in FSRCNN a quarter of the
-bytes of its pixels, and the taps that are 0 in the sub-pixel form of a transposed convolution cost nothing.
+bytes of its pixels, and the taps that are 0 in the sub-pixel form of a transposed convolution cost nothing. An interpolated
+patch is then its LR pixels.
 """
 
 from __future__ import annotations
@@ -27,13 +28,16 @@ SIZES = ((2, 3), (2, 5), (3, 3), (4, 3))
 class Upsampler(NamedTuple):
     """The last layers of a branch: x -> pixel_shuffle(conv(leaky_relu(expand(x)))), or without `expand`.
 
+    Or a separable interpolation of each channel, x -> weight x weightᵀ; `expand` is then (0, C), and the rest is empty.
+
     Attributes:
         expand: (D, F), weight of a 1 x 1 convolution; empty where there is none.
         expand_bias: (D,).
         slope: (D,), of the leaky rectifier.
-        weight: (C * r * r, D, K, K), of a convolution that keeps the size.
+        weight: (C * r * r, D, K, K), of a convolution that keeps the size; or (P, p), each row of at most 8 numbers side by
+            side, none further left than in the row above.
         bias: (C * r * r,).
-        shuffle: r.
+        shuffle: r, or P / p.
     """
 
     expand: Tensor
@@ -44,9 +48,19 @@ class Upsampler(NamedTuple):
     shuffle: int
 
     @property
+    def interpolates(self) -> bool:
+        """Whether it is an interpolation."""
+        return self.weight.ndim == 2
+
+    @property
     def features(self) -> int:
         """Channels that it reads."""
-        return self.expand.shape[1] if self.expand.numel() else self.weight.shape[1]
+        return self.expand.shape[1] if self.interpolates or self.expand.numel() else self.weight.shape[1]
+
+    @property
+    def channels(self) -> int:
+        """Channels that it writes."""
+        return self.features if self.interpolates else self.weight.shape[0] // self.shuffle**2
 
     @property
     def layers(self) -> list[Tensor]:
@@ -56,42 +70,6 @@ class Upsampler(NamedTuple):
 
 # Of every branch, None for one that finishes its patches; empty where nothing is left to the stitching.
 Upsamplers = Sequence[Upsampler | None]
-
-
-def split_upsampler(branch: nn.Module, shuffle: int) -> tuple[nn.Module, Upsampler] | None:
-    """`branch`, which lacks its final pixel shuffle of factor `shuffle`, in two: what comes before its last layers, and those.
-
-    None where it does not end with layers for which there is a kernel, or would have nothing left.
-    """
-    layers = list(branch) if type(branch) is nn.Sequential else []
-    last = _convolution(layers.pop()) if layers else None
-    if last is None or (shuffle, last.kernel_size[0]) not in SIZES or last.weight.dtype != torch.float32:
-        return None
-    empty = last.weight.new_empty(0)
-    expand, expand_bias, slope = empty.view(0, 0), empty, empty
-    if len(layers) > 1 and type(rectifier := layers[-1]) is nn.LeakyReLU:
-        first = _convolution(layers[-2])
-        if first is not None and first.kernel_size == (1, 1):
-            del layers[-2:]
-            expand, expand_bias = first.weight.flatten(1), bias_of(first)
-            slope = torch.full_like(expand_bias, rectifier.negative_slope)
-    if not layers:
-        return None
-    expand, expand_bias, slope, weight, bias = (
-        tensor.detach().contiguous() for tensor in (expand, expand_bias, slope, last.weight, bias_of(last))
-    )
-    return nn.Sequential(*layers), Upsampler(expand, expand_bias, slope, weight, bias, shuffle)
-
-
-def _convolution(layer: nn.Module) -> nn.Conv2d | None:
-    """`layer` if it is a plain square convolution that keeps the size."""
-    # A subclass may compute something else.
-    if type(layer) is not nn.Conv2d:
-        return None
-    size = layer.kernel_size[0]
-    expected = ((size, size), (1, 1), (1, 1), 1, (size // 2, size // 2), "zeros")
-    found = (layer.kernel_size, layer.stride, layer.dilation, layer.groups, layer.padding, layer.padding_mode)
-    return layer if found == expected and size % 2 == 1 else None
 
 
 def bias_of(layer: nn.Conv2d) -> Tensor:  # [out_channels]
@@ -117,10 +95,10 @@ def stitch_upsampled(
     """:func:`fastroute.stitch_patches` of what `upsamplers` make of `batches`.
 
     Args:
-        batches: float32 features with p = grid.patch * grid.scale / shuffle, of one memory format, or finished patches,
-            contiguous; they stand for their concatenation along M.
+        batches: float32 features with p = grid.patch * grid.scale / shuffle, those of a kind of one memory format, or
+            finished patches, contiguous; they stand for their concatenation along M.
         kinds: for each batch, which of `upsamplers` it goes through; FINISHED for patches that go through none.
-        upsamplers: K of one shuffle and number of features.
+        upsamplers: K of one shuffle and number of channels.
         window: float32 weights, as :func:`fastroute.make_window` gives them.
         grid, inverse, rows, out: see :func:`fastroute.stitch_patches`.
 
@@ -156,9 +134,12 @@ def _reference_upsampled(
             continue
         begin = time.perf_counter()
         expand, expand_bias, slope, weight, bias = layers[5 * kind : 5 * kind + 5]
-        if expand.numel():
-            batch = F.prelu(F.conv2d(batch, expand[:, :, None, None], expand_bias), slope)
-        patches.append(F.conv2d(batch, weight, bias, padding=weight.shape[2] // 2).contiguous())
+        if weight.ndim == 2:
+            patches.append(F.pixel_unshuffle(weight @ batch @ weight.t(), rest[-3]))
+        else:
+            if expand.numel():
+                batch = F.prelu(F.conv2d(batch, expand[:, :, None, None], expand_bias), slope)
+            patches.append(F.conv2d(batch, weight, bias, padding=weight.shape[2] // 2).contiguous())
         spent[kind] += time.perf_counter() - begin
     begin = time.perf_counter()
     torch.ops.fastroute.stitch_patches.out(torch.cat(patches), inverse, window, *rest, out=out)

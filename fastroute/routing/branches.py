@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from fastroute.models.optimize import optimize, parameter_dtype, split_shuffle
-from fastroute.ops._upsampled import Upsamplers, split_upsampler, upsamples
+from fastroute.models.optimize import interpolation, optimize, parameter_dtype, split_shuffle, split_upsampler
+from fastroute.ops._upsampled import Upsampler, Upsamplers, upsamples
 from fastroute.profiling import count_flops
 from fastroute.routing.tuning import Tuning, tune
 from fastroute.routing.working_set import ACTIVATIONS, REARRANGED, pass_bytes
@@ -78,8 +78,9 @@ class Branches:
     def split(self, device: torch.device) -> tuple[Sequence[nn.Module], Upsamplers]:
         """What of each branch runs on `device` before the stitching, and the last layers that are left to it, if any.
 
-        They are where branches end with such as there are kernels for, and as many pixels and channels come out of them. A
-        branch that ends otherwise finishes its patches; but if all end with a pixel shuffle, all are left at that.
+        They are where branches end with such as there are kernels for, and as many pixels and channels come out of them, or
+        interpolate. A branch that ends otherwise finishes its patches; but if all end with a pixel shuffle, all are left at
+        that.
         """
         if not self.optimized or self.dtype != torch.float32 or self.scale < 2 or not upsamples(device):
             return self.modules, []
@@ -89,15 +90,19 @@ class Branches:
 
     def cut(self, modules: Sequence[nn.Module]) -> tuple[Sequence[nn.Module], Upsamplers]:
         """:meth:`split` of `modules`, copies of these, where there are kernels."""
-        shuffled = [(module, self.shuffle) if self.shuffle > 1 else split_shuffle(module) for module in modules]
-        found = [split_upsampler(body, r) if r == self.scale else None for body, r in shuffled]
+        found = [self._cut(module) for module in modules]
         parts = [part for part in found if part is not None]
-        values = {(u.features, len(u.bias)) for _, u in parts}
-        fits = len(values) == 1 and values.pop()[1] == self.channels * self.scale**2
-        if not fits or (self.shuffle > 1 and len(parts) < len(found)):
+        if not parts or (self.shuffle > 1 and len(parts) < len(found)):
             return modules, []
         bodies = [part[0] if part else module for part, module in zip(found, modules, strict=True)]
         return bodies, [part[1] if part else None for part in found]
+
+    def _cut(self, module: nn.Module) -> tuple[nn.Module, Upsampler] | None:
+        body, shuffle = (module, self.shuffle) if self.shuffle > 1 else split_shuffle(module)
+        upsampler = interpolation(module, self.size[2])
+        part = split_upsampler(body, shuffle) if upsampler is None else (nn.Identity(), upsampler)
+        fits = part is not None and (part[1].shuffle, part[1].channels) == (self.scale, self.channels)
+        return part if fits else None
 
     def tuning(self, c: int, device: torch.device) -> Tuning:
         """How branch `c`, as :meth:`split` cuts it, runs on `device`; measured on the first call."""

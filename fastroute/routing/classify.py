@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeGuard
 from weakref import WeakKeyDictionary
 
 import torch
@@ -21,8 +22,8 @@ from fastroute.streaming.rows import Source, TensorSource
 
 # Cells per band of the image, one 960 pixels wide as a whole: what is read at once from a file, and shared by the threads.
 CELLS_PER_BAND = 32768
-# Patches per batch where they must be extracted.
-PATCHES_PER_BATCH = 32
+# Bytes that a batch of extracted patches may take in a classifier: more leaves a CPU's caches, a GPU needs more to be busy.
+BATCH_BYTES = {"cpu": 16 << 20, "cuda": 256 << 20}
 
 
 @dataclass(frozen=True)
@@ -82,11 +83,8 @@ def classifying_bytes(classifier: nn.Module, source: Source, grid: TileGrid) -> 
     """What :func:`classify_patches` holds at most beside the image and the scores."""
     dtype = next((p.dtype for p in classifier.parameters()), torch.float32)
     if not cellwise(classifier, grid):
-        size = (PATCHES_PER_BATCH, source.shape[1], grid.patch, grid.patch)
-        known = _BYTES.setdefault(classifier, {})
-        if size not in known:
-            known[size] = REARRANGED * pass_bytes(classifier, size, dtype)
-        return known[size]
+        size = (1, source.shape[1], grid.patch, grid.patch)
+        return patches_per_batch(classifier, size, source.device) * _patch_bytes(classifier, size)
     assert isinstance(classifier, PatchClassifier)  # for the type checker; cellwise has seen it
     hidden = classifier.lastOut.in_features
     for layer in classifier.CondNet:
@@ -100,52 +98,69 @@ def classifying_bytes(classifier: nn.Module, source: Source, grid: TileGrid) -> 
     return dtype.itemsize * (rows * cols * pixels + chunk * (2 * pixels + 3 * hidden) + 2 * rows * grid.cols * hidden)
 
 
+def patches_per_batch(classifier: nn.Module, size: tuple[int, ...], device: torch.device) -> int:
+    """Extracted patches of `size`, (1, C, p, p), that `classifier` is given at a time."""
+    return max(1, BATCH_BYTES.get(device.type, BATCH_BYTES["cpu"]) // _patch_bytes(classifier, size))
+
+
 def cellwise(classifier: nn.Module, grid: TileGrid) -> bool:
     """Whether `classifier` may run once per cell of the image instead of once per patch."""
-    # A subclass may have a forward of its own.
-    if type(classifier) is not PatchClassifier:
-        return False
-    cell = classifier.CELL
-    fits = grid.patch % cell == 0 and grid.stride % cell == 0
+    fits = _has_cells(classifier, grid.patch) and grid.stride % PatchClassifier.CELL == 0
     return fits and grid.height >= grid.patch and grid.width >= grid.patch
+
+
+def _has_cells(classifier: nn.Module, patch: int) -> TypeGuard[PatchClassifier]:
+    """Whether a patch of this size is a mean over cells to `classifier`."""
+    # A subclass may have a forward of its own.
+    return type(classifier) is PatchClassifier and patch % classifier.CELL == 0
+
+
+class _Layers:
+    """The layers of a PatchClassifier: those that run per cell, and the last two, which follow the average, as one."""
+
+    def __init__(self, classifier: PatchClassifier) -> None:
+        *inner, last = (layer for layer in classifier.CondNet if isinstance(layer, nn.Conv2d))
+        head = classifier.lastOut
+        self.inner = [(conv.weight.flatten(1), bias_of(conv)) for conv in inner]
+        self.weight = head.weight @ last.weight.flatten(1)
+        self.bias = torch.addmv(head.bias, head.weight, bias_of(last))
+        self.per_cell = sum(weight.numel() for weight, _ in self.inner)
+        self.per_patch = self.weight.numel()
+
+    def score(self, patches: Tensor) -> Tensor:  # [n, C, p, p] -> [n, K]
+        """Of patches one by one."""
+        rows = cell_mlp(patches, self.inner, PatchClassifier.CELL, patches.shape[-1] // PatchClassifier.CELL, 1)
+        return torch.softmax(torch.addmm(self.bias, rows[:, :, 0].mean(dim=1), self.weight.t()), dim=-1)
 
 
 def _by_cell(
     classifier: PatchClassifier, source: Source, grid: TileGrid, rows: list[int], cols: list[int]
 ) -> tuple[Tensor, int]:
-    layers = [layer for layer in classifier.CondNet if isinstance(layer, nn.Conv2d)]
-    last, cell = layers[-1], classifier.CELL
+    cell, layers = classifier.CELL, _Layers(classifier)
     row_cells = [grid.row_origins[i] // cell for i in rows]
-    col_cells = [grid.col_origins[j] // cell for j in cols]
     span = grid.patch // cell
-    height, width = row_cells[-1] + span, col_cells[-1] + span  # cells that some patch covers
+    height, width = row_cells[-1] + span, grid.col_origins[cols[-1]] // cell + span  # cells that some patch covers
     batch = source.shape[0]
 
-    inner = [(conv.weight.flatten(1), bias_of(conv)) for conv in layers[:-1]]
-    weight = inner[0][0]
-    logits = weight.new_empty(batch, len(rows), len(cols), classifier.lastOut.out_features)
-    # One product for the last convolution and the linear layer together.
-    tail_weight = classifier.lastOut.weight @ last.weight.flatten(1)
-    tail_bias = torch.addmv(classifier.lastOut.bias, classifier.lastOut.weight, bias_of(last))
+    logits = layers.weight.new_empty(batch, len(rows), len(cols), len(layers.bias))
     count = max(1, CELLS_PER_BAND // width)
     for b in range(batch):
         # Rows of cells, averaged along the row, until the last patch over them is done.
-        held, begin, row = weight.new_empty(0, len(cols), last.in_channels), 0, 0
+        held, begin, row = torch.empty(0), 0, 0
         for top in range(0, height, count):
             bottom = min(top + count, height)
             band = source.get((b, b + 1), (top * cell, bottom * cell))[:, :, :, : width * cell]
-            means = cell_mlp(band, inner, cell, span, grid.stride // cell)[0]
+            means = cell_mlp(band, layers.inner, cell, span, grid.stride // cell)[0]
             held = torch.cat([held, means]) if len(held) else means
             while row < len(rows) and row_cells[row] + span <= bottom:
                 average = held[row_cells[row] - begin :][:span].mean(dim=0)
                 # One tile row after the other: the numbers do not depend on how many rows the image has.
-                torch.addmm(tail_bias, average, tail_weight.t(), out=logits[b, row])
+                torch.addmm(layers.bias, average, layers.weight.t(), out=logits[b, row])
                 row += 1
             if row < len(rows):
                 held, begin = held[row_cells[row] - begin :], row_cells[row]
     # The averages are counted as the product that stands for them.
-    products = height * width * sum(w.numel() for w, _ in inner)
-    products += len(rows) * len(cols) * tail_weight.numel()
+    products = height * width * layers.per_cell + len(rows) * len(cols) * layers.per_patch
     return torch.softmax(logits, dim=-1), 2 * batch * products
 
 
@@ -155,27 +170,44 @@ _BYTES: WeakKeyDictionary[nn.Module, dict[tuple[int, ...], int]] = WeakKeyDictio
 
 
 def _patch_flops(classifier: nn.Module, size: tuple[int, ...]) -> int:
-    """FLOPs of one patch; counting takes longer than classifying, so it is done once."""
+    if _has_cells(classifier, size[-1]):
+        layers = _Layers(classifier)
+        return 2 * ((size[-1] // PatchClassifier.CELL) ** 2 * layers.per_cell + layers.per_patch)
     known = _FLOPS.setdefault(classifier, {})
     if size not in known:
         known[size] = count_flops(classifier, size)
     return known[size]
 
 
+def _patch_bytes(classifier: nn.Module, size: tuple[int, ...]) -> int:
+    known = _BYTES.setdefault(classifier, {})
+    if size not in known:
+        dtype = next((p.dtype for p in classifier.parameters()), torch.float32)
+        known[size] = REARRANGED * pass_bytes(classifier, size, dtype)
+    return known[size]
+
+
+def score_patches(classifier: nn.Module, patches: Tensor) -> Tensor:  # [n, C, p, p] -> [n, K]
+    """Scores of patches one by one; ClassSR's classifier by its cells."""
+    if _has_cells(classifier, patches.shape[-1]):
+        return _Layers(classifier).score(patches)
+    return classifier(patches)
+
+
 def _by_patch(classifier: nn.Module, source: Source, grid: TileGrid, numbers: Tensor) -> Scores:  # [n], rising, on the CPU
     dtype = next((p.dtype for p in classifier.parameters()), torch.float32)
+    size = (1, source.shape[1], grid.patch, grid.patch)
     pieces: list[Tensor] = []
-    for chunk in numbers.split(PATCHES_PER_BATCH) if len(numbers) else []:
+    for chunk in numbers.split(patches_per_batch(classifier, size, source.device)) if len(numbers) else []:
         band = band_around(chunk, grid)
         pixels, part = band.read(source, grid)
         order = (chunk - band.first_patch(grid)).to(source.device)
-        piece = classifier(extract_patches(pixels, part, order=order, dtype=dtype))
+        piece = score_patches(classifier, extract_patches(pixels, part, order=order, dtype=dtype))
         if piece.ndim != 2 or piece.shape[0] != chunk.shape[0]:
             raise ValueError(
                 f"classifier: must map ({chunk.shape[0]}, C, p, p) to ({chunk.shape[0]}, K); got {tuple(piece.shape)}"
             )
         pieces.append(piece)
-    size = (1, source.shape[1], grid.patch, grid.patch)
     flops = _patch_flops(classifier, size) * numbers.shape[0]
     if not pieces:
         # No patch: one throw-away patch tells the number of classes.

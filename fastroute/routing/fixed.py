@@ -16,7 +16,7 @@ from fastroute.ops.assign_classes import assign_classes
 from fastroute.ops.extract_patches import extract_patches
 from fastroute.routing.branches import even_parts, frozen_copy
 from fastroute.routing.budgets import check_possible, dearest
-from fastroute.routing.classify import PATCHES_PER_BATCH, cellwise, classify_patches
+from fastroute.routing.classify import cellwise, classify_patches, patches_per_batch, score_patches
 from fastroute.routing.graphs import CudaGraph
 from fastroute.routing.patch_router import PatchRouter
 from fastroute.routing.slots import Slots, capacities_for, check_capacities
@@ -279,6 +279,7 @@ class FixedClassifier(nn.Module):
         self.classifier: nn.Module = classifier
         self.grid, self.batch = grid, shape[0]
         self.scored = next((p.dtype for p in classifier.parameters()), torch.float32)
+        self.most = patches_per_batch(classifier, (1, shape[1], grid.patch, grid.patch), device)
         self.cells, self.rows, self.cols = None, 0, 0
         if cellwise(classifier, grid):
             cell: int = classifier.CELL  # type: ignore[assignment]
@@ -294,8 +295,8 @@ class FixedClassifier(nn.Module):
     def forward(self, images: Tensor) -> Tensor:  # [B, C, H, W] -> [N, K]
         """See the class."""
         pieces = [
-            self.classifier(extract_patches(images, self.grid, order=order, dtype=self.scored))
-            for order in self.numbers.split(PATCHES_PER_BATCH)
+            score_patches(self.classifier, extract_patches(images, self.grid, order=order, dtype=self.scored))
+            for order in self.numbers.split(self.most)
             if len(order)
         ]
         if self.cells is None:

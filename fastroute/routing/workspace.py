@@ -32,7 +32,7 @@ class Workspace:
         numbers = iter(range(len(upsamplers)))
         # Which of them each class goes through.
         self.kinds = [FINISHED if u is None else next(numbers) for u in upsamplers]
-        self.strides: dict[torch.Size, tuple[int, ...]] = {}  # of what is in `batches`, but for the first; by size
+        self.strides: dict[int, tuple[int, ...]] = {}  # of what is in `batches`, but for the first; by kind
         self.batches: list[Tensor] = []
         self.classes: list[int] = []  # of `batches`
         self.number = 0  # of patches in `batches`
@@ -58,10 +58,10 @@ class Workspace:
     def put(self, results: list[Tensor], c: int) -> None:  # [n, *size(c)] each
         """Keep the next batches of outputs of the branch of class `c`."""
         size = self.size(c)
-        if size not in self.strides:
-            finished = bool(self.upsamplers) and self.kinds[c] == FINISHED
-            self.strides[size] = (size[1] * size[2], size[2], 1) if finished else results[0].stride()[1:]
-        strides = self.strides[size]
+        kind = self.kinds[c] if self.upsamplers else 0
+        if kind not in self.strides:
+            self.strides[kind] = (size[1] * size[2], size[2], 1) if kind == FINISHED else results[0].stride()[1:]
+        strides = self.strides[kind]
         for result in results:
             if result.shape[1:] != size:
                 patch = f"{self.grid.patch} x {self.grid.patch}"

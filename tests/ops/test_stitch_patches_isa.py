@@ -11,21 +11,27 @@ from test_stitch_patches_upsampled import TOLERANCE, layers_of, upsampler
 
 import fastroute
 from fastroute import TileGrid, make_window, stitch_patches
+from fastroute.models.arm import Bicubic
+from fastroute.models.optimize import interpolation
 
 pytestmark = only_the_cpu_kernels("stitch_patches")
 
 GRID = TileGrid(21, 26, 9, 7, 4)
 SHAPE = (2, 3, *GRID.output_size)
-# (features, units of the expansion or 0, kernel).
-LAYERS = [(12, 56, 3), (12, 9, 3), (5, 0, 3)]
+# (features, units of the expansion or 0, kernel); and an interpolation.
+LAYERS = [(12, 56, 3), (12, 9, 3), (5, 0, 3), "bicubic"]
 TYPES = (torch.float32, torch.uint8)
 
 
-def problem(features, units, kernel):
-    number = 2 * GRID.num_patches
-    x = random((number, features, GRID.patch, GRID.patch)).contiguous(memory_format=torch.channels_last)
-    layers = upsampler(features, units or features, 3, GRID.scale, kernel, expands=units > 0)
-    return x, layers, shuffled(number, "cpu"), make_window("hann", GRID.patch * GRID.scale)
+def problem(sizes):
+    if sizes == "bicubic":
+        layers = interpolation(Bicubic(GRID.scale), GRID.patch)
+    else:
+        features, units, kernel = sizes
+        layers = upsampler(features, units or features, 3, GRID.scale, kernel, expands=units > 0)
+    size = (2 * GRID.num_patches, layers.features, GRID.patch, GRID.patch)
+    x = random(size).contiguous(memory_format=torch.channels_last)
+    return x, layers, shuffled(len(x), "cpu"), make_window("hann", GRID.patch * GRID.scale)
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +40,7 @@ def outputs(tmp_path_factory):
     calls = []
     for sizes in LAYERS:
         for dtype in TYPES:
-            x, layers, inverse, window = problem(*sizes)
+            x, layers, inverse, window = problem(sizes)
             batches = list(x.split(4))
             geometry = (GRID.height, GRID.width, GRID.patch, GRID.stride, GRID.scale, GRID.crop, layers.shuffle, 0, SHAPE[2])
             args = (batches, [0] * len(batches), list(layers.layers), inverse, window, *geometry)
@@ -46,7 +52,7 @@ def outputs(tmp_path_factory):
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("sizes", LAYERS, ids=str)
 def test_against_float64(outputs, isa, sizes):
-    x, layers, inverse, _ = problem(*sizes)
+    x, layers, inverse, _ = problem(sizes)
     with fastroute.use_backend("reference"):
         exact = stitch_patches(layers_of(x, layers), GRID, "hann", inverse)
     single, pixels = outputs[isa][LAYERS.index(sizes) * len(TYPES) :][: len(TYPES)]

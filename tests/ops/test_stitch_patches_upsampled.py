@@ -13,9 +13,10 @@ from torch.nn import functional as F
 import fastroute
 from fastroute import TileGrid, make_window, stitch_patches
 from fastroute.backends import unsupported_reasons
+from fastroute.models.arm import Bicubic
 from fastroute.models.fsrcnn import FSRCNN
-from fastroute.models.optimize import optimize, split_shuffle
-from fastroute.ops._upsampled import FINISHED, Upsampler, split_upsampler, stitch_upsampled
+from fastroute.models.optimize import interpolation, optimize, split_shuffle, split_upsampler
+from fastroute.ops._upsampled import FINISHED, Upsampler, stitch_upsampled
 
 MISSING = "; ".join(unsupported_reasons("stitch_patches", "cpu", torch.device("cpu")))
 needs_kernel = pytest.mark.skipif(bool(MISSING), reason=MISSING)
@@ -42,6 +43,8 @@ def upsampler(
 def layers_of(x: Tensor, u: Upsampler) -> Tensor:
     """In float64, layer by layer."""
     x = x.double()
+    if u.interpolates:
+        return torch.einsum("Yy,ncyx,Xx->ncYX", u.weight.double(), x, u.weight.double())
     if u.expand.numel():
         x = F.prelu(F.conv2d(x, u.expand.double()[:, :, None, None], u.expand_bias.double()), u.slope.double())
     return F.pixel_shuffle(F.conv2d(x, u.weight.double(), u.bias.double(), padding=u.weight.shape[2] // 2), u.shuffle)
@@ -59,10 +62,11 @@ def check(
 ) -> None:
     """Against the layers in float64 and the reference's stitching, over batches of every kind in turn, finished ones too."""
     number = images * grid.num_patches
-    features = in_layout(random((number, upsamplers[0].features, grid.patch, grid.patch)), layout)
-    batches = [batch for batch in features.split(3)]
+    features = [in_layout(random((number, u.features, grid.patch, grid.patch)), layout) for u in upsamplers]
+    batches = list(features[0].split(3))
     turns = [FINISHED] * finished + [*range(len(upsamplers))]
     kinds = [turns[i % len(turns)] for i in range(len(batches))]
+    batches = [features[kind].split(3)[i] for i, kind in enumerate(kinds)]
     inverse = shuffled(number, "cpu")
     made = [layers_of(batch, upsamplers[kind]) for batch, kind in zip(batches, kinds, strict=True)]
     for i, kind in enumerate(kinds):
@@ -113,6 +117,40 @@ def test_finished_patches_alone():
     held, window = ([patches[:5], patches[5:]], [FINISHED, FINISHED], [u]), make_window("hann", 32)
     spent = stitch_upsampled(*held, grid, window, inverse, (0, 80), out)
     assert torch.equal(out, expected) and spent[0] == 0 < spent[1]
+
+
+def blend(patch: int, scale: int, taps: int, channels: int = 3) -> Upsampler:
+    """An interpolation of random numbers, `taps` of which meet in each output pixel."""
+    make = torch.Generator().manual_seed(taps)
+    weight, empty = torch.zeros(patch * scale, patch), torch.empty(0)
+    for row in range(patch * scale):
+        first = min(max(row // scale - taps // 2, 0), patch - min(taps, patch))
+        weight[row, first : first + taps] = torch.randn(min(taps, patch), generator=make) / taps**0.5
+    return Upsampler(torch.empty(0, channels), empty, empty, weight, empty, scale)
+
+
+@pytest.mark.parametrize("taps", [1, 2, 4, 8])
+@pytest.mark.parametrize("scale", [2, 3, 4])
+@pytest.mark.parametrize("geometry", [(9, 13, 8, 6), (5, 4, 8, 8), (70, 75, 33, 29)], ids=str)
+def test_interpolations(geometry, scale, taps):
+    grid, kind = TileGrid(*geometry, scale), blend(geometry[2], scale, taps)
+    check(grid, [kind])
+    check(grid, [upsampler(5, 4, 3, scale), kind, upsampler(7, 9, 3, scale)], "hann", 2, "contiguous", finished=True)
+    check(grid, [kind], dtype=torch.uint8, rows=(1, grid.output_size[0] - 2))
+
+
+def test_bicubic_interpolation():
+    """Its matrix gives what PyTorch gives, edges included."""
+    grid, scale = TileGrid(30, 41, 16, 12, 4), 4
+    kind = interpolation(Bicubic(scale), 16)
+    patches = random((grid.num_patches, 3, 16, 16))
+    with fastroute.use_backend("reference"):
+        expected = stitch_patches(Bicubic(scale)(patches.double()), grid)
+    out = torch.empty(expected.shape)
+    inverse = torch.arange(grid.num_patches)
+    stitch_upsampled([patches], [0], [kind], grid, torch.ones(64), inverse, (0, 120), out)
+    torch.testing.assert_close(out.double(), expected, rtol=0, atol=1e-6)
+    assert interpolation(nn.Upsample(scale_factor=4, mode="bicubic"), 16) is None
 
 
 @pytest.mark.parametrize("channels", [1, 2, 4, 7])
@@ -226,7 +264,7 @@ def test_opcheck():
         (2, [], "five tensors"),
         (0, [random((2, 5, 8, 8))], "4 features"),
         (1, [-2], "kinds must lie in"),
-        (1, [-1], "finished patches must be|pixels wide"),
+        (1, [-1], "kind -1 must have 3 features"),
         (0, [random((2, 4, 8, 8), torch.float64)], "float32"),
         (0, [random((2, 4, 7, 8))], "pixels wide"),
         (11, 3, "weight must be C"),
@@ -251,10 +289,17 @@ def test_errors_of_finished_patches():
         operator(*args, **out)
     args[3] = torch.arange(2)
     operator(*args, **out)
-    for wrong in (patch[:, :2], patch.contiguous(memory_format=torch.channels_last)):
-        args[0] = [features, wrong]
-        with pytest.raises(RuntimeError, match="finished patches must be 3 x 16 x 16"):
+    # Interpolations: a full matrix, one whose band goes to the left, one of another size.
+    empty = torch.empty(0)
+    matrices = [(torch.ones(16, 9)[:, :8], "contiguous"), (torch.eye(16)[:, :8].flip(0).contiguous(), "further right")]
+    for matrix, words in [*matrices, (torch.ones(8, 8), "weight must be 16 x 8")]:
+        args[2] = [torch.empty(0, 3), empty, empty, matrix, empty]
+        with pytest.raises(RuntimeError, match=words):
             operator(*args, **out)
+    args[2] = arguments()[0][2]
+    args[0] = [features, patch.contiguous(memory_format=torch.channels_last)]
+    with pytest.raises(RuntimeError, match="finished patches must be 3 x 16 x 16"):
+        operator(*args, **out)
 
 
 @pytest.mark.parametrize(
