@@ -132,35 +132,41 @@ FASTROUTE_TARGET __attribute__((noinline)) void expand_row(const Upsampler& u, c
     }
 }
 
-// One output row of a separable interpolation: LR rows blended into one of [width], and that one's columns.
-FASTROUTE_TARGET __attribute__((noinline)) void blend_row(const Upsampler& u, int64_t k, const float* const* rows,
-                                                          int64_t step, int64_t width, float* blended, float* out,
-                                                          int64_t channel_step) {
-    const Band& band = *u.band;
+// The columns of one output row, `channels` times, from LR rows of [width] that were blended of several.
+FASTROUTE_SIMD void blend_columns(const Band& band, int64_t channels, const float* blended, int64_t width, float* out,
+                                  int64_t channel_step) {
     const int64_t padded = band.padded();
-    for (int64_t c = 0; c < u.channels; ++c, out += channel_step) {
-        for (int64_t x = 0; x < width; x += kLanes) {
-            Vector<float> sum{};
-            for (int64_t t = 0; t < band.taps; ++t) {
-                const Vector<float> factor = broadcast<float>(band.coefficient[t * padded + k]);
-                sum = fma(factor, load(rows[t] + c * step + x), sum);
-            }
-            store(blended + x, sum);
-        }
 #if FASTROUTE_BYTES == 64
-        for (int64_t x = 0; !band.lane.empty() && x < band.rows; x += kLanes) {
-            // What lies behind the row is of no number of the band.
-            const __m512 values = _mm512_loadu_ps(blended + band.first[x]);
-            Vector<float> sum{};
-            for (int64_t t = 0; t < band.taps; ++t) {
-                const __m512i lane = _mm512_loadu_si512(band.lane.data() + t * padded + x);
-                sum = fma(_mm512_maskz_permutexvar_ps(0xffff, lane, values),
-                          load(band.coefficient.data() + t * padded + x), sum);
+    constexpr int kTaps = 4;  // of bicubic interpolation
+    if (band.taps <= kTaps && !band.lane.empty()) {
+        const int32_t *first = band.first.data(), *lanes = band.lane.data();
+        const float* coefficients = band.coefficient.data();
+        const int64_t rows = band.rows, taps = band.taps;
+        for (int64_t x = 0; x < rows; x += kLanes) {
+            __m512i lane[kTaps];
+            Vector<float> coefficient[kTaps] = {};
+#pragma GCC unroll 4
+            for (int t = 0; t < kTaps; ++t) {
+                lane[t] = _mm512_loadu_si512(lanes + (t < taps ? t : 0) * padded + x);
+                if (t < taps) coefficient[t] = load(coefficients + t * padded + x);
             }
-            store(out + x, sum);
+            const float* from = blended + first[x];
+            float* to = out + x;
+            for (int64_t c = 0; c < channels; ++c, from += width, to += channel_step) {
+                // What lies behind the row is of no number of the band.
+                const __m512 values = _mm512_loadu_ps(from);
+                Vector<float> sum{};
+#pragma GCC unroll 4
+                for (int t = 0; t < kTaps; ++t) {
+                    sum = fma(_mm512_maskz_permutexvar_ps(0xffff, lane[t], values), coefficient[t], sum);
+                }
+                store(to, sum);
+            }
         }
-        if (!band.lane.empty()) continue;
+        return;
+    }
 #endif
+    for (int64_t c = 0; c < channels; ++c, blended += width, out += channel_step) {
         for (int64_t x = 0; x < band.rows; ++x) {
             float sum = 0.0f;
             for (int64_t t = 0; t < band.taps; ++t) {
@@ -169,6 +175,26 @@ FASTROUTE_TARGET __attribute__((noinline)) void blend_row(const Upsampler& u, in
             out[x] = sum;
         }
     }
+}
+
+// One output row of a separable interpolation. `blended`: room for [channels][width].
+FASTROUTE_TARGET __attribute__((noinline)) void blend_row(const Upsampler& u, int64_t k, const float* const* rows,
+                                                          int64_t step, int64_t width, float* blended, float* out,
+                                                          int64_t channel_step) {
+    const Band& band = *u.band;
+    const int64_t padded = band.padded();
+    // All channels first: what was just stored in two pieces cannot be read as one for a while.
+    for (int64_t c = 0; c < u.channels; ++c) {
+        for (int64_t x = 0; x < width; x += kLanes) {
+            Vector<float> sum{};
+            for (int64_t t = 0; t < band.taps; ++t) {
+                const Vector<float> factor = broadcast<float>(band.coefficient[t * padded + k]);
+                sum = fma(factor, load(rows[t] + c * step + x), sum);
+            }
+            store(blended + c * width + x, sum);
+        }
+    }
+    blend_columns(band, u.channels, blended, width, out, channel_step);
 }
 
 template <int R, int K, unsigned Mask>
