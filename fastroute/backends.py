@@ -12,11 +12,15 @@ from typing import Any
 
 import torch
 
-BACKENDS = ("reference", "cpu", "triton", "cuda")
+GPU_BACKENDS = ("triton", "cuda")
+BACKENDS = ("reference", "cpu", *GPU_BACKENDS)
 VARIABLE = "FASTROUTE_BACKEND"
 # The oldest Triton, and the least compute capability, for which the kernels are compiled and tested.
 TRITON_VERSION = (3, 6)
 CAPABILITY = (8, 0)
+
+# Operators that are products of matrices and little else: a GPU runs them as torch's own, whichever backend is asked for.
+PRODUCTS = frozenset({"cell_mlp"})
 
 _requested: str | None = None
 
@@ -78,6 +82,8 @@ def unsupported_reasons(op: str, backend: str, device: torch.device) -> list[str
         return EXTENSION.reasons
     if device.type != "cuda" and not (backend == "triton" and device.type == "cpu"):
         return [f"the tensors are on {device}"]
+    if op in PRODUCTS and (device.type == "cuda" or _interpreted()):
+        return ["matrix products of torch run it there (backend reference)"]
     return _triton_reasons(op, device.type, device.index) if backend == "triton" else _cuda_reasons(op, device.index)
 
 
@@ -87,7 +93,7 @@ def _triton_reasons(op: str, device_type: str, index: int | None) -> list[str]:
         return ['triton is not installed (run `pip install ".[gpu]"` in a copy of the source)']
     if _release(version) < TRITON_VERSION:
         return [f"triton {version} is older than {'.'.join(map(str, TRITON_VERSION))}"]
-    if device_type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+    if device_type == "cpu" and not _interpreted():
         return ["the tensors are on cpu (TRITON_INTERPRET=1 runs them in Triton's interpreter, for tests)"]
     if device_type == "cuda":
         found = torch.cuda.get_device_capability(index)
@@ -123,6 +129,10 @@ for _function in (_triton_reasons, _cuda_reasons):
     setattr(_function, "_dynamo_marked_constant", True)  # noqa: B010
 
 
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
 def _installed_version(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)
@@ -150,6 +160,8 @@ def select(op: str, device: torch.device) -> str:
     if request:
         by_variable = not _requested
         _check_name(request, f"{VARIABLE}: backend" if by_variable else "backend")
+        if op in PRODUCTS and request in GPU_BACKENDS and (device.type == "cuda" or _interpreted()):
+            return "reference"
         reasons = unsupported_reasons(op, request, device)
         if reasons:
             remedy = f"; unset the environment variable {VARIABLE} for the automatic choice" if by_variable else ""

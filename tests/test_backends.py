@@ -14,7 +14,7 @@ import torch
 
 import fastroute
 from fastroute import backends
-from fastroute.backends import BACKENDS, VARIABLE, Extension, select, unsupported_reasons
+from fastroute.backends import BACKENDS, PRODUCTS, VARIABLE, Extension, select, unsupported_reasons
 from fastroute.info import operators
 
 CPU = torch.device("cpu")
@@ -241,12 +241,27 @@ def test_a_gpu_without_cuda_kernels_runs_triton(monkeypatch):
     monkeypatch.setattr(backends.EXTENSION, "info", {"cuda": False})
     monkeypatch.setattr(backends.EXTENSION, "reasons", [])
     assert "without CUDA kernels" in unsupported_reasons(OP, "cuda", GPU)[0]
-    for op in operators():
+    for op in set(operators()) - PRODUCTS:
         assert unsupported_reasons(op, "triton", GPU) == []
         assert select(op, GPU) == "triton"
         with fastroute.use_backend("reference"):
             assert select(op, GPU) == "reference"
     assert "no triton kernel of unheard_of" in unsupported_reasons("unheard_of", "triton", GPU)[0]
+
+
+@pytest.mark.usefixtures("capability")
+@pytest.mark.parametrize("op", sorted(PRODUCTS))
+def test_matrix_products_are_those_of_torch_on_a_gpu(op):
+    assert op in operators()
+    assert select(op, GPU) == "reference"
+    for backend in ("triton", "cuda"):
+        assert "matrix products of torch" in unsupported_reasons(op, backend, GPU)[0]
+        with fastroute.use_backend(backend):
+            assert select(op, GPU) == "reference"
+            with pytest.raises(fastroute.BackendError, match="the tensors are on cpu"):
+                select(op, torch.device("cpu"))
+    with fastroute.use_backend("cpu"), pytest.raises(fastroute.BackendError, match="the tensors are on cuda"):
+        select(op, GPU)
 
 
 @pytest.mark.usefixtures("capability")

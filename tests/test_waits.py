@@ -14,6 +14,7 @@ from torch import nn
 from waits import GPU, WaitError, no_waits, on_gpu, triton_launchers
 
 import fastroute
+from fastroute.backends import PRODUCTS
 from fastroute.models.arm import edge_score
 from fastroute.models.carn import CARN
 from fastroute.models.classsr import ClassSR
@@ -78,6 +79,7 @@ OPS = {
         fastroute.assign_classes(image(9, 3), [1, 2, 4], penalty=0.5),
         fastroute.assign_classes(image(9, 3), [1, 2, 4], budget=0.5),
     ),
+    "cell_mlp": lambda: fastroute.cell_mlp(image(2, 3, 16, 44), layers(48, 9, 5), 4, 4, 3),
     "adaptive_threshold": lambda: fastroute.adaptive_threshold(image(2, 30)),
     "gather_groups": lambda: fastroute.gather_groups(
         image(9, 4), fastroute.ClassGroups(*(image(n, dtype=torch.int64) for n in (9, 9, 4)))
@@ -104,8 +106,16 @@ def test_operators(monkeypatch, op):
     assert seen.names and set(seen.names) == {op}
 
 
+def test_products_of_torch(monkeypatch):
+    assert set(OPS) > PRODUCTS
+    with no_waits(monkeypatch, "reference") as seen:
+        for op in PRODUCTS:
+            OPS[op]()
+    assert not seen.names
+
+
 @needs_triton
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", sorted(set(OPS) - PRODUCTS))
 def test_triton_launchers(monkeypatch, op):
     window_on("hann", 16, 12, GPU, torch.float32)
     with no_waits(monkeypatch), triton_launchers(monkeypatch) as launched:
