@@ -14,9 +14,6 @@ namespace {
 
 constexpr size_t kLayers = 5;  // tensors per kind
 
-// Whether batch i holds finished patches, which go through no layers.
-inline bool given(const std::vector<int64_t>& kinds, size_t i) { return kinds[i] < 0; }
-
 // A kind's layers: [expand [D, F], its bias [D], slope [D], weight [C·r·r, D, K, K], bias [C·r·r]], the first three
 // empty where there is no expansion; or, with expand [0, C] and the others empty, weight [P, p], an interpolation.
 struct Kind {
@@ -27,10 +24,15 @@ struct Kind {
           expand_bias(layers[kLayers * kind + 1]),
           slope(layers[kLayers * kind + 2]),
           weight(layers[kLayers * kind + 3]),
-          bias(layers[kLayers * kind + 4]) {}
+          bias(layers[kLayers * kind + 4]) {
+        FASTROUTE_CHECK(weight.dim() == 4 || (weight.dim() == 2 && expand.dim() == 2), kOp,
+                        ": weight must be C * r * r x D x K x K, or P x p with an expansion 0 x C");
+    }
 
     bool interpolates() const { return weight.dim() == 2; }
-    int64_t features() const { return interpolates() || expand.numel() > 0 ? expand.size(1) : weight.size(1); }
+    int64_t features() const {
+        return interpolates() || (expand.numel() > 0 && expand.dim() == 2) ? expand.size(1) : weight.size(1);
+    }
     int64_t channels(int64_t shuffle) const { return interpolates() ? features() : weight.size(0) / shuffle / shuffle; }
 };
 
@@ -40,15 +42,13 @@ void check_kind(const Kind& kind, int64_t span, int64_t shuffle, int64_t channel
         FASTROUTE_CHECK(tensor->is_contiguous() && tensor->scalar_type() == ScalarType::Float, kOp,
                         ": layers must be contiguous float32");
     }
-    FASTROUTE_CHECK(weight.dim() == 4 || (weight.dim() == 2 && expand.dim() == 2), kOp,
-                    ": weight must be C * r * r x D x K x K, or P x p with an expansion 0 x C");
     FASTROUTE_CHECK(kind.channels(shuffle) == channels, kOp, ": all kinds must have ", channels, " channels");
     if (kind.interpolates()) {
         FASTROUTE_CHECK(weight.size(0) == span && weight.size(1) * shuffle == span, kOp, ": weight must be ", span,
                         " x ", span / shuffle);
         FASTROUTE_CHECK(upsampler::band_of(weight.const_data_ptr<float>(), span, span / shuffle).has_value(), kOp,
                         ": each row of weight must have at most ", upsampler::kMostRows,
-                        " numbers side by side, further right than those of the row above");
+                        " numbers side by side, none further left than in the row above");
         return;
     }
     const int64_t square = shuffle * shuffle, units = weight.size(1);

@@ -178,6 +178,10 @@ inline std::optional<Band> band_of(const float* matrix, int64_t rows, int64_t co
         end[r] = columns;
         while (begin[r] + 1 < columns && row[begin[r]] == 0.0f) ++begin[r];
         while (end[r] > begin[r] + 1 && row[end[r] - 1] == 0.0f) --end[r];
+    }
+    // A row in which some numbers happen to be 0, as where a pixel lies on another, begins no later than the next.
+    for (int64_t r = rows - 1; r >= 0; --r) {
+        if (r + 1 < rows) begin[r] = std::min(begin[r], begin[r + 1]);
         band.taps = std::max(band.taps, end[r] - begin[r]);
     }
     if (band.taps > kMostRows) return std::nullopt;
@@ -186,7 +190,6 @@ inline std::optional<Band> band_of(const float* matrix, int64_t rows, int64_t co
     bool fits = true;
     for (int64_t r = 0; r < rows; ++r) {
         const int64_t first = std::min(begin[r], columns - band.taps);
-        if (r > 0 && first < band.first.back()) return std::nullopt;
         band.first.push_back(static_cast<int32_t>(first));
         for (int64_t t = 0; t < band.taps; ++t) {
             const int64_t lane = first - band.first[r / kBandLanes * kBandLanes] + t;

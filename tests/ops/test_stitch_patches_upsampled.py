@@ -139,17 +139,33 @@ def test_interpolations(geometry, scale, taps):
     check(grid, [kind], dtype=torch.uint8, rows=(1, grid.output_size[0] - 2))
 
 
-def test_bicubic_interpolation():
-    """Its matrix gives what PyTorch gives, edges included."""
-    grid, scale = TileGrid(30, 41, 16, 12, 4), 4
-    kind = interpolation(Bicubic(scale), 16)
-    patches = random((grid.num_patches, 3, 16, 16))
+@pytest.mark.parametrize("scale", [2, 3, 4, 5])
+@pytest.mark.parametrize("patch", [2, 3, 7, 16, 40])
+def test_bicubic_interpolation(patch, scale):
+    """Its matrix gives what PyTorch gives, edges included; at a factor of 3 every third row has one number."""
+    grid = TileGrid(30, 41, patch, max(patch - 4, 1), scale)
+    kind = interpolation(Bicubic(scale), patch)
+    patches = random((grid.num_patches, 3, patch, patch))
     with fastroute.use_backend("reference"):
         expected = stitch_patches(Bicubic(scale)(patches.double()), grid)
     out = torch.empty(expected.shape)
-    inverse = torch.arange(grid.num_patches)
-    stitch_upsampled([patches], [0], [kind], grid, torch.ones(64), inverse, (0, 120), out)
+    inverse, window = torch.arange(grid.num_patches), torch.ones(patch * scale)
+    stitch_upsampled([patches], [0], [kind], grid, window, inverse, (0, out.shape[2]), out)
     torch.testing.assert_close(out.double(), expected, rtol=0, atol=1e-6)
+
+
+@needs_kernel
+@pytest.mark.parametrize("matrix", [torch.ones(24, 12), torch.eye(24)[:, :12].flip(0)], ids=["full", "falling"])
+def test_errors_of_interpolations(matrix):
+    grid, empty = TileGrid(9, 8, 12, 6, 2), torch.empty(0)
+    kind = Upsampler(torch.empty(0, 3), empty, empty, matrix.contiguous(), empty, 2)
+    patches, inverse = random((grid.num_patches, 3, 12, 12)), torch.arange(grid.num_patches)
+    with pytest.raises(RuntimeError, match="at most 8 numbers side by side, none further left"):
+        stitch_upsampled([patches], [0], [kind], grid, torch.ones(24), inverse, (0, 18), torch.empty(1, 3, 18, 16))
+
+
+def test_what_is_an_interpolation():
+    assert interpolation(Bicubic(4), 16).shuffle == 4
     assert interpolation(nn.Upsample(scale_factor=4, mode="bicubic"), 16) is None
 
 
@@ -289,14 +305,14 @@ def test_errors_of_finished_patches():
         operator(*args, **out)
     args[3] = torch.arange(2)
     operator(*args, **out)
-    # Interpolations: a full matrix, one whose band goes to the left, one of another size.
+    # Interpolations.
     empty = torch.empty(0)
-    matrices = [(torch.ones(16, 9)[:, :8], "contiguous"), (torch.eye(16)[:, :8].flip(0).contiguous(), "further right")]
-    for matrix, words in [*matrices, (torch.ones(8, 8), "weight must be 16 x 8")]:
+    held = args[2]
+    for matrix, words in [(torch.ones(16, 9)[:, :8], "contiguous"), (torch.ones(8, 8), "weight must be 16 x 8")]:
         args[2] = [torch.empty(0, 3), empty, empty, matrix, empty]
         with pytest.raises(RuntimeError, match=words):
             operator(*args, **out)
-    args[2] = arguments()[0][2]
+    args[2] = held
     args[0] = [features, patch.contiguous(memory_format=torch.channels_last)]
     with pytest.raises(RuntimeError, match="finished patches must be 3 x 16 x 16"):
         operator(*args, **out)
