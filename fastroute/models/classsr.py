@@ -111,8 +111,10 @@ class ClassSR(nn.Module):
         """The probability-weighted sum of all branches, and the probabilities; whole batches, no loop over patches."""
         probability = self.classifier(patches)
         weights = probability.t()[:, :, None, None, None]
-        mixed = torch.stack([w * branch(patches) for w, branch in zip(weights, self.branches, strict=True)])
-        return mixed.sum(dim=0), probability
+        mixed = weights[0] * self.branches[0](patches)
+        for weight, branch in zip(weights[1:], self.branches[1:], strict=True):
+            mixed = torch.addcmul(mixed, weight, branch(patches))
+        return mixed, probability
 
     def forward(self, patches: Tensor) -> Tensor:  # [N, C, p, p] -> [N, C, P, P]
         """The mixture in training mode, the chosen branch otherwise."""
