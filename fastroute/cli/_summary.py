@@ -47,7 +47,10 @@ def tell_routing(router: Router, job: Job, stats: RoutingStats, chosen: dict[str
     if "budget" in chosen:
         click.echo(f"         the budget of {chosen['budget']:g} bounds the branches alone, without the classifier")
     seconds = stats.seconds
-    stages = ", ".join(f"{name} {seconds[name]:.3f}" for name in seconds if name != "total")
+    parts = {name: taken for name, taken in seconds.items() if name != "total"}
+    # Much in a process's first call: memory is mapped, kernels are built.
+    other = max(seconds["total"] - sum(parts.values()), 0.0)
+    stages = ", ".join(f"{name} {taken:.3f}" for name, taken in (parts | {"other": other}).items())
     asked = f" of the {chosen['budget_ms']:g} ms asked for" if "budget_ms" in chosen else ""
     click.echo(f"  time: {seconds['total']:.3f} s{asked} ({stages})")
 
