@@ -82,7 +82,7 @@ def unsupported_reasons(op: str, backend: str, device: torch.device) -> list[str
         return EXTENSION.reasons
     if device.type != "cuda" and not (backend == "triton" and device.type == "cpu"):
         return [f"the tensors are on {device}"]
-    if op in PRODUCTS and (device.type == "cuda" or _interpreted()):
+    if _is_products(op, backend, device):
         return ["matrix products of torch run it there (backend reference)"]
     return _triton_reasons(op, device.type, device.index) if backend == "triton" else _cuda_reasons(op, device.index)
 
@@ -129,6 +129,11 @@ for _function in (_triton_reasons, _cuda_reasons):
     setattr(_function, "_dynamo_marked_constant", True)  # noqa: B010
 
 
+def _is_products(op: str, backend: str, device: torch.device) -> bool:
+    """Whether torch's own products stand for `op` where the others run on `backend`."""
+    return op in PRODUCTS and backend in GPU_BACKENDS and (device.type == "cuda" or _interpreted())
+
+
 def _interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -160,7 +165,7 @@ def select(op: str, device: torch.device) -> str:
     if request:
         by_variable = not _requested
         _check_name(request, f"{VARIABLE}: backend" if by_variable else "backend")
-        if op in PRODUCTS and request in GPU_BACKENDS and (device.type == "cuda" or _interpreted()):
+        if _is_products(op, request, device):
             return "reference"
         reasons = unsupported_reasons(op, request, device)
         if reasons:

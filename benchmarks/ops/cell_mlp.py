@@ -78,9 +78,9 @@ def run_case(name: str, height: int, width: int, classifier: PatchClassifier, se
     if name in ("2K", "smoke") or setting.full:
         run = setting.compiled(imagewise, network, last)
         variants[f"{LAST}, compiled"] = run if isinstance(run, str) else Variant(run, check, foreign=True)
-    cells = (grid.height // CELL) * (grid.width // CELL)
-    flops = 2 * cells * sum(weight.numel() for weight in weights)
-    bytes_moved = image.nbytes + cells // (grid.width // CELL) * grid.cols * biases[-1].shape[0] * image.element_size()
+    rows, cols = grid.height // CELL, grid.width // CELL
+    flops = 2 * rows * cols * sum(weight.numel() for weight in weights)
+    bytes_moved = image.nbytes + rows * grid.cols * biases[-1].nbytes
     label = f"cell_mlp, class features of {grid.num_patches} patches, {grid.width} x {grid.height}, float32"
     facts = {"size": name, "dtype": "float32", "patches": grid.num_patches}
     return compare(label, variants, bytes_moved, PEER, setting, flops, **facts)
