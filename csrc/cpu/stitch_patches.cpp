@@ -88,15 +88,19 @@ void stitch_into(const Tensor& out, const Batches& batches, const std::optional<
         if (upsampling != nullptr) {
             plan.upsampling = upsampling;
             plan.channels = channels;
-            plan.rows = shuffle * rows_per_item(target.batch * rows / shuffle);
+            plan.rows = shuffle * rows_per_item(target.batch * rows / shuffle, 8, 2);
             const int64_t align = upsampler::kRowAlign, row = (span / shuffle + align - 1) / align * align * shuffle;
             plan.layout = {plan.rows * row, row, 1, 1};
         }
-        plan.wide = (plan.layout.shuffle == 4 || upsampling != nullptr) && has_wide_runs() && plan.covers_twice();
         if (plan.side_by_side() && channels * kRows * span * int64_t(sizeof(W)) <= kWindowBytes)
             plan.channels = channels;
         dispatch_image(kOp, out.scalar_type(), [&](auto out_zero) {
             using Out = decltype(out_zero);
+            plan.wide = kWideRuns<T, Out> && (plan.layout.shuffle == 4 || plan.planar()) && has_wide_runs() &&
+                        plan.covers_twice();
+            // Longer runs of each patch: 64 rows of 128 pixels are eight 4 KiB pages.
+            if (plan.wide && plan.planar() && upsampling == nullptr)
+                plan.rows = rows_per_item(target.batch * channels * rows, 4 * kRows, kRows);
             Out* result = out.mutable_data_ptr<Out>();
             const int64_t image_step = out.stride(0), channel_step = out.stride(1), row_step = out.stride(2);
             // What does not fit in the caches anyway should not push anything else out of them.

@@ -20,6 +20,14 @@ namespace {
 
 constexpr int64_t kRows = 16;  // output rows per item of work: 16 rows of a 128-pixel patch are two 4 KiB pages
 
+// Rows per item of work out of all there are, between `least` and `most`: items share what lies on their borders, so
+// large ones are better, but threads need items enough to end together.
+inline int64_t rows_per_item(int64_t rows, int64_t most, int64_t least) {
+    const int64_t threads = torch::stable::get_num_threads();
+    while (most > least && rows < 8 * threads * most) most /= 2;
+    return most;
+}
+
 // A clock that may be read often; what it counts is of no matter, only ratios are.
 inline int64_t ticks() {
 #if FASTROUTE_X86
@@ -98,6 +106,9 @@ struct StitchPlan {
         return layout.shuffle > 1 && layout.shuffle <= 4 && layout.c == 1 && scale % layout.shuffle == 0;
     }
 
+    // Whether the rows of a patch are runs of pixels, as they lie or as they are computed.
+    FASTROUTE_INLINE bool planar() const { return layout.shuffle == 1 && layout.x == 1; }
+
     // Columns of tile column j that the next one does not reach.
     FASTROUTE_INLINE int64_t finished(int64_t j) const {
         return (j + 1 < grid.x.count() ? grid.x.origin(j + 1) * scale : width) - grid.x.origin(j) * scale;
@@ -142,22 +153,25 @@ struct Scratch {
 };
 
 // The rows of patch n of which the first is k, computed some at a time; or where they lie, if the patch is finished.
-class UpsampledRows {
+class PlanarPatch {
   public:
-    UpsampledRows(const StitchPlan<float>& plan, int64_t n, int64_t k, Scratch<float>* scratch)
-        : begin(ticks()), kind(plan.upsampling->kind_of[plan.place(n)]), finished(plan.patch(n)), scratch(scratch) {
+    PlanarPatch(const StitchPlan<float>& plan, int64_t n, int64_t k, Scratch<float>* scratch)
+        : layout(plan.layout), finished(plan.patch(n)), scratch(scratch) {
+        if (plan.upsampling == nullptr) return;
+        const Upsampling& from = *plan.upsampling;
+        kind = from.kind_of[plan.place(n)];
         if (kind < 0) {
             layout = {plan.span * plan.span, plan.span, 1, 1};
             return;
         }
-        layout = plan.layout;
-        const Upsampling& from = *plan.upsampling;
+        begin = ticks();
         patch.emplace(from.kinds[kind], finished, from.at[kind], from.size, k, &scratch->layers);
     }
 
-    // Rows [k, k + rows), channels and rows as far apart as `layout` says.
-    const float* next(int64_t k, int64_t rows) {
-        if (!patch.has_value()) return finished + k * layout.y;
+    // Rows [k, k + rows) of the channels from c on, channels and rows as far apart as `layout` says. All channels are
+    // computed at once, and c is 0 then.
+    const float* next(int64_t c, int64_t k, int64_t rows) {
+        if (!patch.has_value()) return finished + c * layout.c + k * layout.y;
         if (begin == 0) begin = ticks();
         patch->compute(k, k + rows, scratch->tile.data(), layout.y, layout.c);
         scratch->spent[kind] += ticks() - std::exchange(begin, 0);
@@ -167,8 +181,8 @@ class UpsampledRows {
     PatchLayout layout;
 
   private:
-    int64_t begin;  // ticks since which the time counts; 0 while it does not
-    int64_t kind;
+    int64_t begin = 0;  // ticks since which the time counts; 0 while it does not
+    int64_t kind = -1;
     const float* finished;
     std::optional<upsampler::Patch> patch;
     Scratch<float>* scratch;

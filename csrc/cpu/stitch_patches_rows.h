@@ -149,8 +149,8 @@ struct StitchBody {
                                           out.row_step,
                                           out.stream};
                 };
-                if (plan.upsampling != nullptr) {
-                    UpsampledRows patch(plan, n, k, scratch);
+                if (plan.planar()) {
+                    PlanarPatch patch(plan, n, k, scratch);
                     // As few as lie in the first-level cache until they are merged.
                     const W* weight = plan.weights_x + j * span;
                     const bool unit = std::all_of(weight + shared, weight + finished, [](W w) { return w == W(1); });
@@ -160,7 +160,7 @@ struct StitchBody {
                             expect(out.data + r * out.row_step + x0, finished, plan.channels, count, out);
                         }
                         const PlanarRows some{
-                            patch.next(k + r, count), patch.layout.c, patch.layout.y, plan.channels, count, kept};
+                            patch.next(c, k + r, count), patch.layout.c, patch.layout.y, plan.channels, count, kept};
                         each_planar_row(mode, unit, some, shared, finished, target(r, 0));
                     }
                     continue;
@@ -197,7 +197,7 @@ struct StitchBody {
         for (int64_t r = 0; r < rows; ++r) direct = direct && top[r] == W(1);
         const bool computed = plan.upsampling != nullptr, whole = plan.side_by_side() && rows % factor == 0;
         if constexpr (kWideRuns<T, Out>) {
-            const bool aligned = computed || (whole && at % factor == 0);
+            const bool aligned = plan.planar() || (whole && at % factor == 0);
             if (plan.wide && aligned && (direct || range.last == range.first + 1)) {
                 return run_wide(plan, image, c, at, range, direct, scratch, out);
             }
@@ -213,8 +213,8 @@ struct StitchBody {
                 PatchLayout layout = plan.layout;
                 if constexpr (std::is_same_v<T, float>) {
                     if (computed) {
-                        UpsampledRows some(plan, n, k, scratch);
-                        layout = some.layout, patch = some.next(k, rows) - k * layout.y;
+                        PlanarPatch some(plan, n, k, scratch);
+                        layout = some.layout, patch = some.next(0, k, rows) - k * layout.y;
                     }
                 }
                 const T* ahead = j + 1 < cols && !computed ? plan.patch(n + 1) : patch;

@@ -46,9 +46,6 @@ void check_kind(const Kind& kind, int64_t span, int64_t shuffle, int64_t channel
     if (kind.interpolates()) {
         FASTROUTE_CHECK(weight.size(0) == span && weight.size(1) * shuffle == span, kOp, ": weight must be ", span,
                         " x ", span / shuffle);
-        FASTROUTE_CHECK(upsampler::band_of(weight.const_data_ptr<float>(), span, span / shuffle).has_value(), kOp,
-                        ": each row of weight must have at most ", upsampler::kMostRows,
-                        " numbers side by side, none further left than in the row above");
         return;
     }
     const int64_t square = shuffle * shuffle, units = weight.size(1);
@@ -106,7 +103,7 @@ Target checked_kinds(const Batches& batches, const std::vector<int64_t>& kinds, 
     return target;
 }
 
-// The layers as the kernels read them; they were checked.
+// The layers as the kernels read them; `check_kind` was called. What only packing tells is checked here.
 std::vector<upsampler::Upsampler> packed_upsamplers(const Batches& layers, int64_t shuffle) {
     std::vector<upsampler::Upsampler> packed;
     for (size_t k = 0; k < layers.size() / kLayers; ++k) {
@@ -114,8 +111,10 @@ std::vector<upsampler::Upsampler> packed_upsamplers(const Batches& layers, int64
         const auto data = [](const Tensor& tensor) { return tensor.const_data_ptr<float>(); };
         const int64_t channels = kind.channels(shuffle);
         if (kind.interpolates()) {
-            upsampler::Band band = *upsampler::band_of(data(kind.weight), kind.weight.size(0), kind.weight.size(1));
-            packed.push_back(upsampler::interpolation(std::move(band), channels, shuffle));
+            auto band = upsampler::band_of(data(kind.weight), kind.weight.size(0), kind.weight.size(1));
+            FASTROUTE_CHECK(band.has_value(), kOp, ": each row of weight must have at most ", upsampler::kMostRows,
+                            " numbers side by side, none further left than in the row above");
+            packed.push_back(upsampler::interpolation(std::move(*band), channels, shuffle));
             continue;
         }
         packed.push_back(upsampler::pack(kind.expand.numel() > 0 ? data(kind.expand) : nullptr, data(kind.expand_bias),
@@ -139,15 +138,6 @@ struct Spent {
         ticks.back() += all;
     }
 };
-
-// LR rows per item of work: each item computes anew what its convolutions read beside them, but threads need items
-// enough to end together.
-inline int64_t rows_per_item(int64_t rows) {
-    const int64_t threads = torch::stable::get_num_threads();
-    int64_t count = 8;
-    while (count > 2 && rows < 8 * threads * count) count /= 2;
-    return count;
-}
 
 }  // namespace
 }  // namespace fastroute

@@ -1,4 +1,4 @@
-"""Tests of `stitch_patches.upsampled_out` on each instruction set of this processor."""
+"""Tests of `stitch_patches` on each instruction set of this processor."""
 
 from __future__ import annotations
 
@@ -21,6 +21,8 @@ SHAPE = (2, 3, *GRID.output_size)
 # (features, units of the expansion or 0, kernel); and an interpolation.
 LAYERS = [(12, 56, 3), (12, 9, 3), (5, 0, 3), "bicubic"]
 TYPES = (torch.float32, torch.uint8)
+# Finished patches: as a convolution leaves them, in either memory format, and rows that are no neighbours.
+FINISHED = ("planes", "pixels", "apart", "shuffled")
 
 
 def problem(sizes):
@@ -63,3 +65,42 @@ def test_against_float64(outputs, isa, sizes):
 def test_each_name_is_heeded(outputs):
     """Fused multiply-adds give other last bits: where there are such, they are used."""
     assert torch.equal(outputs["baseline"][0], outputs["avx2"][0]) == (not has_fma())
+
+
+def finished(kind):
+    """Patches of `kind` and their factor of pixel shuffle."""
+    shuffle = 4 if kind == "shuffled" else 1
+    side = GRID.patch * GRID.scale // shuffle
+    channels = 3 * shuffle * shuffle
+    if kind == "apart":
+        return random((2 * GRID.num_patches, side, channels, side + 5)).transpose(1, 2)[..., 2:-3], shuffle
+    memory_format = torch.contiguous_format if kind == "planes" else torch.channels_last
+    return random((2 * GRID.num_patches, channels, side, side)).contiguous(memory_format=memory_format), shuffle
+
+
+@pytest.fixture(scope="module")
+def stitched(tmp_path_factory):
+    """By instruction set, the images of the finished patches of each kind, by type and window."""
+    calls = []
+    for kind in FINISHED:
+        patches, shuffle = finished(kind)
+        for window in ("hann", "uniform"):
+            weight = make_window(window, GRID.patch * GRID.scale)
+            geometry = (GRID.height, GRID.width, GRID.patch, GRID.stride, GRID.scale, GRID.crop, shuffle, 0, SHAPE[2])
+            for dtype in TYPES:
+                written = {"out": torch.full(SHAPE, 7, dtype=dtype)}
+                calls.append(((patches, shuffled(len(patches), "cpu"), weight, *geometry), written))
+    return run_on_each("stitch_patches.out", calls, tmp_path_factory.mktemp("isa"))
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("kind", FINISHED)
+def test_finished_patches_have_the_bits_of_the_reference(stitched, isa, kind):
+    patches, shuffle = finished(kind)
+    each = 2 * len(TYPES)
+    images = iter(stitched[isa][FINISHED.index(kind) * each :][:each])
+    with fastroute.use_backend("reference"):
+        for window in ("hann", "uniform"):
+            for dtype in TYPES:
+                args = (patches, GRID, window, shuffled(len(patches), "cpu"))
+                assert torch.equal(next(images), stitch_patches(*args, shuffle=shuffle, dtype=dtype)), (window, dtype)

@@ -87,6 +87,16 @@ def test_large_patches_with_a_shuffle(factor):
     same(stitch_patches(patches, grid, "uniform", shuffle=factor), whole)
 
 
+@pytest.mark.parametrize("window", ["uniform", "hann"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.uint8], ids=str)
+def test_tall_image(dtype, window):
+    """Rows enough for the largest items of work, which begin and end inside patches."""
+    grid = TileGrid(901, 9, 8, 5, 4)
+    patches = patches_for(grid, 1, 3, torch.float16 if dtype == torch.float16 else torch.float32)
+    inverse = shuffled(len(patches), "cpu")
+    assert same(stitch_patches(patches, grid, window, inverse, dtype=dtype), reference(patches, grid, window, inverse, dtype))
+
+
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_several_tensors_stand_for_one(backend, layout):
     grid = TileGrid(9, 17, 4, 3, 4)
