@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from networks import merge, picture, random_classsr
+from support import random
 from torch import nn
 
 import fastroute
@@ -56,6 +57,29 @@ def test_training_mixture(recorded, published):
     torch.testing.assert_close(mixed, recorded["mixed_output_training"], **TOLERANCE)
     # Training mode computes transposed convolutions in another form.
     torch.testing.assert_close(published.train()(recorded["patches"]), recorded["mixed_output_training"], **TOLERANCE)
+
+
+@pytest.mark.parametrize(("backbone", "scale"), [("fsrcnn", 2), ("fsrcnn", 3), ("fsrcnn", 4), ("srresnet", 4)])
+def test_mixture_and_its_gradients_are_those_of_the_definition(backbone, scale):
+    torch.manual_seed(0)
+    system = ClassSR.build(backbone, (4, 6), scale).double().train()
+    for parameter in system.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    patches = random((3, 3, 8, 12), torch.float64)
+    found, probability = system.mixture(patches)
+    expected = sum(probability[:, k, None, None, None] * branch(patches) for k, branch in enumerate(system.branches))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
+    parameters, seed = list(system.parameters()), random(found.shape, torch.float64)
+    gradients = [torch.autograd.grad(image, parameters, seed, retain_graph=True) for image in (found, expected)]
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
+
+
+def test_mixture_of_networks_that_do_not_fit():
+    images, weights = random((2, 3, 8, 8)), torch.full((2, 2), 0.5)
+    for other in (FSRCNN(4, scale=2), FSRCNN(4, upsample=False)):
+        with pytest.raises(ValueError, match="must all end with a transposed convolution of one kernel, stride and padding"):
+            FSRCNN.mixture([FSRCNN(4, scale=4), other], images, weights)
 
 
 @pytest.mark.parametrize("optimized", [True, False])

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import gc
-
 import pytest
 import torch
 from networks import as_float, as_image, patches_of, picture, random_classsr, randomise, routed_plainly
@@ -236,42 +234,6 @@ def test_huge_pages_change_nothing(router, monkeypatch):
     assert (empty.shape, empty.dtype, empty.is_contiguous()) == ((3, 5), torch.float16, True)
     empty.fill_(2)
     assert empty.sum() == 30
-
-
-def test_memory_that_was_let_go_is_used_again(monkeypatch):
-    monkeypatch.setattr(memory, "BUFFER_FROM", 1)
-    memory.release()
-    cpu = torch.device("cpu")
-    first = memory.empty((3, 1000), torch.float32, cpu)
-    place, view = first.data_ptr(), first[1]
-    second = memory.empty((3, 1000), torch.float32, cpu)
-    assert second.data_ptr() != place
-    del first
-    gc.collect()
-    # A view holds the memory.
-    assert memory.empty((3, 1000), torch.float32, cpu).data_ptr() != place
-    memory.release()
-    view.fill_(3)
-    del view
-    gc.collect()
-    assert memory.empty((2, 1400), torch.float32, cpu).data_ptr() == place
-    memory.release()
-
-
-def test_at_most_a_few_buffers_are_kept(monkeypatch):
-    monkeypatch.setattr(memory, "BUFFER_FROM", 1)
-    memory.release()
-    cpu = torch.device("cpu")
-    held = [memory.empty((100,), torch.float32, cpu) for _ in range(memory.KEEP_BUFFERS + 3)]
-    held.clear()
-    gc.collect()
-    assert len(memory._spare) == memory.KEEP_BUFFERS
-    monkeypatch.setattr(memory, "KEEP_BYTES", 5 << 20)
-    held.append(memory.empty((100,), torch.float32, cpu))
-    held.clear()
-    gc.collect()
-    assert sum(map(len, memory._spare)) <= memory.KEEP_BYTES
-    memory.release()
 
 
 @pytest.mark.parametrize("stride", [1, 3, 8])

@@ -72,6 +72,7 @@ def command(
 
     On several GPUs or machines: torchrun --nproc-per-node N -m fastroute train RECIPE ... --device cuda
     """
+    from fastroute import memory
     from fastroute.models.checkpoints import save_checkpoint
     from fastroute.training.data import Pool
     from fastroute.training.distributed import processes, rank
@@ -90,6 +91,8 @@ def command(
     _check_folder(folder)
     with processes(device) as where:
         at = device_of(where)
+        if at.type == "cpu":
+            memory.keep_freed()
         pool = Pool.build(images, plan.scale, plan.patch, exclude=exclude)
         trainer = RECIPES[recipe][1](pool, plan, folder / "state.pt", start, device=at, precision=precision)
         first = rank() == 0

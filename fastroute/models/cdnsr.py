@@ -64,7 +64,7 @@ class CDNSR(ClassSR):
     def mixture(self, patches: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:  # [N, C, p, p]
         """The sum of all branches under relaxed choices, and those (N, K); whole batches, no loop over patches."""
         weights = self.relaxed(patches, noise)
-        return mix(self.outputs(patches), weights), weights
+        return self.mixed(patches, weights), weights
 
 
 def mix(outputs: Tensor, weights: Tensor) -> Tensor:  # [K, N, C, P, P], [N, K] -> [N, C, P, P]

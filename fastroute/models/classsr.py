@@ -110,11 +110,17 @@ class ClassSR(nn.Module):
     def mixture(self, patches: Tensor) -> tuple[Tensor, Tensor]:  # [N, C, p, p] -> [N, C, P, P], [N, K]
         """The probability-weighted sum of all branches, and the probabilities; whole batches, no loop over patches."""
         probability = self.classifier(patches)
-        weights = probability.t()[:, :, None, None, None]
-        mixed = weights[0] * self.branches[0](patches)
-        for weight, branch in zip(weights[1:], self.branches[1:], strict=True):
+        return self.mixed(patches, probability), probability
+
+    def mixed(self, patches: Tensor, weights: Tensor) -> Tensor:  # [N, C, p, p], [N, K] -> [N, C, P, P]
+        """The sum of what all branches make of each patch, weighted."""
+        if len(branches := [branch for branch in self.branches if type(branch) is FSRCNN]) == self.num_classes:
+            return FSRCNN.mixture(branches, patches, weights)
+        each = weights.t()[:, :, None, None, None]
+        mixed = each[0] * self.branches[0](patches)
+        for weight, branch in zip(each[1:], self.branches[1:], strict=True):
             mixed = torch.addcmul(mixed, weight, branch(patches))
-        return mixed, probability
+        return mixed
 
     def forward(self, patches: Tensor) -> Tensor:  # [N, C, p, p] -> [N, C, P, P]
         """The mixture in training mode, the chosen branch otherwise."""

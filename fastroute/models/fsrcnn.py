@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from fastroute.models.subpixel import SubpixelPlan
 
@@ -22,10 +22,7 @@ class TransposedConv2d(nn.ConvTranspose2d):
         """See :class:`torch.nn.ConvTranspose2d`."""
         if not self.training or output_size is not None:
             return super().forward(input, output_size)
-        plan = SubpixelPlan.of(self)
-        weight = plan.weight(self.weight)
-        bias = None if self.bias is None else plan.bias(self.bias)
-        return F.pixel_shuffle(F.conv2d(plan.pad(input), weight, bias), plan.scale)
+        return SubpixelPlan.of(self).upsample(input, self.weight, self.bias)
 
 
 class FSRCNN(nn.Module):
@@ -100,6 +97,28 @@ class FSRCNN(nn.Module):
         """The image, or the features without `upsample`."""
         x = self.body_conv(self.head_conv(x))
         return x if self.tail_conv is None else self.tail_conv(x)
+
+    @staticmethod
+    def mixture(branches: Sequence[FSRCNN], x: Tensor, weights: Tensor) -> Tensor:  # [B, C, H, W], [B, K]
+        """The sum of the branches' images, each times its weight: (B, C, H * scale, W * scale).
+
+        A transposed convolution is linear, so the branches' last layers are one layer of all their features, and the images
+        are never made one by one.
+
+        Args:
+            branches: networks with an upsampler of the same kernel, stride and padding, on whose widths nothing depends.
+            x: images.
+            weights: of each branch for each image.
+        """
+        tails = [branch.tail_conv for branch in branches if branch.tail_conv is not None]
+        plans = {SubpixelPlan.of(tail) for tail in tails}
+        if len(tails) != len(branches) or len(plans) != 1:
+            raise ValueError("FSRCNN: branches must all end with a transposed convolution of one kernel, stride and padding")
+        features = [branch.body_conv(branch.head_conv(x)) for branch in branches]
+        weighted = [part * weights[:, k, None, None, None] for k, part in enumerate(features)]
+        image = plans.pop().upsample(torch.cat(weighted, dim=1), torch.cat([tail.weight for tail in tails]), None)
+        biases = torch.stack([tail.bias for tail in tails])  # type: ignore[misc]
+        return image + (weights @ biases)[:, :, None, None]
 
     def as_sequential(self) -> nn.Sequential:
         """The same layers as one sequence, for :func:`fastroute.models.optimize.optimize`."""

@@ -78,9 +78,17 @@ class SubpixelPlan:
         """One bias per output phase."""
         return bias.repeat_interleave(self.scale**2)
 
-    def pad(self, x: Tensor) -> Tensor:  # [N, C, h, w]
-        """Zero padding under which the dense convolution keeps the LR size."""
-        return F.pad(x, (self.before, self.after, self.before, self.after))
+    @property
+    def symmetric(self) -> bool:
+        """Whether a convolution's own padding keeps the LR size."""
+        return self.before == self.after
+
+    def upsample(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # [N, Cin, h, w] -> [N, Cout, h·s, w·s]
+        """The transposed convolution of `weight` (Cin, Cout, k, k) and `bias` (Cout) in this form; differentiable."""
+        if not self.symmetric:
+            x = F.pad(x, (self.before, self.after, self.before, self.after))
+        bias = None if bias is None else self.bias(bias)
+        return F.pixel_shuffle(F.conv2d(x, self.weight(weight), bias, padding=self.before * self.symmetric), self.scale)
 
     def _taps(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Flat tap index and validity, each [s, s, width, width]."""
@@ -101,12 +109,11 @@ def dense_equivalent(layer: nn.ConvTranspose2d) -> nn.Sequential:
     """
     plan = SubpixelPlan.of(layer)
     c_in, c_out = layer.in_channels, layer.out_channels * plan.scale**2
-    symmetric = plan.before == plan.after
     conv = nn.Conv2d(
         c_in,
         c_out,
         plan.width,
-        padding=plan.before if symmetric else 0,
+        padding=plan.before if plan.symmetric else 0,
         bias=layer.bias is not None,
         device=layer.weight.device,
         dtype=layer.weight.dtype,
@@ -117,6 +124,6 @@ def dense_equivalent(layer: nn.ConvTranspose2d) -> nn.Sequential:
             assert conv.bias is not None  # made so above; for the type checker
             conv.bias.copy_(plan.bias(layer.bias))
     layers: list[nn.Module] = [conv, nn.PixelShuffle(plan.scale)]
-    if not symmetric:
+    if not plan.symmetric:
         layers.insert(0, nn.ZeroPad2d((plan.before, plan.after, plan.before, plan.after)))
     return nn.Sequential(*layers).train(layer.training)
