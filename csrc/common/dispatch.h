@@ -38,6 +38,12 @@ auto dispatch_image(const char* op, ScalarType type, F&& f) {
     }
 }
 
+// The type of class ids by its size.
+inline ScalarType id_type(const char* op, int64_t bytes) {
+    FASTROUTE_CHECK(bytes == 8 || bytes == 4 || bytes == 1, op, ": id_bytes must be 8, 4 or 1; got ", bytes);
+    return bytes == 8 ? ScalarType::Long : bytes == 4 ? ScalarType::Int : ScalarType::Byte;
+}
+
 template <typename F>
 auto dispatch_index(const char* op, ScalarType type, F&& f) {
     switch (type) {

@@ -182,7 +182,8 @@ void threshold_image(const T* score, int64_t count, Id* out) {
 }
 
 Tensor adaptive_threshold_cpu(const Tensor& score,  // [B, ...]
-                              ScalarType dtype) {
+                              int64_t id_bytes) {
+    const ScalarType dtype = id_type(kOp, id_bytes);
     FASTROUTE_CHECK(score.dim() >= 2, kOp, ": score must be (B, ...) with at least 2 dimensions; got ", score.dim());
     const Tensor dense = torch::stable::contiguous(score);
     const Tensor out = torch::stable::empty(dense.sizes(), dtype, std::nullopt, dense.device());

@@ -203,7 +203,8 @@ void assign_by_budget(const T* score, Items items, const std::vector<double>& co
 
 Tensor assign_classes_cpu(const Tensor& score,  // [N, K, ...]
                           const Tensor& cost,   // [K]
-                          double penalty, std::optional<double> budget, ScalarType dtype) {
+                          double penalty, std::optional<double> budget, int64_t id_bytes) {
+    const ScalarType dtype = id_type(kOp, id_bytes);
     FASTROUTE_CHECK(score.dim() >= 2, kOp, ": score must have at least 2 dimensions; got ", score.dim());
     check_cpu(kOp, "cost", cost);
     const int64_t classes = score.size(1);

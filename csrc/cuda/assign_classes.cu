@@ -20,7 +20,6 @@ struct Ids {
     __device__ __forceinline__ void set(int64_t n, int id) const {
         switch (type) {
             case ScalarType::Byte: static_cast<uint8_t*>(data)[n] = static_cast<uint8_t>(id); break;
-            case ScalarType::Short: static_cast<int16_t*>(data)[n] = static_cast<int16_t>(id); break;
             case ScalarType::Int: static_cast<int32_t*>(data)[n] = id; break;
             default: static_cast<int64_t*>(data)[n] = id;
         }
@@ -111,7 +110,8 @@ void assign_by_budget(const Queue& queue, const Tensor& score, const Items& item
 
 Tensor assign_classes_cuda(const Tensor& score,  // [N, K, ...]
                            const Tensor& cost,   // [K], on the CPU
-                           double penalty, std::optional<double> budget, ScalarType dtype) {
+                           double penalty, std::optional<double> budget, int64_t id_bytes) {
+    const ScalarType dtype = id_type(kOp, id_bytes);
     FASTROUTE_CHECK(score.dim() >= 2, kOp, ": score must have at least 2 dimensions; got ", score.dim());
     FASTROUTE_CHECK(cost.is_cpu(), kOp, ": cost must be on the CPU, it is read before the kernel runs");
     const int64_t classes = score.size(1);
@@ -125,7 +125,6 @@ Tensor assign_classes_cuda(const Tensor& score,  // [N, K, ...]
     std::vector<int64_t> size{score.size(0)};
     for (int64_t d = 2; d < score.dim(); ++d) items.length *= score.size(d), size.push_back(score.size(d));
     const Tensor out = torch::stable::empty({size.data(), size.size()}, dtype, std::nullopt, score.device());
-    dispatch_index(kOp, dtype, [](auto) {});
     if (items.count() == 0) return out;
     const Ids ids{out.mutable_data_ptr(), dtype};
     const Queue queue(kOp, score);

@@ -27,6 +27,11 @@ def rank(op: str, name: str, x: Tensor, shape: str, number: int) -> None:
         raise ValueError(f"{op}: {name} must be {shape}; got {x.ndim} dimension(s), {tuple(x.shape)}{hint}")
 
 
+# Types of class ids by their size. Operators take the size: AOTInductor of torch before 2.12 hands them another dtype than it
+# was given.
+ID_TYPES = {8: torch.int64, 4: torch.int32, 1: torch.uint8}
+
+
 def dtype(op: str, name: str, got: torch.dtype, allowed: Iterable[torch.dtype]) -> None:
     """`got` is one of `allowed`."""
     if got not in allowed:
@@ -44,7 +49,8 @@ def same_device(op: str, first: str, x: Tensor, second: str, y: Tensor | None) -
 
 def in_range(op: str, name: str, x: Tensor, limit: int) -> None:
     """Entries of `x` lie in [0, limit); looked at on the CPU alone, where looking costs no wait."""
-    if x.device.type != "cpu" or x.numel() == 0 or torch.compiler.is_compiling():
+    # What a compiler traces with is a tensor of another class.
+    if x.device.type != "cpu" or x.numel() == 0 or torch.compiler.is_compiling() or type(x) is not Tensor:
         return
     low, high = int(x.long().min()), int(x.long().max())
     if low < 0 or high >= limit:

@@ -9,7 +9,7 @@ from fastroute.ops import _checks as check
 from fastroute.ops._library import call, register
 from fastroute.reference.adaptive_threshold import adaptive_threshold_reference
 
-SCHEMAS = ["adaptive_threshold(Tensor score, ScalarType dtype) -> Tensor"]
+SCHEMAS = ["adaptive_threshold(Tensor score, int id_bytes) -> Tensor"]
 
 
 def adaptive_threshold(
@@ -45,18 +45,18 @@ def adaptive_threshold(
     if score.ndim < 2:
         raise ValueError(f"{op}: score must be (B, ...) with at least 2 dimensions; got {tuple(score.shape)}")
     check.dtype(op, "score", score.dtype, check.FLOATING)
-    check.dtype(op, "dtype", dtype, (torch.int64, torch.int32, torch.uint8))
-    return call(op, _checked_reference, score.device, score, dtype)
+    check.dtype(op, "dtype", dtype, check.ID_TYPES.values())
+    return call(op, _checked_reference, score.device, score, dtype.itemsize)
 
 
-def _checked_reference(score: Tensor, dtype: torch.dtype) -> Tensor:
+def _checked_reference(score: Tensor, id_bytes: int) -> Tensor:
     if score.device.type == "cpu" and not bool(score.isfinite().all()):
         raise ValueError("adaptive_threshold: score must be finite")
-    return adaptive_threshold_reference(score, dtype)
+    return adaptive_threshold_reference(score, check.ID_TYPES[id_bytes])
 
 
-def _fake(score: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.empty(score.shape, dtype=dtype, device=score.device)
+def _fake(score: Tensor, id_bytes: int) -> Tensor:
+    return torch.empty(score.shape, dtype=check.ID_TYPES[id_bytes], device=score.device)
 
 
 register("adaptive_threshold", _checked_reference, _fake)

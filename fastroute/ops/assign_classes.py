@@ -12,7 +12,7 @@ from fastroute.ops import _checks as check
 from fastroute.ops._library import call, register
 from fastroute.reference.assign_classes import BUDGET_SLACK, assign_classes_reference
 
-SCHEMAS = ["assign_classes(Tensor score, Tensor cost, float penalty, float? budget, ScalarType dtype) -> Tensor"]
+SCHEMAS = ["assign_classes(Tensor score, Tensor cost, float penalty, float? budget, int id_bytes) -> Tensor"]
 
 
 def assign_classes(
@@ -57,7 +57,7 @@ def assign_classes(
     if score.ndim < 2:
         raise ValueError(f"{op}: score must be (N, K) or (B, K, H, W); got {tuple(score.shape)}")
     check.dtype(op, "score", score.dtype, check.FLOATING)
-    check.dtype(op, "dtype", dtype, (torch.int64, torch.int32, torch.uint8))
+    check.dtype(op, "dtype", dtype, check.ID_TYPES.values())
     if isinstance(cost, Tensor) and cost.device.type != "cpu":
         raise ValueError(f"{op}: cost must be on the CPU, it is read before the kernel runs; got {cost.device}")
     costs = torch.as_tensor(cost, dtype=torch.float64, device="cpu")
@@ -74,7 +74,7 @@ def assign_classes(
     # The values of a tensor are unknown while compiling; numbers are checked all the same.
     if not (torch.compiler.is_compiling() and isinstance(cost, Tensor)):
         _check_values(op, [float(c) for c in cost], budget)
-    return call(op, _checked_reference, score.device, score, costs, float(penalty), budget, dtype)
+    return call(op, _checked_reference, score.device, score, costs, float(penalty), budget, dtype.itemsize)
 
 
 def _check_values(op: str, cost: list[float], budget: float | None) -> None:
@@ -88,14 +88,14 @@ def _check_values(op: str, cost: list[float], budget: float | None) -> None:
         )
 
 
-def _checked_reference(score: Tensor, cost: Tensor, penalty: float, budget: float | None, dtype: torch.dtype) -> Tensor:
+def _checked_reference(score: Tensor, cost: Tensor, penalty: float, budget: float | None, id_bytes: int) -> Tensor:
     if score.device.type == "cpu" and bool(score.isnan().any()):
         raise ValueError("assign_classes: score must not be NaN")
-    return assign_classes_reference(score, cost, penalty, budget, dtype)
+    return assign_classes_reference(score, cost, penalty, budget, check.ID_TYPES[id_bytes])
 
 
-def _fake(score: Tensor, cost: Tensor, penalty: float, budget: float | None, dtype: torch.dtype) -> Tensor:
-    return score.new_empty((score.shape[0], *score.shape[2:]), dtype=dtype)
+def _fake(score: Tensor, cost: Tensor, penalty: float, budget: float | None, id_bytes: int) -> Tensor:
+    return score.new_empty((score.shape[0], *score.shape[2:]), dtype=check.ID_TYPES[id_bytes])
 
 
 register("assign_classes", _checked_reference, _fake)

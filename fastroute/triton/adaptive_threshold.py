@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastroute.ops._checks import ID_TYPES
 from fastroute.reference.adaptive_threshold import MAX_ASSIGNMENTS, TOLERANCE
 from fastroute.triton._common import FLOATING, NAMES, WIDER, Variant, ceil_div, check_on_host, launch, to_work
 
@@ -158,12 +159,12 @@ def adaptive_threshold_kernel(
         at += BLOCK
 
 
-def adaptive_threshold_triton(score: Tensor, dtype: torch.dtype) -> Tensor:  # [B, ...] -> [B, ...]
+def adaptive_threshold_triton(score: Tensor, id_bytes: int) -> Tensor:  # [B, ...] -> [B, ...]
     """See :func:`fastroute.adaptive_threshold`."""
     if check_on_host(score) and not bool(score.isfinite().all()):
         raise ValueError("adaptive_threshold: score must be finite")
     dense = score.contiguous()
-    out = torch.empty(dense.shape, dtype=dtype, device=dense.device)
+    out = torch.empty(dense.shape, dtype=ID_TYPES[id_bytes], device=dense.device)
     batch = dense.shape[0]
     if dense.numel() == 0:
         return out

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastroute.ops._checks import ID_TYPES
 from fastroute.reference.assign_classes import BUDGET_SLACK, SMALLEST, penalty_range
 from fastroute.triton._common import (
     FLOATING,
@@ -203,12 +204,12 @@ def assign_classes_triton(
     cost: Tensor,  # [K]
     penalty: float,
     budget: float | None,
-    dtype: torch.dtype,
+    id_bytes: int,
 ) -> Tensor:  # [N, ...]
     """See :func:`fastroute.assign_classes`."""
     if score.device.type == "cpu" and bool(score.isnan().any()):
         raise ValueError("assign_classes: score must not be NaN")
-    out = torch.empty((score.shape[0], *score.shape[2:]), dtype=dtype, device=score.device)
+    out = torch.empty((score.shape[0], *score.shape[2:]), dtype=ID_TYPES[id_bytes], device=score.device)
     if out.numel() > 0:
         if budget is None:
             _by_penalty(score, cost, penalty, out)

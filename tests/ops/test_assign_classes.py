@@ -123,7 +123,7 @@ def test_opcheck(operator, grad):
         score = probabilities(*shape, device=operator.device).requires_grad_(grad)
         for penalty, budget in ((0.0, None), (0.5, None), (0.0, 0.7)):
             for dtype in few((torch.int64, torch.uint8), shape[0]):
-                opcheck(OP, (score, cost, penalty, budget, dtype))
+                opcheck(OP, (score, cost, penalty, budget, dtype.itemsize))
 
 
 def test_no_gradient(backend):
