@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import io
+import multiprocessing
 import os
 import random
 import signal
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -25,70 +25,32 @@ RECIPE = Recipe(
 )
 
 
+# Of a process that has not computed gradients: what torch starts for them does not live on in a fork.
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["fastroute.training.classsr", __name__])
+
+
+def build(folder: Path) -> Pool:
+    return Pool.build(folder, scale=2, patch=8, shrinks=(1.0,))
+
+
 @pytest.fixture(scope="module")
-def pool(tmp_path_factory):
+def images(tmp_path_factory):
     from fastroute.io import write_image
 
     folder = tmp_path_factory.mktemp("images")
     write_image(folder / "0.png", (picture(1, 3, 60, 70)[0] * 255).to(torch.uint8))
-    return Pool.build(folder, scale=2, patch=8, shrinks=(1.0,))
+    return folder
 
 
-def train_aside(pool: Pool, path: Path, before: Callable[[], None] = lambda: None, after: float | None = None) -> bool:
-    """Train in a process that saves after each step, killed `after` seconds from its first saving; whether it was killed."""
-    inode = path.stat().st_ino if path.exists() else None
-    child = os.fork()
-    if child == 0:
-        try:
-            before()
-            Trainer(pool, RECIPE, path, save_every=1).run()
-            os._exit(0)
-        finally:
-            # The tests go on in the parent alone.
-            os._exit(1)
-    status = None
-    while after is not None and status is None:
-        ended, code = os.waitpid(child, os.WNOHANG)
-        if ended:
-            status = code
-        elif path.exists() and path.stat().st_ino != inode:
-            time.sleep(after)
-            os.kill(child, signal.SIGKILL)
-            break
-        time.sleep(1e-3)
-    status = os.waitpid(child, 0)[1] if status is None else status
-    assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0
-    return os.WIFSIGNALED(status)
+@pytest.fixture(scope="module")
+def pool(images):
+    return build(images)
 
 
-def ends_like(pool: Pool, path: Path, folder: Path) -> None:
-    whole = Trainer(pool, RECIPE, folder / "whole.pt").run()
-    assert equal(Trainer(pool, RECIPE, path, save_every=1).run().state_dict(), whole.state_dict())
-    # Half-written files are gone.
-    assert sorted(os.listdir(folder)) == ["state.pt", "whole.pt"]
-
-
-def test_at_random_moments(pool, tmp_path):
-    path, draw = tmp_path / "state.pt", random.Random(0)
-    reached = set()
-    for _ in range(4):
-        if not train_aside(pool, path, after=draw.uniform(0, 0.02)):
-            break
-        state, _ = read_checkpoint(path)
-        reached.add((state["stage"], state["step"]))
-    assert len(reached) > 1
-    ends_like(pool, path, tmp_path)
-
-
-def die() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-@pytest.mark.parametrize(
-    ("place", "number"),
-    [("within the file", 1), ("within the file", 9), ("before the renaming", 6), ("after the renaming", 6)],
-)
-def test_while_saving(pool, tmp_path, place, number):
+def train(images: Path, path: Path, place: str | None, number: int) -> None:
+    """What runs aside: a training that saves after each step, and dies at its `number`-th saving, in the midst of it."""
+    torch.set_num_threads(1)
     count, save, replace = [0], torch.save, os.replace
 
     def dying(*args):
@@ -102,15 +64,56 @@ def test_while_saving(pool, tmp_path, place, number):
         elif place == "after the renaming" or not last:
             replace(*args)
         if last:
-            die()
+            os.kill(os.getpid(), signal.SIGKILL)
 
-    def before() -> None:
-        if place == "within the file":
-            torch.save = dying
-        else:
-            os.replace = dying
+    if place == "within the file":
+        torch.save = dying
+    elif place is not None:
+        os.replace = dying
+    Trainer(build(images), RECIPE, path, save_every=1).run()
 
+
+def train_aside(images: Path, path: Path, place: str | None = None, number: int = 0, after: float | None = None) -> bool:
+    """See `train`; or killed `after` seconds from its first saving. Whether it was killed."""
+    inode = path.stat().st_ino if path.exists() else None
+    process = CONTEXT.Process(target=train, args=(images, path, place, number))
+    process.start()
+    while process.is_alive():
+        if after is not None and path.exists() and path.stat().st_ino != inode:
+            time.sleep(after)
+            process.kill()
+            break
+        time.sleep(1e-3)
+    process.join()
+    assert process.exitcode in (0, -signal.SIGKILL)
+    return process.exitcode != 0
+
+
+def ends_like(pool: Pool, path: Path, folder: Path) -> None:
+    whole = Trainer(pool, RECIPE, folder / "whole.pt").run()
+    assert equal(Trainer(pool, RECIPE, path, save_every=1).run().state_dict(), whole.state_dict())
+    # Half-written files are gone.
+    assert sorted(os.listdir(folder)) == ["state.pt", "whole.pt"]
+
+
+def test_at_random_moments(images, pool, tmp_path):
+    path, draw = tmp_path / "state.pt", random.Random(0)
+    reached = set()
+    for _ in range(4):
+        if not train_aside(images, path, after=draw.uniform(0, 0.02)):
+            break
+        state, _ = read_checkpoint(path)
+        reached.add((state["stage"], state["step"]))
+    assert len(reached) > 1
+    ends_like(pool, path, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("place", "number"),
+    [("within the file", 1), ("within the file", 9), ("before the renaming", 6), ("after the renaming", 6)],
+)
+def test_while_saving(images, pool, tmp_path, place, number):
     path = tmp_path / "state.pt"
-    assert train_aside(pool, path, before)
+    assert train_aside(images, path, place, number)
     assert path.exists() == (number > 1 or place == "after the renaming")
     ends_like(pool, path, tmp_path)
