@@ -296,8 +296,8 @@ class FixedClassifier(nn.Module):
         """See the class."""
         pieces = [
             score_patches(self.classifier, extract_patches(images, self.grid, order=order, dtype=self.scored))
-            for order in self.numbers.split(self.most)
-            if len(order)
+            # Older versions of torch cannot export the split of nothing.
+            for order in (self.numbers.split(self.most) if len(self.numbers) else ())
         ]
         if self.cells is None:
             return torch.cat(pieces)
