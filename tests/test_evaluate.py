@@ -159,6 +159,43 @@ def test_refusals(images, router, tmp_path, monkeypatch):
         evaluate.evaluate(router, images)
 
 
+def test_what_cannot_be_used_is_told_beside_the_others(images, router, model, tmp_path):
+    io.write_image(tmp_path / "good.png", torch.zeros(3, 40, 40, dtype=torch.uint8))
+    io.write_image(tmp_path / "small.png", torch.zeros(3, 15, 60, dtype=torch.uint8))
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    errors = []
+    assert [row.image for row in evaluate.evaluate(router, tmp_path, errors=errors)] == ["good.png"]
+    assert len(errors) == 2 and "broken.png" in errors[0] and "small.png has 60 x 15" in errors[1]
+    result = call(model, "--images", tmp_path, "--quiet", "--json", tmp_path / "x.json")
+    assert result.exit_code == 1 and "2 of 3 images are left out:" in result.output
+    assert "good.png" in result.output and (tmp_path / "x.json").exists()
+    (tmp_path / "good.png").unlink()
+    with pytest.raises(ValueError, match=r"no image can be used: .*broken\.png.*; .*small\.png"):
+        evaluate.evaluate(router, tmp_path, errors=[])
+
+
+def test_one_image(images, router):
+    (row,) = evaluate.evaluate(router, images / "more" / "a.png")
+    (other,) = evaluate.evaluate(router, images / "more")
+    assert (row.image, row.psnr) == ("a.png", other.psnr)
+
+
+def test_first_call_is_not_timed(images, router, monkeypatch):
+    calls, upscale = [], router.upscale
+
+    def counted(image, **options):
+        result = upscale(image, **options)
+        calls.append(result.stats.seconds["total"] - result.stats.seconds["tune"])
+        return result
+
+    monkeypatch.setattr(router, "upscale", counted)
+    rows = evaluate.evaluate(router, images)
+    assert [row.seconds for row in rows] == calls[1:] and len(calls) == 3
+    calls.clear()
+    monkeypatch.setattr(evaluate, "WARM_UP_BELOW", 0.0)
+    assert [row.seconds for row in evaluate.evaluate(router, images)] == calls
+
+
 @pytest.fixture(scope="module")
 def model(system, tmp_path_factory):
     path = tmp_path_factory.mktemp("model") / "random.safetensors"

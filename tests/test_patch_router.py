@@ -225,6 +225,12 @@ def test_repeats_bit_for_bit(router):
     assert torch.equal(bits(router.upscale(image).image), bits(first))
 
 
+def test_router_and_result_say_what_they_are(router):
+    assert repr(router) == "PatchRouter(3 branches, patch=16, stride=12, scale=4, float32 on cpu)"
+    told = repr(router.upscale(picture(1, 3, 20, 30)[0]))
+    assert told.startswith("Upscaled(image: (3, 80, 120) float32 on cpu, class_map: (2, 3) int64 on cpu; 6 patches, ")
+
+
 def test_huge_pages_change_nothing(router, monkeypatch):
     image = picture(1, 3, 45, 61)
     expected = router.upscale(image).image

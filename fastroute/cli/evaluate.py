@@ -13,7 +13,7 @@ from fastroute.cli._common import Command, check_routing, device_of
 @click.command("evaluate", cls=Command, short_help="Measure a model on a folder of images: PSNR, SSIM, FLOPs, time.")
 @click.argument("model")
 @click.option("--images", required=True, type=click.Path(path_type=Path),
-              help="Folder of high-resolution images, searched recursively.")  # fmt: skip
+              help="Folder of high-resolution images, searched recursively, or one image.")  # fmt: skip
 @click.option("--exclude", multiple=True, metavar="PATTERN", help="File names to leave out, say '*-x4.png'; may be repeated.")
 @click.option("--budget", type=float, help="Mean branch FLOPs as a fraction of the dearest's.  "
               "[default: the classifier decides]")  # fmt: skip
@@ -42,7 +42,8 @@ def command(
     chosen = {name: value for name, value in options.items() if value is not None}
     router = fastroute.load(model, device_of(device))
     chosen = check_routing(router, model, chosen)
-    rows = evaluation.evaluate(router, images, scale, exclude, progress=not quiet, **chosen)
+    errors: list[str] = []
+    rows = evaluation.evaluate(router, images, scale, exclude, not quiet, errors, **chosen)
     click.echo(f"{evaluation.table(rows)}\n\n{evaluation.LEGEND}")
     if target is not None:
         evaluation.write_json(
@@ -50,3 +51,6 @@ def command(
             fastroute=fastroute.__version__,
         )  # fmt: skip
         click.echo(f"wrote {target}")
+    if errors:
+        lines = "\n".join(f"  {error}" for error in errors)
+        raise click.ClickException(f"{len(errors)} of {len(errors) + len(rows)} images are left out:\n{lines}")

@@ -101,6 +101,13 @@ class PatchRouter:
         self.paces = PatchPaces()
         self._possible: tuple[float | None, ...] = ()  # costs, penalty and budget that were found possible last
 
+    def __repr__(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        return (
+            f"PatchRouter({self.num_classes} branches, patch={self.patch}, stride={self.stride}, scale={self.scale}, "
+            f"{dtype} on {self.device})"
+        )
+
     @property
     def device(self) -> torch.device:
         """Where the networks are."""

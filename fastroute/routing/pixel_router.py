@@ -52,6 +52,10 @@ class PixelRouter:
         self.footprint = Footprint(model, self.encoder, self.dtype)
         self.flops, self.paces = PixelFlops(model, self.mlps, self.classifier), PixelPaces()
 
+    def __repr__(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"PixelRouter({self.num_classes} upsamplers over {type(self.model.encoder).__name__}, {dtype} on {self.device})"
+
     @property
     def device(self) -> torch.device:
         """Where the networks are."""

@@ -64,6 +64,11 @@ class Upscaled:
     class_map: Tensor
     stats: RoutingStats
 
+    def __repr__(self) -> str:
+        tensors = {"image": self.image, "class_map": self.class_map}
+        shown = [f"{name}: {tuple(x.shape)} {str(x.dtype).removeprefix('torch.')} on {x.device}" for name, x in tensors.items()]
+        return f"Upscaled({', '.join(shown)}; {self.stats})"
+
 
 @dataclass(frozen=True)
 class Streamed:
