@@ -1,13 +1,14 @@
 // assign_classes: argmax over classes of score / cost^penalty; with a budget, of log2(score) - penalty · log2(cost) at
 // the smallest penalty whose mean cost fits. The choice of an item moves to cheaper classes as the penalty grows, so
 // bisection needs to look again only at items whose choice differs between its two ends: the work per step halves with
-// the interval.
+// the interval. Items are narrowed part by part, by all threads.
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
 #include <atomic>
 #include <cmath>
 #include <limits>
+#include <numeric>
 #include <vector>
 
 #include "common/dispatch.h"
@@ -102,22 +103,68 @@ void assign_by_penalty(const T* score, Items items, const std::vector<double>& c
     if (nan) value_error(kOp, ": score must not be NaN");
 }
 
-// Items still open in a bisection: their logarithms, class by class, and their choice at both ends.
-struct Open {
-    std::vector<int64_t> item;
-    std::vector<double> log_score;  // [items, K]
-    std::vector<uint8_t> dear, cheap;
-};
+constexpr int64_t kPart = 4096;  // items that one thread narrows at a time: their logarithms stay in its caches
 
-uint8_t choose(const double* log_score, const std::vector<double>& log_cost, double penalty) {
+// The class of largest log2(score) - price; the lowest wins a tie.
+uint8_t choose(const double* log_score, const std::vector<double>& price) {
     size_t best = 0;
-    double value = log_score[0] - penalty * log_cost[0];
-    for (size_t k = 1; k < log_cost.size(); ++k) {
-        const double other = log_score[k] - penalty * log_cost[k];
+    double value = log_score[0] - price[0];
+    for (size_t k = 1; k < price.size(); ++k) {
+        const double other = log_score[k] - price[k];
         if (other > value) value = other, best = k;
     }
     return static_cast<uint8_t>(best);
 }
+
+// Some of the items in a bisection. Open are those whose class differs at its two ends.
+struct Part {
+    std::vector<int32_t> item;               // counted from the part's first
+    std::vector<double> log_score;           // [items, K]
+    std::vector<uint8_t> dear, cheap, here;  // classes at both ends and in the middle
+    std::vector<int64_t> settled, counts;  // [K]: classes of items that are not open; of those that are, in the middle
+
+    // Drops the items whose class is the same at both ends, and so between, and looks at the others at the prices of
+    // the middle. `ids` are those of the part.
+    void narrow(const std::vector<double>& price, uint8_t* ids) {
+        const size_t classes = price.size();
+        size_t gone = 0, kept = item.size();
+        for (size_t n = 0; n < kept; ++n) gone += static_cast<size_t>(dear[n] == cheap[n]);
+        if (gone > 0) kept = drop(ids, classes);
+        std::fill(counts.begin(), counts.end(), 0);
+        here.resize(kept);
+        const double* __restrict log = log_score.data();
+        uint8_t* __restrict choice = here.data();
+        // Two classes are the usual number of a choice per pixel.
+        if (classes == 2) {
+            const double first = price[0], second = price[1];
+            for (size_t n = 0; n < kept; ++n) choice[n] = log[2 * n + 1] - second > log[2 * n] - first;
+            counts[1] = std::accumulate(choice, choice + kept, int64_t(0));
+            counts[0] = static_cast<int64_t>(kept) - counts[1];
+            return;
+        }
+        for (size_t n = 0; n < kept; ++n) {
+            choice[n] = choose(log + n * classes, price);
+            ++counts[choice[n]];
+        }
+    }
+
+    // Drops them, and tells how many are left.
+    size_t drop(uint8_t* ids, size_t classes) {
+        size_t kept = 0;
+        for (size_t n = 0; n < item.size(); ++n) {
+            if (dear[n] == cheap[n]) {
+                ids[item[n]] = cheap[n];
+                ++settled[cheap[n]];
+                continue;
+            }
+            item[kept] = item[n], dear[kept] = dear[n], cheap[kept] = cheap[n];
+            std::copy_n(&log_score[n * classes], classes, &log_score[kept * classes]);
+            ++kept;
+        }
+        item.resize(kept), dear.resize(kept), cheap.resize(kept);
+        return kept;
+    }
+};
 
 double mean_share(const std::vector<int64_t>& counts, const std::vector<double>& share, int64_t total) {
     double sum = 0;
@@ -142,63 +189,68 @@ void assign_by_budget(const T* score, Items items, const std::vector<double>& co
     const double bound = kLargestLog / (std::isfinite(gap) ? gap : 1.0);
     double low = -bound, high = bound;
 
-    Open open;
-    open.item.resize(total), open.dear.resize(total), open.cheap.resize(total), open.log_score.resize(total * classes);
+    const auto price = [&](double penalty) {
+        std::vector<double> prices;
+        for (const double c : log_cost) prices.push_back(penalty * c);
+        return prices;
+    };
+    const std::vector<double> least = price(low), most = price(high);
+    std::vector<Part> parts((total + kPart - 1) / kPart);
+    const int64_t count = static_cast<int64_t>(parts.size());
     std::atomic<bool> nan{false};
-    parallel(total, 4096, [&](int64_t begin, int64_t end) {
-        for (int64_t n = begin; n < end; ++n) {
-            double* log_score = &open.log_score[n * classes];
-            for (int64_t k = 0; k < classes; ++k) {
-                const double s = static_cast<double>(
-                    static_cast<Work<T>>(score[(n / items.length * classes + k) * items.length + n % items.length]));
-                if (s != s) nan = true;
-                log_score[k] = std::log2(std::max(s, kSmallest));
+    parallel(count, 1, [&](int64_t begin, int64_t end) {
+        for (int64_t p = begin; p < end; ++p) {
+            const int64_t first = p * kPart, size = std::min(kPart, total - first);
+            Part part;
+            part.item.resize(size), part.log_score.resize(size * classes);
+            part.dear.resize(size), part.cheap.resize(size);
+            part.settled.resize(classes), part.counts.resize(classes);
+            bool bad = false;
+            for (int64_t n = 0; n < size; ++n) {
+                const int64_t at = first + n;
+                const T* from = score + at / items.length * classes * items.length + at % items.length;
+                double* log_score = &part.log_score[n * classes];
+                for (int64_t k = 0; k < classes; ++k) {
+                    const double s = static_cast<double>(static_cast<Work<T>>(from[k * items.length]));
+                    bad |= s != s;
+                    log_score[k] = std::log2(std::max(s, kSmallest));
+                }
+                part.item[n] = static_cast<int32_t>(n);
+                part.dear[n] = choose(log_score, least);
+                part.cheap[n] = choose(log_score, most);
+                ++part.counts[part.dear[n]];
             }
-            open.item[n] = n;
-            open.dear[n] = choose(log_score, log_cost, low);
-            open.cheap[n] = choose(log_score, log_cost, high);
+            if (bad) nan = true;
+            parts[p] = std::move(part);
         }
     });
     if (nan) value_error(kOp, ": score must not be NaN");
-    std::vector<int64_t> counts(classes, 0);
-    for (int64_t n = 0; n < total; ++n) ++counts[open.dear[n]];
-    if (mean_share(counts, share, total) <= budget + kBudgetSlack) {
-        std::copy(open.dear.begin(), open.dear.end(), ids.begin());
-        return;
-    }
-
-    std::vector<int64_t> settled(classes, 0);  // classes of the items that no longer change
-    std::vector<uint8_t> here;
-    for (;;) {
-        // Drop the items whose class is the same at both ends, and so between them.
-        size_t kept = 0;
-        for (size_t n = 0; n < open.item.size(); ++n) {
-            ids[open.item[n]] = open.cheap[n];
-            if (open.dear[n] == open.cheap[n]) {
-                ++settled[open.cheap[n]];
-                continue;
-            }
-            open.item[kept] = open.item[n], open.dear[kept] = open.dear[n], open.cheap[kept] = open.cheap[n];
-            std::copy_n(&open.log_score[n * classes], classes, &open.log_score[kept * classes]);
-            ++kept;
+    // Whether the budget holds with the classes that `counts` and `settled` say.
+    const auto fits = [&] {
+        std::vector<int64_t> counts(classes, 0);
+        for (const Part& part : parts) {
+            for (int64_t k = 0; k < classes; ++k) counts[k] += part.settled[k] + part.counts[k];
         }
-        open.item.resize(kept), open.dear.resize(kept), open.cheap.resize(kept);
-        const double middle = 0.5 * (low + high);
-        if (kept == 0 || middle == low || middle == high) return;
-        here.resize(kept);
-        parallel(static_cast<int64_t>(kept), 4096, [&](int64_t begin, int64_t end) {
-            for (int64_t n = begin; n < end; ++n) here[n] = choose(&open.log_score[n * classes], log_cost, middle);
+        return mean_share(counts, share, total) <= budget + kBudgetSlack;
+    };
+    const auto finish = [&](std::vector<uint8_t> Part::* choice) {
+        for (int64_t p = 0; p < count; ++p) {
+            const Part& part = parts[p];
+            for (size_t n = 0; n < part.item.size(); ++n) ids[p * kPart + part.item[n]] = (part.*choice)[n];
+        }
+    };
+    if (fits()) return finish(&Part::dear);
+    for (double middle; (middle = 0.5 * (low + high)) != low && middle != high;) {
+        const std::vector<double> prices = price(middle);
+        parallel(count, 1, [&](int64_t begin, int64_t end) {
+            for (int64_t p = begin; p < end; ++p) parts[p].narrow(prices, &ids[p * kPart]);
         });
-        counts = settled;
-        for (size_t n = 0; n < kept; ++n) ++counts[here[n]];
-        if (mean_share(counts, share, total) <= budget + kBudgetSlack) {
-            high = middle;
-            open.cheap = here;
-        } else {
-            low = middle;
-            open.dear = here;
-        }
+        if (std::all_of(parts.begin(), parts.end(), [](const Part& part) { return part.item.empty(); })) return;
+        const bool enough = fits();
+        (enough ? high : low) = middle;
+        for (Part& part : parts) std::swap(enough ? part.cheap : part.dear, part.here);
     }
+    finish(&Part::cheap);
 }
 
 Tensor assign_classes_cpu(const Tensor& score,  // [N, K, ...]

@@ -106,7 +106,7 @@ class FSRCNN(nn.Module):
         are never made one by one.
 
         Args:
-            branches: networks with an upsampler of the same kernel, stride and padding, on whose widths nothing depends.
+            branches: networks with an upsampler of one kernel, stride and padding; their widths may differ.
             x: images.
             weights: of each branch for each image.
         """
