@@ -25,9 +25,10 @@ RECIPE = Recipe(
 )
 
 
-# Of a process that has not computed gradients: what torch starts for them does not live on in a fork.
+# Of a process that has not computed gradients: what torch starts for them does not live on in a fork. It imports what takes
+# this module seconds.
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["fastroute.training.classsr", __name__])
+CONTEXT.set_forkserver_preload(["fastroute.training.classsr", "torch._dynamo.testing"])
 
 
 def build(folder: Path) -> Pool:
