@@ -55,7 +55,7 @@ class Upsampler(NamedTuple):
     @property
     def features(self) -> int:
         """Channels that it reads."""
-        return self.expand.shape[1] if self.interpolates or self.expand.numel() else self.weight.shape[1]
+        return features_of(self)
 
     @property
     def channels(self) -> int:
@@ -66,6 +66,12 @@ class Upsampler(NamedTuple):
     def layers(self) -> list[Tensor]:
         """The tensors, as the operator takes them."""
         return [self.expand, self.expand_bias, self.slope, self.weight, self.bias]
+
+
+def features_of(upsampler: Upsampler) -> int:
+    """Channels that `upsampler` reads, where torch may compile: version 2.10 sees no properties of a named tuple."""
+    expand, weight = upsampler.expand, upsampler.weight
+    return expand.shape[1] if weight.ndim == 2 or expand.numel() else weight.shape[1]
 
 
 # Of every branch, None for one that finishes its patches; empty where nothing is left to the stitching.
@@ -108,7 +114,8 @@ def stitch_upsampled(
     op, device = "stitch_patches.upsampled_out", out.device
     shuffle = upsamplers[0].shuffle
     spent = torch.zeros(len(upsamplers) + 1, dtype=torch.float64)
-    layers = [tensor for upsampler in upsamplers for tensor in upsampler.layers]
+    # By fields, as in `features_of`.
+    layers = [tensor for u in upsamplers for tensor in (u.expand, u.expand_bias, u.slope, u.weight, u.bias)]
     geometry = (grid.height, grid.width, grid.patch, grid.stride, grid.scale, grid.crop, shuffle)
     held = (list(batches), list(kinds), layers, inverse, window)
     call(op, _reference_upsampled, device, *held, *geometry, *rows, out=out, spent=spent)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastroute.grid import TileGrid
-from fastroute.ops._upsampled import FINISHED, Upsamplers, stitch_upsampled
+from fastroute.ops._upsampled import FINISHED, Upsamplers, features_of, stitch_upsampled
 from fastroute.ops.stitch_patches import stitch_patches
 from fastroute.routing.bands import Band, first_covering
 from fastroute.windows import window_on
@@ -48,7 +48,7 @@ class Workspace:
         if self.kinds[c] == FINISHED:
             return torch.Size((self.channels, span, span))
         upsampler = self.upsamplers[self.kinds[c]]
-        return torch.Size((upsampler.features, span // upsampler.shuffle, span // upsampler.shuffle))
+        return torch.Size((features_of(upsampler), span // upsampler.shuffle, span // upsampler.shuffle))
 
     @property
     def kinds_of_batches(self) -> list[int]:
