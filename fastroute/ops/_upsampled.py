@@ -65,7 +65,7 @@ class Upsampler(NamedTuple):
     @property
     def layers(self) -> list[Tensor]:
         """The tensors, as the operator takes them."""
-        return [self.expand, self.expand_bias, self.slope, self.weight, self.bias]
+        return list(self[:-1])
 
 
 def features_of(upsampler: Upsampler) -> int:
@@ -114,8 +114,8 @@ def stitch_upsampled(
     op, device = "stitch_patches.upsampled_out", out.device
     shuffle = upsamplers[0].shuffle
     spent = torch.zeros(len(upsamplers) + 1, dtype=torch.float64)
-    # By fields, as in `features_of`.
-    layers = [tensor for u in upsamplers for tensor in (u.expand, u.expand_bias, u.slope, u.weight, u.bias)]
+    # Their `layers`, which torch 2.10 could not compile, as in `features_of`.
+    layers = [tensor for upsampler in upsamplers for tensor in upsampler[:-1]]
     geometry = (grid.height, grid.width, grid.patch, grid.stride, grid.scale, grid.crop, shuffle)
     held = (list(batches), list(kinds), layers, inverse, window)
     call(op, _reference_upsampled, device, *held, *geometry, *rows, out=out, spent=spent)
