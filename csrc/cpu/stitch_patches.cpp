@@ -41,6 +41,14 @@ std::vector<W> axis_weights(const W* window, const TileAxis& axis, int64_t scale
     return weights;
 }
 
+// Channels that are unpacked together where they lie side by side: those of a cache line at most, and as many in every
+// item.
+int64_t channels_per_item(int64_t channels) {
+    int64_t most = std::clamp<int64_t>(channels, 1, 16);
+    while (channels % most != 0) --most;
+    return most;
+}
+
 bool same(TileRange a, TileRange b) { return a.first == b.first && a.last == b.last; }
 
 // Checks the places that the rows [begin, end) of the output will read.
@@ -84,23 +92,29 @@ void stitch_into(const Tensor& out, const Batches& batches, const std::optional<
                            1,
                            false,
                            kRows,
-                           nullptr};
+                           upsampling,
+                           {0, span, 1, 1}};
         if (upsampling != nullptr) {
-            plan.upsampling = upsampling;
             plan.channels = channels;
             plan.rows = shuffle * rows_per_item(target.batch * rows / shuffle, 8, 2);
-            const int64_t align = upsampler::kRowAlign, row = (span / shuffle + align - 1) / align * align * shuffle;
-            plan.layout = {plan.rows * row, row, 1, 1};
+            const int64_t align = upsampler::kRowAlign;
+            plan.tile.y = (span / shuffle + align - 1) / align * align * shuffle;
+            plan.layout = plan.tile;
+        } else if (plan.unpacked() && plan.layout.x != 1) {
+            plan.channels = channels_per_item(channels);
         }
         if (plan.side_by_side() && channels * kRows * span * int64_t(sizeof(W)) <= kWindowBytes)
             plan.channels = channels;
         dispatch_image(kOp, out.scalar_type(), [&](auto out_zero) {
             using Out = decltype(out_zero);
-            plan.wide = kWideRuns<T, Out> && (plan.layout.shuffle == 4 || plan.planar()) && has_wide_runs() &&
-                        plan.covers_twice();
+            const bool wide_patches = plan.planar() || (plan.layout.shuffle == 4 && std::is_same_v<T, float>);
+            plan.wide = kWideRuns<T, Out> && wide_patches && has_wide_runs() && plan.covers_twice();
             // Longer runs of each patch: 64 rows of 128 pixels are eight 4 KiB pages.
             if (plan.wide && plan.planar() && upsampling == nullptr)
-                plan.rows = rows_per_item(target.batch * channels * rows, 4 * kRows, kRows);
+                plan.rows = rows_per_item(target.batch * channels / plan.channels * rows, 4 * kRows, kRows);
+            else if (plan.unpacked())
+                plan.rows = std::clamp<int64_t>(kWindowBytes / sizeof(W) / plan.channels / span, 2, kRows);
+            if (plan.planar() && !plan.in_place()) plan.tile.c = plan.rows * plan.tile.y;
             Out* result = out.mutable_data_ptr<Out>();
             const int64_t image_step = out.stride(0), channel_step = out.stride(1), row_step = out.stride(2);
             // What does not fit in the caches anyway should not push anything else out of them.
@@ -108,7 +122,7 @@ void stitch_into(const Tensor& out, const Batches& batches, const std::optional<
             const int64_t blocks = (rows + plan.rows - 1) / plan.rows, parts = channels / plan.channels;
             const int64_t items = target.batch * parts * blocks;
             const auto run = [&](int64_t item, Scratch<W>& scratch) {
-                const int64_t c = item / blocks % parts, b = item / blocks / parts;
+                const int64_t c = item / blocks % parts * plan.channels, b = item / blocks / parts;
                 int64_t y = item % blocks * plan.rows;
                 const int64_t last = std::min(rows, y + plan.rows);
                 while (y < last) {

@@ -1,12 +1,8 @@
-// What one call of `stitch_patches` works on: where patches lie and what they weigh, the buffers of a thread, and the
-// rows of a patch whose last layers are computed on the way.
+// What one call of `stitch_patches` works on: where patches lie and what they weigh, and the buffers of a thread.
 #pragma once
 
 #include <algorithm>
-#include <chrono>
 #include <cstring>
-#include <optional>
-#include <utility>
 #include <vector>
 
 #include "common/geometry.h"
@@ -26,15 +22,6 @@ inline int64_t rows_per_item(int64_t rows, int64_t most, int64_t least) {
     const int64_t threads = torch::stable::get_num_threads();
     while (most > least && rows < 8 * threads * most) most /= 2;
     return most;
-}
-
-// A clock that may be read often; what it counts is of no matter, only ratios are.
-inline int64_t ticks() {
-#if FASTROUTE_X86
-    return static_cast<int64_t>(__rdtsc());
-#else
-    return std::chrono::steady_clock::now().time_since_epoch().count();
-#endif
 }
 
 // Where the pixels of a patch lie: with a fused pixel shuffle of factor r, pixel (Y, X) of channel c is element (Y / r,
@@ -100,14 +87,25 @@ struct StitchPlan {
     bool wide;                   // see `covers_twice`
     int64_t rows;                // output rows per item of work
     const Upsampling* upsampling;
+    PatchLayout tile;  // of some rows of the channels of an item: computed, or unpacked to runs of sums
 
     // Whether all phases and channels of an LR pixel of a patch lie side by side, and tiles meet between LR pixels.
     FASTROUTE_INLINE bool side_by_side() const {
         return layout.shuffle > 1 && layout.shuffle <= 4 && layout.c == 1 && scale % layout.shuffle == 0;
     }
 
-    // Whether the rows of a patch are runs of pixels, as they lie or as they are computed.
-    FASTROUTE_INLINE bool planar() const { return layout.shuffle == 1 && layout.x == 1; }
+    // Whether the rows of a patch are runs of sums as they lie.
+    FASTROUTE_INLINE bool in_place() const {
+        return upsampling == nullptr && std::is_same_v<T, W> && layout.shuffle == 1 && layout.x == 1;
+    }
+
+    // Whether they are to be made so: of a smaller type, or all channels of a pixel side by side.
+    FASTROUTE_INLINE bool unpacked() const {
+        return upsampling == nullptr && !in_place() && layout.shuffle == 1 && (layout.x == 1 || layout.c == 1);
+    }
+
+    // Whether they are so in the end.
+    FASTROUTE_INLINE bool planar() const { return upsampling != nullptr || in_place() || unpacked(); }
 
     // Columns of tile column j that the next one does not reach.
     FASTROUTE_INLINE int64_t finished(int64_t j) const {
@@ -134,58 +132,23 @@ struct Scratch {
     // [3, channels, rows, span]: columns that the tiles so far cover and later ones may add to, of each tile row where
     // two are summed tile by tile, and what is passed from one to the other.
     std::vector<W> window;
-    std::vector<W> sum;  // [channels, rows, width]: for rows that are summed tile row by tile row
-    std::vector<W> row;  // [span]
-    // Of upsampled patches: rows of one patch, as `layout` says; buffers; ticks spent in the layers of each kind.
-    std::vector<W> tile;
+    std::vector<W> sum;   // [channels, rows, width]: for rows that are summed tile row by tile row
+    std::vector<W> row;   // [span]
+    std::vector<W> tile;  // rows of one patch as `StitchPlan::tile` says
+    // Of upsampled patches: buffers; ticks spent in the layers of each kind.
     upsampler::Buffers layers;
     std::vector<int64_t> spent;
 
     template <typename T>
     Scratch(const StitchPlan<T>& plan, int64_t kinds)
-        : window(3 * plan.channels * plan.rows * plan.span), row(plan.span), spent(kinds) {
-        if (plan.upsampling == nullptr) return;
-        tile.resize(plan.channels * plan.layout.c);
+        : window(3 * plan.channels * plan.rows * plan.span),
+          row(plan.span),
+          tile(plan.channels * plan.tile.c),
+          spent(kinds) {
         for (int64_t kind = 0; kind < kinds; ++kind) {
             layers.reserve(plan.upsampling->kinds[kind].scratch(plan.upsampling->size));
         }
     }
-};
-
-// The rows of patch n of which the first is k, computed some at a time; or where they lie, if the patch is finished.
-class PlanarPatch {
-  public:
-    PlanarPatch(const StitchPlan<float>& plan, int64_t n, int64_t k, Scratch<float>* scratch)
-        : layout(plan.layout), finished(plan.patch(n)), scratch(scratch) {
-        if (plan.upsampling == nullptr) return;
-        const Upsampling& from = *plan.upsampling;
-        kind = from.kind_of[plan.place(n)];
-        if (kind < 0) {
-            layout = {plan.span * plan.span, plan.span, 1, 1};
-            return;
-        }
-        begin = ticks();
-        patch.emplace(from.kinds[kind], finished, from.at[kind], from.size, k, &scratch->layers);
-    }
-
-    // Rows [k, k + rows) of the channels from c on, channels and rows as far apart as `layout` says. All channels are
-    // computed at once, and c is 0 then.
-    const float* next(int64_t c, int64_t k, int64_t rows) {
-        if (!patch.has_value()) return finished + c * layout.c + k * layout.y;
-        if (begin == 0) begin = ticks();
-        patch->compute(k, k + rows, scratch->tile.data(), layout.y, layout.c);
-        scratch->spent[kind] += ticks() - std::exchange(begin, 0);
-        return scratch->tile.data();
-    }
-
-    PatchLayout layout;
-
-  private:
-    int64_t begin = 0;  // ticks since which the time counts; 0 while it does not
-    int64_t kind = -1;
-    const float* finished;
-    std::optional<upsampler::Patch> patch;
-    Scratch<float>* scratch;
 };
 
 // Where an item of work goes: rows of one image, channel after channel.

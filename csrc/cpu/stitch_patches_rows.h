@@ -4,10 +4,12 @@
 #include <algorithm>
 #include <cstring>
 
-#include "cpu/stitch_patches_plan.h"
+#include "cpu/stitch_patches_planar.h"
 
 namespace fastroute {
 namespace {
+
+constexpr int64_t kUnpacked = 4096;  // sums that are unpacked before they are merged: 16 KiB
 
 template <typename T, typename Out>
 struct StitchBody {
@@ -42,9 +44,10 @@ struct StitchBody {
 
     // Rows [k, k + rows) of one patch times wx into the window: added to its first `shared` columns, which earlier
     // tiles began, and put into the others.
-    FASTROUTE_INLINE static void weigh_rows(const T* patch, const T* ahead, PatchLayout at, int64_t channels, int64_t k,
-                                            int64_t rows, int64_t span, int64_t shared, int64_t kept, const W* weight,
-                                            W* window, W* buffer, int64_t first_channel) {
+    template <typename Value>
+    FASTROUTE_INLINE static void weigh_rows(const Value* patch, const Value* ahead, PatchLayout at, int64_t channels,
+                                            int64_t k, int64_t rows, int64_t span, int64_t shared, int64_t kept,
+                                            const W* weight, W* window, W* buffer, int64_t first_channel) {
         for (int64_t c = 0; c < channels; ++c) {
             for (int64_t r = 0; r < rows; ++r) {
                 prefetch_row(ahead, at, first_channel + c, k + r, span);
@@ -109,7 +112,7 @@ struct StitchBody {
     // hardware does not foresee, and of which the processor waits for one after the other.
     FASTROUTE_INLINE static void expect(const Out* data, int64_t columns, int64_t channels, int64_t rows,
                                         const Rows<Out>& out) {
-        if (out.stream && !std::is_integral_v<Out>) return;
+        if (out.stream && std::is_same_v<Out, W>) return;
         for (int64_t c = 0; c < channels; ++c) {
             for (int64_t r = 0; r < rows; ++r) {
                 const char* line = reinterpret_cast<const char*>(data + c * out.channel_step + r * out.row_step);
@@ -150,34 +153,38 @@ struct StitchBody {
                                           out.stream};
                 };
                 if (plan.planar()) {
-                    PlanarPatch patch(plan, n, k, scratch);
+                    PlanarPatch<T> patch(plan, n, k, scratch);
                     // As few as lie in the first-level cache until they are merged.
+                    const int64_t most =
+                        plan.unpacked() ? std::clamp<int64_t>(kUnpacked / plan.channels / span, 1, kRows) : kRows;
                     const W* weight = plan.weights_x + j * span;
                     const bool unit = std::all_of(weight + shared, weight + finished, [](W w) { return w == W(1); });
                     for (int64_t r = 0, count; r < rows; r += count) {
-                        count = std::min(rows - r, kRows);
+                        count = std::min(rows - r, most);
                         if (mode == Runs::put || mode == Runs::finish) {
                             expect(out.data + r * out.row_step + x0, finished, plan.channels, count, out);
                         }
-                        const PlanarRows some{
-                            patch.next(c, k + r, count), patch.layout.c, patch.layout.y, plan.channels, count, kept};
+                        const W* values = patch.next(c, k + r, count);
+                        const PlanarRows some{values, patch.layout.c, patch.layout.y, plan.channels, count, kept};
                         each_planar_row(mode, unit, some, shared, finished, target(r, 0));
                     }
                     continue;
                 }
-                const T* patch = plan.patch(n);
-                const T* ahead = j + 1 < cols ? plan.patch(n + 1) : patch;
-                for (int64_t r = 0; r < rows; r += 4) {
-                    const int64_t lr_row = (k + r) / 4 * plan.layout.y;
-                    const auto runs = [&](int64_t begin, int64_t end, Runs to, bool joined) {
-                        const int64_t offset = c * 16 + lr_row + begin / 4 * plan.layout.x;
-                        const ShuffledRow from{patch + offset, ahead + offset, plan.layout.x, (end - begin) / 4,
-                                               plan.channels};
-                        each_shuffled_run(to, joined, from, target(r, begin));
-                    };
-                    runs(0, shared, mode, true);
-                    runs(shared, finished, mode, false);
-                    runs(finished, kept, Runs::keep, false);
+                if constexpr (std::is_same_v<T, float>) {
+                    const T* patch = plan.patch(n);
+                    const T* ahead = j + 1 < cols ? plan.patch(n + 1) : patch;
+                    for (int64_t r = 0; r < rows; r += 4) {
+                        const int64_t lr_row = (k + r) / 4 * plan.layout.y;
+                        const auto runs = [&](int64_t begin, int64_t end, Runs to, bool joined) {
+                            const int64_t offset = c * 16 + lr_row + begin / 4 * plan.layout.x;
+                            const ShuffledRow from{patch + offset, ahead + offset, plan.layout.x, (end - begin) / 4,
+                                                   plan.channels};
+                            each_shuffled_run(to, joined, from, target(r, begin));
+                        };
+                        runs(0, shared, mode, true);
+                        runs(shared, finished, mode, false);
+                        runs(finished, kept, Runs::keep, false);
+                    }
                 }
             }
             shared = kept - finished;
@@ -195,7 +202,7 @@ struct StitchBody {
         // One tile row of weight 1, as almost everywhere under a uniform window: nothing to sum over tile rows.
         bool direct = range.first == range.last;
         for (int64_t r = 0; r < rows; ++r) direct = direct && top[r] == W(1);
-        const bool computed = plan.upsampling != nullptr, whole = plan.side_by_side() && rows % factor == 0;
+        const bool whole = plan.side_by_side() && rows % factor == 0;
         if constexpr (kWideRuns<T, Out>) {
             const bool aligned = plan.planar() || (whole && at % factor == 0);
             if (plan.wide && aligned && (direct || range.last == range.first + 1)) {
@@ -210,14 +217,7 @@ struct StitchBody {
             for (int64_t j = 0; j < cols; ++j) {
                 const int64_t n = (image * plan.grid.y.count() + i) * cols + j;
                 const T* patch = plan.patch(n);
-                PatchLayout layout = plan.layout;
-                if constexpr (std::is_same_v<T, float>) {
-                    if (computed) {
-                        PlanarPatch some(plan, n, k, scratch);
-                        layout = some.layout, patch = some.next(0, k, rows) - k * layout.y;
-                    }
-                }
-                const T* ahead = j + 1 < cols && !computed ? plan.patch(n + 1) : patch;
+                const T* ahead = j + 1 < cols ? plan.patch(n + 1) : patch;
                 const W* weight = plan.weights_x + j * span;
                 const int64_t x0 = plan.grid.x.origin(j) * plan.scale, kept = std::min(span, width - x0);
                 if (whole && k % factor == 0 && factor == 4) {
@@ -229,8 +229,13 @@ struct StitchBody {
                 } else if (whole && k % factor == 0 && factor == 2) {
                     weigh_shuffled<2>(patch + c * 4, ahead + c * 4, plan.layout, channels, k, rows, span, shared, kept,
                                       weight, window);
+                } else if (plan.planar() && !plan.in_place()) {
+                    PlanarPatch<T> some(plan, n, k, scratch);
+                    const W* values = some.next(c, k, rows);
+                    weigh_rows(values, values, some.layout, channels, 0, rows, span, shared, kept, weight, window,
+                               scratch->row.data(), 0);
                 } else {
-                    weigh_rows(patch, ahead, layout, channels, k, rows, span, shared, kept, weight, window,
+                    weigh_rows(patch, ahead, plan.layout, channels, k, rows, span, shared, kept, weight, window,
                                scratch->row.data(), c);
                 }
                 const int64_t finished = plan.finished(j);

@@ -29,8 +29,7 @@ struct PlanarRows {
 
 // Types of patches and image for which there are the functions below, and whether the processor has what they need.
 template <typename T, typename Out>
-inline constexpr bool kWideRuns =
-    FASTROUTE_X86 && std::is_same_v<T, float> && (std::is_integral_v<Out> || std::is_same_v<Out, float>);
+inline constexpr bool kWideRuns = FASTROUTE_X86 && !std::is_same_v<T, double> && !std::is_same_v<Out, double>;
 
 inline bool has_wide_runs() { return active_isa() == Isa::avx512; }
 
@@ -77,6 +76,21 @@ FASTROUTE_WIDE void put_run(float* to, __mmask16 mask, __m512 value, bool stream
     } else {
         _mm512_mask_storeu_ps(to, mask, value);
     }
+}
+
+FASTROUTE_WIDE void put_run(Half* to, __mmask16 mask, __m512 value, bool) {
+    _mm256_mask_storeu_epi16(to, mask, _mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+
+// Rounded half to even by an addition to the bits; NaN is one pattern.
+FASTROUTE_WIDE void put_run(BFloat16* to, __mmask16 mask, __m512 value, bool) {
+    const __m512i bits = _mm512_castps_si512(value);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    const __m512i rounded =
+        _mm512_srli_epi32(_mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
+    const __mmask16 nan = _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
+    _mm256_mask_storeu_epi16(to, mask,
+                             _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc0))));
 }
 
 // What becomes of the weighed values of one tile.

@@ -21,8 +21,18 @@ SHAPE = (2, 3, *GRID.output_size)
 # (features, units of the expansion or 0, kernel); and an interpolation.
 LAYERS = [(12, 56, 3), (12, 9, 3), (5, 0, 3), "bicubic"]
 TYPES = (torch.float32, torch.uint8)
-# Finished patches: as a convolution leaves them, in either memory format, and rows that are no neighbours.
-FINISHED = ("planes", "pixels", "apart", "shuffled")
+# Finished patches: as a convolution leaves them, in either memory format, and rows that are no neighbours; how many
+# channels, of which type.
+FINISHED = [
+    *((kind, 3, torch.float32) for kind in ("planes", "pixels", "apart", "shuffled")),
+    *((kind, 3, dtype) for kind in ("planes", "pixels", "shuffled") for dtype in (torch.float16, torch.bfloat16)),
+    ("pixels", 3, torch.float64),
+    *(("pixels", channels, torch.float32) for channels in (2, 17, 32)),
+    ("pixels", 5, torch.bfloat16),
+]
+WINDOWS = ("hann", "uniform")
+# What no type keeps, what some do not, and numbers on either side of the smallest ones.
+SPECIAL = torch.tensor([torch.nan, torch.inf, -torch.inf, 7e4, -7e4, 6e-8, 2.9e-8, 1e-40, -0.0])
 
 
 def problem(sizes):
@@ -67,40 +77,48 @@ def test_each_name_is_heeded(outputs):
     assert torch.equal(outputs["baseline"][0], outputs["avx2"][0]) == (not has_fma())
 
 
-def finished(kind):
-    """Patches of `kind` and their factor of pixel shuffle."""
+def finished(kind, channels, dtype):
+    """Patches and their factor of pixel shuffle."""
     shuffle = 4 if kind == "shuffled" else 1
     side = GRID.patch * GRID.scale // shuffle
-    channels = 3 * shuffle * shuffle
+    size = (2 * GRID.num_patches, channels * shuffle * shuffle, side, side)
     if kind == "apart":
-        return random((2 * GRID.num_patches, side, channels, side + 5)).transpose(1, 2)[..., 2:-3], shuffle
+        return random((size[0], side, size[1], side + 5)).transpose(1, 2)[..., 2:-3], shuffle
+    patches = random(size)
+    patches.view(-1)[100 : 100 + len(SPECIAL)] = SPECIAL
     memory_format = torch.contiguous_format if kind == "planes" else torch.channels_last
-    return random((2 * GRID.num_patches, channels, side, side)).contiguous(memory_format=memory_format), shuffle
+    return patches.to(dtype).contiguous(memory_format=memory_format), shuffle
+
+
+def written_types(dtype):
+    return (dtype, torch.uint8, torch.uint16) if dtype != torch.float32 else (dtype, torch.float16, torch.bfloat16, torch.uint8)
 
 
 @pytest.fixture(scope="module")
 def stitched(tmp_path_factory):
-    """By instruction set, the images of the finished patches of each kind, by type and window."""
+    """By instruction set, the images of all finished patches, by window and type."""
     calls = []
-    for kind in FINISHED:
-        patches, shuffle = finished(kind)
-        for window in ("hann", "uniform"):
-            weight = make_window(window, GRID.patch * GRID.scale)
+    for case in FINISHED:
+        patches, shuffle = finished(*case)
+        for window in WINDOWS:
+            weight = make_window(window, GRID.patch * GRID.scale).to(torch.float64 if case[2] == torch.float64 else torch.float32)
             geometry = (GRID.height, GRID.width, GRID.patch, GRID.stride, GRID.scale, GRID.crop, shuffle, 0, SHAPE[2])
-            for dtype in TYPES:
-                written = {"out": torch.full(SHAPE, 7, dtype=dtype)}
-                calls.append(((patches, shuffled(len(patches), "cpu"), weight, *geometry), written))
+            for dtype in written_types(case[2]):
+                out = torch.full((2, case[1], *GRID.output_size), 7, dtype=dtype)
+                calls.append(((patches, shuffled(len(patches), "cpu"), weight, *geometry), {"out": out}))
     return run_on_each("stitch_patches.out", calls, tmp_path_factory.mktemp("isa"))
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("kind", FINISHED)
-def test_finished_patches_have_the_bits_of_the_reference(stitched, isa, kind):
-    patches, shuffle = finished(kind)
-    each = 2 * len(TYPES)
-    images = iter(stitched[isa][FINISHED.index(kind) * each :][:each])
+@pytest.mark.parametrize("case", FINISHED, ids=str)
+def test_finished_patches_have_the_bits_of_the_reference(stitched, isa, case):
+    patches, shuffle = finished(*case)
+    types = written_types(case[2])
+    first = sum(len(WINDOWS) * len(written_types(dtype)) for _, _, dtype in FINISHED[: FINISHED.index(case)])
+    images = iter(stitched[isa][first:])
     with fastroute.use_backend("reference"):
-        for window in ("hann", "uniform"):
-            for dtype in TYPES:
+        for window in WINDOWS:
+            for dtype in types:
                 args = (patches, GRID, window, shuffled(len(patches), "cpu"))
-                assert torch.equal(next(images), stitch_patches(*args, shuffle=shuffle, dtype=dtype)), (window, dtype)
+                expected = stitch_patches(*args, shuffle=shuffle, dtype=dtype)
+                torch.testing.assert_close(next(images), expected, rtol=0, atol=0, equal_nan=True, msg=f"{window}, {dtype}")

@@ -1,0 +1,116 @@
+// The rows of a patch as runs of sums, for `stitch_patches`: where they lie, unpacked from smaller types and from
+// pixels whose channels lie side by side, or computed by the last layers of the patch's branch.
+#pragma once
+
+#include <chrono>
+#include <optional>
+#include <utility>
+
+#include "cpu/stitch_patches_plan.h"
+
+namespace fastroute {
+namespace {
+
+// A clock that may be read often; what it counts is of no matter, only ratios are.
+inline int64_t ticks() {
+#if FASTROUTE_X86
+    return static_cast<int64_t>(__rdtsc());
+#else
+    return std::chrono::steady_clock::now().time_since_epoch().count();
+#endif
+}
+
+// `rows` rows of `span` pixels of a patch to [channels][rows][span], channels and rows as far apart as `to` says.
+template <typename T>
+struct UnpackBody {
+    using W = Work<T>;
+
+    FASTROUTE_INLINE static void run(const T* patch, PatchLayout from, int64_t channels, int64_t rows, int64_t span,
+                                     W* target, PatchLayout to) {
+        for (int64_t r = 0; r < rows; ++r) {
+            const T* row = patch + r * from.y;
+            W* line = target + r * to.y;
+            if (from.x == 1) {
+                for (int64_t c = 0; c < channels; ++c) values(row + c * from.c, span, line + c * to.c);
+            } else if (channels == 3 && from.x == 3) {
+                colours(row, span, line, line + to.c, line + 2 * to.c);
+            } else if constexpr (std::is_same_v<T, float>) {
+                upsampler::copy_planar(row, {from.c, from.y, from.x}, channels, span, line, to.c);
+            } else {
+                for (int64_t l = 0; l < span; ++l) {
+                    for (int64_t c = 0; c < channels; ++c) line[c * to.c + l] = static_cast<W>(row[l * from.x + c]);
+                }
+            }
+        }
+    }
+
+    FASTROUTE_INLINE static void values(const T* __restrict from, int64_t count, W* __restrict to) {
+        for (int64_t l = 0; l < count; ++l) to[l] = static_cast<W>(from[l]);
+    }
+
+    FASTROUTE_INLINE static void colours(const T* __restrict from, int64_t count, W* __restrict red,
+                                         W* __restrict green, W* __restrict blue) {
+        for (int64_t l = 0; l < count; ++l) {
+            red[l] = static_cast<W>(from[3 * l]);
+            green[l] = static_cast<W>(from[3 * l + 1]);
+            blue[l] = static_cast<W>(from[3 * l + 2]);
+        }
+    }
+};
+
+// The rows of patch n of which the first is k, some at a time.
+template <typename T>
+class PlanarPatch {
+  public:
+    using W = Work<T>;
+
+    PlanarPatch(const StitchPlan<T>& plan, int64_t n, int64_t k, Scratch<W>* scratch)
+        : layout(plan.in_place() ? plan.layout : plan.tile), plan(plan), patch(plan.patch(n)), scratch(scratch) {
+        if constexpr (std::is_same_v<T, float>) {
+            if (plan.upsampling == nullptr) return;
+            const Upsampling& from = *plan.upsampling;
+            kind = from.kind_of[plan.place(n)];
+            if (kind < 0) {
+                layout = {plan.span * plan.span, plan.span, 1, 1};
+                return;
+            }
+            begin = ticks();
+            upsampled.emplace(from.kinds[kind], patch, from.at[kind], from.size, k, &scratch->layers);
+        }
+    }
+
+    // Rows [k, k + rows) of the channels of an item from c on, channels and rows as far apart as `layout` then says.
+    // Upsampled channels are computed all at once, and c is 0 then.
+    const W* next(int64_t c, int64_t k, int64_t rows) {
+        W* tile = scratch->tile.data();
+        if (plan.unpacked()) {
+            const T* from = patch + c * plan.layout.c + k * plan.layout.y;
+            layout.c = rows * layout.y;
+            run_isa<UnpackBody<T>>(from, plan.layout, plan.channels, rows, plan.span, tile, layout);
+            return tile;
+        }
+        if constexpr (std::is_same_v<T, float>) {
+            if (upsampled.has_value()) {
+                if (begin == 0) begin = ticks();
+                upsampled->compute(k, k + rows, tile, layout.y, layout.c);
+                scratch->spent[kind] += ticks() - std::exchange(begin, 0);
+                return tile;
+            }
+        }
+        if constexpr (std::is_same_v<T, W>) return patch + c * layout.c + k * layout.y;
+        return tile;
+    }
+
+    PatchLayout layout;
+
+  private:
+    const StitchPlan<T>& plan;
+    const T* patch;
+    Scratch<W>* scratch;
+    int64_t begin = 0;  // ticks since which the time counts; 0 while it does not
+    int64_t kind = -1;
+    std::optional<upsampler::Patch> upsampled;
+};
+
+}  // namespace
+}  // namespace fastroute
