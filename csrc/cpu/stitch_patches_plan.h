@@ -142,7 +142,7 @@ struct Scratch {
     template <typename T>
     Scratch(const StitchPlan<T>& plan, int64_t kinds)
         : window(3 * plan.channels * plan.rows * plan.span),
-          row(plan.span),
+          row(plan.span * (plan.unpacked() ? plan.layout.x : 1)),
           tile(plan.channels * plan.tile.c),
           spent(kinds) {
         for (int64_t kind = 0; kind < kinds; ++kind) {

@@ -101,7 +101,9 @@ def stitched(tmp_path_factory):
     for case in FINISHED:
         patches, shuffle = finished(*case)
         for window in WINDOWS:
-            weight = make_window(window, GRID.patch * GRID.scale).to(torch.float64 if case[2] == torch.float64 else torch.float32)
+            weight = make_window(window, GRID.patch * GRID.scale).to(
+                torch.float64 if case[2] == torch.float64 else torch.float32
+            )
             geometry = (GRID.height, GRID.width, GRID.patch, GRID.stride, GRID.scale, GRID.crop, shuffle, 0, SHAPE[2])
             for dtype in written_types(case[2]):
                 out = torch.full((2, case[1], *GRID.output_size), 7, dtype=dtype)
