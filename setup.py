@@ -96,8 +96,11 @@ def first_match(pattern: str, command: list[str]) -> str:
 def cuda_archs(nvcc: str) -> list[str]:
     """Compute capabilities to build for: those asked for, or the usual ones that this nvcc knows."""
     asked = os.environ.get("FASTROUTE_CUDA_ARCHS", "").replace(".", "").replace(",", " ").split()
+    wrong = [arch for arch in asked if not re.fullmatch(r"\d{2,3}", arch)]
+    if wrong:
+        raise SystemExit(f"FASTROUTE_CUDA_ARCHS must list compute capabilities, as in '8.0 9.0'; got {', '.join(wrong)}")
     known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout.split()
-    return asked or [arch for arch in CUDA_ARCHS if f"compute_{arch}" in known]
+    return sorted(asked, key=int) or [arch for arch in CUDA_ARCHS if f"compute_{arch}" in known]
 
 
 def write_if_changed(path: Path, text: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.metadata
 import os
@@ -123,9 +124,20 @@ def _cuda_reasons(op: str, index: int | None) -> list[str]:
     return [f"the device is of compute capability {_dotted(found)}, the extension was built for {names}"]
 
 
+@functools.cache
+def _fastest(op: str, index: int | None) -> str:
+    device = torch.device("cuda" if index is None else f"cuda:{index}")
+    return next((backend for backend in ("cuda", "triton") if not unsupported_reasons(op, backend, device)), "reference")
+
+
+def _fastest_on_gpu(op: str, index: int | None) -> str:
+    """What runs `op` on this GPU; found once in a process, since it is asked for with every call."""
+    return _fastest(op, index)
+
+
 # Values of a process: a trace of torch.compile takes them as they are and does not look inside. The attribute is what
 # torch.compiler.assume_constant_result sets; calling that would import the compiler with this package.
-for _function in (_triton_reasons, _cuda_reasons):
+for _function in (_triton_reasons, _cuda_reasons, _fastest_on_gpu):
     setattr(_function, "_dynamo_marked_constant", True)  # noqa: B010
 
 
@@ -138,6 +150,7 @@ def _interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
+@functools.cache
 def _installed_version(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)
@@ -172,11 +185,10 @@ def select(op: str, device: torch.device) -> str:
             remedy = f"; unset the environment variable {VARIABLE} for the automatic choice" if by_variable else ""
             raise BackendError(f"{op}: backend '{request}' was asked for but cannot run: {'; '.join(reasons)}{remedy}")
         return request
+    if device.type == "cuda":
+        return _fastest_on_gpu(op, device.index)
     # Triton's interpreter runs on a CPU only when it was asked for.
-    for backend in ("cpu",) if device.type == "cpu" else ("cuda", "triton"):
-        if not unsupported_reasons(op, backend, device):
-            return backend
-    return "reference"
+    return "reference" if unsupported_reasons(op, "cpu", device) else "cpu"
 
 
 def requested() -> str | None:

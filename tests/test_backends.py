@@ -195,6 +195,14 @@ def test_stale_extension_is_not_loaded(monkeypatch):
 GPU = torch.device("cuda", 0)
 
 
+@pytest.fixture(autouse=True)
+def forgotten_choices():
+    """What was found in a process is kept; here it changes from test to test."""
+    backends._fastest.cache_clear()
+    yield
+    backends._fastest.cache_clear()
+
+
 @pytest.fixture
 def capability(monkeypatch):
     """A GPU, as far as the predicate asks."""
@@ -280,6 +288,14 @@ def test_reasons_against_cuda(monkeypatch):
         monkeypatch.setattr(backends.EXTENSION, "info", {"cuda": True, "cuda_archs": archs})
         assert unsupported_reasons(OP, "cuda", GPU) == []
         assert select(OP, GPU) == "cuda"
+
+
+def test_a_gpu_is_asked_once(monkeypatch):
+    asked = []
+    monkeypatch.setattr(backends, "unsupported_reasons", lambda op, backend, device: asked.append((backend, device)) or ["no"])
+    for device in (GPU, GPU, torch.device("cuda", 1)):
+        assert select(OP, device) == "reference"
+    assert asked == [(backend, device) for device in (GPU, torch.device("cuda", 1)) for backend in ("cuda", "triton")]
 
 
 def test_every_backend_answers_for_every_op():
