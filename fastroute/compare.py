@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import re
 import statistics
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -23,7 +22,7 @@ from fastroute.routing.budgets import check_possible
 from fastroute.routing.load import load
 from fastroute.routing.patch_router import PatchRouter
 from fastroute.routing.pixel_router import PixelRouter
-from fastroute.routing.result import RoutingStats, Upscaled
+from fastroute.routing.result import RoutingStats, Stopwatch, Upscaled
 from fastroute.routing.tuning import cpu_name
 from fastroute.training.data import make_pair
 from fastroute.visualize import class_overlay
@@ -153,9 +152,10 @@ def compare(
     seconds: dict[str, list[float]] = {name: [] for name in (BICUBIC, *calls)}
     with tqdm(total=(runs + 1) * len(calls), desc="compare", unit="run", disable=not progress) as bar:
         for turn in range(runs + 1):
-            start = time.perf_counter()
-            bicubic(lr, (height, width)).cpu()
-            seconds[BICUBIC].append(time.perf_counter() - start)
+            watch = Stopwatch(lr.device)
+            bicubic(lr, (height, width))
+            if turn:
+                seconds[BICUBIC].append(watch.finish()["total"])
             for name, call in calls.items():
                 results[name] = result = call()
                 if turn:

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from fastroute.models.cdnsr import CDNSR, CLASSIFIER_LAYERS, annealed, gumbel_softmax, mix
 from fastroute.models.classsr import ClassSR
+from fastroute.streaming.transfer import to_device
 from fastroute.training import distributed
 from fastroute.training.base import Stage, StepResult, check_settings, class_shares
 from fastroute.training.classsr import BranchRecipe, BranchTrainer
@@ -133,6 +134,7 @@ class Trainer(BranchTrainer):
         # Drawn for the whole batch, of which `lr` is a share.
         processes = distributed.size()
         noise = torch.from_numpy(rng.gumbel(size=(len(lr) * processes, self.model.num_classes))[self.rows])
+        noise = to_device(noise, self.device)
         with torch.set_grad_enabled(stage.kind != "classifier"):
             outputs = self.model.outputs(lr)
         with torch.set_grad_enabled(not distill):
@@ -140,7 +142,8 @@ class Trainer(BranchTrainer):
             weights = gumbel_softmax(logits, self.model.temperature, noise)
         mixed = mix(outputs, weights)
         if distill:
-            negatives = distributed.gathered(lr)[torch.from_numpy(rng.permutation(len(lr) * processes)[: r.negatives])]
+            drawn = torch.from_numpy(rng.permutation(len(lr) * processes)[: r.negatives])
+            negatives = distributed.gathered(lr)[to_device(drawn, self.device)]
             blurred = F.interpolate(negatives, scale_factor=r.scale, mode="bicubic", align_corners=False)
             contrast = self.contrast.of_branches(outputs[:, : r.contrast_batch // processes], blurred)
             loss = r.image_weight * F.l1_loss(mixed, hr) + r.contrast_weight * contrast

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from fastroute.models.classsr import BACKBONES, ClassSR
 from fastroute.profiling import count_flops
+from fastroute.streaming.transfer import to_device
 from fastroute.training.base import BaseTrainer, Stage, StepResult, check_backbone, check_settings, check_widths, class_shares
 from fastroute.training.losses import average_loss, class_loss, routing_loss
 from fastroute.training.optimizers import check_optimizer
@@ -128,9 +129,9 @@ class BranchTrainer(BaseTrainer):
         lr, hr = self._batch(indices, rng)
         if stage.branch is None:
             return self._system_loss(stage, lr, hr, rng)
+        bicubic = to_device(torch.from_numpy(10 ** (-self.pool.psnr[indices[self.rows]] / 10)).to(lr.dtype), self.device)
         # Squared, as PSNR counts: the error of strong edges decides, which the absolute one undervalues.
         errors = (self.model.branches[stage.branch](lr) - hr).square().mean(dim=(1, 2, 3))
-        bicubic = torch.from_numpy(10 ** (-self.pool.psnr[indices[self.rows]] / 10)).to(errors)
         weights = (LEVEL / (bicubic + FLAT)) ** self.recipe.balance
         return 100 * (weights * errors).mean(), errors.detach().mean(), lambda: ""
 

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from fastroute import io
+from fastroute.streaming.transfer import to_device
 from fastroute.training import distributed
 
 NAMED_AT_MOST = 4
@@ -162,11 +163,8 @@ class Pool:
                 lr, hr = lr.flip(2), hr.flip(2)
             lrs.append(lr)
             hrs.append(hr)
-        both = [torch.stack(lrs), torch.stack(hrs)]
-        if device is not None and device.type == "cuda":
-            # Bytes in pinned memory travel while the GPU works on what came before.
-            both = [x.pin_memory() for x in both]
-        lr, hr = (x.to(device, non_blocking=True).float().div_(255) for x in both)
+        # Bytes travel while a GPU works on what came before.
+        lr, hr = (to_device(torch.stack(x), device or torch.device("cpu")).float().div_(255) for x in (lrs, hrs))
         return lr, hr
 
 

@@ -78,7 +78,8 @@ def routing_loss(probability: Tensor, errors: Tensor, cost: Tensor, price: float
 def expected_cost(probability: Tensor, cost: Tensor) -> Tensor:  # [N, K], [K]
     """Mean cost of the choices as a fraction of the dearest class's: CDNSR, equation 3."""
     probability = _checked(probability, "expected_cost")
-    if cost.shape != probability.shape[1:] or not bool((cost > 0).all()):
+    # On a GPU the numbers could only be looked at by waiting for all work before.
+    if cost.shape != probability.shape[1:] or (cost.device.type == "cpu" and not bool((cost > 0).all())):
         raise ValueError(f"expected_cost: cost must be {tuple(probability.shape[1:])} positive numbers; got {cost.tolist()}")
     return (probability @ (cost / cost.max()).to(probability)).mean()
 
@@ -99,7 +100,8 @@ def flops_loss(probability: Tensor, cost: Tensor, alpha: float) -> Tensor:  # [N
     """
     if not 0 <= alpha <= 1:
         raise ValueError(f"flops_loss: alpha must lie in [0, 1]; got {alpha}")
-    spread = float(1 - cost.min() / cost.max()) or 1.0
+    spread = 1 - cost.min() / cost.max()
+    spread = torch.where(spread > 0, spread, 1).to(probability)
     return (process_mean(expected_cost(probability, cost)) - alpha).clamp(min=0) / spread
 
 

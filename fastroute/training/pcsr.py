@@ -15,6 +15,7 @@ from fastroute.models.carn import CARN, RGB_MEAN
 from fastroute.models.fsrcnn import FSRCNN
 from fastroute.models.pcsr import MLP, PCSR
 from fastroute.reference.pixel_mlp import bilinear_reference
+from fastroute.streaming.transfer import to_device
 from fastroute.training.base import BaseTrainer, Stage, StepResult, check_backbone, check_settings, class_shares
 from fastroute.training.data import downscale, to_uint8
 from fastroute.training.losses import average_loss
@@ -118,7 +119,8 @@ class Trainer(BaseTrainer):
         r = self.recipe
         lr, hr = self._draw(rng)
         scale = hr.shape[2] // lr.shape[2]
-        chosen = torch.from_numpy(choose_pixels(lr.shape[2] * lr.shape[3], scale**2, r.pixels, rng)).to(self.device)
+        chosen = torch.from_numpy(choose_pixels(lr.shape[2] * lr.shape[3], scale**2, r.pixels, rng))
+        chosen = to_device(chosen, self.device)
         bilinear, target = (at_pixels(x, chosen) for x in (bilinear_reference(lr, *hr.shape[2:]), hr))
         with torch.set_grad_enabled(stage.kind == "heavy"):
             features = self.model.features(lr)

@@ -131,7 +131,7 @@ def test_rows_do_not_depend_on_others(backend, batch, rows, cols, span, step, se
     layers, image = layers_of(case, device=backend.device, seed=seed), random(case[0], device=backend.device, seed=seed)
     whole = cell_mlp(image, layers, 2, span, step)
     close(whole, image, layers, 2, span, step)
-    if backend.is_reference:
+    if backend.name != "cpu":
         return  # a matrix product may sum otherwise when it has fewer rows
     begin = seed % rows
     same(cell_mlp(image[:, :, 2 * begin : 2 * begin + 2], layers, 2, span, step), whole[:, begin : begin + 1].contiguous())

@@ -180,7 +180,7 @@ def test_opcheck(operator, grad):
         opcheck(OP, (image.clone().requires_grad_(grad), *args))
     if not grad:
         for dtype in INTEGER_IMAGE:
-            opcheck(OP, (random((1, 3, 7, 6), dtype), order, mean, std, 3, 2, False, torch.float32, False))
+            opcheck(OP, (random((1, 3, 7, 6), dtype, operator.device), order, mean, std, 3, 2, False, torch.float32, False))
 
 
 @pytest.mark.parametrize("grad", [False, True])
