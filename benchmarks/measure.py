@@ -143,6 +143,20 @@ def first(run: Callable[[], Any]) -> First:
     return First(results[0], seconds[0], peak)
 
 
+def exactly(run: Callable[[], Any]) -> Any:
+    """The result of a call whose float32 convolutions a GPU does not round to TF32, as it otherwise may.
+
+    For comparisons: two forms of one network differ by that rounding. Times are those of torch's own settings.
+    """
+    with torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled, allow_tf32=False):
+        return run()
+
+
+def exact_result(run: Callable[[], Any], begun: First) -> Any:
+    """What :func:`exactly` gives; on a CPU it is the result of the first run."""
+    return begun.result if device().type == "cpu" else exactly(run)
+
+
 def peak_memory(run: Callable[[], object]) -> int | None:
     """Bytes that a call needs at its peak beyond what is held before, its result included; None where nothing tells.
 
@@ -242,6 +256,7 @@ def device_facts() -> dict[str, object]:
         "packages": versions,
         "extension": {k: EXTENSION.info[k] for k in ("compiler", "cuda") if k in EXTENSION.info},
         "backends": sorted({select(op.stem, place) for op in (ROOT / "fastroute" / "ops").glob("[a-z]*.py")}),
+        **({"cudnn_tf32": torch.backends.cudnn.allow_tf32} if place.type == "cuda" else {}),
         "command": " ".join(["python", "-m", "pytest", *sys.argv[1:]]),
     }
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from benchmarks.baselines import classsr_published as plain
 from benchmarks.baselines.packages import sliding_window
-from benchmarks.measure import device, first
+from benchmarks.measure import device, exact_result, first
 from benchmarks.setting import Setting
 from fastroute.grid import TileGrid
 from fastroute.models.classsr import ClassSR
@@ -36,7 +36,10 @@ def close(result: Tensor, expected: Tensor) -> None:
 def agreeing(
     runs: dict[str, Run | str], expected: Tensor, missing: dict[str, str], memory: Memory, foreign: bool = False
 ) -> dict[str, Run]:
-    """Run each once, looking at its memory; those that agree. A foreign way that does not is missing, one of ours an error."""
+    """Run each once, looking at its memory; those that agree with `expected`, which is computed exactly.
+
+    A foreign way that does not is missing, one of ours an error.
+    """
     kept = {}
     for name, run in runs.items():
         if isinstance(run, str):
@@ -44,7 +47,7 @@ def agreeing(
             continue
         try:
             begun = first(run)
-            close(begun.result, expected)
+            close(exact_result(run, begun), expected)
         except (AssertionError, RuntimeError) as error:
             if not foreign:
                 raise
@@ -82,7 +85,8 @@ def dense_runs(
     if isinstance(whole, str):
         missing[f"{label}, compiled"] = whole
     else:
-        kept |= agreeing({f"{label}, compiled": lambda: whole(pixels)}, begun.result, missing, memory)
+        expected = exact_result(lambda: one(pixels), begun)
+        kept |= agreeing({f"{label}, compiled": lambda: whole(pixels)}, expected, missing, memory)
     return {label: lambda: one(pixels), **kept}
 
 

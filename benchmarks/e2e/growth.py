@@ -152,7 +152,7 @@ def test_growth(kind: str, setting: Setting) -> None:
         unit, what = "class", "so many equal branches of width 16, patches spread evenly"
         grid = TileGrid(height, width)
         for count in CLASSES[:3] if setting.smoke else CLASSES:
-            router = fastroute.PatchRouter([FSRCNN(16) for _ in range(count)])
+            router = fastroute.PatchRouter([FSRCNN(16) for _ in range(count)]).to(device())
             mix = classes(grid, [1 / count] * count).to(device())
             points[count] = {"routed patches": lambda r=router, m=mix: r.upscale(lr, class_map=m)}
     else:

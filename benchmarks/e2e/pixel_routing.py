@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from benchmarks import images
 from benchmarks.baselines import classsr_published
 from benchmarks.baselines.pcsr_published import PublishedRun, time_pcsr_published
-from benchmarks.measure import First, Timing, alternate, device, first, summary
+from benchmarks.measure import First, Timing, alternate, device, exact_result, exactly, first, summary
 from benchmarks.setting import Setting
 from fastroute.grid import TileGrid
 from fastroute.models.carn import CARN, RGB_MEAN
@@ -144,14 +144,16 @@ def begin(runs: dict[str, Run], missing: dict[str, str]) -> tuple[dict[str, Firs
     A compiled one that disagrees is taken out of `runs`.
     """
     begun = {OURS: first(runs[OURS])}
+    ours = exact_result(runs[OURS], begun[OURS])
     for label in [label for label in runs if label != OURS]:
         begun[label] = first(runs[label])
-        result = begun[label].result
         try:
-            if isinstance(result, PublishedRun):
-                check_agreement(begun[OURS].result, result.image, result.class_map, PUBLISHED_TOLERANCE)
+            if isinstance(begun[label].result, PublishedRun):
+                result = exact_result(runs[label], begun[label])
+                check_agreement(ours, result.image, result.class_map, PUBLISHED_TOLERANCE)
             elif label == PLAIN_COMPILED:
-                torch.testing.assert_close(result, begun[PLAIN].result, rtol=1e-3, atol=1e-3)
+                both = [exact_result(runs[name], begun[name]) for name in (label, PLAIN)]
+                torch.testing.assert_close(*both, rtol=1e-3, atol=1e-3)
         except AssertionError as error:
             if label not in (PLAIN_COMPILED, PUBLISHED_COMPILED):
                 raise
@@ -177,8 +179,8 @@ def run_image(name: str, label: str, lr: Tensor, model: PCSR, plain: nn.Module, 
         return collecting
 
     corner = lr[:, :, :96, :96]
-    exact = model(corner, scale=SCALE)
-    check_agreement(router.upscale(corner, scale=SCALE), exact.image, exact.class_map, TOLERANCE)
+    exact, routed = (exactly(lambda way=way: way(corner, scale=SCALE)) for way in (model, router.upscale))
+    check_agreement(routed, exact.image, exact.class_map, TOLERANCE)
     missing: dict[str, str] = {}
     others = peers(model, plain, lr, setting, missing)
     runs: dict[str, Run] = {
