@@ -9,6 +9,7 @@
 #include <cmath>
 #include <limits>
 #include <numeric>
+#include <optional>
 #include <vector>
 
 #include "common/dispatch.h"
@@ -23,9 +24,11 @@ constexpr double kBudgetSlack = 1e-9;   // mean cost and budget are both sums of
 constexpr double kSmallest = 0x1p-126;  // scores below count as this much
 constexpr double kLargestLog = 1152.0;  // above the log2 range of clamped scores, 126 + 1024
 
-// Scores [B, K, L]: item (b, l) has class k's score at (b·K + k)·L + l.
+// Scores of `batch` runs of `length` items: class k of item l of run b lies at b · batch_step + k · class_step +
+// l · item_step.
 struct Items {
     int64_t batch, classes, length;
+    int64_t batch_step, class_step, item_step;
 };
 
 // out[l] = argmax over k of score · scale[k]; the lowest class wins a tie. Tells whether a score was NaN.
@@ -33,27 +36,67 @@ template <typename T, typename Id>
 struct ArgmaxBody {
     using W = Work<T>;
 
+    // Steps that the compiler knows make whole vectors of the loads.
     FASTROUTE_INLINE static void run(const T* score, Items items, const W* scale, int64_t count, Id* out,
                                      int32_t* nan) {
-        int32_t best[kBlock];
-        W value[kBlock];
+        if (items.classes != 2) {
+            any(score, items, scale, count, out, nan);
+        } else if (items.item_step == 1) {
+            two<1>(score, score + items.class_step, scale, count, out, nan);
+        } else if (items.item_step == 2 && items.class_step == 1) {
+            two<2>(score, score + 1, scale, count, out, nan);
+        } else {
+            any(score, items, scale, count, out, nan);
+        }
+    }
+
+    // Two classes are the usual number of a choice per pixel.
+    template <int Step>
+    FASTROUTE_INLINE static void two(const T* __restrict first, const T* __restrict second, const W* scale,
+                                     int64_t count, Id* __restrict out, int32_t* nan) {
+        const W scale0 = scale[0], scale1 = scale[1];
         int32_t bad = 0;
         for (int64_t l = 0; l < count; ++l) {
-            value[l] = static_cast<W>(score[l]) * scale[0];
-            best[l] = 0;
-            bad |= value[l] != value[l];
+            const W a = static_cast<W>(first[Step * l]) * scale0, b = static_cast<W>(second[Step * l]) * scale1;
+            bad |= (a != a) | (b != b);
+            out[l] = static_cast<Id>(b > a);
         }
+        *nan = bad;
+    }
+
+    FASTROUTE_INLINE static void any(const T* score, Items items, const W* scale, int64_t count, Id* out,
+                                     int32_t* nan) {
+        int32_t best[kBlock];
+        W value[kBlock], other[kBlock];
+        int32_t bad = weigh(score, items.item_step, scale[0], count, value);
+        for (int64_t l = 0; l < count; ++l) best[l] = 0;
         for (int64_t k = 1; k < items.classes; ++k) {
-            const T* row = score + k * items.length;
+            bad |= weigh(score + k * items.class_step, items.item_step, scale[k], count, other);
             for (int64_t l = 0; l < count; ++l) {
-                const W other = static_cast<W>(row[l]) * scale[k];
-                bad |= other != other;
-                best[l] = other > value[l] ? static_cast<int32_t>(k) : best[l];
-                value[l] = other > value[l] ? other : value[l];
+                best[l] = other[l] > value[l] ? static_cast<int32_t>(k) : best[l];
+                value[l] = other[l] > value[l] ? other[l] : value[l];
             }
         }
         for (int64_t l = 0; l < count; ++l) out[l] = static_cast<Id>(best[l]);
         *nan = bad;
+    }
+
+    // The scores of one class times `scale`; whether one is NaN.
+    FASTROUTE_INLINE static int32_t weigh(const T* score, int64_t step, W scale, int64_t count, W* to) {
+        if (step == 1) return weigh_run<1>(score, step, scale, count, to);
+        if (step == 3) return weigh_run<3>(score, step, scale, count, to);
+        return weigh_run<0>(score, step, scale, count, to);
+    }
+
+    template <int Step>
+    FASTROUTE_INLINE static int32_t weigh_run(const T* __restrict score, int64_t step, W scale, int64_t count,
+                                              W* __restrict to) {
+        int32_t bad = 0;
+        for (int64_t l = 0; l < count; ++l) {
+            to[l] = static_cast<W>(score[l * (Step > 0 ? Step : step)]) * scale;
+            bad |= to[l] != to[l];
+        }
+        return bad;
     }
 };
 
@@ -70,36 +113,18 @@ void assign_by_penalty(const T* score, Items items, const std::vector<double>& c
         }
     }
     std::atomic<bool> nan{false};
-    if (items.length == 1) {
-        // Scores of one item lie side by side.
-        parallel(items.batch, 4096, [&](int64_t begin, int64_t end) {
-            for (int64_t n = begin; n < end; ++n) {
-                const T* row = score + n * items.classes;
-                int64_t best = 0;
-                W value = static_cast<W>(row[0]) * scale[0];
-                bool bad = value != value;
-                for (int64_t k = 1; k < items.classes; ++k) {
-                    const W other = static_cast<W>(row[k]) * scale[k];
-                    bad |= other != other;
-                    if (other > value) value = other, best = k;
-                }
-                if (bad) nan = true;
-                ids[n] = static_cast<Id>(best);
-            }
-        });
-    } else {
-        const int64_t blocks = (items.length + kBlock - 1) / kBlock;
-        parallel(items.batch * blocks, 16, [&](int64_t begin, int64_t end) {
-            for (int64_t item = begin; item < end; ++item) {
-                const int64_t b = item / blocks, first = item % blocks * kBlock;
-                const int64_t count = std::min(kBlock, items.length - first);
-                int32_t bad = 0;
-                run_isa<ArgmaxBody<T, Id>>(score + b * items.classes * items.length + first, items, scale.data(), count,
-                                           ids + b * items.length + first, static_cast<int32_t*>(&bad));
-                if (bad != 0) nan = true;
-            }
-        });
-    }
+    const int64_t blocks = (items.length + kBlock - 1) / kBlock;
+    parallel(items.batch * blocks, 16, [&](int64_t begin, int64_t end) {
+        for (int64_t item = begin; item < end; ++item) {
+            const int64_t b = item / blocks, first = item % blocks * kBlock;
+            const int64_t count = std::min(kBlock, items.length - first);
+            const T* from = score + b * items.batch_step + first * items.item_step;
+            Id* to = ids + b * items.length + first;
+            int32_t bad = 0;
+            run_isa<ArgmaxBody<T, Id>>(from, items, scale.data(), count, to, static_cast<int32_t*>(&bad));
+            if (bad != 0) nan = true;
+        }
+    });
     if (nan) value_error(kOp, ": score must not be NaN");
 }
 
@@ -208,10 +233,10 @@ void assign_by_budget(const T* score, Items items, const std::vector<double>& co
             bool bad = false;
             for (int64_t n = 0; n < size; ++n) {
                 const int64_t at = first + n;
-                const T* from = score + at / items.length * classes * items.length + at % items.length;
+                const T* from = score + at / items.length * items.batch_step + at % items.length * items.item_step;
                 double* log_score = &part.log_score[n * classes];
                 for (int64_t k = 0; k < classes; ++k) {
-                    const double s = static_cast<double>(static_cast<Work<T>>(from[k * items.length]));
+                    const double s = static_cast<double>(static_cast<Work<T>>(from[k * items.class_step]));
                     bad |= s != s;
                     log_score[k] = std::log2(std::max(s, kSmallest));
                 }
@@ -253,6 +278,23 @@ void assign_by_budget(const T* score, Items items, const std::vector<double>& co
     finish(&Part::cheap);
 }
 
+// Where the scores of `score` [N, K, ...] lie; nothing where the dimensions behind the classes are no run of items.
+std::optional<Items> items_of(const Tensor& score) {
+    Items items{score.size(0), score.size(1), 1, score.stride(0), score.stride(1), 1};
+    if (score.numel() == 0) return Items{0, items.classes, 0, 0, 0, 1};
+    bool first = true;
+    for (int64_t d = score.dim() - 1; d >= 2; --d) {
+        if (score.size(d) == 1) continue;
+        if (first) items.item_step = score.stride(d);
+        if (score.stride(d) != items.length * items.item_step) return std::nullopt;
+        items.length *= score.size(d);
+        first = false;
+    }
+    // One item each: the runs are items.
+    if (items.length == 1) return Items{1, items.classes, items.batch, 0, items.class_step, items.batch_step};
+    return items;
+}
+
 Tensor assign_classes_cpu(const Tensor& score,  // [N, K, ...]
                           const Tensor& cost,   // [K]
                           double penalty, std::optional<double> budget, int64_t id_bytes) {
@@ -263,12 +305,14 @@ Tensor assign_classes_cpu(const Tensor& score,  // [N, K, ...]
     FASTROUTE_CHECK(classes >= 1 && classes <= 256, kOp, ": score must have 1 to 256 classes; got ", classes);
     FASTROUTE_CHECK(cost.dim() == 1 && cost.size(0) == classes && cost.scalar_type() == ScalarType::Double, kOp,
                     ": cost must be ", classes, " float64 values");
-    const Tensor dense = torch::stable::contiguous(score), dense_cost = torch::stable::contiguous(cost);
+    const std::optional<Items> found = items_of(score);
+    const Tensor dense = found.has_value() ? score : torch::stable::contiguous(score);
+    const Tensor dense_cost = torch::stable::contiguous(cost);
     const double* values = dense_cost.const_data_ptr<double>();
     const std::vector<double> costs(values, values + classes);
-    Items items{score.size(0), classes, 1};
+    const Items items = found.has_value() ? *found : *items_of(dense);
     std::vector<int64_t> size{score.size(0)};
-    for (int64_t d = 2; d < score.dim(); ++d) items.length *= score.size(d), size.push_back(score.size(d));
+    for (int64_t d = 2; d < score.dim(); ++d) size.push_back(score.size(d));
     const int64_t total = items.batch * items.length;
     const Tensor out = torch::stable::empty({size.data(), size.size()}, dtype, std::nullopt, score.device());
     dispatch_floating(kOp, dense.scalar_type(), [&](auto zero) {
