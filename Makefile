@@ -11,8 +11,8 @@
 #   make docs       the documentation in build/docs
 #   make wheel      a wheel in dist/                                    make clean    remove all of the above
 #
-# Variables: PYTHON, the Python that makes the environment; TORCH, what pip installs where torch is missing. A machine
-# with a GPU may want:  make build TORCH="torch --index-url <the index of its CUDA version>"
+# Variables: PYTHON, the Python that makes the environment; TORCH, what pip installs where torch is missing; WORKERS, the
+# processes that run the tests. A machine with a GPU may want:  make build TORCH="torch --index-url <the index of its CUDA version>"
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV ?= .venv
@@ -33,13 +33,10 @@ demo: $(VENV)/built
 	@echo "The sample reduced four times and super-resolved again, beside bicubic interpolation:"
 	$(RUN) -m fastroute evaluate classsr-fsrcnn-x4 --images assets --exclude demo.png --budget 0.7 --quiet
 
-# Two processes, each of one thread: the emulated GPU keeps a core busy for minutes. Its report follows the other's.
+# Processes of one thread each take file after file, those that take minutes first.
+WORKERS ?= 2
 test: $(VENV)/installed
-	@mkdir -p build; export OMP_NUM_THREADS=1; \
-	$(RUN) -m pytest -q tests/cuda > build/tests-cuda.txt 2>&1 & cuda=$$!; \
-	$(RUN) -m pytest -q tests --ignore=tests/cuda; status=$$?; \
-	wait $$cuda || status=1; \
-	echo "tests/cuda:"; cat build/tests-cuda.txt; exit $$status
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -q tests -p no:benchmark -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 # Compilation and repetition launch the same kernels again. racecheck looks at shared memory, initcheck at global memory
 # that was never written: torch must not keep freed memory for later. The kernels of other libraries, and calls that torch

@@ -62,6 +62,17 @@ def pytest_configure(config: pytest.Config) -> None:
         prepare()
 
 
+# Files that take minutes.
+LONGEST = ("test_interpreter.py", "test_emulated.py", "test_races.py")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Where several processes share the files, none is to be left with a long one at the end."""
+    if config.getoption("numprocesses", None):
+        order = {name: number for number, name in enumerate(LONGEST)}
+        items.sort(key=lambda item: order.get(item.path.name, len(order)))
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "backend" in metafunc.fixturenames:
         targets = [("reference", "cpu"), ("cpu", "cpu"), (DISPATCHER, "cpu")]
