@@ -21,11 +21,24 @@ from fastroute.routing.patch_router import PatchRouter
 from fastroute.routing.pixel_router import PixelRouter
 from fastroute.routing.result import RoutingStats, Upscaled
 from fastroute.routing.shared import Turn, share
+from fastroute.streaming.transfer import to_device
 from fastroute.visualize import class_overlay
 
-READERS, WRITERS = 2, 2
+
+def usable_cores() -> int:
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def threads(cores: int) -> tuple[int, int]:
+    """Readers and writers beside a router that is given `cores`: encoding takes longest, and a GPU waits for it."""
+    writers = max(2, min(8, cores // 2))
+    return max(2, writers // 2), writers
+
+
+READERS, WRITERS = threads(usable_cores())
 # Pictures read ahead; results that wait to be written, in number and, where they are large, in bytes.
-AHEAD, BEHIND, BEHIND_BYTES = 2, 3, 1 << 30
+AHEAD, BEHIND, BEHIND_BYTES = READERS, WRITERS + 1, 1 << 30
 # What one file may raise without stopping the others. Running out of memory on a GPU is a RuntimeError.
 FAILURES = (ValueError, TypeError, OSError, MemoryError, RuntimeError)
 
@@ -188,7 +201,7 @@ def run_jobs(
                 try:
                     picture = future.result()
                     check_target(router, job, picture, **options)
-                    shared.look(picture.color.to(router.device))
+                    shared.look(to_device(picture.color, router.device))
                 except BackendError:
                     raise
                 except FAILURES as error:

@@ -14,6 +14,7 @@ from fastroute.io.picture import Picture
 from fastroute.routing.patch_router import PatchRouter
 from fastroute.routing.pixel_router import PixelRouter
 from fastroute.routing.result import Upscaled
+from fastroute.streaming.transfer import to_device, to_host
 
 
 def upscale_picture(router: PatchRouter | PixelRouter, picture: Picture, **options: Any) -> tuple[Picture, Upscaled]:
@@ -37,8 +38,9 @@ def upscale_picture(router: PatchRouter | PixelRouter, picture: Picture, **optio
         >>> result, _ = upscale_picture(fastroute.load(), io.read_picture("scan.tif"))
         >>> io.write_picture("scan-x4.tif", result)
     """
-    result = router.upscale(picture.color.to(router.device), **options)
-    color = result.image.cpu()
+    result = router.upscale(to_device(picture.color, router.device), **options)
+    color, arrived = to_host(result.image)
+    arrived()
     if picture.kind == "gray":
         color = mean_of_channels(color).expand(3, -1, -1)
     alpha = None if picture.alpha is None else enlarge(picture.alpha, (color.shape[1], color.shape[2]))

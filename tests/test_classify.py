@@ -72,7 +72,7 @@ def test_chunks_change_nothing(classifier, monkeypatch):
     image, grid = picture(2, 3, 65, 83), TileGrid(65, 83, 16, 12)
     with torch.no_grad():
         expected = classify_patches(classifier, image, grid).score
-        monkeypatch.setattr(classify, "CELLS_PER_BAND", 30)
+        monkeypatch.setattr(classify, "CELLS_PER_BAND", {"cpu": 30})
         monkeypatch.setattr(classify, "BATCH_BYTES", {"cpu": 1 << 17})
         torch.testing.assert_close(classify_patches(classifier, image, grid).score, expected, rtol=0, atol=1e-5)
 

@@ -44,7 +44,7 @@ def sampled(monkeypatch):
     """Rows are sampled, and images cut into many bands."""
     monkeypatch.setattr(pixel_rows, "BUDGET_SAMPLE", 4000)
     monkeypatch.setattr(pixel_rows, "WAITING_SAMPLE", 300)
-    monkeypatch.setattr(pixel_rows, "OUTPUT_BAND", 500)
+    monkeypatch.setattr(pixel_rows, "OUTPUT_BAND", {"cpu": 500})
 
 
 def with_pace(pace: Pace, dtype: torch.dtype = torch.float32, scale: float = 4.0, hidden=HIDDEN[2]) -> PixelRouter:
@@ -159,7 +159,7 @@ def test_milliseconds_are_met(monkeypatch):
         return result
 
     monkeypatch.setattr(pixel_image, "pixel_mlp", slow)
-    monkeypatch.setattr(pixel_pace, "PICTURE", (16, 32))
+    monkeypatch.setattr(pixel_pace, "PICTURE", {"cpu": (16, 32)})
     router = PixelRouter(make_model(hidden=HIDDEN[2]))
     for ms in (80.0, 120.0, 170.0):
         stats = [router.upscale(IMAGE, budget_ms=ms).stats for _ in range(5)]
@@ -168,7 +168,7 @@ def test_milliseconds_are_met(monkeypatch):
 
 
 def test_speed_is_measured_once_and_remembered(cache, monkeypatch):
-    monkeypatch.setattr(pixel_pace, "PICTURE", (16, 24))
+    monkeypatch.setattr(pixel_pace, "PICTURE", {"cpu": (16, 24)})
     router = PixelRouter(make_model())
     pace = router.paces.of(router, torch.float32, 4.0)
     assert len(pace.branches) == 2 and min(*pace.branches, pace.classify, pace.rest, pace.encode) > 0
@@ -255,8 +255,8 @@ def test_a_batch_shares_one_budget(router, budget):
 
 
 def test_features_of_a_batch_are_kept_as_far_as_they_fit(monkeypatch):
-    monkeypatch.setattr(pixel_rows, "OUTPUT_BAND", 500)
-    monkeypatch.setattr(pixel_rows, "ENCODER_BAND", 33)
+    monkeypatch.setattr(pixel_rows, "OUTPUT_BAND", {"cpu": 500})
+    monkeypatch.setattr(pixel_rows, "ENCODER_BAND", {"cpu": 33})
     router, runs, rows = PixelRouter(make_model()), [], pixel_image.rows_in_bands
     monkeypatch.setattr(pixel_image, "rows_in_bands", lambda *args: runs.append(1) or rows(*args))
     batch = picture(6, 3, 60, 40)
@@ -365,7 +365,7 @@ def test_errors_of_many(images, arguments, words):
 
 
 def test_one_class_has_nothing_to_choose(monkeypatch):
-    monkeypatch.setattr(pixel_pace, "PICTURE", (16, 24))
+    monkeypatch.setattr(pixel_pace, "PICTURE", {"cpu": (16, 24)})
     router = PixelRouter(make_model(hidden=([5],)))
     result = router.upscale(IMAGE, budget=1)
     assert not result.class_map.any() and result.stats.seconds["classify"] == 0

@@ -69,8 +69,8 @@ def agree(result, model, lr, size, **options):
 @pytest.mark.parametrize("size", [(36, 44), (20, 31), (5, 8), (1, 1)])
 @pytest.mark.parametrize("options", [{}, {"k": 0.4}, {"refine": False}], ids=str)
 def test_equals_the_plain_model(backend_name, monkeypatch, kind, hidden, size, options):
-    monkeypatch.setattr(pixel_rows, "OUTPUT_BAND", 200)
-    monkeypatch.setattr(pixel_rows, "ENCODER_BAND", 33)
+    monkeypatch.setattr(pixel_rows, "OUTPUT_BAND", {"cpu": 200})
+    monkeypatch.setattr(pixel_rows, "ENCODER_BAND", {"cpu": 33})
     model = make_model(kind, hidden)
     lr = torch.rand(2, 3, 9, 11, generator=torch.Generator().manual_seed(3))
     agree(PixelRouter(model).upscale(lr, size=size, **options), model, lr, size, **options)
@@ -87,7 +87,7 @@ def test_bands_change_no_bit(monkeypatch, band):
     router = PixelRouter(make_model())
     lr = torch.rand(1, 3, 13, 17)
     expected = router.upscale(lr, scale=3)
-    monkeypatch.setattr(pixel_rows, "OUTPUT_BAND", band)
+    monkeypatch.setattr(pixel_rows, "OUTPUT_BAND", {"cpu": band})
     result = router.upscale(lr, scale=3)
     assert torch.equal(result.class_map, expected.class_map)
     if not fastroute.backends.EXTENSION.reasons:

@@ -121,8 +121,8 @@ OPTIONS = [
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("band", [1 << 20, 2000])
 def test_pixels(pixels, monkeypatch, options, band):
-    monkeypatch.setattr(pixel_rows, "OUTPUT_BAND", band)
-    monkeypatch.setattr(pixel_rows, "ENCODER_BAND", 100)
+    monkeypatch.setattr(pixel_rows, "OUTPUT_BAND", {"cpu": band})
+    monkeypatch.setattr(pixel_rows, "ENCODER_BAND", {"cpu": 100})
     for dtype, size in ((torch.uint8, (51, 30)), (torch.uint16, (1, 9)), (torch.float32, (40, 33))):
         check(pixels, as_image(picture(1, 3, *size), dtype)[0], 16, **options)
 
@@ -130,8 +130,8 @@ def test_pixels(pixels, monkeypatch, options, band):
 @pytest.mark.parametrize("options", [{"budget": 0.8}, {"adaptive": True}], ids=str)
 def test_sampled_decisions(pixels, monkeypatch, options):
     """Rows are sampled, and the features of all bands do not fit: the image is encoded twice."""
-    monkeypatch.setattr(pixel_rows, "OUTPUT_BAND", 2000)
-    monkeypatch.setattr(pixel_rows, "ENCODER_BAND", 100)
+    monkeypatch.setattr(pixel_rows, "OUTPUT_BAND", {"cpu": 2000})
+    monkeypatch.setattr(pixel_rows, "ENCODER_BAND", {"cpu": 100})
     image = picture(1, 3, 120, 33)[0]
     whole = pixels.upscale(image, scale=2, **options).class_map
     for name in ("BUDGET_SAMPLE", "ADAPTIVE_SAMPLE"):
@@ -151,13 +151,13 @@ def test_sampled_decisions(pixels, monkeypatch, options):
 
 
 def test_carn_in_bands(monkeypatch):
-    monkeypatch.setattr(pixel_rows, "OUTPUT_BAND", 2000)
-    monkeypatch.setattr(pixel_rows, "ENCODER_BAND", 100)
+    monkeypatch.setattr(pixel_rows, "OUTPUT_BAND", {"cpu": 2000})
+    monkeypatch.setattr(pixel_rows, "ENCODER_BAND", {"cpu": 100})
     check(PixelRouter(make_model("carn")), picture(1, 3, 70, 21)[0], scale=2, k=0.1)
 
 
 def test_encoder_that_needs_the_whole_image(monkeypatch):
-    monkeypatch.setattr(pixel_rows, "OUTPUT_BAND", 2000)
+    monkeypatch.setattr(pixel_rows, "OUTPUT_BAND", {"cpu": 2000})
     model = make_model()
     model.encoder.add_module("pool", nn.Identity())
     check(PixelRouter(model, optimized=False), picture(1, 3, 40, 21)[0], scale=2)
@@ -218,7 +218,7 @@ def test_refused_readers(request, name):
 @pytest.mark.parametrize("name", ["patches", "pixels"])
 def test_an_error_of_the_writer_is_raised(request, name, monkeypatch):
     monkeypatch.setattr(patch_router, "PATCHES_PER_BAND", 8)
-    monkeypatch.setattr(pixel_rows, "OUTPUT_BAND", 2000)
+    monkeypatch.setattr(pixel_rows, "OUTPUT_BAND", {"cpu": 2000})
 
     class Full:
         def write(self, y, x, pixels):

@@ -193,14 +193,18 @@ def make_stage(module: nn.Module) -> Stage:
     return Pointwise(module)
 
 
+# Rows of a band at least, and columns of a strip at most, unless the caller says otherwise.
+MIN_ROWS, MAX_COLUMNS = 16, 640
+
+
 def rows_in_bands(
     module: nn.Module,
     read: Callable[[slice, slice], Tensor],  # rows, columns -> [B, C, n, m]
     height: int,
     width: int,
     pixels: int,
-    min_rows: int = 16,
-    max_columns: int = 640,
+    min_rows: int = MIN_ROWS,
+    max_columns: int = MAX_COLUMNS,
 ) -> Iterator[list[Tensor]]:  # [B, D, n, m] each
     """What `module` makes of the image that `read` gives, rows from the top to the bottom, about `pixels` pixels at a time.
 

@@ -76,7 +76,10 @@ def first_covering(grid: TileGrid, row: int) -> int:
     return next(i for i, y in enumerate(grid.row_origins) if y + grid.patch > at)
 
 
-def band_of_patches(bands: list[Band], grid: TileGrid) -> Tensor:  # [N]
-    """The band of every patch."""
-    sizes = torch.tensor([band.num_patches(grid) for band in bands], dtype=torch.int64)
-    return torch.repeat_interleave(torch.arange(len(bands)), sizes)
+def band_of_patches(bands: list[Band], grid: TileGrid, device: torch.device) -> Tensor:  # [N]
+    """The band of every patch, made on `device`: nothing is copied there."""
+    numbers = torch.empty(sum(band.num_patches(grid) for band in bands), dtype=torch.int64, device=device)
+    for number, band in enumerate(bands):
+        first = band.first_patch(grid)
+        numbers[first : first + band.num_patches(grid)].fill_(number)
+    return numbers

@@ -11,6 +11,7 @@ from torch import nn
 from fastroute.models.optimize import interpolation, optimize, parameter_dtype, split_shuffle, split_upsampler
 from fastroute.ops._upsampled import Upsampler, Upsamplers, upsamples
 from fastroute.profiling import count_flops
+from fastroute.routing.devices import on_device
 from fastroute.routing.tuning import Tuning, tune
 from fastroute.routing.working_set import ACTIVATIONS, REARRANGED, pass_bytes
 
@@ -58,6 +59,7 @@ class Branches:
         # The stitching undoes a pixel shuffle on the way when all branches end with the same one.
         self.shuffle = split[0][1] if len({factor for _, factor in split}) == 1 else 1
         self.modules = [body for body, _ in split] if self.shuffle > 1 else prepared
+        self._device = torch.device("cpu")  # of branches without weights
         # What `split` found in which modules; a new one in its place is looked at anew.
         self._split: tuple[list[nn.Module], Sequence[nn.Module], Upsamplers] | None = None
         self._pass_bytes: dict[tuple[int, bool], int] = {}
@@ -66,12 +68,14 @@ class Branches:
     @property
     def device(self) -> torch.device:
         """Where they are."""
-        return next((p.device for branch in self.modules for p in branch.parameters()), torch.device("cpu"))
+        return next((p.device for branch in self.modules for p in branch.parameters()), self._device)
 
     def to(self, device: str | torch.device) -> None:
         """Move them."""
         for module in self.modules:
             module.to(device)
+        # As tensors name it: a GPU by its number.
+        self._device = torch.empty(0, device=device).device
         self._tunings.clear()
         self._split = None
 
@@ -104,6 +108,10 @@ class Branches:
         fits = part is not None and (part[1].shuffle, part[1].channels) == (self.scale, self.channels)
         return part if fits else None
 
+    def known(self, c: int, device: torch.device) -> Tuning | None:
+        """How branch `c` runs on `device`, where this has been found."""
+        return self._tunings.get((c, device, torch.get_num_threads()))
+
     def tuning(self, c: int, device: torch.device) -> Tuning:
         """How branch `c`, as :meth:`split` cuts it, runs on `device`; measured on the first call."""
         key = (c, device, torch.get_num_threads())
@@ -117,7 +125,7 @@ class Branches:
 
     def largest(self, c: int, device: torch.device) -> int:
         """Patches that may pass together."""
-        return max(1, ACTIVATIONS.get(device.type, ACTIVATIONS["cpu"]) // self.pass_bytes(c, device))
+        return max(1, on_device(ACTIVATIONS, device) // self.pass_bytes(c, device))
 
     def pass_bytes(self, c: int, device: torch.device) -> int:
         """What a patch takes on its way through branch `c`, as `split` cuts it."""
@@ -129,8 +137,7 @@ class Branches:
 
     def batch_bytes(self, device: torch.device) -> int:
         """What the batch that takes most holds on its way through a branch."""
-        threads = torch.get_num_threads()
-        tunings = {c: self._tunings.get((c, device, threads)) for c in range(len(self.modules))}
+        tunings = {c: self.known(c, device) for c in range(len(self.modules))}
         return max(self.pass_bytes(c, device) * (t.batch if t else 0) for c, t in tunings.items())
 
     def produced_bytes(self, device: torch.device) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from statistics import median
 from typing import TYPE_CHECKING
 
@@ -13,6 +12,7 @@ from fastroute.grid import TileGrid
 from fastroute.ops.assign_classes import assign_classes
 from fastroute.routing.budgets import RUNS, Budget, Pace, Paces, assign_within, dearest, duration, noise, refuse_below
 from fastroute.routing.classify import Scores, classify_patches
+from fastroute.routing.devices import on_device
 from fastroute.routing.result import RoutingStats, Stopwatch
 from fastroute.routing.tuning import tuning_key
 from fastroute.streaming.rows import Source, TensorSource
@@ -20,8 +20,9 @@ from fastroute.streaming.rows import Source, TensorSource
 if TYPE_CHECKING:
     from fastroute.routing.patch_router import PatchRouter
 
-# Columns of the picture on which the speed is measured.
+# Columns of the picture on which the speed is measured, and patches that it has at least: a GPU is busy with a band of them.
 COLUMNS = 8
+PATCHES = {"cpu": 16, "cuda": 1024}
 
 
 class PatchPaces(Paces):
@@ -73,7 +74,8 @@ def choose_classes(
         scores = score_patches(router, source, grid)
     with watch.stage("assign"):
         if pace is not None and limit.ms is not None:
-            spent = 1e3 * (time.perf_counter() - watch.start - watch.seconds.get("tune", 0.0))
+            # The classifier may still be at work.
+            spent = 1e3 * (watch.elapsed() - watch.seconds.get("tune", 0.0))
             return assign_within(scores.score, costs, limit.ms - spent - number * pace.rest), scores.flops
         if limit.flops is not None:
             least = number * min(costs) + scores.flops
@@ -127,7 +129,7 @@ def measure_pace(router: PatchRouter, dtype: torch.dtype) -> Pace:
     """The speed of every part of `router` on images of `dtype`, from a picture of noise."""
     device = router.device
     batch = max(router.networks.tuning(c, device).batch for c in range(router.num_classes))
-    rows = -(-max(batch, 2 * COLUMNS) // COLUMNS)
+    rows = -(-max(batch, on_device(PATCHES, device)) // COLUMNS)
     height, width = (router.patch + (n - 1) * router.stride for n in (rows, COLUMNS))
     image = noise((1, router.channels, height, width), dtype, device)
     number = rows * COLUMNS
@@ -147,7 +149,7 @@ def measure_pace(router: PatchRouter, dtype: torch.dtype) -> Pace:
             watch = Stopwatch(device)
             with watch.stage("classify"):
                 score_patches(router, source, grid)
-            times.append(watch.seconds["classify"])
+            times.append(watch.finish()["classify"])
         classify = median(times)
     milliseconds = 1e3 / number
     each = [max(median(times), 1e-9) * milliseconds for times in branches]

@@ -17,11 +17,13 @@ from fastroute.ops.extract_patches import extract_patches
 from fastroute.profiling import count_flops
 from fastroute.reference.cell_mlp import chunk_on
 from fastroute.routing.bands import band_around
+from fastroute.routing.devices import on_device
 from fastroute.routing.working_set import REARRANGED, pass_bytes
 from fastroute.streaming.rows import Source, TensorSource
+from fastroute.streaming.transfer import to_device
 
 # Cells per band of the image, one 960 pixels wide as a whole: what is read at once from a file, and shared by the threads.
-CELLS_PER_BAND = 32768
+CELLS_PER_BAND = {"cpu": 32768, "cuda": 1 << 20}
 # Bytes that a batch of extracted patches may take in a classifier: more leaves a CPU's caches, a GPU needs more to be busy.
 BATCH_BYTES = {"cpu": 16 << 20, "cuda": 256 << 20}
 
@@ -59,7 +61,8 @@ def classify_patches(classifier: nn.Module, image: Tensor | Source, grid: TileGr
     source = TensorSource(image, image.device) if isinstance(image, Tensor) else image
     batch = source.shape[0]
     if not cellwise(classifier, grid):
-        return _by_patch(classifier, source, grid, torch.arange(batch * grid.num_patches))
+        numbers, places = (torch.arange(batch * grid.num_patches, device=at) for at in ("cpu", source.device))
+        return _by_patch(classifier, source, grid, numbers, places)
     assert isinstance(classifier, PatchClassifier)  # for the type checker; cellwise has seen it
     cell = classifier.CELL
     rows = [i for i, y in enumerate(grid.row_origins) if y % cell == 0]
@@ -73,9 +76,10 @@ def classify_patches(classifier: nn.Module, image: Tensor | Source, grid: TileGr
     off = torch.ones(batch, grid.rows, grid.cols, dtype=torch.bool)
     off[:, : len(rows), : len(cols)] = False
     numbers = off.flatten().nonzero().squeeze(1)
-    rest = _by_patch(classifier, source, grid, numbers)
+    places = to_device(numbers, full.device)
+    rest = _by_patch(classifier, source, grid, numbers, places)
     full = full.flatten(0, 2)
-    full[numbers.to(full.device)] = rest.score
+    full[places] = rest.score
     return Scores(full, flops + rest.flops)
 
 
@@ -91,7 +95,7 @@ def classifying_bytes(classifier: nn.Module, source: Source, grid: TileGrid) -> 
         hidden = max(hidden, layer.out_channels) if isinstance(layer, nn.Conv2d) else hidden
     cell = classifier.CELL
     cols = -(-grid.width // cell)
-    rows = max(1, CELLS_PER_BAND // cols) + 2 * grid.patch // cell
+    rows = max(1, on_device(CELLS_PER_BAND, source.device) // cols) + 2 * grid.patch // cell
     pixels = source.shape[1] * cell**2
     chunk = max(chunk_on(source.device), cols)
     # A band; what the plain form of cell_mlp works on; the averaged rows of cells, joined to others.
@@ -100,7 +104,7 @@ def classifying_bytes(classifier: nn.Module, source: Source, grid: TileGrid) -> 
 
 def patches_per_batch(classifier: nn.Module, size: tuple[int, ...], device: torch.device) -> int:
     """Extracted patches of `size`, (1, C, p, p), that `classifier` is given at a time."""
-    return max(1, BATCH_BYTES.get(device.type, BATCH_BYTES["cpu"]) // _patch_bytes(classifier, size))
+    return max(1, on_device(BATCH_BYTES, device) // _patch_bytes(classifier, size))
 
 
 def cellwise(classifier: nn.Module, grid: TileGrid) -> bool:
@@ -143,7 +147,7 @@ def _by_cell(
     batch = source.shape[0]
 
     logits = layers.weight.new_empty(batch, len(rows), len(cols), len(layers.bias))
-    count = max(1, CELLS_PER_BAND // width)
+    count = max(1, on_device(CELLS_PER_BAND, source.device) // width)
     for b in range(batch):
         # Rows of cells, averaged along the row, until the last patch over them is done.
         held, begin, row = torch.empty(0), 0, 0
@@ -194,14 +198,16 @@ def score_patches(classifier: nn.Module, patches: Tensor) -> Tensor:  # [n, C, p
     return classifier(patches)
 
 
-def _by_patch(classifier: nn.Module, source: Source, grid: TileGrid, numbers: Tensor) -> Scores:  # [n], rising, on the CPU
+def _by_patch(classifier: nn.Module, source: Source, grid: TileGrid, numbers: Tensor, places: Tensor) -> Scores:  # [n], [n]
+    """Scores of the patches `numbers`, which rise, on the CPU; `places` are the same on the source's device."""
     dtype = next((p.dtype for p in classifier.parameters()), torch.float32)
     size = (1, source.shape[1], grid.patch, grid.patch)
     pieces: list[Tensor] = []
-    for chunk in numbers.split(patches_per_batch(classifier, size, source.device)) if len(numbers) else []:
+    count = patches_per_batch(classifier, size, source.device)
+    for chunk, here in zip(numbers.split(count), places.split(count), strict=True) if len(numbers) else []:
         band = band_around(chunk, grid)
         pixels, part = band.read(source, grid)
-        order = (chunk - band.first_patch(grid)).to(source.device)
+        order = here - band.first_patch(grid)
         piece = score_patches(classifier, extract_patches(pixels, part, order=order, dtype=dtype))
         if piece.ndim != 2 or piece.shape[0] != chunk.shape[0]:
             raise ValueError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from itertools import groupby, islice
 from typing import Any
@@ -22,8 +22,10 @@ from fastroute.routing.branches import Branches, even_parts, frozen_copy
 from fastroute.routing.budgets import Budget, check_possible
 from fastroute.routing.choose import PatchPaces, check_least, choose_classes
 from fastroute.routing.classify import classifying_bytes
+from fastroute.routing.devices import on_device
 from fastroute.routing.result import RoutingStats, Stopwatch, Streamed, Upscaled
-from fastroute.routing.working_set import DEFAULT_LIMIT, WorkingSet, advised, check_limit, of_patches
+from fastroute.routing.tuning import Tuning
+from fastroute.routing.working_set import AUTO, Limit, WorkingSet, advised, check_limit, limit_on, of_patches
 from fastroute.routing.workspace import Workspace
 from fastroute.streaming.ends import Ends, home, in_memory, output_like, streamed
 from fastroute.streaming.protocols import Reader, Writer, check_reader
@@ -180,7 +182,7 @@ class PatchRouter:
         penalty: float = 0.0,
         class_map: Tensor | None = None,  # [1, rows, cols] or [rows, cols]
         progress: bool = False,
-        memory_limit: int | None = DEFAULT_LIMIT,
+        memory_limit: Limit = AUTO,
         budget_flops: float | None = None,
         budget_ms: float | None = None,
     ) -> Streamed:
@@ -192,14 +194,15 @@ class PatchRouter:
             writer: takes bands of the result, see :class:`fastroute.Writer`, of the type that the reader gives.
             budget, penalty, class_map, progress, budget_flops, budget_ms: see :meth:`upscale`. Reading and writing count
                 where the computation waits for them.
-            memory_limit: bytes to hold at most. It changes no bit of the result, which is that of :meth:`upscale`.
+            memory_limit: bytes to hold at most, None for no limit. By default, "auto", it is 512 MiB, and on a GPU, whose
+                bands and batches are larger, 8 GiB. It changes no bit of the result, which is that of :meth:`upscale`.
 
         Raises:
             ValueError, TypeError: see :meth:`upscale`. Nothing has been read or written then.
             MemoryError, torch.OutOfMemoryError: memory ran out; the message names a limit that would fit.
         """
         check_reader("stream", reader, self.channels, check.FLOATING + check.INTEGER_IMAGE)
-        grid = self._grid((1, *reader.shape))
+        memory_limit, grid = limit_on(self.device, memory_limit), self._grid((1, *reader.shape))
         limit = Budget(budget, budget_flops, budget_ms)
         self._check(1, reader.dtype, grid, memory_limit, limit, penalty, class_map)
         ends = streamed(reader, writer, grid.output_size, self.device)
@@ -221,12 +224,10 @@ class PatchRouter:
     ) -> tuple[Tensor, RoutingStats]:
         """Route from one end to the other; the arguments are checked. Returns the class map (B, rows, cols)."""
         source = ends.source
-        grid, watch = self._grid(source.shape), Stopwatch(self.device, self.device.type != "cuda" or ends.in_place)
+        grid, watch = self._grid(source.shape), Stopwatch(self.device)
         bands = plan_bands(source.shape[0], grid, self._patches_per_band())
         if memory_limit is not None:
-            with watch.stage("tune"):
-                for c in range(self.num_classes):
-                    self.networks.tuning(c, self.device)
+            self._tunings(range(self.num_classes), watch)
         known = self.networks.batch_bytes(self.device)
         working = self._working_set(ends, grid, bands, not ends.in_place)
         rows = working.rows(memory_limit)
@@ -246,12 +247,20 @@ class PatchRouter:
             # Now all branches that ran are known.
             working = self._working_set(ends, grid, bands, not ends.in_place)
         stats = self._stats(counts, classifier_flops, watch, working.bytes(rows))
-        if watch.detailed:
-            self.paces.learn(self, source.dtype, stats, watch.parts)
+        self.paces.learn(self, source.dtype, stats, watch.parts)
         return maps, stats
 
+    def _tunings(self, classes: Iterable[int], watch: Stopwatch) -> dict[int, Tuning]:
+        """How the branches of `classes` run; measured on their first use."""
+        device, classes = self.device, list(classes)
+        # What is known already costs nothing, and no wait.
+        if all(self.networks.known(c, device) for c in classes):
+            return {c: self.networks.tuning(c, device) for c in classes}
+        with watch.waited("tune"):
+            return {c: self.networks.tuning(c, device) for c in classes}
+
     def _patches_per_band(self) -> int:
-        most = HELD_BYTES.get(self.device.type, HELD_BYTES["cpu"])
+        most = on_device(HELD_BYTES, self.device)
         return max(1, min(PATCHES_PER_BAND, most // self.networks.produced_bytes(self.device)))
 
     def _working_set(self, ends: Ends, grid: TileGrid, bands: list[Band], in_bands: bool) -> WorkingSet:
@@ -312,7 +321,7 @@ class PatchRouter:
             per_class = groups.offsets
             if len(bands) > 1:
                 # Band-major, class-minor: one sort gives every band's batches.
-                band_of = band_of_patches(bands, grid).to(class_ids.device)
+                band_of = band_of_patches(bands, grid, class_ids.device)
                 groups = group_by_class(band_of * k + class_ids, len(bands) * k)
             read = torch.cat([per_class, groups.offsets]).tolist()  # the one wait for the device
             totals, offsets = read[: k + 1], read[k + 1 :]
@@ -343,8 +352,7 @@ class PatchRouter:
             pixels, part = band.read(source, grid)
             order = order[offsets[0] : offsets[-1]] - band.first_patch(grid)
         counts = [offsets[c + 1] - offsets[c] for c in range(self.num_classes)]
-        with watch.stage("tune"):
-            tunings = {c: self.networks.tuning(c, source.device) for c, count in enumerate(counts) if count}
+        tunings = self._tunings((c for c, count in enumerate(counts) if count), watch)
         first = 0
         # Classes whose branches read the same memory format are cut out together.
         for memory_format, group in groupby(tunings, key=lambda c: tunings[c].memory_format):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from fastroute import memory
 from fastroute.models.pcsr import relative_coordinates
-from fastroute.models.streaming import rows_in_bands
+from fastroute.models.streaming import MIN_ROWS, rows_in_bands
 from fastroute.ops import _checks as check
 from fastroute.ops.adaptive_threshold import adaptive_threshold
 from fastroute.ops.assign_classes import assign_classes
@@ -95,7 +94,7 @@ class PixelImage:
             window = self.grid.window(top, bottom)
             near = classes.rows(top, bottom)
             with self.watch.stage("assign"):
-                counts += torch.bincount(near[:, begin - top : end - top].flatten(), minlength=len(counts))
+                counts += count_classes(near[:, begin - top : end - top], len(counts))
             held = features.rows(*window.features)  # encodes, outside of the time of what follows
             with self.watch.stage("upsample"):
                 chosen = near.new_zeros(1, window.height, near.shape[2])
@@ -143,7 +142,8 @@ class PixelImage:
         def read(rows: slice, columns: slice) -> Tensor:  # [1, C, n, m]
             return self._normalised(lr.rows(rows.start, rows.stop)[:, :, :, columns])
 
-        bands = rows_in_bands(self.router.encoder, read, *self.grid.lr, pixel_rows.ENCODER_BAND)
+        pixels, columns = self.router.footprint.encoder_band(self.grid)
+        bands = rows_in_bands(self.router.encoder, read, *self.grid.lr, pixels, MIN_ROWS, columns)
         while True:
             with self.watch.stage("encode"):
                 band = next(bands, None)
@@ -191,8 +191,8 @@ class PixelImage:
             layers = odds(layers)
         else:
             # argmax of softmax(z) / cost^k is argmax of z - k · log(cost): a change of the last bias.
-            shift = torch.tensor([solved * math.log(c) for c in self.choice.cost], dtype=torch.float64).to(device)
-            layers = last_layer(layers, lambda w, b: (w, (b.double() - shift).to(b.dtype)))
+            shifts = [solved * math.log(c) for c in self.choice.cost]
+            layers = last_layer(layers, lambda w, b: (w, shifted(b, shifts)))
         for begin, end in self.grid.bands():
             pixels = (end - begin) * self.grid.size[1]
             if self.purse is not None and isinstance(solved, float) and self.purse.tight(pixels):
@@ -227,16 +227,12 @@ class PixelImage:
                 classified=0 if whole else height * width,
                 encoded=h * w if again else 0,
             )
-            penalty = self.purse.solve(sample, todo, self._elapsed())
+            # Only milliseconds ask what has been taken, and wait for it.
+            elapsed = 0.0 if self.purse.pace is None else 1e3 * self.watch.elapsed()
+            penalty = self.purse.solve(sample, todo, elapsed)
             if not whole:
                 return penalty
             return self.purse.take(sample.scores, penalty, min(self.purse.cost)).view(1, height, width)
-
-    def _elapsed(self) -> float:
-        """Milliseconds since the call began."""
-        if self.place.is_cuda:
-            torch.cuda.synchronize(self.place.device)
-        return 1e3 * (time.perf_counter() - self.watch.start)
 
     def _sample(self, features: RowStream, pixels: int) -> Sample:
         """The scores of about `pixels` pixels, in rows spread over the image; all of them where it has no more."""
@@ -267,6 +263,19 @@ class PixelImage:
     def _release(self, features: RowStream, begin: int) -> None:
         if not self.keep:
             features.release(self.grid.window(begin, begin + 1).features[0])
+
+
+def count_classes(ids: Tensor, number: int) -> Tensor:  # -> [K]
+    """How many of `ids` are of each of `number` classes, without waiting for the device."""
+    if ids.device.type == "cpu":
+        return torch.bincount(ids.flatten(), minlength=number)
+    # There `bincount` reads the largest id back, to know how many there are.
+    return torch.stack([(ids == c).sum() for c in range(number)])
+
+
+def shifted(bias: Tensor, shifts: Sequence[float]) -> Tensor:  # [K]
+    """`bias` less `shifts`, in float64; each is an argument of a kernel, so that nothing is copied to the device."""
+    return torch.stack([b - shift for b, shift in zip(bias.double(), shifts, strict=True)]).to(bias.dtype)
 
 
 def odds(layers: Layers) -> list[tuple[Tensor, Tensor]]:

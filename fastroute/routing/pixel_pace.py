@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from fastroute.routing.budgets import RUNS, Pace, Paces, noise
+from fastroute.routing.devices import on_device
 from fastroute.routing.pixel_budget import Purse
 from fastroute.routing.pixel_request import Choice, Request, factor_of, make_grid
 from fastroute.routing.pixel_stats import Work
@@ -17,8 +18,9 @@ from fastroute.routing.tuning import tuning_key
 if TYPE_CHECKING:
     from fastroute.routing.pixel_router import PixelRouter
 
-# Height and width of the picture on which the speed is measured: at scale 4 a whole band of the output.
-PICTURE = (256, 256)
+# Height and width of the picture on which the speed is measured: at scale 4 a whole band of the output on a CPU, and on a GPU
+# the largest one that a budget classifies once.
+PICTURE = {"cpu": (256, 256), "cuda": (512, 512)}
 
 
 class PixelPaces(Paces):
@@ -67,8 +69,9 @@ class PixelPaces(Paces):
 @torch.inference_mode()
 def measure_pace(router: PixelRouter, dtype: torch.dtype, factor: float) -> Pace:
     """The speed of every part of `router` on images of `dtype`, enlarged by `factor`."""
-    image = noise((1, router.channels, *PICTURE), dtype, router.device)
-    grid = make_grid(PICTURE, factor, None)[0]
+    lr = on_device(PICTURE, router.device)
+    image = noise((1, router.channels, *lr), dtype, router.device)
+    grid = make_grid(lr, factor, None, router.device)[0]
     cost, pixels = router.model.class_cost(factor), grid.size[0] * grid.size[1]
     runs: list[list[dict[str, float]]] = [[] for _ in range(router.num_classes + 1)]
     # In turn, so that what slows the machine for a while slows all; the first round maps memory, which the others use again.
@@ -87,4 +90,4 @@ def measure_pace(router: PixelRouter, dtype: torch.dtype, factor: float) -> Pace
     solve = median(seconds["solve"] for seconds in runs[-1]) / max(purse.searched, 1)
     each = 1e3 / pixels
     upsamplers = [seconds * each for seconds in upsample]
-    return Pace(upsamplers, classify * each, rest * each, 1e3 * encode / (PICTURE[0] * PICTURE[1]), 1e3 * solve)
+    return Pace(upsamplers, classify * each, rest * each, 1e3 * encode / (lr[0] * lr[1]), 1e3 * solve)

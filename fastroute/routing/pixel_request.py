@@ -97,8 +97,10 @@ class Request:
     looked: bool = False
 
 
-def make_grid(lr: Sequence[int], scale: float | None, size: tuple[int, int] | None) -> tuple[PixelGrid, float]:
-    """The rows of an image of height and width `lr` and of its output, and the factor by which costs are known.
+def make_grid(
+    lr: Sequence[int], scale: float | None, size: tuple[int, int] | None, device: torch.device
+) -> tuple[PixelGrid, float]:
+    """The rows of an image of height and width `lr` and of its output on `device`, and the factor by which costs are known.
 
     Raises:
         ValueError: both a scale and a size, or impossible ones.
@@ -116,7 +118,7 @@ def make_grid(lr: Sequence[int], scale: float | None, size: tuple[int, int] | No
         factor = max(round((size[0] / h + size[1] / w) / 2, 1), 0.1)
     if min(size) < 1:
         raise ValueError(f"{op}: size must be at least 1 x 1; got {size}")
-    return PixelGrid((h, w), (int(size[0]), int(size[1]))), factor
+    return PixelGrid((h, w), (int(size[0]), int(size[1])), device), factor
 
 
 def make_request(
@@ -139,7 +141,7 @@ def make_request(
     """
     op = "upscale"
     check_limit(op, memory_limit)
-    grid, factor = make_grid(shape[2:], scale, size)
+    grid, factor = make_grid(shape[2:], scale, size, router.device)
     if not math.isfinite(k):
         raise ValueError(f"{op}: k must be finite; got {k}")
     limit.check(op)

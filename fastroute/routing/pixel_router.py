@@ -21,7 +21,7 @@ from fastroute.routing.pixel_request import Request, looking_ahead, make_grid, m
 from fastroute.routing.pixel_rows import BUDGET_BYTES, Footprint, waiting_sample
 from fastroute.routing.pixel_stats import Layers, PixelFlops, PixelStats, Work
 from fastroute.routing.result import Stopwatch, Streamed, Upscaled
-from fastroute.routing.working_set import DEFAULT_LIMIT, WorkingSet, advised
+from fastroute.routing.working_set import AUTO, Limit, WorkingSet, advised, limit_on
 from fastroute.streaming.ends import Ends, home, in_memory, output_like, streamed
 from fastroute.streaming.protocols import Reader, Writer, check_reader
 
@@ -101,7 +101,7 @@ class PixelRouter:
             progress: show a progress bar.
             memory_limit: bytes to hold at most beside `image`, the result and its class map. It changes no bit of them: a
                 budget or `adaptive` encodes the image twice where all features do not fit. Of a batch under one budget so
-                many features are kept as fit, by default in 512 MB; the other images are encoded twice.
+                many features are kept as fit, by default in 512 MiB, on a GPU 8 GiB; the other images are encoded twice.
             budget_flops: instead of `budget`: FLOPs of the whole call, as `stats.flops` counts them.
             budget_ms: instead of `budget`: milliseconds of the whole call on this device, by what a pixel takes in encoder,
                 classifier, each upsampler and around them. That is measured before the first such call, remembered, and
@@ -138,7 +138,7 @@ class PixelRouter:
         refine: bool = True,
         budget: float | None = None,
         progress: bool = False,
-        memory_limit: int | None = DEFAULT_LIMIT,
+        memory_limit: Limit = AUTO,
         budget_flops: float | None = None,
         budget_ms: float | None = None,
     ) -> Streamed:
@@ -151,7 +151,8 @@ class PixelRouter:
             scale, size, k, adaptive, refine, budget, progress, budget_flops, budget_ms: see :meth:`upscale`. At an integer
                 scale few rows are held; at a size in no small ratio to the image's, its features are. Reading and writing
                 count towards milliseconds where the computation waits for them.
-            memory_limit: bytes to hold at most. It changes no bit of the result, which is that of :meth:`upscale`.
+            memory_limit: bytes to hold at most, None for no limit. By default, "auto", it is 512 MiB, and on a GPU, whose
+                bands are larger, 8 GiB. It changes no bit of the result, which is that of :meth:`upscale`.
 
         Raises:
             ValueError, TypeError: see :meth:`upscale`. Nothing has been read or written then.
@@ -159,6 +160,7 @@ class PixelRouter:
         """
         check_reader("stream", reader, self.channels, check.FLOATING + check.INTEGER_IMAGE)
         limit = Budget(budget, budget_flops, budget_ms)
+        memory_limit = limit_on(self.device, memory_limit)
         shape, options = (1, *reader.shape), (scale, size, k, adaptive, refine, progress, memory_limit)
         request = make_request(self, shape, reader.dtype, limit, *options)
         ends = streamed(reader, writer, request.grid.size, self.device)
@@ -168,7 +170,7 @@ class PixelRouter:
         self, height: int, width: int, scale: float | None = None, size: tuple[int, int] | None = None
     ) -> tuple[int, int]:
         """Height and width of what an image of that size becomes, see :meth:`upscale`."""
-        return make_grid((height, width), scale, size)[0].size
+        return make_grid((height, width), scale, size, self.device)[0].size
 
     @torch.inference_mode()
     def answer(self, images: Tensor, request: Request) -> Upscaled:  # [B, C, h, w]
@@ -182,7 +184,7 @@ class PixelRouter:
     def _run(self, ends: Ends, request: Request, class_map: Tensor | None) -> PixelStats:  # [B, H, W]
         """From one end to the other."""
         source, grid, choice, limit = ends.source, request.grid, request.choice, request.memory_limit
-        watch = Stopwatch(self.device, self.device.type != "cuda" or ends.in_place)
+        watch = Stopwatch(self.device)
         number, before = source.shape[0], 0 if request.purse is None else request.purse.searched
         waiting = 0 if request.purse is None or request.looked else number - 1
         keep = grid.overlapping or not self.footprint.in_bands
@@ -192,7 +194,7 @@ class PixelRouter:
         held, each = 0, self.footprint.features(grid, True)
         if waiting and keep:
             needed = self._working_set(ends, request, waiting, True, not ends.in_place).bytes(1)
-            free = DEFAULT_LIMIT if limit is None else limit - needed
+            free = (limit_on(self.device, AUTO) or 0) if limit is None else limit - needed
             held = min(waiting, max(free, 0) // each)
         working = self._working_set(ends, request, waiting, keep, not ends.in_place)
         working = dataclasses.replace(working, fixed=working.fixed + held * each)
@@ -214,11 +216,10 @@ class PixelRouter:
         for n in range(number):
             done += choice.work(grid) + (looking_ahead(grid, waiting_sample(number)) if waiting and n else Work())
         stats = self._stats(counts.tolist(), done, watch, used)
-        if watch.detailed:
-            encoded = sum(image.passes for image in images) * grid.lr[0] * grid.lr[1]
-            done = dataclasses.replace(done, encoded=encoded)
-            searched = 0 if request.purse is None else request.purse.searched - before
-            self.paces.learn(self, source.dtype, request, searched, done, stats.pixels_per_class, stats.seconds)
+        encoded = sum(image.passes for image in images) * grid.lr[0] * grid.lr[1]
+        done = dataclasses.replace(done, encoded=encoded)
+        searched = 0 if request.purse is None else request.purse.searched - before
+        self.paces.learn(self, source.dtype, request, searched, done, stats.pixels_per_class, stats.seconds)
         return stats
 
     def _look(self, images: list[PixelImage], request: Request, held: int, keep: bool) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
@@ -11,12 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from fastroute.models.pcsr import MLP, PCSR
-from fastroute.models.streaming import rows_in_bands, unsupported_reasons
-from fastroute.routing.working_set import REARRANGED, LiveBytes, WorkingSet
+from fastroute.models.streaming import MAX_COLUMNS, MIN_ROWS, rows_in_bands, unsupported_reasons
+from fastroute.routing.devices import on_device
+from fastroute.routing.working_set import ACTIVATIONS, REARRANGED, LiveBytes, WorkingSet
 
 # Pixels of a band, of the output and of the encoder's input: bounds of the memory, large enough to give threads work.
-OUTPUT_BAND = 1 << 20
-ENCODER_BAND = 1 << 14
+OUTPUT_BAND = {"cpu": 1 << 20, "cuda": 1 << 23}
+ENCODER_BAND = {"cpu": 1 << 14, "cuda": 1 << 21}
+# Pixels of the image that an output band stands for: of a GPU's large bands the features count too.
+INPUT_BAND = {"cpu": sys.maxsize, "cuda": 1 << 20}
 # An image of at most this many output pixels is classified whole under a budget, a larger one first on rows spread over it, of
 # a quarter as many: single rows take several times as long per pixel. 2-means do so beyond the second number.
 BUDGET_SAMPLE = 1 << 22
@@ -27,6 +31,8 @@ WAITING_SAMPLE = 1 << 16
 BUDGET_BYTES, ADAPTIVE_BYTES = 14, 20
 # Rows of a band, and columns, on which the memory of an encoder is counted.
 PROBE = 16
+
+HOST = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -57,10 +63,12 @@ class PixelGrid:
 
     Attributes:
         lr, size: height and width of the image and of the output.
+        device: where they are worked on, which says how large a band is.
     """
 
     lr: tuple[int, int]
     size: tuple[int, int]
+    device: torch.device = HOST
 
     def window(self, begin: int, end: int) -> Window:
         """The features that output rows `begin` to `end` read, and a row more on either side.
@@ -78,7 +86,8 @@ class PixelGrid:
     def bands(self) -> list[tuple[int, int]]:
         """Rows (first, one past the last) of bands of nearly equal height."""
         height, width = self.size
-        count = -(-height * width // OUTPUT_BAND)
+        count = -(-height * width // on_device(OUTPUT_BAND, self.device))
+        count = max(count, -(-self.lr[0] * self.lr[1] // on_device(INPUT_BAND, self.device)))
         edges = [height * i // count for i in range(count + 1)]
         return [(a, b) for a, b in pairwise(edges) if b > a]
 
@@ -128,6 +137,15 @@ class Footprint:
         self.kept = live.marked // PROBE
         self.passing = REARRANGED * live.most // (PROBE * (PROBE if self.in_bands else 2 * PROBE))
 
+    def encoder_band(self, grid: PixelGrid) -> tuple[int, int]:
+        """Pixels that pass the encoder together, about, and columns of them at most."""
+        most = on_device(ENCODER_BAND, grid.device)
+        if grid.device.type == "cpu":
+            return most, MAX_COLUMNS
+        # Narrow strips would be many small kernels there; fewer pixels pass where a wide network keeps much of each.
+        pixels = max(min(most, on_device(ACTIVATIONS, grid.device) // self.passing), MIN_ROWS * MAX_COLUMNS)
+        return pixels, pixels // MIN_ROWS
+
     def features(self, grid: PixelGrid, keep: bool) -> int:
         """Bytes of the features that are held."""
         row = grid.lr[1] * self.depth * self.itemsize
@@ -152,9 +170,14 @@ class Footprint:
         (h, w), (height, width) = grid.lr, grid.size
         tallest = max(b - a for a, b in grid.bands()) + 2
         lr_rows = max(window.features[1] - window.features[0] for window in grid.widest)
-        band = ENCODER_BAND * self.passing + w * self.kept if self.in_bands else h * w * self.passing
+        passing, products = self.encoder_band(grid)[0], 0
+        if grid.device.type != "cpu":
+            passing = min(passing, h * w)
+            # A GPU makes those of an MLP's first layer for all features of a band, in float32.
+            products = lr_rows * w * self.units * 4
+        band = passing * self.passing + w * self.kept if self.in_bands else h * w * self.passing
         values = max(self.classes + 1, 2 * self.channels) * self.itemsize + 3
-        fixed = self.features(grid, keep) + band + sampled + tallest * width * values
+        fixed = self.features(grid, keep) + band + products + sampled + tallest * width * values
         fixed += 2 * lr_rows * w * self.channels * self.itemsize + max(window.height for window in grid.widest) * width
         if not streamed:
             return WorkingSet(fixed)

@@ -23,7 +23,8 @@ class RoutingStats:
         paper_flops: the papers' convention; they leave the classifier out.
         seconds: wall time of each stage: tune (a first call measures how each branch runs fastest), classify, assign,
             extract, branches, stitch; and total. Where the last layers of the branches are computed while their patches are
-            stitched, the time of the threads that do so is divided between the two.
+            stitched, the time of the threads that do so is divided between the two. On a GPU a stage is the time that the
+            device took for it; in the rest of the total it waited for the host.
         working_set: bytes held at most beside the image and the result, or for a streamed run beside nothing: a model of
             what is allocated, without the program itself.
     """
@@ -86,40 +87,65 @@ class Streamed:
 
 @dataclass
 class Stopwatch:
-    """Wall time by stage. On a GPU a stage ends when its kernels do, so timing costs waits: only the total is taken there
-    unless `detailed`."""
+    """Wall time by stage.
+
+    On a GPU a stage lasts from one event of the current stream to another, for which nobody waits: `seconds` and `parts` know
+    it from :meth:`finish` on.
+    """
 
     device: torch.device
-    detailed: bool = True
     seconds: dict[str, float] = field(default_factory=dict)
     parts: dict[int, float] = field(default_factory=dict)
     start: float = field(default_factory=time.perf_counter)
+    pending: list[tuple[str, int | None, torch.cuda.Event, torch.cuda.Event]] = field(default_factory=list)
 
     @contextmanager
     def stage(self, name: str, part: int | None = None) -> Iterator[None]:
         """Add the time of the ``with`` block to stage `name`, and to class `part` where one is given."""
-        self._wait()
+        if self.device.type == "cuda":
+            before = self._event()
+            yield
+            self.pending.append((name, part, before, self._event()))
+            return
         begin = time.perf_counter()
         yield
-        self._wait()
-        taken = time.perf_counter() - begin
-        self.seconds[name] = self.seconds.get(name, 0.0) + taken
-        if part is not None:
-            self.parts[part] = self.parts.get(part, 0.0) + taken
+        self._add(name, part, time.perf_counter() - begin)
+
+    @contextmanager
+    def waited(self, name: str) -> Iterator[None]:
+        """:meth:`stage` for what waits for the device anyway: its time is known when the block ends."""
+        begin = self.elapsed()
+        yield
+        self._add(name, None, self.elapsed() - begin)
 
     def move(self, stage: str, to: str, seconds: Mapping[int, float]) -> None:
         """Count `seconds` of `stage`, by class, as spent in stage `to`."""
         for part, taken in seconds.items():
-            self.seconds[stage] -= taken
+            self.seconds[stage] = self.seconds.get(stage, 0.0) - taken
             self.seconds[to] = self.seconds.get(to, 0.0) + taken
             self.parts[part] = self.parts.get(part, 0.0) + taken
 
-    def finish(self) -> dict[str, float]:
-        """All stages and the total."""
+    def elapsed(self) -> float:
+        """Seconds since the start, all that the device was given being done."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        return {**self.seconds, "total": time.perf_counter() - self.start}
+        return time.perf_counter() - self.start
 
-    def _wait(self) -> None:
-        if self.detailed and self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+    def finish(self) -> dict[str, float]:
+        """All stages and the total."""
+        total = self.elapsed()
+        for name, part, begin, end in self.pending:
+            self._add(name, part, begin.elapsed_time(end) / 1e3)
+        self.pending.clear()
+        return {**self.seconds, "total": total}
+
+    def _add(self, name: str, part: int | None, taken: float) -> None:
+        self.seconds[name] = self.seconds.get(name, 0.0) + taken
+        if part is not None:
+            self.parts[part] = self.parts.get(part, 0.0) + taken
+
+    def _event(self) -> torch.cuda.Event:
+        with torch.cuda.device(self.device):
+            event = torch.cuda.Event(enable_timing=True)
+            event.record(torch.cuda.current_stream(self.device))
+        return event

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import time
 from abc import ABC, abstractmethod
 from typing import Any
 
@@ -90,9 +89,9 @@ class SharedPatches(Shared):
         router = self.router
         pixels = check.images(self.op, image, router.channels, home(image, router.device))
         grid = TileGrid(pixels.shape[2], pixels.shape[3], router.patch, router.stride, router.scale)
-        begin = time.perf_counter()
+        watch = Stopwatch(router.device)
         found = score_patches(router, TensorSource(pixels, router.device), grid)
-        self.seconds.append(time.perf_counter() - begin)
+        self.seconds.append(watch.finish()["total"])
         self.dtype = image.dtype
         self.sizes.append((pixels.shape[0], grid.rows, grid.cols))
         self.scores.append(found.score)
@@ -144,7 +143,7 @@ class SharedPixels(Shared):
         super().__init__(limit, op)
         check_limit(op, memory_limit)
         # Of images of any size: refuses an impossible scale before anything is read.
-        factor = make_grid((1 << 16, 1 << 16), scale, None)[1]
+        factor = make_grid((1 << 16, 1 << 16), scale, None, router.device)[1]
         if limit.fraction is not None:
             check_possible(router.model.class_cost(factor), limit.fraction)
         self.router, self.scale, self.refine, self.factor = router, scale, refine, factor
@@ -212,7 +211,7 @@ class SharedPixels(Shared):
         return dataclasses.replace(result, stats=dataclasses.replace(stats, flops=done, seconds=times))
 
     def _grid(self, images: Tensor) -> PixelGrid:  # [B, C, h, w]
-        return make_grid(images.shape[2:], self.scale, None)[0]
+        return make_grid(images.shape[2:], self.scale, None, self.device)[0]
 
 
 class Turn:

@@ -20,8 +20,10 @@ from fastroute import io
 logger = logging.getLogger("fastroute")
 
 BATCHES = (8, 16, 32, 64)
+# A GPU is busy only with many patches.
+GPU_BATCHES = (32, 64, 128, 256, 512, 1024)
 # Formats are compared at this size, or at what may pass together if that is less.
-FORMAT_BATCH = 16
+FORMAT_BATCH, GPU_FORMAT_BATCH = 16, 256
 # A race has this many rounds; once its seconds are used, LEAST_ROUNDS are enough.
 REPEATS, LEAST_ROUNDS, SECONDS = 6, 3, 0.4
 # A turn lasts at least as long, whatever the batch: a short pass would slip between disturbances that a long one meets.
@@ -67,7 +69,7 @@ def cache_path() -> Path:
     return Path(folder) / "tuning.json"
 
 
-def tune(branch: nn.Module, example: Tensor, largest: int = BATCHES[-1]) -> Tuning:  # [1, C, p, p]
+def tune(branch: nn.Module, example: Tensor, largest: int | None = None) -> Tuning:  # [1, C, p, p]
     """The fastest of the memory formats and batch sizes, by measurement; from the cache when it was measured before.
 
     What is measured while the machine is busy with something else holds for this process only.
@@ -75,19 +77,21 @@ def tune(branch: nn.Module, example: Tensor, largest: int = BATCHES[-1]) -> Tuni
     Args:
         branch: in evaluation mode, on the device of `example`.
         example: one patch, of the dtype in which the branch runs.
-        largest: patches that may pass together at most; larger batches take too much memory.
+        largest: patches that may pass together at most; larger batches take too much memory. Default: the largest tried.
     """
+    tried, first = (GPU_BATCHES, GPU_FORMAT_BATCH) if example.is_cuda else (BATCHES, FORMAT_BATCH)
+    largest = largest or tried[-1]
     key = tuning_key(branch, example)
     known = _unwritten.get(key) or _read().get(key)
     if known is not None:
         return replace(known, batch=min(known.batch, largest))
-    first = min(FORMAT_BATCH, largest)
+    first = min(first, largest)
     with torch.inference_mode():
         formats, steady = _race(branch, example, [(first, True), (first, False)])
         # The better format at one size is the better one at all: batch sizes are tried for it alone.
         found = min(formats, key=_milliseconds)
         longest = max(first, 1e3 * PASS_SECONDS / max(found.milliseconds, 1e-9))
-        batches = sorted({min(batch, largest) for batch in BATCHES})
+        batches = sorted({min(batch, largest) for batch in tried})
         sizes, still = _race(branch, example, [(batch, found.channels_last) for batch in batches if batch <= longest])
     fastest = min(map(_milliseconds, sizes))
     best = next(tuning for tuning in sizes if tuning.milliseconds <= EARNED * fastest)
@@ -150,7 +154,9 @@ def tuning_key(branch: nn.Module, example: Tensor) -> str:  # [1, C, p, p]
         device = f"{platform.machine()} {cpu_name()} {torch.get_num_threads()} threads"
     # Structure and shapes decide the speed, not the values of the weights.
     shapes = [(name, tuple(p.shape)) for name, p in branch.named_parameters()]
-    facts = [METHOD, device, torch.__version__, str(example.dtype), tuple(example.shape), str(branch), shapes]
+    facts: list[object] = [METHOD, device, torch.__version__, str(example.dtype), tuple(example.shape), str(branch), shapes]
+    if example.is_cuda:
+        facts.append(GPU_BATCHES)
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:24]
 
 

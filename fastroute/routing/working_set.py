@@ -6,7 +6,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,12 +15,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fastroute import memory
 from fastroute.grid import TileGrid
 from fastroute.routing.bands import Band, first_covering
+from fastroute.routing.devices import on_device
 from fastroute.streaming.rows import Source
 
 # What a band that is written may take at most: a higher one gains nothing.
 BAND_BYTES = 32 << 20
-# Of streamed runs, unless a limit is given.
-DEFAULT_LIMIT = 512 << 20
+# Bytes; None for no limit; of streamed runs by default what suits the device.
+Limit = int | None | Literal["auto"]
+AUTO: Literal["auto"] = "auto"
+DEFAULT_LIMIT = {"cpu": 512 << 20, "cuda": 8 << 30}
 # Bytes that a batch of patches may take in a branch: larger batches gain nothing on a CPU, a GPU needs more to be busy.
 ACTIVATIONS = {"cpu": 256 << 20, "cuda": 2 << 30}
 # Libraries rearrange tensors for their kernels: a pass takes up to this many times its live tensors.
@@ -112,6 +115,12 @@ def of_patches(
     )
 
 
+def limit_on(device: torch.device, limit: Limit) -> int | None:
+    """`limit` in bytes, or None for no limit."""
+    # Anything else is for `check_limit` to judge.
+    return on_device(DEFAULT_LIMIT, device) if isinstance(limit, str) and limit == AUTO else limit
+
+
 def check_limit(op: str, limit: int | None) -> None:
     """`limit` is a number of bytes.
 
@@ -138,12 +147,16 @@ def advised(op: str, device: torch.device, used: int, streamed: Callable[[], Wor
         streamed: the working set of a streamed run.
         in_place: the run holds input and output where it works on them, which a streamed one does not.
     """
-    free = memory.available(device, enough=2 * used)
+    # A GPU is asked for what is free when that is told; then the run has taken some of it.
+    on_gpu = device.type == "cuda"
+    held, free = (torch.cuda.memory_allocated(device), 0) if on_gpu else (0, memory.available(device, enough=2 * used))
     try:
         yield
     except (MemoryError, RuntimeError) as error:
         if not memory.is_exhausted(error):
             raise
+        if on_gpu:
+            free = memory.available(device) + torch.cuda.memory_allocated(device) - held
         least = streamed().bytes(1)
         fits = max(least, min(used, free) * 4 // 5)
         if least > free:

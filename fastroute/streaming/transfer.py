@@ -29,7 +29,9 @@ def to_host(x: Tensor) -> tuple[Tensor, Callable[[], None]]:
     stream.wait_stream(torch.cuda.current_stream(x.device))
     with torch.cuda.stream(stream):
         dense = x.contiguous()
-        host = torch.empty(dense.shape, dtype=x.dtype, pin_memory=True)
+        # An ordinary tensor, which a writer may change in place.
+        with torch.inference_mode(False):
+            host = torch.empty(dense.shape, dtype=x.dtype, pin_memory=True)
         host.copy_(dense, non_blocking=True)
         done = torch.cuda.Event()
         done.record(stream)

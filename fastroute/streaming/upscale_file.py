@@ -15,7 +15,7 @@ from fastroute.routing.load import load
 from fastroute.routing.patch_router import PatchRouter
 from fastroute.routing.pixel_router import PixelRouter
 from fastroute.routing.result import RoutingStats
-from fastroute.routing.working_set import DEFAULT_LIMIT
+from fastroute.routing.working_set import AUTO, Limit
 from fastroute.streaming.files import check_target, open_reader, open_writer
 
 
@@ -53,7 +53,7 @@ def upscale_file(
     source: str | Path,
     target: str | Path,
     model: str | Path | PatchRouter | PixelRouter = DEFAULT_MODEL,
-    memory_limit: int | None = DEFAULT_LIMIT,
+    memory_limit: Limit = AUTO,
     progress: bool = False,
     device: str | torch.device = "cpu",
     **routing: Any,
@@ -66,7 +66,8 @@ def upscale_file(
         target: .tif or .tiff for a BigTIFF file of tiles, .zarr for a zarr array (H, W, C), of the type of the source. It
             appears when it is whole; an interrupted run leaves what was there.
         model: a name or a checkpoint, see :func:`fastroute.load`, or a router.
-        memory_limit: bytes to hold beside the program; see `stream` of the router.
+        memory_limit: bytes to hold beside the program, None for no limit; by default, "auto", 512 MiB, and 8 GiB where the
+            router is on a GPU.
         progress: show a progress bar.
         device: where a model that is given by name runs.
         **routing: what the router's `stream` takes, such as `budget`, or `scale` and `k` of PCSR.

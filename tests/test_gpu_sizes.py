@@ -1,0 +1,243 @@
+"""How much the routers do at once on a GPU, where there is none: a CPU is given its sizes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from networks import picture, random_classsr
+from test_pixel_router import make_model
+from torch import nn
+from waits import GPU
+
+import fastroute
+from fastroute import PatchRouter, PixelRouter, batch, memory
+from fastroute.models.carn import CARN
+from fastroute.models.fsrcnn import FSRCNN
+from fastroute.models.pcsr import PCSR
+from fastroute.routing import (
+    branches,
+    choose,
+    classify,
+    patch_router,
+    pixel_image,
+    pixel_pace,
+    pixel_rows,
+    tuning,
+    working_set,
+)
+from fastroute.routing.pixel_rows import Footprint, PixelGrid
+from fastroute.streaming.protocols import ArrayReader
+from fastroute.streaming.transfer import to_host
+
+pytestmark = pytest.mark.usefixtures("quick_tuning")
+CUDA = torch.device("cuda", 0)
+GPU_BATCHES = tuning.GPU_BATCHES  # those of `quick_tuning` are fewer
+
+
+def make_router(**options) -> PatchRouter:
+    system = random_classsr((3, 5, 8), 4, 16)
+    return PatchRouter(system.branches, system.classifier, 16, 12, 4, **options)
+
+
+def gpu_sizes(monkeypatch) -> None:
+    """The CPU's sizes become a GPU's, but for the default limit."""
+    for module in (branches, choose, classify, patch_router, pixel_image, pixel_pace, pixel_rows, working_set):
+        for name, table in list(vars(module).items()):
+            if isinstance(table, dict) and set(table) == {"cpu", "cuda"} and name != "DEFAULT_LIMIT":
+                monkeypatch.setattr(module, name, {"cpu": table["cuda"]})
+
+
+class Fake:
+    """A reader of any size that must not be read; nothing is computed."""
+
+    dtype = torch.float32
+
+    def __init__(self, height: int, width: int) -> None:
+        self.shape = (3, height, width)
+
+    def read(self, y0, y1, x0, x1):
+        raise InterruptedError("the limit suffices")
+
+
+def begins(router, reader, **options) -> bool:
+    """Whether the limit lets `stream` begin."""
+    try:
+        router.stream(reader, None, **options)
+    except InterruptedError:
+        return True
+    except ValueError as error:
+        assert "memory_limit must be at least" in str(error)
+        return False
+
+
+@pytest.mark.parametrize("size", [(600, 800), (9000, 12000)])
+def test_the_default_limit_suits_a_gpu(monkeypatch, size):
+    gpu_sizes(monkeypatch)
+    routers: list = [fastroute.load(name) for name in fastroute.list_models()]
+    for router in routers:
+        if isinstance(router, PatchRouter):
+            # The most that may pass together.
+            largest = [min(1024, router.networks.largest(c, router.device)) for c in range(router.num_classes)]
+            for c, number in enumerate(largest):
+                key = (c, router.device, torch.get_num_threads())
+                router.networks._tunings[key] = tuning.Tuning(number, False, 0.0)
+        assert not begins(router, Fake(*size)) or size[0] < 1000
+        with monkeypatch.context() as patched:
+            patched.setattr(working_set, "DEFAULT_LIMIT", {"cpu": working_set.DEFAULT_LIMIT["cuda"]})
+            assert begins(router, Fake(*size)), f"{router} needs more"
+
+
+@pytest.mark.parametrize("scale", [1, 1.5, 2, 3, 4])
+def test_the_default_limit_suits_any_scale_on_a_gpu(scale):
+    hidden = ([16] * 4, [256] * 4)
+    for encoder in (FSRCNN(56, upsample=False), CARN(64, upsample=False)):
+        router = PixelRouter(PCSR.build(encoder, hidden, [16]))
+        for lr in ((600, 800), (6000, 8000), (700, 90_000)):
+            grid = PixelGrid(lr, tuple(round(n * scale) for n in lr), CUDA)
+            used = router.footprint.working_set(grid, grid.overlapping, 0, 4, True)
+            fits = working_set.limit_on(CUDA, "auto")
+            assert used.bytes(used.block) <= fits
+
+
+def test_limits_on_devices():
+    cpu = torch.device("cpu")
+    assert [working_set.limit_on(d, "auto") for d in (cpu, CUDA, GPU)] == [512 << 20, 8 << 30, 512 << 20]
+    assert [working_set.limit_on(CUDA, limit) for limit in (None, 7)] == [None, 7]
+    router = make_router(batch=8)
+    for limit in ("1 GB", "AUTO"):
+        with pytest.raises(TypeError, match="memory_limit must be a whole number of bytes"):
+            router.stream(ArrayReader(picture(1, 3, 9, 9)[0].numpy(), True), None, memory_limit=limit)
+
+
+def test_encoder_bands_on_a_gpu(monkeypatch):
+    """As large as memory allows, the same for the model of the memory, and no strips but of very wide images."""
+    router, calls, rows = PixelRouter(make_model("carn")), [], pixel_image.rows_in_bands
+    footprint, grid, here = router.footprint, PixelGrid((5000, 3000), (5000, 3000), CUDA), PixelGrid((9, 9), (9, 9))
+    for passing, pixels in ((1 << 10, 1 << 21), (1 << 14, 1 << 17), (1 << 30, 16 * 640)):
+        footprint.passing = passing
+        assert footprint.encoder_band(grid) == (pixels, pixels // 16)
+        assert footprint.encoder_band(here) == (1 << 14, 640)
+        whole = footprint.working_set(grid, True, 0, 4, False).fixed
+        with monkeypatch.context() as patched:
+            patched.setattr(Footprint, "encoder_band", lambda self, _: (0, 1))
+            assert whole - footprint.working_set(grid, True, 0, 4, False).fixed == pixels * passing
+    footprint.passing = 1 << 10
+    monkeypatch.setattr(pixel_image, "rows_in_bands", lambda *args: calls.append(args[4:]) or rows(*args))
+    image = picture(1, 3, 6, 1300)
+    strips = router.upscale(image, scale=1)
+    assert calls.pop() == (1 << 14, 16, 640)
+    encoder_band = Footprint.encoder_band
+    monkeypatch.setattr(Footprint, "encoder_band", lambda self, _: encoder_band(self, grid))
+    whole = router.upscale(image, scale=1)
+    assert calls.pop() == (1 << 21, 16, 1 << 17)
+    assert (whole.image - strips.image).abs().max() < 1e-5
+
+
+def test_bands_of_pixels():
+    lr, size = (4000, 3000), (16000, 12000)
+    assert len(PixelGrid(lr, size).bands()) == -(-16000 * 12000 // (1 << 20))
+    assert len(PixelGrid(lr, size, CUDA).bands()) == -(-16000 * 12000 // (1 << 23))
+    # At a small factor the rows of the image count.
+    assert len(PixelGrid(lr, lr, CUDA).bands()) == -(-4000 * 3000 // (1 << 20))
+
+
+def test_batches_on_a_gpu(monkeypatch, tmp_path):
+    monkeypatch.setenv("FASTROUTE_CACHE", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    monkeypatch.setattr(tuning, "BATCHES", (8, 16))
+
+    class There:
+        """A patch on a GPU, as far as tuning looks."""
+
+        is_cuda, device, dtype, shape = True, CUDA, torch.float32, (1, 3, 8, 8)
+
+    for number in (GPU_BATCHES, (32, 64)):
+        monkeypatch.setattr(tuning, "GPU_BATCHES", number)
+        for largest in (None, 100):
+            raced = []
+            monkeypatch.setattr(tuning, "_turn", lambda *args: raced.append(args[2:]) or 1e-3 / args[2])  # noqa: B023
+            tuning._unwritten.clear()
+            (tmp_path / "tuning.json").unlink(missing_ok=True)
+            best = tuning.tune(nn.Identity(), There(), largest)
+            most = min(largest or number[-1], number[-1])
+            assert best.batch == most
+            formats = min(256, largest or number[-1])
+            assert {size for size, _ in raced} == {min(n, most) for n in number} | {formats}
+    # What other batches were compared on is measured again.
+    key = tuning.tuning_key(nn.Identity(), There())
+    monkeypatch.setattr(tuning, "GPU_BATCHES", (16,))
+    assert tuning.tuning_key(nn.Identity(), There()) != key
+
+
+def test_speeds_on_a_gpu_are_measured_on_many_patches(monkeypatch):
+    router, sizes = make_router(batch=8), []
+    upscale = router.upscale
+
+    def counted(image, class_map):
+        sizes.append(class_map.numel())
+        return upscale(image, class_map=class_map)
+
+    monkeypatch.setattr(router, "upscale", counted)
+    choose.measure_pace(router, torch.float32)
+    assert set(sizes) == {16}
+    monkeypatch.setattr(choose, "PATCHES", {"cpu": choose.PATCHES["cuda"]})
+    sizes.clear()
+    choose.measure_pace(router, torch.float32)
+    assert set(sizes) == {1024}
+    # A budget classifies the picture once, or its scores were counted twice.
+    height, width = pixel_pace.PICTURE["cuda"]
+    assert 16 * height * width <= pixel_rows.BUDGET_SAMPLE
+
+
+def test_threads_of_a_folder():
+    assert [batch.threads(n) for n in (1, 2, 4, 8, 16, 64)] == [(2, 2), (2, 2), (2, 2), (2, 4), (4, 8), (4, 8)]
+    assert batch.threads(batch.usable_cores()) == (batch.READERS, batch.WRITERS)
+    assert batch.BEHIND == batch.WRITERS + 1 and batch.usable_cores() >= 1
+
+
+def test_free_memory_is_asked_for_only_in_need(monkeypatch):
+    state, asked = {"allocated": 100, "reserved": 400, "free": 1000}, []
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: state["allocated"])
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: state["reserved"])
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: asked.append(1) or (state["free"], 5000))
+    lowest = working_set.WorkingSet(10)
+    with working_set.advised("upscale", CUDA, 5000, lambda: lowest, False):
+        pass
+    assert not asked and memory.available(CUDA) == 1300
+    with (
+        pytest.raises(torch.OutOfMemoryError, match="memory_limit=1040 would fit"),
+        working_set.advised("upscale", CUDA, 5000, lambda: lowest, False),
+    ):
+        state.update(allocated=1100, reserved=1400, free=0)
+        raise torch.OutOfMemoryError
+
+
+def test_rows_from_a_gpu_are_ordinary_tensors(monkeypatch):
+    class Stream:
+        def __init__(self, *args) -> None:
+            pass
+
+        def __getattr__(self, name):
+            return lambda *args: self
+
+        __enter__ = __exit__ = lambda self, *args: None
+
+    class There:
+        """Rows on a GPU."""
+
+        device, dtype = CUDA, torch.float32
+
+        def contiguous(self):
+            return torch.ones(2, 3)
+
+        def record_stream(self, stream):
+            pass
+
+    empty = torch.empty
+    for name in ("Stream", "Event", "stream", "current_stream"):
+        monkeypatch.setattr(torch.cuda, name, Stream)
+    monkeypatch.setattr(torch, "empty", lambda *args, pin_memory=False, **kwargs: empty(*args, **kwargs))
+    with torch.inference_mode():
+        host, ready = to_host(There())  # type: ignore[arg-type]
+    ready()
+    assert not host.is_inference() and host.add_(1).tolist() == [[2.0] * 3] * 2

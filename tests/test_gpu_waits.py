@@ -1,0 +1,263 @@
+"""What the routers wait for on a GPU, where there is none: its clock is made up, and its tensors have no values."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import time
+from collections import deque
+
+import pytest
+import torch
+from networks import picture, random_classsr
+from test_gpu_sizes import make_router
+from test_pixel_router import make_model
+from torch import Tensor, nn
+from waits import GPU, WaitError, no_waits
+
+from fastroute import Bicubic, PatchRouter, PixelRouter
+from fastroute.grid import TileGrid
+from fastroute.routing import (
+    choose,
+    patch_router,
+    pixel_image,
+    pixel_pace,
+    pixel_router,
+    pixel_rows,
+    shared,
+)
+from fastroute.routing.bands import band_of_patches, plan_bands
+from fastroute.routing.budgets import Budget, Pace
+from fastroute.routing.result import Stopwatch
+from fastroute.routing.shared import share
+from fastroute.windows import window_on
+
+pytestmark = pytest.mark.usefixtures("quick_tuning")
+CUDA = torch.device("cuda", 0)
+
+
+class Clock:
+    """A GPU whose time passes when told; in the place of `torch.cuda`'s functions."""
+
+    def __init__(self) -> None:
+        self.now, self.done, self.waits = 0.0, 0.0, 0
+
+    def work(self, seconds: float) -> None:
+        """Queue so much: nobody has waited for it."""
+        self.now += seconds
+
+    def synchronize(self, device: torch.device) -> None:
+        self.done, self.waits = self.now, self.waits + 1
+
+
+@pytest.fixture
+def clock(monkeypatch) -> Clock:
+    gpu = Clock()
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self, stream: str) -> None:
+            assert stream == "current"
+            self.at = gpu.now
+
+        def elapsed_time(self, end: Event) -> float:
+            assert end.at <= gpu.done, "nobody has waited for the event"
+            return 1e3 * (end.at - self.at)
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "current")
+    monkeypatch.setattr(torch.cuda, "device", lambda device: torch.device("cpu"))
+    monkeypatch.setattr(torch.cuda, "synchronize", gpu.synchronize)
+    return gpu
+
+
+@pytest.fixture
+def timed(clock, monkeypatch) -> Clock:
+    """Routers on the CPU take their times as on a GPU."""
+    for module in (patch_router, pixel_router, shared, choose):
+        monkeypatch.setattr(module, "Stopwatch", lambda device: Stopwatch(CUDA))
+    return clock
+
+
+def test_stages_last_from_event_to_event(clock):
+    watch = Stopwatch(CUDA)
+    with watch.stage("a"):
+        clock.work(2.0)
+    for part, seconds in ((0, 0.5), (1, 0.25), (0, 1.0)):
+        with watch.stage("b", part):
+            clock.work(seconds)
+    clock.work(7.0)
+    assert clock.waits == 0 and watch.seconds == {} and watch.parts == {}
+    watch.move("b", "c", {})
+    found = watch.finish()
+    assert clock.waits == 1
+    assert {name: found[name] for name in "ab"} == {"a": 2.0, "b": 1.75} and watch.parts == {0: 1.5, 1: 0.25}
+    assert watch.finish() | {"total": 0} == found | {"total": 0}, "an event counts twice"
+
+
+def test_a_stage_that_waits_is_known_at_once(clock):
+    watch = Stopwatch(CUDA)
+    with watch.waited("tune"):
+        time.sleep(0.01)
+    assert watch.seconds["tune"] >= 0.01 and clock.waits == 2
+    assert watch.finish()["tune"] == watch.seconds["tune"]
+
+
+def test_a_failed_stage_has_no_time(clock):
+    watch = Stopwatch(CUDA)
+    with pytest.raises(KeyError), watch.stage("a"):
+        raise KeyError
+    assert "a" not in watch.finish()
+
+
+@pytest.mark.parametrize("options", [{}, {"budget": 0.8}, {"penalty": 0.3}], ids=str)
+def test_patches_are_waited_for_once(timed, monkeypatch, options):
+    monkeypatch.setattr(patch_router, "PATCHES_PER_BAND", 8)
+    router, image = make_router(), picture(1, 3, 101, 61)
+    expected = router.upscale(image, budget=1)
+    timed.waits = 0
+    for c in range(3):
+        router.networks.tuning(c, router.device)
+    result = router.upscale(image, **options)
+    assert timed.waits == 1
+    assert set(result.stats.seconds) == set(expected.stats.seconds) and result.stats.seconds["tune"] == 0
+
+
+def test_pixels_are_waited_for_once(timed, monkeypatch):
+    monkeypatch.setattr(pixel_rows, "OUTPUT_BAND", {"cpu": 500})
+    router, image = PixelRouter(make_model()), picture(1, 3, 30, 20)
+    for number, options in enumerate([{}, {"k": 0.3}, {"budget": 0.9}, {"adaptive": True}], start=1):
+        router.upscale(image, scale=2, **options)
+        assert timed.waits == number
+
+
+def test_a_budget_of_time_waits_for_the_classifier(timed, monkeypatch):
+    router, image, asked = make_router(), picture(1, 3, 101, 61), []
+    pace = Pace([1.0, 2.0, 3.0], 1.0, 0.0)
+    monkeypatch.setattr(choose, "measure_pace", lambda *args: pace)
+    score = choose.score_patches
+
+    def scored(*args):
+        found = score(*args)
+        timed.work(5.0)
+        return dataclasses.replace(found, flops=0)
+
+    def within(score, costs, allowed):
+        asked.append((allowed, timed.done == timed.now))
+        return torch.zeros(len(score), dtype=torch.int64)
+
+    monkeypatch.setattr(choose, "score_patches", scored)
+    monkeypatch.setattr(choose, "assign_within", within)
+    for limit in ({"budget_flops": 44 * max(router.flop_costs)}, {"budget_ms": 100.0}):
+        router.upscale(image, **limit)
+    assert [waited for _, waited in asked] == [False, True]
+
+
+def test_only_a_budget_of_time_asks_for_the_time(monkeypatch):
+    router, image, asked = PixelRouter(make_model()), picture(1, 3, 30, 20), []
+    monkeypatch.setattr(Stopwatch, "elapsed", lambda self: asked.append(1) or 1e-3)
+    monkeypatch.setattr(pixel_pace, "measure_pace", lambda *args: Pace([1.0, 2.0], 1e-5, 1e-5, 1e-5))
+    router.upscale(image, scale=2, budget=0.9)
+    assert len(asked) == 1  # the total
+    router.upscale(image, scale=2, budget_ms=1.5 * 60 * 40)
+    assert len(asked) == 3
+
+
+def test_looking_at_a_shared_budget_waits(timed):
+    router = make_router()
+    looking = share(router, Budget(fraction=0.9), 1, "upscale_many")
+    looking.look(picture(1, 3, 40, 40))
+    assert timed.waits == 1 and looking.seconds[0] > 0
+
+
+class Once:
+    """Values read back: of a run on the CPU, then given to the same run without values."""
+
+    def __init__(self, monkeypatch) -> None:
+        self.values, self.read = deque(), 0
+        tolist = Tensor.tolist
+
+        def replay(x: Tensor):
+            if x.device != GPU:
+                found = tolist(x)
+                if x.dtype == torch.int64 and x.ndim == 1:
+                    self.values.append(found)
+                return found
+            self.read += 1
+            found = self.values.popleft()
+            assert len(found) == len(x)
+            return found
+
+        monkeypatch.setattr(Tensor, "tolist", replay)
+
+
+class Brightness(nn.Module):
+    def forward(self, patches):
+        bright = patches.mean(dim=(1, 2, 3))
+        return torch.stack([1.02 - bright, bright, bright * 0], dim=1)
+
+
+@pytest.mark.parametrize("cells", [True, False])
+@pytest.mark.parametrize("options", [{}, {"budget": 0.8}, {"class_map": True}], ids=str)
+@pytest.mark.parametrize("count", [1, 3])
+def test_patches_read_back_once(monkeypatch, cells, options, count):
+    """And nothing is copied from the host."""
+    monkeypatch.setattr(patch_router, "PATCHES_PER_BAND", 8)
+    system = random_classsr((3, 5, 8), 4, 16)
+    classifier = system.classifier if cells else Brightness()
+    image, once = picture(count, 3, 100, 64), Once(monkeypatch)
+    router = PatchRouter(system.branches, classifier, 16, 12, 4, batch=8)
+    if options.get("class_map"):
+        options = {"class_map": router.upscale(image).class_map}
+        once.values.clear()
+    router.upscale(image, **options)
+    router.to(GPU)
+    options = {name: x.to(GPU) if isinstance(x, Tensor) else x for name, x in options.items()}
+    image = image.to(GPU)
+    window_on("uniform", 64, 48, GPU, torch.float32)  # kept from the first call on
+    with no_waits(monkeypatch) as seen:
+        result = router.upscale(image, **options)
+    assert result.image.shape == (count, 3, 400, 256) and once.read == 1 and "stitch_patches" in seen.names
+
+
+@pytest.mark.parametrize("options", [{}, {"k": 0.4}, {"refine": False}, {"budget": 1}], ids=str)
+def test_pixels_read_back_once(monkeypatch, options):
+    monkeypatch.setattr(pixel_rows, "OUTPUT_BAND", {"cpu": 500})
+    router, image, once = PixelRouter(make_model()), picture(2, 3, 30, 20), Once(monkeypatch)
+    router.upscale(image, scale=2, **options)
+    router.to(GPU)
+    image = image.to(GPU)
+    with no_waits(monkeypatch) as seen:
+        router.upscale(image, scale=2, **options)
+    assert once.read == 1 and "pixel_mlp" in seen.names
+
+
+def test_counting_classes(monkeypatch):
+    ids = torch.randint(0, 3, (2, 7, 5), dtype=torch.uint8)
+    expected = pixel_image.count_classes(ids, 4)
+    assert expected.tolist() == [int((ids == c).sum()) for c in range(4)]
+    with no_waits(monkeypatch):
+        there = torch.empty(2, 7, 5, dtype=torch.uint8, device=GPU)
+        assert pixel_image.count_classes(there, 4).shape == expected.shape
+        with pytest.raises(WaitError):
+            torch.bincount(there.flatten(), minlength=4)
+
+
+@pytest.mark.parametrize(("count", "size"), [(1, (101, 61)), (5, (20, 30)), (3, (60, 40))])
+def test_bands_of_patches(count, size):
+    grid = TileGrid(*size, 16, 12, 4)
+    bands = plan_bands(count, grid, 8)
+    numbers = [number for number, band in enumerate(bands) for _ in range(band.num_patches(grid))]
+    assert band_of_patches(bands, grid, torch.device("cpu")).tolist() == numbers
+    assert len(numbers) == count * grid.num_patches and band_of_patches(bands, grid, GPU).device == GPU
+
+
+def test_routers_without_weights_stay_where_they_are_moved():
+    for function in (Bicubic(4), lambda x: x.repeat(1, 1, 4, 4)):
+        router = PatchRouter([function])
+        assert router.device == torch.device("cpu")
+        assert router.to("meta").device == GPU and router.to("cpu").device == torch.device("cpu")
+        assert copy.deepcopy(router.to("meta")).device == GPU
+    assert make_router().to("meta").device == GPU
