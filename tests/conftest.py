@@ -171,6 +171,7 @@ def no_user_cache(monkeypatch: pytest.MonkeyPatch, session_cache: Path) -> None:
 def quick_tuning(monkeypatch: pytest.MonkeyPatch) -> None:
     """Micro-batches hardly measured: the result is the same, only not the fastest."""
     monkeypatch.setattr(tuning, "BATCHES", (8,))
+    monkeypatch.setattr(tuning, "GPU_BATCHES", (32,))
     monkeypatch.setattr(tuning, "REPEATS", 1)
 
 

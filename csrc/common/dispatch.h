@@ -18,6 +18,10 @@ using BFloat16 = c10::BFloat16;
 template <typename T>
 using Work = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
+// Whether one of the types is there for precision, not for speed.
+template <typename... T>
+inline constexpr bool kPrecise = (std::is_same_v<T, double> || ...);
+
 template <typename F>
 auto dispatch_floating(const char* op, ScalarType type, F&& f) {
     switch (type) {

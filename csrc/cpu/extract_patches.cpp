@@ -253,8 +253,9 @@ Tensor extract_patches_cpu(const Tensor& image,                 // [B, C, H, W]
                 }
             }
             for (int64_t m = begin; m < end; ++m) {
-                run_isa<ExtractBody<In, Out>>(in, from, result + m * to.n, to, channels, height, width, patch,
-                                              place_of(m), place_of(std::min(m + 1, end - 1)), convert);
+                run_isa<ExtractBody<In, Out>, kPrecise<In, Out>>(in, from, result + m * to.n, to, channels, height,
+                                                                 width, patch, place_of(m),
+                                                                 place_of(std::min(m + 1, end - 1)), convert);
             }
         });
     });

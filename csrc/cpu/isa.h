@@ -72,13 +72,16 @@ FASTROUTE_AVX2 __attribute__((noinline)) void run_avx2(const Args&... args) {
 #endif
 
 // Body::run(args...) in the active instruction set; Body::run must be FASTROUTE_INLINE, and so must all that it calls.
-template <typename Body, typename... Args>
+// What is there for precision alone may do with the baseline, which makes the extension compile sooner.
+template <typename Body, bool Precise = false, typename... Args>
 void run_isa(const Args&... args) {
 #if FASTROUTE_X86
-    switch (active_isa()) {
-        case Isa::avx512: return run_avx512<Body>(args...);
-        case Isa::avx2: return run_avx2<Body>(args...);
-        case Isa::baseline: break;
+    if constexpr (!Precise) {
+        switch (active_isa()) {
+            case Isa::avx512: return run_avx512<Body>(args...);
+            case Isa::avx2: return run_avx2<Body>(args...);
+            case Isa::baseline: break;
+        }
     }
 #endif
     Body::run(args...);

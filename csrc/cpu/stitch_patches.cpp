@@ -132,7 +132,7 @@ void stitch_into(const Tensor& out, const Batches& batches, const std::optional<
                     while (next < last && same(range, grid.y.covering((row_begin + next) / scale))) ++next;
                     const Rows<Out> to{result + b * image_step + c * channel_step + y * row_step, channel_step,
                                        row_step, next - y, stream};
-                    run_isa<StitchBody<T, Out>>(plan, b, c, row_begin + y, range, &scratch, to);
+                    run_isa<StitchBody<T, Out>, kPrecise<T, Out>>(plan, b, c, row_begin + y, range, &scratch, to);
                     y = next;
                 }
             };
