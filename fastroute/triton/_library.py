@@ -6,8 +6,10 @@ overload `<op>.out`. What has a schema but no such function runs the reference.
 
 from __future__ import annotations
 
+import functools
 import importlib
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -22,9 +24,22 @@ LIBRARY = torch.library.Library(TRITON_NAMESPACE, "FRAGMENT")
 MODULES: dict[str, ModuleType] = {}
 FAILED: dict[str, str] = {}
 
+_loading = threading.Lock()
+_loaded = False
+
 
 def load() -> None:
     """Register every operator that has a file in this package; one that cannot be imported is left out."""
+    global _loaded
+    if _loaded:
+        return
+    with _loading:
+        if not _loaded:
+            _load()
+            _loaded = True
+
+
+def _load() -> None:
     for path in sorted(Path(__file__).parent.glob("[!_]*.py")):
         op = path.stem
         if op in MODULES or op in FAILED:
@@ -55,11 +70,41 @@ def _register(schema: str, module: ModuleType) -> None:
         LIBRARY.impl(name, OPERATORS[name].reference, "CompositeExplicitAutograd")
     else:
         for key in ("CUDA", "CPU") if INTERPRETED else ("CUDA",):
-            LIBRARY.impl(name, function, key)
+            LIBRARY.impl(name, _on_its_device(function), key)
     register_rules(LIBRARY, TRITON_NAMESPACE, name)
     # Launchers that read values on the host, and interpreted kernels, stay one node of a graph.
     if function is not None and not INTERPRETED and name not in getattr(module, "OPAQUE", ()):
         LIBRARY._register_torch_dispatch_rule(name, FunctionalTensorMode, _looked_into(function))
+
+
+def _on_its_device(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A launcher that makes the device of its tensors the current one: Triton launches on that, wherever pointers lead.
+
+    torch does so for its own kernels and in compiled graphs, but not for kernels registered from Python.
+    """
+
+    @functools.wraps(function)
+    def guarded(*args: Any, **kwargs: Any) -> Any:
+        index = _cuda_index((*args, *kwargs.values()))
+        if index is None or index == torch.cuda.current_device():
+            return function(*args, **kwargs)
+        with torch.cuda.device(index):
+            return function(*args, **kwargs)
+
+    return guarded
+
+
+def _cuda_index(args: Iterable[Any]) -> int | None:
+    """Number of the device of the first CUDA tensor among arguments, some of which are lists; others may be on the CPU."""
+    for arg in args:
+        if isinstance(arg, torch.Tensor):
+            if arg.is_cuda:
+                return arg.device.index
+        elif isinstance(arg, (list, tuple)):
+            index = _cuda_index(arg)
+            if index is not None:
+                return index
+    return None
 
 
 def _looked_into(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -21,10 +21,11 @@ from fastroute.triton._pixel_layers import (
 
 # Channels that are written at once: the residual's addresses take many registers.
 OUT_PIECE = tl.constexpr(16)
+# Nothing gains from these numbers. Nor from the alignment of the residual, a slice of rows perhaps, read pixel by pixel.
 UNSPECIALISED = ["first", "last", "row_entries", "entries", "width", "residual_c", "plane"]
 
 
-@triton.jit(do_not_specialize=UNSPECIALISED)
+@triton.jit(do_not_specialize=UNSPECIALISED, do_not_specialize_on_alignment=["residual_ptr"])
 def pixel_mlp_kernel(
     hoisted_ptr,  # [B lr_rows w, padded] float32
     packed_ptr,  # weights, as pixel_pack_kernel writes them
@@ -98,7 +99,7 @@ def pixel_mlp_kernel(
         tile += tl.num_programs(0)
 
 
-@triton.jit(do_not_specialize=UNSPECIALISED)
+@triton.jit(do_not_specialize=UNSPECIALISED, do_not_specialize_on_alignment=["residual_ptr"])
 def pixel_mlp_wide_kernel(
     hoisted_ptr,  # [B lr_rows w, padded] float32
     packed_ptr,  # weights, as pixel_pack_kernel writes them

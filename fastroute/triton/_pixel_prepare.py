@@ -16,9 +16,16 @@ AXIS_BLOCK = 256 * WIDER
 GROUP_BLOCK, GROUP_WARPS = 2048 * WIDER, 8
 # A listed pixel is row << shift | column: of 32 bits where both fit into 16, else of 64.
 NARROW, WIDE = 16, 32
+# Of the kernels that sort. A class map may be a slice of rows, of any alignment.
+UNSPECIALISED = ["classes", "pixels", "rows", "width", "row_begin", "map_b", "map_y", "map_x"]
 
 
-@triton.jit(do_not_specialize=["h", "w", "height", "width", "row_begin", "lr_begin", "rows", "lr_rows", "batch", "channels"])
+@triton.jit(
+    do_not_specialize=[
+        "h", "w", "height", "width", "row_begin", "lr_begin", "rows", "lr_rows", "batch", "channels", "residual_b",
+        "residual_y", "residual_x",
+    ]
+)  # fmt: skip
 def pixel_axis_kernel(
     given_ptr,  # [H + W] float32, or None: exact coordinates
     feature_ptr,  # [B rows + W] int64
@@ -88,7 +95,7 @@ def pixel_axis_kernel(
     tl.store(blend_ptr + entry, blend.to(tl.float32), mask=mask)
 
 
-@triton.jit(do_not_specialize=["classes", "pixels", "rows", "width", "row_begin", "map_b", "map_y", "map_x"])
+@triton.jit
 def read_classes(class_map_ptr, pixel, classes, pixels, rows, width, row_begin, map_b, map_y, map_x):
     """Class of each pixel, counted through the rows of all images, as int32; `classes` where it is out of range, -1 behind
     the last pixel. Also its row of all rows and its column."""
@@ -100,7 +107,7 @@ def read_classes(class_map_ptr, pixel, classes, pixels, rows, width, row_begin, 
     return tl.where(pixel < pixels, known, -1).to(tl.int32), row, x
 
 
-@triton.jit(do_not_specialize=["classes", "pixels", "rows", "width", "row_begin", "map_b", "map_y", "map_x"])
+@triton.jit(do_not_specialize=UNSPECIALISED, do_not_specialize_on_alignment=["class_map_ptr"])
 def pixel_count_kernel(
     class_map_ptr,  # [B, H, W]
     counts_ptr,  # [K + 1, blocks] int64
@@ -129,7 +136,7 @@ def pixel_count_kernel(
         k += 1
 
 
-@triton.jit(do_not_specialize=["classes", "pixels", "rows", "width", "row_begin", "map_b", "map_y", "map_x"])
+@triton.jit(do_not_specialize=UNSPECIALISED, do_not_specialize_on_alignment=["class_map_ptr"])
 def pixel_list_kernel(
     class_map_ptr,  # [B, H, W]
     ends_ptr,  # [K + 1, blocks] int64
@@ -205,9 +212,17 @@ def axis_tables(
     count = rows[1] - rows[0]
     entries = batch * count + width
     given = None if relative is None else relative.contiguous()
-    index = torch.empty((4, entries), dtype=torch.int64, device=device)
-    value = torch.empty((2, entries), dtype=torch.float32, device=device)
-    tables = AxisTables(index[0], value[0], index[1], index[2:], value[1])
+    # Each table begins at a multiple of 16 bytes whatever its length: Triton compiles once more for another alignment.
+    padded = ceil_div(entries, 4) * 4
+    index = torch.empty((4 * padded,), dtype=torch.int64, device=device)
+    value = torch.empty((2 * padded,), dtype=torch.float32, device=device)
+    tables = AxisTables(
+        feature=index[:entries],
+        relative=value[:entries],
+        target=index[padded : padded + entries],
+        source=index[2 * padded : 2 * padded + 2 * entries].view(2, entries),
+        blend=value[padded : padded + entries],
+    )
     strides = (0, 0, 0) if residual is None else (residual.stride(0), residual.stride(2), residual.stride(3))
     sizes = (*small, height, width, rows[0], lr_rows[0], count, lr_rows[1] - lr_rows[0], batch, channels)
     launch(

@@ -5,13 +5,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fastroute.triton._common import WIDER, to_work
+from fastroute.triton._common import INTERPRETED, WIDER, to_work
 from fastroute.triton._pixel_layers import multiply_add, round_operand, value_place, weight_place
 
 # Features of which one program makes the hoisted product.
 HOIST_ROWS = 64
 # Numbers that the packing program moves at once.
 PACK_BLOCK = 1024 * WIDER
+# Programs that share a layer.
+PACK_PARTS = 2 if INTERPRETED else 16
 
 
 @triton.jit
@@ -41,29 +43,31 @@ def pixel_pack_kernel(
     PADDED: tl.constexpr,
     D: tl.constexpr,
     BLOCK: tl.constexpr,
+    PARTS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """The layers as `pixel_mlp_kernel` reads them, padded with zeros, in its types.
 
-    Work mapping: program i writes layer i, BLOCK numbers at a time.
+    Work mapping: PARTS programs write a layer, in turn BLOCK numbers each.
     """
+    begin = tl.program_id(0) % PARTS * BLOCK
     for i in tl.static_range(len(WIDTHS)):
-        if tl.program_id(0) == i:
+        if tl.program_id(0) // PARTS == i:
             if i == 0:
-                for first in range(0, PADDED[0], BLOCK):
+                for first in range(begin, PADDED[0], PARTS * BLOCK):
                     n = first + tl.arange(0, BLOCK)
                     for axis in tl.static_range(2):
                         slope = tl.load(flat_ptr + n * (D + 4) + D + axis, mask=n < WIDTHS[0], other=0.0)
                         tl.store(values_ptr + axis * PADDED[0] + n, to_work(slope, tl.float32), mask=n < PADDED[0])
             else:
-                for first in range(0, PADDED[i] * PADDED[i - 1], BLOCK):
+                for first in range(begin, PADDED[i] * PADDED[i - 1], PARTS * BLOCK):
                     at = first + tl.arange(0, BLOCK)
                     n, k = at // PADDED[i - 1], at % PADDED[i - 1]
                     inside = (n < WIDTHS[i]) & (k < WIDTHS[i - 1])
                     weight = tl.load(flat_ptr + layer_place(i, WIDTHS, D + 4) + n * WIDTHS[i - 1] + k, mask=inside, other=0.0)
                     weight = round_operand(convert(weight, packed_ptr.dtype.element_ty), PRECISION)
                     tl.store(packed_ptr + weight_place(i, PADDED) + at, weight, mask=n < PADDED[i])
-                for first in range(0, PADDED[i], BLOCK):
+                for first in range(begin, PADDED[i], PARTS * BLOCK):
                     n = first + tl.arange(0, BLOCK)
                     bias = tl.load(flat_ptr + bias_place(i, WIDTHS, D + 4) + n, mask=n < WIDTHS[i], other=0.0)
                     tl.store(values_ptr + value_place(i, PADDED) + n, to_work(bias, tl.float32), mask=n < PADDED[i])

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastroute.ops._checks import ID_TYPES
 from fastroute.reference.adaptive_threshold import MAX_ASSIGNMENTS, TOLERANCE
-from fastroute.triton._common import FLOATING, NAMES, WIDER, Variant, ceil_div, check_on_host, launch, to_work
+from fastroute.triton._common import FLOATING, NAMES, WIDER, Variant, ceil_div, check_on_host, launch, product, to_work
 
 BLOCK = 1024 * WIDER
 PARTS = 512
@@ -80,7 +80,9 @@ def decide(ranges, sums, state, image, count, chunks, ROUND: tl.constexpr, PARTS
             state += image * 4
             lower = lower_sum / tl.maximum(count - number, 1.0)
             before_upper, before_lower = tl.load(state), tl.load(state + 1)
-            moved = (upper - before_upper) * (upper - before_upper) + (lower - before_lower) * (lower - before_lower)
+            by_upper, by_lower = upper - before_upper, lower - before_lower
+            # Rounded as in the reference, so that as many launches move the centres.
+            moved = product(by_upper, by_upper) + product(by_lower, by_lower)
             rests = (tl.load(state + 3) != 0.0) | (moved <= RELATIVE_TOLERANCE * spread * spread)
             threshold = tl.where(rests, tl.load(state + 2), 0.5 * (upper + lower))
         else:

@@ -44,17 +44,31 @@ BLOCK = 512 * WIDER
 PACK = 8
 
 
+# Bits of doubles are 64 bits wide whatever their value: Triton would make one kernel for each mixture of widths.
 @triton.jit(do_not_specialize=["first", "count", "v0", "v1", "v2", "v3", "v4", "v5", "v6", "v7"])
-def assign_classes_pack_kernel(out, first, count, v0, v1, v2, v3, v4, v5, v6, v7, PACK: tl.constexpr):
+def assign_classes_pack_kernel(
+    out,
+    first,
+    count,
+    v0: tl.int64,
+    v1: tl.int64,
+    v2: tl.int64,
+    v3: tl.int64,
+    v4: tl.int64,
+    v5: tl.int64,
+    v6: tl.int64,
+    v7: tl.int64,
+    PACK: tl.constexpr,
+):
     """Doubles of the host, given as their bits, into memory of the device: a copy from the host would wait for it."""
     lane = tl.arange(0, PACK)
-    bits = tl.where(lane == 0, v0.to(tl.int64), v1.to(tl.int64))
-    bits = tl.where(lane == 2, v2.to(tl.int64), bits)
-    bits = tl.where(lane == 3, v3.to(tl.int64), bits)
-    bits = tl.where(lane == 4, v4.to(tl.int64), bits)
-    bits = tl.where(lane == 5, v5.to(tl.int64), bits)
-    bits = tl.where(lane == 6, v6.to(tl.int64), bits)
-    bits = tl.where(lane == 7, v7.to(tl.int64), bits)
+    bits = tl.where(lane == 0, v0, v1)
+    bits = tl.where(lane == 2, v2, bits)
+    bits = tl.where(lane == 3, v3, bits)
+    bits = tl.where(lane == 4, v4, bits)
+    bits = tl.where(lane == 5, v5, bits)
+    bits = tl.where(lane == 6, v6, bits)
+    bits = tl.where(lane == 7, v7, bits)
     tl.store(out + first + lane, bits.to(tl.float64, bitcast=True), mask=first + lane < count)
 
 
@@ -78,8 +92,11 @@ def assign_classes_kernel(
     item = (program % pieces).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     best = tl.full((BLOCK,), 0, tl.int32)
     most = tl.full((BLOCK,), 0, WORK)
+    # The number of a class times its stride may not fit into 32 bits.
+    at = image * score_b
     for k in range(classes):
-        value = to_work(tl.load(score + image * score_b + k * score_k + item * score_l, mask=item < length, other=0), WORK)
+        value = to_work(tl.load(score + at + item * score_l, mask=item < length, other=0), WORK)
+        at += score_k
         if scale is not None:
             value = product(value, tl.load(scale + k).to(WORK))
         better = (value > most) | (k == 0)
@@ -128,9 +145,9 @@ def assign_classes_count_kernel(
     prices,  # [2, K] log2 of the costs, and the costs as fractions of the dearest
     state,  # [PASSES + 1, 2]
     totals,  # [PASSES, CUTS, K2], zeros
-    low,
-    high,
-    threshold,
+    low: tl.int64,
+    high: tl.int64,
+    threshold: tl.int64,
     total,
     classes,
     step,
@@ -174,9 +191,9 @@ def assign_classes_choose_kernel(
     state,  # [PASSES + 1, 2]
     totals,  # [PASSES, CUTS, K2]
     out,  # [N]
-    low,
-    high,
-    threshold,
+    low: tl.int64,
+    high: tl.int64,
+    threshold: tl.int64,
     total,
     classes,
     step,

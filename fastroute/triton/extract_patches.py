@@ -16,6 +16,7 @@ from fastroute.ops import _checks as check
 from fastroute.triton._common import (
     FLOATING,
     INTEGER_IMAGE,
+    INTERPRETED,
     NAMES,
     WIDER,
     Variant,
@@ -27,13 +28,19 @@ from fastroute.triton._common import (
     to_work,
     work_type,
 )
-from fastroute.triton._geometry import first_covering, last_covering, max_cover, origin
+from fastroute.triton._geometry import first_covering, last_covering, origin
 
 # Bytes of one program's output: 16 for each of 128 threads, twice.
 BLOCK_BYTES = 4096
+# Warps of a program of the gradient: with more, float32 spills on Ampere.
+BACKWARD_WARPS = 4
 
 
-@triton.jit(do_not_specialize=["patches", "numbers", "height", "width", "rows", "cols"])
+# Pixels are read one by one, since the edge may repeat: what aligns rows of an image would only make more kernels.
+@triton.jit(
+    do_not_specialize=["patches", "numbers", "height", "width", "rows", "cols", "image_n", "image_c", "image_y"],
+    do_not_specialize_on_alignment=["image"],
+)
 def extract_patches_kernel(
     image,  # [B, C, H, W]
     order,  # [M] or None
@@ -88,9 +95,9 @@ def extract_patches_kernel(
         if MAXIMUM != 0:
             number = quotient(number, tl.full((), MAXIMUM, WORK))
         if mean is not None:
-            number = number - to_work(tl.load(mean + c), WORK)
+            number = number - to_work(tl.load(mean + c, mask=place < SIZE, other=0.0), WORK)
         if std is not None:
-            number = quotient(number, to_work(tl.load(std + c), WORK))
+            number = quotient(number, to_work(tl.load(std + c, mask=place < SIZE, other=1.0), WORK))
         value = to_type(number, target)
     tl.store(out + m * SIZE + place, value, mask=inside)
 
@@ -142,7 +149,12 @@ def _constants(
     }
 
 
-@triton.jit(do_not_specialize=["batch", "height", "width", "rows", "cols", "repeat_y", "repeat_x", "cover"])
+@triton.jit(
+    do_not_specialize=[
+        "batch", "height", "width", "rows", "cols", "repeat_y", "repeat_x", "grad_n", "grad_c", "grad_y"
+    ],
+    do_not_specialize_on_alignment=["grad"],
+)  # fmt: skip
 def extract_patches_backward_kernel(
     grad,  # [M, C, p, p]
     lines,  # [M] rows of grad by patch number, or None
@@ -160,7 +172,6 @@ def extract_patches_backward_kernel(
     grad_y,
     grad_x,
     channels,
-    cover,
     PATCH: tl.constexpr,
     STRIDE: tl.constexpr,
     WORK: tl.constexpr,
@@ -169,23 +180,29 @@ def extract_patches_backward_kernel(
 ):
     """The adjoint: image pixel (y, x) sums the gradients of all patch pixels that read it, tile rows before tile columns
     before repeated patches, each in its order. One program writes a block of one channel. `repeat_y` patch rows at most
-    read one image row: more than one only where patches reach out of the image, and then its last row."""
+    read one image row: more than one only where patches reach out of the image, and then its last row.
+
+    On a device a block is a run of one row, a pixel for each thread, so that neighbours read neighbouring pixels. It has one
+    axis: of blocks of two the compiler would not see along which neighbours lie."""
+    BLOCK: tl.constexpr = BLOCK_Y * BLOCK_X
     program = tl.program_id(0)
     blocks_y, blocks_x = (height + BLOCK_Y - 1) // BLOCK_Y, (width + BLOCK_X - 1) // BLOCK_X
     plane = (program // blocks_x // blocks_y).to(tl.int64)
     image, c = program // blocks_x // blocks_y // channels, program // blocks_x // blocks_y % channels
     image, c = image.to(tl.int64), c.to(tl.int64)
-    y = (program // blocks_x % blocks_y) * BLOCK_Y + tl.arange(0, BLOCK_Y)[:, None]
-    x = (program % blocks_x) * BLOCK_X + tl.arange(0, BLOCK_X)[None, :]
+    y = (program // blocks_x % blocks_y) * BLOCK_Y + tl.arange(0, 1 if BLOCK_Y == 1 else BLOCK) // BLOCK_X
+    x = (program % blocks_x) * BLOCK_X + tl.arange(0, BLOCK) % BLOCK_X
     first_y, last_y = first_covering(y, rows, PATCH, STRIDE), last_covering(y, rows, height, PATCH, STRIDE)
     first_x, last_x = first_covering(x, cols, PATCH, STRIDE), last_covering(x, cols, width, PATCH, STRIDE)
     inside = (y < height) & (x < width)
-    total = tl.full((BLOCK_Y, BLOCK_X), 0, WORK)
-    for step in range(cover * repeat_y):
-        i = first_y + step // repeat_y
+    total = tl.full((BLOCK,), 0, WORK)
+    # Ends of the loops are the same for a whole block: steps in which no tile covers a pixel would take as long.
+    lowest = tl.min(first_y)
+    for step in range((tl.max(last_y) + 1 - lowest) * repeat_y):
+        i = lowest + step // repeat_y
         k = y - origin(i, height, PATCH, STRIDE) + step % repeat_y
-        row = inside & (i <= last_y) & (k < PATCH) & ((step % repeat_y == 0) | (y == height - 1))
-        for other in range(cover * repeat_x):
+        row = inside & (i >= first_y) & (i <= last_y) & (k < PATCH) & ((step % repeat_y == 0) | (y == height - 1))
+        for other in range((tl.max(last_x - first_x) + 1) * repeat_x):
             j = first_x + other // repeat_x
             column = x - origin(j, width, PATCH, STRIDE) + other % repeat_x
             reads = row & (j <= last_x) & (column < PATCH) & ((other % repeat_x == 0) | (x == width - 1))
@@ -229,30 +246,14 @@ def _extract_patches_backward_triton(
     constants = _backward_constants(grad.dtype, patch, stride)
     programs = batch * channels * ceil_div(height, constants["BLOCK_Y"]) * ceil_div(width, constants["BLOCK_X"])
     sizes = (batch, height, width, rows, cols, torch.sym_max(patch - height, 0) + 1, torch.sym_max(patch - width, 0) + 1)
-    launch(
-        extract_patches_backward_kernel,
-        programs,
-        grad,
-        lines,
-        begin,
-        out,
-        *sizes,
-        *grad.stride(),
-        channels,
-        max_cover(patch, stride),
-        **constants,
-        num_warps=_backward_warps(grad.dtype),
-    )
+    pointers, strides = (grad, lines, begin, out), (*grad.stride(), channels)
+    launch(extract_patches_backward_kernel, programs, *pointers, *sizes, *strides, **constants, num_warps=BACKWARD_WARPS)
     return out
 
 
 def _backward_constants(dtype: torch.dtype, patch: int, stride: int) -> dict:
-    return {"PATCH": patch, "STRIDE": stride, "WORK": work_type(dtype), "BLOCK_Y": 4 * WIDER, "BLOCK_X": 128}
-
-
-def _backward_warps(dtype: torch.dtype) -> int:
-    # What compiles without spills on all architectures.
-    return 4 if dtype == torch.float64 else 8
+    block = (64, 128) if INTERPRETED else (1, 32 * BACKWARD_WARPS)
+    return {"PATCH": patch, "STRIDE": stride, "WORK": work_type(dtype), "BLOCK_Y": block[0], "BLOCK_X": block[1]}
 
 
 def unsupported_reasons(device: torch.device) -> list[str]:
@@ -280,7 +281,6 @@ def variants() -> Iterator[Variant]:
             yield forward(torch.uint8, torch.float16, last, missing, patch=30)
     extra = {
         "batch": "i32",
-        "cover": "i32",
         "repeat_y": "i32",
         "repeat_x": "i32",
         "lines": "*i64",
@@ -292,4 +292,4 @@ def variants() -> Iterator[Variant]:
         for left_out in ((), ("lines", "begin")):
             constants = _backward_constants(dtype, 32, 28) | dict.fromkeys(left_out)
             types = {"grad": f"*{NAMES[dtype]}", "out": f"*{NAMES[dtype]}", **extra}
-            yield Variant(extract_patches_backward_kernel, types, constants, {"num_warps": _backward_warps(dtype)})
+            yield Variant(extract_patches_backward_kernel, types, constants, {"num_warps": BACKWARD_WARPS})

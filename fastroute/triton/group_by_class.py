@@ -18,9 +18,12 @@ from torch import Tensor
 from fastroute.ops import _checks as check
 from fastroute.triton._common import INTERPRETED, NAMES, Variant, ceil_div, launch
 
-# Items compared with each other, how many of them at once, and steps of so many items per program: longer stretches need
-# fewer counters, shorter ones keep more programs busy. The interpreter's time goes by steps, not by lanes.
-ITEMS, CHUNK, STEPS = (1024, 1024, 4) if INTERPRETED else (256, 8, 16)
+# torch's analysis of compiled kernels takes class_ids for written: addresses of stores come from a function that reads them.
+OPAQUE = ("group_by_class",)
+
+# Items compared with each other, how many of them at once, and stretches at most: more keep more programs busy, until they
+# all are; fewer need fewer counters. The interpreter's time goes by steps, not by lanes.
+ITEMS, CHUNK, STRETCHES = (1024, 1024, 16) if INTERPRETED else (256, 16, 4096)
 # One thread per item.
 WARPS = 8
 
@@ -42,13 +45,14 @@ def ranks(class_ids, first, count, step, classes, ITEMS: tl.constexpr, CHUNK: tl
     after = tl.zeros((ITEMS,), tl.int32)
     for start in range(0, ITEMS, CHUNK):
         other = start + tl.arange(0, CHUNK)
-        equal = ids[:, None] == ids_at(class_ids, first + other, count, step, classes)[None, :]
-        before += tl.sum((equal & (other[None, :] < lane[:, None])).to(tl.int32), axis=1)
-        after += tl.sum((equal & (other[None, :] > lane[:, None])).to(tl.int32), axis=1)
+        # Lanes lie along the last axis, so that each thread sums for its own item.
+        equal = ids_at(class_ids, first + other, count, step, classes)[:, None] == ids[None, :]
+        before += tl.sum((equal & (other[:, None] < lane[None, :])).to(tl.int32), axis=0)
+        after += tl.sum((equal & (other[:, None] > lane[None, :])).to(tl.int32), axis=0)
     return ids, before, after
 
 
-@triton.jit(do_not_specialize=["count", "step", "classes", "stretches"])
+@triton.jit(do_not_specialize=["count", "step", "classes", "stretches", "steps"])
 def group_by_class_count_kernel(
     class_ids,  # [N]
     counts,  # [1 + K · stretches], zeros
@@ -56,14 +60,14 @@ def group_by_class_count_kernel(
     step,
     classes,
     stretches,
+    steps,
     ITEMS: tl.constexpr,
     CHUNK: tl.constexpr,
-    STEPS: tl.constexpr,
 ):
     """counts[1 + c · stretches + s] = items of class c in stretch s, for one stretch."""
     stretch = tl.program_id(0).to(tl.int64)
-    for part in range(tl.minimum(STEPS, (count - stretch * STEPS * ITEMS + ITEMS - 1) // ITEMS)):
-        first = (stretch * STEPS + part) * ITEMS
+    for part in range(tl.minimum(steps, (count - stretch * steps * ITEMS + ITEMS - 1) // ITEMS)):
+        first = (stretch * steps + part) * ITEMS
         ids, before, after = ranks(class_ids, first, count, step, classes, ITEMS, CHUNK)
         last = (ids >= 0) & (after == 0)
         counter = counts + 1 + ids.to(tl.int64) * stretches + stretch
@@ -73,7 +77,7 @@ def group_by_class_count_kernel(
         tl.debug_barrier()
 
 
-@triton.jit(do_not_specialize=["count", "step", "classes", "stretches"])
+@triton.jit(do_not_specialize=["count", "step", "classes", "stretches", "steps"])
 def group_by_class_kernel(
     class_ids,  # [N]
     counts,  # [1 + K · stretches], items not yet placed
@@ -84,14 +88,14 @@ def group_by_class_kernel(
     step,
     classes,
     stretches,
+    steps,
     ITEMS: tl.constexpr,
     CHUNK: tl.constexpr,
-    STEPS: tl.constexpr,
 ):
     """Places the items of one stretch."""
     stretch = tl.program_id(0).to(tl.int64)
-    for part in range(tl.minimum(STEPS, (count - stretch * STEPS * ITEMS + ITEMS - 1) // ITEMS)):
-        first = (stretch * STEPS + part) * ITEMS
+    for part in range(tl.minimum(steps, (count - stretch * steps * ITEMS + ITEMS - 1) // ITEMS)):
+        first = (stretch * steps + part) * ITEMS
         item = first + tl.arange(0, ITEMS)
         ids, before, after = ranks(class_ids, first, count, step, classes, ITEMS, CHUNK)
         known = ids >= 0
@@ -112,10 +116,11 @@ def group_by_class_triton(class_ids: Tensor, num_classes: int) -> tuple[Tensor, 
     count, device = class_ids.shape[0], class_ids.device
     order = torch.empty((count,), dtype=torch.int64, device=device)
     inverse = torch.empty((count,), dtype=torch.int64, device=device)
-    stretches = ceil_div(count, ITEMS * STEPS)
+    steps = ceil_div(count, ITEMS * STRETCHES)
+    stretches = ceil_div(count, ITEMS * max(steps, 1))
     counts = torch.zeros((1 + num_classes * stretches,), dtype=torch.int64, device=device)
-    block = {"ITEMS": ITEMS, "CHUNK": CHUNK, "STEPS": STEPS, "num_warps": WARPS}
-    sizes = (count, class_ids.stride(0), num_classes, stretches)
+    block = {"ITEMS": ITEMS, "CHUNK": CHUNK, "num_warps": WARPS}
+    sizes = (count, class_ids.stride(0), num_classes, stretches, steps)
     launch(group_by_class_count_kernel, stretches, class_ids, counts, *sizes, **block)
     ends = counts.cumsum(0)
     launch(group_by_class_kernel, stretches, class_ids, counts, ends, order, inverse, *sizes, **block)
@@ -132,8 +137,8 @@ def unsupported_reasons(device: torch.device) -> list[str]:
 
 def variants() -> Iterator[Variant]:
     """The kernels as the launcher calls them."""
-    block = {"ITEMS": ITEMS, "CHUNK": CHUNK, "STEPS": STEPS}
-    sizes = {"count": "i32", "step": "i32", "classes": "i32", "stretches": "i32"}
+    block = {"ITEMS": ITEMS, "CHUNK": CHUNK}
+    sizes = {"count": "i32", "step": "i32", "classes": "i32", "stretches": "i32", "steps": "i32"}
     pointers = dict.fromkeys(("counts", "ends", "order", "inverse"), "*i64")
     for dtype in (torch.int64, torch.int32, torch.int16, torch.uint8):
         types = {"class_ids": f"*{NAMES[dtype]}", **pointers, **sizes}

@@ -30,7 +30,7 @@ from fastroute.triton._pixel_prepare import (
     pixel_count_kernel,
     pixel_list_kernel,
 )
-from fastroute.triton._pixel_weights import HOIST_ROWS, PACK_BLOCK, pixel_hoist_kernel, pixel_pack_kernel
+from fastroute.triton._pixel_weights import HOIST_ROWS, PACK_BLOCK, PACK_PARTS, pixel_hoist_kernel, pixel_pack_kernel
 
 # The launchers build their arguments from lists of tensors, which a compiled graph keeps as one node.
 OPAQUE = ("pixel_mlp", "pixel_mlp.tf32")
@@ -239,9 +239,14 @@ def pack(
     units, device = plan.padded, flat.device
     packed = torch.empty(sum(a * b for a, b in pairwise(units)), dtype=plan.dtype, device=device)
     values = torch.empty(units[0] + sum(units), dtype=torch.float32, device=device)
-    constants = {"WIDTHS": plan.widths, "PADDED": units, "D": dim, "BLOCK": PACK_BLOCK, "PRECISION": plan.precision}
-    launch(pixel_pack_kernel, len(units), flat, packed, values, **constants)
+    launch(pixel_pack_kernel, PACK_PARTS * len(units), flat, packed, values, **pack_constants(plan, dim))
     return packed, values
+
+
+def pack_constants(plan: Plan, dim: int) -> dict[str, Any]:
+    """Compile-time arguments of `pixel_pack_kernel`."""
+    constants = {"WIDTHS": plan.widths, "PADDED": plan.padded, "D": dim, "PRECISION": plan.precision}
+    return constants | {"BLOCK": PACK_BLOCK, "PARTS": PACK_PARTS}
 
 
 def hoist(
@@ -324,8 +329,7 @@ def prepare_variants(plan: Plan, types: dict[str, Any]) -> Iterator[Variant]:
     sizes = ("pixels", "lr_begin", "lr_rows", "h", "w", "height", "width", "stride_b", "stride_d", "stride_y", "stride_x")
     types = types | dict.fromkeys(sizes, "i32")
     yield Variant(pixel_hoist_kernel, types, hoist_constants(plan, 48), {"num_warps": WARPS})
-    constants = {"WIDTHS": plan.widths, "PADDED": plan.padded, "D": 48, "BLOCK": PACK_BLOCK, "PRECISION": plan.precision}
-    yield Variant(pixel_pack_kernel, types | {"flat_ptr": types["weight_ptr"]}, constants)
+    yield Variant(pixel_pack_kernel, types | {"flat_ptr": types["weight_ptr"]}, pack_constants(plan, 48))
 
 
 def list_variants() -> Iterator[Variant]:

@@ -27,7 +27,11 @@ SIZES = ["pixels", "channels", "height", "width", "rows", "row_begin"]
 STRIDES = ["image_b", "image_c", "image_y", "image_x", "map_b", "map_y", "map_x", "out_b", "out_c", "out_y"]
 
 
-@triton.jit(do_not_specialize=SIZES)
+# Any of the three may be a slice of rows, of any alignment; places in a row are not known to the compiler anyway.
+@triton.jit(
+    do_not_specialize=[*SIZES, "image_b", "image_c", "image_y", "map_b", "map_y", "out_b", "out_c", "out_y"],
+    do_not_specialize_on_alignment=["image", "class_map", "out"],
+)
 def refine_boundaries_kernel(
     image,  # [B, C, H, W]
     class_map,  # [B, H, W]

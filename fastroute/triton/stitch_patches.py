@@ -18,12 +18,12 @@ from fastroute.ops.stitch_patches import check_places
 from fastroute.triton._common import (
     FLOATING,
     INTEGER_IMAGE,
+    INTERPRETED,
     NAMES,
     WIDER,
     Variant,
     ceil_div,
     launch,
-    next_power,
     product,
     quotient,
     to_pixel,
@@ -33,9 +33,9 @@ from fastroute.triton._common import (
 )
 from fastroute.triton._geometry import first_covering, last_covering, max_cover, origin
 
-# Columns of one program's block, and elements of one program of the gradient.
-BLOCK_X = 128
-BLOCK = 1024
+# Warps of a program, and its elements of the gradient: one for each thread, as in `_block`.
+WARPS = 8
+BLOCK = 32 * WARPS
 WEIGHTS = 128 * WIDER
 
 
@@ -80,7 +80,14 @@ def stitch_patches_weights_kernel(
     tl.store(weights + place, tl.where(inside, quotient(weight, total), 0), mask=line < rows + cols)
 
 
-@triton.jit(do_not_specialize=["places", "height", "width", "rows", "cols", "row_begin", "out_height", "out_width", "cover"])
+# A thread has one pixel, so that alignment helps nothing; `out` may be a slice of rows, which begins anywhere.
+@triton.jit(
+    do_not_specialize=[
+        "places", "height", "width", "rows", "cols", "row_begin", "out_height", "out_width", "patch_n", "patch_c", "patch_y",
+        "out_n", "out_c", "out_y",
+    ],
+    do_not_specialize_on_alignment=["patches", "out"],
+)  # fmt: skip
 def stitch_patches_kernel(
     patches,  # [M, C·r·r, P / r, P / r]
     inverse,  # [N] or None
@@ -95,7 +102,6 @@ def stitch_patches_kernel(
     out_height,
     out_width,
     channels,
-    cover,
     patch_n,
     patch_c,
     patch_y,
@@ -118,21 +124,23 @@ def stitch_patches_kernel(
     blocks_y, blocks_x = (out_height + BLOCK_Y - 1) // BLOCK_Y, (out_width + BLOCK_X - 1) // BLOCK_X
     plane = program // blocks_x // blocks_y
     image, c = (plane // channels).to(tl.int64), plane % channels
-    line = (program // blocks_x % blocks_y) * BLOCK_Y + tl.arange(0, BLOCK_Y)[:, None]
-    x = (program % blocks_x) * BLOCK_X + tl.arange(0, BLOCK_X)[None, :]
+    # One axis: of blocks of two the compiler would not see along which neighbours lie.
+    BLOCK: tl.constexpr = BLOCK_Y * BLOCK_X
+    line = (program // blocks_x % blocks_y) * BLOCK_Y + tl.arange(0, 1 if BLOCK_Y == 1 else BLOCK) // BLOCK_X
+    x = (program % blocks_x) * BLOCK_X + tl.arange(0, BLOCK) % BLOCK_X
     y = line + row_begin
     inside = (line < out_height) & (x < out_width)
     first_y = first_covering(y // SCALE, rows, PATCH, STRIDE)
     last_y = last_covering(y // SCALE, rows, height, PATCH, STRIDE)
     first_x = first_covering(x // SCALE, cols, PATCH, STRIDE)
     last_x = last_covering(x // SCALE, cols, width, PATCH, STRIDE)
-    total = tl.full((BLOCK_Y, BLOCK_X), 0, WORK)
-    for step in range(cover):
-        i = first_y + step
-        row = inside & (i <= last_y)
+    total = tl.full((BLOCK,), 0, WORK)
+    # Ends of the loops are the same for a whole block: steps in which no tile covers a pixel would take as long.
+    for i in range(tl.min(first_y), tl.max(last_y) + 1):
+        row = inside & (i >= first_y) & (i <= last_y)
         k = y - origin(i, height, PATCH, STRIDE) * SCALE
-        strip = tl.full((BLOCK_Y, BLOCK_X), 0, WORK)
-        for other in range(cover):
+        strip = tl.full((BLOCK,), 0, WORK)
+        for other in range(tl.max(last_x - first_x) + 1):
             j = first_x + other
             reads = row & (j <= last_x)
             column = x - origin(j, width, PATCH, STRIDE) * SCALE
@@ -143,9 +151,9 @@ def stitch_patches_kernel(
             channel = (c * SHUFFLE + k % SHUFFLE) * SHUFFLE + column % SHUFFLE
             within = (k // SHUFFLE).to(tl.int64) * patch_y + (column // SHUFFLE).to(tl.int64) * patch_x
             pixel = tl.load(patches + place * patch_n + channel.to(tl.int64) * patch_c + within, mask=known, other=0)
-            weight = tl.load(weights + (rows + j) * SPAN + column, mask=j <= last_x, other=0)
+            weight = tl.load(weights + (rows + j) * SPAN + column, mask=(x < out_width) & (j <= last_x), other=0)
             strip += tl.where(known, product(to_work(pixel, WORK), weight), 0)
-        weight = tl.load(weights + i * SPAN + k, mask=(line < out_height) & (i <= last_y), other=0)
+        weight = tl.load(weights + i * SPAN + k, mask=(line < out_height) & (i >= first_y) & (i <= last_y), other=0)
         total += tl.where(row, product(strip, weight), 0)
     target = image * out_n + c.to(tl.int64) * out_c + line.to(tl.int64) * out_y + x
     tl.store(out + target, to_pixel(total, out.dtype.element_ty), mask=inside)
@@ -155,9 +163,13 @@ def _constants(dtype: torch.dtype, patch: int, stride: int, scale: int) -> dict:
     return {"PATCH": patch, "STRIDE": stride, "SCALE": scale, "WORK": work_type(dtype)}
 
 
-def _block_y(dtype: torch.dtype) -> int:
-    # What compiles without spills on all architectures.
-    return (2 if dtype == torch.float64 else 4) * WIDER
+def _block() -> dict[str, int]:
+    """A program's block: on a device a run of one row, a pixel for each thread, so that neighbours read neighbouring pixels.
+
+    With more of them the compiler would let a thread have neighbours, for the sake of what it writes, and as masks allow
+    no access of several at once, all that a warp reads or writes at a time would lie apart.
+    """
+    return {"BLOCK_Y": 64, "BLOCK_X": 128} if INTERPRETED else {"BLOCK_Y": 1, "BLOCK_X": 32 * WARPS}
 
 
 def _weights(
@@ -197,13 +209,12 @@ def stitch_patches_out_triton(
     constants = _constants(patches.dtype, patch, stride, scale)
     weights = _weights(window, height, width, rows, cols, patch, stride, scale, crop)
     batch, channels, out_height, out_width = out.shape
-    block_y = _block_y(patches.dtype)
-    programs = batch * channels * ceil_div(out_height, block_y) * ceil_div(out_width, BLOCK_X)
-    cover = max_cover(patch, stride)
-    sizes = (patches.shape[0], height, width, rows, cols, row_begin, out_height, out_width, channels, cover)
-    block = {**constants, "SHUFFLE": shuffle, "BLOCK_Y": block_y, "BLOCK_X": BLOCK_X}
+    block = _block()
+    programs = batch * channels * ceil_div(out_height, block["BLOCK_Y"]) * ceil_div(out_width, block["BLOCK_X"])
+    sizes = (patches.shape[0], height, width, rows, cols, row_begin, out_height, out_width, channels)
     strides = (*patches.stride(), *out.stride()[:3])
-    launch(stitch_patches_kernel, programs, patches, inverse, weights, out, *sizes, *strides, **block)
+    constants |= {"SHUFFLE": shuffle, **block}
+    launch(stitch_patches_kernel, programs, patches, inverse, weights, out, *sizes, *strides, **constants, num_warps=WARPS)
 
 
 def stitch_patches_batches_out_triton(batches: list[Tensor], *args: Any, out: Tensor) -> None:
@@ -237,7 +248,12 @@ def stitch_patches_triton(
     return out
 
 
-@triton.jit(do_not_specialize=["lines_count", "height", "width", "rows", "cols", "out_height", "out_width"])
+@triton.jit(
+    do_not_specialize=[
+        "lines_count", "height", "width", "rows", "cols", "out_height", "out_width", "grad_n", "grad_c", "grad_y"
+    ],
+    do_not_specialize_on_alignment=["grad"],
+)  # fmt: skip
 def stitch_patches_backward_kernel(
     grad,  # [B, C, out_height, out_width]
     numbers,  # [N] patches by the row that holds them, or None
@@ -269,13 +285,13 @@ def stitch_patches_backward_kernel(
     size = channels * SPAN * SPAN
     pieces = (size + BLOCK - 1) // BLOCK
     program = tl.program_id(0)
-    m = (program // pieces).to(tl.int64) * WIDER + tl.arange(0, WIDER)[:, None]
-    place = (program % pieces) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    m = (program // pieces).to(tl.int64) * WIDER + tl.arange(0, 1 if WIDER == 1 else WIDER * BLOCK) // BLOCK
+    place = (program % pieces) * BLOCK + tl.arange(0, WIDER * BLOCK) % BLOCK
     inside = (m < lines_count) & (place < size)
     c, k, column = place // (SPAN * SPAN), place // SPAN % SPAN, place % SPAN
-    total = tl.full((WIDER, BLOCK), 0, WORK)
+    total = tl.full((WIDER * BLOCK,), 0, WORK)
     start = m
-    count = tl.full((WIDER, 1), 1, tl.int64)
+    count = tl.full(m.shape, 1, tl.int64)
     if begin is not None:
         start = tl.load(begin + m, mask=m < lines_count, other=0)
         count = tl.load(begin + m + 1, mask=m < lines_count, other=0) - start
@@ -320,10 +336,9 @@ def _stitch_patches_backward_triton(
     weights = _weights(window, height, width, rows, cols, patch, stride, scale, crop)
     span, channels = patch * scale, grad.shape[1]
     out = torch.empty((num_patches, channels, span, span), dtype=grad.dtype, device=grad.device)
-    block = min(BLOCK, next_power(span * span))
-    programs = ceil_div(num_patches, WIDER) * ceil_div(channels * span * span, block)
+    programs = ceil_div(num_patches, WIDER) * ceil_div(channels * span * span, BLOCK)
     sizes = (num_patches, height, width, rows, cols, *grad.shape[2:], *grad.stride(), channels)
-    constants |= {"BLOCK": block, "WIDER": WIDER}
+    constants |= {"BLOCK": BLOCK, "WIDER": WIDER, "num_warps": WARPS}
     launch(stitch_patches_backward_kernel, programs, grad, numbers, begin, weights, out, *sizes, **constants)
     return out
 
@@ -358,9 +373,9 @@ def variants() -> Iterator[Variant]:
         return {**rest, **pointers, "out": f"*{NAMES[target]}", "window": work, "weights": work}
 
     def forward(source: torch.dtype, target: torch.dtype, shuffle: int = 1, missing: tuple = ()) -> Variant:
-        block = {"SHUFFLE": shuffle, "BLOCK_Y": _block_y(source), "BLOCK_X": BLOCK_X, **dict.fromkeys(missing)}
+        block = {"SHUFFLE": shuffle, **_block(), **dict.fromkeys(missing)}
         constants = {**_constants(source, 32, 28, 4), **block}
-        return Variant(stitch_patches_kernel, types(source, target), constants)
+        return Variant(stitch_patches_kernel, types(source, target), constants, {"num_warps": WARPS})
 
     for source in FLOATING:
         every = source == torch.float32
@@ -368,11 +383,11 @@ def variants() -> Iterator[Variant]:
         yield forward(source, source, shuffle=4)
         yield forward(source, torch.uint8, shuffle=4, missing=("inverse",))
         constants = _constants(source, 32, 28, 4)
-        backward = {**constants, "BLOCK": BLOCK, "WIDER": WIDER}
-        yield Variant(stitch_patches_backward_kernel, types(source, source), backward)
+        backward, options = {**constants, "BLOCK": BLOCK, "WIDER": WIDER}, {"num_warps": WARPS}
+        yield Variant(stitch_patches_backward_kernel, types(source, source), backward, options)
         if every:
             without = {**backward, "numbers": None, "begin": None}
-            yield Variant(stitch_patches_backward_kernel, types(source, source), without)
+            yield Variant(stitch_patches_backward_kernel, types(source, source), without, options)
     for dtype in (torch.float32, torch.float64):
         constants = {name: value for name, value in _constants(dtype, 32, 28, 4).items() if name != "WORK"}
         yield Variant(stitch_patches_weights_kernel, types(dtype, dtype), {**constants, "BLOCK": WEIGHTS})

@@ -48,7 +48,8 @@ def compile_variant(variant: Any, arch: int) -> Resources:
     from triton.compiler import ASTSource
 
     names = variant.kernel.arg_names
-    pointers = [i for i, name in enumerate(names) if variant.signature[name].startswith("*")]
+    anywhere = variant.kernel.do_not_specialize_on_alignment
+    pointers = [i for i, name in enumerate(names) if variant.signature[name].startswith("*") and name not in anywhere]
     source = ASTSource(
         variant.kernel,
         variant.signature,
