@@ -15,7 +15,7 @@ namespace {
 constexpr const char* kOp = "adaptive_threshold";
 constexpr int kThreads = 256;
 constexpr int64_t kMostParts = kThreads;  // of an image: a block joins them with one thread each
-constexpr int64_t kPacks = 16;            // of 16 bytes, of a thread, unless a part would be too small or too large
+constexpr int64_t kPacks = 4;             // of 16 bytes, of a thread, unless a part would be too small or too large
 // Of the published iteration: see fastroute/reference/adaptive_threshold.py.
 constexpr int kMaxAssignments = 19;
 constexpr double kTolerance = 1e-4;
@@ -73,10 +73,20 @@ __device__ __forceinline__ void for_scores(const T* score, const Parts& p, const
     const int64_t image = blockIdx.x / p.parts, part = blockIdx.x - image * p.parts;
     const T* const from = score + image * p.count;
     const int64_t whole = p.count / kPack<T> * kPack<T>, step = p.parts * kThreads;
-    for (int64_t at = (part * kThreads + threadIdx.x) * kPack<T>; at < whole; at += step * kPack<T>) {
-        const Pack<T, kPack<T>> scores = load_pack<kPack<T>>(from + at);
+    const int64_t next = step * kPack<T>;
+    for (int64_t at = (part * kThreads + threadIdx.x) * kPack<T>; at < whole; at += kPacks * next) {
+        // All are on their way before the first is waited for.
+        Pack<T, kPack<T>> scores[kPacks];
 #pragma unroll
-        for (int i = 0; i < kPack<T>; ++i) f(static_cast<double>(static_cast<Work<T>>(scores.at[i])));
+        for (int n = 0; n < kPacks; ++n) {
+            if (at + n * next < whole) scores[n] = load_pack<kPack<T>>(from + at + n * next);
+        }
+#pragma unroll
+        for (int n = 0; n < kPacks; ++n) {
+            if (at + n * next >= whole) break;
+#pragma unroll
+            for (int i = 0; i < kPack<T>; ++i) f(static_cast<double>(static_cast<Work<T>>(scores[n].at[i])));
+        }
     }
     for (int64_t at = whole + part * kThreads + threadIdx.x; at < p.count; at += step) {
         f(static_cast<double>(static_cast<Work<T>>(from[at])));

@@ -98,8 +98,9 @@ void assign_by_budget(const Queue& queue, const Tensor& score, const Items& item
     const T* data = score.const_data_ptr<T>();
     const int64_t shared = (kPenalties * items.classes + 1) * static_cast<int64_t>(sizeof(unsigned));
     const int64_t blocks = std::min<int64_t>(blocks_for(items.count(), kBudgetThreads), 4 * queue.multiprocessors());
-    const int passes = items.count() <= kFewItems ? 0 : kPasses;
-    queue.launch(assign_classes_start_kernel, 1, kThreads, 0, penalty_bound(cost), items.classes, state);
+    const double bound = penalty_bound(cost);
+    const int passes = items.count() <= kFewItems ? 0 : std::min(passes_for(bound), kMostPasses);
+    queue.launch(assign_classes_start_kernel, 1, kThreads, 0, bound, items.classes, state);
     for (int pass = 0; pass < passes; ++pass) {
         queue.launch(assign_classes_pass_kernel<T>, blocks, kBudgetThreads, shared, data, items, budget, pass, state);
     }

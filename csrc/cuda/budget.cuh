@@ -1,8 +1,9 @@
-// The penalty of a budget, bisected on the device. Five steps of the bisection share one pass over the items: its 31
-// possible midpoints and its lower end are 32 penalties, and as the choice of an item moves to cheaper classes as the
-// penalty grows, an item is counted once, and again wherever its class changes along them. Counts are integers, so
-// adding them atomically gives the same sums in any order. Every block of the next pass works out the five decisions
-// for itself.
+// The penalty of a budget, bisected on the device with the midpoints of the reference, because near ties rounding makes
+// the result depend on them. A pass over the items tries up to 31 midpoints at once: of an interval that ends at 0 the
+// next 31 halvings, of any other those that five steps can meet. The choice of an item moves to cheaper classes as the
+// penalty grows, so an item is counted once, and again wherever its class changes along them. Counts are integers, so
+// adding them atomically gives the same sums in any order. Every block of the next pass works out the decisions for
+// itself.
 #pragma once
 
 #include <cmath>
@@ -15,13 +16,14 @@ namespace {
 
 constexpr int kMostClasses = 256;
 constexpr int kSteps = 5;                // of the bisection in one pass
-constexpr int kPenalties = 1 << kSteps;  // its lower end and the midpoints
+constexpr int kPenalties = 1 << kSteps;  // the lower end and the midpoints
+constexpr int kHalvings = kPenalties - 1;
 constexpr int kBudgetThreads = 256;
-// Over all blocks: 65 steps, enough for a penalty of about 1.
+// Over all blocks; one block takes what is left.
 #ifndef FASTROUTE_BUDGET_PASSES
-#define FASTROUTE_BUDGET_PASSES 13
+#define FASTROUTE_BUDGET_PASSES 64
 #endif
-constexpr int kPasses = FASTROUTE_BUDGET_PASSES;
+constexpr int kMostPasses = FASTROUTE_BUDGET_PASSES;
 constexpr int64_t kFewItems = 4096;     // one block alone is as fast
 constexpr double kBudgetSlack = 1e-9;   // mean cost and budget are both sums of rounded fractions
 constexpr double kSmallest = 0x1p-126;  // scores below count as this much
@@ -81,18 +83,49 @@ __device__ int choose(const T* score, const Items& items, const Budget& budget, 
     return best;
 }
 
-// The penalties of five steps in an interval, in order: [0] is its lower and [kPenalties] its upper end.
+// Below the first of these a penalty moves no score but those of 1, whose logarithm is 0, and a power of 2 as factor
+// changes no choice while penalty · log2(cost) is a normal number: all logarithms but 0 are at least 2^-53. The second
+// takes what a pass leaves below the first, which is above 2^-160, to where 2^-53 times it is still normal.
+constexpr double kTiny = 0x1p-128, kLeap = 0x1p-800;
+
+// Passes that always suffice for an interval of penalties [-bound, bound]: halvings down to kTiny, halvings from there
+// times kLeap to the last double, 2^-1074, and 53 bits below a power of 2.
+int passes_for(double bound) {
+    const int halvings = static_cast<int>(blocks_for(std::ilogb(bound) + 1 + 128, kHalvings)) +
+                         static_cast<int>(blocks_for(1075 - 800 - 128, kHalvings));
+    return 1 + halvings + static_cast<int>(blocks_for(53, kSteps));
+}
+
+// How a pass cuts an interval. The first tries 0 alone: nearly all items differ between its ends.
+enum class Cut { middle, halves_down, halves_up, five_steps };
+
+__device__ __forceinline__ Cut cut_of(const Interval& interval) {
+    if (interval.started == 0) return Cut::middle;
+    if (interval.low == 0) return Cut::halves_down;
+    return interval.high == 0 ? Cut::halves_up : Cut::five_steps;
+}
+
+// The penalties of a pass, in order: [0] is the lower and [kPenalties] the upper end of the interval.
 __device__ void spread(const Interval& interval, double* penalty) {
     penalty[0] = interval.low, penalty[kPenalties] = interval.high;
-    for (int half = kPenalties / 2; half > 0; half /= 2) {
-        for (int at = half; at < kPenalties; at += 2 * half) {
-            penalty[at] = multiply(0.5, add(penalty[at - half], penalty[at + half]));
+    const Cut cut = cut_of(interval);
+    if (cut == Cut::middle) {
+        for (int at = 1; at < kPenalties; ++at) penalty[at] = 0;
+    } else if (cut == Cut::halves_down) {
+        for (int at = kPenalties - 1; at > 0; --at) penalty[at] = multiply(0.5, penalty[at + 1]);
+    } else if (cut == Cut::halves_up) {
+        for (int at = 1; at < kPenalties; ++at) penalty[at] = multiply(0.5, penalty[at - 1]);
+    } else {
+        for (int half = kPenalties / 2; half > 0; half /= 2) {
+            for (int at = half; at < kPenalties; at += 2 * half) {
+                penalty[at] = multiply(0.5, add(penalty[at - half], penalty[at + half]));
+            }
         }
     }
 }
 
-// What five steps make of an interval. counts [kPenalties, K] hold, from one penalty to the next, the change of the
-// number of items of each class; `open` items differ between the ends. All threads of a block call this.
+// What the steps of one pass make of an interval. counts [kPenalties, K] hold, from one penalty to the next, the change
+// of the number of items of each class; `open` items differ between the ends. All threads of a block call this.
 __device__ Interval narrowed(const Interval& interval, const Count* counts, Count open, const Items& items,
                              const Budget& budget) {
     FASTROUTE_SHARED(int, fits, [kPenalties]);
@@ -117,15 +150,21 @@ __device__ Interval narrowed(const Interval& interval, const Count* counts, Coun
         next.high = interval.low, next.settled = 1;
         return next;
     }
+    const Cut cut = cut_of(interval);
     int low = 0, high = kPenalties;
-    for (int step = 0; step < kSteps; ++step) {
-        const int middle = (low + high) / 2;
-        if (penalty[middle] == penalty[low] || penalty[middle] == penalty[high]) next.settled = 1;
-        if (next.settled != 0) break;
+    while (high - low > 1) {
+        const int middle = cut == Cut::halves_down ? high - 1 : (cut == Cut::halves_up ? low + 1 : (low + high) / 2);
+        if (penalty[middle] == penalty[low] || penalty[middle] == penalty[high]) {
+            next.settled = cut == Cut::middle ? 0 : 1;
+            break;
+        }
         (fits[middle] != 0 ? high : low) = middle;
     }
     next.low = penalty[low], next.high = penalty[high];
     if (open == 0) next.settled = 1;
+    const auto leap = [](double end) { return fabs(end) < kTiny && fabs(end) > kTiny * 0x1p-32 ? end * kLeap : end; };
+    if (next.low == 0) next.high = leap(next.high);
+    if (next.high == 0) next.low = leap(next.low);
     return next;
 }
 
@@ -135,24 +174,40 @@ template <typename T>
 __device__ void count_items(const T* score, const Items& items, const Budget& budget, const Interval& interval,
                             int64_t first, int64_t step, unsigned* counts) {
     FASTROUTE_SHARED(double, penalty, [kPenalties + 1]);
+    const Cut cut = cut_of(interval);
+    const int tries = cut == Cut::middle ? 1 : kHalvings;
+    const bool down = cut == Cut::halves_down;
     __syncthreads();
     if (threadIdx.x == 0) spread(interval, penalty);
     for (int64_t e = threadIdx.x; e < kPenalties * items.classes + 1; e += kBudgetThreads) counts[e] = 0;
     __syncthreads();
     for (int64_t n = first; n < items.count(); n += step) {
         const T* own = score + n / items.length * items.classes * items.length + n % items.length;
-        int here = choose(own, items, budget, penalty[0]);
-        const int cheapest = choose(own, items, budget, penalty[kPenalties]);
-        atomicAdd(&counts[here], 1u);
-        if (here == cheapest) continue;
+        const int dear = choose(own, items, budget, penalty[0]);
+        const int cheap = choose(own, items, budget, penalty[kPenalties]);
+        atomicAdd(&counts[dear], 1u);
+        if (dear == cheap) continue;
         atomicAdd(&counts[kPenalties * items.classes], 1u);
-        for (int p = 1; p < kPenalties && here != cheapest; ++p) {
+        const auto change = [&](int at, int from, int to) {
+            if (from == to || at == kPenalties) return;
+            atomicAdd(&counts[at * items.classes + to], 1u);
+            atomicAdd(&counts[at * items.classes + from], ~0u);
+        };
+        // Halvings are tried towards 0, until the class is that at 0. Of five steps all are: where ties are near,
+        // rounding may turn the order of classes back.
+        const int goal = down ? dear : cheap;
+        int here = down ? cheap : dear;
+        for (int tried = 1; tried <= tries && (here != goal || cut == Cut::five_steps); ++tried) {
+            const int p = down ? kPenalties - tried : tried;
             const int next = choose(own, items, budget, penalty[p]);
-            if (next == here) continue;
-            atomicAdd(&counts[p * items.classes + next], 1u);
-            atomicAdd(&counts[p * items.classes + here], ~0u);
+            if (down) {
+                change(p + 1, next, here);
+            } else {
+                change(p, here, next);
+            }
             here = next;
         }
+        if (down) change(1, dear, here);
     }
 }
 

@@ -10,7 +10,7 @@ namespace {
 
 constexpr int kSortThreads = 128;
 constexpr int kSortWarps = kSortThreads / 32;
-constexpr int kScanThreads = 256;
+constexpr int kScanThreads = 1024;           // of the one block that scans
 constexpr int kScanItems = 8;                // consecutive counts of one thread
 constexpr int64_t kStretch = 256;            // items from which a warp of its own pays
 constexpr int64_t kMostStretches = 1 << 14;  // more warps than any device holds at a time

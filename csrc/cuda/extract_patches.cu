@@ -1,7 +1,7 @@
 // extract_patches: out[m, c, k, l] = (image[b, c, y0 + k, x0 + l] / maximum - mean[c]) / std[c] for the patch order[m]
 // of image b at (y0, x0), reads clamped to the image. A patch is a sequence of rows, runs in memory: the p pixels of
 // one row of a channel, or all channels of them in channels_last. A block writes some rows of one patch, a thread 16
-// bytes of them at a time.
+// bytes of them at a time where the image has them side by side too, and one element otherwise.
 #include "common/extract_patches.h"
 #include "cuda/counting_sort.cuh"
 #include "cuda/extract_patches.cuh"
@@ -10,12 +10,16 @@ namespace fastroute {
 namespace {
 
 constexpr int kThreads = 256;
+// Blocks of a multiprocessor that the registers allow.
+template <typename In>
+constexpr int kBlocks = sizeof(In) == 8 ? 3 : 4;
 constexpr int kPacks = 4;  // of one thread: enough to pay for finding the patch
 
 template <typename In, typename Out>
-__global__ void __launch_bounds__(kThreads, 4) extract_patches_kernel(const In* __restrict__ images,  // [B, C, H, W]
-                                                                      ExtractPlan plan, int64_t total,
-                                                                      Out* __restrict__ out) {  // [M, C, p, p]
+__global__ void __launch_bounds__(kThreads, kBlocks<In>)
+    extract_patches_kernel(const In* __restrict__ images,  // [B, C, H, W]
+                           ExtractPlan plan, int64_t total,
+                           Out* __restrict__ out) {  // [M, C, p, p]
     constexpr int N = kPack<Out>;
     for (int64_t item = blockIdx.x; item < total; item += gridDim.x) {
         const int64_t m = item / plan.groups;
@@ -24,13 +28,21 @@ __global__ void __launch_bounds__(kThreads, 4) extract_patches_kernel(const In* 
         const Source<In, Out> source(plan, images, m);
         Out* target = out + (m * plan.rows + first) * plan.length;
         const int elements = rows * plan.length;
+        if (!source.template has_runs<N>()) {
+            // Every element is read on its own: neighbouring lanes then write neighbours.
+#pragma unroll 1
+            for (int at = static_cast<int>(threadIdx.x); at < elements; at += kThreads) {
+                target[at] = source.element(first + at / plan.length, at % plan.length);
+            }
+            continue;
+        }
         for (int at = static_cast<int>(threadIdx.x) * N; at < elements; at += kThreads * N) {
             const int row = at / plan.length, l = at - row * plan.length;
             if (l + N <= plan.length && source.template is_run<N>(l)) {
                 store_pack<N>(target + at, source.template run<N>(first + row, l), N);
                 continue;
             }
-            // Clamped, strided, or running on into the next rows.
+            // Clamped, or running on into the next rows.
 #pragma unroll 1
             for (int e = at; e < elements && e < at + N; ++e) {
                 target[e] = source.element(first + e / plan.length, e % plan.length);

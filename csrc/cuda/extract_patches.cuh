@@ -102,12 +102,20 @@ struct Source {
         return Convert<In, Out>(plan, c)(line(k)[c * plan.c_step + column(at)]);
     }
 
-    // Whether elements [l, l + N) of a row are read from N neighbours in memory and alike.
+    // Whether N neighbours of a row are anywhere read from N neighbours in memory and alike; the same for all patches.
+    template <int N>
+    __device__ __forceinline__ bool has_runs() const {
+        if (plan.length < N) return false;
+        if (!plan.channels_last) return plan.x_step == 1;
+        return plan.c_step == 1 && plan.x_step == plan.channels && plan.mean.data == nullptr &&
+               plan.std.data == nullptr;
+    }
+
+    // Whether elements [l, l + N) of a row are, where there are runs: inside the image.
     template <int N>
     __device__ __forceinline__ bool is_run(int l) const {
-        if (!plan.channels_last) return plan.x_step == 1 && x + l + N <= plan.grid.x.size;
-        return plan.c_step == 1 && plan.x_step == plan.channels && plan.mean.data == nullptr &&
-               plan.std.data == nullptr && x * plan.channels + l + N <= plan.grid.x.size * plan.channels;
+        const int64_t pixel = plan.channels_last ? plan.channels : 1;
+        return x * pixel + l + N <= plan.grid.x.size * pixel;
     }
 
     template <int N>

@@ -44,14 +44,15 @@ class Queue {
         : op_(op)
 #if defined(__CUDACC__)
           ,
-          guard_(x.get_device_index())
+          device_(x.get_device_index()),
+          guard_(device_)
 #endif
     {
 #if defined(__CUDACC__)
         void* stream = nullptr;
-        FASTROUTE_CHECK(aoti_torch_get_current_cuda_stream != nullptr &&
-                            aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream) == 0,
-                        op, ": torch has no current CUDA stream");
+        FASTROUTE_CHECK(
+            aoti_torch_get_current_cuda_stream != nullptr && aoti_torch_get_current_cuda_stream(device_, &stream) == 0,
+            op, ": torch has no current CUDA stream");
         stream_ = static_cast<cudaStream_t>(stream);
 #else
         (void)x;
@@ -66,8 +67,10 @@ class Queue {
         const unsigned grid = static_cast<unsigned>(std::min(blocks, kMaxBlocks));
 #if defined(__CUDACC__)
         if (shared_bytes > kSmallShared) {
+            // A limit of the kernel, not of the launch, so another thread may set it between: it is the same always.
+            // Kernels that use so much have no static shared memory, which would count too.
             check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                       static_cast<int>(shared_bytes)));
+                                       static_cast<int>(max_shared_bytes())));
         }
         kernel<<<grid, threads, shared_bytes, stream_>>>(static_cast<Params>(args)...);
         check(cudaGetLastError());
@@ -100,18 +103,20 @@ class Queue {
   private:
 #if defined(__CUDACC__)
     int attribute(cudaDeviceAttr name) const {
-        int device = 0, value = 0;
-        check(cudaGetDevice(&device));
-        check(cudaDeviceGetAttribute(&value, name, device));
+        int value = 0;
+        check(cudaDeviceGetAttribute(&value, name, device_));
         return value;
     }
     void check(cudaError_t error) const {
         FASTROUTE_CHECK(error == cudaSuccess, op_, ": the kernel could not be launched: ", cudaGetErrorString(error));
     }
+#endif
+    const char* op_;
+#if defined(__CUDACC__)
+    int32_t device_;
     torch::stable::accelerator::DeviceGuard guard_;
     cudaStream_t stream_ = nullptr;
 #endif
-    const char* op_;
 };
 
 // Blocks of `threads` that give every item one thread.

@@ -77,6 +77,8 @@ __global__ void __launch_bounds__(kThreads) pixel_mlp_first_mma_kernel(FirstLaye
                 load_feature(f, from, begin, tile + threadIdx.x * kFirstStride);
                 __syncthreads();
             }
+            // Lanes that stored sums meet those beyond the last feature.
+            __syncwarp();
             const int32_t steps = min(kFirstDepth / 16, depth_tiles - begin / 16) * Steps;
             for (int32_t k = 0; k < steps; ++k) {
                 uint32_t a[2][4];

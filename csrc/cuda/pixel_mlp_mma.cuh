@@ -94,6 +94,8 @@ __device__ __forceinline__ void multiply_tile(const uint4* weight, const float* 
     }
 #pragma unroll
     for (int k = 0; k < Steps; ++k) {
+        // As above: weights are not read far ahead.
+        if (Steps > 16 && k % 8 == 0) __syncwarp();
         const uint4 w = weight[k * 32];
 #pragma unroll
         for (int row = 0; row < Rows; ++row) {
@@ -193,6 +195,8 @@ __global__ void __launch_bounds__(32 * mma_warps(kLayerSteps<T, Tiles>), mma_blo
             const int32_t left = min(16, task.layout.channels - begin);
             const uint4* w = weight(last, begin / 16);
             float sum[Rows][2][4];
+            // Lanes that stored pixels meet those that had none; where weights are copied all have met.
+            if (Resident) __syncwarp();
             if (left <= 8) {
                 multiply_tile<T, Steps, Rows, 1>(w, bias(last) + begin, x, sum);
             } else {

@@ -8,6 +8,7 @@ namespace {
 
 // Blocks of a multiprocessor of kernels that use few registers and little shared memory.
 constexpr int64_t kManyBlocks = 8;
+constexpr int64_t kReservedShared = 1 << 10;  // bytes of a block's shared memory that the system keeps
 
 template <typename T>
 struct Run {
@@ -169,7 +170,9 @@ struct Run {
     void launch_mma(const ClassPlan<T>& c, const MmaTask<T>& task, int64_t count) const {
         const int steps = kSteps<T> * c.layout.tiles, warps = mma_warps(steps);
         const int64_t bytes = mma_shared_bytes(c), pixels = 16 * mma_rows(steps) * warps;
-        const int64_t fitting = std::clamp<int64_t>(queue.max_shared_bytes() / bytes, 1, mma_blocks(steps));
+        // A multiprocessor has what one block may use and its reserve, and takes the reserve of every block from it.
+        const int64_t room = (queue.max_shared_bytes() + kReservedShared) / (bytes + kReservedShared);
+        const int64_t fitting = std::clamp<int64_t>(room, 1, mma_blocks(steps));
         const int64_t blocks = std::min(blocks_for(count, pixels), fitting * queue.multiprocessors());
         const auto launch = [&]<int... Tiles>(std::integer_sequence<int, Tiles...>) {
             const auto one = [&]<int N>(std::integral_constant<int, N>) {

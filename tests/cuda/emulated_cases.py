@@ -82,11 +82,46 @@ def test_scores_that_are_not_finite_get_some_class(value, place):
 
 @pytest.mark.parametrize("items", [3, 5000])
 def test_budget_that_takes_many_steps(items):
-    # Equal scores of 1 change class at a penalty of 2^-1074: more steps than the passes over all blocks make.
+    # Equal scores of 1 change class at a penalty of 2^-1074.
     score, cost = torch.ones(items, 3), torch.tensor([4.0, 2.0, 1.0], dtype=torch.float64)
     for budget in (0.25, 0.5, 1.0):
         expected = assign_classes_reference(score, cost, 0.0, budget, torch.int64)
         assert torch.equal(OPS.assign_classes(score, cost, 0.0, budget, 8), expected)
+
+
+# None costs 1 in some: rounding then turns the order of equal scores back and forth as the penalty grows.
+TIE_COSTS = (
+    [4.0, 2.0, 1.0],
+    [4.0, 3.0, 2.0],
+    [304.0, 141.0, 468.0],
+    [0.9, 0.95, 0.5],
+    [2.0, 2.0, 1.0],
+    [1 + 2.0**-50, 1.0, 3.0],
+)
+
+
+# One block searches, or many do.
+@pytest.mark.parametrize(
+    ("items", "dtype"), [(24, torch.float16), (24, torch.float32), (24, torch.float64), (4200, torch.float32)]
+)
+@pytest.mark.parametrize("cost", TIE_COSTS, ids=str)
+def test_budget_of_ties(cost, items, dtype):
+    # Powers of 2 have the same logarithms in every library; below 2^-126 they count as much.
+    levels = torch.tensor([1.0, 0.5, 2.0**-20, 0.0], dtype=dtype)
+    constant = levels[:, None, None].expand(4, items, 3)
+    mixed = levels[torch.arange(items) % 4][:, None].expand(items, 3)
+    beside = levels[torch.arange(3 * items).view(items, 3) // 5 % 4]
+    # Of two classes alike, with a third far below or just above.
+    pair = torch.tensor([1.0, 1.0, 0.0], dtype=dtype).expand(items, 3)
+    above = torch.tensor([1.0, 1.0, 1 + torch.finfo(dtype).eps], dtype=dtype).expand(items, 3)
+    prices = torch.tensor(cost, dtype=torch.float64)
+    least = min(cost) / max(cost)
+    scores = (*constant, mixed, beside, pair, above)
+    for score in scores if items < 4096 else scores[::3]:
+        for part in (0.0, 0.3, 0.5, 0.77, 1.0):
+            budget = least + (1 - least) * part
+            expected = assign_classes_reference(score, prices, 0.0, budget, torch.uint8)
+            assert torch.equal(OPS.assign_classes(score, prices, 0.0, budget, 1), expected), (score[0], budget)
 
 
 def vast(count: int, dtype: torch.dtype) -> Tensor:
