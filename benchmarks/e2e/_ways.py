@@ -28,7 +28,8 @@ from fastroute.routing.result import Upscaled
 
 PIXEL_MODEL = "pcsr-fsrcnn-x4"
 MB = 1_000_000
-LIMIT = 300 * MB
+# What is held where memory is limited: little for a CPU, and what keeps a GPU busy.
+LIMITS = {"cpu": 300 * MB, "cuda": 2000 * MB}
 # Side of the tiles of the TIFF file that is read.
 TIFF_TILE = 256
 # Memory that is freed goes back at once: what the allocator keeps differs from run to run and hides what is used again.
@@ -83,10 +84,15 @@ def image_of(folder: Path) -> Tensor:  # [3, h, w]
     return torch.load(folder / "image.pt", weights_only=True).to(device())
 
 
-def _upscale(model: str, limit: int | None = None) -> Callable[[Path], Run]:
+def limit() -> int:
+    """Bytes for this device."""
+    return LIMITS[device().type]
+
+
+def _upscale(model: str, limited: bool = False) -> Callable[[Path], Run]:
     def prepare(folder: Path) -> Run:
         router, image = fastroute.load(model, device()), image_of(folder)
-        return lambda: router.upscale(image, memory_limit=limit)
+        return lambda: router.upscale(image, memory_limit=limit() if limited else None)
 
     return prepare
 
@@ -94,7 +100,7 @@ def _upscale(model: str, limit: int | None = None) -> Callable[[Path], Run]:
 def _upscale_file(model: str, name: str) -> Callable[[Path], Run]:
     def prepare(folder: Path) -> Run:
         router = fastroute.load(model, device())
-        return lambda: fastroute.upscale_file(folder / "image.tif", folder / name, router, memory_limit=LIMIT)
+        return lambda: fastroute.upscale_file(folder / "image.tif", folder / name, router, memory_limit=limit())
 
     return prepare
 
@@ -125,14 +131,14 @@ def _folder(folder: Path) -> Run:
     return run
 
 
-IN_MEMORY, LIMITED = "upscale", f"upscale, memory_limit {LIMIT // MB} MB"
-TO_TIFF, TO_ZARR = (f"upscale_file, {LIMIT // MB} MB, TIFF to {kind}" for kind in ("BigTIFF of tiles", "zarr"))
+IN_MEMORY, LIMITED = "upscale", "upscale, memory_limit"
+TO_TIFF, TO_ZARR = (f"upscale_file, memory_limit, TIFF to {kind}" for kind in ("BigTIFF of tiles", "zarr"))
 TILED = "tiled, the largest branch alone"
 PIXELS, PIXELS_TO_TIFF = f"pixel path: {IN_MEMORY}", f"pixel path: {TO_TIFF}"
 FOLDER, DENOISER = "a folder of PNG files", "a network of one's own, a denoiser at scale 1"
 WAYS = {
     IN_MEMORY: Way(DEFAULT_MODEL, _upscale(DEFAULT_MODEL)),
-    LIMITED: Way(DEFAULT_MODEL, _upscale(DEFAULT_MODEL, LIMIT)),
+    LIMITED: Way(DEFAULT_MODEL, _upscale(DEFAULT_MODEL, limited=True)),
     TO_TIFF: Way(DEFAULT_MODEL, _upscale_file(DEFAULT_MODEL, "patches.tif")),
     TO_ZARR: Way(DEFAULT_MODEL, _upscale_file(DEFAULT_MODEL, "patches.zarr")),
     TILED: Way(DEFAULT_MODEL, _tiled),

@@ -143,7 +143,7 @@ def test_whole_images(setting: Setting) -> None:
         rows,
         f"uint8, {path.stem} of {images.source('test4k')} mirrored to size; input and output as samples, uncompressed; medians "
         "of alternating runs; peak memory of one call in a process of its own, after a small image, beyond what was held "
-        "before; the result of a call in memory is its image and its class map",
+        f"before; the result of a call in memory is its image and its class map; memory_limit is {ways.limit() // ways.MB} MB",
     )
 
 
