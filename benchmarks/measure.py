@@ -200,14 +200,21 @@ def sweep_caches() -> None:
 
 
 @functools.cache
-def peak_flops(dtype: torch.dtype = torch.float32) -> float:
-    """FLOPs per second of the best of some matrix products, measured once: the ceiling of what computes."""
-    place = device()
+def peak_flops(dtype: torch.dtype = torch.float32, convolutions: bool = False) -> float:
+    """FLOPs per second of the best of some matrix products, measured once: the ceiling of what computes.
+
+    Of `convolutions` it is that of products which a GPU rounds to TF32 as it does theirs.
+    """
+    place, matmul = device(), torch.backends.cuda.matmul
+    was, matmul.allow_tf32 = matmul.allow_tf32, torch.backends.cudnn.allow_tf32 if convolutions else matmul.allow_tf32
     if place.type == "cpu" and dtype == torch.float16:
         # Many CPUs emulate it, far below the rate of the float32 that kernels compute in.
         dtype = torch.float32
     squares = {n: torch.randn(n, n, device=place).to(dtype) for n in PRODUCTS[place.type]}
-    times = alternate({str(n): lambda n=n: squares[n] @ squares[n] for n in squares}, 9, warm_up=2)
+    try:
+        times = alternate({str(n): lambda n=n: squares[n] @ squares[n] for n in squares}, 9, warm_up=2)
+    finally:
+        matmul.allow_tf32 = was
     return max(2 * n**3 / times[str(n)].low for n in squares)
 
 

@@ -144,7 +144,7 @@ def pixels(dtype, shape, **options):
 @pytest.mark.parametrize(
     ("make", "options"),
     [(patches, {}), (patches, {"budget": 0.9}), (pixels, {"k": 0.3}), (pixels, {"budget": 0.99}), (pixels, {"adaptive": True})],
-    ids=str,
+    ids=lambda value: getattr(value, "__name__", str(value)),
 )
 @pytest.mark.usefixtures("quick_tuning")
 def test_replays_equal_eager_calls(make, options, dtype, kernels):

@@ -135,7 +135,7 @@ def run_type(kind: str, model: ClassSR, setting: Setting) -> dict:
     flops = counter.get_total_flops()
     peaks = {name: first(step).peak for name, step in steps.items()}
     times = alternate(dict(steps), 1 if setting.smoke else ROUNDS, limit=SECONDS)
-    floor = flops / peak_flops(TYPES[kind] or torch.float32)
+    floor = flops / peak_flops(TYPES[kind] or torch.float32, convolutions=True)
     ours = times[OURS].median
     print(f"\nClassSR-FSRCNN, joint step of {count} patches of {PATCH} x {PATCH}, {kind}: {flops / 1e9:.1f} GFLOP")
     print(f"  at the rate of the best matrix product {1e3 * floor:.1f} ms; fastroute takes {ours / floor:.1f} times that")

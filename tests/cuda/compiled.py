@@ -1,6 +1,6 @@
 """What nvcc says of every kernel of csrc/cuda: registers, spills and shared memory on each architecture.
 
-python tests/cuda/resources.py prints the table. Each architecture has its own PTX, as in setup.py: ptxas makes other registers
+python tests/cuda/compiled.py prints the table. Each architecture has its own PTX, as in setup.py: ptxas makes other registers
 of another. Reports are kept in build/cuda-tests.
 """
 
