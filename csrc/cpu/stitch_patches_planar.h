@@ -38,8 +38,12 @@ struct UnpackBody {
 
     FASTROUTE_INLINE static void run(const T* patch, PatchLayout from, int64_t channels, int64_t rows, int64_t span,
                                      W* target, PatchLayout to, W* buffer) {
+        const int64_t bytes = span * from.x * static_cast<int64_t>(sizeof(T));
         for (int64_t r = 0; r < rows; ++r) {
             const T* row = patch + r * from.y;
+            // A page ahead, where the hardware stops asking.
+            const char* ahead = reinterpret_cast<const char*>(row) + 4096;
+            for (int64_t at = 0; at < bytes; at += kLine) __builtin_prefetch(ahead + at);
             W* line = target + r * to.y;
             if (from.x == 1) {
                 for (int64_t c = 0; c < channels; ++c) widen(row + c * from.c, span, line + c * to.c);
