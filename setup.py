@@ -230,7 +230,8 @@ def ninja_file(folder: Path, module_includes: list[str], torch_folder: Path, nvc
     rule("cxx", f"{cxx} {quote(*prefix_maps)} $flags -MMD -MF $out.d -c $in -o $out", "compile", depends=True)
     rule("link", f"{link} $in -o $out $libs", "link")
     build("_C.so", "link", build_objects("cxx", [CSRC / "module.cpp"], quote(*module_includes)))
-    sources = [CSRC / "library.cpp", *sorted(CSRC.glob("cpu/*.cpp"))]
+    # The largest first, so that none is left for the end.
+    sources = [*sorted(CSRC.glob("cpu/*.cpp"), key=lambda path: -path.stat().st_size), CSRC / "library.cpp"]
     objects = build_objects("cxx", sources, quote(*ops_flags))
     if nvcc:
         host = [flag for flag in CXX_FLAGS if flag.startswith(("-f", "-W"))] + prefix_maps

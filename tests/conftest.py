@@ -68,7 +68,7 @@ LONGEST = ("test_interpreter.py", "test_emulated.py", "test_races.py")
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Where several processes share the files, none is to be left with a long one at the end."""
-    if config.getoption("numprocesses", None):
+    if hasattr(config, "workerinput"):
         order = {name: number for number, name in enumerate(LONGEST)}
         items.sort(key=lambda item: order.get(item.path.name, len(order)))
 

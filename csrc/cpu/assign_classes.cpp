@@ -121,7 +121,7 @@ void assign_by_penalty(const T* score, Items items, const std::vector<double>& c
             const T* from = score + b * items.batch_step + first * items.item_step;
             Id* to = ids + b * items.length + first;
             int32_t bad = 0;
-            run_isa<ArgmaxBody<T, Id>>(from, items, scale.data(), count, to, static_cast<int32_t*>(&bad));
+            run_isa<ArgmaxBody<T, Id>, kPrecise<T>>(from, items, scale.data(), count, to, static_cast<int32_t*>(&bad));
             if (bad != 0) nan = true;
         }
     });
