@@ -77,20 +77,19 @@ class Step:
 
     def gradients(self) -> list[Tensor]:
         """Of all parameters."""
-        self.optimizer.zero_grad(set_to_none=True)
-        with self.half:
-            output, probability = self.mixture(self.lr)
-            loss = loss_of(output.float(), probability.float(), self.hr)
-        loss.backward()
+        self._backward()
         return [parameter.grad.clone() for parameter in self.parameters if parameter.grad is not None]
 
     def __call__(self) -> None:
+        self._backward()
+        self.optimizer.step()
+
+    def _backward(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
         with self.half:
             output, probability = self.mixture(self.lr)
             loss = loss_of(output.float(), probability.float(), self.hr)
         loss.backward()
-        self.optimizer.step()
 
 
 def check(name: str, found: list[Tensor], expected: list[Tensor]) -> None:

@@ -133,7 +133,7 @@ struct Scratch {
     // two are summed tile by tile, and what is passed from one to the other.
     std::vector<W> window;
     std::vector<W> sum;   // [channels, rows, width]: for rows that are summed tile row by tile row
-    std::vector<W> row;   // [span]
+    std::vector<W> row;   // of a patch: its pixels, or, where they are unpacked, all from the first to the last value
     std::vector<W> tile;  // rows of one patch as `StitchPlan::tile` says
     // Of upsampled patches: buffers; ticks spent in the layers of each kind.
     upsampler::Buffers layers;
@@ -142,7 +142,7 @@ struct Scratch {
     template <typename T>
     Scratch(const StitchPlan<T>& plan, int64_t kinds)
         : window(3 * plan.channels * plan.rows * plan.span),
-          row(plan.span * (plan.unpacked() ? plan.layout.x : 1)),
+          row(plan.unpacked() ? (plan.span - 1) * plan.layout.x + plan.channels : plan.span),
           tile(plan.channels * plan.tile.c),
           spent(kinds) {
         for (int64_t kind = 0; kind < kinds; ++kind) {

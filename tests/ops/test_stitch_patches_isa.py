@@ -25,7 +25,7 @@ TYPES = (torch.float32, torch.uint8)
 # channels, of which type.
 FINISHED = [
     *((kind, 3, torch.float32) for kind in ("planes", "pixels", "apart", "shuffled")),
-    *((kind, 3, dtype) for kind in ("planes", "pixels", "shuffled") for dtype in (torch.float16, torch.bfloat16)),
+    *((kind, 3, dtype) for kind in ("planes", "pixels", "alike", "shuffled") for dtype in (torch.float16, torch.bfloat16)),
     ("pixels", 3, torch.float64),
     *(("pixels", channels, torch.float32) for channels in (2, 17, 32)),
     ("pixels", 5, torch.bfloat16),
@@ -84,6 +84,9 @@ def finished(kind, channels, dtype):
     size = (2 * GRID.num_patches, channels * shuffle * shuffle, side, side)
     if kind == "apart":
         return random((size[0], side, size[1], side + 5)).transpose(1, 2)[..., 2:-3], shuffle
+    if kind == "alike":  # one pixel for all of a row
+        pixels = random((*size[:3], 1)).to(dtype).contiguous(memory_format=torch.channels_last)
+        return pixels.expand(size), shuffle
     patches = random(size)
     patches.view(-1)[100 : 100 + len(SPECIAL)] = SPECIAL
     memory_format = torch.contiguous_format if kind == "planes" else torch.channels_last
