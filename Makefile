@@ -3,6 +3,7 @@
 #
 #   make demo       upscale assets/sample.png, write demo/, and tell the PSNR beside bicubic interpolation
 #   make test       run the tests
+#   make soak       the long campaigns that `make test` only samples: hours on two cores
 #   make test-gpu-sanitize  the tests of the CUDA kernels under compute-sanitizer, on a machine with a GPU
 #   make lint       ruff, mypy and clang-format; changes nothing        make format   apply ruff and clang-format
 #   make build      the environment in .venv with the package installed, its extension compiled
@@ -25,7 +26,7 @@ CPP_TESTS := $(shell find tests -name '*.cpp' -o -name '*.h')
 SOURCES := pyproject.toml setup.py fastroute/__init__.py $(wildcard fastroute/ops/*.py) $(CPP)
 
 .DELETE_ON_ERROR:
-.PHONY: docs demo test test-gpu-sanitize lint lint-ruff lint-format lint-types lint-cpp format build benchmark benchmark-compare wheel clean
+.PHONY: docs demo test soak test-gpu-sanitize lint lint-ruff lint-format lint-types lint-cpp format build benchmark benchmark-compare wheel clean
 
 demo: $(VENV)/built
 	mkdir -p demo
@@ -37,6 +38,10 @@ demo: $(VENV)/built
 WORKERS ?= 2
 test: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -q tests -p no:benchmark -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+
+# All of them, or those whose names match: make soak ONLY=orders
+soak: $(VENV)/installed
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -q tests -p no:benchmark -m soak --durations=20 $(if $(ONLY),-k "$(ONLY)")
 
 # Compilation and repetition launch the same kernels again. racecheck looks at shared memory, initcheck at global memory
 # that was never written: torch must not keep freed memory for later. The kernels of other libraries, and calls that torch
