@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import time
+from dataclasses import asdict
 from statistics import median
 
 import numpy as np
@@ -126,11 +128,25 @@ def test_speed_is_measured_once_and_remembered(cache, monkeypatch):
     assert len(measured) == 2
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{", '{"KEY": 3}', '{"KEY": {"branches": [0, 1], "classify": 1, "rest": 1}}',
-                                  '{"KEY": {"branches": [1, "x"], "classify": 1, "rest": 1}}',
-                                  '{"KEY": {"branches": [1], "classify": 1, "rest": 1}}', '{"KEY": {"rest": 1}}'])  # fmt: skip
-def test_a_damaged_file_is_measured_anew(cache, text):
-    cache.write_text(text.replace("KEY", "key"))
+GOOD = asdict(Pace([1.0, 2.0], 0.5, 0.0))
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        "",
+        3,
+        {"rest": 1},
+        *({**GOOD, "branches": b} for b in ([0, 1], [1, "x"], [1], ["1", "2"], {"1": 1, "2": 2}, [[1]] * 2, [True] * 2, None)),
+        *({**GOOD, "branches": [x, 1.0]} for x in (math.nan, math.inf, -1.0, 5e-324, 1e308, 10**400)),
+        *({**GOOD, name: x} for name in ("rest", "classify", "encode") for x in (None, "1", -1.0, math.nan, 1e308, True)),
+        {**GOOD, "more": 1},
+    ],
+)
+def test_a_damaged_file_is_measured_anew(cache, entry):
+    cache.write_text(json.dumps({"key": GOOD}))
+    assert budgets.recall("key", 2) is not None
+    cache.write_text(json.dumps({"key": entry}))
     assert budgets.recall("key", 2) is None
     pace = budgets.remember("key", Pace([1.0, 2.0], 0.5, 0.0))
     assert budgets.recall("key", 2) == pace

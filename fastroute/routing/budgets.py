@@ -8,14 +8,12 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from fastroute import io
 from fastroute.ops.assign_classes import assign_classes
-from fastroute.routing.tuning import cache_path
+from fastroute.routing.json_cache import JsonCache
 
 logger = logging.getLogger("fastroute")
 
@@ -29,6 +27,10 @@ RUNS = 3
 SLOWEST = 2.0
 # Patches of a class from which its own time counts for more than that of all classes.
 FEW = 16
+# Milliseconds per patch or pixel of which no machine takes less, or more.
+PLAUSIBLE = (1e-15, 1e9)
+
+CACHE = JsonCache("pace.json")
 
 
 @dataclass(frozen=True)
@@ -220,38 +222,20 @@ def pace_key(facts: Sequence[object]) -> str:
 
 def recall(key: str, num_classes: int) -> Pace | None:
     """What is remembered of this machine under `key`."""
-    entry = _read().get(key)
-    if not isinstance(entry, dict):
+    entry = CACHE.read().get(key)
+    if entry is None or set(entry) != set(Pace.__dataclass_fields__) or not isinstance(entry["branches"], list):
         return None
-    try:
-        pace = Pace(**entry)
-        numbers = [float(x) for x in (*pace.branches, pace.classify, pace.rest, pace.encode, pace.solve)]
-    except (TypeError, ValueError):
-        return None
-    sound = len(pace.branches) == num_classes and all(0 <= x < math.inf for x in numbers) and min(pace.branches) > 0
-    return pace if sound else None
+    branches, others = entry["branches"], [entry[name] for name in entry if name != "branches"]
+    sound = len(branches) == num_classes and all(map(_is_time, branches))
+    return Pace(**entry) if sound and all(x == 0 or _is_time(x) for x in others) else None
+
+
+def _is_time(value: object) -> bool:
+    """Whether these can be milliseconds per patch or pixel; sums and products of them are then finite numbers too."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and PLAUSIBLE[0] <= value <= PLAUSIBLE[1]
 
 
 def remember(key: str, pace: Pace) -> Pace:
     """Keep `pace` for later processes; returns it."""
-    path = _path()
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps({**_read(), key: asdict(pace)}, indent=1)
-        io.write_atomically(path, lambda file: file.write(text.encode()))
-    except OSError as error:
-        # A read-only home costs another measurement next time, nothing else.
-        logger.info("speed not remembered in %s: %s", path, error)
+    CACHE.remember(key, asdict(pace))
     return pace
-
-
-def _path() -> Path:
-    return cache_path().with_name("pace.json")
-
-
-def _read() -> dict:
-    try:
-        table = json.loads(_path().read_text())
-    except (OSError, ValueError):
-        return {}
-    return table if isinstance(table, dict) else {}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
+import math
 import platform
 import time
 from dataclasses import asdict, dataclass, replace
@@ -15,7 +15,7 @@ from statistics import median
 import torch
 from torch import Tensor, nn
 
-from fastroute import io
+from fastroute.routing.json_cache import JsonCache
 
 logger = logging.getLogger("fastroute")
 
@@ -36,6 +36,8 @@ EARNED = 1.02
 STEADY = 1.25
 # What was measured in another way has another key, and is measured again.
 METHOD = 2
+
+CACHE = JsonCache("tuning.json")
 
 # Measurements of this process that no file holds: its routers all run alike.
 _unwritten: dict[str, Tuning] = {}
@@ -59,14 +61,6 @@ class Tuning:
     def memory_format(self) -> torch.memory_format:
         """`channels_last` as torch names it."""
         return torch.channels_last if self.channels_last else torch.contiguous_format
-
-
-def cache_path() -> Path:
-    """Where measurements are remembered: FASTROUTE_CACHE, or the user's cache folder."""
-    folder = os.environ.get("FASTROUTE_CACHE")
-    if folder is None:
-        folder = os.path.join(os.environ.get("XDG_CACHE_HOME", os.path.expanduser("~/.cache")), "fastroute")
-    return Path(folder) / "tuning.json"
 
 
 def tune(branch: nn.Module, example: Tensor, largest: int | None = None) -> Tuning:  # [1, C, p, p]
@@ -170,32 +164,19 @@ def cpu_name() -> str:
 
 
 def _read() -> dict[str, Tuning]:
-    try:
-        table = json.loads(cache_path().read_text())
-    except (OSError, ValueError):
-        return {}
-    if not isinstance(table, dict):
-        return {}
-    return {key: Tuning(**entry) for key, entry in table.items() if _is_tuning(entry)}
+    return {key: Tuning(**entry) for key, entry in CACHE.read().items() if _is_tuning(entry)}
 
 
-def _is_tuning(entry: object) -> bool:
+def _is_tuning(entry: dict[str, object]) -> bool:
     """Whether an entry of the file is one that this version wrote."""
-    if not isinstance(entry, dict) or set(entry) != set(Tuning.__dataclass_fields__):
+    if set(entry) != set(Tuning.__dataclass_fields__):
         return False
-    whole = type(entry["batch"]) is int and entry["batch"] >= 1
-    return whole and type(entry["channels_last"]) is bool and isinstance(entry["milliseconds"], (int, float))
+    batch, milliseconds = entry["batch"], entry["milliseconds"]
+    whole = type(batch) is int and batch >= 1 and type(entry["channels_last"]) is bool
+    timed = isinstance(milliseconds, (int, float)) and not isinstance(milliseconds, bool)
+    return whole and timed and 0 < milliseconds < math.inf  # type: ignore[operator]
 
 
 def _remember(key: str, tuning: Tuning) -> bool:
     """Whether the file holds it now."""
-    path = cache_path()
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps({k: asdict(v) for k, v in {**_read(), key: tuning}.items()}, indent=1)
-        io.write_atomically(path, lambda file: file.write(text.encode()))
-    except OSError as error:
-        # A read-only home costs a second of measuring next time, nothing else.
-        logger.info("tuning not remembered in %s: %s", path, error)
-        return False
-    return True
+    return CACHE.remember(key, asdict(tuning))
