@@ -11,7 +11,10 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import BinaryIO
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp")
+from fastroute.io.recognise import READ_SUFFIXES, is_image
+
+# Endings of the files that can be written.
+SUFFIXES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".tif", ".tiff", ".bmp")
 # Where Linux shows the open files of a process; a nameless file gets its name from there.
 OPEN_FILES = "/proc/self/fd"
 
@@ -21,7 +24,7 @@ class ImageError(ValueError):
 
 
 def list_images(folder: str | Path) -> list[Path]:
-    """Image files below `folder`, sorted by path.
+    """Image files below `folder`, sorted by path; see :func:`is_image`.
 
     Raises:
         ValueError: `folder` is no folder or holds no image.
@@ -29,9 +32,9 @@ def list_images(folder: str | Path) -> list[Path]:
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"images: {folder} is not a folder")
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+    paths = sorted(path for path in folder.rglob("*") if path.is_file() and is_image(path))
     if not paths:
-        raise ValueError(f"images: {folder} holds no image file ({', '.join(SUFFIXES)})")
+        raise ValueError(f"images: {folder} holds no image file ({', '.join(READ_SUFFIXES)})")
     return paths
 
 

@@ -35,6 +35,23 @@ class Metadata:
 
 
 @dataclass(frozen=True)
+class Origin:
+    """The file that a picture comes from.
+
+    Attributes:
+        format: "PNG", "JPEG", … as :func:`fastroute.io.format_of_bytes` names it; empty for a picture that was made in memory.
+        lossless: its pixels were stored without loss.
+        pictures: how many it holds: pages of a TIFF, frames of an animation. The first is read.
+        notes: whole sentences about what was left behind or changed while reading.
+    """
+
+    format: str = ""
+    lossless: bool = True
+    pictures: int = 1
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Picture:
     """Pixels and metadata.
 
@@ -44,12 +61,14 @@ class Picture:
         kind: "gray", "rgb", "palette" or "cmyk": how the file stored its colours. A gray picture is written as gray, all
             others as RGB.
         metadata: profile, EXIF, XMP, resolution, texts.
+        origin: the file it comes from.
     """
 
     color: Tensor  # [3, H, W]
     alpha: Tensor | None = None  # [H, W]
     kind: str = "rgb"
     metadata: Metadata = Metadata()
+    origin: Origin = Origin()
 
     @property
     def bits(self) -> int:

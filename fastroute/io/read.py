@@ -17,36 +17,47 @@ from PIL import Image, ImageCms, UnidentifiedImageError
 from torch import Tensor
 
 from fastroute.io import png
+from fastroute.io.count import count_pictures
 from fastroute.io.files import ImageError
 from fastroute.io.metadata import metadata_of, orientation_of
-from fastroute.io.picture import Metadata, Picture
+from fastroute.io.picture import Metadata, Origin, Picture
+from fastroute.io.recognise import format_of_file
 
 # Floats beyond this are no image in [0, 1] with some overshoot, but one in 0 … 255 or radiance.
 FLOAT_PEAK = 2.0
 GRAY_MODES = ("1", "L", "LA", "La", "I;16", "I;16L", "I;16B", "I;16N", "I", "F")
+AUTO = "auto"
 # By content; those that start other programs, such as PostScript, are left out.
 FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "AVIF", "JPEG2000")
 
 
-def read_picture(path: str | Path) -> Picture:
+def read_picture(path: str | Path, *, max_pixels: int | None | str = AUTO, white: float = 1.0) -> Picture:
     """An image file: PNG, JPEG, WebP, TIFF, BMP and some others, by content; upright, as its EXIF orientation says.
 
     Gray, RGB and palette pictures keep their values, 8 bits, 16 bits or floating point, and their alpha channel. CMYK becomes
-    sRGB by its embedded profile, or without one by the plain formula. Of several pictures in a file the first is read. A
-    header that claims more than ``2 * PIL.Image.MAX_IMAGE_PIXELS`` is refused before anything is allocated.
+    sRGB by its embedded profile, or without one by the plain formula. Of several pictures in a file the first is read;
+    ``origin.pictures`` tells how many there are, and ``origin.notes`` what was left behind.
+
+    Args:
+        path: the file.
+        max_pixels: a larger picture is refused before anything is allocated; None for no limit. By default, "auto", twice
+            ``PIL.Image.MAX_IMAGE_PIXELS``.
+        white: the value that floating-point samples have where they are white, say 255.
 
     Raises:
         ImageError: the file is missing, unreadable, no image, damaged, cut short or too large; or of a kind that is not known:
-            floating point beyond [0, 2], or not a number.
+            floating point beyond [0, 2] once divided by `white`, or not a number.
     """
+    limit = pixel_limit() if max_pixels == AUTO else max_pixels
     with _explained(path):
         if not stat.S_ISREG(Path(path).stat().st_mode) and not Path(path).is_dir():
             raise ImageError(f"cannot read {path}: not a regular file")
+        origin = _origin(path)
         depth = png.bit_depth(path)
         if depth != 16 and _is_deep_tiff(path):
-            return _deep_tiff(path)
+            return _deep_tiff(path, limit, white, origin)
         with Image.open(path, formats=_formats()) as image:
-            _check_size(image.width, image.height)
+            _check_size(image.width, image.height, limit)
             image.load()
             kind, metadata, orientation = _kind(image), metadata_of(image), orientation_of(image)
             if depth == 16:
@@ -54,7 +65,7 @@ def read_picture(path: str | Path) -> Picture:
                 kind = "gray" if pixels.ndim == 2 or pixels.shape[2] == 2 else "rgb"
             else:
                 pixels, metadata = _pixels(image, metadata)
-        return _picture(pixels.reshape(*pixels.shape[:2], -1), orientation, kind, metadata)
+        return _picture(pixels.reshape(*pixels.shape[:2], -1), orientation, kind, metadata, white, origin)
 
 
 def read_image(path: str | Path) -> Tensor:
@@ -68,10 +79,15 @@ def read_image(path: str | Path) -> Tensor:
     return read_picture(path).as_bits(8).color.contiguous()
 
 
-def _check_size(width: int, height: int) -> None:
-    limit = pixel_limit()
+def _origin(path: str | Path) -> Origin:
+    pictures = count_pictures(path)
+    notes = () if pictures == 1 else (f"of {pictures} pictures in the file, the first was read",)
+    return Origin(format_of_file(path) or "", pictures=pictures, notes=notes)
+
+
+def _check_size(width: int, height: int, limit: int | None) -> None:
     if limit is not None and width * height > limit:
-        raise ValueError(f"{width} x {height} pixels are more than the limit of {limit:,}")
+        raise ValueError(f"{width} x {height} pixels are more than the limit of {limit:,}; raise max_pixels to read it")
 
 
 def pixel_limit() -> int | None:
@@ -95,11 +111,11 @@ def _is_deep_tiff(path: str | Path) -> bool:
     return tiff.is_deep(path)
 
 
-def _deep_tiff(path: str | Path) -> Picture:
+def _deep_tiff(path: str | Path, limit: int | None, white: float, origin: Origin) -> Picture:
     from fastroute.io import tiff
 
-    pixels, orientation, metadata = tiff.decode(path, pixel_limit())
-    return _picture(pixels, orientation, "gray" if pixels.shape[2] < 3 else "rgb", metadata)
+    pixels, orientation, metadata = tiff.decode(path, limit)
+    return _picture(pixels, orientation, "gray" if pixels.shape[2] < 3 else "rgb", metadata, white, origin)
 
 
 def _kind(image: Image.Image) -> str:
@@ -143,7 +159,16 @@ def _from_cmyk(image: Image.Image, icc: bytes | None) -> Image.Image:
     return image.convert("RGB")
 
 
-def _picture(pixels: np.ndarray, orientation: int, kind: str, metadata: Metadata) -> Picture:  # [H, W, C]
+def _picture(
+    pixels: np.ndarray,  # [H, W, C]
+    orientation: int,
+    kind: str,
+    metadata: Metadata,
+    white: float,
+    origin: Origin,
+) -> Picture:
+    if pixels.dtype.kind == "f" and white != 1:
+        pixels = pixels / np.float32(white)
     # NaN fails both comparisons.
     if pixels.dtype.kind == "f" and not (pixels.min() >= -FLOAT_PEAK and pixels.max() <= FLOAT_PEAK):
         found = f"{pixels.min():g} to {pixels.max():g}"
@@ -153,7 +178,7 @@ def _picture(pixels: np.ndarray, orientation: int, kind: str, metadata: Metadata
         metadata = replace(metadata, dpi=metadata.dpi[::-1])
     tensor = torch.from_numpy(planes)
     alpha = tensor[-1] if len(planes) in (2, 4) else None
-    return Picture(tensor[:1].expand(3, -1, -1) if len(planes) < 3 else tensor[:3], alpha, kind, metadata)
+    return Picture(tensor[:1].expand(3, -1, -1) if len(planes) < 3 else tensor[:3], alpha, kind, metadata, origin)
 
 
 def _upright(pixels: np.ndarray, orientation: int) -> np.ndarray:  # [H, W, C]

@@ -33,6 +33,13 @@ FORMATS = {
     "TIFF": Format((8, 16, 32), 2**31 - 1, True, {}),
     "BMP": Format((8,), 2**31 - 1, False, {}),
 }
+METADATA = {
+    "PNG": ("colour profile", "EXIF", "XMP", "resolution", "texts"),
+    "JPEG": ("colour profile", "EXIF", "XMP", "resolution"),
+    "WEBP": ("colour profile", "EXIF", "XMP"),
+    "TIFF": ("colour profile", "EXIF", "XMP", "resolution"),
+    "BMP": ("resolution",),
+}
 ALPHA_FORMATS = "PNG, WebP or TIFF"
 
 
@@ -57,15 +64,41 @@ def check_holds(path: str | Path, height: int, width: int, alpha: Tensor | None 
         )
 
 
-def write_picture(path: str | Path, picture: Picture) -> None:
+def not_kept(path: str | Path, picture: Picture) -> list[str]:
+    """What :func:`write_picture` would leave out or change in the format that the file's ending names, in whole sentences.
+
+    Empty where everything is kept. What was lost in reading is in ``picture.origin.notes``.
+    """
+    name, metadata = format_of(path), picture.metadata
+    deepest = max(FORMATS[name].bits)
+    lost = []
+    if picture.bits > deepest:
+        lost.append(f"{name} holds {deepest} bits a channel, so the {picture} was rounded")
+    held = METADATA[name]
+    present = {
+        "colour profile": metadata.icc, "EXIF": metadata.exif, "XMP": metadata.xmp, "resolution": metadata.dpi,
+        "texts": metadata.text,
+    }  # fmt: skip
+    return lost + [f"{name} holds no {what}" for what, value in present.items() if value and what not in held]
+
+
+def write_picture(path: str | Path, picture: Picture, *, quality: int | None = None) -> None:
     """Write a picture in the format that the file's ending names. All or nothing.
 
     A gray picture is written as gray, where the format has it. Depth is kept by TIFF, and up to 16 bits by PNG; other formats
-    get 8 bits, clamped and rounded. Profile, EXIF, XMP, resolution and texts are kept as far as the format holds them.
+    get 8 bits, clamped and rounded. Profile, EXIF, XMP, resolution and texts are kept as far as the format holds them; :func:`not_kept` tells what is not.
+
+    Args:
+        path: where; its ending names the format.
+        picture: what.
+        quality: of JPEG and WebP, 1 to 100; 95 by default. Formats without loss have none.
 
     Raises:
         ImageError: see :func:`check_writable` and :func:`check_holds`; or the encoder failed.
+        ValueError: a quality out of range.
     """
+    if quality is not None and not 1 <= quality <= 100:
+        raise ValueError(f"write_picture: quality must lie in 1 … 100; got {quality}")
     check_writable(path)
     check_holds(path, picture.height, picture.width, picture.alpha)
     name = format_of(path)
@@ -74,7 +107,7 @@ def write_picture(path: str | Path, picture: Picture) -> None:
     gray = picture.kind == "gray" and name != "WEBP"
     pixels = _interleaved(picture, FORMATS[name].alpha)
     try:
-        write_atomically(path, lambda file: _encode(file, picture, pixels, name, gray))
+        write_atomically(path, lambda file: _encode(file, picture, pixels, name, gray, quality))
     except (OSError, ValueError, RuntimeError) as error:
         raise ImageError(f"cannot write {path}: {error}") from error
 
@@ -102,7 +135,7 @@ def write_image(path: str | Path, image: Tensor) -> None:  # [C, H, W]
         write_picture(path, Picture(image[:3], alpha))
 
 
-def _encode(file: BinaryIO, picture: Picture, pixels: np.ndarray, name: str, gray: bool) -> None:
+def _encode(file: BinaryIO, picture: Picture, pixels: np.ndarray, name: str, gray: bool, quality: int | None) -> None:
     if name == "TIFF":
         from fastroute.io import tiff
 
@@ -112,7 +145,10 @@ def _encode(file: BinaryIO, picture: Picture, pixels: np.ndarray, name: str, gra
     if picture.bits == 16:
         png.encode(file, pixels, **options)
         return
-    Image.fromarray(pixels).save(file, format=name, **FORMATS[name].options, **options)
+    encoder = dict(FORMATS[name].options)
+    if quality is not None and "quality" in encoder:
+        encoder["quality"] = quality
+    Image.fromarray(pixels).save(file, format=name, **encoder, **options)
 
 
 def _interleaved(picture: Picture, with_alpha: bool) -> np.ndarray:  # -> [H, W] or [H, W, C]
