@@ -31,7 +31,7 @@ AUTO = "auto"
 FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "AVIF", "JPEG2000")
 
 
-def read_picture(path: str | Path, *, max_pixels: int | None | str = AUTO, white: float = 1.0) -> Picture:
+def read_picture(path: str | Path, *, max_pixels: int | str | None = AUTO, white: float = 1.0) -> Picture:
     """An image file: PNG, JPEG, WebP, TIFF, BMP and some others, by content; upright, as its EXIF orientation says.
 
     Gray, RGB and palette pictures keep their values, 8 bits, 16 bits or floating point, and their alpha channel. CMYK becomes

@@ -86,7 +86,8 @@ def write_picture(path: str | Path, picture: Picture, *, quality: int | None = N
     """Write a picture in the format that the file's ending names. All or nothing.
 
     A gray picture is written as gray, where the format has it. Depth is kept by TIFF, and up to 16 bits by PNG; other formats
-    get 8 bits, clamped and rounded. Profile, EXIF, XMP, resolution and texts are kept as far as the format holds them; :func:`not_kept` tells what is not.
+    get 8 bits, clamped and rounded. Profile, EXIF, XMP, resolution and texts are kept as far as the format holds them;
+    :func:`not_kept` tells what is not.
 
     Args:
         path: where; its ending names the format.
