@@ -48,7 +48,7 @@ def read_picture(path: str | Path, *, max_pixels: int | str | None = AUTO, white
         ImageError: the file is missing, unreadable, no image, damaged, cut short or too large; or of a kind that is not known:
             floating point beyond [0, 2] once divided by `white`, or not a number.
     """
-    limit = pixel_limit() if max_pixels == AUTO else max_pixels
+    limit = pixel_limit() if isinstance(max_pixels, str) else max_pixels
     with _explained(path):
         if not stat.S_ISREG(Path(path).stat().st_mode) and not Path(path).is_dir():
             raise ImageError(f"cannot read {path}: not a regular file")
