@@ -317,7 +317,4 @@ def result_size(router: Router, picture: io.Picture, **options: Any) -> tuple[in
     """Height and width of what `upscale` makes of `picture`."""
     if isinstance(router, PatchRouter):
         return picture.height * router.scale, picture.width * router.scale
-    if options.get("size") is not None:
-        return tuple(options["size"])
-    scale = options.get("scale") or 4
-    return round(picture.height * scale), round(picture.width * scale)
+    return router.output_size(picture.height, picture.width, options.get("scale"), options.get("size"))

@@ -96,7 +96,7 @@ def compare(
         budgets: route within each of these; default: as the model itself decides.
         reference: uint8 image of the result's size to compare with.
         downscale: reduce `image` by the factor first; it is then the reference itself, cut to a multiple of the factor.
-        scale: upscaling factor for models that have none of their own; default that of the others, or 4.
+        scale: upscaling factor, of models that have any (PCSR) or do not tell theirs; default that of the others.
         device: where to run.
         runs: how often to take each time, after a first run that is not counted.
         progress: show a progress bar.
@@ -121,7 +121,7 @@ def compare(
         raise ValueError(f"compare: runs must be at least 1; got {runs}")
     if reference is not None and downscale:
         raise ValueError("compare: give either reference or downscale; with downscale the image itself is the reference")
-    routers = {name: load(model, device) for name, model in zip(labels(models), models, strict=True)}
+    routers = {name: load(model, device, scale) for name, model in zip(labels(models), models, strict=True)}
     factor = common_scale(routers, scale)
     if downscale:
         if factor != int(factor):
@@ -208,7 +208,7 @@ def size(image: Tensor) -> str:  # [3, H, W]
 
 
 def common_scale(routers: dict[str, PatchRouter | PixelRouter], scale: float | None) -> float:
-    """The one factor of all models: theirs, else the one asked for, else 4."""
+    """The one factor of all models: theirs, else the one asked for, else what the first was trained for."""
     if scale is not None and not 0 < scale < math.inf:
         raise ValueError(f"compare: scale must be positive and finite; got {scale:g}")
     own = {name: router.scale for name, router in routers.items() if isinstance(router, PatchRouter)}
@@ -216,7 +216,7 @@ def common_scale(routers: dict[str, PatchRouter | PixelRouter], scale: float | N
         told = ", ".join(f"{name} {factor}" for name, factor in own.items())
         asked = "" if scale is None else f"; asked for was {scale:g}"
         raise ValueError(f"compare: all results must have one size, but the models' factors are {told}{asked}")
-    return float(next(iter(own.values()), 4 if scale is None else scale))
+    return float(next(iter(own.values()), next(iter(routers.values())).scale if scale is None else scale))
 
 
 def choices(router: PatchRouter | PixelRouter, budgets: Sequence[float]) -> dict[str, dict[str, Any]]:

@@ -82,7 +82,7 @@ def evaluate(
     Args:
         router: as :func:`fastroute.load` gives it.
         images: folder of HR images, searched recursively, or one image.
-        scale: whole upscaling factor; default that of the router, or 4.
+        scale: whole upscaling factor; default that of the router.
         exclude: glob patterns of file names to leave out.
         progress: show a progress bar.
         errors: takes what is wrong with each image that cannot be read or is too small; without it the first one is raised.
@@ -97,7 +97,7 @@ def evaluate(
         fastroute.io.ImageError: an image cannot be read, without `errors`.
     """
     own = router.scale if isinstance(router, PatchRouter) else None
-    factor = scale or own or 4
+    factor = scale or own or round(router.scale)
     if own is not None and factor != own:
         raise ValueError(f"evaluate: scale must be {own}, that of the model; got {factor}")
     if own is None:

@@ -9,6 +9,13 @@ import torch
 from torch import Tensor
 
 COVERAGES = ("full", "crop")
+# LR pixels by which neighbouring patches overlap; ClassSR's are 32 pixels wide and 28 apart.
+OVERLAP = 4
+
+
+def usual_stride(patch: int) -> int:
+    """The distance of patches that overlap by 4 pixels, or by a quarter where they are narrower than 16: 28 for 32."""
+    return patch - min(OVERLAP, patch // 4)
 
 
 @dataclass(frozen=True)

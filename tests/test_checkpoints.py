@@ -188,16 +188,31 @@ def test_strict_in_both_directions():
 
 
 @pytest.mark.parametrize("wrapper", [None, *WRAPPERS])
-@pytest.mark.parametrize("prefix", ["", "module."])
+@pytest.mark.parametrize(
+    "prefix", ["", "module.", "_orig_mod.", "model.", "net_g.", "module._orig_mod.", "model.net_g.module."]
+)
 def test_wrappers_and_prefixes(tmp_path, wrapper, prefix):
     system = random_classsr((3, 4), 4)
     state = {prefix + k: v for k, v in system.state_dict().items()}
     path = tmp_path / "wrapped.pth"
-    torch.save(state if wrapper is None else {wrapper: state, "epoch": 7, "lr": 0.1}, path)
+    torch.save(state if wrapper is None else {wrapper: state, "epoch": 7, "lr": 0.1, "metadata": {"scale": 4}}, path)
     assert state_dict_of(read_checkpoint(path)[0], path).keys() == system.state_dict().keys()
     image = picture(1, 3, 32, 32)
     with torch.no_grad():
-        torch.testing.assert_close(fastroute.load(path).upscale(image).image, system(image), rtol=0, atol=1e-5)
+        upscaled = fastroute.load(path, scale=4).upscale(image).image
+        torch.testing.assert_close(upscaled, system(image), rtol=0, atol=1e-5)
+
+
+def test_wrappers_within_wrappers(tmp_path):
+    """Averaged weights come first; a part that was compiled alone has its prefix inside."""
+    system = random_classsr((3, 4), 4)
+    last = {name: value + 1 for name, value in system.state_dict().items()}
+    own = {f"model.{name.replace('net1.', 'net1._orig_mod.')}": value for name, value in system.state_dict().items()}
+    path = tmp_path / "wrapped.pth"
+    torch.save({"state_dict": {"params": last, "params-ema": {"n_averaged": torch.tensor(3), **own}}}, path)
+    found = state_dict_of(read_checkpoint(path)[0], path)
+    assert found.keys() == system.state_dict().keys()
+    assert all(torch.equal(value, found[name]) for name, value in system.state_dict().items())
 
 
 def test_plain_network_alone_and_as_pcsr_stores_it(tmp_path):
@@ -236,6 +251,7 @@ def test_saving(tmp_path):
         with pytest.raises(CheckpointError, match="cannot write"):
             save_checkpoint(tmp_path / "absent" / f"x{ending}", FSRCNN(3))
     assert list(tmp_path.iterdir()) == []
-    path = tmp_path / "x.safetensors"
-    save_checkpoint(path, FSRCNN(3), {"widths": (16, 36), "name": "ä", "np": float(np.float32(0.5))})
-    assert read_checkpoint(path)[1] == {"widths": "[16, 36]", "name": '"\\u00e4"', "np": "0.5"}
+    for ending in ENDINGS:
+        path = tmp_path / f"x{ending}"
+        save_checkpoint(path, FSRCNN(3), {"widths": (16, 36), "name": "ä", "np": float(np.float32(0.5))})
+        assert read_checkpoint(path)[1] == {"widths": "[16, 36]", "name": '"\\u00e4"', "np": "0.5", "scale": "4"}

@@ -115,7 +115,7 @@ def test_all_budgets_are_checked_before_anything_runs(models, monkeypatch):
         (["--models", "absent"], ["no model or file 'absent'"]),
         (["--models", "routed", "classsr-fsrcnn-x4"], ["one size", "routed 2", "classsr-fsrcnn-x4 4"]),
         (["--models", "routed", "routed"], ["models must differ"]),
-        (["--models", "routed", "--scale", "3"], ["routed 2", "asked for was 3"]),
+        (["--models", "routed", "--scale", "3"], ["upscales by 2 alone", "got scale=3"]),
         (["--models", "routed", "--budget", "0.01"], ["compare: routed, budget 0.01: budget must lie in ["]),
         (["--models", "pixels", "--scale", "-1"], ["scale must be positive and finite; got -1"]),
         (["--models", "pixels", "--scale", "0.01"], ["0.01 makes 1 x 0 of 61 x 45"]),

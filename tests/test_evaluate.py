@@ -230,7 +230,7 @@ def test_command_refuses(images, model, tmp_path):
         (["--adaptive"], ["--adaptive", "this option is PCSR's"]),
         (["--no-refine"], ["--refine", "this option is PCSR's"]),
         (["--budget", 0.01], ["budget must lie in ["]),
-        (["--scale", 3], ["scale must be 2"]),
+        (["--scale", 3], ["--scale", "upscales by 2 alone"]),
         (["--json", tmp_path / "absent" / "x.json"], ["--json", "does not exist"]),
         (["--device", "nowhere"], ["--device"]),
     ):

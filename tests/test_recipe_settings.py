@@ -41,6 +41,7 @@ def images(tmp_path_factory):
     [
         ("cdnsr-fsrcnn", {"backbone": "x"}, "backbone must be one of fsrcnn, carn, srresnet, rcan; got 'x'"),
         ("pcsr-fsrcnn", {"backbone": "rcan"}, "backbone must be one of fsrcnn, carn; got 'rcan'"),
+        ("classsr-fsrcnn", {"patch": "3"}, "patch must be at least 4, the side of a cell of the classifier; got 3"),
         ("cdnsr-fsrcnn", {"variant": "x"}, "variant must be one of r, m, s; got 'x'"),
         ("cdnsr-fsrcnn", {"alpha": "1.5"}, r"alpha must lie in \[0, 1\]"),
         ("cdnsr-fsrcnn", {"layers": "7"}, "layers must be 3 to 6; got 7"),
@@ -154,6 +155,15 @@ def test_command(images, tmp_path, name):
         path.unlink()
         assert call(name, "--images", images, "--out", tmp_path, *settings).exit_code == 0
         assert equal(read_checkpoint(path)[0], first)
+
+
+@pytest.mark.parametrize(("name", "patch", "stride"), [("cdnsr", 16, 12), ("cdnsr", 5, 4), ("arm", 7, 6), ("arm", 33, 29)])
+def test_any_patch_size_is_loaded_again(images, tmp_path, name, patch, stride):
+    settings = [f"--set={setting}" for setting in [*SMOKES[f"{name}-fsrcnn"], f"patch={patch}"]]
+    assert call(f"{name}-fsrcnn", "--images", images, "--out", tmp_path, *settings).exit_code == 0
+    router = fastroute.load(tmp_path / f"{name}-fsrcnn-x4.safetensors")
+    assert (router.patch, router.stride) == (patch, stride)
+    assert router.upscale(torch.rand(3, 40, 41)).image.shape == (3, 160, 164)
 
 
 def test_command_builds_the_table_of_a_published_supernet(images, tmp_path):

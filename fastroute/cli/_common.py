@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import logging
 import math
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -41,6 +44,45 @@ def device_of(name: str) -> torch.device:
         return usable_device(name)
     except ValueError as error:
         raise click.BadParameter(str(error).removeprefix("device "), param_hint="--device") from error
+
+
+def model_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options of :func:`load_router`, beside ``--model`` and ``--scale``."""
+    patch = click.option("--patch", type=click.IntRange(min=1), metavar="N",
+                         help="Side of a patch in input pixels.  [default: what the checkpoint says, or 32]")  # fmt: skip
+    stride = click.option("--stride", type=click.IntRange(min=1), metavar="N",
+                          help="Distance of patches.  [default: what the checkpoint says, or the patch less 4]")  # fmt: skip
+    return patch(stride(command))
+
+
+def load_router(
+    model: str, device: str, scale: float | None = None, patch: int | None = None, stride: int | None = None
+) -> PatchRouter | PixelRouter:
+    """:func:`fastroute.load`; warnings are shown as lines of their own, errors in an option name it."""
+    where = device_of(device)
+    with telling_warnings():
+        try:
+            return fastroute.load(model, where, scale=scale, patch=patch, stride=stride)
+        except ValueError as error:
+            words = str(error)
+            for name, given in (("scale", scale), ("patch", patch), ("stride", stride)):
+                if given is not None and words.startswith(f"load: {name} "):
+                    raise click.BadParameter(words.removeprefix(f"load: {name} "), param_hint=f"--{name}") from error
+            if scale is not None and words.endswith(f"alone; got scale={scale:g}"):
+                raise click.BadParameter(words, param_hint="--scale") from error
+            raise
+
+
+@contextmanager
+def telling_warnings() -> Iterator[None]:
+    """Show warnings as lines of their own, without the place in the code."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            yield
+        finally:
+            for text in dict.fromkeys(str(warning.message) for warning in caught if warning.category is UserWarning):
+                click.echo(f"Warning: {text}", err=True)
 
 
 def tell_measuring() -> None:
@@ -95,14 +137,12 @@ def check_routing(router: PatchRouter | PixelRouter, model: str, chosen: dict[st
 
     chosen = dict(chosen)
     if isinstance(router, PatchRouter):
-        scale = chosen.pop("scale", router.scale)
-        if scale != router.scale:
-            raise click.BadParameter(f"{model} upscales by {router.scale} alone; got {scale:g}", param_hint="--scale")
+        chosen.pop("scale", None)  # that of the networks: it was checked when they were loaded
         refuse_pixel_options(model, chosen)
         costs = router.costs
     else:
         check_deciding(chosen)
-        costs = router.model.class_cost(float(chosen.get("scale", 4)))
+        costs = router.model.class_cost(float(chosen.get("scale", router.scale)))
     if "budget" in chosen:
         try:
             check_possible(costs, chosen["budget"])

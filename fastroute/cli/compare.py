@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from fastroute.catalogue import DEFAULT_MODEL
-from fastroute.cli._common import Command, device_of
+from fastroute.cli._common import Command, device_of, telling_warnings
 
 # Options that take all values up to the next option.
 LISTS = ("--models", "--budget")
@@ -39,8 +39,8 @@ class ListCommand(Command):
               help="Route within each of these, say 0.5 0.7.  [default: as the model itself decides]")  # fmt: skip
 @click.option("--reference", type=click.Path(path_type=Path), help="What the result should be, for PSNR and SSIM.")
 @click.option("--downscale", is_flag=True, help="Reduce IN by the factor first; IN itself is then the reference.")
-@click.option("--scale", type=float, help="Upscaling factor of models that have none of their own (PCSR).  "
-              "[default: that of the others, or 4]")  # fmt: skip
+@click.option("--scale", type=float, help="Upscaling factor of models that have any (PCSR) or whose checkpoint does "
+              "not tell.  [default: that of the others]")  # fmt: skip
 @click.option("--detail", type=(int, int, int, int), metavar="LEFT TOP WIDTH HEIGHT",
               help="What the slider shows, in pixels of the result.  [default: all, or where most changes]")  # fmt: skip
 @click.option("--runs", type=click.IntRange(min=1), default=3, show_default=True, help="How often each time is taken.")
@@ -71,7 +71,8 @@ def command(
     check_page(target)
     image = io.read_image(source)
     truth = None if reference is None else io.read_image(reference)
-    comparison = compare(image, models, budgets, truth, downscale, scale, device_of(device), runs, progress=not quiet)
+    with telling_warnings():
+        comparison = compare(image, models, budgets, truth, downscale, scale, device_of(device), runs, progress=not quiet)
     write_page(target, comparison, source.name, detail)
     if quiet:
         return

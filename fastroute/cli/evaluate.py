@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from fastroute.cli._common import Command, check_routing, device_of
+from fastroute.cli._common import Command, check_routing, load_router, model_options
 
 
 @click.command("evaluate", cls=Command, short_help="Measure a model on a folder of images: PSNR, SSIM, FLOPs, time.")
@@ -17,8 +17,9 @@ from fastroute.cli._common import Command, check_routing, device_of
 @click.option("--exclude", multiple=True, metavar="PATTERN", help="File names to leave out, say '*-x4.png'; may be repeated.")
 @click.option("--budget", type=float, help="Mean branch FLOPs as a fraction of the dearest's.  "
               "[default: the classifier decides]")  # fmt: skip
-@click.option("--scale", type=int, help="Upscaling factor: any whole one for PCSR, 4 by default; that of its "
-              "branches for other models.")  # fmt: skip
+@click.option("--scale", type=int, help="Upscaling factor: any whole one for PCSR; needed for other models "
+              "whose checkpoint does not tell theirs.")  # fmt: skip
+@model_options
 @click.option("--k", type=float, help="Cost exponent of PCSR's decision.")
 @click.option("--adaptive", is_flag=True, default=None, help="PCSR's adaptive decision (ADM) instead of --k.")
 @click.option("--refine/--no-refine", default=None, help="PCSR's refinement of class borders; on by default.")
@@ -26,7 +27,8 @@ from fastroute.cli._common import Command, check_routing, device_of
 @click.option("--json", "target", type=click.Path(path_type=Path), help="Also write every number to this file.")
 @click.option("--quiet", is_flag=True, help="No progress bar.")
 def command(
-    model: str, images: Path, exclude: tuple[str, ...], scale: int | None, device: str, target: Path | None, quiet: bool,
+    model: str, images: Path, exclude: tuple[str, ...], scale: int | None, patch: int | None, stride: int | None, device: str,
+    target: Path | None, quiet: bool,
     **options: Any,
 ) -> None:  # fmt: skip
     """Reduce the images of a folder, super-resolve them with MODEL, and compare with what they were: quality, FLOPs, seconds,
@@ -40,7 +42,7 @@ def command(
     if target is not None and not target.resolve().parent.is_dir():
         raise click.BadParameter(f"the folder {target.parent} does not exist", param_hint="--json")
     chosen = {name: value for name, value in options.items() if value is not None}
-    router = fastroute.load(model, device_of(device))
+    router = load_router(model, device, scale, patch, stride)
     chosen = check_routing(router, model, chosen)
     errors: list[str] = []
     rows = evaluation.evaluate(router, images, scale, exclude, not quiet, errors, **chosen)

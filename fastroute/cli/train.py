@@ -73,6 +73,7 @@ def command(
     On several GPUs or machines: torchrun --nproc-per-node N -m fastroute train RECIPE ... --device cuda
     """
     from fastroute import memory
+    from fastroute.grid import usual_stride
     from fastroute.models.checkpoints import save_checkpoint
     from fastroute.training.data import Pool
     from fastroute.training.distributed import processes, rank
@@ -106,7 +107,8 @@ def command(
         command = f"python -m fastroute train {recipe} --images DIR --config FILE{more} --precision {precision}"
         write_config(folder / "config.yaml", plan, f"To repeat the training: {command}")
         target = folder / f"{recipe}-x{plan.scale}.safetensors"
-        save_checkpoint(target, model, {**dataclasses.asdict(plan), "scale": plan.scale, "stride": 28, "system": recipe})
+        places = {"stride": usual_stride(plan.patch)}
+        save_checkpoint(target, model, {**dataclasses.asdict(plan), "scale": plan.scale, "system": recipe, **places})
     click.echo(f"wrote {target}; use it with: fastroute upscale IN OUT --model {target}")
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from fastroute.catalogue import DEFAULT_MODEL
-from fastroute.cli._common import Command, check_deciding, check_routing, device_of, tell_measuring
+from fastroute.cli._common import Command, check_deciding, check_routing, load_router, model_options, tell_measuring
 
 if TYPE_CHECKING:
     from fastroute.batch import Job
@@ -35,8 +35,9 @@ SLOW_TO_WRITE = 1 << 25
 @click.option("--shared-budget", is_flag=True,
               help="One budget over all inputs, not one for each, spent where it helps most; reads them twice.")  # fmt: skip
 @click.option(
-    "--scale", type=float, help="Upscaling factor: any for PCSR, 4 by default; that of its branches for other models."
+    "--scale", type=float, help="Upscaling factor: any for PCSR; needed for other models whose checkpoint does not tell theirs."
 )
+@model_options
 @click.option("--size", type=(int, int), metavar="HEIGHT WIDTH", help="Output size instead of a factor (PCSR).")
 @click.option("--k", type=float, help="Cost exponent of PCSR's decision: 0 is best quality, larger is cheaper.")
 @click.option("--adaptive", is_flag=True, help="PCSR's adaptive decision (ADM) instead of --k.")
@@ -60,6 +61,8 @@ def command(
     model: str,
     class_map: Path | None,
     file_format: str | None,
+    patch: int | None,
+    stride: int | None,
     drop_alpha: bool,
     resume: bool,
     overwrite: bool,
@@ -85,7 +88,6 @@ def command(
 
     from PIL import Image
 
-    import fastroute
     from fastroute import batch
     from fastroute.cli._summary import tell_many, tell_one
     from fastroute.io import SUFFIXES, check_writable
@@ -100,6 +102,7 @@ def command(
     check_deciding(chosen, shared_budget)
     if "budget_ms" in chosen and not quiet:
         tell_measuring()
+    places = {"scale": chosen.get("scale"), "patch": patch, "stride": stride}
     limit = {} if memory_limit is None else {"memory_limit": memory_limit * 1_000_000}
     many = len(sources) > 1 or sources[0].is_dir() or target.is_dir() or any(sign in str(sources[0]) for sign in "*?[")
     if sources[0].is_file() and len(sources) == 1 and target.suffix.lower() in SUFFIXES:
@@ -111,7 +114,7 @@ def command(
             what = "it is a folder" if sources[0].is_dir() else "there are several inputs"
             raise click.UsageError(f"cannot read {sources[0]} into the one file {target}: {what}, so OUT must be a folder")
         jobs = batch.plan_jobs(sources, target, file_format and f".{file_format}", class_map, overwrite)
-        router = fastroute.load(model, device_of(device))
+        router = load_router(model, device, **places)
         chosen = check_routing(router, model, chosen)
         for folder in (target, class_map):
             if folder is not None:
@@ -137,11 +140,11 @@ def command(
     if streamed:
         if class_map is not None:
             raise click.UsageError("--class-map shows the classes over the result, which a streamed one is too large for")
-        _stream(job, model, device, quiet, chosen, limit["memory_limit"])
+        _stream(job, model, device, places, quiet, chosen, limit["memory_limit"])
         return
     # A file that cannot be read is told before the model is loaded.
     picture = batch.read_job(job, drop_alpha)
-    router = fastroute.load(model, device_of(device))
+    router = load_router(model, device, **places)
     chosen = check_routing(router, model, chosen)
     batch.check_target(router, job, picture, **chosen)
     result, upscaled = upscale_picture(router, picture, progress=not quiet, **chosen, **limit)
@@ -154,14 +157,15 @@ def command(
         click.echo(f"  writing: {time.perf_counter() - start:.2f} s")
 
 
-def _stream(job: Job, model: str, device: str, quiet: bool, chosen: dict[str, Any], memory_limit: int) -> None:
-    import fastroute
+def _stream(
+    job: Job, model: str, device: str, places: dict[str, Any], quiet: bool, chosen: dict[str, Any], memory_limit: int
+) -> None:
     from fastroute.cli._summary import tell_routing
     from fastroute.streaming.files import check_target
     from fastroute.streaming.upscale_file import upscale_file
 
     check_target(job.target)
-    router = fastroute.load(model, device_of(device))
+    router = load_router(model, device, **places)
     chosen = check_routing(router, model, chosen)
     written = upscale_file(job.source, job.target, router, memory_limit, progress=not quiet, **chosen)
     if not quiet:

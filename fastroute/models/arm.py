@@ -249,7 +249,7 @@ class ARM(nn.Module):
         chosen = list(WIDTHS[backbone] if widths is None else widths)
         if not chosen or chosen != sorted(set(chosen)):
             raise ValueError(f"ARM: widths must rise; got {tuple(chosen)}")
-        self.backbone, self.scale, self.num_classes = backbone, scale, len(chosen) + 1
+        self.backbone, self.scale, self.patch, self.num_classes = backbone, scale, patch, len(chosen) + 1
         self.network = BACKBONES[backbone](chosen[-1], scale)
         with torch.device("meta"):
             # Only their structure is used; a list that is no module keeps them out of the state dict.

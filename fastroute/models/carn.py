@@ -80,7 +80,7 @@ class CARN(nn.Module):
             raise ValueError(f"CARN: width must be a multiple of groups; got width={width} and groups={groups}")
         if upsample and len(mean) != channels:
             raise ValueError(f"CARN: mean must have one number per channel, {channels}; got {len(mean)}")
-        self.width, self.scale, self.channels = width, scale if upsample else 1, channels
+        self.width, self.scale, self.channels, self.mean = width, scale if upsample else 1, channels, tuple(mean)
         self.sub_mean: nn.Module | None = None
         self.add_mean: nn.Module | None = None
         if upsample:

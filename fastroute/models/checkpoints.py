@@ -16,8 +16,13 @@ from torch import Tensor, nn
 
 from fastroute import io
 
-# Names under which training code stores a state dict beside other things.
-WRAPPERS = ("state_dict", "params", "params_ema", "model_state_dict")
+# Names under which training code stores a state dict beside other things, averaged weights before those of the last step;
+# and what wrappers put before the names of all entries.
+WRAPPERS = ("params_ema", "params-ema", "params", "state_dict", "model_state_dict", "model", "net_g")
+PREFIXES = tuple(f"{name}." for name in ("module", "_orig_mod", "model", "net_g", "params_ema", "params-ema", "params"))
+# Where a .pth keeps the options of its model, and those that the weights do not tell.
+METADATA = "metadata"
+OPTIONS = ("scale", "patch", "mean", "input_range")
 NAMED_AT_MOST = 4
 
 
@@ -38,7 +43,7 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, Any], dict[str, str]]:
         path: a .safetensors file, or one that torch.save wrote.
 
     Returns:
-        The dictionary stored, tensors on the CPU, and the metadata of a safetensors file ({} for others).
+        The dictionary stored, tensors on the CPU, and the metadata, values as JSON; {} where there are none.
 
     Raises:
         CheckpointError: missing, unreadable, cut short, not a checkpoint, or one that holds code.
@@ -64,22 +69,37 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, Any], dict[str, str]]:
         raise CheckpointError(f"cannot read {path}: damaged, cut short, or no checkpoint{_detail(error)}") from error
     if not isinstance(content, Mapping):
         raise CheckpointError(f"cannot read {path}: it holds a {type(content).__name__}, not a state dict")
-    return dict(content), {}
+    metadata = content.get(METADATA)
+    if not isinstance(metadata, Mapping):
+        return dict(content), {}
+    rest = {name: value for name, value in content.items() if name != METADATA}
+    # As `save_checkpoint` writes it.
+    state = rest["params"] if rest.keys() == {"params"} else rest
+    return dict(state) if isinstance(state, Mapping) else rest, _as_json(metadata)
 
 
 def state_dict_of(content: Mapping[str, Any], path: str | Path) -> dict[str, Tensor]:
-    """The state dict in a checkpoint: unwrapped, without the prefix that DataParallel adds.
+    """The state dict in a checkpoint: unwrapped, without the prefixes that compilers, trainers and several GPUs add.
 
     Raises:
         CheckpointError: there is none.
     """
-    for name in WRAPPERS:
-        if isinstance(content.get(name), Mapping):
-            content = content[name]
-    tensors = {str(k).removeprefix("module."): v for k, v in content.items() if isinstance(v, Tensor)}
+    # Each of them at most once.
+    for _ in WRAPPERS:
+        content = next((content[name] for name in WRAPPERS if isinstance(content.get(name), Mapping)), content)
+    tensors = {str(k): v for k, v in content.items() if isinstance(v, Tensor)}
     if not tensors or len(tensors) != len(content):
         raise CheckpointError(f"cannot read {path}: it holds no state dict; its keys are {_some(content)}")
-    return tensors
+    return without_prefixes(tensors)
+
+
+def without_prefixes(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The entries without what all their names begin with, of `PREFIXES`; a compiled part inside has one of its own."""
+    # How many weights torch's AveragedModel has seen.
+    state = {name.replace("._orig_mod.", "."): value for name, value in state.items() if name != "n_averaged"}
+    while prefix := next((prefix for prefix in PREFIXES if state and all(name.startswith(prefix) for name in state)), ""):
+        state = {name.removeprefix(prefix): value for name, value in state.items()}
+    return state
 
 
 def load_weights(model: nn.Module, state: Mapping[str, Tensor], path: str | Path) -> None:
@@ -106,24 +126,39 @@ def save_checkpoint(path: str | Path, model: nn.Module, metadata: Mapping[str, A
 
     Args:
         path: the file; written under a temporary name and renamed.
-        model: its state dict is written as it is.
-        metadata: stored in a safetensors file, values as JSON.
+        model: its state dict is written as it is, in a .pth as the entry "params".
+        metadata: stored beside it, values as JSON: such as the scale, patch and stride, which :func:`fastroute.load` reads.
+            What the model itself knows of its options is added.
 
     Raises:
         CheckpointError: another ending, or the folder cannot be written.
     """
     path = Path(path)
     state = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
+    about = {k: json.dumps(v) for k, v in {**_options(model), **(metadata or {})}.items()}
     try:
         if path.suffix == ".safetensors":
-            data = save_safetensors(state, {k: json.dumps(v) for k, v in (metadata or {}).items()})
+            data = save_safetensors(state, about)
             io.write_atomically(path, lambda file: file.write(data))
         elif path.suffix in (".pth", ".pt"):
-            io.write_atomically(path, lambda file: torch.save(state, file))
+            io.write_atomically(path, lambda file: torch.save({"params": state, METADATA: about}, file))
         else:
             raise CheckpointError(f"cannot write {path}: its ending must be .safetensors, .pth or .pt")
     except OSError as error:
         raise CheckpointError(f"cannot write {path}: {error.strerror}") from error
+
+
+def _options(model: nn.Module) -> dict[str, Any]:
+    """Options of a model, or of its most expensive branch, that its weights do not tell."""
+    parts = [*getattr(model, "branches", [])[-1:], model]
+    found = {name: getattr(part, name) for part in parts for name in OPTIONS if hasattr(part, name)}
+    return {name: value.flatten().tolist() if isinstance(value, Tensor) else value for name, value in found.items()}
+
+
+def _as_json(metadata: Mapping[Any, Any]) -> dict[str, str]:
+    """Metadata of a .pth: as they were written, or plain values that others have put there."""
+    plain = {str(k): v for k, v in metadata.items() if isinstance(v, str | int | float)}
+    return {k: v if isinstance(v, str) else json.dumps(v) for k, v in plain.items()}
 
 
 def _some(names: Any) -> str:

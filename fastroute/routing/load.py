@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import math
 import re
-from collections.abc import Mapping
+import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastroute.catalogue import DEFAULT_MODEL, WEIGHTS, list_models
+from fastroute.grid import usual_stride
 from fastroute.models import arm as arm_models
 from fastroute.models.arm import ARM
 from fastroute.models.carn import CARN, RGB_MEAN
@@ -19,6 +23,7 @@ from fastroute.models.classsr import ClassSR, PatchClassifier
 from fastroute.models.fsrcnn import FSRCNN
 from fastroute.models.pcsr import PCSR
 from fastroute.models.rcan import RCAN
+from fastroute.models.scales import scale_of_flat_images, scale_of_shapes
 from fastroute.models.srresnet import SRResNet
 from fastroute.routing.patch_router import PatchRouter
 from fastroute.routing.pixel_router import PixelRouter
@@ -32,7 +37,13 @@ FIRST_LAYERS = {
 }
 
 
-def load(name_or_path: str | Path = DEFAULT_MODEL, device: str | torch.device = "cpu") -> PatchRouter | PixelRouter:
+def load(
+    name_or_path: str | Path = DEFAULT_MODEL,
+    device: str | torch.device = "cpu",
+    scale: float | None = None,
+    patch: int | None = None,
+    stride: int | None = None,
+) -> PatchRouter | PixelRouter:
     """An upscaler from a shipped model or a checkpoint file.
 
     Args:
@@ -41,16 +52,26 @@ def load(name_or_path: str | Path = DEFAULT_MODEL, device: str | torch.device = 
             PCSR over FSRCNN or CARN as published or as `fastroute train` writes it; or one of those networks alone, or as
             PCSR's code stores it.
         device: where to run.
+        scale: upscaling factor. Default: that which the file says, or the shapes of its weights. FSRCNN's are the same at 2, 3
+            and 4, and its published files do not say: the factor is then the one at which flat images stay flat, and 4 where
+            that does not tell; both with a warning where it is not certain. PCSR has any factor; this one is that of calls
+            that give none.
+        patch, stride: LR patch size and distance of patches. Default: what the file says; else 32, and as distance
+            :func:`fastroute.grid.usual_stride`.
 
     Returns:
         :class:`fastroute.PatchRouter`, or for PCSR :class:`fastroute.PixelRouter`; call its `upscale`.
 
     Raises:
-        ValueError: a device that cannot be used.
-        fastroute.CheckpointError: no such model or file, a damaged file, or another architecture (the message names the keys
-            that do not fit).
+        ValueError: a device that cannot be used, or a scale, patch or stride that is impossible.
+        fastroute.CheckpointError: no such model or file, a damaged file, a model of another scale than asked for, or another
+            architecture (the message names the keys that do not fit).
+
+    Warns:
+        UserWarning: the upscaling factor is not certain.
     """
     device = usable_device(device)
+    asked = _asked(scale, patch, stride)
     path = WEIGHTS / f"{name_or_path}.safetensors"
     if str(name_or_path) not in list_models():
         path = Path(name_or_path)
@@ -61,29 +82,44 @@ def load(name_or_path: str | Path = DEFAULT_MODEL, device: str | torch.device = 
     content, metadata = read_checkpoint(path)
     settings = _settings(metadata, path)
     model = content.get("model")
-    if isinstance(model, Mapping) and model.get("name") == "pcsr-phase1":
-        try:
-            return PixelRouter(PCSR.from_published(content).to(device))
-        except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
-            raise CheckpointError(f"cannot use {path} as PCSR: {error}") from error
-    if isinstance(model, Mapping) and isinstance(model.get("sd"), Mapping):
+    published = isinstance(model, Mapping) and model.get("name") == "pcsr-phase1"
+    if not published and isinstance(model, Mapping) and isinstance(model.get("sd"), Mapping):
         # PCSR's format names the network beside its weights.
         arguments = model.get("args")
         for name in ("upscale", "scale"):
             if isinstance(arguments, Mapping) and name in arguments:
                 settings["scale"] = _positive(arguments[name], name, path)
         content = model["sd"]
-    state = state_dict_of(content, path)
     try:
+        if published:
+            return _pixel_router(PCSR.from_published(content), settings, asked).to(device)
+        state = state_dict_of(content, path)
         if "classifier.layers.0.weight" in state:
-            pcsr = _pcsr(state)
+            pcsr = _pcsr(state, settings.get("mean"))
             load_weights(pcsr, state, path)
-            return PixelRouter(pcsr.to(device))
-        return _router(state, path, **settings).to(device)
+            return _pixel_router(pcsr, settings, asked).to(device)
+        return _router(state, path, settings, asked).to(device)
     except CheckpointError:
         raise
-    except ValueError as error:
-        raise CheckpointError(f"cannot use {path}: {error}") from error
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        if not published and not isinstance(error, ValueError):
+            raise
+        raise CheckpointError(f"cannot use {path}{' as PCSR' if published else ''}: {error}") from error
+
+
+def _asked(scale: float | None, patch: int | None, stride: int | None) -> dict[str, Any]:
+    """What a caller gave, once it is possible."""
+    asked = {name: value for name, value in (("scale", scale), ("patch", patch), ("stride", stride)) if value is not None}
+    for name, value in asked.items():
+        wanted = "positive and finite" if name == "scale" else "a positive whole number"
+        known = isinstance(value, int) or (name == "scale" and isinstance(value, float))
+        if not known or isinstance(value, bool) or not 0 < value < math.inf:
+            raise ValueError(
+                f"load: {name} must be {wanted}; got {value:g}" if known else f"load: {name} must be {wanted}; got {value!r}"
+            )
+    if patch is not None and stride is not None and stride > patch:
+        raise ValueError(f"load: stride must be at most patch ({patch}), or pixels between patches are lost; got {stride}")
+    return asked
 
 
 def usable_device(name: str | torch.device) -> torch.device:
@@ -102,14 +138,16 @@ def usable_device(name: str | torch.device) -> torch.device:
     return device
 
 
-def _settings(metadata: Mapping[str, str], path: Path) -> dict[str, int]:
-    found = {}
-    for name in ("scale", "patch", "stride", "input_range"):
+def _settings(metadata: Mapping[str, str], path: Path) -> dict[str, Any]:
+    """The options in a file's metadata that a router needs."""
+    found: dict[str, Any] = {}
+    for name in ("scale", "patch", "stride", "input_range", "mean"):
         if name in metadata:
             try:
-                found[name] = _positive(json.loads(metadata[name]), name, path)
-            except json.JSONDecodeError as error:
+                value = json.loads(metadata[name])
+            except (json.JSONDecodeError, RecursionError) as error:
                 raise CheckpointError(f"cannot use {path}: its {name} is {metadata[name]!r}, not a number") from error
+            found[name] = _numbers(value, name, path) if name in ("input_range", "mean") else _positive(value, name, path)
     return found
 
 
@@ -119,26 +157,53 @@ def _positive(value: object, name: str, path: Path) -> int:
     return value
 
 
-def _router(
-    state: dict[str, Tensor], path: Path, scale: int = 4, patch: int = 32, stride: int = 28, input_range: int = 255
-) -> PatchRouter:
+def _numbers(value: object, name: str, path: Path) -> Any:
+    """A finite number, or a list of at most four where several are meant."""
+    values = value if name == "mean" and isinstance(value, list) and 0 < len(value) <= 4 else [value]
+    if not all(isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v) for v in values):
+        raise CheckpointError(f"cannot use {path}: its {name} must be finite numbers; it is {value!r}")
+    return value
+
+
+def _pixel_router(pcsr: PCSR, settings: Mapping[str, Any], asked: Mapping[str, Any]) -> PixelRouter:
+    for name in ("patch", "stride"):
+        if name in asked:
+            raise ValueError(f"PCSR routes pixels and has no {name}; leave {name} out")
+    return PixelRouter(pcsr, scale=asked.get("scale", settings.get("scale", 4)))
+
+
+def _router(state: dict[str, Tensor], path: Path, settings: Mapping[str, Any], asked: Mapping[str, Any]) -> PatchRouter:
+    patch = asked.get("patch", settings.get("patch", 32))
+    # The stride of a file belongs to its patch.
+    stride = asked.get("stride", settings.get("stride", usual_stride(patch)) if "patch" not in asked else usual_stride(patch))
+    if stride > patch:
+        raise CheckpointError(
+            f"cannot use {path}: its stride of {stride} is above its patch of {patch}, so pixels between them would be lost; "
+            f"say stride={usual_stride(patch)}, on the command line --stride {usual_stride(patch)}"
+        )
     if "classifier.table.psnr" in state:
+        scale = _scale(state, "network.", path, settings, asked)
         arm = _arm(state, scale, patch)
         load_weights(arm, state, path)
         if not arm.table.ready:
             raise CheckpointError(f"cannot use {path}: its table holds no measurements; train the table on images first")
         return PatchRouter(arm.branches, arm.classifier, patch, stride, scale, costs=arm.costs(patch))
+    options = {name: settings[name] for name in ("input_range", "mean") if name in settings}
     for backbone, name in FIRST_LAYERS.items():
         widths = _widths(state, rf"net(\d+)\.{re.escape(name)}")
         if widths:
-            branches = [_network(backbone, state, f"net{k}.", w, scale, input_range) for k, w in enumerate(widths, start=1)]
+            scale = _scale(state, f"net{len(widths)}.", path, settings, asked)
+            branches = [_network(backbone, state, f"net{k}.", w, scale, **options) for k, w in enumerate(widths, start=1)]
             layers = sum(re.fullmatch(r"classifier\.CondNet\.\d+\.weight", key) is not None for key in state)
-            system = ClassSR(branches, PatchClassifier(len(branches), layers=max(layers, 2)))
+            first = state.get("classifier.CondNet.0.weight")
+            width = len(first) if first is not None and first.ndim == 4 and len(first) else 128
+            system = ClassSR(branches, PatchClassifier(len(branches), width, layers=max(layers, 2)))
             load_weights(system, state, path)
             return PatchRouter(system.branches, system.classifier, patch, stride, scale)
         alone = _widths(state, rf"{re.escape(name)}()")
         if alone:
-            network = _network(backbone, state, "", alone[0], scale, input_range)
+            scale = _scale(state, "", path, settings, asked)
+            network = _network(backbone, state, "", alone[0], scale, **options)
             load_weights(network, state, path)
             return PatchRouter([network], None, patch, stride, scale)
     known = ", ".join(f"{backbone} ({name})" for backbone, name in FIRST_LAYERS.items())
@@ -148,16 +213,72 @@ def _router(
     )
 
 
+def _scale(state: Mapping[str, Tensor], prefix: str, path: Path, settings: Mapping[str, Any], asked: Mapping[str, Any]) -> int:
+    """The factor that was asked for, or that of the file, its shapes or its weights, in this order; they must agree."""
+    widths = {backbone: _widths(state, re.escape(prefix + name) + "()") for backbone, name in FIRST_LAYERS.items()}
+    backbone, width = next(((backbone, found[0]) for backbone, found in widths.items() if found), ("", 0))
+    shaped = scale_of_shapes(backbone, state, prefix, width) if width else None
+    known = settings.get("scale", shaped)
+    if "scale" in asked:
+        scale = asked["scale"]
+        if scale != int(scale):
+            raise ValueError(f"its networks upscale by whole factors alone; got scale={scale:g}")
+        if known is not None and scale != known:
+            raise CheckpointError(f"cannot use {path}: it upscales by {known} alone; got scale={scale:g}")
+        return int(scale)
+    if known is not None or not width:
+        return known or 4
+
+    def build(scale: int) -> nn.Module:
+        with torch.device("meta"):
+            network = _network(backbone, state, prefix, width, scale)
+        own = {key.removeprefix(prefix): value.float() for key, value in state.items() if key.startswith(prefix)}
+        network.load_state_dict(own, assign=True)
+        return network
+
+    try:
+        judged = scale_of_flat_images(build)
+    except (RuntimeError, ValueError):
+        # Weights that do not fit are refused by their names, later.
+        judged = None
+    if judged != 4:
+        reason = (
+            "the weights keep flat images flat at no factor from 2 to 4 or at several, so 4 is assumed"
+            if judged is None
+            else f"the weights keep flat images flat at a factor of {judged} alone, so that is taken"
+        )
+        warnings.warn(
+            f"{path} does not say its upscaling factor, and FSRCNN has equal shapes at 2, 3 and 4: {reason}; "
+            "say which it is by scale=N, on the command line --scale N",
+            stacklevel=4,
+        )
+    return judged or 4
+
+
 def _network(
-    backbone: str, state: Mapping[str, Tensor], prefix: str, width: int, scale: int, input_range: int = 255
+    backbone: str,
+    state: Mapping[str, Tensor],
+    prefix: str,
+    width: int,
+    scale: int,
+    input_range: float = 255,
+    mean: Sequence[float] = RGB_MEAN,
 ) -> nn.Module:
-    """The network under `prefix`; its depth and layout are read off its keys, since the published ones differ in them."""
+    """The network under `prefix`; its depth and layout are read off its keys and shapes, since published ones differ."""
+    entry = state.get(prefix + FIRST_LAYERS[backbone])
+    channels = entry.shape[1] if entry is not None and entry.ndim == 4 else 3
     if backbone == "fsrcnn":
-        return FSRCNN(width, scale)
+        shrink = state.get(f"{prefix}body_conv.0.0.weight")
+        narrow = len(shrink) if shrink is not None and shrink.ndim == 4 and len(shrink) >= channels else 12
+        depth = _count(state, prefix, r"body_conv\.(\d+)\.weight", 4)
+        return FSRCNN(width, scale, narrow, depth, channels)
     if backbone == "carn":
-        return CARN(width, scale, mean_layers=f"{prefix}sub_mean.weight" in state, batch_norm=f"{prefix}c1.1.weight" in state)
+        inner = state.get(f"{prefix}upsample.up.body.0.weight")
+        groups = width // inner.shape[1] if inner is not None and inner.ndim == 4 and 0 < inner.shape[1] <= width else 4
+        mean_layers, batch_norm = f"{prefix}sub_mean.weight" in state, f"{prefix}c1.1.weight" in state
+        return CARN(width, scale, groups, channels, True, mean, mean_layers, batch_norm)
     if backbone == "srresnet":
-        return SRResNet(width, scale, blocks=max(1, _count(state, prefix, r"recon_trunk\.(\d+)\.conv1\.weight")))
+        return SRResNet(width, scale, max(1, _count(state, prefix, r"recon_trunk\.(\d+)\.conv1\.weight")), channels)
     groups = _count(state, prefix, r"body\.(\d+)\.body\.0\.body\.0\.weight")
     blocks = _count(state, prefix, r"body\.0\.body\.(\d+)\.body\.0\.weight")
     squeeze = state.get(f"{prefix}body.0.body.0.body.3.conv_du.0.weight")
@@ -179,7 +300,7 @@ def _arm(state: Mapping[str, Tensor], scale: int, patch: int) -> ARM:
     )
 
 
-def _pcsr(state: Mapping[str, Tensor]) -> PCSR:
+def _pcsr(state: Mapping[str, Tensor], mean: Sequence[float] | None = None) -> PCSR:
     def widths(prefix: str) -> list[int]:
         """Sizes of the layers of an MLP, its last one included."""
         found = {int(m[1]): len(v) for k, v in state.items() if (m := re.fullmatch(rf"{prefix}\.layers\.(\d+)\.weight", k))}
@@ -193,13 +314,14 @@ def _pcsr(state: Mapping[str, Tensor]) -> PCSR:
             classifier = widths("classifier")
             # One without layers is free.
             hidden = [layers[:-1] if (layers := widths(rf"upsamplers\.{k}")) else None for k in range(min(classifier[-1], 256))]
-            return PCSR.build(encoder, hidden, classifier[:-1], RGB_MEAN if carn else None)
+            return PCSR.build(encoder, hidden, classifier[:-1], mean or (RGB_MEAN if carn else None))
     raise ValueError(f"it has a pixel classifier, but no known encoder; its keys begin with {', '.join(list(state)[:4])}")
 
 
-def _count(state: Mapping[str, Tensor], prefix: str, pattern: str) -> int:
-    """How many different numbers the keys under `prefix` have at the group of `pattern`."""
-    return len({m[1] for key in state if (m := re.fullmatch(re.escape(prefix) + pattern, key))})
+def _count(state: Mapping[str, Tensor], prefix: str, pattern: str, dimensions: int | None = None) -> int:
+    """How many different numbers the keys under `prefix` have at the group of `pattern`, of tensors of so many dimensions."""
+    found = {m[1]: value for key, value in state.items() if (m := re.fullmatch(re.escape(prefix) + pattern, key))}
+    return sum(dimensions in (None, value.ndim) for value in found.values())
 
 
 def _widths(state: Mapping[str, Tensor], pattern: str) -> list[int]:

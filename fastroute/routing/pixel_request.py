@@ -98,7 +98,7 @@ class Request:
 
 
 def make_grid(
-    lr: Sequence[int], scale: float | None, size: tuple[int, int] | None, device: torch.device
+    lr: Sequence[int], scale: float | None, size: tuple[int, int] | None, device: torch.device, default: float = 4.0
 ) -> tuple[PixelGrid, float]:
     """The rows of an image of height and width `lr` and of its output on `device`, and the factor by which costs are known.
 
@@ -109,7 +109,7 @@ def make_grid(
     if scale is not None and size is not None:
         raise ValueError(f"{op}: give either scale or size; got scale={scale} and size={size}")
     if size is None:
-        factor = 4.0 if scale is None else float(scale)
+        factor = float(default if scale is None else scale)
         if not (math.isfinite(factor) and factor > 0):
             raise ValueError(f"{op}: scale must be positive and finite; got {scale}")
         size = (round(h * factor), round(w * factor))
@@ -141,7 +141,7 @@ def make_request(
     """
     op = "upscale"
     check_limit(op, memory_limit)
-    grid, factor = make_grid(shape[2:], scale, size, router.device)
+    grid, factor = make_grid(shape[2:], scale, size, router.device, router.scale)
     if not math.isfinite(k):
         raise ValueError(f"{op}: k must be finite; got {k}")
     limit.check(op)

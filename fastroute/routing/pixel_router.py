@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from functools import partial
 
 import torch
@@ -32,6 +33,7 @@ class PixelRouter:
     Args:
         model: set to evaluation mode, otherwise left as it is; its encoder is copied.
         optimized: run the encoder in its fastest exact form, see :func:`fastroute.models.optimize`, and in bands of rows.
+        scale: upscaling factor of calls that give neither a scale nor a size.
 
     Example:
         >>> router = PixelRouter(PCSR.from_published(torch.load("pcsr-carn-x4.pth", map_location="cpu", weights_only=True)))
@@ -39,7 +41,10 @@ class PixelRouter:
         >>> result.image.shape, result.stats.pixels_per_class
     """
 
-    def __init__(self, model: PCSR, optimized: bool = True) -> None:
+    def __init__(self, model: PCSR, optimized: bool = True, scale: float = 4.0) -> None:
+        if not (math.isfinite(scale) and scale > 0):
+            raise ValueError(f"PixelRouter: scale must be positive and finite; got {scale}")
+        self.scale = scale
         self.model = model.eval()
         self.encoder = model.encoder
         if optimized:
@@ -88,7 +93,8 @@ class PixelRouter:
         Args:
             image: (B, C, h, w) or (C, h, w), floating in [0, 1], uint8 or uint16; on the device of the networks, or on the
                 CPU: bands of it are then copied there and back, and the result is on the CPU.
-            scale: upscaling factor, an integer or a fraction; the size is rounded. Default 4 where no `size` is given.
+            scale: upscaling factor, an integer or a fraction; the size is rounded. Default that of the router
+                where no `size` is given.
             size: (H, W) instead of `scale`.
             k: exponent of the cost in the decision, argmax of probability / cost^k.
             adaptive: decide by the 2-means of each image's second probability instead; two classes only. They are taken over
@@ -170,7 +176,7 @@ class PixelRouter:
         self, height: int, width: int, scale: float | None = None, size: tuple[int, int] | None = None
     ) -> tuple[int, int]:
         """Height and width of what an image of that size becomes, see :meth:`upscale`."""
-        return make_grid((height, width), scale, size, self.device)[0].size
+        return make_grid((height, width), scale, size, self.device, self.scale)[0].size
 
     @torch.inference_mode()
     def answer(self, images: Tensor, request: Request) -> Upscaled:  # [B, C, h, w]

@@ -143,7 +143,7 @@ class SharedPixels(Shared):
         super().__init__(limit, op)
         check_limit(op, memory_limit)
         # Of images of any size: refuses an impossible scale before anything is read.
-        factor = make_grid((1 << 16, 1 << 16), scale, None, router.device)[1]
+        factor = make_grid((1 << 16, 1 << 16), scale, None, router.device, router.scale)[1]
         if limit.fraction is not None:
             check_possible(router.model.class_cost(factor), limit.fraction)
         self.router, self.scale, self.refine, self.factor = router, scale, refine, factor
@@ -211,7 +211,7 @@ class SharedPixels(Shared):
         return dataclasses.replace(result, stats=dataclasses.replace(stats, flops=done, seconds=times))
 
     def _grid(self, images: Tensor) -> PixelGrid:  # [B, C, h, w]
-        return make_grid(images.shape[2:], self.scale, None, self.device)[0]
+        return make_grid(images.shape[2:], self.scale, None, self.device, self.router.scale)[0]
 
 
 class Turn:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastroute.models.classsr import BACKBONES, ClassSR
+from fastroute.models.classsr import BACKBONES, ClassSR, PatchClassifier
 from fastroute.profiling import count_flops
 from fastroute.streaming.transfer import to_device
 from fastroute.training.base import BaseTrainer, Stage, StepResult, check_backbone, check_settings, check_widths, class_shares
@@ -62,6 +62,8 @@ class BranchRecipe:
                 f"train: branch_steps must be one positive number per width, {len(self.widths)} for widths {widths}; got {got}"
             )
         check_settings(self, ("batch", "scale", "patch"), ("seed",))
+        if self.patch < (cell := PatchClassifier.CELL):
+            raise ValueError(f"train: patch must be at least {cell}, the side of a cell of the classifier; got {self.patch}")
         for name in ("focus", "balance"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"train: {name} must lie in [0, 1]; got {getattr(self, name)}")
