@@ -1,84 +1,106 @@
-"""Metadata out of a picture that Pillow opened, and into the arguments with which Pillow writes one."""
+"""What of a picture's metadata a format of files holds, in the form in which it is written there."""
 
 from __future__ import annotations
 
 import math
 import struct
-from types import MappingProxyType
+from dataclasses import dataclass, field
 from typing import Any
 
-from PIL import Image, PngImagePlugin
+from fastroute.io import exif as exif_blocks
+from fastroute.io import xmp as packets
+from fastroute.io.colour import COLOUR_CHUNKS, is_plain_srgb, profile_of_chunks
+from fastroute.io.picture import Metadata, suiting
 
-from fastroute.io.picture import Metadata, Picture, upright_xmp
-
-ORIENTATION, EXIF_IFD, GPS_IFD, INTEROP_IFD = 0x0112, 0x8769, 0x8825, 0xA005
-PIXEL_WIDTH, PIXEL_HEIGHT = 0xA002, 0xA003
-# Tags of a TIFF's own directory that describe the picture rather than how its pixels are stored.
-DESCRIPTIVE = (270, 271, 272, 305, 306, 315, 316, 33432)
 # A segment of a JPEG holds no more.
 SEGMENT = 65533 - 29
-# What Pillow may raise on a block of EXIF that is not whole.
-DAMAGE = (ValueError, TypeError, KeyError, IndexError, OSError, SyntaxError, AttributeError, OverflowError, struct.error)
+IPTC = 0x0404
+# What each format holds.
+HELD = {
+    "PNG": {"icc", "exif", "xmp", "dpi", "text", "comment", "chunks"},
+    "JPEG": {"icc", "exif", "xmp", "dpi", "comment", "iptc"},
+    "WEBP": {"icc", "exif", "xmp"},
+    "TIFF": {"icc", "exif", "xmp", "dpi", "iptc"},
+    "BMP": {"dpi"},
+    "ZARR": set[str](),
+}
+# The largest resolution, in pixels per inch.
+MOST_DPI = {"PNG": (2**31 - 1) / 39.4, "JPEG": 65535.0, "TIFF": 2.0**31, "BMP": (2**31 - 1) / 39.4}
 
 
-def orientation_of(image: Image.Image) -> int:
-    """The EXIF orientation, 1 … 8; 1 where there is none."""
-    try:
-        value = image.getexif().get(ORIENTATION, 1)
-    except DAMAGE:
-        return 1
-    return value if value in range(1, 9) else 1
+@dataclass
+class Carried:
+    """Metadata as a format takes it, and sentences about what it does not take."""
+
+    icc: bytes | None = None
+    exif: bytes | None = None
+    xmp: bytes | None = None
+    dpi: tuple[float, float] | None = None
+    comment: bytes | None = None
+    iptc: bytes | None = None
+    lost: list[str] = field(default_factory=list)
 
 
-def metadata_of(image: Image.Image) -> Metadata:
-    """What the file says; the picture must have been loaded, for some formats say it at their end."""
-    info = image.info
-    try:
-        exif = exif_block(image.getexif(), image.format == "TIFF")
-    except DAMAGE:
-        exif = None
-    text = getattr(image, "text", {}) if image.format == "PNG" else {}
-    return Metadata(
-        icc=info.get("icc_profile") or None,
-        exif=exif,
-        xmp=xmp_packet(info.get("xmp") or info.get("XML:com.adobe.xmp")),
-        dpi=resolution(info.get("dpi")),
-        text=MappingProxyType({str(k): str(v) for k, v in text.items() if k != "XML:com.adobe.xmp"}),
-    )
+def carried(metadata: Metadata, name: str, gray: bool, size: tuple[int, int] | None = None) -> Carried:
+    """What a file of the format `name` holds of the metadata.
+
+    Args:
+        metadata: of the picture.
+        name: of `HELD`.
+        gray: its pixels are stored as gray.
+        size: height and width, for what tells them.
+    """
+    held, found = HELD[name], Carried()
+    found.icc = _profile(metadata, name, gray, found.lost)
+    for what, label in (("exif", "EXIF"), ("xmp", "XMP"), ("comment", "comment"), ("iptc", "IPTC")):
+        value = getattr(metadata, what)
+        if not value:
+            continue
+        if what not in held:
+            found.lost.append(f"{name} holds no {label}")
+        elif name == "JPEG" and len(value) > SEGMENT:
+            found.lost.append(f"JPEG holds no {label} of {len(value):,} bytes")
+        else:
+            setattr(found, what, value)
+    if metadata.dpi is not None:
+        if "dpi" not in held or max(metadata.dpi) > MOST_DPI[name]:
+            found.lost.append(f"{name} holds no resolution{f' of {max(metadata.dpi):g}' if 'dpi' in held else ''}")
+        else:
+            found.dpi = metadata.dpi
+    if metadata.text and "text" not in held:
+        found.lost.append(f"{name} holds no texts ({', '.join(metadata.text)})")
+    if size is not None:
+        found.exif = found.exif and exif_blocks.sized(found.exif, size[1], size[0])
+        found.xmp = found.xmp and packets.sized(found.xmp, size[1], size[0])
+    return found
 
 
-def exif_block(found: Image.Exif, tiff: bool) -> bytes | None:
-    """The block without orientation and thumbnail; of a TIFF, only what describes the picture. None if nothing is left."""
-    kept = Image.Exif()
-    for tag, value in found.items():
-        if tag not in (ORIENTATION, EXIF_IFD, GPS_IFD) and (not tiff or tag in DESCRIPTIVE):
-            kept[tag] = value
-    for tag in (EXIF_IFD, GPS_IFD):
-        directory = dict(found.get_ifd(tag))
-        if INTEROP_IFD in directory:
-            directory[INTEROP_IFD] = dict(found.get_ifd(INTEROP_IFD))
-        if directory:
-            kept[tag] = directory
-    return kept.tobytes() if len(kept) else None
-
-
-def resized_exif(picture: Picture) -> Image.Exif | None:
-    """The picture's EXIF with its present size."""
-    if picture.metadata.exif is None:
+def _profile(metadata: Metadata, name: str, gray: bool, lost: list[str]) -> bytes | None:
+    chunks = {key: content for key, content in metadata.chunks if key in COLOUR_CHUNKS}
+    icc = metadata.icc
+    if icc is not None:
+        suits = suiting(icc, gray)
+        if "icc" not in HELD[name]:
+            lost.append(f"{name} holds no colour profile")
+            return None
+        if suits is None:
+            lost.append("the colour profile is none of the result's kind of colours and was left out")
+            return None
+        if "cICP" in chunks and name != "PNG":
+            lost.append(f"{name} holds no cICP")
+        return suits
+    if not chunks or name == "PNG" or is_plain_srgb(chunks):
         return None
-    exif = Image.Exif()
-    exif.load(picture.metadata.exif)
-    directory = exif.get_ifd(EXIF_IFD)
-    for tag, value in ((PIXEL_WIDTH, picture.width), (PIXEL_HEIGHT, picture.height)):
-        if tag in directory:
-            directory[tag] = value
-    return exif
-
-
-def xmp_packet(found: str | bytes | None) -> bytes | None:
-    """A packet of XMP that tells of an upright picture."""
-    packet = found.encode() if isinstance(found, str) else found
-    return upright_xmp(packet) if packet else None
+    made = profile_of_chunks(chunks) if "icc" in HELD[name] else None
+    lost.append(
+        f"{name} holds no {', '.join(chunks)}: "
+        + (
+            "its colours are described by a profile instead"
+            if made
+            else "its colours will be shown as sRGB, which they are not"
+        )
+    )
+    return made
 
 
 def resolution(found: Any) -> tuple[float, float] | None:
@@ -91,26 +113,16 @@ def resolution(found: Any) -> tuple[float, float] | None:
     return dpi if all(math.isfinite(value) and value > 1 for value in dpi) else None
 
 
-def save_options(picture: Picture, file_format: str, gray: bool) -> dict[str, Any]:
-    """Arguments of Pillow's `save` that carry the metadata, as far as the format holds it."""
-    metadata = picture.metadata
+def save_options(held: Carried, name: str) -> dict[str, Any]:
+    """Arguments of Pillow's `save` for JPEG, WebP and BMP."""
     options: dict[str, Any] = {}
-    if file_format != "BMP":
-        icc, exif = picture.profile(gray), resized_exif(picture)
-        if icc is not None:
-            options["icc_profile"] = icc
-        block = b"" if exif is None else exif.tobytes()
-        if block and (file_format != "JPEG" or len(block) < SEGMENT):
-            options["exif"] = block
-        if metadata.xmp is not None and file_format in ("WEBP", "JPEG") and len(metadata.xmp) < SEGMENT:
-            options["xmp"] = metadata.xmp
-    if metadata.dpi is not None and file_format != "WEBP":
-        options["dpi"] = metadata.dpi
-    if file_format == "PNG":
-        chunks = PngImagePlugin.PngInfo()
-        for key, value in metadata.text.items():
-            chunks.add_itxt(key, value) if not value.isascii() else chunks.add_text(key, value)
-        if metadata.xmp is not None:
-            chunks.add_itxt("XML:com.adobe.xmp", metadata.xmp.decode("utf-8", "replace"))
-        options["pnginfo"] = chunks
+    for key, value in (("icc_profile", held.icc), ("exif", held.exif), ("xmp", held.xmp), ("dpi", held.dpi)):
+        if value is not None:
+            options[key] = value
+    if held.comment is not None:
+        options["comment"] = held.comment
+    if held.iptc is not None and name == "JPEG":
+        block = b"8BIM" + struct.pack(">HHI", IPTC, 0, len(held.iptc)) + held.iptc + bytes(len(held.iptc) % 2)
+        content = b"Photoshop 3.0\0" + block
+        options["extra"] = b"\xff\xed" + struct.pack(">H", len(content) + 2) + content
     return options

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
@@ -13,6 +12,7 @@ from torch import Tensor
 BITS = {torch.uint8: 8, torch.uint16: 16, torch.float32: 32}
 # The colour space stands at these bytes of a profile.
 ICC_SPACE = slice(16, 20)
+NOTHING: Mapping[str, str] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -24,14 +24,21 @@ class Metadata:
         exif: a block of EXIF as JPEG files hold it, without an orientation: the pixels are upright.
         xmp: a packet of XMP, its orientation set to upright.
         dpi: pixels per inch, horizontally and vertically.
-        text: titles, comments and the like of a PNG.
+        text: titles, comments and the like of a PNG, by keyword.
+        comment: of a JPEG or GIF.
+        iptc: a block of IPTC (IIM), as JPEG and TIFF files hold it.
+        chunks: chunks of a PNG, name and content, byte for byte: what it says of its colours (gAMA, cHRM, cICP, …), and the
+            texts as they were stored.
     """
 
     icc: bytes | None = None
     exif: bytes | None = None
     xmp: bytes | None = None
     dpi: tuple[float, float] | None = None
-    text: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    text: Mapping[str, str] = field(default_factory=lambda: NOTHING)
+    comment: bytes | None = None
+    iptc: bytes | None = None
+    chunks: tuple[tuple[str, bytes], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -86,9 +93,7 @@ class Picture:
         return self.color.shape[2]
 
     def __str__(self) -> str:
-        depth = "float" if self.bits == 32 else f"{self.bits}-bit"
-        name = {"gray": "gray", "rgb": "RGB", "palette": "palette", "cmyk": "CMYK"}[self.kind]
-        return f"{depth} {name}{'' if self.alpha is None else ' with alpha'}"
+        return describe(self.bits, self.kind, self.alpha is not None)
 
     def as_bits(self, bits: int) -> Picture:
         """The same picture with 8 or 16 bits per channel, or as float32 for 32; clamped and rounded."""
@@ -101,16 +106,21 @@ class Picture:
 
     def profile(self, gray: bool) -> bytes | None:
         """The colour profile if it suits pixels stored as gray, or as RGB."""
-        icc = self.metadata.icc
-        if icc is None or icc[ICC_SPACE] not in ((b"GRAY", b"RGB ") if gray else (b"RGB ",)):
-            return None
-        return icc
+        return suiting(self.metadata.icc, gray)
 
 
-def upright_xmp(xmp: bytes) -> bytes:
-    """The packet with its orientation set to upright."""
-    xmp = re.sub(rb'(tiff:Orientation\s*=\s*["\'])\d', rb"\g<1>1", xmp)
-    return re.sub(rb"(<tiff:Orientation>\s*)\d", rb"\g<1>1", xmp)
+def describe(bits: int, kind: str, alpha: bool) -> str:
+    """Such as "16-bit gray with alpha"."""
+    depth = "float" if bits == 32 else f"{bits}-bit"
+    name = {"gray": "gray", "rgb": "RGB", "palette": "palette", "cmyk": "CMYK"}[kind]
+    return f"{depth} {name}{' with alpha' if alpha else ''}"
+
+
+def suiting(icc: bytes | None, gray: bool) -> bytes | None:
+    """A colour profile, if it suits pixels stored as gray, or as RGB."""
+    if icc is None or icc[ICC_SPACE] not in ((b"GRAY", b"RGB ") if gray else (b"RGB ",)):
+        return None
+    return icc
 
 
 def _convert(x: Tensor, bits: int) -> Tensor:

@@ -1,72 +1,198 @@
-"""PNG beyond what Pillow does: 16 bits per channel, and a header that is checked before anything is allocated."""
+"""PNG: pixels through libpng, and the chunks beside them byte for byte."""
 
 from __future__ import annotations
 
-import io
 import struct
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any, BinaryIO
+import zlib
+from collections.abc import Iterator, Sequence
+from typing import BinaryIO
 
+import imagecodecs
 import numpy as np
-from PIL import Image
+
+from fastroute.io.colour import COLOUR_CHUNKS
+from fastroute.io.decoded import UNDONE, Decoded, check_size, take_exif, take_xmp
+from fastroute.io.exif import HEADER
+from fastroute.io.metadata import Carried, resolution
+from fastroute.io.picture import Metadata, Origin
 
 MAGIC = b"\x89PNG\r\n\x1a\n"
 # Channels by the header's colour type.
 CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
 # Deflate shrinks nothing by more than this.
 DEFLATE_RATIO = 1032
-# Of libpng: as fast as the pixels deserve; photographs become a tenth smaller at the default level, in twice the time.
+# As fast as the pixels deserve; photographs become a tenth smaller at the default level, in twice the time.
 LEVEL = 3
-# Chunks that tell the pixels; all others are metadata.
-CRITICAL = (b"IHDR", b"PLTE", b"IDAT", b"IEND", b"tRNS")
+# Chunks that tell the pixels.
+CRITICAL = ("IHDR", "PLTE", "IDAT", "IEND", "tRNS")
+TEXTS = ("tEXt", "zTXt", "iTXt")
+# Chunks that would be wrong for a result, or say nothing to its viewer: significant bits, and frames of an animation.
+SILENT = ("sBIT", "acTL", "fcTL", "fdAT", "iDOT")
+XMP = "XML:com.adobe.xmp"
+MOST_TEXT = 1 << 26
+INCHES_PER_METRE = 39.37007874015748
 
 
-def bit_depth(path: str | Path) -> int | None:
-    """Bits per channel of a PNG; None for another file.
+def decode(data: bytes, limit: int | None) -> Decoded:
+    """A PNG file."""
+    width, height, bits, colour = struct.unpack(">IIBB", data[16:26])
+    check_size(width, height, limit)
+    if height * (width * bits * CHANNELS.get(colour, 1) // 8) > DEFLATE_RATIO * len(data):
+        raise ValueError(UNDONE.format(width, height))
+    parts: list[bytes | memoryview] = [MAGIC]
+    others, frames = [], 1
+    for name, content, raw, whole in _chunks(data):
+        if name in CRITICAL:
+            parts.append(raw)
+        elif name == "acTL" and len(content) == 8:
+            frames = max(1, struct.unpack(">I", content[:4])[0])
+        elif name not in SILENT:
+            others.append((name, bytes(content), whole))
+    pixels = imagecodecs.png_decode(b"".join(parts))
+    notes: list[str] = []
+    metadata, orientation = _metadata(others, notes)
+    if frames > 1:
+        notes.insert(0, f"of {frames} frames of the animation, the first was read")
+    kind = {0: "gray", 3: "palette", 4: "gray"}.get(colour, "rgb")
+    origin = Origin("PNG", True, frames, tuple(notes))
+    return Decoded(pixels.reshape(*pixels.shape[:2], -1), kind, metadata, orientation, origin)
 
-    Raises:
-        ValueError: the header does not fit the file: it claims more pixels than the file's bytes can hold.
-    """
-    path = Path(path)
-    with open(path, "rb") as file:
-        head = file.read(29)
-    if not head.startswith(MAGIC) or len(head) < 29:
+
+def _metadata(chunks: list[tuple[str, bytes, bool]], notes: list[str]) -> tuple[Metadata, int]:
+    icc = block = packet = dpi = None
+    kept: list[tuple[str, bytes]] = []
+    text: dict[str, str] = {}
+    left = {name: None for name, _, whole in chunks if not whole}
+    for name, content, whole in chunks:
+        if not whole:
+            continue
+        if name in TEXTS:
+            try:
+                key, value = _text(name, content)
+            except (ValueError, zlib.error, IndexError):
+                left[name] = None
+                continue
+            if key == XMP:
+                packet = value
+            elif key in ("Raw profile type exif", "Raw profile type APP1") and block is None:
+                block = _raw_profile(value)
+            else:
+                text[key] = value
+                kept.append((name, content))
+        elif name == "iCCP":
+            icc = _inflated(content[content.find(b"\0") + 2 :], notes)
+        elif name == "eXIf":
+            block = content
+        elif (
+            name in COLOUR_CHUNKS and len(content) == {"cICP": 4, "mDCV": 24, "cLLI": 8, "sRGB": 1, "cHRM": 32, "gAMA": 4}[name]
+        ):
+            kept.append((name, content))
+        elif name == "pHYs" and len(content) == 9 and content[8] == 1:
+            dpi = resolution([count / INCHES_PER_METRE for count in struct.unpack(">II", content[:8])])
+        elif name != "pHYs" or content[:4] != content[4:8]:
+            left[name] = None
+    if left:
+        notes.append(f"chunks of the PNG that were left out: {', '.join(left)}")
+    exif, orientation = take_exif(None if block is None else HEADER + block.removeprefix(HEADER), notes)
+    return Metadata(icc, exif, take_xmp(packet, notes), dpi, text, chunks=tuple(kept)), orientation
+
+
+def _text(name: str, content: bytes) -> tuple[str, str]:
+    key, _, rest = content.partition(b"\0")
+    if name == "tEXt":
+        return key.decode("latin-1"), rest.decode("latin-1")
+    if name == "zTXt":
+        return key.decode("latin-1"), _limited(rest[1:]).decode("latin-1")
+    compressed = rest[0]
+    _, _, value = rest[2:].split(b"\0", 2)
+    return key.decode("latin-1"), (_limited(value) if compressed else value).decode("utf-8", "replace")
+
+
+def _limited(data: bytes) -> bytes:
+    machine = zlib.decompressobj()
+    text = machine.decompress(data, MOST_TEXT)
+    if machine.unconsumed_tail:
+        raise ValueError("a text is too long")
+    return text
+
+
+def _inflated(data: bytes, notes: list[str]) -> bytes | None:
+    try:
+        return _limited(data) or None
+    except (zlib.error, ValueError):
+        notes.append("a damaged colour profile was left out")
         return None
-    width, height, bits, color = struct.unpack(">IIBB", head[16:26])
-    least = height * (width * bits * CHANNELS.get(color, 1) // 8)
-    if least > DEFLATE_RATIO * path.stat().st_size:
-        raise ValueError(f"it is damaged: its header tells of {width} x {height} pixels, more than the file can hold")
-    return int(bits)
 
 
-def decode(path: str | Path) -> np.ndarray:  # -> [H, W] or [H, W, C] uint16
-    """The pixels of a 16-bit PNG; a colour that is to be transparent becomes an alpha channel."""
-    import imagecodecs
+def _raw_profile(text: str) -> bytes | None:
+    """What ImageMagick stores as hexadecimal digits below a name and a length."""
+    try:
+        return bytes.fromhex("".join(text.strip().split("\n")[2:]))
+    except ValueError:
+        return None
 
-    pixels: np.ndarray = imagecodecs.png_decode(Path(path).read_bytes())
-    return pixels
 
-
-def encode(file: BinaryIO, pixels: np.ndarray, **metadata: Any) -> None:  # [H, W] or [H, W, C] uint16
-    """Write 16-bit pixels, with metadata in the form in which Pillow takes it."""
-    import imagecodecs
-
-    # Pillow writes a small picture with the same metadata, whose chunks are taken over.
-    small = io.BytesIO()
-    Image.new("L" if pixels.ndim == 2 else "RGB", (1, 1)).save(small, format="PNG", **metadata)
-    ancillary = b"".join(raw for name, raw in _chunks(small.getvalue()) if name not in CRITICAL)
-    data = imagecodecs.png_encode(pixels, level=LEVEL)
+def encode(file: BinaryIO, pixels: np.ndarray, chunks: Sequence[tuple[str, bytes]] = ()) -> None:  # [H, W] or [H, W, C]
+    """Write 8 or 16-bit pixels, and chunks before them."""
+    data = memoryview(imagecodecs.png_encode(pixels, level=LEVEL))
     after_header = len(MAGIC) + 25
     file.write(data[:after_header])
-    file.write(ancillary)
-    file.write(memoryview(data)[after_header:])
+    for name, content in chunks:
+        file.write(chunk(name, content))
+    file.write(data[after_header:])
 
 
-def _chunks(data: bytes) -> Iterator[tuple[bytes, bytes]]:
-    """Name and bytes of every chunk."""
-    at = len(MAGIC)
-    while at + 12 <= len(data):
-        (length,) = struct.unpack_from(">I", data, at)
-        yield data[at + 4 : at + 8], data[at : at + 12 + length]
-        at += 12 + length
+def chunk(name: str, content: bytes) -> bytes:
+    """The bytes of a chunk."""
+    body = name.encode() + content
+    return struct.pack(">I", len(content)) + body + struct.pack(">I", zlib.crc32(body))
+
+
+def chunks_of(metadata: Metadata, held: Carried) -> list[tuple[str, bytes]]:
+    """The chunks that carry metadata.
+
+    Args:
+        metadata: of the picture.
+        held: what a PNG takes of it.
+    """
+    present = dict(metadata.chunks)
+    found = [(name, present[name]) for name in COLOUR_CHUNKS if name in present and not (held.icc and name == "sRGB")]
+    if held.icc is not None:
+        found.append(("iCCP", b"ICC Profile\0\0" + zlib.compress(held.icc)))
+    if held.dpi is not None:
+        counts = [min(round(value * INCHES_PER_METRE), 2**31 - 1) for value in held.dpi]
+        found.append(("pHYs", struct.pack(">IIB", *counts, 1)))
+    if held.exif is not None:
+        found.append(("eXIf", held.exif.removeprefix(HEADER)))
+    if held.xmp is not None:
+        found.append(("iTXt", XMP.encode() + bytes(5) + held.xmp))
+    stored = [(*_text(name, content), (name, content)) for name, content in metadata.chunks if name in TEXTS]
+    same = {key for key, value, _ in stored if metadata.text.get(key) == value}
+    found += [raw for key, _, raw in stored if key in same]
+    found += [_text_chunk(key, value) for key, value in metadata.text.items() if key not in same]
+    if held.comment and "Comment" not in metadata.text:
+        found.append(_text_chunk("Comment", held.comment.decode("utf-8", "replace")))
+    return found
+
+
+def _text_chunk(key: str, value: str) -> tuple[str, bytes]:
+    name = key.encode("latin-1", "replace")[:79] or b"Comment"
+    if value.isascii() and "\0" not in value:
+        return "tEXt", name + b"\0" + value.encode()
+    return "iTXt", name + bytes(5) + value.encode("utf-8", "replace")
+
+
+def _chunks(data: bytes) -> Iterator[tuple[str, memoryview, memoryview, bool]]:
+    """Name, content and all bytes of every chunk, and whether it is whole."""
+    view, at = memoryview(data), len(MAGIC)
+    while at + 8 <= len(data):
+        length, name = struct.unpack_from(">I4s", data, at)
+        end = at + 12 + length
+        content = view[at + 8 : at + 8 + length]
+        whole = end <= len(data) and (
+            name in (b"IDAT", b"fdAT") or zlib.crc32(content, zlib.crc32(name)) == struct.unpack_from(">I", data, end - 4)[0]
+        )
+        yield name.decode("latin-1"), content, view[at:end], whole
+        if name == b"IEND":
+            break
+        at = end

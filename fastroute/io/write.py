@@ -10,9 +10,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from fastroute.io import png
 from fastroute.io.files import ImageError, check_writable, write_atomically
-from fastroute.io.metadata import save_options
+from fastroute.io.metadata import carried, save_options
 from fastroute.io.picture import BITS, Picture
 
 
@@ -26,20 +25,15 @@ class Format(NamedTuple):
 
 
 FORMATS = {
-    "PNG": Format((8, 16), 2**31 - 1, True, {"compress_level": png.LEVEL}),
+    "PNG": Format((8, 16), 2**31 - 1, True, {}),
     "JPEG": Format((8,), 65500, False, {"quality": 95, "subsampling": 0}),
     # The hidden colours below full transparency are kept, as in the other formats.
     "WEBP": Format((8,), 16383, True, {"quality": 95, "exact": True}),
     "TIFF": Format((8, 16, 32), 2**31 - 1, True, {}),
     "BMP": Format((8,), 2**31 - 1, False, {}),
 }
-METADATA = {
-    "PNG": ("colour profile", "EXIF", "XMP", "resolution", "texts"),
-    "JPEG": ("colour profile", "EXIF", "XMP", "resolution"),
-    "WEBP": ("colour profile", "EXIF", "XMP"),
-    "TIFF": ("colour profile", "EXIF", "XMP", "resolution"),
-    "BMP": ("resolution",),
-}
+# Of lossless WebP: as fast as Pillow's default, whatever the quality of the lossy form.
+LOSSLESS_EFFORT = 80
 ALPHA_FORMATS = "PNG, WebP or TIFF"
 
 
@@ -69,17 +63,10 @@ def not_kept(path: str | Path, picture: Picture) -> list[str]:
 
     Empty where everything is kept. What was lost in reading is in ``picture.origin.notes``.
     """
-    name, metadata = format_of(path), picture.metadata
+    name = format_of(path)
     deepest = max(FORMATS[name].bits)
-    lost = []
-    if picture.bits > deepest:
-        lost.append(f"{name} holds {deepest} bits a channel, so the {picture} was rounded")
-    held = METADATA[name]
-    present = {
-        "colour profile": metadata.icc, "EXIF": metadata.exif, "XMP": metadata.xmp, "resolution": metadata.dpi,
-        "texts": metadata.text,
-    }  # fmt: skip
-    return lost + [f"{name} holds no {what}" for what, value in present.items() if value and what not in held]
+    lost = [f"{name} holds {deepest} bits a channel: the {picture} was rounded"] if picture.bits > deepest else []
+    return lost + carried(picture.metadata, name, _as_gray(picture, name)).lost
 
 
 def write_picture(path: str | Path, picture: Picture, *, quality: int | None = None) -> None:
@@ -104,13 +91,13 @@ def write_picture(path: str | Path, picture: Picture, *, quality: int | None = N
     check_holds(path, picture.height, picture.width, picture.alpha)
     name = format_of(path)
     picture = picture.as_bits(min(picture.bits, max(FORMATS[name].bits)))
-    # Pillow writes gray WebP as RGB, whose profile must then be one of RGB.
-    gray = picture.kind == "gray" and name != "WEBP"
     pixels = _interleaved(picture, FORMATS[name].alpha)
     try:
-        write_atomically(path, lambda file: _encode(file, picture, pixels, name, gray, quality))
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ImageError(f"cannot write {path}: {error}") from error
+        write_atomically(path, lambda file: _encode(file, picture, pixels, name, quality))
+    except MemoryError:
+        raise
+    except Exception as error:  # libraries raise what they like
+        raise ImageError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from error
 
 
 def write_image(path: str | Path, image: Tensor) -> None:  # [C, H, W]
@@ -136,20 +123,29 @@ def write_image(path: str | Path, image: Tensor) -> None:  # [C, H, W]
         write_picture(path, Picture(image[:3], alpha))
 
 
-def _encode(file: BinaryIO, picture: Picture, pixels: np.ndarray, name: str, gray: bool, quality: int | None) -> None:
+def _encode(file: BinaryIO, picture: Picture, pixels: np.ndarray, name: str, quality: int | None) -> None:
+    gray = _as_gray(picture, name)
+    held = carried(picture.metadata, name, gray, (picture.height, picture.width))
     if name == "TIFF":
-        from fastroute.io import tiff
+        from fastroute.io import tiff_write
 
-        tiff.encode(file, picture, pixels)
-        return
-    options = save_options(picture, name, gray)
-    if picture.bits == 16:
-        png.encode(file, pixels, **options)
-        return
-    encoder = dict(FORMATS[name].options)
-    if quality is not None and "quality" in encoder:
-        encoder["quality"] = quality
-    Image.fromarray(pixels).save(file, format=name, **encoder, **options)
+        tiff_write.encode(file, pixels, gray, picture.alpha is not None, held)
+    elif name == "PNG":
+        from fastroute.io import png
+
+        png.encode(file, pixels, png.chunks_of(picture.metadata, held))
+    else:
+        encoder = dict(FORMATS[name].options)
+        if quality is not None and "quality" in encoder:
+            encoder["quality"] = quality
+        elif name == "WEBP" and picture.origin.format == "WEBP" and picture.origin.lossless:
+            encoder |= {"lossless": True, "quality": LOSSLESS_EFFORT}
+        Image.fromarray(pixels).save(file, format=name, **encoder, **save_options(held, name))
+
+
+def _as_gray(picture: Picture, name: str) -> bool:
+    """Whether the pixels are stored as gray: Pillow writes gray WebP as RGB, whose profile must then be one of RGB."""
+    return picture.kind == "gray" and name != "WEBP"
 
 
 def _interleaved(picture: Picture, with_alpha: bool) -> np.ndarray:  # -> [H, W] or [H, W, C]

@@ -1,0 +1,61 @@
+"""What a decoder of a format gives."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from fastroute.io import exif as exif_blocks
+from fastroute.io import xmp as packets
+from fastroute.io.picture import Metadata, Origin
+
+UNDONE = "the header tells of {0} x {1} pixels, more than the file can hold: it is damaged"
+
+
+@dataclass
+class Decoded:
+    """A picture as its file stores it.
+
+    Attributes:
+        pixels: [H, W, C] gray or RGB, with alpha if C is even, not premultiplied; uint8, uint16 or float32.
+        kind: see :class:`fastroute.io.Picture`.
+        metadata: without orientation.
+        orientation: 1 … 8, as EXIF counts them.
+        origin: the file.
+    """
+
+    pixels: np.ndarray
+    kind: str
+    metadata: Metadata
+    orientation: int
+    origin: Origin
+
+
+def check_size(width: int, height: int, limit: int | None) -> None:
+    """Refuse a picture without pixels, or with more than the limit, before anything is allocated."""
+    if width < 1 or height < 1:
+        raise ValueError(f"it has no pixels: {width} x {height}")
+    if limit is not None and width * height > limit:
+        raise ValueError(f"{width} x {height} pixels are more than the limit of {limit:,}; raise max_pixels to read it")
+
+
+def take_exif(block: bytes | None, notes: list[str]) -> tuple[bytes | None, int]:
+    """A block of EXIF for an upright picture, and the orientation that it told."""
+    if not block:
+        return None, 1
+    try:
+        return exif_blocks.upright(block), exif_blocks.orientation(block)
+    except Exception:  # whatever is wrong with it
+        notes.append("a damaged block of EXIF was left out")
+        return None, 1
+
+
+def take_xmp(packet: str | bytes | None, notes: list[str]) -> bytes | None:
+    """A packet of XMP for an upright picture that stands alone."""
+    if not packet:
+        return None
+    found = packet.encode("utf-8", "replace") if isinstance(packet, str) else bytes(packet)
+    mended, claims = packets.without_claims(found)
+    notes += [f"XMP told of {what}, which a result does not hold: that was taken out" for what in claims]
+    return packets.upright(mended) if mended else None
