@@ -110,7 +110,8 @@ class TiffSource:
         size = page.parent.filehandle.size
         if any(page.dataoffsets[i] + page.databytecounts[i] > size for i in range(count)):
             raise ValueError("it is cut short")
-        # Read now: a tag that is looked up later moves the place in the file.
+        # Looked up now: later they would move the place in the file.
+        self.decode = page.decode
         self.tables = {"jpegtables": page.jpegtables, "jpegheader": page.jpegheader}
         bits = page.bitspersample
         self.plain = (
@@ -139,7 +140,7 @@ class TiffSource:
             data = np.frombuffer(_exactly(file, size), self.dtype.newbyteorder(page.parent.byteorder))
             return data.reshape(rows.stop - rows.start, self.width, channels)
         file.seek(offset)
-        decoded = page.decode(_exactly(file, length), number, **self.tables)[0]
+        decoded = self.decode(_exactly(file, length), number, **self.tables)[0]
         if decoded is None or decoded.shape[0] != 1 or decoded.shape[3] != channels or decoded.shape[1] < rows.stop:
             raise ValueError("it is damaged: a strip or tile has another size than it should")
         segment: np.ndarray = decoded[0]
