@@ -15,6 +15,7 @@ from fastroute import io
 from fastroute.backends import BackendError
 from fastroute.grid import TileGrid
 from fastroute.io.files import SUFFIXES, remove_parts
+from fastroute.io.hidden import fill_hidden
 from fastroute.pictures import upscale_picture
 from fastroute.routing.budgets import Budget
 from fastroute.routing.patch_router import PatchRouter
@@ -201,7 +202,7 @@ def run_jobs(
                 try:
                     picture = future.result()
                     check_target(router, job, picture, **options)
-                    shared.look(to_device(picture.color, router.device))
+                    shared.look(to_device(fill_hidden(picture.color, picture.alpha), router.device))
                 except BackendError:
                     raise
                 except FAILURES as error:

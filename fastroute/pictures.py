@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fastroute.io.hidden import fill_hidden
 from fastroute.io.picture import Picture
 from fastroute.routing.patch_router import PatchRouter
 from fastroute.routing.pixel_router import PixelRouter
@@ -20,8 +21,9 @@ from fastroute.streaming.transfer import to_device, to_host
 def upscale_picture(router: PatchRouter | PixelRouter, picture: Picture, **options: Any) -> tuple[Picture, Upscaled]:
     """Super-resolve a picture, whatever its kind.
 
-    The colours go through the router, at their own depth; a gray picture's three results are averaged. The alpha channel is
-    enlarged by bicubic interpolation. Metadata are kept.
+    The colours go through the router, at their own depth; a gray picture's three results are averaged. Below full transparency
+    the visible colours nearby take the place of those that nobody sees. The alpha channel is enlarged by bicubic
+    interpolation. Metadata are kept.
 
     Args:
         router: as :func:`fastroute.load` gives it.
@@ -38,7 +40,7 @@ def upscale_picture(router: PatchRouter | PixelRouter, picture: Picture, **optio
         >>> result, _ = upscale_picture(fastroute.load(), io.read_picture("scan.tif"))
         >>> io.write_picture("scan-x4.tif", result)
     """
-    result = router.upscale(to_device(picture.color, router.device), **options)
+    result = router.upscale(to_device(fill_hidden(picture.color, picture.alpha), router.device), **options)
     color, arrived = to_host(result.image)
     arrived()
     if picture.kind == "gray":

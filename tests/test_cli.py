@@ -145,11 +145,11 @@ def test_bad_output_is_refused_before_reading(model, source, out, monkeypatch, t
 def test_a_failing_encoder_keeps_the_old_output(model, source, out, monkeypatch):
     (out / "a.png").write_bytes(b"old")
 
-    def save(self, file, **options):
+    def encode(file, *arguments):
         file.write(b"half")
         raise OSError("disk full")
 
-    monkeypatch.setattr(Image.Image, "save", save)
+    monkeypatch.setattr("fastroute.io.png.encode", encode)
     fails(call("upscale", source, out / "a.png", "--model", model), "disk full")
     assert (out / "a.png").read_bytes() == b"old" and len(list(out.iterdir())) == 1
 
@@ -294,14 +294,14 @@ def test_unknown_commands():
 # A run whose encoder writes half of a file, says so, and waits to be interrupted.
 SLOW = """
 import sys, time
-from PIL import Image
+from fastroute.io import png
 from fastroute.__main__ import main
-def save(self, file, **options):
+def encode(file, *arguments):
     file.write(b"half")
     file.flush()
     print("writing", flush=True)
     time.sleep(60)
-Image.Image.save = save
+png.encode = encode
 main(sys.argv[1:], prog_name="fastroute")
 """
 

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from fastroute import PatchRouter
 from fastroute.io import ImageError, Metadata, Picture, check_holds, read_image, read_picture, write_image, write_picture
+from fastroute.io.hidden import fill_hidden
 from fastroute.pictures import upscale_picture
 
 pytestmark = pytest.mark.usefixtures("quick_tuning")
@@ -295,7 +296,7 @@ def test_a_deep_colour_that_stands_for_transparency(tmp_path):
 def test_upscaling(files, router, name):
     picture = read_picture(files[name])
     result, upscaled = upscale_picture(router, picture, budget=0.8)
-    plain = router.upscale(picture.color.contiguous(), budget=0.8).image
+    plain = router.upscale(fill_hidden(picture.color, picture.alpha).contiguous(), budget=0.8).image
     assert (result.kind, result.bits, result.metadata) == (picture.kind, picture.bits, picture.metadata)
     assert (result.height, result.width) == (2 * picture.height, 2 * picture.width) and sum(upscaled.stats.patches_per_class)
     if picture.kind == "gray":

@@ -30,6 +30,8 @@ def fill_hidden(color: Tensor, alpha: Tensor | None) -> Tensor:  # [C, H, W], [H
     """
     if alpha is None or bool(alpha.numpy().all()):
         return color
+    if alpha.is_floating_point():
+        alpha = alpha.clamp(min=0)
     height, width = color.shape[1:]
     # A gray picture's channels may be one in memory.
     single = color.shape[0] > 1 and color.stride(0) == 0
