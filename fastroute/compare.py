@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from tqdm import tqdm
 
 from fastroute import evaluate
 from fastroute.grid import TileGrid
+from fastroute.progress import Progress, shown
 from fastroute.routing.budgets import check_possible
 from fastroute.routing.load import load
 from fastroute.routing.patch_router import PatchRouter
@@ -84,7 +84,7 @@ def compare(
     scale: float | None = None,
     device: str | torch.device = "cpu",
     runs: int = 3,
-    progress: bool = False,
+    progress: Progress = False,
 ) -> Comparison:
     """Super-resolve an image by bicubic interpolation and by every model, dense and routed.
 
@@ -99,7 +99,7 @@ def compare(
         scale: upscaling factor, of models that have any (PCSR) or do not tell theirs; default that of the others.
         device: where to run.
         runs: how often to take each time, after a first run that is not counted.
-        progress: show a progress bar.
+        progress: show a progress bar, or call this function with how many runs are done and how many there are.
 
     Raises:
         TypeError: an image that is not uint8.
@@ -150,7 +150,7 @@ def compare(
     enlarged = bicubic(lr, (height, width))
     results = {}
     seconds: dict[str, list[float]] = {name: [] for name in (BICUBIC, *calls)}
-    with tqdm(total=(runs + 1) * len(calls), desc="compare", unit="run", disable=not progress) as bar:
+    with shown(progress, (runs + 1) * len(calls), "run", "compare") as bar:
         for turn in range(runs + 1):
             watch = Stopwatch(lr.device)
             bicubic(lr, (height, width))

@@ -17,11 +17,12 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from tqdm import tqdm
 
 from fastroute import io
+from fastroute.progress import Progress, shown
 from fastroute.routing.patch_router import PatchRouter
 from fastroute.routing.pixel_router import PixelRouter
+from fastroute.routing.result import Upscaled
 from fastroute.training.data import make_pair
 
 # Side of SSIM's Gaussian window, 2 · round(3.5 · 1.5) + 1.
@@ -70,7 +71,7 @@ def evaluate(
     images: str | Path,
     scale: int | None = None,
     exclude: Sequence[str] = (),
-    progress: bool = False,
+    progress: Progress = False,
     errors: list[str] | None = None,
     **options: Any,
 ) -> list[Row]:
@@ -84,7 +85,7 @@ def evaluate(
         images: folder of HR images, searched recursively, or one image.
         scale: whole upscaling factor; default that of the router.
         exclude: glob patterns of file names to leave out.
-        progress: show a progress bar.
+        progress: show a progress bar, or call this function with how many images are done and how many there are.
         errors: takes what is wrong with each image that cannot be read or is too small; without it the first one is raised.
         options: arguments of the router's `upscale`, such as `budget`.
 
@@ -110,37 +111,43 @@ def evaluate(
     # Fails now where scikit-image is missing.
     _metrics()
     rows: list[Row] = []
-    for path in tqdm(paths, desc="evaluate", unit="image", disable=not progress):
-        try:
-            lr, hr = _read_pair(path, factor)
-        except ValueError as error:
-            if errors is None:
-                raise
-            errors.append(str(error))
-            continue
-        bicubic = F.interpolate(lr[None].float(), scale_factor=factor, mode="bicubic")[0].clamp(0, 255).round().to(torch.uint8)
-        result = router.upscale(lr.to(router.device), **options)
-        if not rows and result.stats.seconds["total"] < WARM_UP_BELOW:
+    with shown(progress, len(paths), "image", "evaluate") as bar:
+        for path in paths:
+            try:
+                lr, hr = _read_pair(path, factor)
+            except ValueError as error:
+                if errors is None:
+                    raise
+                errors.append(str(error))
+                bar.update()
+                continue
             result = router.upscale(lr.to(router.device), **options)
-        stats = result.stats
-        rows.append(
-            Row(
-                image=path.name if path == folder else path.relative_to(folder).as_posix(),
-                height=hr.shape[1],
-                width=hr.shape[2],
-                **compare(result.image.cpu(), hr, factor),
-                psnr_bicubic=compare(bicubic, hr, factor)["psnr"],
-                counts=list(stats.patches_per_class),
-                flops=float(stats.flops.routed),
-                flops_fraction=stats.flops.fraction,
-                paper_flops=float(stats.paper_flops.routed),
-                paper_fraction=stats.paper_flops.fraction,
-                seconds=stats.seconds["total"] - stats.seconds.get("tune", 0.0),
-            )
-        )
+            if not rows and result.stats.seconds["total"] < WARM_UP_BELOW:
+                result = router.upscale(lr.to(router.device), **options)
+            name = path.name if path == folder else path.relative_to(folder).as_posix()
+            rows.append(_row(name, lr, hr, factor, result))
+            bar.update()
     if not rows:
         raise ValueError(f"evaluate: no image can be used: {'; '.join(errors or [])}")
     return rows
+
+
+def _row(name: str, lr: Tensor, hr: Tensor, factor: int, result: Upscaled) -> Row:  # [3, h, w], [3, H, W]
+    bicubic = F.interpolate(lr[None].float(), scale_factor=factor, mode="bicubic")[0].clamp(0, 255).round().to(torch.uint8)
+    stats = result.stats
+    return Row(
+        image=name,
+        height=hr.shape[1],
+        width=hr.shape[2],
+        **compare(result.image.cpu(), hr, factor),
+        psnr_bicubic=compare(bicubic, hr, factor)["psnr"],
+        counts=list(stats.patches_per_class),
+        flops=float(stats.flops.routed),
+        flops_fraction=stats.flops.fraction,
+        paper_flops=float(stats.paper_flops.routed),
+        paper_fraction=stats.paper_flops.fraction,
+        seconds=stats.seconds["total"] - stats.seconds.get("tune", 0.0),
+    )
 
 
 def _read_pair(path: Path, factor: int) -> tuple[Tensor, Tensor]:

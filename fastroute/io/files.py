@@ -6,12 +6,14 @@ import errno
 import os
 import secrets
 import shutil
+import stat
 import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import BinaryIO
 
-from fastroute.io.recognise import READ_SUFFIXES, is_image
+from fastroute.io.recognise import READ_SUFFIXES
+from fastroute.io.walk import walk
 
 # Endings of the files that can be written.
 SUFFIXES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".tif", ".tiff", ".bmp")
@@ -32,7 +34,7 @@ def list_images(folder: str | Path) -> list[Path]:
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"images: {folder} is not a folder")
-    paths = sorted(path for path in folder.rglob("*") if path.is_file() and is_image(path))
+    paths = [path for path in walk(folder).images if path.is_file()]
     if not paths:
         raise ValueError(f"images: {folder} holds no image file ({', '.join(READ_SUFFIXES)})")
     return paths
@@ -47,21 +49,52 @@ def check_writable(path: str | Path) -> None:
     path = Path(path)
     if path.suffix.lower() not in SUFFIXES:
         raise ImageError(f"cannot write {path}: its ending must be one of {', '.join(SUFFIXES)}")
-    if path.is_dir():
-        raise ImageError(f"cannot write {path}: it is a folder")
-    if not path.parent.is_dir():
-        raise ImageError(f"cannot write {path}: the folder {path.parent} does not exist")
-    if not os.access(path.parent, os.W_OK) or (path.exists() and not os.access(path, os.W_OK)):
-        raise ImageError(f"cannot write {path}: permission denied")
+    if reason := why_not_writable(path):
+        raise ImageError(f"cannot write {path}: {reason}")
 
 
-def write_atomically(path: str | Path, write: Callable[[BinaryIO], object]) -> None:
+def why_not_writable(path: str | Path, folders: bool = False) -> str:
+    """Why a file `path` cannot be written; empty where it can. Nothing is changed.
+
+    Args:
+        path: a link is followed.
+        folders: those that are missing above `path` will be made.
+    """
+    real = Path(os.path.realpath(path))
+    try:
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except OSError as error:
+        # A name that is too long, for example.
+        return error.strerror or str(error)
+    if os.path.isdir(real):
+        return "it is a folder"
+    if os.path.lexists(real) and not os.path.isfile(real):
+        return "it is no regular file"
+    parent = real.parent
+    while folders and not os.path.lexists(parent):
+        parent = parent.parent
+    if not os.path.isdir(parent):
+        why = f": {parent} is a file" if os.path.lexists(parent) else ""
+        return f"the folder {Path(path).parent} does not exist{why}"
+    if not os.access(parent, os.W_OK | os.X_OK) or (os.path.exists(real) and not os.access(real, os.W_OK)):
+        return "permission denied"
+    return ""
+
+
+def write_atomically(path: str | Path, write: Callable[[BinaryIO], object], follow: bool = True) -> None:
     """Call `write` on a new file and give it the name `path` when whole; an interrupted run leaves `path` as it was.
+
+    A link is followed, unless `follow` is False, and a file that is replaced hands on its permissions.
 
     Until then the file has no name, where the system allows that, so that even a killed process leaves nothing behind.
     Elsewhere it is called ``.NAME.….part``, and a failure removes it.
     """
-    path = Path(path)
+    path = target_of(path) if follow else Path(path)
+    if follow and os.path.lexists(path) and not path.is_file():
+        # A device or a pipe would be lost, not written.
+        raise OSError(errno.EINVAL, "it is no regular file", str(path))
     handle, part = _open_nameless(path.parent), None
     if handle is None:
         handle, part = _open_part(path)
@@ -71,10 +104,8 @@ def write_atomically(path: str | Path, write: Callable[[BinaryIO], object]) -> N
             write(file)
             file.flush()
             os.fsync(file.fileno())
-            # Temporary files are private; give the result the permissions any new file would have.
-            mask = os.umask(0)
-            os.umask(mask)
-            os.chmod(file.fileno(), 0o666 & ~mask)
+            # Temporary files are private.
+            os.chmod(file.fileno(), permissions_of(path))
             if part is None:
                 part = _name(file, path)
         # A new name cannot take the place of a file in one step, but a renaming can.
@@ -85,11 +116,26 @@ def write_atomically(path: str | Path, write: Callable[[BinaryIO], object]) -> N
         raise
 
 
+def target_of(path: str | Path) -> Path:
+    """Where a file of that name is written: what a link leads to."""
+    return Path(os.path.realpath(path)) if os.path.islink(path) else Path(path)
+
+
+def permissions_of(path: Path) -> int:
+    """Those of the file that is there, or those that any new file would have."""
+    try:
+        return stat.S_IMODE(path.stat().st_mode)
+    except OSError:
+        mask = os.umask(0)
+        os.umask(mask)
+        return 0o666 & ~mask
+
+
 def remove_parts(paths: Iterable[str | Path]) -> None:
     """Remove what a killed process may have left of writing `paths`."""
     prefixes: dict[Path, set[str]] = {}
-    for path in map(Path, paths):
-        prefixes.setdefault(path.parent, set()).add(_part_prefix(path))
+    for path in map(target_of, paths):
+        prefixes.setdefault(path.parent, set()).add(part_prefix(path))
     for folder, starts in prefixes.items():
         for part in folder.glob(".*.part"):
             # What follows the prefix is random and has no dot.
@@ -111,7 +157,7 @@ def _open_nameless(folder: Path) -> int | None:
 
 def _name(file: BinaryIO, path: Path) -> str:
     """Name the nameless `file` as a part of `path`; returns the name."""
-    part = str(path.parent / f"{_part_prefix(path)}{secrets.token_hex(6)}.part")
+    part = str(path.parent / f"{part_prefix(path)}{secrets.token_hex(6)}.part")
     links = os.open(OPEN_FILES, os.O_RDONLY)
     try:
         os.link(str(file.fileno()), part, src_dir_fd=links, follow_symlinks=True)
@@ -130,9 +176,9 @@ def _name(file: BinaryIO, path: Path) -> str:
 
 
 def _open_part(path: Path) -> tuple[int, str]:
-    return tempfile.mkstemp(dir=path.parent, prefix=_part_prefix(path), suffix=".part")
+    return tempfile.mkstemp(dir=path.parent, prefix=part_prefix(path), suffix=".part")
 
 
-def _part_prefix(path: Path) -> str:
-    """A hint of the target, short enough for file systems."""
-    return f".{path.name[:80]}."
+def part_prefix(path: Path) -> str:
+    """A hint of the target, short enough for file systems, which count bytes, and never half a letter."""
+    return f".{os.fsencode(path.name)[:80].decode(errors='ignore')}."

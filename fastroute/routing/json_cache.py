@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import stat
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -67,7 +68,7 @@ class JsonCache:
                 table[key] = dict(entry)
                 latest = dict(list(table.items())[-MOST_ENTRIES:])
                 text = json.dumps(latest, indent=1)
-                io.write_atomically(path, lambda file: file.write(text.encode()))
+                io.write_atomically(path, lambda file: file.write(text.encode()), follow=False)
         except (OSError, NotImplementedError) as error:
             # A read-only home costs a second of measuring next time, nothing else.
             logger.info("not remembered in %s: %s", path, error)
@@ -83,10 +84,14 @@ class JsonCache:
 
 
 def cache_folder() -> Path:
-    """Where measurements are remembered: FASTROUTE_CACHE, or the user's cache folder."""
+    """Where measurements are remembered: FASTROUTE_CACHE, or the user's cache folder, or without a home a temporary one."""
     if folder := os.environ.get("FASTROUTE_CACHE"):
         return Path(folder)
-    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "fastroute"
+    # As its specification says, what is no absolute path counts for nothing.
+    for folder in (os.environ.get("XDG_CACHE_HOME", ""), os.path.expanduser("~/.cache")):
+        if os.path.isabs(folder):
+            return Path(folder) / "fastroute"
+    return Path(tempfile.gettempdir()) / f"fastroute-cache-{os.getuid() if hasattr(os, 'getuid') else 0}"
 
 
 def _text(path: Path) -> str:

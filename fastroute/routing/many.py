@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from torch import Tensor
-from tqdm import tqdm
 
 from fastroute import io
+from fastroute.progress import Progress, shown
 from fastroute.routing.budgets import Budget
 from fastroute.routing.patch_router import PatchRouter
 from fastroute.routing.pixel_router import PixelRouter
@@ -24,7 +24,7 @@ def upscale_many(
     budget: float | None = None,
     budget_flops: float | None = None,
     budget_ms: float | None = None,
-    progress: bool = False,
+    progress: Progress = False,
     scale: float | None = None,
     refine: bool = True,
     memory_limit: int | None = None,
@@ -43,7 +43,8 @@ def upscale_many(
         budget: mean FLOPs of the chosen classes over all images, as a fraction of the dearest class's, as `upscale` takes it.
         budget_flops: instead: FLOPs of all images together, as their `stats.flops` count them.
         budget_ms: instead: milliseconds of all images together, without reading them; see `upscale` of the router.
-        progress: show a progress bar.
+        progress: show a progress bar, or call this function with how many images are done and how many there are, each counted
+            twice: once when it was classified.
         scale, refine: see :meth:`fastroute.PixelRouter.upscale`.
         memory_limit: see `upscale` of the router.
 
@@ -61,12 +62,16 @@ def upscale_many(
     return _upscale_many(share(router, limit, len(images), op, **options), images, progress)
 
 
-def _upscale_many(shared: Shared, images: Sequence[Image], progress: bool) -> Iterator[Upscaled]:
-    for image in tqdm(images, desc="classify", unit="image", disable=not progress):
-        shared.look(_read(image))
-    shared.settle()
-    for number, image in enumerate(tqdm(images, desc="upscale", unit="image", disable=not progress)):
-        yield shared.upscale(number, _read(image))
+def _upscale_many(shared: Shared, images: Sequence[Image], progress: Progress) -> Iterator[Upscaled]:
+    with shown(progress, 2 * len(images), "image") as bar:
+        for image in images:
+            shared.look(_read(image))
+            bar.update()
+        shared.settle()
+        for number, image in enumerate(images):
+            result = shared.upscale(number, _read(image))
+            bar.update()
+            yield result
 
 
 def _read(image: Image) -> Tensor:

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from fastroute.grid import TileGrid
 from fastroute.models.adapters import as_module
@@ -17,6 +16,7 @@ from fastroute.ops import _checks as check
 from fastroute.ops.extract_patches import extract_patches
 from fastroute.ops.group_by_class import group_by_class
 from fastroute.profiling import RoutedFlops, mix_flops
+from fastroute.progress import Progress, shown
 from fastroute.routing.bands import Band, band_of_patches, plan_bands
 from fastroute.routing.branches import Branches, even_parts, frozen_copy
 from fastroute.routing.budgets import Budget, check_possible
@@ -129,7 +129,7 @@ class PatchRouter:
         budget: float | None = None,
         penalty: float = 0.0,
         class_map: Tensor | None = None,  # [B, rows, cols] or [rows, cols]
-        progress: bool = False,
+        progress: Progress = False,
         memory_limit: int | None = None,
         budget_flops: float | None = None,
         budget_ms: float | None = None,
@@ -145,7 +145,8 @@ class PatchRouter:
                 helps most.
             penalty: exponent k of score / cost^k, when there is no budget.
             class_map: use these classes instead of classifying, for example those of the previous video frame.
-            progress: show a progress bar.
+            progress: show a progress bar, or call this function with how many patches are done and how many there are; what it
+                raises ends the call.
             memory_limit: bytes to hold at most beside `image` and the result. It changes no bit of them.
             budget_flops: instead of `budget`: FLOPs of the whole call, branches and classifier, as `stats.flops` counts them.
             budget_ms: instead of `budget`: milliseconds of the whole call on this device, by what a patch takes in each branch
@@ -181,7 +182,7 @@ class PatchRouter:
         budget: float | None = None,
         penalty: float = 0.0,
         class_map: Tensor | None = None,  # [1, rows, cols] or [rows, cols]
-        progress: bool = False,
+        progress: Progress = False,
         memory_limit: Limit = AUTO,
         budget_flops: float | None = None,
         budget_ms: float | None = None,
@@ -216,7 +217,7 @@ class PatchRouter:
     def _run(
         self,
         ends: Ends,
-        progress: bool,
+        progress: Progress,
         memory_limit: int | None,
         limit: Budget,
         penalty: float,
@@ -312,7 +313,7 @@ class PatchRouter:
         bands: list[Band],
         class_ids: Tensor,  # [N]
         watch: Stopwatch,
-        progress: bool,
+        progress: Progress,
     ) -> list[int]:
         """Every patch through the branch of its class, band by band; returns the number of patches of each class."""
         k = self.num_classes
@@ -327,7 +328,7 @@ class PatchRouter:
             totals, offsets = read[: k + 1], read[k + 1 :]
         branches, upsamplers = self.networks.split(source.device)
         workspace = Workspace(grid, source.shape[1], self.shuffle, self.window, upsamplers)
-        with tqdm(total=class_ids.numel(), unit="patch", desc="upscale", disable=not progress) as bar:
+        with shown(progress, class_ids.numel(), "patch") as bar:
             for number, band in enumerate(bands):
                 self._run_band(band, source, grid, groups.order, offsets[number * k :][: k + 1], branches, workspace, watch)
                 with watch.stage("stitch"):

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from fastroute.progress import Progress
 from fastroute.routing import pixel_rows
 from fastroute.routing.budgets import Budget, check_possible, dearest, duration, refuse_below
 from fastroute.routing.pixel_budget import Purse, fixed_ms, only_class
@@ -91,7 +92,7 @@ class Request:
     choice: Choice
     purse: Purse | None = None
     refine: bool = True
-    progress: bool = False
+    progress: Progress = False
     memory_limit: int | None = None
     first: int = 0
     looked: bool = False
@@ -131,7 +132,7 @@ def make_request(
     k: float = 0.0,
     adaptive: bool = False,
     refine: bool = True,
-    progress: bool = False,
+    progress: Progress = False,
     memory_limit: int | None = None,
 ) -> Request:
     """The arguments of `PixelRouter.upscale`, checked, for images of `shape` (B, C, h, w).

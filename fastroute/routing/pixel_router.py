@@ -8,12 +8,12 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from fastroute import memory
 from fastroute.models.optimize import optimize, parameter_dtype
 from fastroute.models.pcsr import MLP, PCSR
 from fastroute.ops import _checks as check
+from fastroute.progress import Progress, shown
 from fastroute.routing.budgets import Budget
 from fastroute.routing.pixel_budget import Ahead
 from fastroute.routing.pixel_image import PixelImage
@@ -83,7 +83,7 @@ class PixelRouter:
         adaptive: bool = False,
         refine: bool = True,
         budget: float | None = None,
-        progress: bool = False,
+        progress: Progress = False,
         memory_limit: int | None = None,
         budget_flops: float | None = None,
         budget_ms: float | None = None,
@@ -104,7 +104,8 @@ class PixelRouter:
                 for, on a sample of rows where the output has more than 4 million pixels, and the budget is kept all the
                 same. 1 sends every pixel to the dearest class. A batch shares one budget, as a folder does under
                 :func:`fastroute.upscale_many`: it is spent where it helps most.
-            progress: show a progress bar.
+            progress: show a progress bar, or call this function with how many bands are done and how many there are; what it
+                raises ends the call.
             memory_limit: bytes to hold at most beside `image`, the result and its class map. It changes no bit of them: a
                 budget or `adaptive` encodes the image twice where all features do not fit. Of a batch under one budget so
                 many features are kept as fit, by default in 512 MiB, on a GPU 8 GiB; the other images are encoded twice.
@@ -143,7 +144,7 @@ class PixelRouter:
         adaptive: bool = False,
         refine: bool = True,
         budget: float | None = None,
-        progress: bool = False,
+        progress: Progress = False,
         memory_limit: Limit = AUTO,
         budget_flops: float | None = None,
         budget_ms: float | None = None,
@@ -212,7 +213,7 @@ class PixelRouter:
         with (
             advised("upscale", self.device, used, lowest, ends.in_place),
             ends.opened(max(1, rows * grid.lr[0] // grid.size[0]), rows) as sink,
-            tqdm(total=number * len(grid.bands()), unit="band", desc="upscale", disable=not request.progress) as bar,
+            shown(request.progress, number * len(grid.bands()), "band") as bar,
         ):
             if waiting:
                 self._look(images, request, held, keep)

@@ -13,6 +13,7 @@ from fastroute.grid import TileGrid
 from fastroute.ops import _checks as check
 from fastroute.ops.assign_classes import assign_classes
 from fastroute.profiling import RoutedFlops
+from fastroute.progress import Progress
 from fastroute.routing.budgets import Budget, assign_within, check_possible, duration, refuse_below
 from fastroute.routing.choose import score_patches
 from fastroute.routing.patch_router import PatchRouter
@@ -138,7 +139,7 @@ class SharedPixels(Shared):
 
     def __init__(
         self, router: PixelRouter, limit: Budget, op: str, count: int, scale: float | None = None, refine: bool = True,
-        memory_limit: int | None = None, progress: bool = False,
+        memory_limit: int | None = None, progress: Progress = False,
     ) -> None:  # fmt: skip
         super().__init__(limit, op)
         check_limit(op, memory_limit)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fastroute import io
+from fastroute.io.files import part_prefix, permissions_of, target_of
 from fastroute.streaming.protocols import ArrayReader, ArrayWriter, Reader, Writer
 
 TIFF, ZARR = (".tif", ".tiff"), ".zarr"
@@ -209,14 +210,15 @@ def check_target(path: str | Path) -> None:
 @contextmanager
 def open_writer(path: str | Path, shape: tuple[int, int, int], dtype: torch.dtype) -> Iterator[Writer]:
     """A tiled BigTIFF file or a zarr array (H, W, C), which takes its name when the block ends: whole, or not at all."""
-    path = Path(path)
-    part = path.parent / f".{path.name[:80]}.{secrets.token_hex(6)}.part"
+    path = target_of(path)
+    part = path.parent / f"{part_prefix(path)}{secrets.token_hex(6)}.part"
     try:
         if path.suffix.lower() != ZARR:
             with open(part, "xb+") as file:
                 yield TiffWriter(file, shape, dtype)
                 file.flush()
                 os.fsync(file.fileno())
+                os.chmod(file.fileno(), permissions_of(path))
             os.replace(part, path)
             return
         channels, height, width = shape

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fastroute.catalogue import DEFAULT_MODEL
+from fastroute.progress import Progress
 from fastroute.routing.load import load
 from fastroute.routing.patch_router import PatchRouter
 from fastroute.routing.pixel_router import PixelRouter
@@ -54,7 +55,7 @@ def upscale_file(
     target: str | Path,
     model: str | Path | PatchRouter | PixelRouter = DEFAULT_MODEL,
     memory_limit: Limit = AUTO,
-    progress: bool = False,
+    progress: Progress = False,
     device: str | torch.device = "cpu",
     **routing: Any,
 ) -> UpscaledFile:
@@ -68,7 +69,8 @@ def upscale_file(
         model: a name or a checkpoint, see :func:`fastroute.load`, or a router.
         memory_limit: bytes to hold beside the program, None for no limit; by default, "auto", 512 MiB, and 8 GiB where the
             router is on a GPU.
-        progress: show a progress bar.
+        progress: show a progress bar, or call a function with what is done and how much there is, see the router's `upscale`;
+            where it raises, and at Ctrl-C, nothing is left behind.
         device: where a model that is given by name runs.
         **routing: what the router's `stream` takes, such as `budget`, or `scale` and `k` of PCSR.
 

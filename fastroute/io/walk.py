@@ -1,0 +1,68 @@
+"""What lies below a folder: its images, and whatever else, so that nothing is left out without a word."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from fastroute.io.recognise import is_image
+
+
+@dataclass
+class Found:
+    """The content of a folder.
+
+    Attributes:
+        images: files that are or were meant to be images, sorted by path, under the names by which they were reached.
+        others: everything else and why it was left out, in whole words.
+    """
+
+    images: list[Path] = field(default_factory=list)
+    others: list[tuple[Path, str]] = field(default_factory=list)
+
+
+def walk(folder: str | Path, without: tuple[Path, ...] = ()) -> Found:
+    """Look through `folder` and the folders below, linked ones included; each folder is looked at once, however often linked.
+
+    Args:
+        folder: where to begin.
+        without: folders, resolved, that are passed over with all they hold: where results go.
+    """
+    found = Found()
+    seen: set[str] = set()
+    # Links come last, so that a folder is known by its own name where it lies below `folder` too.
+    rest, linked = deque([Path(folder)]), deque[Path]()
+    while rest or linked:
+        path = rest.popleft() if rest else linked.popleft()
+        real = os.path.realpath(path)
+        if any(Path(real).is_relative_to(other) for other in without):
+            continue
+        if real in seen:
+            found.others.append((path, f"a link to {real}, whose content is taken already"))
+            continue
+        seen.add(real)
+        try:
+            with os.scandir(path) as entries:
+                content = sorted(entries, key=lambda entry: entry.name)
+        except OSError as error:
+            found.others.append((path, f"a folder that cannot be read: {error.strerror}"))
+            continue
+        for entry in content:
+            child = Path(entry.path)
+            try:
+                below = entry.is_dir()
+            except OSError:
+                below = False
+            if below:
+                (linked if entry.is_symlink() else rest).append(child)
+            elif entry.name.startswith(".") and entry.name.endswith(".part"):
+                found.others.append((child, "a temporary file of a run that was killed or still goes on"))
+            elif is_image(child):
+                found.images.append(child)
+            else:
+                found.others.append((child, "no image, neither by its content nor by its ending"))
+    found.images.sort()
+    found.others.sort()
+    return found
