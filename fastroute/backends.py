@@ -7,6 +7,7 @@ import importlib
 import importlib.metadata
 import os
 import re
+import threading
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -23,7 +24,6 @@ CAPABILITY = (8, 0)
 # Operators that are products of matrices and little else: a GPU runs them as torch's own, whichever backend is asked for.
 PRODUCTS = frozenset({"cell_mlp"})
 
-_requested: str | None = None
 
 
 class BackendError(RuntimeError):
@@ -176,7 +176,7 @@ def select(op: str, device: torch.device) -> str:
     """
     request = requested()
     if request:
-        by_variable = not _requested
+        by_variable = not _asked()
         _check_name(request, f"{VARIABLE}: backend" if by_variable else "backend")
         if _is_products(op, request, device):
             return "reference"
@@ -192,14 +192,15 @@ def select(op: str, device: torch.device) -> str:
 
 
 def requested() -> str | None:
-    """The backend asked for by :func:`use_backend` or the environment, if any."""
-    return _requested or os.environ.get(VARIABLE) or None
+    """The backend asked for by :func:`use_backend` in this thread, or by the environment, if any."""
+    return _asked() or os.environ.get(VARIABLE) or None
 
 
 def use_backend(name: str | None) -> _Request:
     """Ask for one backend from now on, or within a ``with`` block; None returns to the automatic choice.
 
-    The environment variable FASTROUTE_BACKEND does the same for a whole process.
+    It holds for the thread that asks, as torch's own default device and gradient mode do. The environment variable
+    FASTROUTE_BACKEND does the same for a whole process.
 
     Args:
         name: "reference", "cpu", "triton", "cuda" or None.
@@ -211,26 +212,54 @@ def use_backend(name: str | None) -> _Request:
         >>> with fastroute.use_backend("reference"):
         ...     patches = fastroute.extract_patches(image, grid)
     """
-    global _requested
     if name is not None:
         _check_name(name)
-    request = _Request(_requested)
-    _requested = name
+    request = _Request(name)
+    # What was asked for without a block lasts until something else is; so of those only the last is of interest.
+    while len(_thread.requests) > 1 and not (_thread.requests[-1].entered or _thread.requests[-2].entered):
+        del _thread.requests[-2]
+    _thread.ask(request)
     return request
 
 
 class _Request:
-    """Restores the previous request when its ``with`` block ends."""
+    """What was asked for, until its ``with`` block ends, if it has one."""
 
-    def __init__(self, previous: str | None) -> None:
-        self._previous = previous
+    def __init__(self, name: str | None) -> None:
+        self.name, self.entered = name, False
 
     def __enter__(self) -> None:
-        return None
+        self.entered = True
+        if not any(request is self for request in _thread.requests):
+            _thread.ask(self)
 
     def __exit__(self, *exception: object) -> None:
-        global _requested
-        _requested = self._previous
+        # By identity: blocks need not end in the order in which they began.
+        _thread.drop(self)
+
+
+class _Requests(threading.local):
+    """What the current thread has asked for, the latest last."""
+
+    def __init__(self) -> None:
+        self.requests: list[_Request] = []
+        # Beside them, since the compiler follows a plain value of a thread, and looks again when it has changed.
+        self.name: str | None = None
+
+    def ask(self, request: _Request) -> None:
+        self.requests.append(request)
+        self.name = request.name
+
+    def drop(self, request: _Request) -> None:
+        self.requests = [other for other in self.requests if other is not request]
+        self.name = self.requests[-1].name if self.requests else None
+
+
+_thread = _Requests()
+
+
+def _asked() -> str | None:
+    return _thread.name
 
 
 def _check_name(name: str, what: str = "backend") -> None:

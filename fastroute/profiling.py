@@ -6,20 +6,28 @@ at every *output* pixel ("paper"), which is the square of its stride more than w
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastroute.contexts import on_fake_tensors
+from fastroute.models.adapters import inference_copy
 
 CONVENTIONS = ("true", "paper")
+M = TypeVar("M", bound=TorchDispatchMode)
 
 
 def count_flops(model: nn.Module, input_size: Sequence[int], convention: str = "true") -> int:
     """FLOPs of one pass of `model`, as it is written, over an input of `input_size`.
 
     Args:
-        model: any module; it is run on fake tensors, so neither time nor memory is spent.
+        model: any module; a copy is run on fake tensors, so neither time nor memory is spent. What these cannot run, such as
+            TorchScript, is run in earnest.
         input_size: shape of the input, batch included.
         convention: "true" is what :class:`torch.utils.flop_counter.FlopCounterMode` counts: multiply-adds done, times two.
             "paper" reproduces the tables of ClassSR, CDNSR, ARM and PCSR.
@@ -31,32 +39,70 @@ def count_flops(model: nn.Module, input_size: Sequence[int], convention: str = "
     """
     if convention not in CONVENTIONS:
         raise ValueError(f"count_flops: convention must be one of {CONVENTIONS}; got {convention!r}")
-    # Here, since it imports Triton where that is installed.
-    from torch._subclasses.fake_tensor import FakeTensorMode
-    from torch.utils.flop_counter import FlopCounterMode
+    like = next(model.parameters(), torch.empty(0, dtype=torch.float32, device="cpu"))
+    return observed(model, input_size, like.dtype, lambda: FlopCounter(paper=convention == "paper")).total
 
-    extra = 0
 
-    def count_outputs(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        nonlocal extra
-        if isinstance(module, nn.ConvTranspose2d):
-            taps = 2 * module.in_channels * module.out_channels // module.groups
-            taps *= module.kernel_size[0] * module.kernel_size[1] * output.shape[0]
-            extra += taps * (output.shape[2] * output.shape[3] - inputs[0].shape[2] * inputs[0].shape[3])
+def observed(model: nn.Module, size: Sequence[int], dtype: torch.dtype, make: Callable[[], M]) -> M:
+    """The mode that `make` gives, once it has seen all operators of a pass of `model` over an input of `size`.
 
-    training = [(module, module.training) for module in model.modules()]
-    handles = [module.register_forward_hook(count_outputs) for module in model.modules()]
-    like = next(model.parameters(), torch.empty(0))
-    try:
-        model.eval()
-        with FakeTensorMode(allow_non_fake_inputs=True), FlopCounterMode(display=False) as counter, torch.no_grad():
-            model(torch.empty(tuple(input_size), dtype=like.dtype, device=like.device))
-    finally:
-        for module, was in training:
-            module.training = was
-        for handle in handles:
-            handle.remove()
-    return counter.get_total_flops() + (extra if convention == "paper" else 0)
+    The pass is on fake tensors, or a real one of what these cannot run: TorchScript, operators that have no fake kernel, and
+    networks that look at values.
+    """
+    from torch._subclasses import fake_tensor as fake
+
+    copied = inference_copy(model, share=True)
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+
+    def run() -> M:
+        mode = make()
+        with torch.no_grad(), mode:
+            copied(torch.full(tuple(size), 0.5, dtype=dtype, device=device))
+        return mode
+
+    if not any(isinstance(part, torch.jit.ScriptModule) for part in copied.modules()):
+        with suppress(
+            fake.DataDependentOutputException, fake.DynamicOutputShapeException, fake.UnsupportedFakeTensorException,
+            fake.UnsupportedOperatorException,
+        ), on_fake_tensors():  # fmt: skip
+            return run()
+    return run()
+
+
+class FlopCounter(TorchDispatchMode):
+    """Counts the operators of the thread that entered it.
+
+    :class:`torch.utils.flop_counter.FlopCounterMode` counts by modules too, with hooks on those of all threads.
+
+    Args:
+        paper: count the kernel of a transposed convolution at every output pixel.
+
+    Attributes:
+        total: FLOPs so far.
+    """
+
+    def __init__(self, paper: bool) -> None:
+        super().__init__()
+        # Here, since it imports Triton where that is installed.
+        from torch.utils.flop_counter import flop_registry
+
+        self.paper, self.total, self.registry = paper, 0, flop_registry
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        packet = func._overloadpacket
+        if packet not in self.registry:
+            # What torch composes of others; the operators of other namespaces, such as `prim::device`, are not.
+            with self:
+                parts = func.decompose(*args, **kwargs) if func.namespace == "aten" else NotImplemented
+            return func(*args, **kwargs) if parts is NotImplemented else parts
+        out = func(*args, **kwargs)
+        flops = self.registry[packet](*args, **kwargs, out_val=out)
+        if self.paper and packet is torch.ops.aten.convolution and args[6]:
+            # Its multiply-adds are counted at every input pixel.
+            flops = flops * out[0, 0].numel() // args[0][0, 0].numel()
+        self.total += flops
+        return out
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastroute.models.adapters import as_module
+from fastroute.contexts import ordinarily
+from fastroute.models.adapters import as_module, inference_copy
 from fastroute.models.optimize import parameter_dtype
 from fastroute.routing.branches import guess_channels
 from fastroute.routing.patch_router import PatchRouter
@@ -45,6 +46,7 @@ class Tiled(nn.Module):
         return self
 
 
+@ordinarily
 def tiled(
     model: nn.Module | Callable[[Tensor], Tensor] | Any,
     patch: int = 128,
@@ -104,12 +106,8 @@ def probe_scale(network: nn.Module, patch: int, channels: int | None = None) -> 
     """
     like = next(network.parameters(), torch.empty(0))
     size = (1, channels or guess_channels([network]), patch, patch)
-    training = [(module, module.training) for module in network.modules()]
-    try:
-        output = network.eval()(torch.full(size, 0.5, dtype=parameter_dtype(network), device=like.device))
-    finally:
-        for module, was in training:
-            module.training = was
+    # On a copy: others may be using the network.
+    output = inference_copy(network, share=True)(torch.full(size, 0.5, dtype=parameter_dtype(network), device=like.device))
     found = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
     factor = output.shape[-1] // patch if isinstance(output, Tensor) and output.ndim else 0
     if factor < 1 or found != (*size[:2], patch * factor, patch * factor):

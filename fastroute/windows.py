@@ -8,6 +8,8 @@ from functools import cache, lru_cache
 import torch
 from torch import Tensor
 
+from fastroute.contexts import is_plain
+
 WINDOWS = ("uniform", "linear", "hann", "gaussian")
 CROP = "crop"
 
@@ -38,9 +40,9 @@ def make_window(window: str | Tensor, size: int, stride: int | None = None) -> T
             return _crop(size, stride)
         if window not in WINDOWS:
             raise ValueError(f"window: must be one of {(*WINDOWS, CROP)} or a 1-D tensor; got {window!r}")
-        if torch.compiler.is_compiling():
-            return _named.__wrapped__(window, size)
-        return _named(window, int(size)).clone()
+        # The compiler looks through the cache, and warns that it does.
+        values = _named.__wrapped__(window, size) if torch.compiler.is_compiling() else _named(window, int(size))
+        return torch.tensor(values, dtype=torch.float32, device="cpu")
     if not isinstance(window, Tensor) or not window.is_floating_point():
         raise TypeError(f"window: must be one of {(*WINDOWS, CROP)} or a floating 1-D tensor; got {type(window).__name__}")
     if window.shape != (size,):
@@ -56,12 +58,12 @@ def make_window(window: str | Tensor, size: int, stride: int | None = None) -> T
 
 def window_on(window: str | Tensor, size: int, stride: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     """:func:`make_window` on `device`. A named window is copied there once: a copy waits, and no CUDA graph can hold it."""
-    if isinstance(window, Tensor) or device.type == "cpu" or torch.compiler.is_compiling():
+    if isinstance(window, Tensor) or device.type == "cpu" or not is_plain():
         return make_window(window, size, stride).to(device=device, dtype=dtype)
     return _named_on(window, int(size), int(stride), device, dtype)
 
 
-# None is let go: a graph may read it.
+# The one cache of tensors: none is let go, since a graph may read it, and none gets in but under plain conditions.
 @cache
 def _named_on(window: str, size: int, stride: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     # An ordinary tensor, whoever asks first.
@@ -69,24 +71,23 @@ def _named_on(window: str, size: int, stride: int, device: torch.device, dtype: 
         return make_window(window, size, stride).to(device=device, dtype=dtype)
 
 
+# Numbers, not a tensor: one made on fake tensors, in a transform or in inference mode would serve no other call.
 @lru_cache(maxsize=64)
-def _named(window: str, size: int) -> Tensor:
+def _named(window: str, size: int) -> tuple[float, ...]:
     # Sample points at pixel centres, so that no weight is 0 and the window is symmetric.
-    position = (torch.arange(size, dtype=torch.float64) + 0.5) / size
+    positions = [(i + 0.5) / size for i in range(size)]
     if window == "uniform":
-        weights = torch.ones(size, dtype=torch.float64)
-    elif window == "linear":
-        weights = 1 - (2 * position - 1).abs()
-    elif window == "hann":
-        weights = torch.sin(math.pi * position) ** 2
-    else:
-        weights = torch.exp(-0.5 * ((position - 0.5) * 8) ** 2)
-    return weights.float()
+        return (1.0,) * size
+    if window == "linear":
+        return tuple(1 - abs(2 * x - 1) for x in positions)
+    if window == "hann":
+        return tuple(math.sin(math.pi * x) ** 2 for x in positions)
+    return tuple(math.exp(-0.5 * ((x - 0.5) * 8) ** 2) for x in positions)
 
 
 def _crop(size: int, stride: int | None) -> Tensor:
     if stride is None or not 1 <= stride <= size:
         raise ValueError(f"window: 'crop' needs the stride of the patches, from 1 to {size} output pixels; got {stride}")
-    place = torch.arange(size) - (size - stride) // 2
+    place = torch.arange(size, device="cpu") - (size - stride) // 2
     # As wide as the stride: between the margins of the first and the last patch every pixel has a weight.
-    return ((place >= 0) & (place < stride)).float()
+    return ((place >= 0) & (place < stride)).to(torch.float32)

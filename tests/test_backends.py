@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
 import textwrap
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,7 +27,7 @@ OP = "extract_patches"
 def no_request(monkeypatch):
     """No test starts with a request, nor leaves one behind."""
     monkeypatch.delenv(VARIABLE, raising=False)
-    monkeypatch.setattr(backends, "_requested", None)
+    monkeypatch.setattr(backends, "_thread", backends._Requests())
 
 
 def extract() -> torch.Tensor:
@@ -86,7 +88,60 @@ def test_use_backend_in_a_with_block():
 def test_with_block_restores_after_an_error():
     with pytest.raises(KeyError), fastroute.use_backend("reference"):
         raise KeyError
-    assert backends._requested is None
+    assert backends.requested() is None
+
+
+def test_blocks_need_not_end_in_the_order_in_which_they_began():
+    first, second = fastroute.use_backend("reference"), fastroute.use_backend("cuda")
+    with contextlib.ExitStack() as inner:
+        with first:
+            inner.enter_context(second)
+            # Asked for last, whichever was entered last.
+            assert backends.requested() == "cuda"
+        assert backends.requested() == "cuda"
+    assert backends.requested() is None
+    # A request serves for a second block too.
+    with first:
+        assert backends.requested() == "reference"
+    assert backends.requested() is None
+
+
+def test_calls_without_a_block_do_not_pile_up():
+    for _ in range(100):
+        fastroute.use_backend("reference")
+        with fastroute.use_backend("cuda"):
+            assert backends.requested() == "cuda"
+        assert backends.requested() == "reference"
+    assert len(backends._thread.requests) <= 2
+
+
+def test_a_request_holds_for_its_thread():
+    """Blocks of two threads that overlap leave nothing behind in either, nor in a third."""
+    seen, turns = {}, {name: threading.Event() for name in ("a in", "b in", "a out")}
+
+    def first():
+        with fastroute.use_backend("reference"):
+            turns["a in"].set()
+            turns["b in"].wait(5)
+            seen["a"] = backends.requested()
+        seen["a after"] = backends.requested()
+        turns["a out"].set()
+
+    def second():
+        turns["a in"].wait(5)
+        with fastroute.use_backend("cuda"):
+            turns["b in"].set()
+            turns["a out"].wait(5)
+            seen["b"] = backends.requested()
+        seen["b after"] = backends.requested()
+
+    threads = [threading.Thread(target=run) for run in (first, second)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert seen == {"a": "reference", "a after": None, "b": "cuda", "b after": None}
+    assert backends.requested() is None
 
 
 def test_impossible_choice_raises_with_reasons():
@@ -107,7 +162,7 @@ def test_reasons_are_those_of_the_predicate(monkeypatch):
 def test_unknown_name():
     with pytest.raises(ValueError, match=r"backend must be one of .*reference.*cuda.*; got 'opencl'"):
         fastroute.use_backend("opencl")
-    assert backends._requested is None
+    assert backends.requested() is None
 
 
 def test_environment_variable(monkeypatch):

@@ -84,8 +84,8 @@ class EdgeTable(nn.Module):
         super().__init__()
         if bins < 1:
             raise ValueError(f"EdgeTable: bins must be at least 1; got {bins}")
-        self.register_buffer("score", (torch.arange(bins) + 0.5) * (255 / bins))
-        self.register_buffer("psnr", torch.full((num_classes, bins), math.nan))
+        self.register_buffer("score", (torch.arange(bins, dtype=torch.float32) + 0.5) * (255 / bins))
+        self.register_buffer("psnr", torch.full((num_classes, bins), math.nan, dtype=torch.float32))
 
     @property
     def ready(self) -> bool:
@@ -284,7 +284,7 @@ class ARM(nn.Module):
         for k, width in enumerate(self.widths.tolist(), start=1):
             network = BACKBONES[self.backbone](width, self.scale)
             network.load_state_dict(self.sliced(k))
-            networks.append(network.to(next(self.network.parameters()).device).eval())
+            networks.append(network.to(next(self.network.parameters())).eval())
         return networks
 
     def costs(self, patch: int = 32) -> list[float]:

@@ -112,7 +112,7 @@ class MeanShift(nn.Module):
 
     def __init__(self, colour: Sequence[float]) -> None:
         super().__init__()
-        self.register_buffer("colour", torch.tensor(list(colour)).view(1, -1, 1, 1), persistent=False)
+        self.register_buffer("colour", torch.tensor(list(colour), dtype=torch.float32).view(1, -1, 1, 1), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:  # [B, C, H, W]
         """See the class."""

@@ -119,6 +119,12 @@ def load_weights(model: nn.Module, state: Mapping[str, Tensor], path: str | Path
     if problems:
         raise CheckpointError(f"{path} does not fit {type(model).__name__}: {'; '.join(problems)}")
     model.load_state_dict(dict(state))
+    # Networks are built in torch's default type, but run in that of published weights.
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            parameter.data = parameter.data.to(torch.float32)
+        if isinstance(module, nn.BatchNorm2d):
+            module.float()
 
 
 def save_checkpoint(path: str | Path, model: nn.Module, metadata: Mapping[str, Any] | None = None) -> None:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import copy
-
 import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from fastroute.models.adapters import evaluating, inference_copy
 from fastroute.models.arm import Bicubic
 from fastroute.models.fsrcnn import TransposedConv2d
 from fastroute.models.subpixel import SubpixelPlan, dense_equivalent
@@ -31,13 +30,13 @@ def optimize(branch: nn.Module) -> nn.Module:
     Args:
         branch: any module; in the result it is in evaluation mode and needs no gradients.
     """
-    result = copy.deepcopy(branch).eval().requires_grad_(False)
+    result = inference_copy(branch)
     for module in result.modules():
         # Only ours: `fold` may mean anything elsewhere.
         if type(module).__module__.startswith("fastroute.") and callable(fold := getattr(module, "fold", None)):
             fold()
     as_sequential = getattr(result, "as_sequential", None)
-    return _rewrite(as_sequential() if callable(as_sequential) else result, owned=True).eval()
+    return evaluating(_rewrite(as_sequential() if callable(as_sequential) else result, owned=True))
 
 
 def split_shuffle(branch: nn.Module) -> tuple[nn.Module, int]:
@@ -90,8 +89,8 @@ def interpolation(branch: nn.Module, patch: int) -> Upsampler | None:
     size = (patch * branch.scale, patch)
     # What it makes of each pixel of a column, in float64: its rows do not mix, at a factor of 1.
     matrix = F.interpolate(torch.eye(patch, dtype=torch.float64)[None, None], size, mode="bicubic", align_corners=False)
-    empty = torch.empty(0)
-    return Upsampler(torch.empty(0, branch.channels), empty, empty, matrix[0, 0].float(), empty, branch.scale)
+    empty = torch.empty(0, dtype=torch.float32)
+    return Upsampler(empty.view(0, branch.channels), empty, empty, matrix[0, 0].to(torch.float32), empty, branch.scale)
 
 
 def _rewrite(module: nn.Module, owned: bool) -> nn.Module:

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fastroute.contexts import on_fake_tensors
+from fastroute.models.adapters import inference_copy
 from fastroute.models.carn import CARN, RGB_MEAN
 from fastroute.models.fsrcnn import FSRCNN
 from fastroute.reference.adaptive_threshold import adaptive_threshold_reference
@@ -85,7 +87,7 @@ class PCSR(nn.Module):
         self.encoder = encoder
         self.upsamplers = nn.ModuleList(upsamplers)
         self.classifier = classifier
-        colour = torch.zeros(1, 1, 1, 1) if mean is None else torch.tensor(list(mean)).view(1, -1, 1, 1)
+        colour = torch.tensor(list(mean or [0.0]), dtype=torch.float32).view(1, -1, 1, 1)
         self.register_buffer("mean", colour, persistent=False)
         self._cost: dict[float, list[float]] = {}
 
@@ -129,7 +131,8 @@ class PCSR(nn.Module):
         )
         model = cls.build(encoder, [light, heavy], classifier, mean)
         model.load_state_dict({rename_published(key): value for key, value in spec["sd"].items()})
-        return model.eval()
+        # Whatever torch's default type is: that of the published weights.
+        return model.float().eval()
 
     @property
     def num_classes(self) -> int:
@@ -171,9 +174,8 @@ class PCSR(nn.Module):
         """Cost of every class as the paper counts it: FLOPs of the encoder and the class's MLP; they sum to 1."""
         if scale not in self._cost:
             channels = int(self.encoder.channels)  # type: ignore[arg-type]
-            patch = next(self.encoder.parameters()).new_zeros(1, channels, COST_PATCH, COST_PATCH)
             pixels = round(COST_PATCH * scale) ** 2
-            shared = paper_flops(self.encoder, patch)
+            shared = paper_flops(self.encoder, (1, channels, COST_PATCH, COST_PATCH))
             lists = [self.parameter_lists(c)[0] for c in range(self.num_classes)]
             flops = [shared + 2 * pixels * sum(w.numel() for w in weights) for weights in lists]
             self._cost[scale] = [f / sum(flops) for f in flops]
@@ -217,7 +219,7 @@ class PCSR(nn.Module):
         else:
             # The published code knows a size by its mean factor, to one decimal.
             factor = scale if scale is not None else round((size[0] / h + size[1] / w) / 2, 1)
-            cost = torch.tensor(self.class_cost(factor) if k else [1.0] * self.num_classes)
+            cost = torch.tensor(self.class_cost(factor) if k else [1.0] * self.num_classes, dtype=torch.float32)
             class_map = penalised_argmax(probability, cost, k)
         image = self.upsample(features, lr, size, class_map)
         return PCSROutput(refine_boundaries_reference(image, class_map) if refine else image, class_map, probability)
@@ -249,9 +251,8 @@ def rename_published(key: str) -> str:
     return key.replace("classifier.imnet", "classifier")
 
 
-@torch.no_grad()
-def paper_flops(module: nn.Module, x: Tensor) -> int:
-    """FLOPs of one forward pass as the papers count them.
+def paper_flops(module: nn.Module, size: Sequence[int]) -> int:
+    """FLOPs of one forward pass over an input of `size` as the papers count them.
 
     Two per multiply-add of a convolution, two per number that a batch norm reads, one per number that a PReLU reads.
     """
@@ -267,12 +268,11 @@ def paper_flops(module: nn.Module, x: Tensor) -> int:
         elif isinstance(layer, nn.PReLU):
             total += inputs[0].numel()
 
-    hooks = [layer.register_forward_hook(count) for layer in module.modules()]
-    training = module.training
-    try:
-        module.eval()(x)
-    finally:
-        module.train(training)
-        for hook in hooks:
-            hook.remove()
+    # The hooks are on a copy: other threads may be using the module.
+    copied = inference_copy(module, share=True)
+    for layer in copied.modules():
+        layer.register_forward_hook(count)
+    like = next(module.parameters())
+    with on_fake_tensors(), torch.no_grad():
+        copied(torch.empty(tuple(size), dtype=like.dtype, device=like.device))
     return total

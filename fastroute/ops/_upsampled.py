@@ -113,7 +113,7 @@ def stitch_upsampled(
     """
     op, device = "stitch_patches.upsampled_out", out.device
     shuffle = upsamplers[0].shuffle
-    spent = torch.zeros(len(upsamplers) + 1, dtype=torch.float64)
+    spent = torch.zeros(len(upsamplers) + 1, dtype=torch.float64, device="cpu")
     # Their `layers`, which torch 2.10 could not compile, as in `features_of`.
     layers = [tensor for upsampler in upsamplers for tensor in upsampler[:-1]]
     geometry = (grid.height, grid.width, grid.patch, grid.stride, grid.scale, grid.crop, shuffle)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 
 import torch
 from torch import nn
 
+from fastroute.models.adapters import inference_copy
 from fastroute.models.optimize import interpolation, optimize, parameter_dtype, split_shuffle, split_upsampler
 from fastroute.ops._upsampled import Upsampler, Upsamplers, upsamples
 from fastroute.profiling import count_flops
@@ -156,7 +156,7 @@ def even_parts(count: int, batch: int) -> list[int]:
 
 def frozen_copy(module: nn.Module) -> nn.Module:
     """A copy for inference; the caller's own stays as it is."""
-    return copy.deepcopy(module).eval().requires_grad_(False)
+    return inference_copy(module)
 
 
 def guess_channels(branches: Sequence[nn.Module]) -> int:

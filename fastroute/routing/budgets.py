@@ -91,7 +91,7 @@ def check_possible(costs: Sequence[float], fraction: float | None, penalty: floa
     Raises:
         ValueError: as :func:`fastroute.assign_classes` says.
     """
-    assign_classes(torch.ones(1, len(costs)), costs, penalty, fraction)
+    assign_classes(torch.ones(1, len(costs), dtype=torch.float32), costs, penalty, fraction)
 
 
 def dearest(costs: Sequence[float]) -> int:
@@ -209,7 +209,7 @@ def duration(ms: float) -> str:
 
 def noise(size: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """A picture of noise of `dtype`, on which speeds are measured."""
-    image = torch.rand(size, generator=torch.Generator().manual_seed(0))
+    image = torch.rand(size, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
     if not dtype.is_floating_point:
         image = (image * (255 if dtype == torch.uint8 else 65535)).int()
     return image.to(device, dtype)

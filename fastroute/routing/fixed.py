@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fastroute.contexts import computing_in_own_type, ordinarily
 from fastroute.grid import TileGrid
 from fastroute.ops import _checks as check
 from fastroute.ops._library import OPERATORS, call
@@ -89,6 +90,7 @@ class FixedPatchRouter(nn.Module):
     window: Tensor  # [P]
     dearer: Tensor  # [K, K], 1 where the second class is dearer than the first, -1 where it is cheaper
 
+    @ordinarily
     def __init__(
         self,
         router: PatchRouter,
@@ -143,6 +145,7 @@ class FixedPatchRouter(nn.Module):
         """Slots of each class."""
         return self.slots.capacities
 
+    @computing_in_own_type
     @torch.no_grad()
     def forward(self, image: Tensor, class_map: Tensor | None = None) -> FixedUpscaled:
         """See the class. Floating images are not looked at, and taken as they are."""

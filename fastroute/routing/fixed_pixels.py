@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from fastroute.contexts import computing_in_own_type, ordinarily
 from fastroute.models.pcsr import relative_coordinates
 from fastroute.ops import _checks as check
 from fastroute.ops.adaptive_threshold import adaptive_threshold
@@ -15,6 +16,7 @@ from fastroute.ops.assign_classes import assign_classes
 from fastroute.ops.pixel_mlp import pixel_mlp
 from fastroute.ops.refine_boundaries import refine_boundaries
 from fastroute.reference.extract_patches import to_float
+from fastroute.reference.stitch_patches import quantise
 from fastroute.routing.branches import frozen_copy
 from fastroute.routing.budgets import check_possible, dearest
 from fastroute.routing.fixed import FixedUpscaled, check_fixed, check_shape
@@ -60,6 +62,7 @@ class FixedPixelRouter(nn.Module):
     mean: Tensor  # [1, C or 1, 1, 1]
     place: Tensor  # [H + W]
 
+    @ordinarily
     def __init__(
         self,
         router: PixelRouter,
@@ -109,6 +112,7 @@ class FixedPixelRouter(nn.Module):
         like = torch.empty(1, dtype=router.dtype, device=self.device).expand(1, 1, h, w)
         self.register_buffer("place", relative_coordinates(like, self.size), persistent=False)
 
+    @computing_in_own_type
     @torch.no_grad()
     def forward(self, image: Tensor) -> FixedUpscaled:
         """See the class. Floating images are not looked at, and taken as they are."""
@@ -118,7 +122,11 @@ class FixedPixelRouter(nn.Module):
         classes = self._classes(features)
         raw = pixel_mlp(features, self.mlps, self.size, classes, lr, relative=self.place)
         near = classes if self.refine else torch.zeros_like(classes)
-        if self.dtype in check.INTEGER_IMAGE:
+        if self.dtype in check.INTEGER_IMAGE and torch.compiler.is_compiling():
+            # The compiler refuses operators that return what they have written.
+            wide = raw.to(torch.promote_types(raw.dtype, torch.float32))
+            output = quantise(refine_boundaries(wide, near), self.dtype)
+        elif self.dtype in check.INTEGER_IMAGE:
             output = torch.empty(raw.shape, dtype=self.dtype, device=raw.device)
             refine_boundaries(raw, near, out=output)
         else:

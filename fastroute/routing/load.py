@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fastroute.catalogue import DEFAULT_MODEL, WEIGHTS, list_models
+from fastroute.contexts import ordinarily
 from fastroute.grid import usual_stride
 from fastroute.models import arm as arm_models
 from fastroute.models.arm import ARM
@@ -37,6 +38,7 @@ FIRST_LAYERS = {
 }
 
 
+@ordinarily
 def load(
     name_or_path: str | Path = DEFAULT_MODEL,
     device: str | torch.device = "cpu",

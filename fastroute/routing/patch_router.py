@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastroute.contexts import CallLock, ordinarily
 from fastroute.grid import TileGrid
 from fastroute.models.adapters import as_module
 from fastroute.ops import _checks as check
@@ -69,6 +70,7 @@ class PatchRouter:
         >>> result.image.shape, result.stats.patches_per_class
     """
 
+    @ordinarily
     def __init__(
         self,
         branches: Sequence[nn.Module | Callable[[Tensor], Tensor] | Any],
@@ -82,6 +84,7 @@ class PatchRouter:
         batch: int | None = None,
         channels: int | None = None,
     ) -> None:
+        self.lock = CallLock()
         if not branches:
             raise ValueError("PatchRouter: branches must hold at least one network; got none")
         TileGrid(patch, patch, patch, stride, scale)  # raises for impossible sizes
@@ -115,6 +118,7 @@ class PatchRouter:
         """Where the networks are."""
         return self.networks.device
 
+    @ordinarily
     def to(self, device: str | torch.device) -> PatchRouter:
         """Move the networks; returns self."""
         self.networks.to(device)
@@ -122,6 +126,7 @@ class PatchRouter:
             self.classifier.to(device)
         return self
 
+    @ordinarily
     @torch.inference_mode()
     def upscale(
         self,
@@ -174,6 +179,7 @@ class PatchRouter:
             return Upscaled(output[0], maps[0], stats)
         return Upscaled(output, maps, stats)
 
+    @ordinarily
     @torch.inference_mode()
     def stream(
         self,

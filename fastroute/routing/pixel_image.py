@@ -238,7 +238,7 @@ class PixelImage:
         """The scores of about `pixels` pixels, in rows spread over the image; all of them where it has no more."""
         bands = list(sampled_rows(self.grid, pixels))
         (height, width), rows = self.grid.size, sum(end - begin for begin, end in bands)
-        scores = torch.empty(self.router.num_classes - 1, rows, width, device=self.place.device)
+        scores = torch.empty(self.router.num_classes - 1, rows, width, dtype=torch.float32, device=self.place.device)
         top = 0
         for begin, end in bands:
             scores[:, top : top + end - begin] = self._logits(features, odds(self.router.classifier), begin, end)[0]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastroute import memory
+from fastroute.contexts import CallLock, ordinarily
 from fastroute.models.optimize import optimize, parameter_dtype
 from fastroute.models.pcsr import MLP, PCSR
 from fastroute.ops import _checks as check
@@ -41,11 +42,12 @@ class PixelRouter:
         >>> result.image.shape, result.stats.pixels_per_class
     """
 
+    @ordinarily
     def __init__(self, model: PCSR, optimized: bool = True, scale: float = 4.0) -> None:
         if not (math.isfinite(scale) and scale > 0):
             raise ValueError(f"PixelRouter: scale must be positive and finite; got {scale}")
         self.scale = scale
-        self.model = model.eval()
+        self.lock, self.model = CallLock(), model.eval()
         self.encoder = model.encoder
         if optimized:
             self.encoder = optimize(model.encoder).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -66,6 +68,7 @@ class PixelRouter:
         """Where the networks are."""
         return self.classifier[0][0].device
 
+    @ordinarily
     def to(self, device: str | torch.device) -> PixelRouter:
         """Move the networks, `model` among them; returns self."""
         self.model.to(device)
@@ -73,6 +76,7 @@ class PixelRouter:
         self.mlps, self.classifier = _mlps(self.model)
         return self
 
+    @ordinarily
     @torch.inference_mode()
     def upscale(
         self,
@@ -133,6 +137,7 @@ class PixelRouter:
             return dataclasses.replace(result, image=result.image[0], class_map=result.class_map[0])
         return result
 
+    @ordinarily
     @torch.inference_mode()
     def stream(
         self,
@@ -179,6 +184,7 @@ class PixelRouter:
         """Height and width of what an image of that size becomes, see :meth:`upscale`."""
         return make_grid((height, width), scale, size, self.device, self.scale)[0].size
 
+    @ordinarily
     @torch.inference_mode()
     def answer(self, images: Tensor, request: Request) -> Upscaled:  # [B, C, h, w]
         """What `upscale` gives for a request that is checked."""

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastroute.contexts import CallLock, ordinarily
 from fastroute.grid import TileGrid
 from fastroute.ops import _checks as check
 from fastroute.ops.assign_classes import assign_classes
@@ -38,7 +39,7 @@ class Shared(ABC):
     """
 
     def __init__(self, limit: Budget, op: str) -> None:
-        self.limit, self.op = limit, op
+        self.limit, self.op, self.lock = limit, op, CallLock()
 
     @property
     @abstractmethod
@@ -84,6 +85,7 @@ class SharedPatches(Shared):
         """See :class:`Shared`."""
         return self.router.device
 
+    @ordinarily
     @torch.inference_mode()
     def look(self, image: Tensor) -> None:
         """See :class:`Shared`."""
@@ -98,6 +100,7 @@ class SharedPatches(Shared):
         self.scores.append(found.score)
         self.flops.append(found.flops)
 
+    @ordinarily
     def settle(self) -> None:
         """See :class:`Shared`."""
         classes = self._classes(torch.cat(self.scores)) if self.scores else torch.empty(0)
@@ -118,6 +121,7 @@ class SharedPatches(Shared):
             return assign_within(score, pace.branches, limit.ms - fixed)
         return assign_classes(score, router.costs, budget=limit.fraction)
 
+    @ordinarily
     def upscale(self, number: int, image: Tensor) -> Upscaled:
         """See :class:`Shared`."""
         class_map = self.maps[number].view(self.sizes[number])
@@ -162,6 +166,7 @@ class SharedPixels(Shared):
         """See :class:`Shared`."""
         return self.router.device
 
+    @ordinarily
     @torch.inference_mode()
     def look(self, image: Tensor) -> None:
         """See :class:`Shared`."""
@@ -181,6 +186,7 @@ class SharedPixels(Shared):
         self.first.append(number)
         self.looks.append(work)
 
+    @ordinarily
     def settle(self) -> None:
         """See :class:`Shared`."""
         if not self.ahead:
@@ -192,6 +198,7 @@ class SharedPixels(Shared):
         if self.purse is not None:
             self.purse.ahead = self.ahead
 
+    @ordinarily
     def upscale(self, number: int, image: Tensor) -> Upscaled:
         """See :class:`Shared`."""
         if tuple(image.shape) != self.shapes[number]:

@@ -51,7 +51,7 @@ class Slots(nn.Module):
     def __init__(self, capacities: Sequence[int], number: int, device: torch.device) -> None:
         super().__init__()
         self.capacities, self.number, self.total = list(capacities), number, sum(capacities)
-        capacity = torch.tensor(self.capacities, dtype=torch.int64)
+        capacity = torch.tensor(self.capacities, dtype=torch.int64, device="cpu")
         self.register_buffer("capacity", capacity.to(device), persistent=False)
         self.register_buffer("start", (capacity.cumsum(0) - capacity).to(device), persistent=False)
 

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastroute import memory
 from fastroute.grid import TileGrid
+from fastroute.profiling import observed
 from fastroute.routing.bands import Band, first_covering
 from fastroute.routing.devices import on_device
 from fastroute.streaming.rows import Source
@@ -172,10 +173,7 @@ def advised(op: str, device: torch.device, used: int, streamed: Callable[[], Wor
 
 def pass_bytes(module: nn.Module, size: Sequence[int], dtype: torch.dtype) -> int:
     """Most bytes of tensors alive at a time while `module` runs over an input of `size`, without running it."""
-    device = next((p.device for p in module.parameters()), torch.device("cpu"))
-    with LiveBytes.counting() as live:
-        module(torch.empty(tuple(size), dtype=dtype, device=device))
-    return live.most
+    return observed(module, size, dtype, LiveBytes).most
 
 
 class LiveBytes(TorchDispatchMode):
@@ -191,16 +189,6 @@ class LiveBytes(TorchDispatchMode):
         self.holders: dict[int, int] = {}
         self.now = self.most = self.marked = 0
 
-    @classmethod
-    @contextmanager
-    def counting(cls) -> Iterator[LiveBytes]:
-        """On fake tensors: neither time nor memory is spent."""
-        # Here, since it imports Triton where that is installed.
-        from torch._subclasses.fake_tensor import FakeTensorMode
-
-        with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), cls() as live:
-            yield live
-
     def mark(self) -> None:
         """Note what is alive now."""
         self.marked = max(self.marked, self.now)
@@ -215,8 +203,12 @@ class LiveBytes(TorchDispatchMode):
 
     def _add(self, x: Tensor) -> None:
         """Count `x` until it is gone."""
-        storage = x.untyped_storage()
-        key, size = storage._cdata, storage.nbytes()
+        if x.layout == torch.strided:
+            storage = x.untyped_storage()
+            key, size = storage._cdata, storage.nbytes()
+        else:
+            # What a library has packed, as frozen TorchScript gives it, shows no storage.
+            key, size = id(x), x.numel() * x.element_size()
         if key not in self.holders:
             self.holders[key] = 0
             self.now += size

@@ -1,0 +1,142 @@
+"""The contexts of torch in which calls may happen, and what a router makes of each: it works as if there were none, or says why
+it cannot."""
+
+from __future__ import annotations
+
+import functools
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+# Devices whose operators autocast runs in another type than that of their weights.
+AUTOCAST = ("cpu", "cuda")
+TRACED = (
+    "an image is routed by its values, which tracing, fake tensors and the transforms of torch.func do not know; a "
+    "FixedPatchRouter or FixedPixelRouter can be exported and compiled"
+)
+
+
+def is_plain() -> bool:
+    """Whether tensors that are made now are ordinary ones, which may be kept for later calls."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active():
+        return False
+    # Fake, functional and traced tensors are of classes of their own.
+    return type(torch.empty(0, device="cpu")) is Tensor
+
+
+class CallLock:
+    """A lock that a thread may take several times, and that copies of its owner do not share."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *exception: object) -> None:
+        self._lock.release()
+
+    def __reduce__(self) -> tuple[type[CallLock], tuple[()]]:
+        return CallLock, ()
+
+
+@contextmanager
+def settled() -> Iterator[None]:
+    """Networks compute in the type of their weights, and what names no device is made on the CPU."""
+    with ExitStack() as stack:
+        for device in AUTOCAST:
+            if torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
+        if torch.get_default_device().type != "cpu":
+            stack.enter_context(torch.device("cpu"))
+        yield
+
+
+@contextmanager
+def ordinary(op: str, *arguments: object) -> Iterator[None]:
+    """The block knows neither autocast nor inference mode nor another default device than the CPU.
+
+    Args:
+        op: for messages.
+        arguments: of the call.
+
+    Raises:
+        RuntimeError: the call is traced or transformed, or one of `arguments` carries a derivative of forward mode.
+    """
+    if not is_plain():
+        raise RuntimeError(f"{op}: {TRACED}")
+    # Inference mode, in which routers run, would drop a derivative without a word.
+    if any(isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None for x in arguments if _dual_level()):
+        raise RuntimeError(f"{op}: a router has no derivative, not even in forward mode; got a dual tensor")
+    # Weights that are made within must serve outside of inference mode too.
+    with torch.inference_mode(False), settled():
+        yield
+
+
+def _dual_level() -> bool:
+    """Whether forward-mode differentiation is under way."""
+    return forward_ad._current_level >= 0
+
+
+def ordinarily(function: F) -> F:
+    """A function, or a method of an object with a `lock`, that runs in :func:`ordinary`, one call of an object at a time.
+
+    :func:`torch.compile` leaves it as it is: nothing within is compiled, so the result is that of the plain call.
+    """
+    name = function.__qualname__.removesuffix(".__init__").rpartition(".")[2]
+
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        lock = getattr(args[0], "lock", None) if args else None
+        with ordinary(name, *args, *kwargs.values()), lock if isinstance(lock, CallLock) else ExitStack():
+            return function(*args, **kwargs)
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        # Importing the compiler takes a second, and whoever compiles has done so.
+        return (_uncompiled(run) if "torch._dynamo" in sys.modules else run)(*args, **kwargs)
+
+    return call  # type: ignore[return-value]
+
+
+def computing_in_own_type(forward: F) -> F:
+    """The `forward` of a module with a `device`, in :func:`settled`; traced, it holds no more than it needs of it."""
+
+    @functools.wraps(forward)
+    def run(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not torch.compiler.is_compiling():
+            with settled():
+                return forward(self, *args, **kwargs)
+        if torch.is_autocast_enabled(self.device.type):
+            with torch.autocast(self.device.type, enabled=False):
+                return forward(self, *args, **kwargs)
+        return forward(self, *args, **kwargs)
+
+    return run  # type: ignore[return-value]
+
+
+# The caches of fake tensors belong to all threads.
+_faking = threading.RLock()
+
+
+@contextmanager
+def on_fake_tensors() -> Iterator[None]:
+    """Operators of this thread give fake tensors: neither time nor memory is spent."""
+    # Here, since it imports Triton where that is installed.
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with _faking, FakeTensorMode(allow_non_fake_inputs=True):
+        yield
+
+
+@functools.cache
+def _uncompiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    return torch._dynamo.disable(function, reason=TRACED)
