@@ -25,7 +25,6 @@ CAPABILITY = (8, 0)
 PRODUCTS = frozenset({"cell_mlp"})
 
 
-
 class BackendError(RuntimeError):
     """A backend that was asked for cannot run; the message gives the reasons."""
 

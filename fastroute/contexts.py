@@ -137,6 +137,11 @@ def on_fake_tensors() -> Iterator[None]:
         yield
 
 
-@functools.cache
+_left_alone: dict[Callable[..., Any], Callable[..., Any]] = {}
+
+
 def _uncompiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    return torch._dynamo.disable(function, reason=TRACED)
+    """`function`, of which the compiler compiles nothing."""
+    if function not in _left_alone:
+        _left_alone[function] = torch._dynamo.disable(function, reason=TRACED)
+    return _left_alone[function]

@@ -190,7 +190,9 @@ class PixelRouter:
         """What `upscale` gives for a request that is checked."""
         grid = request.grid
         output = output_like("upscale", images, (*images.shape[:2], *grid.size))
-        class_map = memory.empty((images.shape[0], *grid.size), torch.uint8, self.device)
+        # An ordinary tensor, as the image is.
+        with torch.inference_mode(False):
+            class_map = memory.empty((images.shape[0], *grid.size), torch.uint8, self.device)
         stats = self._run(in_memory(images, output, self.device), request, class_map)
         return Upscaled(output, class_map.to(images.device), stats)
 
