@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from fastroute.io.hidden import fill_hidden
 from fastroute.io.picture import Picture
 from fastroute.routing.patch_router import PatchRouter
 from fastroute.routing.pixel_router import PixelRouter
 from fastroute.routing.result import Upscaled
+from fastroute.streaming.alpha import enlarge_rows
 from fastroute.streaming.transfer import to_device, to_host
 
 
@@ -60,7 +60,5 @@ def mean_of_channels(image: Tensor) -> Tensor:  # [3, H, W] -> [1, H, W]
 
 def enlarge(alpha: Tensor, size: tuple[int, int]) -> Tensor:  # [h, w] -> [H, W]
     """Bicubic interpolation, within the range of the type."""
-    large = F.interpolate(alpha[None, None].float(), size=size, mode="bicubic", align_corners=False)[0, 0]
-    if alpha.is_floating_point():
-        return large.clamp_(0, 1)
-    return large.clamp_(0, 255 if alpha.dtype == torch.uint8 else 65535).round_().to(alpha.dtype)
+    height, width = alpha.shape
+    return enlarge_rows(lambda first, last: alpha[first:last], (height, width), size, (0, size[0]))

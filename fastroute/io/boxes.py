@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from fastroute.io.decoded import Decoded, check_size, take_exif, take_xmp
+from fastroute.io.decoded import Decoded, Limits, check_size, take_exif, take_xmp
 from fastroute.io.exif import HEADER
 from fastroute.io.picture import Metadata, Origin
 from fastroute.io.plain import open_plugin
@@ -42,7 +42,7 @@ def find(data: bytes, path: tuple[bytes, ...], begin: int = 0, end: int | None =
     return None
 
 
-def decode_avif(data: bytes, limit: int | None) -> Decoded:
+def decode_avif(data: bytes, limit: Limits) -> Decoded:
     """An AVIF file."""
     import imagecodecs
 
@@ -111,7 +111,7 @@ def _cicp(colour: bytes) -> tuple[tuple[str, bytes], ...]:
     return (("cICP", bytes([primaries, transfer, 0, 1])),)
 
 
-def decode_heif(data: bytes, limit: int | None) -> Decoded:
+def decode_heif(data: bytes, limit: Limits) -> Decoded:
     """A HEIF file, such as HEIC; it is turned upright by its decoder."""
     try:
         import pillow_heif
@@ -148,7 +148,7 @@ SRGB, GRAY, SYCC, CMYK = 16, 17, 18, 12
 SIZ, COD, COM, SOT, END = 0xFF51, 0xFF52, 0xFF64, 0xFF90, b"\xff\xd9"
 
 
-def decode_jpeg2000(data: bytes, limit: int | None) -> Decoded:
+def decode_jpeg2000(data: bytes, limit: Limits) -> Decoded:
     """A JPEG 2000 file, or a bare codestream."""
     import imagecodecs
 

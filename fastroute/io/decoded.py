@@ -10,6 +10,8 @@ from fastroute.io import exif as exif_blocks
 from fastroute.io import xmp as packets
 from fastroute.io.picture import Metadata, Origin
 
+# Bytes per pixel that decoders take, the decoded pixels included.
+DECODING = 10
 UNDONE = "the header tells of {0} x {1} pixels, more than the file can hold: it is damaged"
 
 
@@ -32,12 +34,30 @@ class Decoded:
     origin: Origin
 
 
-def check_size(width: int, height: int, limit: int | None) -> None:
+@dataclass(frozen=True)
+class Limits:
+    """What a file that is decoded whole may take.
+
+    Attributes:
+        pixels: how many it may have; None for any number.
+        memory: bytes that decoding it may take; None for any number.
+    """
+
+    pixels: int | None = None
+    memory: int | None = None
+
+
+def check_size(width: int, height: int, limit: Limits) -> None:
     """Refuse a picture without pixels, or with more than the limit, before anything is allocated."""
     if width < 1 or height < 1:
         raise ValueError(f"it has no pixels: {width} x {height}")
-    if limit is not None and width * height > limit:
-        raise ValueError(f"{width} x {height} pixels are more than the limit of {limit:,}; raise max_pixels to read it")
+    if limit.pixels is not None and width * height > limit.pixels:
+        raise ValueError(f"{width} x {height} pixels are more than the limit of {limit.pixels:,}; raise max_pixels to read it")
+    if limit.memory is not None and width * height * DECODING > limit.memory:
+        raise ValueError(
+            f"its format is decoded whole, which takes about {width * height * DECODING / 1e6:.0f} MB of {width} x {height} "
+            f"pixels, more than the memory limit of {limit.memory / 1e6:.0f} MB: raise that, or store the picture as TIFF"
+        )
 
 
 def take_exif(block: bytes | None, notes: list[str]) -> tuple[bytes | None, int]:

@@ -8,7 +8,8 @@ import secrets
 import shutil
 import stat
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
@@ -84,7 +85,14 @@ def why_not_writable(path: str | Path, folders: bool = False) -> str:
 
 
 def write_atomically(path: str | Path, write: Callable[[BinaryIO], object], follow: bool = True) -> None:
-    """Call `write` on a new file and give it the name `path` when whole; an interrupted run leaves `path` as it was.
+    """Call `write` on a new file and give it the name `path` when whole; see :func:`written_atomically`."""
+    with written_atomically(path, follow) as file:
+        write(file)
+
+
+@contextmanager
+def written_atomically(path: str | Path, follow: bool = True) -> Iterator[BinaryIO]:
+    """A new file that gets the name `path` when the block ends; an interrupted run leaves `path` as it was.
 
     A link is followed, unless `follow` is False, and a file that is replaced hands on its permissions.
 
@@ -101,7 +109,7 @@ def write_atomically(path: str | Path, write: Callable[[BinaryIO], object], foll
     try:
         # Some libraries ask a file for its name.
         with open(path, "w+b", opener=lambda *_: handle) as file:
-            write(file)
+            yield file
             file.flush()
             os.fsync(file.fileno())
             # Temporary files are private.
@@ -114,6 +122,30 @@ def write_atomically(path: str | Path, write: Callable[[BinaryIO], object], foll
         if part is not None:
             Path(part).unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def new_folder(path: str | Path) -> Iterator[Path]:
+    """A new folder that gets the name `path` when the block ends; what was there is removed when that is done.
+
+    Until then it is called ``.NAME.….part``; a failure removes it.
+    """
+    path = target_of(path)
+    part = path.parent / f"{part_prefix(path)}{secrets.token_hex(6)}.part"
+    try:
+        yield part
+        old = part.with_name(f"{part_prefix(path)}{secrets.token_hex(6)}.part")
+        if path.exists():
+            path.rename(old)
+        try:
+            part.rename(path)
+        except BaseException:
+            if old.exists():
+                old.rename(path)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
 
 
 def target_of(path: str | Path) -> Path:
@@ -140,7 +172,11 @@ def remove_parts(paths: Iterable[str | Path]) -> None:
         for part in folder.glob(".*.part"):
             # What follows the prefix is random and has no dot.
             if part.name.removesuffix(".part").rpartition(".")[0] + "." in starts:
-                part.unlink(missing_ok=True)
+                # Of an array it is a folder.
+                if part.is_dir() and not part.is_symlink():
+                    shutil.rmtree(part, ignore_errors=True)
+                else:
+                    part.unlink(missing_ok=True)
 
 
 def _open_nameless(folder: Path) -> int | None:

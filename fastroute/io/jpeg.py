@@ -9,7 +9,7 @@ import numpy as np
 from PIL import JpegImagePlugin
 
 from fastroute.io.colour import from_cmyk
-from fastroute.io.decoded import UNDONE, Decoded, check_size, take_exif, take_xmp
+from fastroute.io.decoded import UNDONE, Decoded, Limits, check_size, take_exif, take_xmp
 from fastroute.io.metadata import IPTC, resolution
 from fastroute.io.picture import Metadata, Origin
 from fastroute.io.samples import Meaning
@@ -21,17 +21,19 @@ FRAMES = (*PLAIN, *LOSSLESS, 0xC5, 0xC6, 0xC7, *ARITHMETIC, 0xCB, 0xCD, 0xCE, 0x
 PIXELS_PER_BYTE = 2048
 
 
-def decode(data: bytes, limit: int | None) -> Decoded:
+def decode(data: bytes, limit: Limits) -> Decoded:
     """A JPEG file."""
     frame, precision, height, width, at = _frame(data)
     check_size(width, height, limit)
     if frame not in ARITHMETIC and width * height > PIXELS_PER_BYTE * len(data):
         raise ValueError(UNDONE.format(width, height))
     plain = precision == 8 and frame not in LOSSLESS
+    if not plain and data.rstrip(b"\0")[-2:] != b"\xff\xd9":
+        raise ValueError("it is cut short")
     head = bytearray() if plain else bytearray(data)
     if not plain:
         # Only for the markers, which Pillow reads of files of 8 bits alone.
-        head[at], head[at + 4] = 0xC0, 8
+        head[at], head[at + 3] = 0xC0, 8
     notes: list[str] = []
     with JpegImagePlugin.JpegImageFile(io.BytesIO(data if plain else head)) as image:
         metadata, orientation = _metadata(image, notes)

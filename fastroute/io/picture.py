@@ -99,9 +99,9 @@ class Picture:
         """The same picture with 8 or 16 bits per channel, or as float32 for 32; clamped and rounded."""
         if bits == self.bits:
             return self
-        alpha = None if self.alpha is None else _convert(self.alpha, bits)
+        alpha = None if self.alpha is None else converted(self.alpha, bits)
         # A gray picture's channels may be one in memory.
-        color = _convert(self.color[:1], bits).expand(3, -1, -1) if self.kind == "gray" else _convert(self.color, bits)
+        color = converted(self.color[:1], bits).expand(3, -1, -1) if self.kind == "gray" else converted(self.color, bits)
         return replace(self, color=color, alpha=alpha)
 
     def profile(self, gray: bool) -> bytes | None:
@@ -123,7 +123,8 @@ def suiting(icc: bytes | None, gray: bool) -> bytes | None:
     return icc
 
 
-def _convert(x: Tensor, bits: int) -> Tensor:
+def converted(x: Tensor, bits: int) -> Tensor:
+    """Pixels of so many bits: 8, 16, or 32 for floating point; clamped and rounded."""
     peaks = {8: 255, 16: 65535, 32: 1}
     source = {torch.uint8: 255, torch.uint16: 65535, torch.float32: 1}[x.dtype]
     scaled = x.float() * (peaks[bits] / source)

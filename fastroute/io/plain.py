@@ -7,7 +7,7 @@ import io
 import numpy as np
 from PIL import Image
 
-from fastroute.io.decoded import Decoded, check_size, take_exif, take_xmp
+from fastroute.io.decoded import Decoded, Limits, check_size, take_exif, take_xmp
 from fastroute.io.metadata import resolution
 from fastroute.io.picture import Metadata, Origin
 
@@ -15,10 +15,15 @@ GRAY_MODES = ("1", "L", "LA", "La")
 CORE_HEADER, FIFTH_HEADER, EMBEDDED = 12, 124, b"DEBM"
 
 
-def decode(data: bytes, name: str, limit: int | None) -> Decoded:
+def decode(data: bytes, name: str, limit: Limits) -> Decoded:
     """A WebP, GIF or BMP file."""
     if name == "BMP":
         _check_bmp(data, limit)
+    if name == "GIF" and b";" not in data[-64:]:
+        # Its end is a semicolon; some programs add a few bytes.
+        raise ValueError("it is cut short")
+    if name == "WEBP" and int.from_bytes(data[4:8], "little") + 8 > len(data) + 1:
+        raise ValueError("it is cut short")
     with open_plugin(data, name) as image:
         check_size(image.width, image.height, limit)
         frames, notes = int(getattr(image, "n_frames", 1)), []
@@ -72,7 +77,7 @@ def is_lossless_webp(data: bytes) -> bool:
     return b"VP8L" in kinds and b"VP8 " not in kinds
 
 
-def _check_bmp(data: bytes, limit: int | None) -> None:
+def _check_bmp(data: bytes, limit: Limits) -> None:
     """Check what the header says, before Pillow allocates it."""
     header = int.from_bytes(data[14:18], "little")
     form = ((18, 20), (20, 22), (24, 26)) if header == CORE_HEADER else ((18, 22), (22, 26), (28, 30))

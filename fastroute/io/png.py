@@ -11,7 +11,7 @@ import imagecodecs
 import numpy as np
 
 from fastroute.io.colour import COLOUR_CHUNKS
-from fastroute.io.decoded import UNDONE, Decoded, check_size, take_exif, take_xmp
+from fastroute.io.decoded import UNDONE, Decoded, Limits, check_size, take_exif, take_xmp
 from fastroute.io.exif import HEADER
 from fastroute.io.metadata import Carried, resolution
 from fastroute.io.picture import Metadata, Origin
@@ -28,18 +28,21 @@ CRITICAL = ("IHDR", "PLTE", "IDAT", "IEND", "tRNS")
 TEXTS = ("tEXt", "zTXt", "iTXt")
 # Chunks that would be wrong for a result, or say nothing to its viewer: significant bits, and frames of an animation.
 SILENT = ("sBIT", "acTL", "fcTL", "fdAT", "iDOT")
+# The passes of an interlaced picture: where each begins, and its steps.
+ADAM7 = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
 XMP = "XML:com.adobe.xmp"
 MOST_TEXT = 1 << 26
 INCHES_PER_METRE = 39.37007874015748
 
 
-def decode(data: bytes, limit: int | None) -> Decoded:
+def decode(data: bytes, limit: Limits) -> Decoded:
     """A PNG file."""
     width, height, bits, colour = struct.unpack(">IIBB", data[16:26])
     check_size(width, height, limit)
     if height * (width * bits * CHANNELS.get(colour, 1) // 8) > DEFLATE_RATIO * len(data):
         raise ValueError(UNDONE.format(width, height))
     parts: list[bytes | memoryview] = [MAGIC]
+    name = ""
     others, frames = [], 1
     for name, content, raw, whole in _chunks(data):
         if name in CRITICAL:
@@ -48,7 +51,13 @@ def decode(data: bytes, limit: int | None) -> Decoded:
             frames = max(1, struct.unpack(">I", content[:4])[0])
         elif name not in SILENT:
             others.append((name, bytes(content), whole))
-    pixels = imagecodecs.png_decode(b"".join(parts))
+    if name != "IEND":
+        raise ValueError("it is cut short")
+    interlaced = data[28:29] == b"\1"
+    if interlaced:
+        pixels = _woven(parts, width, height, bits * CHANNELS.get(colour, 1))
+    else:
+        pixels = imagecodecs.png_decode(b"".join(parts))
     notes: list[str] = []
     metadata, orientation = _metadata(others, notes)
     if frames > 1:
@@ -56,6 +65,39 @@ def decode(data: bytes, limit: int | None) -> Decoded:
     kind = {0: "gray", 3: "palette", 4: "gray"}.get(colour, "rgb")
     origin = Origin("PNG", True, frames, tuple(notes))
     return Decoded(pixels.reshape(*pixels.shape[:2], -1), kind, metadata, orientation, origin)
+
+
+def _woven(parts: Sequence[bytes | memoryview], width: int, height: int, bits: int) -> np.ndarray:  # -> [H, W] or [H, W, C]
+    """The pixels of a PNG with Adam7: each pass is a picture of its own, with the same header, palette and transparency.
+
+    Args:
+        parts: the magic bytes, and the chunks that tell the pixels.
+        width, height: of the whole.
+        bits: of a pixel.
+    """
+    by_name = [(bytes(part[4:8]), part) for part in parts[1:]]
+    machine = zlib.decompressobj()
+    packed = b"".join(bytes(part[8:-4]) for name, part in by_name if name == b"IDAT")
+    sizes = [(-(-(width - x) // dx), -(-(height - y) // dy)) for x, y, dx, dy in ADAM7]
+    lengths = [h * (1 + (w * bits + 7) // 8) if w > 0 and h > 0 else 0 for w, h in sizes]
+    rows = machine.decompress(packed, sum(lengths))
+    if len(rows) < sum(lengths):
+        raise ValueError("it is cut short")
+    others = b"".join(part for name, part in by_name if name in (b"PLTE", b"tRNS"))
+    head, at, whole = bytes(by_name[0][1][8:21]), 0, None
+    for (x, y, dx, dy), (w, h), length in zip(ADAM7, sizes, lengths, strict=True):
+        if not length:
+            continue
+        body = chunk("IHDR", struct.pack(">II", w, h) + head[8:12] + b"\0") + others
+        body += chunk("IDAT", zlib.compress(rows[at : at + length], 0)) + chunk("IEND", b"")
+        part = imagecodecs.png_decode(MAGIC + body)
+        if whole is None:
+            whole = np.empty((height, width, *part.shape[2:]), part.dtype)
+        whole[y::dy, x::dx] = part
+        at += length
+    if whole is None:
+        raise ValueError("it has no pixels")
+    return whole
 
 
 def _metadata(chunks: list[tuple[str, bytes, bool]], notes: list[str]) -> tuple[Metadata, int]:

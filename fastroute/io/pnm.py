@@ -6,7 +6,7 @@ import re
 
 import numpy as np
 
-from fastroute.io.decoded import Decoded, check_size
+from fastroute.io.decoded import Decoded, Limits, check_size
 from fastroute.io.picture import Metadata, Origin
 from fastroute.io.samples import check_range
 
@@ -15,7 +15,7 @@ TOKEN = re.compile(rb"(?:\s|#[^\r\n]*[\r\n])*([^\s#]+)")
 MOST_HEADER = 1 << 16
 
 
-def decode(data: bytes, limit: int | None, white: float) -> Decoded:
+def decode(data: bytes, limit: Limits, white: float) -> Decoded:
     """A file of Netpbm; sample values are scaled to the full range of 8 or 16 bits."""
     magic = data[:2]
     if magic in (b"PF", b"Pf"):
@@ -28,7 +28,7 @@ def decode(data: bytes, limit: int | None, white: float) -> Decoded:
     return Decoded(pixels, kind, Metadata(), 1, Origin("PNM"))
 
 
-def _old(data: bytes, limit: int | None, number: int) -> np.ndarray:
+def _old(data: bytes, limit: Limits, number: int) -> np.ndarray:
     bitmap, channels = number in (1, 4), 3 if number in (3, 6) else 1
     values, at = _tokens(data, 2, 2 if bitmap else 3)
     width, height, *rest = map(int, values)
@@ -45,7 +45,7 @@ def _old(data: bytes, limit: int | None, number: int) -> np.ndarray:
     return _scaled(_binary(body, (height, width, channels), most), most, False)
 
 
-def _any_map(data: bytes, limit: int | None) -> np.ndarray:
+def _any_map(data: bytes, limit: Limits) -> np.ndarray:
     end = data.find(b"ENDHDR\n", 0, MOST_HEADER)
     if end < 0:
         raise ValueError("it is damaged: its header does not end")
@@ -61,7 +61,7 @@ def _any_map(data: bytes, limit: int | None) -> np.ndarray:
     return _scaled(_binary(data[end + 7 :], (height, width, channels), most), most, False)
 
 
-def _real(data: bytes, limit: int | None, white: float) -> np.ndarray:
+def _real(data: bytes, limit: Limits, white: float) -> np.ndarray:
     values, at = _tokens(data, 2, 3)
     width, height, scale = int(values[0]), int(values[1]), float(values[2])
     check_size(width, height, limit)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
@@ -14,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from fastroute.io.decoded import Decoded
+from fastroute.io.decoded import Decoded, Limits
 from fastroute.io.files import ImageError
 from fastroute.io.picture import Picture
 from fastroute.io.recognise import HEAD, format_of_bytes
@@ -49,9 +50,18 @@ class OpenPicture:
         self.kind, self.orientation, self.origin = facts.kind, facts.orientation, facts.origin
         self.channels, self.dtype = facts.pixels.shape[2], torch.from_numpy(facts.pixels[:0, :0]).dtype
         turned = self.orientation >= 5
+        self.dropped = False
         self.height, self.width = (pixels.width, pixels.height) if turned else (pixels.height, pixels.width)
         dpi = facts.metadata.dpi
         self.metadata = replace(facts.metadata, dpi=dpi[::-1]) if turned and dpi is not None else facts.metadata
+
+    def without_alpha(self) -> OpenPicture:
+        """The same without its transparency."""
+        if not self.alpha:
+            return self
+        other = copy(self)
+        other.dropped, other.channels = True, self.channels - 1
+        return other
 
     @property
     def alpha(self) -> bool:
@@ -72,6 +82,7 @@ class OpenPicture:
             if self.orientation >= 5:
                 y0, y1, x0, x1 = x0, x1, y0, y1
             pixels = _upright(self.pixels.read(y0, y1, x0, x1), self.orientation)
+            pixels = pixels[:, :, :-1] if self.dropped else pixels
             return torch.from_numpy(np.ascontiguousarray(np.moveaxis(pixels, 2, 0)))
 
     def picture(self) -> Picture:
@@ -99,12 +110,15 @@ class _InMemory:
 
 
 @contextmanager
-def open_picture(path: str | Path, *, max_pixels: int | str | None = AUTO, white: float = 1.0) -> Iterator[OpenPicture]:
-    """The picture of a file; see :func:`read_picture` for the arguments and errors.
+def open_picture(
+    path: str | Path, *, max_pixels: int | str | None = AUTO, white: float = 1.0, memory: int | None = None
+) -> Iterator[OpenPicture]:
+    """The picture of a file; see :func:`read_picture` for the other arguments and the errors.
 
-    Strips and tiles of a TIFF are decoded when they are read. Any other file is decoded whole.
+    Strips and tiles of a TIFF are decoded when they are read. Any other file is decoded whole: where that would take more
+    bytes than `memory`, it is refused.
     """
-    limit = pixel_limit() if isinstance(max_pixels, str) else max_pixels
+    limit = Limits(pixel_limit() if isinstance(max_pixels, str) else max_pixels, memory)
     with explained(path):
         _check_file(path)
         with open(path, "rb") as file:
@@ -175,7 +189,7 @@ def _check_file(path: str | Path) -> None:
         raise ImageError(f"cannot read {path}: not a regular file")
 
 
-def _decode(data: bytes, name: str | None, limit: int | None, white: float) -> Decoded:
+def _decode(data: bytes, name: str | None, limit: Limits, white: float) -> Decoded:
     """Any file but a TIFF. The decoders are loaded when they are needed: some take as long as a small picture."""
     if name == "PNG":
         from fastroute.io import png

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ import tifffile
 
 from fastroute.io import exif as exif_blocks
 from fastroute.io.count import is_picture
-from fastroute.io.decoded import UNDONE, check_size, take_xmp
+from fastroute.io.decoded import UNDONE, Limits, check_size, take_xmp
 from fastroute.io.metadata import resolution
 from fastroute.io.picture import Metadata, Origin
 from fastroute.io.plain import eight_bits, open_plugin
@@ -27,6 +28,9 @@ UNSPECIFIED, ASSOCIATED, UNASSOCIATED = 0, 1, 2
 LOSSY = (*JPEG, 50001, 50002, 52546, 34712, 33003, 33004, 33005, 34887, 34925)
 # No compression shrinks anything that is not of one colour by more.
 MOST_RATIO, MUCH = 8192, 1 << 29
+MOST_PAGES = 1 << 16
+# Pixels of a strip or tile that is not suspicious, however small the picture.
+LARGE_PART = 1 << 24
 
 
 class TiffSource:
@@ -34,7 +38,7 @@ class TiffSource:
 
     Args:
         file: the open file.
-        limit: pixels beyond which it is refused.
+        limit: beyond which it is refused.
         white: of floating-point samples.
 
     Attributes:
@@ -44,25 +48,30 @@ class TiffSource:
         held: bytes of decoded pixels that are kept from one rectangle to the next.
     """
 
-    def __init__(self, file: tifffile.TiffFile, limit: int | None, white: float) -> None:
+    def __init__(self, file: tifffile.TiffFile, limit: Limits, white: float) -> None:
+        check_chain(file)
         pages = list(file.pages)
         pictures = [page for page in pages if is_picture(page)] or pages[:1]
         if not pictures:
             raise ValueError("it is damaged: it has no page")
+        size = file.filehandle.size
+        if any(begin + n > size for p in pictures for begin, n in zip(p.dataoffsets, p.databytecounts, strict=False)):
+            raise ValueError("it is cut short")
         page: Any = pictures[0].aspage()
         self.page = page
         self.height, self.width = int(page.imagelength), int(page.imagewidth)
-        check_size(self.width, self.height, limit)
+        check_size(self.width, self.height, Limits(limit.pixels))
         if page.imagedepth > 1:
             raise ValueError("volumes are not supported")
         notes = [] if len(pictures) == 1 else [f"of {len(pictures)} pages, the first was read"]
         self.metadata, self.orientation = _metadata(file, page, notes)
         self.whole: np.ndarray | None = None
         if int(page.photometric) in (YCBCR, CIELAB) and int(page.compression) not in JPEG:
+            check_size(self.width, self.height, limit)
             self._decode_whole(file, pages.index(pictures[0]))
         else:
             self.meaning = _meaning(page, white, self.metadata.icc, notes)
-            self._lay_out(limit)
+            self._lay_out()
         if self.meaning.kind == "cmyk":
             self.metadata = Metadata(**{**vars(self.metadata), "icc": None})
             notes.append("CMYK was converted to sRGB")
@@ -92,7 +101,7 @@ class TiffSource:
         if size > MUCH and size > MOST_RATIO * self.page.parent.filehandle.size:
             raise ValueError(UNDONE.format(self.width, self.height))
 
-    def _lay_out(self, limit: int | None) -> None:
+    def _lay_out(self) -> None:
         page = self.page
         self.planes = page.samplesperpixel if int(page.planarconfig) == 2 and page.samplesperpixel > 1 else 1
         self.samples = page.samplesperpixel
@@ -101,15 +110,12 @@ class TiffSource:
             self.rows, self.columns = int(page.tilelength), int(page.tilewidth)
         else:
             self.rows, self.columns = min(int(page.rowsperstrip), self.height), self.width
-        if self.rows < 1 or self.columns < 1 or (limit is not None and self.rows * self.columns > max(limit, 1 << 24)):
+        if self.rows < 1 or self.columns < 1 or self.rows * self.columns > max(4 * self.height * self.width, LARGE_PART):
             raise ValueError(f"it is damaged: its parts are {self.columns} x {self.rows} pixels")
         self.down, self.across = -(-self.height // self.rows), -(-self.width // self.columns)
         count = self.planes * self.down * self.across
         if min(len(page.dataoffsets), len(page.databytecounts)) < count:
             raise ValueError(f"it is damaged: of {count} strips or tiles it names {len(page.dataoffsets)}")
-        size = page.parent.filehandle.size
-        if any(page.dataoffsets[i] + page.databytecounts[i] > size for i in range(count)):
-            raise ValueError("it is cut short")
         # Looked up now: later they would move the place in the file.
         self.decode = page.decode
         self.tables = {"jpegtables": page.jpegtables, "jpegheader": page.jpegheader}
@@ -167,6 +173,23 @@ class TiffSource:
         channels = self.whole.shape[2]
         self.meaning = Meaning("gray" if channels < 3 else "rgb", 8, alpha=channels - 1 if channels in (2, 4) else None)
         self.samples, self.dtype, self.held = channels, np.dtype(np.uint8), self.whole.nbytes
+
+
+def check_chain(file: tifffile.TiffFile) -> None:
+    """Refuse a file whose directories lead beyond its end: it was cut, and tifffile would pass over the rest."""
+    handle: Any = file.filehandle
+    head, step, link = ("Q", 20, "Q") if file.is_bigtiff else ("H", 12, "I")
+    size, seen = handle.size, set[int]()
+    handle.seek(8 if file.is_bigtiff else 4)
+    (at,) = struct.unpack(file.byteorder + link, _exactly(handle, struct.calcsize(link)))
+    while at and len(seen) < MOST_PAGES:
+        if at in seen or at + step > size:
+            raise ValueError("it is damaged or cut short: a directory lies beyond its end")
+        seen.add(at)
+        handle.seek(at)
+        (count,) = struct.unpack(file.byteorder + head, _exactly(handle, struct.calcsize(head)))
+        handle.seek(at + struct.calcsize(head) + count * step)
+        (at,) = struct.unpack(file.byteorder + link, _exactly(handle, struct.calcsize(link)))
 
 
 def _meaning(page: Any, white: float, icc: bytes | None, notes: list[str]) -> Meaning:

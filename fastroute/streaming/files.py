@@ -1,113 +1,34 @@
-"""Files as readers and writers: TIFF by strips and tiles, zarr arrays by chunks, any other image file decoded whole."""
+"""Files that results are written to in bands: TIFF by tiles, PNG by rows, zarr by chunks; others are collected first."""
 
 from __future__ import annotations
 
-import os
-import secrets
-import shutil
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib import import_module
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from fastroute import io
-from fastroute.io.files import part_prefix, permissions_of, target_of
-from fastroute.streaming.protocols import ArrayReader, ArrayWriter, Reader, Writer
+from fastroute.io.files import new_folder, remove_parts, why_not_writable, written_atomically
+from fastroute.io.metadata import Carried, carried
+from fastroute.io.picture import Metadata, Picture, converted, describe
+from fastroute.io.write import FORMATS, check_holds, format_of, write_picture
+from fastroute.streaming.alpha import enlarge_rows
+from fastroute.streaming.protocols import ArrayWriter, Writer
+from fastroute.streaming.sources import ZARR, OpenPicture, dtype_of, require
 
-TIFF, ZARR = (".tif", ".tiff"), ".zarr"
 # Side of the tiles and chunks that are written.
 TILE = 256
-# What TIFF files are read by strips and tiles: gray or RGB, upright, its channels side by side.
-PHOTOMETRICS = {1, 2}
-DTYPES = ("uint8", "uint16", "float32")
-
-
-def require(name: str) -> Any:
-    """A package of the extra `large`.
-
-    Raises:
-        ImportError: it is not installed; says how to install it.
-    """
-    try:
-        return import_module(name)
-    except ImportError as error:
-        raise ImportError(f'large files need {name}: run pip install ".[large]" in a copy of the source') from error
-
-
-class TensorReader:
-    """An image in memory as a :class:`fastroute.Reader`."""
-
-    def __init__(self, image: Tensor) -> None:  # [C, H, W]
-        self.image, self.dtype = image, image.dtype
-        self.shape: tuple[int, int, int] = tuple(image.shape)  # type: ignore[assignment]
-
-    def read(self, y0: int, y1: int, x0: int, x1: int) -> Tensor:  # [C, y1 - y0, x1 - x0]
-        """See :class:`fastroute.Reader`."""
-        return self.image[:, y0:y1, x0:x1]
-
-
-class TiffReader:
-    """The first page of a TIFF file, of which the strips or tiles under a rectangle are decoded.
-
-    Args:
-        page: of an open `tifffile.TiffFile`.
-    """
-
-    def __init__(self, page: Any) -> None:
-        self.page = page
-        height, width, channels = (*page.shape, 1)[:3]
-        self.shape = (int(channels), int(height), int(width))
-        self.dtype = torch.from_numpy(np.empty(0, dtype=page.dtype)).dtype
-        # Rows and columns of a segment, and segments side by side.
-        self.rows, self.columns = page.chunks[:2]
-        self.across = -(-width // self.columns)
-
-    def read(self, y0: int, y1: int, x0: int, x1: int) -> Tensor:  # [C, y1 - y0, x1 - x0]
-        """See :class:`fastroute.Reader`."""
-        pixels = np.empty((y1 - y0, x1 - x0, self.shape[0]), dtype=self.page.dtype)
-        for row in range(y0 // self.rows, -(-y1 // self.rows)):
-            for column in range(x0 // self.columns, -(-x1 // self.columns)):
-                segment = self._segment(row * self.across + column)
-                top, left = row * self.rows, column * self.columns
-                here = slice(max(y0, top), min(y1, top + self.rows)), slice(max(x0, left), min(x1, left + self.columns))
-                part = segment[here[0].start - top : here[0].stop - top, here[1].start - left : here[1].stop - left]
-                pixels[here[0].start - y0 : here[0].stop - y0, here[1].start - x0 : here[1].stop - x0] = part
-        return torch.from_numpy(pixels).permute(2, 0, 1)
-
-    def _segment(self, number: int) -> np.ndarray:  # [rows, columns, C]
-        file = self.page.parent.filehandle
-        file.seek(self.page.dataoffsets[number])
-        data = file.read(self.page.databytecounts[number])
-        # Empty ones are left out of sparse files.
-        decoded = self.page.decode(data, number)[0] if data else None
-        if decoded is None:
-            return np.zeros((self.rows, self.columns, self.shape[0]), dtype=self.page.dtype)
-        return decoded[0]
-
-    @staticmethod
-    def suits(page: Any) -> bool:
-        """Whether it is read by strips and tiles."""
-        orientation = page.tags.valueof("Orientation", 1)
-        axes = page.axes in ("YX", "YXS") and page.planarconfig == 1
-        return axes and orientation == 1 and page.photometric in PHOTOMETRICS and str(page.dtype) in DTYPES
-
-
-class ChannelReader:
-    """A reader of gray or transparent images for networks of three colours."""
-
-    def __init__(self, reader: Reader) -> None:
-        self.reader, self.dtype = reader, reader.dtype
-        self.shape = (3, *reader.shape[1:])
-
-    def read(self, y0: int, y1: int, x0: int, x1: int) -> Tensor:  # [3, y1 - y0, x1 - x0]
-        """See :class:`fastroute.Reader`."""
-        pixels = self.reader.read(y0, y1, x0, x1)
-        return pixels[:3] if pixels.shape[0] >= 3 else pixels[:1].expand(3, -1, -1)
+# One of these lies in the folder of an array.
+ARRAY_FILES = ("zarr.json", ".zarray", ".zgroup")
+# Rows of a PNG that are filtered together, and bytes that make a chunk.
+PNG_ROWS, PNG_CHUNK = 32, 1 << 20
+# Bytes per pixel and byte of a sample that encoding a collected result takes at most, the result included.
+ENCODING = {"JPEG": 5, "WEBP": 12, "BMP": 5}
 
 
 class TiffWriter:
@@ -115,29 +36,21 @@ class TiffWriter:
 
     Args:
         file: open for reading and writing.
-        shape: (C, H, W).
+        shape: (C, H, W); the last of 2 or 4 channels is transparency.
         dtype: of the pixels.
+        held: metadata.
     """
 
     row_step = TILE
 
-    def __init__(self, file: BinaryIO, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    def __init__(self, file: BinaryIO, shape: tuple[int, int, int], dtype: torch.dtype, held: Carried) -> None:
+        from fastroute.io import tiff_write
+
         self.file, (self.channels, self.height, self.width) = file, shape
-        self.dtype = torch.empty(0, dtype=dtype).numpy().dtype
-        tifffile = require("tifffile")
-        with tifffile.TiffWriter(file, bigtiff=True) as writer:
-            writer.write(
-                None,
-                shape=(self.height, self.width, self.channels) if self.channels > 1 else (self.height, self.width),
-                dtype=self.dtype,
-                tile=(TILE, TILE),
-                photometric="rgb" if self.channels == 3 else "minisblack",
-                planarconfig="contig" if self.channels > 1 else None,
-                metadata=None,
-            )
-        file.seek(0)
-        with tifffile.TiffFile(file) as made:
-            self.offsets = made.pages[0].dataoffsets
+        self.dtype = dtype_of(dtype)
+        stored = (self.height, self.width, self.channels)
+        gray, alpha = self.channels < 3, self.channels in (2, 4)
+        self.offsets = tiff_write.frame(file, stored, self.dtype, TILE, gray, alpha, held)
 
     def write(self, y: int, x: int, pixels: Tensor) -> None:  # [C, h, w]
         """See :class:`fastroute.Writer`: whole rows of tiles."""
@@ -151,98 +64,253 @@ class TiffWriter:
                 self.file.write(tile.tobytes())
 
 
-@contextmanager
-def open_reader(path: str | Path, channels: int) -> Iterator[Reader]:
-    """An image file or a zarr array (H, W, C) or (H, W) for networks of so many channels; alpha is left out.
+class PngWriter:
+    """A PNG file, filtered and compressed row by row.
 
-    Raises:
-        fastroute.io.ImageError: it is missing, unreadable or no image.
-        ImportError: a zarr array, and zarr is not installed.
+    Args:
+        file: open for writing.
+        shape: (C, H, W); the last of 2 or 4 channels is transparency.
+        dtype: of the pixels; floating point is written as 16 bits.
+        chunks: metadata.
     """
+
+    row_step = PNG_ROWS
+
+    def __init__(
+        self, file: BinaryIO, shape: tuple[int, int, int], dtype: torch.dtype, chunks: list[tuple[str, bytes]]
+    ) -> None:
+        from fastroute.io import png
+
+        self.file, self.chunk = file, png.chunk
+        channels, height, self.width = shape
+        size = min(dtype_of(dtype).itemsize, 2)
+        colour = {1: 0, 2: 4, 3: 2, 4: 6}[channels]
+        header = self.width.to_bytes(4, "big") + height.to_bytes(4, "big") + bytes([8 * size, colour, 0, 0, 0])
+        file.write(png.MAGIC + png.chunk("IHDR", header))
+        for name, content in chunks:
+            file.write(png.chunk(name, content))
+        self.left, self.pixel = height, channels * size
+        self.above = np.zeros(self.width * self.pixel, np.uint8)
+        self.machine, self.waiting = zlib.compressobj(png.LEVEL), b""
+
+    def write(self, y: int, x: int, pixels: Tensor) -> None:  # [C, h, w]
+        """See :class:`fastroute.Writer`."""
+        for top in range(0, pixels.shape[1], PNG_ROWS):
+            band = pixels[:, top : top + PNG_ROWS]
+            band = converted(band, 16) if band.is_floating_point() else band
+            part = np.ascontiguousarray(band.permute(1, 2, 0).numpy())
+            rows = part.astype(part.dtype.newbyteorder(">")).view(np.uint8).reshape(part.shape[0], -1)
+            self.waiting += self.machine.compress(filtered(rows, self.above, self.pixel).tobytes())
+            self.above = rows[-1].copy()
+            self.left -= rows.shape[0]
+            if len(self.waiting) >= PNG_CHUNK:
+                self._flush()
+        if self.left == 0:
+            self.waiting += self.machine.flush()
+            self._flush()
+            self.file.write(self.chunk("IEND", b""))
+
+    def _flush(self) -> None:
+        self.file.write(self.chunk("IDAT", self.waiting))
+        self.waiting = b""
+
+
+def filtered(rows: np.ndarray, above: np.ndarray, pixel: int) -> np.ndarray:  # [n, bytes], [bytes] -> [n, 1 + bytes]
+    """Rows of a PNG by the filter that leaves the smallest sum of differences, as libpng chooses it, and its number."""
+    up = np.concatenate([above[None], rows[:-1]])
+    left, corner = np.zeros_like(rows), np.zeros_like(rows)
+    left[:, pixel:], corner[:, pixel:] = rows[:, :-pixel], up[:, :-pixel]
+    best, least = rows, _differences(rows)
+    number = np.zeros(len(rows), np.uint8)
+    for kind, predict in enumerate((lambda: left, lambda: up, lambda: _mean(left, up), lambda: _paeth(left, up, corner)), 1):
+        rest = rows - predict()
+        total = _differences(rest)
+        better = total < least
+        best = np.where(better[:, None], rest, best)
+        number[better], least = kind, np.minimum(total, least)
+    return np.concatenate([number[:, None], best], axis=1)
+
+
+def _differences(rest: np.ndarray) -> np.ndarray:
+    return np.abs(rest.view(np.int8).astype(np.int16)).sum(axis=1, dtype=np.int64)
+
+
+def _mean(left: np.ndarray, up: np.ndarray) -> np.ndarray:
+    return ((left.astype(np.uint16) + up) >> 1).astype(np.uint8)
+
+
+def _paeth(left: np.ndarray, up: np.ndarray, corner: np.ndarray) -> np.ndarray:
+    a, b, c = (part.astype(np.int16) for part in (left, up, corner))
+    to_left, to_up, to_corner = np.abs(b - c), np.abs(a - c), np.abs(a + b - 2 * c)
+    return np.where((to_left <= to_up) & (to_left <= to_corner), left, np.where(to_up <= to_corner, up, corner))
+
+
+class ResultWriter:
+    """Takes the three colours that a network makes and writes a picture: gray as gray, with its transparency.
+
+    Args:
+        writer: of the file.
+        opened: where the transparency is read.
+        gray: the mean of the three colours is written.
+        size: height and width of the result.
+    """
+
+    def __init__(self, writer: Writer, opened: OpenPicture, gray: bool, size: tuple[int, int]) -> None:
+        self.writer, self.opened, self.gray, self.size = writer, opened, gray, size
+        self.row_step = int(getattr(writer, "row_step", 1))
+
+    def write(self, y: int, x: int, pixels: Tensor) -> None:  # [C, h, w]
+        """See :class:`fastroute.Writer`."""
+        from fastroute.pictures import mean_of_channels
+
+        if not self.gray and not self.opened.alpha:
+            self.writer.write(y, x, pixels)
+            return
+        for top in range(0, pixels.shape[1], self.row_step):
+            part = pixels[:, top : top + self.row_step]
+            planes = [mean_of_channels(part) if self.gray else part]
+            if self.opened.alpha:
+                size = (self.opened.height, self.opened.width)
+                planes.append(enlarge_rows(self._alpha, size, self.size, (y + top, y + top + part.shape[1]))[None])
+            self.writer.write(y + top, x, torch.cat(planes) if len(planes) > 1 else planes[0])
+
+    def _alpha(self, y0: int, y1: int) -> Tensor:  # [y1 - y0, w]
+        return self.opened.read(y0, y1, 0, self.opened.width)[-1]
+
+
+class Collected:
+    """A result that its format encodes whole."""
+
+    def __init__(self, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+        self.pixels = torch.empty(shape, dtype=dtype)
+
+    def write(self, y: int, x: int, pixels: Tensor) -> None:  # [C, h, w]
+        """See :class:`fastroute.Writer`."""
+        self.pixels[:, y : y + pixels.shape[1], x : x + pixels.shape[2]] = pixels
+
+
+def memory_of(path: str | Path, shape: tuple[int, int, int], dtype: torch.dtype) -> tuple[int, int]:
+    """Bytes that writing (C, H, W) takes beside the bands: all the time, and at its end."""
     path = Path(path)
-    if path.suffix.lower() == ZARR:
-        if not path.is_dir():
-            raise io.ImageError(f"cannot read {path}: {'not a folder' if path.exists() else 'No such file or directory'}")
-        try:
-            array = require("zarr").open_array(str(path), mode="r")
-        except (OSError, ValueError) as error:
-            raise io.ImageError(f"cannot read {path}: {error}") from error
-        yield _fitting(ArrayReader(array), channels)
-        return
-    if path.suffix.lower() in TIFF and path.is_file():
-        tifffile = require("tifffile")
-        try:
-            file = tifffile.TiffFile(path)
-        except (OSError, ValueError) as error:
-            raise io.ImageError(f"cannot read {path}: {error}") from error
-        with file:
-            if file.pages and TiffReader.suits(file.pages[0]):
-                yield _fitting(TiffReader(file.pages[0]), channels)
-                return
-    yield _fitting(TensorReader(io.read_picture(path).color), channels)
-
-
-def _fitting(reader: Reader, channels: int) -> Reader:
-    return ChannelReader(reader) if channels == 3 and reader.shape[0] in (1, 2, 4) else reader
+    channels, height, width = shape
+    row = channels * width * dtype.itemsize
+    name = "" if path.suffix.lower() == ZARR else format_of(path)
+    if name in ENCODING:
+        return row * height, row * height * ENCODING[name] // dtype.itemsize
+    return (row * PNG_ROWS * 12 if name == "PNG" else row * TILE * 2), 0
 
 
 def check_target(path: str | Path) -> None:
     """Fail now rather than after the work.
 
     Raises:
-        ValueError: its ending names no format that is written in tiles, or nothing can be written there.
+        ValueError: its ending names no format that can be written, or nothing can be written there.
         ImportError: the package that writes it is not installed.
     """
     path = Path(path)
-    suffix = path.suffix.lower()
-    if suffix not in (*TIFF, ZARR):
-        raise ValueError(f"upscale_file: target must end in .tif, .tiff or .zarr, which are written in tiles; got {path}")
-    require("zarr" if suffix == ZARR else "tifffile")
-    if suffix != ZARR:
+    if path.suffix.lower() != ZARR:
         io.check_writable(path)
         return
+    require("zarr")
     if path.exists() and not path.is_dir():
-        raise ValueError(f"upscale_file: cannot write {path}: it is a file")
-    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
-        raise ValueError(f"upscale_file: cannot write {path}: the folder {path.parent} does not exist or may not be written")
+        raise io.ImageError(f"cannot write {path}: it is a file")
+    if path.is_dir() and any(path.iterdir()) and not any((path / name).exists() for name in ARRAY_FILES):
+        raise io.ImageError(f"cannot write {path}: it is a folder that holds something else than an array")
+    reason = "" if path.is_dir() else why_not_writable(path)
+    if reason:
+        raise io.ImageError(f"cannot write {path}: {reason}")
 
 
 @contextmanager
-def open_writer(path: str | Path, shape: tuple[int, int, int], dtype: torch.dtype) -> Iterator[Writer]:
-    """A tiled BigTIFF file or a zarr array (H, W, C), which takes its name when the block ends: whole, or not at all."""
-    path = target_of(path)
-    part = path.parent / f"{part_prefix(path)}{secrets.token_hex(6)}.part"
+def open_writer(
+    path: str | Path, shape: tuple[int, int, int], opened: OpenPicture, quality: int | None = None
+) -> Iterator[Writer]:
+    """A file for the result (C, H, W), which takes its name when the block ends: whole, or not at all.
+
+    Args:
+        path: .zarr for an array (H, W, C), or any ending of a file that can be written.
+        shape: of the pixels; the last of 2 or 4 channels is transparency.
+        opened: the picture that the result is made of, with its type and metadata.
+        quality: see :func:`fastroute.io.write_picture`.
+
+    Raises:
+        fastroute.io.ImageError: it cannot be written, say because the disk is full.
+    """
+    path = Path(path)
+    channels, height, width = shape
+    dtype, metadata = opened.dtype, opened.metadata
+    remove_parts([path])
     try:
-        if path.suffix.lower() != ZARR:
-            with open(part, "xb+") as file:
-                yield TiffWriter(file, shape, dtype)
-                file.flush()
-                os.fsync(file.fileno())
-                os.chmod(file.fileno(), permissions_of(path))
-            os.replace(part, path)
+        if path.suffix.lower() == ZARR:
+            with new_folder(path) as folder:
+                size, chunks = (height, width, channels), (min(2 * TILE, height), min(2 * TILE, width), channels)
+                array = require("zarr").open_array(str(folder), mode="w", shape=size, chunks=chunks, dtype=dtype_of(dtype))
+                yield ArrayWriter(array, row_step=chunks[0])
             return
-        channels, height, width = shape
-        kind = torch.empty(0, dtype=dtype).numpy().dtype
-        size, chunks = (height, width, channels), (min(2 * TILE, height), min(2 * TILE, width), channels)
-        array = require("zarr").open_array(str(part), mode="w", shape=size, chunks=chunks, dtype=kind)
-        yield ArrayWriter(array, row_step=chunks[0])
-        _replace_folder(part, path)
-    finally:
-        if part.is_dir():
-            shutil.rmtree(part, ignore_errors=True)
-        else:
-            part.unlink(missing_ok=True)
+        name = format_of(path)
+        held = carried(metadata, name, channels < 3, (height, width))
+        if name in ENCODING:
+            collected = Collected(shape, dtype)
+            yield collected
+            alpha = collected.pixels[-1] if channels in (2, 4) else None
+            color = collected.pixels[:1].expand(3, -1, -1) if channels < 3 else collected.pixels[:3]
+            write_picture(path, Picture(color, alpha, opened.kind, metadata, opened.origin), quality=quality)
+            return
+        with written_atomically(path) as file:
+            yield _writer(name, file, shape, dtype, metadata, held)
+    except OSError as error:
+        raise io.ImageError(f"cannot write {path}: {error.strerror or error}") from error
 
 
-def _replace_folder(new: Path, path: Path) -> None:
-    """Give `new` the name `path`; what was there is removed when that is done."""
-    old = new.with_name(f"{new.name}.old")
-    if path.exists():
-        path.rename(old)
-    try:
-        new.rename(path)
-    except BaseException:
-        if old.exists():
-            old.rename(path)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
+def _writer(
+    name: str, file: BinaryIO, shape: tuple[int, int, int], dtype: torch.dtype, metadata: Metadata, held: Carried
+) -> Writer:
+    if name == "TIFF":
+        return TiffWriter(file, shape, dtype, held)
+    from fastroute.io import png
+
+    return PngWriter(file, shape, dtype, png.chunks_of(metadata, held))
+
+
+def check_result(path: Path, size: tuple[int, int], opened: OpenPicture) -> None:
+    """Fail now if the format cannot hold the result.
+
+    Raises:
+        fastroute.io.ImageError: it has no transparency and the picture does, or its sides are too long.
+    """
+    if path.suffix.lower() == ZARR:
+        return
+    check_holds(path, *size)
+    if opened.alpha and not FORMATS[format_of(path)].alpha:
+        step = 256
+        for top in range(0, opened.height, step):
+            check_holds(path, *size, opened.read(top, min(top + step, opened.height), 0, opened.width)[-1])
+
+
+def left_of(limit: int, held: int, path: Path, shape: tuple[int, int, int], dtype: torch.dtype) -> int:
+    """Bytes of a limit that are left for the work.
+
+    Args:
+        limit: for everything.
+        held: what the input takes.
+        path, shape, dtype: of the result.
+
+    Raises:
+        fastroute.io.ImageError: the result is encoded whole, and does not fit.
+    """
+    always, at_end = memory_of(path, shape, dtype)
+    most = max(always + held, at_end)
+    if at_end and most > limit:
+        raise io.ImageError(
+            f"cannot write {path}: its format is encoded whole, which takes about {most / 1e6:.0f} MB here, "
+            f"more than the memory limit of {limit / 1e6:.0f} MB; choose .png, .tif or .zarr, which are written in bands"
+        )
+    return max(limit - held - always, 1)
+
+
+def lost(path: Path, opened: OpenPicture) -> list[str]:
+    """What the format of the result does not keep; see :func:`fastroute.io.not_kept`."""
+    name = "ZARR" if path.suffix.lower() == ZARR else format_of(path)
+    bits, kept = 8 * opened.dtype.itemsize, max(FORMATS[name].bits) if name in FORMATS else 32
+    told = [f"{name} holds {kept} bits a channel: the {describe(bits, opened.kind, opened.alpha)} was rounded"]
+    return (told if bits > kept else []) + carried(opened.metadata, name, opened.kind == "gray" and name != "WEBP").lost
