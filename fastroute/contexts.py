@@ -81,6 +81,14 @@ def ordinary(op: str, *arguments: object) -> Iterator[None]:
         yield
 
 
+def levels_to_caller() -> int:
+    """The `stacklevel` at which a warning of whoever asks names the line of the user."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in ("fastroute", "torch", "contextlib"):
+        frame, level = frame.f_back, level + 1
+    return level
+
+
 def _dual_level() -> bool:
     """Whether forward-mode differentiation is under way."""
     return forward_ad._current_level >= 0

@@ -90,7 +90,7 @@ class EdgeTable(nn.Module):
     @property
     def ready(self) -> bool:
         """Whether it holds measurements."""
-        return not bool(self.psnr.isnan().any())
+        return bool(self.psnr.isfinite().all() and self.score.isfinite().all())
 
     @torch.no_grad()
     def fit(self, score: Tensor, psnr: Tensor) -> None:  # [N], [N, K]

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import pickle
 import struct
-from collections.abc import Mapping
+import zipfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import safetensors
 import torch
@@ -24,10 +25,25 @@ PREFIXES = tuple(f"{name}." for name in ("module", "_orig_mod", "model", "net_g"
 METADATA = "metadata"
 OPTIONS = ("scale", "patch", "mean", "input_range")
 NAMED_AT_MOST = 4
+M = TypeVar("M", bound=nn.Module)
 
 
 # What unpickling something else, or half a checkpoint, may raise.
-DAMAGE = (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError, IndexError, TypeError, struct.error)
+DAMAGE = (
+    RuntimeError,
+    EOFError,
+    OSError,
+    ValueError,
+    KeyError,
+    AttributeError,
+    IndexError,
+    TypeError,
+    struct.error,
+    zipfile.BadZipFile,
+    RecursionError,
+)
+# More entries than any network has that is known here; a file of more would take minutes to look through.
+MOST_ENTRIES = 20_000
 
 
 class CheckpointError(ValueError):
@@ -49,13 +65,20 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, Any], dict[str, str]]:
         CheckpointError: missing, unreadable, cut short, not a checkpoint, or one that holds code.
     """
     path = Path(path)
-    if not path.is_file():
-        raise CheckpointError(f"cannot read {path}: {'it is a folder' if path.is_dir() else 'no such file'}")
     try:
+        # A pipe or a device may have no end.
+        if not path.is_file():
+            reason = "it is a folder" if path.is_dir() else "it is no regular file" if path.exists() else "no such file"
+            raise CheckpointError(f"cannot read {short(path)}: {reason}")
         if path.suffix == ".safetensors":
             with safetensors.safe_open(path, framework="pt") as file:
-                return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+                names = list(file.keys())
+                _refuse_many(len(names), path)
+                return {name: file.get_tensor(name) for name in names}, dict(file.metadata() or {})
+        _check_archive(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
+    except CheckpointError:
+        raise
     except PermissionError as error:
         raise CheckpointError(f"cannot read {path}: permission denied") from error
     except safetensors.SafetensorError as error:
@@ -66,7 +89,7 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, Any], dict[str, str]]:
         reason = "it holds more than tensors and plain values" if code else "it is damaged or no checkpoint"
         raise CheckpointError(f"cannot read {path}: {reason}; only weights are loaded, never code") from error
     except DAMAGE as error:
-        raise CheckpointError(f"cannot read {path}: damaged, cut short, or no checkpoint{_detail(error)}") from error
+        raise CheckpointError(f"cannot read {short(path)}: damaged, cut short, or no checkpoint{_detail(error)}") from error
     if not isinstance(content, Mapping):
         raise CheckpointError(f"cannot read {path}: it holds a {type(content).__name__}, not a state dict")
     metadata = content.get(METADATA)
@@ -87,10 +110,53 @@ def state_dict_of(content: Mapping[str, Any], path: str | Path) -> dict[str, Ten
     # Each of them at most once.
     for _ in WRAPPERS:
         content = next((content[name] for name in WRAPPERS if isinstance(content.get(name), Mapping)), content)
+    _refuse_many(len(content), path)
     tensors = {str(k): v for k, v in content.items() if isinstance(v, Tensor)}
     if not tensors or len(tensors) != len(content):
         raise CheckpointError(f"cannot read {path}: it holds no state dict; its keys are {_some(content)}")
+    for name, tensor in tensors.items():
+        if reason := _unusable(tensor, name):
+            raise CheckpointError(f"cannot use {path}: {name[:60]} {reason}; weights must be plain floating tensors")
     return without_prefixes(tensors)
+
+
+def _refuse_many(number: int, path: str | Path) -> None:
+    if number > MOST_ENTRIES:
+        raise CheckpointError(f"cannot use {path}: it has {number} entries, where a network has at most {MOST_ENTRIES}")
+
+
+def _check_archive(path: Path) -> None:
+    """Refuse an archive that would not be as small as it looks, before any of it is unpacked."""
+    if not zipfile.is_zipfile(path):
+        return
+    with zipfile.ZipFile(path) as archive:
+        records = archive.infolist()
+    # A handful of records say what kind of archive it is; each tensor has at most one of its own.
+    _refuse_many(len(records) - 16, path)
+    unpacked, size = sum(record.file_size for record in records), path.stat().st_size
+    if unpacked > 2 * size:
+        raise CheckpointError(f"cannot read {path}: {size} bytes unpack to {unpacked}; torch.save does not compress")
+
+
+def _unusable(tensor: Tensor, name: str) -> str:
+    """Why `tensor` is not one of weights; "" where it is."""
+    if tensor.is_quantized:
+        return f"is quantised ({tensor.dtype})"
+    if tensor.layout != torch.strided or tensor.is_nested:
+        return f"is not dense ({tensor.layout})"
+    if tensor.device.type == "meta":
+        return "has no data (device meta)"
+    if tensor.is_complex() or tensor.dtype == torch.bool:
+        return f"is of type {tensor.dtype}"
+    if not tensor.numel():
+        return f"of shape {tuple(tensor.shape)} is empty"
+    stored = tensor.untyped_storage().nbytes()
+    if stored < tensor.numel() * tensor.element_size():
+        return f"of shape {tuple(tensor.shape)} has {stored} bytes, fewer than its values take"
+    # A table that has not been measured yet is not weights.
+    if tensor.is_floating_point() and ".table." not in name and not bool(tensor.to(torch.float32).isfinite().all()):
+        return "holds NaN or infinite values"
+    return ""
 
 
 def without_prefixes(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -106,18 +172,9 @@ def load_weights(model: nn.Module, state: Mapping[str, Tensor], path: str | Path
     """Load `state` into `model`, strictly.
 
     Raises:
-        CheckpointError: a missing, an unexpected or a wrongly shaped entry; the message names them.
+        CheckpointError: a missing or an unexpected entry, or one of another shape or type; the message names them.
     """
-    own = model.state_dict()
-    problems = []
-    missing, unexpected = [k for k in own if k not in state], [k for k in state if k not in own]
-    shapes = [f"{k} {tuple(state[k].shape)} instead of {tuple(v.shape)}" for k, v in own.items()
-              if k in state and state[k].shape != v.shape]  # fmt: skip
-    for title, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes)):
-        if names:
-            problems.append(f"{len(names)} {title}: {_some(names)}")
-    if problems:
-        raise CheckpointError(f"{path} does not fit {type(model).__name__}: {'; '.join(problems)}")
+    check_fits(model, state, path)
     model.load_state_dict(dict(state))
     # Networks are built in torch's default type, but run in that of published weights.
     for module in model.modules():
@@ -125,6 +182,47 @@ def load_weights(model: nn.Module, state: Mapping[str, Tensor], path: str | Path
             parameter.data = parameter.data.to(torch.float32)
         if isinstance(module, nn.BatchNorm2d):
             module.float()
+
+
+def fitted(build: Callable[[], M], state: Mapping[str, Tensor], path: str | Path) -> M:
+    """The network that `build` makes, with the weights of `state`; nothing of its size is made before these fit.
+
+    Raises:
+        CheckpointError: see :func:`load_weights`, or sizes that no network can have.
+    """
+    try:
+        with torch.device("meta"):
+            plan = build()
+    except CheckpointError:
+        raise
+    except (ArithmeticError, LookupError, TypeError, AttributeError, RuntimeError, ValueError) as error:
+        detail = (str(error).splitlines() or [""])[0][:200]
+        raise CheckpointError(f"cannot use {path}: {detail}") from error
+    check_fits(plan, state, path)
+    model = build()
+    load_weights(model, state, path)
+    return model
+
+
+def check_fits(model: nn.Module, state: Mapping[str, Tensor], path: str | Path) -> None:
+    """Refuse a `state` that is not that of `model`, which may be without data.
+
+    Raises:
+        CheckpointError: see :func:`load_weights`.
+    """
+    own = model.state_dict()
+    problems = []
+    missing, unexpected = [k for k in own if k not in state], [k for k in state if k not in own]
+    shapes = [f"{k} {tuple(state[k].shape)} instead of {tuple(v.shape)}" for k, v in own.items()
+              if k in state and state[k].shape != v.shape]  # fmt: skip
+    types = [f"{k} {str(state[k].dtype).removeprefix('torch.')}" for k, v in own.items()
+             if k in state and state[k].is_floating_point() != v.is_floating_point()]  # fmt: skip
+    found = (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes), ("of another type", types))
+    for title, names in found:
+        if names:
+            problems.append(f"{len(names)} {title}: {_some(names)}")
+    if problems:
+        raise CheckpointError(f"{path} does not fit {type(model).__name__}: {'; '.join(problems)}")
 
 
 def save_checkpoint(path: str | Path, model: nn.Module, metadata: Mapping[str, Any] | None = None) -> None:
@@ -164,13 +262,19 @@ def _options(model: nn.Module) -> dict[str, Any]:
 def _as_json(metadata: Mapping[Any, Any]) -> dict[str, str]:
     """Metadata of a .pth: as they were written, or plain values that others have put there."""
     plain = {str(k): v for k, v in metadata.items() if isinstance(v, str | int | float)}
-    return {k: v if isinstance(v, str) else json.dumps(v) for k, v in plain.items()}
+    return {k: v if isinstance(v, str) else json.dumps(v) for k, v in plain.items() if not isinstance(v, int) or abs(v) < 2**63}
 
 
 def _some(names: Any) -> str:
-    listed = [str(name) for name in names]
+    listed = [str(name)[:80] for name in names]
     more = len(listed) - NAMED_AT_MOST
     return ", ".join(listed[:NAMED_AT_MOST]) + (f" and {more} more" if more > 0 else "")
+
+
+def short(path: str | Path) -> str:
+    """`path` as messages name it."""
+    text = str(path)
+    return text if len(text) <= 300 else f"{text[:150]}…{text[-150:]}"
 
 
 def _detail(error: BaseException) -> str:

@@ -23,6 +23,8 @@ from fastroute.reference.refine_boundaries import refine_boundaries_reference
 COST_PATCH = 16
 # Relative coordinate and cell, y and x of each.
 POSITION = 4
+# Layers that a checkpoint may describe.
+MOST_WIDTHS = 256
 
 
 class PCSROutput(NamedTuple):
@@ -112,11 +114,30 @@ class PCSR(nn.Module):
             ValueError: the checkpoint is of another kind.
             RuntimeError: its weights do not fit what it says it is.
         """
+        model = cls.of_specification(checkpoint)
+        model.load_state_dict(cls.published_state(checkpoint))
+        # Whatever torch's default type is: that of the published weights.
+        return model.float().eval()
+
+    @classmethod
+    def of_specification(cls, checkpoint: Mapping[str, Any]) -> PCSR:
+        """The network that such a checkpoint describes, without its weights.
+
+        Raises:
+            ValueError: the checkpoint is of another kind, or describes no network.
+        """
         spec = checkpoint.get("model", {})
         if spec.get("name") != "pcsr-phase1":
             raise ValueError(f"PCSR: checkpoint must hold a model named 'pcsr-phase1'; got {spec.get('name')!r}")
         args = spec["args"]
         name, options = args["encoder_spec"]["name"], args["encoder_spec"]["args"]
+        light, heavy, classifier = (
+            args[f"{part}_spec"]["args"]["imnet_spec"]["args"]["hidden_list"]
+            for part in ("light_sampler", "heavy_sampler", "classifier")
+        )
+        widths = [options.get("d", 56), options.get("nf", 64), *light, *heavy, *classifier]
+        if len(widths) > MOST_WIDTHS or not all(isinstance(w, int) and w > 0 for w in widths):
+            raise ValueError(f"PCSR: widths must be at most {MOST_WIDTHS} positive whole numbers; got {str(widths)[:100]}")
         encoder: nn.Module
         mean: Sequence[float] | None = None
         if name == "fsrcnn":
@@ -125,14 +146,12 @@ class PCSR(nn.Module):
             encoder, mean = CARN(options.get("nf", 64), upsample=False), RGB_MEAN
         else:
             raise ValueError(f"PCSR: encoder must be 'fsrcnn' or 'carn'; got {name!r}")
-        light, heavy, classifier = (
-            args[f"{part}_spec"]["args"]["imnet_spec"]["args"]["hidden_list"]
-            for part in ("light_sampler", "heavy_sampler", "classifier")
-        )
-        model = cls.build(encoder, [light, heavy], classifier, mean)
-        model.load_state_dict({rename_published(key): value for key, value in spec["sd"].items()})
-        # Whatever torch's default type is: that of the published weights.
-        return model.float().eval()
+        return cls.build(encoder, [light, heavy], classifier, mean)
+
+    @staticmethod
+    def published_state(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+        """The weights in such a checkpoint, by their names here."""
+        return {rename_published(str(key)): value for key, value in checkpoint["model"]["sd"].items()}
 
     @property
     def num_classes(self) -> int:

@@ -7,19 +7,21 @@ import math
 import re
 import warnings
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fastroute import memory
 from fastroute.catalogue import DEFAULT_MODEL, WEIGHTS, list_models
-from fastroute.contexts import ordinarily
+from fastroute.contexts import levels_to_caller, ordinarily
 from fastroute.grid import usual_stride
 from fastroute.models import arm as arm_models
 from fastroute.models.arm import ARM
 from fastroute.models.carn import CARN, RGB_MEAN
-from fastroute.models.checkpoints import CheckpointError, load_weights, read_checkpoint, state_dict_of
+from fastroute.models.checkpoints import CheckpointError, fitted, read_checkpoint, short, state_dict_of
 from fastroute.models.classsr import ClassSR, PatchClassifier
 from fastroute.models.fsrcnn import FSRCNN
 from fastroute.models.pcsr import PCSR
@@ -36,6 +38,9 @@ FIRST_LAYERS = {
     "srresnet": "conv_first.weight",
     "rcan": "head.0.weight",
 }
+# Beyond any network that has been published: what a file says is not built before it is believed.
+LARGEST = {"scale": 64, "patch": 4096, "stride": 4096}
+MOST_PARTS = 1000
 
 
 @ordinarily
@@ -77,9 +82,13 @@ def load(
     path = WEIGHTS / f"{name_or_path}.safetensors"
     if str(name_or_path) not in list_models():
         path = Path(name_or_path)
-        if not path.exists() and not path.suffix:
+        try:
+            exists = path.exists()
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"cannot read {short(path)}: {getattr(error, 'strerror', None) or error}") from error
+        if not exists and not path.suffix:
             raise CheckpointError(
-                f"no model or file {str(name_or_path)!r}; the models are {', '.join(list_models()) or 'none'}"
+                f"no model or file {short(name_or_path)!r}; the models are {', '.join(list_models()) or 'none'}"
             )
     content, metadata = read_checkpoint(path)
     settings = _settings(metadata, path)
@@ -90,21 +99,22 @@ def load(
         arguments = model.get("args")
         for name in ("upscale", "scale"):
             if isinstance(arguments, Mapping) and name in arguments:
-                settings["scale"] = _positive(arguments[name], name, path)
+                settings["scale"] = _positive(arguments[name], "scale", path)
         content = model["sd"]
     try:
         if published:
-            return _pixel_router(PCSR.from_published(content), settings, asked).to(device)
+            published_state = state_dict_of(PCSR.published_state(content), path)
+            pcsr = fitted(lambda: PCSR.of_specification(content), published_state, path)
+            return _pixel_router(pcsr, settings, asked).to(device)
         state = state_dict_of(content, path)
         if "classifier.layers.0.weight" in state:
-            pcsr = _pcsr(state, settings.get("mean"))
-            load_weights(pcsr, state, path)
+            pcsr = fitted(lambda: _pcsr(state, settings.get("mean")), state, path)
             return _pixel_router(pcsr, settings, asked).to(device)
         return _router(state, path, settings, asked).to(device)
     except CheckpointError:
         raise
-    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
-        if not published and not isinstance(error, ValueError):
+    except (ValueError, ArithmeticError, LookupError, TypeError, AttributeError, RuntimeError) as error:
+        if memory.is_exhausted(error):
             raise
         raise CheckpointError(f"cannot use {path}{' as PCSR' if published else ''}: {error}") from error
 
@@ -147,15 +157,17 @@ def _settings(metadata: Mapping[str, str], path: Path) -> dict[str, Any]:
         if name in metadata:
             try:
                 value = json.loads(metadata[name])
-            except (json.JSONDecodeError, RecursionError) as error:
-                raise CheckpointError(f"cannot use {path}: its {name} is {metadata[name]!r}, not a number") from error
+            except (ValueError, RecursionError) as error:
+                raise CheckpointError(f"cannot use {path}: its {name} is {metadata[name][:80]!r}, not a number") from error
             found[name] = _numbers(value, name, path) if name in ("input_range", "mean") else _positive(value, name, path)
     return found
 
 
 def _positive(value: object, name: str, path: Path) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise CheckpointError(f"cannot use {path}: its {name} must be a positive whole number; it is {value!r}")
+        raise CheckpointError(f"cannot use {path}: its {name} must be a positive whole number; it is {str(value)[:80]!r}")
+    if value > LARGEST[name]:
+        raise CheckpointError(f"cannot use {path}: its {name} must be at most {LARGEST[name]}; it is {value:.3g}")
     return value
 
 
@@ -185,8 +197,7 @@ def _router(state: dict[str, Tensor], path: Path, settings: Mapping[str, Any], a
         )
     if "classifier.table.psnr" in state:
         scale = _scale(state, "network.", path, settings, asked)
-        arm = _arm(state, scale, patch)
-        load_weights(arm, state, path)
+        arm = fitted(lambda: _arm(state, scale, patch), state, path)
         if not arm.table.ready:
             raise CheckpointError(f"cannot use {path}: its table holds no measurements; train the table on images first")
         return PatchRouter(arm.branches, arm.classifier, patch, stride, scale, costs=arm.costs(patch))
@@ -195,18 +206,12 @@ def _router(state: dict[str, Tensor], path: Path, settings: Mapping[str, Any], a
         widths = _widths(state, rf"net(\d+)\.{re.escape(name)}")
         if widths:
             scale = _scale(state, f"net{len(widths)}.", path, settings, asked)
-            branches = [_network(backbone, state, f"net{k}.", w, scale, **options) for k, w in enumerate(widths, start=1)]
-            layers = sum(re.fullmatch(r"classifier\.CondNet\.\d+\.weight", key) is not None for key in state)
-            first = state.get("classifier.CondNet.0.weight")
-            width = len(first) if first is not None and first.ndim == 4 and len(first) else 128
-            system = ClassSR(branches, PatchClassifier(len(branches), width, layers=max(layers, 2)))
-            load_weights(system, state, path)
+            system = fitted(partial(_classsr, backbone, state, widths, scale, options), state, path)
             return PatchRouter(system.branches, system.classifier, patch, stride, scale)
         alone = _widths(state, rf"{re.escape(name)}()")
         if alone:
             scale = _scale(state, "", path, settings, asked)
-            network = _network(backbone, state, "", alone[0], scale, **options)
-            load_weights(network, state, path)
+            network = fitted(partial(_network, backbone, state, "", alone[0], scale, **options), state, path)
             return PatchRouter([network], None, patch, stride, scale)
     known = ", ".join(f"{backbone} ({name})" for backbone, name in FIRST_LAYERS.items())
     raise CheckpointError(
@@ -215,11 +220,23 @@ def _router(state: dict[str, Tensor], path: Path, settings: Mapping[str, Any], a
     )
 
 
+def _classsr(
+    backbone: str, state: Mapping[str, Tensor], widths: Sequence[int], scale: int, options: Mapping[str, Any]
+) -> ClassSR:
+    branches = [_network(backbone, state, f"net{k}.", w, scale, **options) for k, w in enumerate(widths, start=1)]
+    layers = _count(state, "", r"classifier\.CondNet\.(\d+)\.weight")
+    first = state.get("classifier.CondNet.0.weight")
+    width = len(first) if first is not None and first.ndim == 4 and len(first) else 128
+    return ClassSR(branches, PatchClassifier(len(branches), width, layers=max(layers, 2)))
+
+
 def _scale(state: Mapping[str, Tensor], prefix: str, path: Path, settings: Mapping[str, Any], asked: Mapping[str, Any]) -> int:
     """The factor that was asked for, or that of the file, its shapes or its weights, in this order; they must agree."""
     widths = {backbone: _widths(state, re.escape(prefix + name) + "()") for backbone, name in FIRST_LAYERS.items()}
     backbone, width = next(((backbone, found[0]) for backbone, found in widths.items() if found), ("", 0))
     shaped = scale_of_shapes(backbone, state, prefix, width) if width else None
+    if shaped is not None:
+        shaped = _positive(shaped, "scale", path)
     known = settings.get("scale", shaped)
     if "scale" in asked:
         scale = asked["scale"]
@@ -252,7 +269,7 @@ def _scale(state: Mapping[str, Tensor], prefix: str, path: Path, settings: Mappi
         warnings.warn(
             f"{path} does not say its upscaling factor, and FSRCNN has equal shapes at 2, 3 and 4: {reason}; "
             "say which it is by scale=N, on the command line --scale N",
-            stacklevel=4,
+            stacklevel=levels_to_caller(),
         )
     return judged or 4
 
@@ -305,7 +322,8 @@ def _arm(state: Mapping[str, Tensor], scale: int, patch: int) -> ARM:
 def _pcsr(state: Mapping[str, Tensor], mean: Sequence[float] | None = None) -> PCSR:
     def widths(prefix: str) -> list[int]:
         """Sizes of the layers of an MLP, its last one included."""
-        found = {int(m[1]): len(v) for k, v in state.items() if (m := re.fullmatch(rf"{prefix}\.layers\.(\d+)\.weight", k))}
+        pattern = rf"{prefix}\.layers\.(\d{{1,9}})\.weight"
+        found = {int(m[1]): len(v) for k, v in state.items() if v.ndim and (m := re.fullmatch(pattern, k))}
         return [found[number] for number in sorted(found)]
 
     for backbone, name in FIRST_LAYERS.items():
@@ -323,6 +341,8 @@ def _pcsr(state: Mapping[str, Tensor], mean: Sequence[float] | None = None) -> P
 def _count(state: Mapping[str, Tensor], prefix: str, pattern: str, dimensions: int | None = None) -> int:
     """How many different numbers the keys under `prefix` have at the group of `pattern`, of tensors of so many dimensions."""
     found = {m[1]: value for key, value in state.items() if (m := re.fullmatch(re.escape(prefix) + pattern, key))}
+    if len(found) > MOST_PARTS:
+        raise ValueError(f"it has {len(found)} parts {prefix}{pattern}, where a network has at most {MOST_PARTS}")
     return sum(dimensions in (None, value.ndim) for value in found.values())
 
 
