@@ -85,6 +85,8 @@ def compare(
     device: str | torch.device = "cpu",
     runs: int = 3,
     progress: Progress = False,
+    dtype: torch.dtype = torch.float32,
+    tune: bool = True,
 ) -> Comparison:
     """Super-resolve an image by bicubic interpolation and by every model, dense and routed.
 
@@ -100,6 +102,8 @@ def compare(
         device: where to run.
         runs: how often to take each time, after a first run that is not counted.
         progress: show a progress bar, or call this function with how many runs are done and how many there are.
+        dtype: in which the networks compute, see :func:`fastroute.load`.
+        tune: find out on the work how branches run fastest, see :class:`fastroute.PatchRouter`.
 
     Raises:
         TypeError: an image that is not uint8.
@@ -121,7 +125,9 @@ def compare(
         raise ValueError(f"compare: runs must be at least 1; got {runs}")
     if reference is not None and downscale:
         raise ValueError("compare: give either reference or downscale; with downscale the image itself is the reference")
-    routers = {name: load(model, device, scale) for name, model in zip(labels(models), models, strict=True)}
+    routers = {
+        name: load(model, device, scale, dtype=dtype, tune=tune) for name, model in zip(labels(models), models, strict=True)
+    }
     factor = common_scale(routers, scale)
     if downscale:
         if factor != int(factor):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from fastroute.contexts import ordinarily
 from fastroute.models.adapters import as_module, inference_copy
 from fastroute.models.optimize import parameter_dtype
+from fastroute.models.precision import check_precision, probed_dtype
 from fastroute.routing.branches import guess_channels
 from fastroute.routing.patch_router import PatchRouter
 from fastroute.windows import CROP
@@ -34,10 +35,12 @@ class Tiled(nn.Module):
         return self.router.upscale(image).image
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Tiled:
-        # .to, .half and the like have changed the weights that the router runs.
+        like = torch.empty(0, dtype=self.router.dtype, device=self.router.device)
+        device, dtype = probed_dtype(fn, like)
+        check_precision("tiled", dtype, device)
         super()._apply(fn, recurse)
-        self.router.dtype = self.router.networks.dtype = parameter_dtype(self.network)
-        self.router.to(self.router.device)
+        # .to, .half and the like have changed the weights that the router runs.
+        self.router.to(device, dtype)
         return self
 
     def train(self, mode: bool = True) -> Tiled:
@@ -56,6 +59,7 @@ def tiled(
     window: str | Tensor = CROP,
     batch: int | None = None,
     channels: int | None = None,
+    tune: bool = True,
 ) -> Tiled:
     """A network over overlapping tiles, so that an image of any size takes the memory of a few tiles.
 
@@ -73,6 +77,7 @@ def tiled(
         window: how overlaps are merged, see :func:`fastroute.make_window`.
         batch: tiles per pass; default by measurement, which is remembered.
         channels: of the images; default those that the model names or its first convolution reads, else 3.
+        tune: find out on the work of calls how the network runs fastest, see :class:`fastroute.PatchRouter`.
 
     Returns:
         A module that maps (B, C, H, W) or (C, H, W), floating in [0, 1], uint8 or uint16, to the same type `scale` times as
@@ -94,7 +99,7 @@ def tiled(
     step = stride if stride is not None else patch - (patch // 4 if overlap is None else overlap)
     network = as_module("tiled", "model", model)
     factor = probe_scale(network, patch, channels) if scale is None else scale
-    return Tiled(PatchRouter([network], None, patch, step, factor, window, batch=batch, channels=channels))
+    return Tiled(PatchRouter([network], None, patch, step, factor, window, batch=batch, channels=channels, tune=tune))
 
 
 @torch.inference_mode()

@@ -31,7 +31,6 @@ from fastroute.streaming.transfer import to_host
 
 pytestmark = pytest.mark.usefixtures("quick_tuning")
 CUDA = torch.device("cuda", 0)
-GPU_BATCHES = tuning.GPU_BATCHES  # those of `quick_tuning` are fewer
 
 
 def make_router(**options) -> PatchRouter:
@@ -79,8 +78,7 @@ def test_the_default_limit_suits_a_gpu(monkeypatch, size):
             # The most that may pass together.
             largest = [min(1024, router.networks.largest(c, router.device)) for c in range(router.num_classes)]
             for c, number in enumerate(largest):
-                key = (c, router.device, torch.get_num_threads())
-                router.networks._tunings[key] = tuning.Tuning(number, False, 0.0)
+                router.networks._race(c, router.device).best = tuning.Setting(number * 32 * 32)
         assert not begins(router, Fake(*size)) or size[0] < 1000
         with monkeypatch.context() as patched:
             patched.setattr(working_set, "DEFAULT_LIMIT", {"cpu": working_set.DEFAULT_LIMIT["cuda"]})
@@ -144,28 +142,29 @@ def test_bands_of_pixels():
 def test_batches_on_a_gpu(monkeypatch, tmp_path):
     monkeypatch.setenv("FASTROUTE_CACHE", str(tmp_path))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
-    monkeypatch.setattr(tuning, "BATCHES", (8, 16))
 
     class There:
         """A patch on a GPU, as far as tuning looks."""
 
         is_cuda, device, dtype, shape = True, CUDA, torch.float32, (1, 3, 8, 8)
 
-    for number in (GPU_BATCHES, (32, 64)):
-        monkeypatch.setattr(tuning, "GPU_BATCHES", number)
-        for largest in (None, 100):
-            raced = []
-            monkeypatch.setattr(tuning, "_turn", lambda *args: raced.append(args[2:]) or 1e-3 / args[2])  # noqa: B023
-            tuning._unwritten.clear()
-            (tmp_path / "tuning.json").unlink(missing_ok=True)
-            best = tuning.tune(nn.Identity(), There(), largest)
-            most = min(largest or number[-1], number[-1])
-            assert best.batch == most
-            formats = min(256, largest or number[-1])
-            assert {size for size, _ in raced} == {min(n, most) for n in number} | {formats}
+    for largest in (1 << 20, 5000):
+        tuning._races.clear()
+        race, raced = tuning.race_of(nn.Identity(), There()), []
+        assert race.patches((8, 8), largest) == (1 << 20) // 64
+        while race.best is None:
+            # All turns of a call are given out before any is timed: nobody waits.
+            while (turn := race.turn((8, 8), largest)) is not None:
+                raced.append(turn)
+            for turn in raced[-30:]:
+                if race._given[(8, 8), turn]:
+                    race.add((8, 8), turn, 1 / turn.batch((8, 8)))
+        found = {min(turn.batch((8, 8)), largest) for turn in raced}
+        assert found == {min(pixels // 64, largest) for pixels in tuning.GPU_PIXELS}
+        assert min(race.best.batch((8, 8)), largest) == min(1 << 14, largest)
     # What other batches were compared on is measured again.
     key = tuning.tuning_key(nn.Identity(), There())
-    monkeypatch.setattr(tuning, "GPU_BATCHES", (16,))
+    monkeypatch.setattr(tuning, "GPU_PIXELS", (16,))
     assert tuning.tuning_key(nn.Identity(), There()) != key
 
 

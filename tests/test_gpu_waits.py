@@ -118,8 +118,6 @@ def test_patches_are_waited_for_once(timed, monkeypatch, options):
     router, image = make_router(), picture(1, 3, 101, 61)
     expected = router.upscale(image, budget=1)
     timed.waits = 0
-    for c in range(3):
-        router.networks.tuning(c, router.device)
     result = router.upscale(image, **options)
     assert timed.waits == 1
     assert set(result.stats.seconds) == set(expected.stats.seconds) and result.stats.seconds["tune"] == 0

@@ -142,7 +142,7 @@ def test_statistics(router, system):
     assert stats.paper_flops.routed == sum(f * n for f, n in zip(router.paper_flops, stats.patches_per_class, strict=True))
     assert stats.paper_flops.dense == 48 * max(router.paper_flops)
     assert list(stats.seconds) == STAGES
-    assert all(seconds > 0 for seconds in stats.seconds.values())
+    assert all(seconds > 0 for stage, seconds in stats.seconds.items() if stage != "tune")
     assert sum(stats.seconds[stage] for stage in STAGES[:-1]) <= stats.seconds["total"]
     assert 0 <= stats.overhead <= 1
     assert "48 patches" in str(stats)

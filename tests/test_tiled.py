@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 import fastroute
 from fastroute import tiled
-from fastroute.routing import patch_router, tuning
+from fastroute.routing import patch_router
 
 pytestmark = pytest.mark.usefixtures("quick_tuning")
 
@@ -38,7 +38,7 @@ def test_crop_is_the_whole_image_when_the_overlap_covers_the_reach(height, width
 
 @torch.no_grad()
 def test_large_tiles_are_held_in_small_number(monkeypatch):
-    image, router = picture(1, 3, 200, 40), tiled(network(3, 4), 16, overlap=6).router
+    image, router = picture(1, 3, 200, 40), tiled(network(3, 4), 16, overlap=6, batch=8).router
     whole = router.upscale(image)
     monkeypatch.setattr(patch_router, "HELD_BYTES", {"cpu": 8 * router.networks.produced_bytes(image.device)})
     few = router.upscale(image)
@@ -71,7 +71,7 @@ def test_ranks_dtypes_and_scale(dtype):
     model = network(2, 3, channels=1)
     upscale = tiled(model, 16, overlap=4, batch=3)
     image = as_image(picture(1, 1, 30, 20), dtype)
-    assert upscale.router.scale == 3 and upscale.router.networks.tuning(0, torch.device("cpu")) == tuning.Tuning(3, False, 0.0)
+    assert upscale.router.scale == 3 and upscale.router.networks.batch_of(0, torch.device("cpu")) == 3
     result = upscale(image[0])
     assert result.shape == (1, 90, 60) and result.dtype == dtype
     assert torch.equal(upscale(image)[0], result)

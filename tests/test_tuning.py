@@ -1,19 +1,23 @@
-"""Micro-batches are measured once, remembered, and never trusted blindly."""
+"""How branches run fastest is found on the work of calls, remembered, and never trusted blindly."""
 
 from __future__ import annotations
 
 import json
-import math
+import threading
+from collections import Counter
+from typing import ClassVar
 
 import pytest
 import torch
 from networks import picture
 from torch import nn
 
+import fastroute
 from fastroute import PatchRouter
 from fastroute.models.fsrcnn import FSRCNN
-from fastroute.routing import tuning
-from fastroute.routing.tuning import Tuning, tune
+from fastroute.routing import branches, tuning
+from fastroute.routing.branches import Branches, even_parts
+from fastroute.routing.tuning import Setting, race_of
 
 EXAMPLE = torch.rand(1, 3, 8, 8)
 
@@ -21,275 +25,350 @@ EXAMPLE = torch.rand(1, 3, 8, 8)
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("FASTROUTE_CACHE", str(tmp_path / "of" / "fastroute"))
-    monkeypatch.setattr(tuning, "_unwritten", {})
+    monkeypatch.setattr(tuning, "_races", {})
+    # A patch of 8 x 8 is one unit of 64 pixels.
+    monkeypatch.setattr(tuning, "PIXELS", (8 * 64, 4 * 64, 16 * 64, 32 * 64))
+    monkeypatch.setattr(branches, "PIXELS", tuning.PIXELS)
+    monkeypatch.setattr(tuning, "TURN_PIXELS", {"cpu": 32 * 64})
     return tmp_path / "of" / "fastroute" / "tuning.json"
 
 
 class Clock:
     """A clock that only moves when a pass moves it."""
 
-    def __init__(self):
-        self.now = 1000.0
+    now = 1000.0
 
-    def perf_counter(self):
-        return self.now
+    @classmethod
+    def perf_counter(cls):
+        return cls.now
 
 
 class Scripted(nn.Module):
-    """A branch whose passes take as long as the script says: milliseconds per patch of the batch, format and pass."""
+    """A branch whose passes take as long as the script says: seconds per patch, by batch, format and number of the pass."""
 
-    def __init__(self, clock, script):
+    passes: ClassVar[list] = []
+
+    def __init__(self, script, scale=1):
         super().__init__()
         self.conv = nn.Conv2d(3, 3, 2)
-        self.clock, self.script = clock, script
-        self.passes = []
+        self.script, self.scale = [script], scale  # in a list, for copies to share
 
     def forward(self, x):
-        channels_last = self.conv.weight.is_contiguous(memory_format=torch.channels_last)
-        assert x.is_contiguous(memory_format=torch.channels_last) == channels_last
-        self.passes.append((x.shape[0], channels_last))
-        self.clock.now += 1e-3 * x.shape[0] * self.script(x.shape[0], channels_last, len(self.passes) - 1)
-        return x
+        if isinstance(x, torch._subclasses.FakeTensor):
+            return x
+        last = self.conv.weight.is_contiguous(memory_format=torch.channels_last)
+        assert last == (x.stride(1) == 1)
+        self.passes.append((x.shape[0], last))
+        Clock.now += x.shape[0] * self.script[0](x.shape[0], last, len(self.passes) - 1)
+        return x * 1
+
+    def __deepcopy__(self, memo):
+        return Scripted(self.script[0], self.scale)
+
+    def extra_repr(self):
+        return "scripted"
 
 
 @pytest.fixture
-def scripted(monkeypatch):
-    """Makes branches of scripted times."""
-    clock = Clock()
-    monkeypatch.setattr(tuning, "time", clock)
-    return lambda script: Scripted(clock, script)
+def run(monkeypatch):
+    """Runs patches through a branch of scripted times; gives its networks and the passes of each call."""
+    monkeypatch.setattr(branches, "time", Clock)
+
+    def make(script, **options):
+        networks = Branches([Scripted(script)], 8, True, 3, **options)
+
+        def call(count, side=8):
+            Scripted.passes = []
+            patches = torch.rand(count, 3, side, side)
+            results = networks.run(0, patches)
+            networks.remember()
+            assert torch.equal(torch.cat(results), patches)
+            return Scripted.passes
+
+        return networks, call
+
+    return make
 
 
-@pytest.fixture
-def raced(monkeypatch):
-    """Measurements made up: channels_last twice as fast, batches of 16 best."""
-    calls = []
-
-    def turn(branch, example, batch, channels_last):
-        calls.append((batch, channels_last))
-        return 1e-3 * (abs(batch - 16) + 100) * (1 if channels_last else 2)
-
-    monkeypatch.setattr(tuning, "_turn", turn)
-    monkeypatch.setattr(tuning, "PASS_SECONDS", 1e6)
-    return calls
+def seconds(b4=1.0, b8=0.9, b16=0.8, b32=0.9, contiguous=2.0):
+    """A script by batch; contiguous patches take longer."""
+    by_batch = {4: b4, 8: b8, 16: b16, 32: b32}
+    return lambda batch, last, _: by_batch.get(batch, 1.0) * (1 if last else contiguous)
 
 
-def per_patch(**milliseconds):
-    """A script by batch; contiguous patches take twice as long."""
-    return lambda batch, channels_last, _: milliseconds[f"b{batch}"] * (1 if channels_last else 2)
+def settle(call, networks, turns=40):
+    for _ in range(turns):
+        if networks._race(0, networks.device).best is not None:
+            break
+        call(40)
+    return networks.setting(0, networks.device)
 
 
-EVEN = per_patch(b8=1.0, b16=0.9, b32=0.8, b64=0.9)
+def best(networks):
+    return networks._race(0, networks.device).best
 
 
-def test_the_fastest_is_chosen_measured_once_and_remembered(cache, raced):
-    best = tune(FSRCNN(3, 2), EXAMPLE)
-    assert best == Tuning(16, True, 100)
-    # Formats in turn, then batches in turn.
-    formats, sizes = raced[: 2 * tuning.REPEATS], raced[2 * tuning.REPEATS :]
-    assert formats == [(16, True), (16, False)] * tuning.REPEATS
-    assert sizes == [(batch, True) for batch in tuning.BATCHES] * tuning.REPEATS
-    assert list(json.loads(cache.read_text()).values()) == [{"batch": 16, "channels_last": True, "milliseconds": 100}]
-    raced.clear()
+def test_nothing_is_computed_twice_and_the_fastest_is_found_and_remembered(run, cache):
+    networks, call = run(seconds())
+    for _ in range(10):
+        assert sum(batch for batch, _ in call(100)) == 100
+    assert best(networks) == Setting(16 * 64, True)
+    (entry,) = json.loads(cache.read_text()).values()
+    assert entry["best"] == {"pixels": 16 * 64, "channels_last": True} and entry["turns"] == []
+    assert entry["seconds"] == pytest.approx(0.8 / 64)
+    # From then on, here and in the next process.
     written = cache.read_bytes()
-    assert tune(FSRCNN(3, 2), EXAMPLE) == best
-    assert raced == [] and cache.read_bytes() == written
+    assert {batch for batch, _ in call(48)} == {16}
+    tuning._races.clear()
+    networks, call = run(seconds())
+    assert {batch for batch, _ in call(48)} == {16} and cache.read_bytes() == written
+
+
+def test_a_call_too_small_to_tell_anything_measures_nothing(run, cache):
+    networks, call = run(seconds())
+    for _ in range(20):
+        assert call(31) == [(8, True), (8, True), (8, True), (7, True)]
+    assert not cache.exists() and best(networks) is None
+
+
+def test_a_search_goes_on_in_the_next_process(run, cache):
+    turns = Counter()
+    for _ in range(60):
+        tuning._races.clear()
+        networks, call = run(seconds())
+        if best(networks) is not None:
+            break
+        first = call(32)[0]
+        turns[first] += 1
+    assert best(networks) == Setting(16 * 64, True)
+    assert turns[8, False] == tuning.ROUNDS and sum(turns.values()) == tuning.ROUNDS * 5
 
 
 @pytest.mark.parametrize(
     ("milliseconds", "batch"),
     [
-        ({"b8": 1.00, "b16": 0.90, "b32": 0.80, "b64": 0.90}, 32),
+        ({"b4": 1.00, "b8": 0.90, "b16": 0.80, "b32": 0.90}, 16),
         # Less than 2 % is not worth the memory.
-        ({"b8": 1.00, "b16": 0.99, "b32": 0.985, "b64": 0.982}, 8),
-        ({"b8": 1.00, "b16": 0.90, "b32": 0.873, "b64": 0.864}, 32),
-        # Small gains that add up, and a step back on the way, do not end the search.
-        ({"b8": 1.00, "b16": 0.985, "b32": 0.97, "b64": 0.955}, 32),
-        ({"b8": 1.00, "b16": 1.05, "b32": 0.80, "b64": 0.70}, 64),
+        ({"b4": 0.99, "b8": 0.985, "b16": 0.98, "b32": 0.975}, 4),
+        ({"b4": 1.00, "b8": 0.90, "b16": 0.873, "b32": 0.864}, 16),
+        ({"b4": 1.00, "b8": 1.05, "b16": 0.80, "b32": 0.70}, 32),
     ],
 )
-def test_a_larger_batch_must_earn_its_memory(scripted, milliseconds, batch):
-    assert tune(scripted(per_patch(**milliseconds)), EXAMPLE) == Tuning(batch, True, pytest.approx(milliseconds[f"b{batch}"]))
+@pytest.mark.parametrize("last", [True, False])
+def test_a_larger_batch_must_earn_its_memory_and_the_faster_format_is_kept(run, milliseconds, batch, last):
+    script = seconds(**milliseconds, contiguous=2.0 if last else 0.5)
+    networks, call = run(script)
+    assert settle(call, networks) == Setting(batch * 64, last)
 
 
-@pytest.mark.parametrize("channels_last", [True, False])
-def test_the_faster_format_is_kept(scripted, channels_last):
-    branch = scripted(lambda batch, last, _: EVEN(batch, last == channels_last, 0))
-    assert tune(branch, EXAMPLE) == Tuning(32, channels_last, pytest.approx(0.8))
-
-
-@pytest.mark.parametrize("start", range(0, 40, 3))
-def test_a_disturbance_does_not_change_the_choice(scripted, cache, start):
-    # Everything takes five times as long for longer than a round.
-    branch = scripted(lambda batch, last, at: EVEN(batch, last, at) * (5 if start <= at < start + 6 else 1))
-    assert tune(branch, EXAMPLE) == Tuning(32, True, pytest.approx(0.8))
-
-
-def test_what_was_measured_on_a_busy_machine_is_not_written(scripted, cache, caplog):
-    busy = scripted(lambda batch, last, at: EVEN(batch, last, at) * (1 if at % 3 == 0 else 3))
-    with caplog.at_level("INFO", "fastroute"):
-        found = tune(busy, EXAMPLE)
-    assert not cache.exists() and "busy" in caplog.text
-    # It holds in this process, so that all routers of it run alike; the next one measures again.
-    passes = len(busy.passes)
-    assert tune(busy, EXAMPLE) == found and len(busy.passes) == passes
-    assert tune(busy, EXAMPLE, largest=4).batch == 4 and len(busy.passes) == passes
-    tuning._unwritten.clear()
-    busy.script = EVEN
-    assert tune(busy, EXAMPLE) == Tuning(32, True, pytest.approx(0.8)) and len(busy.passes) > passes
-    assert [entry["batch"] for entry in json.loads(cache.read_text()).values()] == [32]
-
-
-def test_either_race_may_be_disturbed(scripted, cache):
-    passes = scripted(EVEN)
-    tune(passes, EXAMPLE)
-    formats = max(i for i, (_, last) in enumerate(passes.passes) if not last) + 1
-    cache.unlink()
-    for first, last in ((0, formats), (formats, len(passes.passes))):
-
-        def script(batch, channels_last, at, first=first, last=last):
-            return EVEN(batch, channels_last, at) * (2 if first <= at < last and at % 3 else 1)
-
-        tuning._unwritten.clear()
-        tune(scripted(script), EXAMPLE)
-        assert not cache.exists()
-
-
-def test_a_first_pass_that_sets_up_is_no_disturbance(scripted, cache):
-    seen = set()
+@pytest.mark.parametrize("start", range(0, 60, 7))
+def test_a_disturbance_does_not_change_the_choice(run, start):
+    even = seconds()
+    networks, call = run(lambda batch, last, at: even(batch, last, at))
+    passed = [0]
 
     def script(batch, last, at):
-        first = (batch, last) not in seen
-        seen.add((batch, last))
-        return EVEN(batch, last, at) * (50 if first else 1)
+        passed[0] += 1
+        return even(batch, last, at) * (5 if start <= passed[0] < start + 8 else 1)
 
-    assert tune(scripted(script), EXAMPLE) == Tuning(32, True, pytest.approx(0.8))
-    assert cache.exists()
-
-
-def test_turns_last_alike_and_the_race_is_bounded(scripted):
-    # 0.05 ms per patch: 0.4 ms a pass of 8, of which a turn then has as many as make up its time.
-    light = scripted(lambda *_: 0.05)
-    tune(light, EXAMPLE)
-    sizes = light.passes[-tuning.REPEATS * sum(-(-100 // batch) for batch in tuning.BATCHES) :]
-    for batch in tuning.BATCHES:
-        assert sum(size == batch for size, _ in sizes) == tuning.REPEATS * -(-100 // batch)
-    # 20 ms per patch: the least rounds, and no pass of over a second.
-    heavy = scripted(lambda *_: 20.0)
-    tune(heavy, torch.rand(1, 3, 9, 9))
-    assert [size for size, _ in heavy.passes] == [16, 16] * tuning.LEAST_ROUNDS + [8, 16, 32] * tuning.LEAST_ROUNDS
+    networks.modules[0].script[0] = script
+    assert settle(call, networks) == Setting(16 * 64, True)
 
 
-@pytest.mark.parametrize(("largest", "tried"), [(1, {1}), (5, {5}), (14, {8, 14}), (16, {8, 16}), (40, {8, 16, 32, 40})])
-def test_no_batch_exceeds_the_largest(scripted, largest, tried):
-    branch = scripted(lambda batch, *_: 1 / batch)
-    assert tune(branch, EXAMPLE, largest).batch == largest
-    assert {size for size, _ in branch.passes} == tried
+def test_what_was_measured_on_a_busy_machine_is_not_written(run, cache, caplog):
+    even, passed = seconds(), Counter()
+
+    def busy(batch, last, at):
+        passed[batch, last] += 1
+        return even(batch, last, at) * (1 if passed[batch, last] % 3 == 0 else 3)
+
+    networks, call = run(busy)
+    with caplog.at_level("INFO", "fastroute"):
+        found = settle(call, networks)
+    assert best(networks) == found and "busy" in caplog.text
+    # The search has an end, and what it found holds in this process alone.
+    assert sum(passed.values()) < 40 * tuning.MOST_ROUNDS * 5
+    entries = json.loads(cache.read_text()) if cache.exists() else {}
+    assert all(entry["best"] is None for entry in entries.values())
+    tuning._races.clear()
+    assert best(run(busy)[0]) is None
 
 
-def test_entries_of_another_way_of_measuring_are_not_believed(cache, monkeypatch):
-    with monkeypatch.context() as before:
-        before.setattr(tuning, "METHOD", tuning.METHOD - 1)
-        old = tuning.tuning_key(FSRCNN(3, 2), EXAMPLE)
-    cache.parent.mkdir(parents=True)
-    cache.write_text(json.dumps({old: {"batch": 8, "channels_last": True, "milliseconds": 1.1}}))
-    monkeypatch.setattr(tuning, "_turn", lambda branch, example, batch, channels_last: 1e-3 / batch)
-    assert tune(FSRCNN(3, 2), EXAMPLE).batch == tuning.BATCHES[-1]
-    assert len(json.loads(cache.read_text())) == 2
+@pytest.mark.parametrize("way", ["keyword", "environment", "batch"])
+def test_it_can_be_switched_off(run, cache, monkeypatch, way, caplog):
+    if way == "environment":
+        monkeypatch.setenv("FASTROUTE_TUNE", "0")
+    options = {"keyword": {"tune": False}, "environment": {}, "batch": {"batch": 8}}[way]
+    networks, call = run(seconds(), **options)
+    with caplog.at_level("INFO", "fastroute"):
+        for _ in range(3):
+            assert call(64) == [(8, True)] * 8
+    assert not cache.exists() and not caplog.records
+    # What was measured before is used all the same, but where the batch is told.
+    if way != "batch":
+        race_of(networks.modules[0], torch.empty(networks.size)).best = Setting(16 * 64, False)
+        assert call(64) == [(16, False)] * 4
 
 
-def test_what_decides_the_speed_is_measured_apart(cache, raced):
-    model, example = FSRCNN(3, 2), EXAMPLE
-    threads = torch.get_num_threads()
-    tune(model, example)
-    for other, x in ((FSRCNN(4, 2), example), (FSRCNN(3, 3), example), (model, torch.rand(1, 3, 9, 9))):
-        raced.clear()
-        tune(other, x)
-        assert raced
-    raced.clear()
-    tune(FSRCNN(3, 2).double(), example.double())
-    assert raced
+def test_it_is_announced_once(run, caplog):
+    networks, call = run(seconds())
+    with caplog.at_level("INFO", "fastroute"):
+        call(31)
+        assert not caplog.records
+        settle(call, networks)
+    told = [record.getMessage() for record in caplog.records]
+    assert len(told) == 2 and told[0] == tuning.MEASURING % "Scripted" and "1024 pixels" in told[1]
+
+
+def test_turns_of_several_shapes_are_not_mixed_and_the_best_serves_all(run):
+    # Large regions take half the time per pixel: that says nothing about batches.
+    even = seconds()
+    networks, call = run(even)
+    for _ in range(40):
+        networks.modules[0].script[0] = lambda batch, last, at: 2 * even(4 * batch, last, at)
+        call(20, side=16)
+        networks.modules[0].script[0] = even
+        call(40)
+    assert best(networks) == Setting(16 * 64, True)
+    assert {batch for batch, _ in call(8, side=16)} == {4} and {batch for batch, _ in call(3, side=40)} == {1}
+
+
+@pytest.mark.parametrize(("most", "tried"), [(1, {1}), (5, {4, 5}), (14, {4, 8, 14}), (100, {4, 8, 16, 32})])
+def test_no_batch_exceeds_what_memory_allows(run, monkeypatch, most, tried):
+    networks, call = run(lambda batch, *_: 1 / batch)
+    monkeypatch.setattr(networks, "largest", lambda *_: most)
+    sizes = set()
+    for _ in range(40):
+        sizes |= {batch for batch, _ in call(64)}
+    assert max(sizes) <= most and sizes >= {even_parts(32, size)[0] for size in tried}
+    assert min(best(networks).batch((8, 8)), most) == max(tried)
+    assert max(batch for batch, _ in call(200)) <= most
+
+
+def test_one_turn_at_a_time(run):
+    networks, _ = run(seconds())
+    race = networks._race(0, networks.device)
+    turn = race.turn((8, 8), 32)
+    # Another thread works meanwhile, and measures nothing.
+    found = []
+    thread = threading.Thread(target=lambda: found.append(race.turn((8, 8), 32)))
+    thread.start()
+    thread.join()
+    assert turn is not None and found == [None]
+    race.add((8, 8), turn, None)  # it failed
+    assert race.turn((8, 8), 32) == turn
+
+
+def test_a_failure_in_a_turn_is_raised_and_forgotten(run):
+    networks, call = run(seconds())
+    networks.modules[0].script[0] = lambda *_: {}["out of order"]
+    with pytest.raises(KeyError, match="out of order"):
+        call(40)
+    networks.modules[0].script[0] = seconds()
+    assert settle(call, networks) == Setting(16 * 64, True)
+
+
+def test_what_decides_the_speed_is_measured_apart(cache):
+    model, threads = FSRCNN(3, 2), torch.get_num_threads()
+    races = [race_of(model, EXAMPLE)]
+    for other, x in ((FSRCNN(4, 2), EXAMPLE), (FSRCNN(3, 3), EXAMPLE), (model, torch.rand(1, 3, 9, 9))):
+        races.append(race_of(other, x))
+    races.append(race_of(FSRCNN(3, 2).double(), EXAMPLE.double()))
     try:
         torch.set_num_threads(threads + 1)
-        raced.clear()
-        tune(model, example)
-        assert raced
+        races.append(race_of(model, EXAMPLE))
     finally:
         torch.set_num_threads(threads)
-    assert len(json.loads(cache.read_text())) == 6
+    assert len(set(map(id, races))) == len(races) == len({race.key for race in races})
     # The values of the weights decide nothing.
-    raced.clear()
-    tune(FSRCNN(3, 2), example)
-    assert not raced
+    assert race_of(FSRCNN(3, 2), EXAMPLE) is races[0]
+
+
+TURN = {"shape": [8, 8], "setting": {"pixels": 512, "channels_last": True}, "seconds": [0.5]}
 
 
 @pytest.mark.parametrize(
-    "content",
+    "entry",
     [
-        b"",
-        b"{",
-        b"\xff\xfe\x00",
-        b"[1, 2]",
-        b"null",
-        b"7",
-        b'{"KEY": null}',
-        b'{"KEY": {"batch": 8}}',
-        b'{"KEY": {"batch": 8, "channels_last": true, "milliseconds": 1, "more": 1}}',
-        b'{"KEY": {"batch": 0, "channels_last": true, "milliseconds": 1}}',
-        b'{"KEY": {"batch": -8, "channels_last": true, "milliseconds": 1}}',
-        b'{"KEY": {"batch": "8", "channels_last": true, "milliseconds": 1}}',
-        b'{"KEY": {"batch": 8.5, "channels_last": true, "milliseconds": 1}}',
-        b'{"KEY": {"batch": true, "channels_last": true, "milliseconds": 1}}',
-        b'{"KEY": {"batch": 8, "channels_last": true, "milliseconds": NaN}}',
-        b'{"KEY": {"batch": 8, "channels_last": true, "milliseconds": -5}}',
-        b'{"KEY": {"batch": 8, "channels_last": true, "milliseconds": true}}',
-        b'{"KEY": {"batch": [8], "channels_last": null, "milliseconds": {}}}',
+        {},
+        {"batch": 8, "channels_last": True, "milliseconds": 1.0},
+        {"best": None, "seconds": None, "turns": None},
+        {"best": {"pixels": 512, "channels_last": True}, "seconds": float("nan"), "turns": []},
+        {"best": {"pixels": 512, "channels_last": True}, "seconds": -1.0, "turns": []},
+        {"best": {"pixels": 512, "channels_last": True}, "seconds": "1", "turns": []},
+        {"best": {"pixels": 0, "channels_last": True}, "seconds": 1.0, "turns": []},
+        {"best": {"pixels": True, "channels_last": True}, "seconds": 1.0, "turns": []},
+        {"best": {"pixels": 512, "channels_last": 1}, "seconds": 1.0, "turns": []},
+        {"best": {"pixels": 512}, "seconds": 1.0, "turns": []},
+        {"best": [512, True], "seconds": 1.0, "turns": [3, None, [], {}]},
+        {"turns": [{**TURN, "shape": [8]}, {**TURN, "shape": [8, 0]}, {**TURN, "shape": [8, "8"]}, {**TURN, "shape": 8}]},
+        {"turns": [{**TURN, "setting": {}}, {**TURN, "seconds": [0.0]}, {**TURN, "seconds": 0.5}, {**TURN, "seconds": [True]}]},
     ],
 )
-def test_a_damaged_cache_is_ignored(cache, content, monkeypatch):
-    # However busy the machine is.
-    monkeypatch.setattr(tuning, "STEADY", math.inf)
-    branch = FSRCNN(3, 2).eval()
-    router = PatchRouter([branch], None, 8, 8, 2)
-    image = picture(1, 3, 16, 16)
-    expected = router.upscale(image).image
-    (key,) = json.loads(cache.read_text())
-    cache.write_bytes(content.replace(b"KEY", key.encode()))
-    again = PatchRouter([branch], None, 8, 8, 2).upscale(image)
-    torch.testing.assert_close(again.image, expected, rtol=0, atol=1e-5)
-    # Measured again, and the file is whole again.
-    entry = json.loads(cache.read_text())[key]
-    assert entry["batch"] in tuning.BATCHES and isinstance(entry["channels_last"], bool)
+def test_a_damaged_entry_is_ignored(cache, entry):
+    key = race_of(FSRCNN(3, 2), EXAMPLE).key
+    tuning._races.clear()
+    cache.parent.mkdir(parents=True)
+    cache.write_text(json.dumps({key: entry}))
+    race = race_of(FSRCNN(3, 2), EXAMPLE)
+    assert race.best is None and race._turns == {}
 
 
-def test_an_entry_of_the_cache_is_used(cache, raced):
-    tune(FSRCNN(3, 2), EXAMPLE)
-    (key,) = json.loads(cache.read_text())
-    cache.write_text(json.dumps({key: {"batch": 5, "channels_last": False, "milliseconds": 1.5}}))
-    assert tune(FSRCNN(3, 2), EXAMPLE) == Tuning(5, False, 1.5)
+def test_an_entry_of_the_cache_is_used(cache):
+    key = race_of(FSRCNN(3, 2), EXAMPLE).key
+    tuning._races.clear()
+    cache.parent.mkdir(parents=True)
+    cache.write_text(json.dumps({key: {"best": {"pixels": 320, "channels_last": False}, "seconds": 0.1, "turns": []}}))
+    assert race_of(FSRCNN(3, 2), EXAMPLE).best == Setting(320, False)
+    tuning._races.clear()
+    cache.write_text(json.dumps({key: {"best": None, "seconds": None, "turns": [TURN]}}))
+    assert race_of(FSRCNN(3, 2), EXAMPLE)._turns == {(8, 8): {Setting(512, True): [0.5]}}
 
 
-def test_a_cache_that_cannot_be_written_is_no_error(tmp_path, monkeypatch, raced):
+def test_a_cache_that_cannot_be_written_is_no_error(run, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("FASTROUTE_CACHE", str(tmp_path / "file" / "below"))
-    assert tune(FSRCNN(3, 2), EXAMPLE).batch == 16
-    (tmp_path / "dir" / "tuning.json").mkdir(parents=True)
-    monkeypatch.setenv("FASTROUTE_CACHE", str(tmp_path / "dir"))
-    assert tune(FSRCNN(3, 2), EXAMPLE).batch == 16
-    assert [path.name for path in (tmp_path / "dir").iterdir()] == ["tuning.json"]
+    networks, call = run(seconds())
+    assert settle(call, networks) == Setting(16 * 64, True)
 
 
-def test_router_tunes_each_branch_once(cache, raced):
-    router = PatchRouter([FSRCNN(3, 2), FSRCNN(5, 2)], None, 8, 8, 2)
-    for _ in range(2):
-        router.upscale(picture(1, 3, 16, 16), class_map=torch.tensor([[0, 1], [1, 1]]))
-    assert len(raced) == 2 * tuning.REPEATS * (2 + len(tuning.BATCHES))
-    assert len(json.loads(cache.read_text())) == 2
+class Counting(nn.Module):
+    """A branch that counts the patches that it is given."""
+
+    patches = 0
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 3, padding=1)
+
+    def forward(self, x):
+        Counting.patches += x.shape[0]
+        return self.conv(x)
 
 
-def test_tuning_leaves_the_random_state_alone(cache, raced):
-    router = PatchRouter([FSRCNN(3, 2)], None, 8, 8, 2)
-    image = picture(1, 3, 16, 16)
+@pytest.mark.parametrize("make", [lambda: fastroute.tiled(Counting(), 32), lambda: PatchRouter([Counting()], scale=1)])
+def test_a_first_call_does_what_the_second_does(make, monkeypatch):
+    # An image of one tile: nothing is run to be measured, nor a fake patch to count its memory.
+    router = make()
+    call, counts = router if isinstance(router, nn.Module) else router.upscale, []
+    for _ in range(3):
+        Counting.patches = 0
+        call(picture(1, 3, 20, 24))
+        counts.append(Counting.patches)
+    assert counts == [1, 1, 1]
+
+
+def test_routers_measure_on_photographs_too(cache, monkeypatch):
+    # Real times: whatever is chosen, the result stays.
+    image = picture(1, 3, 120, 160)
+    expected = PatchRouter([FSRCNN(3, 2).eval()], None, 8, 8, 2, tune=False).upscale(image)
+    torch.manual_seed(0)
+    router = PatchRouter([FSRCNN(3, 2).eval()], None, 8, 8, 2)
+    router.branches[0].load_state_dict(PatchRouter([FSRCNN(3, 2)], None, 8, 8, 2).branches[0].state_dict())
     state = torch.get_rng_state()
-    router.upscale(image)
-    assert torch.equal(torch.get_rng_state(), state)
+    for _ in range(4):
+        result = router.upscale(image)
+        assert result.image.shape == expected.image.shape
+    assert best(router.networks) is not None and torch.equal(torch.get_rng_state(), state)
+    again = router.upscale(image).image
+    torch.testing.assert_close(again, result.image, rtol=0, atol=1e-5)

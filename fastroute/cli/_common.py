@@ -46,6 +46,23 @@ def device_of(name: str) -> torch.device:
         raise click.BadParameter(str(error).removeprefix("device "), param_hint="--device") from error
 
 
+def precision_of(running: dict[str, Any]) -> torch.dtype:
+    """The type that ``--precision`` names, once it is known that the device computes in it."""
+    from fastroute.models.precision import PRECISIONS, check_precision
+
+    dtype = PRECISIONS[running["precision"]]
+    try:
+        check_precision("load", dtype, device_of(running["device"]))
+    except ValueError as error:
+        raise click.BadParameter(str(error).removeprefix("load: "), param_hint="--precision") from error
+    return dtype
+
+
+def running_of(options: dict[str, Any]) -> dict[str, Any]:
+    """Take what :func:`running_options` gave out of all options."""
+    return {name: options.pop(name) for name in ("device", "precision", "tune")}
+
+
 def model_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """The options of :func:`load_router`, beside ``--model`` and ``--scale``."""
     patch = click.option("--patch", type=click.IntRange(min=1), metavar="N",
@@ -56,13 +73,17 @@ def model_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def load_router(
-    model: str, device: str, scale: float | None = None, patch: int | None = None, stride: int | None = None
+    model: str,
+    running: dict[str, Any],
+    scale: float | None = None,
+    patch: int | None = None,
+    stride: int | None = None,
 ) -> PatchRouter | PixelRouter:
-    """:func:`fastroute.load`; warnings are shown as lines of their own, errors in an option name it."""
-    where = device_of(device)
+    """:func:`fastroute.load`, run as :func:`running_options` says; warnings are lines of their own, errors name the option."""
+    where, dtype = device_of(running["device"]), precision_of(running)
     with telling_warnings():
         try:
-            return fastroute.load(model, where, scale=scale, patch=patch, stride=stride)
+            return fastroute.load(model, where, scale=scale, patch=patch, stride=stride, dtype=dtype, tune=running["tune"])
         except ValueError as error:
             words = str(error)
             for name, given in (("scale", scale), ("patch", patch), ("stride", stride)):
@@ -87,10 +108,10 @@ def telling_warnings() -> Iterator[None]:
 
 def tell_measuring() -> None:
     """Say on the terminal when a speed is measured, until the command ends."""
-    from fastroute.routing.budgets import MEASURING
+    from fastroute.routing import budgets, tuning
 
     logger, handler = logging.getLogger("fastroute"), logging.StreamHandler()
-    handler.addFilter(lambda record: record.msg == MEASURING)
+    handler.addFilter(lambda record: record.msg in (budgets.MEASURING, tuning.MEASURING))
     level = logger.level
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
@@ -100,6 +121,16 @@ def tell_measuring() -> None:
         logger.setLevel(level)
 
     click.get_current_context().call_on_close(end)
+
+
+def running_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """How networks run: the options `device`, `precision` and `tune` of :func:`load_router`."""
+    device = click.option("--device", metavar="DEVICE", default="cpu", show_default=True, help="Where to run, say cuda.")
+    precision = click.option("--precision", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32",
+                             show_default=True, help="The type in which networks compute; images keep theirs.")  # fmt: skip
+    tune = click.option("--no-tune", "tune", is_flag=True, flag_value=False, default=True,
+                        help="Do not find out, on the work itself, how the networks run fastest.")  # fmt: skip
+    return device(precision(tune(command)))
 
 
 def check_deciding(chosen: dict[str, Any], shared: bool = False) -> None:

@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
 from fastroute.catalogue import DEFAULT_MODEL
-from fastroute.cli._common import Command, device_of, telling_warnings
+from fastroute.cli._common import (
+    Command,
+    device_of,
+    precision_of,
+    running_of,
+    running_options,
+    tell_measuring,
+    telling_warnings,
+)
 
 # Options that take all values up to the next option.
 LISTS = ("--models", "--budget")
@@ -45,7 +54,7 @@ class ListCommand(Command):
               help="What the slider shows, in pixels of the result.  [default: all, or where most changes]")  # fmt: skip
 @click.option("--runs", type=click.IntRange(min=1), default=3, show_default=True, help="How often each time is taken.")
 @click.option("--out", type=click.Path(path_type=Path), help="The page to write.  [default: IN-compare.html, in this folder]")
-@click.option("--device", metavar="DEVICE", default="cpu", show_default=True, help="Where to run, say cuda.")
+@running_options
 @click.option("--quiet", is_flag=True, help="No progress bar and no summary.")
 def command(
     source: Path,
@@ -57,8 +66,8 @@ def command(
     detail: tuple[int, int, int, int] | None,
     runs: int,
     out: Path | None,
-    device: str,
     quiet: bool,
+    **options: Any,
 ) -> None:
     """Enlarge image IN by bicubic interpolation and by every model, dense and routed, and write one HTML page with a slider
     between the results, class maps, PSNR where there is a reference, FLOPs and times.
@@ -67,12 +76,27 @@ def command(
     from fastroute.compare import compare
     from fastroute.page import check_page, write_page
 
+    running = running_of(options)
+    if not quiet:
+        tell_measuring()
     target = Path(f"{source.stem}-compare.html") if out is None else out
     check_page(target)
     image = io.read_image(source)
     truth = None if reference is None else io.read_image(reference)
     with telling_warnings():
-        comparison = compare(image, models, budgets, truth, downscale, scale, device_of(device), runs, progress=not quiet)
+        comparison = compare(
+            image,
+            models,
+            budgets,
+            truth,
+            downscale,
+            scale,
+            device_of(running["device"]),
+            runs,
+            progress=not quiet,
+            dtype=precision_of(running),
+            tune=running["tune"],
+        )
     write_page(target, comparison, source.name, detail)
     if quiet:
         return

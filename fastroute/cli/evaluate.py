@@ -7,7 +7,15 @@ from typing import Any
 
 import click
 
-from fastroute.cli._common import Command, check_routing, load_router, model_options
+from fastroute.cli._common import (
+    Command,
+    check_routing,
+    load_router,
+    model_options,
+    running_of,
+    running_options,
+    tell_measuring,
+)
 
 
 @click.command("evaluate", cls=Command, short_help="Measure a model on a folder of images: PSNR, SSIM, FLOPs, time.")
@@ -23,11 +31,11 @@ from fastroute.cli._common import Command, check_routing, load_router, model_opt
 @click.option("--k", type=float, help="Cost exponent of PCSR's decision.")
 @click.option("--adaptive", is_flag=True, default=None, help="PCSR's adaptive decision (ADM) instead of --k.")
 @click.option("--refine/--no-refine", default=None, help="PCSR's refinement of class borders; on by default.")
-@click.option("--device", metavar="DEVICE", default="cpu", show_default=True, help="Where to run, say cuda.")
+@running_options
 @click.option("--json", "target", type=click.Path(path_type=Path), help="Also write every number to this file.")
 @click.option("--quiet", is_flag=True, help="No progress bar.")
 def command(
-    model: str, images: Path, exclude: tuple[str, ...], scale: int | None, patch: int | None, stride: int | None, device: str,
+    model: str, images: Path, exclude: tuple[str, ...], scale: int | None, patch: int | None, stride: int | None,
     target: Path | None, quiet: bool,
     **options: Any,
 ) -> None:  # fmt: skip
@@ -41,15 +49,19 @@ def command(
 
     if target is not None and not target.resolve().parent.is_dir():
         raise click.BadParameter(f"the folder {target.parent} does not exist", param_hint="--json")
+    running = running_of(options)
     chosen = {name: value for name, value in options.items() if value is not None}
-    router = load_router(model, device, scale, patch, stride)
+    if not quiet:
+        tell_measuring()
+    router = load_router(model, running, scale, patch, stride)
     chosen = check_routing(router, model, chosen)
     errors: list[str] = []
     rows = evaluation.evaluate(router, images, scale, exclude, not quiet, errors, **chosen)
     click.echo(f"{evaluation.table(rows)}\n\n{evaluation.LEGEND}")
     if target is not None:
         evaluation.write_json(
-            target, rows, model=model, options={**chosen, "scale": scale}, device=device, threads=torch.get_num_threads(),
+            target, rows, model=model, options={**chosen, **running, "scale": scale}, device=running["device"],
+            threads=torch.get_num_threads(),
             fastroute=fastroute.__version__,
         )  # fmt: skip
         click.echo(f"wrote {target}")

@@ -9,7 +9,16 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from fastroute.catalogue import DEFAULT_MODEL
-from fastroute.cli._common import Command, check_deciding, check_routing, load_router, model_options, tell_measuring
+from fastroute.cli._common import (
+    Command,
+    check_deciding,
+    check_routing,
+    load_router,
+    model_options,
+    running_of,
+    running_options,
+    tell_measuring,
+)
 
 if TYPE_CHECKING:
     from fastroute.batch import Job
@@ -53,7 +62,7 @@ SLOW_TO_WRITE = 1 << 25
 @click.option("--memory-limit", type=click.IntRange(min=1), metavar="MB",
               help="Work in bands within so much memory, beside input and result. With a .tif or .zarr as OUT these are "
               "streamed too, and the limit holds for all; metadata and transparency are then left out.")  # fmt: skip
-@click.option("--device", metavar="DEVICE", default="cpu", show_default=True, help="Where to run, say cuda.")
+@running_options
 @click.option("--quiet", is_flag=True, help="No progress bar and no summary; errors are shown.")
 def command(
     sources: tuple[Path, ...],
@@ -68,7 +77,6 @@ def command(
     overwrite: bool,
     memory_limit: int | None,
     shared_budget: bool,
-    device: str,
     quiet: bool,
     **options: Any,
 ) -> None:
@@ -96,11 +104,12 @@ def command(
     # Files that cannot be read are reported once, by this command; the limit on pixels is an error here, not a warning.
     logging.getLogger("tifffile").setLevel(logging.CRITICAL)
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+    running = running_of(options)
     chosen = {name: value for name, value in options.items() if value is not None and value is not False}
     if options["refine"] is not None:
         chosen["refine"] = options["refine"]
     check_deciding(chosen, shared_budget)
-    if "budget_ms" in chosen and not quiet:
+    if not quiet:
         tell_measuring()
     places = {"scale": chosen.get("scale"), "patch": patch, "stride": stride}
     limit = {} if memory_limit is None else {"memory_limit": memory_limit * 1_000_000}
@@ -114,7 +123,7 @@ def command(
             what = "it is a folder" if sources[0].is_dir() else "there are several inputs"
             raise click.UsageError(f"cannot read {sources[0]} into the one file {target}: {what}, so OUT must be a folder")
         jobs = batch.plan_jobs(sources, target, file_format and f".{file_format}", class_map, overwrite)
-        router = load_router(model, device, **places)
+        router = load_router(model, running, **places)
         chosen = check_routing(router, model, chosen)
         for folder in (target, class_map):
             if folder is not None:
@@ -140,11 +149,11 @@ def command(
     if streamed:
         if class_map is not None:
             raise click.UsageError("--class-map shows the classes over the result, which a streamed one is too large for")
-        _stream(job, model, device, places, quiet, chosen, limit["memory_limit"])
+        _stream(job, model, running, places, quiet, chosen, limit["memory_limit"])
         return
     # A file that cannot be read is told before the model is loaded.
     picture = batch.read_job(job, drop_alpha)
-    router = load_router(model, device, **places)
+    router = load_router(model, running, **places)
     chosen = check_routing(router, model, chosen)
     batch.check_target(router, job, picture, **chosen)
     result, upscaled = upscale_picture(router, picture, progress=not quiet, **chosen, **limit)
@@ -158,14 +167,20 @@ def command(
 
 
 def _stream(
-    job: Job, model: str, device: str, places: dict[str, Any], quiet: bool, chosen: dict[str, Any], memory_limit: int
+    job: Job,
+    model: str,
+    running: dict[str, Any],
+    places: dict[str, Any],
+    quiet: bool,
+    chosen: dict[str, Any],
+    memory_limit: int,
 ) -> None:
     from fastroute.cli._summary import tell_routing
     from fastroute.streaming.files import check_target
     from fastroute.streaming.upscale_file import upscale_file
 
     check_target(job.target)
-    router = load_router(model, device, **places)
+    router = load_router(model, running, **places)
     chosen = check_routing(router, model, chosen)
     written = upscale_file(job.source, job.target, router, memory_limit, progress=not quiet, **chosen)
     if not quiet:

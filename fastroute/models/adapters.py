@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastroute.models.precision import FullPrecision
+
 # Largest difference of two log scores of one patch: what float32 holds above the smallest score that a budget tells apart.
 LOG_RANGE = 80.0
 
@@ -94,7 +96,7 @@ def evaluating(module: nn.Module) -> nn.Module:
         return module
 
 
-class ScoreClassifier(nn.Module):
+class ScoreClassifier(FullPrecision):
     """Patches to class scores by one number per patch, its difficulty.
 
     The class of a patch is the number of thresholds that its difficulty exceeds. A penalty on costs, and so a budget, moves

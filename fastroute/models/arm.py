@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from fastroute.models.carn import CARN
 from fastroute.models.fsrcnn import FSRCNN
+from fastroute.models.precision import FullPrecision
 from fastroute.models.srresnet import SRResNet
 from fastroute.profiling import count_flops
 
@@ -70,7 +71,7 @@ def edge_score(patches: Tensor) -> Tensor:  # [N, 3, p, p] -> [N]
     return edges.abs_().mul_(2).clamp_(max=255).mean(dim=(1, 2, 3))
 
 
-class EdgeTable(nn.Module):
+class EdgeTable(FullPrecision):
     """PSNR that each class reaches on patches of an edge score, measured on data.
 
     Shape:
@@ -140,7 +141,7 @@ def interpolate(centres: Tensor, values: Tensor, at: Tensor) -> Tensor:  # [bins
     return torch.lerp(values[:, right - 1], values[:, right], share).t()
 
 
-class EdgeClassifier(nn.Module):
+class EdgeClassifier(FullPrecision):
     """Patches to class scores through :func:`edge_score` and an :class:`EdgeTable`; ARM's classifier, without weights.
 
     The largest score is the published decision, argmax of eta * PSNR - cost. Under a budget the scores of :func:`budget_scores`

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fastroute.models.precision import FullPrecision, sums_of
+
 # Mean colour of DIV2K, in units of [0, 1].
 RGB_MEAN = (0.4488, 0.4371, 0.4040)
 
@@ -99,15 +101,17 @@ class CARN(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # [B, C, H, W]
         """See the class."""
+        dtype = self.entry.weight.dtype
         if self.sub_mean is not None:
-            x = self.sub_mean(x)
-        x = cascade(self.entry(x), (self.b1, self.b2, self.b3), (self.c1, self.c2, self.c3))
+            # Means stay float32 around a half network.
+            x = self.sub_mean(x if x.dtype == dtype else x.to(sums_of(dtype)))
+        x = cascade(self.entry(x.to(dtype)), (self.b1, self.b2, self.b3), (self.c1, self.c2, self.c3))
         if self.upsample is None or self.exit is None or self.add_mean is None:
             return x
-        return self.add_mean(self.exit(self.upsample(x)))
+        return self.add_mean(self.exit(self.upsample(x)).to(sums_of(dtype)))
 
 
-class MeanShift(nn.Module):
+class MeanShift(FullPrecision):
     """Adds a colour; not part of the state dict."""
 
     def __init__(self, colour: Sequence[float]) -> None:
@@ -119,7 +123,7 @@ class MeanShift(nn.Module):
         return x + self.get_buffer("colour").to(x.dtype)
 
 
-class MeanConvolution(nn.Conv2d):
+class MeanConvolution(FullPrecision, nn.Conv2d):
     """Adds a colour, as a 1 x 1 convolution that begins as the identity and that ClassSR trains."""
 
     def __init__(self, colour: Sequence[float]) -> None:

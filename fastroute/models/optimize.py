@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -10,6 +12,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from fastroute.models.adapters import evaluating, inference_copy
 from fastroute.models.arm import Bicubic
 from fastroute.models.fsrcnn import TransposedConv2d
+from fastroute.models.precision import sums_of
 from fastroute.models.subpixel import SubpixelPlan, dense_equivalent
 from fastroute.ops._upsampled import SIZES, Upsampler, bias_of
 
@@ -53,7 +56,7 @@ def split_upsampler(branch: nn.Module, shuffle: int) -> tuple[nn.Module, Upsampl
     """
     layers = list(branch) if type(branch) is nn.Sequential else []
     last = _convolution(layers.pop()) if layers else None
-    if last is None or (shuffle, last.kernel_size[0]) not in SIZES or last.weight.dtype != torch.float32:
+    if last is None or (shuffle, last.kernel_size[0]) not in SIZES or sums_of(last.weight.dtype) != torch.float32:
         return None
     empty = last.weight.new_empty(0)
     expand, expand_bias, slope = empty.view(0, 0), empty, empty
@@ -66,7 +69,7 @@ def split_upsampler(branch: nn.Module, shuffle: int) -> tuple[nn.Module, Upsampl
     if not layers:
         return None
     expand, expand_bias, slope, weight, bias = (
-        tensor.detach().contiguous() for tensor in (expand, expand_bias, slope, last.weight, bias_of(last))
+        tensor.detach().float().contiguous() for tensor in (expand, expand_bias, slope, last.weight, bias_of(last))
     )
     return nn.Sequential(*layers), Upsampler(expand, expand_bias, slope, weight, bias, shuffle)
 
@@ -126,5 +129,9 @@ def _rewrite_sequence(sequence: nn.Sequential) -> nn.Sequential:
 
 
 def parameter_dtype(module: nn.Module) -> torch.dtype:
-    """The floating type in which `module` computes; float32 for one without parameters."""
-    return next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
+    """The floating type in which `module` computes, that of most of its weights; float32 for one without parameters."""
+    weights: Counter[torch.dtype] = Counter()
+    for p in module.parameters():
+        if p.is_floating_point():
+            weights[p.dtype] += p.numel()
+    return max(weights, key=weights.__getitem__, default=torch.float32)

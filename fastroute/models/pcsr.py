@@ -14,6 +14,7 @@ from fastroute.contexts import on_fake_tensors
 from fastroute.models.adapters import inference_copy
 from fastroute.models.carn import CARN, RGB_MEAN
 from fastroute.models.fsrcnn import FSRCNN
+from fastroute.models.precision import FullPrecision
 from fastroute.reference.adaptive_threshold import adaptive_threshold_reference
 from fastroute.reference.assign_classes import penalised_argmax
 from fastroute.reference.pixel_mlp import pixel_mlp_reference
@@ -60,7 +61,7 @@ class MLP(nn.Module):
         return self.layers(x)
 
 
-class PCSR(nn.Module):
+class PCSR(FullPrecision):
     """An encoder at the size of the input, a classifier of output pixels and one upsampler per class.
 
     Args:

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from fastroute.models.carn import RGB_MEAN, MeanConvolution
+from fastroute.models.carn import RGB_MEAN, MeanConvolution, MeanShift
+from fastroute.models.precision import HALVES, sums_of
 
 
 class ChannelAttention(nn.Module):
@@ -96,14 +97,22 @@ class RCAN(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # [B, C, H, W]
         """See the class."""
-        unit = self.input_range
-        features = self.head(self.sub_mean(x if unit == 1 else x * unit))
-        result = self.add_mean(self.tail(self.body(features).add_(features)))
+        unit, last = self.input_range, self.tail[-1]
+        assert isinstance(last, nn.Conv2d)  # for the type checker
+        dtype = last.weight.dtype
+        if dtype in HALVES:
+            x = x.to(sums_of(dtype))
+        features = self.head(self.sub_mean(x if unit == 1 else x * unit).to(dtype))
+        result = self.tail(self.body(features).add_(features))
+        if dtype in HALVES:
+            # Means, and what is added last, stay float32 around a half network.
+            result = result.to(sums_of(dtype))
+        result = self.add_mean(result)
         return result if unit == 1 else result / unit
 
     @torch.no_grad()
     def fold(self) -> None:
-        """Put the input range and the mean of the output into the convolutions beside them; for inference.
+        """Put the input range into the convolutions beside it, and what mixes colours at the end; for inference.
 
         The mean of the input stays: the convolution behind it pads with zeros, which is the mean colour then.
         """
@@ -117,8 +126,10 @@ class RCAN(nn.Module):
         bias = matrix @ last.bias.double() + back.bias.double()
         first.weight.mul_(self.input_range)
         last.weight.copy_(weight / self.input_range)
-        last.bias.copy_(bias / self.input_range)
-        self.add_mean, self.input_range = nn.Identity(), 1.0
+        # The mean is added by itself: in a half network the layer before it would round it away.
+        mean = back.bias.double() / self.input_range
+        last.bias.copy_(bias / self.input_range - mean)
+        self.add_mean, self.input_range = MeanShift(mean.tolist()).to(last.weight.device), 1.0
 
 
 def conv3(fan_in: int, fan_out: int) -> nn.Conv2d:

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fastroute.models.precision import HALVES, sums_of
+
 SLOPE = 0.1
 
 
@@ -62,10 +64,14 @@ class SRResNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # [B, C, H, W]
         """See the class."""
-        features = self.recon_trunk(F.leaky_relu_(self.conv_first(x), SLOPE))
+        dtype = self.conv_first.weight.dtype
+        features = self.recon_trunk(F.leaky_relu_(self.conv_first(x.to(dtype)), SLOPE))
         for layer in (self.upconv1, self.upconv2):
             if layer is not None:
                 # The activation is the same before the shuffle, where it can be done in place.
                 features = F.pixel_shuffle(F.leaky_relu_(layer(features), SLOPE), self.factor)
         residual = self.conv_last(F.leaky_relu_(self.HRconv(features), SLOPE))
+        if dtype in HALVES:
+            # What the layers find is small: the image that it is added to stays float32.
+            x, residual = x.to(sums_of(dtype)), residual.to(sums_of(dtype))
         return residual.add_(F.interpolate(x, scale_factor=self.scale, mode="bilinear", align_corners=False))

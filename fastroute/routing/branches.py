@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fastroute.models.adapters import inference_copy
+from fastroute.models.carn import CARN
 from fastroute.models.optimize import interpolation, optimize, parameter_dtype, split_shuffle, split_upsampler
+from fastroute.models.precision import HALVES, halve, sums_of
+from fastroute.models.rcan import RCAN
+from fastroute.models.srresnet import SRResNet
 from fastroute.ops._upsampled import Upsampler, Upsamplers, upsamples
 from fastroute.profiling import count_flops
 from fastroute.routing.devices import on_device
-from fastroute.routing.tuning import Tuning, tune
+from fastroute.routing.tuning import GPU_PIXELS, PIXELS, Race, Setting, Shape, default_setting, enabled, race_of
 from fastroute.routing.working_set import ACTIVATIONS, REARRANGED, pass_bytes
+
+# Networks that compute in the type of their weights, but keep what is added last as it is.
+MIXED = (CARN, SRResNet, RCAN)
 
 
 class Branches:
@@ -26,11 +34,14 @@ class Branches:
         channels: of the patches; default as a branch says, else as a first convolution reads, else 3.
         batch: patches per pass; default by measurement.
         scale: of the outputs.
+        tune: find out on the work of calls how they run fastest.
 
     Attributes:
         modules: the prepared networks.
         shuffle: factor of the pixel shuffle that was taken off all of them; 1 for none.
-        channels, dtype: of the patches that they take.
+        channels: of the patches that they take.
+        dtype: in which they compute.
+        taken: type of the patches that they are given; float32 for half networks, some of which add to the image at the end.
         flops, paper_flops: of each per patch, as it was written.
     """
 
@@ -42,15 +53,13 @@ class Branches:
         channels: int | None = None,
         batch: int | None = None,
         scale: int = 1,
+        tune: bool = True,
     ) -> None:
         for name, number in (("channels", channels), ("batch", batch)):
             if number is not None and number < 1:
                 raise ValueError(f"PatchRouter: {name} must be at least 1; got {number}")
         self.batch, self.channels, self.scale = batch, channels or guess_channels(branches), scale
-        self.optimized = optimized
-        # A class without weights computes in the type of the others.
-        weighted = [branch for branch in branches if next(branch.parameters(), None) is not None]
-        self.dtype = parameter_dtype([*weighted, *branches][0])
+        self.optimized, self.tune = optimized, tune
         self.size = (1, self.channels, patch, patch)
         self.flops = [count_flops(branch, self.size) for branch in branches]
         self.paper_flops = [count_flops(branch, self.size, "paper") for branch in branches]
@@ -59,25 +68,61 @@ class Branches:
         # The stitching undoes a pixel shuffle on the way when all branches end with the same one.
         self.shuffle = split[0][1] if len({factor for _, factor in split}) == 1 else 1
         self.modules = [body for body, _ in split] if self.shuffle > 1 else prepared
+        self._find_dtype()
         self._device = torch.device("cpu")  # of branches without weights
         # What `split` found in which modules; a new one in its place is looked at anew.
         self._split: tuple[list[nn.Module], Sequence[nn.Module], Upsamplers] | None = None
+        self._exact: Upsamplers = []  # of half networks, what it was before they were rounded
         self._pass_bytes: dict[tuple[int, bool], int] = {}
-        self._tunings: dict[tuple[int, torch.device, int], Tuning] = {}
+        self._races: dict[tuple[int, torch.device, int], Race] = {}
+        self._formats: dict[int, bool] = {}  # whether the weights of a branch are channels_last, once they are arranged
+        # Of the other memory format, while the two are compared; what of whom.
+        self._others: dict[int, tuple[nn.Module, nn.Module]] = {}
+        self._timed: list[_Turn] = []  # turns of a GPU whose time is not known yet
+        self._count_bytes()
 
     @property
     def device(self) -> torch.device:
         """Where they are."""
         return next((p.device for branch in self.modules for p in branch.parameters()), self._device)
 
-    def to(self, device: str | torch.device) -> None:
-        """Move them."""
+    def to(self, device: str | torch.device, dtype: torch.dtype | None = None) -> None:
+        """Move them, and let them compute in `dtype`."""
+        halved = dtype in HALVES and self.dtype not in HALVES
+        if halved:
+            self._exact = self.cut(self.modules)[1]
+        elif dtype is not None and dtype not in HALVES:
+            self._exact = []
         for module in self.modules:
-            module.to(device)
+            if halved:
+                halve(module, dtype)  # type: ignore[arg-type]
+            module.to(device, dtype)
+        self._find_dtype()
+        self._pass_bytes.clear()
         # As tensors name it: a GPU by its number.
         self._device = torch.empty(0, device=device).device
-        self._tunings.clear()
+        self._races.clear()
+        self._formats.clear()
+        self._others.clear()
+        self._timed.clear()
         self._split = None
+        self._count_bytes()
+
+    def _find_dtype(self) -> None:
+        # A class without weights computes in the type of the others.
+        weighted = [branch for branch in self.modules if next(branch.parameters(), None) is not None]
+        self.dtype = parameter_dtype([*weighted, *self.modules][0])
+        self.taken = sums_of(self.dtype)
+        self._mixed = bool(weighted) and all(isinstance(branch, MIXED) for branch in weighted)
+
+    def given(self, device: torch.device) -> torch.dtype:
+        """Type of what they give on `device`: float32 where last layers or sums are left to be done in it."""
+        return self.taken if self._mixed or self.split(device)[1] else self.dtype
+
+    def reads(self, c: int) -> torch.dtype:
+        """Type in which branch `c` reads patches."""
+        weighted = next(self.modules[c].parameters(), None) is not None
+        return self.dtype if weighted and not isinstance(self.modules[c], MIXED) else self.taken
 
     def split(self, device: torch.device) -> tuple[Sequence[nn.Module], Upsamplers]:
         """What of each branch runs on `device` before the stitching, and the last layers that are left to it, if any.
@@ -86,10 +131,12 @@ class Branches:
         interpolate. A branch that ends otherwise finishes its patches; but if all end with a pixel shuffle, all are left at
         that.
         """
-        if not self.optimized or self.dtype != torch.float32 or self.scale < 2 or not upsamples(device):
+        if not self.optimized or self.taken != torch.float32 or self.scale < 2 or not upsamples(device):
             return self.modules, []
         if self._split is None or any(a is not b for a, b in zip(self._split[0], self.modules, strict=True)):
-            self._split = list(self.modules), *self.cut(self.modules)
+            bodies, upsamplers = self.cut(self.modules)
+            # As they were before the networks were made half.
+            self._split = list(self.modules), bodies, self._exact or upsamplers
         return self._split[1], self._split[2]
 
     def cut(self, modules: Sequence[nn.Module]) -> tuple[Sequence[nn.Module], Upsamplers]:
@@ -108,43 +155,159 @@ class Branches:
         fits = part is not None and (part[1].shuffle, part[1].channels) == (self.scale, self.channels)
         return part if fits else None
 
-    def known(self, c: int, device: torch.device) -> Tuning | None:
-        """How branch `c` runs on `device`, where this has been found."""
-        return self._tunings.get((c, device, torch.get_num_threads()))
+    def setting(self, c: int, device: torch.device) -> Setting:
+        """How branch `c` runs on `device` for all that is known now."""
+        if self.batch is not None:
+            return Setting(self.batch * self.size[2] * self.size[3])
+        return self._race(c, device).best or default_setting(device)
 
-    def tuning(self, c: int, device: torch.device) -> Tuning:
-        """How branch `c`, as :meth:`split` cuts it, runs on `device`; measured on the first call."""
+    def batch_of(self, c: int, device: torch.device) -> int:
+        """Patches of the router's own size that pass together through branch `c` on `device`."""
+        batch = self.setting(c, device).batch(self.size)
+        return batch if self.batch is not None else min(batch, self.largest(c, device))
+
+    def run(self, c: int, patches: Tensor) -> list[Tensor]:  # [N, C, h, w] -> [n, ...] each
+        """What branch `c`, as :meth:`split` cuts it, makes of `patches`, pass by pass.
+
+        As long as nobody knows how it runs fastest, some of the work is done in ways that are compared: see
+        :class:`fastroute.routing.tuning.Race`. Their results are as good as any others.
+        """
+        results: list[Tensor] = []
+        left, shape = patches, (patches.shape[2], patches.shape[3])
+        while left.shape[0]:
+            turn = self._turn(c, left.shape[0], shape, patches.device)
+            if turn is None:
+                results += self._passes(c, left, self.setting(c, patches.device))
+                break
+            part, left = left[: turn.patches], left[turn.patches :]
+            with turn:
+                results += self._passes(c, part, turn.setting)
+            self._timed.append(turn)
+            if patches.device.type == "cpu":
+                self.collect()
+        return results
+
+    def collect(self) -> None:
+        """Take note of what turns have taken; on a GPU all work must be done."""
+        while self._timed:
+            turn = self._timed.pop(0)
+            turn.race.add(turn.shape, turn.setting, turn.seconds / (turn.patches * turn.shape[0] * turn.shape[1]))
+
+    def remember(self) -> None:
+        """At the end of a call, whose work on the device is done: keep what has been measured."""
+        self.collect()
+        for race in self._races.values():
+            race.remember()
+
+    def _race(self, c: int, device: torch.device) -> Race:
         key = (c, device, torch.get_num_threads())
-        if key not in self._tunings:
-            example = torch.full(self.size, 0.5, dtype=self.dtype, device=device)
-            module = self.split(device)[0][c]
-            fixed = None if self.batch is None else Tuning(self.batch, False, 0.0)
-            self._tunings[key] = fixed or tune(module, example, self.largest(c, device))
-            module.to(memory_format=self._tunings[key].memory_format)  # type: ignore[call-overload]
-        return self._tunings[key]
+        if key not in self._races:
+            example = torch.empty(self.size, dtype=self.dtype, device=device)
+            self._races[key] = race_of(self.split(device)[0][c], example)
+        return self._races[key]
 
-    def largest(self, c: int, device: torch.device) -> int:
-        """Patches that may pass together."""
-        return max(1, on_device(ACTIVATIONS, device) // self.pass_bytes(c, device))
+    def _turn(self, c: int, count: int, shape: Shape, device: torch.device) -> _Turn | None:
+        """The next turn of the search for how branch `c` runs fastest, where `count` patches are enough for one."""
+        if self.batch is not None or not self.tune or not enabled():
+            return None
+        race = self._race(c, device)
+        if race.best is not None:
+            return None
+        largest = self.largest(c, device, shape)
+        patches = race.patches(shape, largest)
+        setting = race.turn(shape, largest) if count >= patches else None
+        return None if setting is None else _Turn(race, shape, setting, patches, device)
+
+    def _passes(self, c: int, patches: Tensor, setting: Setting) -> list[Tensor]:
+        batch = setting.batch(patches.shape)
+        if self.batch is None:
+            batch = min(batch, self.largest(c, patches.device, (patches.shape[2], patches.shape[3])))
+        module = self._arranged(c, patches.device, setting)
+        patches = patches.to(self.reads(c)).contiguous(memory_format=setting.memory_format)
+        given = self.given(patches.device)
+        return [module(part).to(given) for part in patches.split(even_parts(patches.shape[0], batch))]
+
+    def _arranged(self, c: int, device: torch.device, setting: Setting) -> nn.Module:
+        """Branch `c` with its weights in the memory format of `setting`."""
+        module, last = self.split(device)[0][c], setting.channels_last
+        if self._formats.get(c) == last:
+            return module
+        # Weights that are made here must serve outside of inference mode too.
+        with torch.inference_mode(False), torch.no_grad():
+            if c in self._formats and self.setting(c, device).channels_last != last:
+                # A copy, so that nothing changes but for the turn.
+                if c not in self._others or self._others[c][0] is not module:
+                    other = inference_copy(module)
+                    self._others[c] = module, other.to(memory_format=setting.memory_format)  # type: ignore[call-overload]
+                return self._others[c][1]
+            self._others.pop(c, None)
+            self._formats[c] = last
+            return module.to(memory_format=setting.memory_format)  # type: ignore[call-overload]
+
+    def largest(self, c: int, device: torch.device, shape: Shape | None = None) -> int:
+        """Patches that may pass together, of the router's own size unless told otherwise."""
+        height, width = shape or (self.size[2], self.size[3])
+        each = self.pass_bytes(c, device) * height * width // (self.size[2] * self.size[3])
+        return max(1, on_device(ACTIVATIONS, device) // max(each, 1))
 
     def pass_bytes(self, c: int, device: torch.device) -> int:
         """What a patch takes on its way through branch `c`, as `split` cuts it."""
         branches, upsamplers = self.split(device)
         key = (c, bool(upsamplers))
         if key not in self._pass_bytes:
-            self._pass_bytes[key] = REARRANGED * pass_bytes(branches[c], self.size, self.dtype)
+            self._pass_bytes[key] = REARRANGED * pass_bytes(branches[c], self.size, self.reads(c))
         return self._pass_bytes[key]
 
+    def _count_bytes(self) -> None:
+        """Count now what a first call would otherwise count: it should run no branch more often than the next one does."""
+        for c in range(len(self.modules)):
+            self.pass_bytes(c, self.device)
+
     def batch_bytes(self, device: torch.device) -> int:
-        """What the batch that takes most holds on its way through a branch."""
-        tunings = {c: self.known(c, device) for c in range(len(self.modules))}
-        return max(self.pass_bytes(c, device) * (t.batch if t else 0) for c, t in tunings.items())
+        """What the batch that takes most holds on its way through a branch, in whichever way it may run."""
+        return max(self.pass_bytes(c, device) * self._most(c, device) for c in range(len(self.modules)))
+
+    def _most(self, c: int, device: torch.device) -> int:
+        if self.batch is not None or not self.tune or not enabled() or self._race(c, device).best is not None:
+            return self.batch_of(c, device)
+        pixels = max(PIXELS if device.type == "cpu" else GPU_PIXELS)
+        return min(Setting(pixels).batch(self.size), self.largest(c, device))
 
     def produced_bytes(self, device: torch.device) -> int:
         """What of a patch is held between its branch and the stitching."""
         upsamplers = self.split(device)[1] or [None]
         values = max(u.features if u else self.channels * self.scale**2 for u in upsamplers)
-        return values * self.size[2] ** 2 * self.dtype.itemsize
+        return values * self.size[2] ** 2 * self.given(device).itemsize
+
+
+class _Turn:
+    """The time of some patches of `shape` in a branch, run with `setting`; on a GPU it is known once the device is done."""
+
+    def __init__(self, race: Race, shape: Shape, setting: Setting, patches: int, device: torch.device) -> None:
+        self.race, self.shape, self.setting, self.patches, self.device = race, shape, setting, patches, device
+        self.begin = self.taken = 0.0
+        self.events: list[torch.cuda.Event] = []
+
+    @property
+    def seconds(self) -> float:
+        """How long it took."""
+        return self.events[0].elapsed_time(self.events[1]) / 1e3 if self.events else self.taken
+
+    def __enter__(self) -> None:
+        self._mark()
+
+    def __exit__(self, kind: type[BaseException] | None, error: object, trace: object) -> None:
+        self._mark()
+        if kind is not None:
+            self.race.add(self.shape, self.setting, None)
+
+    def _mark(self) -> None:
+        if self.device.type == "cuda":
+            with torch.cuda.device(self.device):
+                self.events.append(torch.cuda.Event(enable_timing=True))
+                self.events[-1].record(torch.cuda.current_stream(self.device))
+        else:
+            self.begin, self.taken = time.perf_counter(), time.perf_counter() - self.begin
 
 
 def even_parts(count: int, batch: int) -> list[int]:

@@ -128,7 +128,7 @@ def affords_all(limit: Budget, number: int, costs: list[float], pace: Pace | Non
 def measure_pace(router: PatchRouter, dtype: torch.dtype) -> Pace:
     """The speed of every part of `router` on images of `dtype`, from a picture of noise."""
     device = router.device
-    batch = max(router.networks.tuning(c, device).batch for c in range(router.num_classes))
+    batch = max(router.networks.batch_of(c, device) for c in range(router.num_classes))
     rows = -(-max(batch, on_device(PATCHES, device)) // COLUMNS)
     height, width = (router.patch + (n - 1) * router.stride for n in (rows, COLUMNS))
     image = noise((1, router.channels, height, width), dtype, device)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fastroute.contexts import computing_in_own_type, ordinarily
 from fastroute.grid import TileGrid
+from fastroute.models.precision import HALVES
 from fastroute.ops import _checks as check
 from fastroute.ops._library import OPERATORS, call
 from fastroute.ops._upsampled import Upsampler, Upsamplers, stitch_upsampled
@@ -121,15 +122,25 @@ class FixedPatchRouter(nn.Module):
             self.classifier = FixedClassifier(frozen_copy(router.classifier), (batch, *self.shape[-3:]), self.grid, self.device)
         self.slots = Slots(self._capacities(router, capacities, sample, slack), self.number, self.device)
 
-        self.tunings = [
-            router.networks.tuning(c, self.device) if slots else None for c, slots in enumerate(self.slots.capacities)
+        # Per branch: memory format and patches per pass; nothing that a call could change.
+        self.settings = [
+            (router.networks.setting(c, self.device).memory_format, router.networks.batch_of(c, self.device))
+            for c in range(self.num_classes)
         ]
         # Copies, because a graph knows weights by their addresses, and the router may rearrange its own.
         self.branches = nn.ModuleList(map(frozen_copy, router.branches))
-        self.compute_dtype, self.shuffle = router.dtype, router.shuffle
+        for branch, (memory_format, _) in zip(self.branches, self.settings, strict=True):
+            branch.to(memory_format=memory_format)  # type: ignore[call-overload]
+        self.shuffle = router.shuffle
+        # Types of the patches that are cut out, that each branch reads, and of what it gives.
+        self.taken, self.given = router.networks.taken, router.networks.given(self.device)
+        self.reads = [router.networks.reads(c) for c in range(self.num_classes)]
         # What of them runs before the stitching, and what with it; a CPU alone has kernels for that.
         networks = router.networks
-        bodies, upsamplers = networks.cut(list(self.branches)) if networks.split(self.device)[1] else ((), [])
+        left = networks.split(self.device)[1]
+        bodies, upsamplers = networks.cut(list(self.branches)) if left else ((), [])
+        if router.dtype in HALVES:
+            upsamplers = left
         # Not registered once more: their layers are those of `branches`.
         self.bodies = tuple(bodies)
         self.upsamplers = nn.ModuleDict({str(c): UpsamplerLayers(u) for c, u in enumerate(upsamplers) if u is not None})
@@ -155,15 +166,13 @@ class FixedPatchRouter(nn.Module):
         upsamplers = self._upsamplers() if self.device.type == "cpu" else []
         branches = self.bodies if upsamplers else self.branches
         space, first = Workspace(self.grid, channels, self.shuffle, "uniform", upsamplers), 0
-        for c, (branch, tuning, count) in enumerate(zip(branches, self.tunings, self.capacities, strict=True)):
-            if tuning is None:
+        for c, (branch, (memory_format, most), count) in enumerate(zip(branches, self.settings, self.capacities, strict=True)):
+            if not count:
                 continue
             order = placed.patches[first : first + count]
             first += count
-            patches = extract_patches(
-                images, self.grid, order=order, dtype=self.compute_dtype, memory_format=tuning.memory_format
-            )
-            space.put([branch(part) for part in patches.split(even_parts(count, tuning.batch))], c)
+            patches = extract_patches(images, self.grid, order=order, dtype=self.taken, memory_format=memory_format)
+            space.put([branch(part.to(self.reads[c])).to(self.given) for part in patches.split(even_parts(count, most))], c)
         output = torch.empty((batch, channels, *self.grid.output_size), dtype=self.dtype, device=self.device)
         self._stitch(space, placed.places, output)
         maps = placed.classes.view(batch, self.grid.rows, self.grid.cols)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fastroute.contexts import computing_in_own_type, ordinarily
 from fastroute.models.pcsr import relative_coordinates
+from fastroute.models.precision import sums_of
 from fastroute.ops import _checks as check
 from fastroute.ops.adaptive_threshold import adaptive_threshold
 from fastroute.ops.assign_classes import assign_classes
@@ -21,7 +22,7 @@ from fastroute.routing.branches import frozen_copy
 from fastroute.routing.budgets import check_possible, dearest
 from fastroute.routing.fixed import FixedUpscaled, check_fixed, check_shape
 from fastroute.routing.graphs import CudaGraph
-from fastroute.routing.pixel_image import last_layer, odds
+from fastroute.routing.pixel_image import last_layer, odds, upsample
 from fastroute.routing.pixel_router import PixelRouter
 
 
@@ -108,7 +109,7 @@ class FixedPixelRouter(nn.Module):
             # argmax of softmax(z) / cost^k is argmax of z - k · log(cost): a change of the last bias.
             shift = torch.tensor([k * math.log(c) for c in self.costs], dtype=torch.float64).to(self.device)
             self.classifier = last_layer(router.classifier, lambda w, b: (w, (b.double() - shift).to(b.dtype)))
-        self.register_buffer("mean", router.model.get_buffer("mean").to(self.device, router.dtype), persistent=False)
+        self.register_buffer("mean", router.model.get_buffer("mean").to(self.device, sums_of(router.dtype)), persistent=False)
         like = torch.empty(1, dtype=router.dtype, device=self.device).expand(1, 1, h, w)
         self.register_buffer("place", relative_coordinates(like, self.size), persistent=False)
 
@@ -117,10 +118,10 @@ class FixedPixelRouter(nn.Module):
     def forward(self, image: Tensor) -> FixedUpscaled:
         """See the class. Floating images are not looked at, and taken as they are."""
         images = check_fixed("upscale", image, self.shape, self.dtype, self.device)
-        lr = to_float(images, self.compute_dtype)
-        features = self.encoder((lr - self.mean).contiguous(memory_format=torch.channels_last))
+        lr = to_float(images, sums_of(self.compute_dtype))
+        features = self.encoder((lr - self.mean).to(self.compute_dtype, memory_format=torch.channels_last))
         classes = self._classes(features)
-        raw = pixel_mlp(features, self.mlps, self.size, classes, lr, relative=self.place)
+        raw = upsample(features, self.mlps, self.size, classes, lr, None, self.place)
         near = classes if self.refine else torch.zeros_like(classes)
         if self.dtype in check.INTEGER_IMAGE and torch.compiler.is_compiling():
             # The compiler refuses operators that return what they have written.

@@ -25,6 +25,7 @@ from fastroute.models.checkpoints import CheckpointError, fitted, read_checkpoin
 from fastroute.models.classsr import ClassSR, PatchClassifier
 from fastroute.models.fsrcnn import FSRCNN
 from fastroute.models.pcsr import PCSR
+from fastroute.models.precision import check_precision
 from fastroute.models.rcan import RCAN
 from fastroute.models.scales import scale_of_flat_images, scale_of_shapes
 from fastroute.models.srresnet import SRResNet
@@ -50,6 +51,8 @@ def load(
     scale: float | None = None,
     patch: int | None = None,
     stride: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    tune: bool = True,
 ) -> PatchRouter | PixelRouter:
     """An upscaler from a shipped model or a checkpoint file.
 
@@ -65,12 +68,16 @@ def load(
             that give none.
         patch, stride: LR patch size and distance of patches. Default: what the file says; else 32, and as distance
             :func:`fastroute.grid.usual_stride`.
+        dtype: in which the networks compute: float32, bfloat16, float16 or float64. Images keep their own type; sums, means
+            and what is added last are float32 in a half network too.
+        tune: find out on the work of calls how the branches run fastest, see :class:`fastroute.PatchRouter`.
 
     Returns:
         :class:`fastroute.PatchRouter`, or for PCSR :class:`fastroute.PixelRouter`; call its `upscale`.
 
     Raises:
-        ValueError: a device that cannot be used, or a scale, patch or stride that is impossible.
+        ValueError: a device that cannot be used, float16 on a CPU that has no convolutions of it, or a scale, patch or
+            stride that is impossible.
         fastroute.CheckpointError: no such model or file, a damaged file, a model of another scale than asked for, or another
             architecture (the message names the keys that do not fit).
 
@@ -78,6 +85,7 @@ def load(
         UserWarning: the upscaling factor is not certain.
     """
     device = usable_device(device)
+    check_precision("load", dtype, device)
     asked = _asked(scale, patch, stride)
     path = WEIGHTS / f"{name_or_path}.safetensors"
     if str(name_or_path) not in list_models():
@@ -105,12 +113,14 @@ def load(
         if published:
             published_state = state_dict_of(PCSR.published_state(content), path)
             pcsr = fitted(lambda: PCSR.of_specification(content), published_state, path)
-            return _pixel_router(pcsr, settings, asked).to(device)
+            return _pixel_router(pcsr, settings, asked).to(device, dtype)
         state = state_dict_of(content, path)
         if "classifier.layers.0.weight" in state:
             pcsr = fitted(lambda: _pcsr(state, settings.get("mean")), state, path)
-            return _pixel_router(pcsr, settings, asked).to(device)
-        return _router(state, path, settings, asked).to(device)
+            return _pixel_router(pcsr, settings, asked).to(device, dtype)
+        router = _router(state, path, settings, asked).to(device, dtype)
+        router.networks.tune = tune
+        return router
     except CheckpointError:
         raise
     except (ValueError, ArithmeticError, LookupError, TypeError, AttributeError, RuntimeError) as error:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import groupby, islice
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -13,19 +13,19 @@ from torch import Tensor, nn
 from fastroute.contexts import CallLock, ordinarily
 from fastroute.grid import TileGrid
 from fastroute.models.adapters import as_module
+from fastroute.models.precision import Precisions, parse_to
 from fastroute.ops import _checks as check
 from fastroute.ops.extract_patches import extract_patches
 from fastroute.ops.group_by_class import group_by_class
 from fastroute.profiling import RoutedFlops, mix_flops
 from fastroute.progress import Progress, shown
 from fastroute.routing.bands import Band, band_of_patches, plan_bands
-from fastroute.routing.branches import Branches, even_parts, frozen_copy
+from fastroute.routing.branches import Branches, frozen_copy
 from fastroute.routing.budgets import Budget, check_possible
 from fastroute.routing.choose import PatchPaces, check_least, choose_classes
 from fastroute.routing.classify import classifying_bytes
 from fastroute.routing.devices import on_device
 from fastroute.routing.result import RoutingStats, Stopwatch, Streamed, Upscaled
-from fastroute.routing.tuning import Tuning
 from fastroute.routing.working_set import AUTO, Limit, WorkingSet, advised, check_limit, limit_on, of_patches
 from fastroute.routing.workspace import Workspace
 from fastroute.streaming.ends import Ends, home, in_memory, output_like, streamed
@@ -40,7 +40,7 @@ PATCHES_PER_BAND = 1024
 HELD_BYTES = {"cpu": 64 << 20, "cuda": 1 << 30}
 
 
-class PatchRouter:
+class PatchRouter(Precisions):
     """Super-resolution of whole images by several networks, each patch by the one that its class says.
 
     Args:
@@ -59,6 +59,9 @@ class PatchRouter:
             branch that has none, such as an interpolation, one per output value.
         batch: patches per pass of a branch; default by measurement, which is remembered.
         channels: of the images; default those that a branch names or its first convolution reads, else 3.
+        tune: find out, on the work of calls, which batches and memory format are fastest. It computes nothing twice, ends
+            after some images and is remembered; until then results may differ in their last bits from call to call. Without
+            it, or with FASTROUTE_TUNE=0, what is remembered from before is used, else what suits most networks.
 
     Raises:
         ValueError: no branches, or impossible sizes.
@@ -83,6 +86,7 @@ class PatchRouter:
         costs: Sequence[float] | None = None,
         batch: int | None = None,
         channels: int | None = None,
+        tune: bool = True,
     ) -> None:
         self.lock = CallLock()
         if not branches:
@@ -95,7 +99,7 @@ class PatchRouter:
             raise ValueError(f"PatchRouter: costs must have one entry per branch, {len(branches)}; got {len(costs)}")
         self.classifier = None if classifier is None else frozen_copy(as_module("PatchRouter", "classifier", classifier))
         modules = [as_module("PatchRouter", "branches", branch) for branch in branches]
-        self.networks = Branches(modules, patch, optimized, channels, batch, scale)
+        self.networks = Branches(modules, patch, optimized, channels, batch, scale, tune)
         self.branches, self.shuffle = self.networks.modules, self.networks.shuffle
         self.channels, self.dtype = self.networks.channels, self.networks.dtype
         self.branch_flops, self.paper_flops = self.networks.flops, self.networks.paper_flops
@@ -119,11 +123,23 @@ class PatchRouter:
         return self.networks.device
 
     @ordinarily
-    def to(self, device: str | torch.device) -> PatchRouter:
-        """Move the networks; returns self."""
-        self.networks.to(device)
+    def to(self, *args: Any, **kwargs: Any) -> PatchRouter:
+        """Move the networks to a device, to a type in which they compute, or both, as :meth:`torch.nn.Module.to` does.
+
+        Images keep their own type. What half networks of this package add to the image, or to a mean, is added in float32.
+
+        Returns:
+            The router.
+
+        Raises:
+            ValueError: float16 on a CPU that has no convolutions of it.
+            TypeError: a dtype that is not floating.
+        """
+        device, dtype = parse_to("PatchRouter.to", self.dtype, self.device, args, kwargs)
+        self.networks.to(device, dtype)
         if self.classifier is not None:
-            self.classifier.to(device)
+            self.classifier.to(device, dtype)
+        self.dtype = self.networks.dtype
         return self
 
     @ordinarily
@@ -233,9 +249,6 @@ class PatchRouter:
         source = ends.source
         grid, watch = self._grid(source.shape), Stopwatch(self.device)
         bands = plan_bands(source.shape[0], grid, self._patches_per_band())
-        if memory_limit is not None:
-            self._tunings(range(self.num_classes), watch)
-        known = self.networks.batch_bytes(self.device)
         working = self._working_set(ends, grid, bands, not ends.in_place)
         rows = working.rows(memory_limit)
         lowest = partial(self._working_set, ends, grid, bands, True)
@@ -250,28 +263,17 @@ class PatchRouter:
             counts = self._route(source, sink, grid, bands, class_ids, watch, progress)
         with torch.inference_mode(False):
             maps = class_ids.clone().view(source.shape[0], grid.rows, grid.cols)
-        if self.networks.batch_bytes(self.device) != known:
-            # Now all branches that ran are known.
-            working = self._working_set(ends, grid, bands, not ends.in_place)
         stats = self._stats(counts, classifier_flops, watch, working.bytes(rows))
+        self.networks.remember()
         self.paces.learn(self, source.dtype, stats, watch.parts)
         return maps, stats
-
-    def _tunings(self, classes: Iterable[int], watch: Stopwatch) -> dict[int, Tuning]:
-        """How the branches of `classes` run; measured on their first use."""
-        device, classes = self.device, list(classes)
-        # What is known already costs nothing, and no wait.
-        if all(self.networks.known(c, device) for c in classes):
-            return {c: self.networks.tuning(c, device) for c in classes}
-        with watch.waited("tune"):
-            return {c: self.networks.tuning(c, device) for c in classes}
 
     def _patches_per_band(self) -> int:
         most = on_device(HELD_BYTES, self.device)
         return max(1, min(PATCHES_PER_BAND, most // self.networks.produced_bytes(self.device)))
 
     def _working_set(self, ends: Ends, grid: TileGrid, bands: list[Band], in_bands: bool) -> WorkingSet:
-        extracted = self.channels * self.patch**2 * self.dtype.itemsize
+        extracted = self.channels * self.patch**2 * self.networks.taken.itemsize
         classifying = 0 if self.classifier is None else classifying_bytes(self.classifier, ends.source, grid)
         batch = self.networks.batch_bytes(self.device)
         produced = self.networks.produced_bytes(self.device)
@@ -332,11 +334,10 @@ class PatchRouter:
                 groups = group_by_class(band_of * k + class_ids, len(bands) * k)
             read = torch.cat([per_class, groups.offsets]).tolist()  # the one wait for the device
             totals, offsets = read[: k + 1], read[k + 1 :]
-        branches, upsamplers = self.networks.split(source.device)
-        workspace = Workspace(grid, source.shape[1], self.shuffle, self.window, upsamplers)
+        workspace = Workspace(grid, source.shape[1], self.shuffle, self.window, self.networks.split(source.device)[1])
         with shown(progress, class_ids.numel(), "patch") as bar:
             for number, band in enumerate(bands):
-                self._run_band(band, source, grid, groups.order, offsets[number * k :][: k + 1], branches, workspace, watch)
+                self._run_band(band, source, grid, groups.order, offsets[number * k :][: k + 1], workspace, watch)
                 with watch.stage("stitch"):
                     layers = workspace.stitch(band, groups.inverse, sink.band(band.images, band.output(grid)))
                     sink.done()
@@ -351,7 +352,6 @@ class PatchRouter:
         grid: TileGrid,
         order: Tensor,  # [N]
         offsets: list[int],
-        branches: Sequence[nn.Module],
         workspace: Workspace,
         watch: Stopwatch,
     ) -> None:
@@ -359,21 +359,20 @@ class PatchRouter:
             pixels, part = band.read(source, grid)
             order = order[offsets[0] : offsets[-1]] - band.first_patch(grid)
         counts = [offsets[c + 1] - offsets[c] for c in range(self.num_classes)]
-        tunings = self._tunings((c for c, count in enumerate(counts) if count), watch)
+        formats = {c: self.networks.setting(c, self.device).memory_format for c, count in enumerate(counts) if count}
         first = 0
         # Classes whose branches read the same memory format are cut out together.
-        for memory_format, group in groupby(tunings, key=lambda c: tunings[c].memory_format):
+        for memory_format, group in groupby(formats, key=formats.__getitem__):
             classes = list(group)
-            sizes = [even_parts(counts[c], tunings[c].batch) for c in classes]
             with watch.stage("extract"):
                 end = first + sum(counts[c] for c in classes)
-                patches = extract_patches(pixels, part, order=order[first:end], dtype=self.dtype, memory_format=memory_format)
-                batches = iter(patches.split([size for parts in sizes for size in parts]))
+                patches = extract_patches(
+                    pixels, part, order=order[first:end], dtype=self.networks.taken, memory_format=memory_format
+                )
                 first = end
-            for c, parts in zip(classes, sizes, strict=True):
+            for c, own in zip(classes, patches.split([counts[c] for c in classes]), strict=True):
                 with watch.stage("branches", c):
-                    branch = branches[c]
-                    results = [branch(batch) for batch in islice(batches, len(parts))]
+                    results = self.networks.run(c, own)
                 workspace.put(results, c)
 
     def _stats(self, counts: list[int], classifier_flops: int, watch: Stopwatch, working_set: int) -> RoutingStats:

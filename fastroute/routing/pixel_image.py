@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastroute import memory
 from fastroute.models.pcsr import relative_coordinates
+from fastroute.models.precision import sums_of
 from fastroute.models.streaming import MIN_ROWS, rows_in_bands
 from fastroute.ops import _checks as check
 from fastroute.ops.adaptive_threshold import adaptive_threshold
@@ -99,12 +100,12 @@ class PixelImage:
             with self.watch.stage("upsample"):
                 chosen = near.new_zeros(1, window.height, near.shape[2])
                 chosen[:, slice(*window.within(top, bottom))] = near
-                residual = to_float(lr.rows(*window.features), self.router.dtype)
+                residual = to_float(lr.rows(*window.features), sums_of(self.router.dtype))
                 band = self._mlp(held, window, self.router.mlps, (top, bottom), chosen, residual)
             with self.watch.stage("refine"):
                 target = sink.band(self.images, (begin, end))
                 inner = (begin - top, end - top)
-                if target.dtype in (self.router.dtype, *check.INTEGER_IMAGE):
+                if target.dtype in (band.dtype, *check.INTEGER_IMAGE):
                     refine_boundaries(band, near if refine else torch.zeros_like(near), inner, out=target)
                 else:
                     target.copy_(refine_boundaries(band, near if refine else torch.zeros_like(near), inner))
@@ -152,8 +153,9 @@ class PixelImage:
             yield band
 
     def _normalised(self, lr: Tensor) -> Tensor:  # [1, C, n, m]
-        mean = self.router.model.get_buffer("mean").to(self.router.dtype)
-        return (to_float(lr, self.router.dtype) - mean).contiguous(memory_format=torch.channels_last)
+        work = sums_of(self.router.dtype)
+        centred = to_float(lr, work) - self.router.model.get_buffer("mean").to(work)
+        return centred.to(self.router.dtype, memory_format=torch.channels_last)
 
     def _mlp(
         self,
@@ -168,7 +170,7 @@ class PixelImage:
         height, width = self.grid.size
         place = torch.cat([self.place[slice(*window.output)], self.place[height:]])
         size = (window.height, width)
-        return pixel_mlp(features, mlps, size, classes, residual, window.within(*rows), place)
+        return upsample(features, mlps, size, classes, residual, window.within(*rows), place)
 
     def _logits(self, features: RowStream, layers: Layers, begin: int, end: int) -> Tensor:  # [1, K, rows, W]
         window = self.grid.window(begin, end)
@@ -263,6 +265,23 @@ class PixelImage:
     def _release(self, features: RowStream, begin: int) -> None:
         if not self.keep:
             features.release(self.grid.window(begin, begin + 1).features[0])
+
+
+def upsample(
+    features: Tensor,  # [B, D, h, w]
+    mlps: Sequence[Layers],
+    size: tuple[int, int],
+    class_map: Tensor | None,  # [B, H, W]
+    residual: Tensor | None,  # [B, C, h, w]
+    rows: tuple[int, int] | None,
+    place: Tensor,  # [H + W]
+) -> Tensor:  # [B, C, rows, W]
+    """:func:`fastroute.pixel_mlp`; what MLPs of a half type find is added to a `residual` of float32, and is float32 then."""
+    if residual is None or residual.dtype == features.dtype:
+        return pixel_mlp(features, mlps, size, class_map, residual, rows, place)
+    image = pixel_mlp(residual, [[]], size, None, residual, rows, place)
+    # Without a layer in any class there is nothing to add, and nobody knows of how many channels.
+    return image.add_(pixel_mlp(features, mlps, size, class_map, None, rows, place)) if any(mlps) else image
 
 
 def count_classes(ids: Tensor, number: int) -> Tensor:  # -> [K]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from fastroute import memory
 from fastroute.contexts import CallLock, ordinarily
 from fastroute.models.optimize import optimize, parameter_dtype
 from fastroute.models.pcsr import MLP, PCSR
+from fastroute.models.precision import Precisions, parse_to
 from fastroute.ops import _checks as check
 from fastroute.progress import Progress, shown
 from fastroute.routing.budgets import Budget
@@ -28,7 +30,7 @@ from fastroute.streaming.ends import Ends, home, in_memory, output_like, streame
 from fastroute.streaming.protocols import Reader, Writer, check_reader
 
 
-class PixelRouter:
+class PixelRouter(Precisions):
     """Super-resolution of whole images by PCSR, each output pixel through the upsampler that its class says.
 
     Args:
@@ -69,11 +71,26 @@ class PixelRouter:
         return self.classifier[0][0].device
 
     @ordinarily
-    def to(self, device: str | torch.device) -> PixelRouter:
-        """Move the networks, `model` among them; returns self."""
-        self.model.to(device)
-        self.encoder.to(device)
+    def to(self, *args: Any, **kwargs: Any) -> PixelRouter:
+        """Move the networks, `model` among them, to a device, to a type in which they compute, or both.
+
+        It takes what :meth:`torch.nn.Module.to` takes. Images keep their own type. The bilinear image is interpolated and
+        added in float32.
+
+        Returns:
+            The router.
+
+        Raises:
+            ValueError: float16 on a CPU that has no convolutions of it.
+            TypeError: a dtype that is not floating.
+        """
+        device, dtype = parse_to("PixelRouter.to", self.dtype, self.device, args, kwargs)
+        self.model.to(device, dtype)
+        self.encoder.to(device, dtype)
         self.mlps, self.classifier = _mlps(self.model)
+        if dtype != self.dtype:
+            self.dtype = dtype
+            self.footprint = Footprint(self.model, self.encoder, dtype)
         return self
 
     @ordinarily

@@ -21,7 +21,7 @@ class RoutingStats:
         patches_per_class: number of patches that went through each branch, cheapest first.
         flops: true convention: multiply-adds done, classifier included, times two.
         paper_flops: the papers' convention; they leave the classifier out.
-        seconds: wall time of each stage: tune (a first call measures how each branch runs fastest), classify, assign,
+        seconds: wall time of each stage: tune (an engine prepares its branches on a first call), classify, assign,
             extract, branches, stitch; and total. Where the last layers of the branches are computed while their patches are
             stitched, the time of the threads that do so is divided between the two. On a GPU a stage is the time that the
             device took for it; in the rest of the total it waited for the host.

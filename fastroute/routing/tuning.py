@@ -1,4 +1,4 @@
-"""Micro-batch size and memory format of each branch, measured once per machine and remembered."""
+"""How each branch runs fastest on a machine: found on the work of calls, turn by turn, and remembered."""
 
 from __future__ import annotations
 
@@ -6,11 +6,15 @@ import hashlib
 import json
 import logging
 import math
+import os
 import platform
-import time
-from dataclasses import asdict, dataclass, replace
+import threading
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,125 +23,229 @@ from fastroute.routing.json_cache import JsonCache
 
 logger = logging.getLogger("fastroute")
 
-BATCHES = (8, 16, 32, 64)
-# A GPU is busy only with many patches.
-GPU_BATCHES = (32, 64, 128, 256, 512, 1024)
-# Formats are compared at this size, or at what may pass together if that is less.
-FORMAT_BATCH, GPU_FORMAT_BATCH = 16, 256
-# A race has this many rounds; once its seconds are used, LEAST_ROUNDS are enough.
-REPEATS, LEAST_ROUNDS, SECONDS = 6, 3, 0.4
-# A turn lasts at least as long, whatever the batch: a short pass would slip between disturbances that a long one meets.
-TURN_SECONDS = 0.005
-# Passes that take longer have nothing left to gain from more patches, and would take minutes to compare.
-PASS_SECONDS = 1.0
-# A larger batch must earn its memory: what is slower than the fastest by less than this is as good.
+# Pixels of the image that pass through a branch together: near the caches of a CPU, while a GPU is busy only with many. The
+# first is what runs before anything has been measured.
+PIXELS = (1 << 13, 1 << 12, 1 << 14, 1 << 15)
+GPU_PIXELS = (1 << 18, 1 << 15, 1 << 16, 1 << 17, 1 << 19, 1 << 20)
+# Pixels of a turn at least: what takes too little time cannot be compared.
+TURN_PIXELS = {"cpu": 1 << 15, "cuda": 1 << 20}
+# Turns of each candidate; more only where those of one disagree, and no more than the second number.
+ROUNDS, MOST_ROUNDS = 3, 6
+# More pixels per pass must earn their memory: what is slower than the fastest by less than this is as good.
 EARNED = 1.02
 # Where the median turn of a candidate exceeds its fastest by more, something else was running.
 STEADY = 1.25
 # What was measured in another way has another key, and is measured again.
-METHOD = 2
+METHOD = 3
+# Turns off all measuring where it is "0".
+SWITCH = "FASTROUTE_TUNE"
+# What is logged when measuring begins.
+MEASURING = "measuring on this image how %s runs fastest; nothing is computed twice"
 
 CACHE = JsonCache("tuning.json")
 
-# Measurements of this process that no file holds: its routers all run alike.
-_unwritten: dict[str, Tuning] = {}
+Shape = tuple[int, int]  # height and width of a patch
 
 
 @dataclass(frozen=True)
-class Tuning:
-    """How a branch runs fastest on one device.
+class Setting:
+    """One way to run a branch.
 
     Attributes:
-        batch: patches per pass.
+        pixels: of the image that pass through it together.
         channels_last: memory format of its input and weights.
-        milliseconds: measured time per patch.
     """
 
-    batch: int
-    channels_last: bool
-    milliseconds: float
+    pixels: int
+    channels_last: bool = True
 
     @property
     def memory_format(self) -> torch.memory_format:
         """`channels_last` as torch names it."""
         return torch.channels_last if self.channels_last else torch.contiguous_format
 
+    def batch(self, shape: Sequence[int]) -> int:
+        """Patches of `shape`, height and width last, per pass."""
+        return max(1, self.pixels // (shape[-2] * shape[-1]))
 
-def tune(branch: nn.Module, example: Tensor, largest: int | None = None) -> Tuning:  # [1, C, p, p]
-    """The fastest of the memory formats and batch sizes, by measurement; from the cache when it was measured before.
 
-    What is measured while the machine is busy with something else holds for this process only.
+def default_setting(device: torch.device) -> Setting:
+    """What runs where nothing has been measured."""
+    return Setting((PIXELS if device.type == "cpu" else GPU_PIXELS)[0])
+
+
+def enabled() -> bool:
+    """Whether the environment lets anything be measured."""
+    return os.environ.get(SWITCH, "1") != "0"
+
+
+class Race:
+    """The search for the fastest setting of one branch.
+
+    Memory formats are compared first, then how many pixels pass together. A turn is part of the work of a call, whose results
+    are kept: nothing is computed to be measured. Turns of patches of one shape are compared with each other alone; what won is
+    taken for all shapes. A search goes on from call to call and from process to process. It ends after `MOST_ROUNDS` turns of
+    each candidate at the latest: if even these disagree, the machine was busy, and what was found holds for this process only.
 
     Args:
-        branch: in evaluation mode, on the device of `example`.
-        example: one patch, of the dtype in which the branch runs.
-        largest: patches that may pass together at most; larger batches take too much memory. Default: the largest tried.
+        key: of the entry in the cache.
+        name: of the branch, for the log.
+        device: where it runs.
+
+    Attributes:
+        best: the fastest setting, once it is known.
+        rate: seconds per pixel that it took.
     """
-    tried, first = (GPU_BATCHES, GPU_FORMAT_BATCH) if example.is_cuda else (BATCHES, FORMAT_BATCH)
-    largest = largest or tried[-1]
+
+    def __init__(self, key: str, name: str, device: torch.device) -> None:
+        self.key, self.name, self.on_cpu = key, name, device.type == "cpu"
+        self.best: Setting | None = None
+        self.rate = math.inf
+        self._turns: dict[Shape, dict[Setting, list[float]]] = {}
+        self._largest: dict[Shape, int] = {}
+        self._given: Counter[tuple[Shape, Setting]] = Counter()  # turns whose time is still to come
+        self._new = self._told = False
+        self._lock = threading.Lock()
+        self._restore(CACHE.read().get(key, {}))
+
+    def turn(self, shape: Shape, largest: int) -> Setting | None:
+        """The setting that the next turn on patches of `shape` should have; None where none is needed now.
+
+        Args:
+            shape: height and width of the patches.
+            largest: of these that may pass together.
+        """
+        with self._lock:
+            # Turns side by side would measure each other.
+            if self.best is not None or (self.on_cpu and self._given):
+                return None
+            self._largest[shape] = largest
+            found = self._next(shape, largest)
+            if found is None:
+                return None
+            if not self._told:
+                self._told = True
+                logger.info(MEASURING, self.name)
+            self._given[shape, found] += 1
+            return found
+
+    def patches(self, shape: Shape, largest: int) -> int:
+        """Of `shape`, in a turn: those of the largest pass, and enough to be timed."""
+        pixels = max(PIXELS) if self.on_cpu else max(GPU_PIXELS)
+        fewest = TURN_PIXELS["cpu" if self.on_cpu else "cuda"]
+        return max(min(Setting(pixels).batch(shape), largest), -(-fewest // (shape[0] * shape[1])))
+
+    def add(self, shape: Shape, setting: Setting, seconds: float | None) -> None:
+        """The time per pixel of a turn that :meth:`turn` gave out; None if it failed."""
+        with self._lock:
+            self._given[shape, setting] -= 1
+            self._given += Counter()  # without zeros
+            if seconds is None or self.best is not None:
+                return
+            self._turns.setdefault(shape, {}).setdefault(setting, []).append(seconds)
+            self._new = True
+            # The last turn of a search ends it.
+            self._next(shape, self._largest[shape])
+
+    def remember(self) -> None:
+        """Write to the cache what is new; not what was measured while the machine was busy with something else."""
+        with self._lock:
+            if not self._new:
+                return
+            self._new = False
+            entry: dict[str, Any] = {"best": None, "seconds": None, "turns": []}
+            if self.best is not None:
+                entry.update(best=asdict(self.best), seconds=self.rate)
+            else:
+                entry["turns"] = [
+                    {"shape": list(shape), "setting": asdict(setting), "seconds": times}
+                    for shape, turns in self._turns.items()
+                    for setting, times in turns.items()
+                ]
+        CACHE.remember(self.key, entry)
+
+    def _next(self, shape: Shape, largest: int) -> Setting | None:
+        """Which candidate has a turn next; at the end of the search it is settled, and there is none."""
+        pixels = PIXELS if self.on_cpu else GPU_PIXELS
+        turns = self._turns.get(shape, {})
+        candidates = [Setting(pixels[0], last) for last in (True, False)]
+        for stage in range(2):
+            counted = {s: len(turns.get(s, ())) + self._given[shape, s] for s in candidates}
+            waiting = any(self._given[shape, s] for s in candidates)
+            steady = all(is_steady(turns.get(s, ())) for s in candidates)
+            rounds = min(counted.values())
+            if rounds < (ROUNDS if steady or waiting else MOST_ROUNDS):
+                return min(candidates, key=counted.__getitem__)
+            if waiting:
+                return None
+            fastest = min(min(turns[s]) for s in candidates)
+            if stage:
+                within = [s for s in candidates if min(turns[s]) <= EARNED * fastest]
+                self._settle(min(within, key=lambda s: s.pixels), fastest, steady)
+                return None
+            winner = min(candidates, key=lambda s: min(turns[s]))
+            # Those that memory cuts to the same number of patches are one.
+            sizes = {min(replace(winner, pixels=p).batch(shape), largest): p for p in sorted(pixels)}
+            sizes[min(winner.batch(shape), largest)] = winner.pixels
+            candidates = [replace(winner, pixels=p) for p in sizes.values()]
+        return None
+
+    def _settle(self, best: Setting, rate: float, steady: bool) -> None:
+        self.best, self.rate = best, rate
+        self._turns.clear()
+        self._new = steady
+        logger.info("%s runs fastest with %d pixels per pass, channels_last %s", self.name, best.pixels, best.channels_last)
+        if not steady:
+            logger.info("not remembered: the machine was busy")
+
+    def _restore(self, entry: dict[str, Any]) -> None:
+        """Take over what an entry of the cache says, as far as this version wrote it."""
+        best, rate = read_setting(entry.get("best")), entry.get("seconds")
+        if best is not None and is_time(rate):
+            self.best, self.rate = best, float(rate)  # type: ignore[arg-type]
+            return
+        turns = entry.get("turns")
+        for turn in turns if isinstance(turns, list) else []:
+            if not isinstance(turn, dict):
+                continue
+            shape, setting, times = turn.get("shape"), read_setting(turn.get("setting")), turn.get("seconds")
+            if setting is None or not isinstance(shape, list) or not isinstance(times, list):
+                continue
+            if len(shape) == 2 and all(type(n) is int and n > 0 for n in shape) and all(map(is_time, times)):
+                self._turns.setdefault((shape[0], shape[1]), {})[setting] = times[:MOST_ROUNDS]
+
+
+def is_steady(times: Sequence[float]) -> bool:
+    """Whether turns of one candidate agree."""
+    return not times or median(times) <= STEADY * min(times)
+
+
+def is_time(value: object) -> bool:
+    """Whether `value` may be a number of seconds."""
+    return isinstance(value, float) and 0 < value < math.inf
+
+
+def read_setting(value: object) -> Setting | None:
+    """The setting that an entry of the cache holds; None where it is none."""
+    if not isinstance(value, dict) or set(value) != {field.name for field in fields(Setting)}:
+        return None
+    pixels, last = value["pixels"], value["channels_last"]
+    return Setting(pixels, last) if type(pixels) is int and pixels > 0 and type(last) is bool else None
+
+
+# Searches of this process, by the file that holds what they found and their key: routers of the same branch share one.
+_races: dict[tuple[Path, str], Race] = {}
+_races_lock = threading.Lock()
+
+
+def race_of(branch: nn.Module, example: Tensor) -> Race:  # [1, C, p, p]
+    """The search for the fastest setting of `branch` on patches like `example`, and on regions of several."""
     key = tuning_key(branch, example)
-    known = _unwritten.get(key) or _read().get(key)
-    if known is not None:
-        return replace(known, batch=min(known.batch, largest))
-    first = min(first, largest)
-    with torch.inference_mode():
-        formats, steady = _race(branch, example, [(first, True), (first, False)])
-        # The better format at one size is the better one at all: batch sizes are tried for it alone.
-        found = min(formats, key=_milliseconds)
-        longest = max(first, 1e3 * PASS_SECONDS / max(found.milliseconds, 1e-9))
-        batches = sorted({min(batch, largest) for batch in tried})
-        sizes, still = _race(branch, example, [(batch, found.channels_last) for batch in batches if batch <= longest])
-    fastest = min(map(_milliseconds, sizes))
-    best = next(tuning for tuning in sizes if tuning.milliseconds <= EARNED * fastest)
-    logger.info("tuned %s: batch %d, channels_last %s", type(branch).__name__, best.batch, best.channels_last)
-    if not (steady and still):
-        logger.info("tuning not remembered: the machine was busy")
-    if not (steady and still and _remember(key, best)):
-        _unwritten[key] = best
-    return best
-
-
-def _milliseconds(tuning: Tuning) -> float:
-    return tuning.milliseconds
-
-
-def _race(branch: nn.Module, example: Tensor, candidates: list[tuple[int, bool]]) -> tuple[list[Tuning], bool]:
-    """Batches and formats in turn, round after round, so that what slows the machine slows all of them.
-
-    Returns:
-        The time of each, and whether the machine was quiet enough to believe them later.
-    """
-    times: list[list[float]] = [[] for _ in candidates]
-    start = time.perf_counter()
-    for done in range(REPEATS):
-        if done >= LEAST_ROUNDS and time.perf_counter() - start > SECONDS:
-            break
-        for (batch, channels_last), taken in zip(candidates, times, strict=True):
-            taken.append(_turn(branch, example, batch, channels_last))
-    # Whatever else the machine does only adds time: the fastest turn is the true one, and first turns do no harm.
-    found = [Tuning(*candidate, 1e3 * min(taken)) for candidate, taken in zip(candidates, times, strict=True)]
-    return found, all(median(taken) <= STEADY * min(taken) for taken in times)
-
-
-def _turn(branch: nn.Module, example: Tensor, batch: int, channels_last: bool) -> float:
-    """Seconds per patch."""
-    memory_format = torch.channels_last if channels_last else torch.contiguous_format
-    branch.to(memory_format=memory_format)  # type: ignore[call-overload]
-    patches = example.expand(batch, -1, -1, -1).contiguous(memory_format=memory_format)
-    _wait(example.device)
-    passes, start = 0, time.perf_counter()
-    while True:
-        branch(patches)
-        _wait(example.device)
-        passes += 1
-        elapsed = time.perf_counter() - start
-        if elapsed >= TURN_SECONDS:
-            return elapsed / (passes * batch)
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    with _races_lock:
+        place = (CACHE.path, key)
+        if place not in _races:
+            _races[place] = Race(key, type(branch).__name__, example.device)
+        return _races[place]
 
 
 def tuning_key(branch: nn.Module, example: Tensor) -> str:  # [1, C, p, p]
@@ -149,8 +257,8 @@ def tuning_key(branch: nn.Module, example: Tensor) -> str:  # [1, C, p, p]
     # Structure and shapes decide the speed, not the values of the weights.
     shapes = [(name, tuple(p.shape)) for name, p in branch.named_parameters()]
     facts: list[object] = [METHOD, device, torch.__version__, str(example.dtype), tuple(example.shape), str(branch), shapes]
-    if example.is_cuda:
-        facts.append(GPU_BATCHES)
+    # What others were compared is compared again.
+    facts.append(GPU_PIXELS if example.is_cuda else PIXELS)
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:24]
 
 
@@ -161,22 +269,3 @@ def cpu_name() -> str:
     except OSError:
         return platform.processor()
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
-
-
-def _read() -> dict[str, Tuning]:
-    return {key: Tuning(**entry) for key, entry in CACHE.read().items() if _is_tuning(entry)}
-
-
-def _is_tuning(entry: dict[str, object]) -> bool:
-    """Whether an entry of the file is one that this version wrote."""
-    if set(entry) != set(Tuning.__dataclass_fields__):
-        return False
-    batch, milliseconds = entry["batch"], entry["milliseconds"]
-    whole = type(batch) is int and batch >= 1 and type(entry["channels_last"]) is bool
-    timed = isinstance(milliseconds, (int, float)) and not isinstance(milliseconds, bool)
-    return whole and timed and 0 < milliseconds < math.inf  # type: ignore[operator]
-
-
-def _remember(key: str, tuning: Tuning) -> bool:
-    """Whether the file holds it now."""
-    return CACHE.remember(key, asdict(tuning))

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from fastroute import io
 from fastroute.io.files import remove_parts
 from fastroute.models.checkpoints import CheckpointError, load_weights, read_checkpoint
+from fastroute.models.precision import PRECISIONS
 from fastroute.training import distributed
 from fastroute.training.data import Pool
 from fastroute.training.optimizers import make_optimizer
@@ -25,7 +26,6 @@ from fastroute.training.start import Start
 STATE_KEYS = {"recipe", "stage", "step", "model", "optimizer"}
 # What states have that were saved in another precision than float32.
 MORE_STATE_KEYS = {"precision", "scaler"}
-PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Steps over which the rate rises at the beginning of a stage, and the share of its peak below which it never falls.
 WARM_UP = 200
 LOWEST_RATE = 1e-3
