@@ -8,6 +8,7 @@ import importlib.metadata
 import os
 import re
 import threading
+import warnings
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -42,7 +43,17 @@ class Extension:
         self.reasons: list[str] = []
 
     def load(self, schema_digest: str) -> None:
-        """Load the compiled operators if they were built from the schemas of this package."""
+        """Load the compiled operators if they were built from the schemas of this package; a warning where there are none."""
+        self._load(schema_digest)
+        # Whoever asked for the reference knows.
+        if self.reasons and os.environ.get(VARIABLE) != "reference":
+            warnings.warn(
+                f"fastroute runs without its compiled operators, many times slower on a CPU: {'; '.join(self.reasons)}; "
+                f"{VARIABLE}=reference says that this is meant",
+                stacklevel=2,
+            )
+
+    def _load(self, schema_digest: str) -> None:
         try:
             module: ModuleType = importlib.import_module("fastroute._C")
         except ImportError as error:

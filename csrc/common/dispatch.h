@@ -29,7 +29,7 @@ auto dispatch_floating(const char* op, ScalarType type, F&& f) {
         case ScalarType::Half: return f(Half{});
         case ScalarType::BFloat16: return f(BFloat16{});
         case ScalarType::Double: return f(double{});
-        default: fail("fastroute error: ", op, ": the dtype must be float32, float16, bfloat16 or float64");
+        default: fail(op, ": the dtype must be float32, float16, bfloat16 or float64");
     }
 }
 
@@ -55,7 +55,7 @@ auto dispatch_index(const char* op, ScalarType type, F&& f) {
         case ScalarType::Int: return f(int32_t{});
         case ScalarType::Short: return f(int16_t{});
         case ScalarType::Byte: return f(uint8_t{});
-        default: fail("fastroute error: ", op, ": the dtype must be int64, int32, int16 or uint8");
+        default: fail(op, ": the dtype must be int64, int32, int16 or uint8");
     }
 }
 

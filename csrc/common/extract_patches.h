@@ -2,7 +2,7 @@
 #pragma once
 
 #include "common/dispatch.h"
-#include "common/geometry.h"
+#include "common/grid.h"
 
 namespace fastroute {
 namespace {
@@ -22,11 +22,9 @@ Selection checked_selection(const Tensor& image,                 // [B, C, H, W]
                             const std::optional<Tensor>& order,  // [M]
                             int64_t patch, int64_t stride, bool crop) {
     check_rank(kOp, "image", image, 4);
-    const int64_t height = image.size(2), width = image.size(3);
-    FASTROUTE_CHECK(image.size(1) > 0 && height > 0 && width > 0, kOp,
-                    ": image must have at least one channel and one pixel");
-    FASTROUTE_CHECK(patch > 0 && stride > 0 && stride <= patch, kOp, ": stride must lie in [1, patch]");
-    const TileGrid grid{{height, patch, stride, crop}, {width, patch, stride, crop}};
+    check_at_least(kOp, "the number of channels", image.size(1), 1);
+    const TileGrid grid = checked_grid(kOp, image.size(2), image.size(3), patch, stride, crop);
+    checked_product(kOp, "the number of patches", {image.size(0), grid.y.count(), grid.x.count()});
     const int64_t patches = image.size(0) * grid.num_patches();
     const std::optional<Tensor> numbers = checked_index(kOp, "order", order, image);
     return {grid, patches, numbers.has_value() ? numbers->size(0) : patches, numbers};
@@ -37,7 +35,12 @@ Selection checked_gradients(const Tensor& grad,                  // [M, C, p, p]
                             const std::optional<Tensor>& order,  // [M]
                             int64_t batch, int64_t height, int64_t width, int64_t patch, int64_t stride, bool crop) {
     check_rank(kOp, "grad", grad, 4);
-    const TileGrid grid{{height, patch, stride, crop}, {width, patch, stride, crop}};
+    const TileGrid grid = checked_grid(kOp, height, width, patch, stride, crop);
+    check_at_least(kOp, "batch", batch, 0);
+    FASTROUTE_CHECK(grad.size(2) == patch && grad.size(3) == patch, kOp, ": grad must be ", patch, " x ", patch,
+                    " pixels wide, as the patches are; got ", grad.size(2), " x ", grad.size(3));
+    checked_product(kOp, "the number of patches", {batch, grid.y.count(), grid.x.count()});
+    checked_product(kOp, "the image", {batch, grad.size(1), height, width});
     const int64_t patches = grid.num_patches() * batch, count = grad.size(0);
     const std::optional<Tensor> numbers = checked_index(kOp, "order", order, grad);
     FASTROUTE_CHECK(numbers.has_value() ? numbers->size(0) == count : patches == count, kOp,
@@ -56,10 +59,19 @@ void check_statistic(const char* name, const Tensor& values,  // [C]
 
 Tensor empty_patches(const Tensor& image, int64_t count, int64_t patch, ScalarType dtype,
                      bool channels_last) {  // [M, C, p, p]
-    const int64_t size[] = {count, image.size(1), patch, patch};
-    return torch::stable::empty(
-        {size, 4}, dtype, std::nullopt, image.device(), std::nullopt,
+    return empty_tensor(
+        kOp, "the patches", {count, image.size(1), patch, patch}, dtype, image,
         channels_last ? torch::headeronly::MemoryFormat::ChannelsLast : torch::headeronly::MemoryFormat::Contiguous);
+}
+
+// Integers keep their values: what is to be normalised becomes floating.
+void check_conversion(const Tensor& image, ScalarType target, const std::optional<Tensor>& mean,
+                      const std::optional<Tensor>& std) {
+    const bool floating = target != ScalarType::Byte && target != ScalarType::UInt16;
+    FASTROUTE_CHECK(floating || (target == image.scalar_type() && !mean.has_value() && !std.has_value()), kOp,
+                    ": dtype must be floating to convert or normalise");
+    if (mean.has_value()) check_statistic("mean", *mean, image);
+    if (std.has_value()) check_statistic("std", *std, image);
 }
 
 // f(pixel of the image, pixel of a patch): a value of each type. Integers are written only as they were read.
@@ -70,7 +82,7 @@ void dispatch_extract(ScalarType image, ScalarType target, F&& f) {
         dispatch_image(kOp, target, [&](auto out_zero) {
             using Out = decltype(out_zero);
             if constexpr (std::is_integral_v<Out> && !std::is_same_v<In, Out>) {
-                fail("fastroute error: ", kOp, ": dtype must be floating to convert");
+                fail(kOp, ": dtype must be floating to convert or normalise");
             } else {
                 f(In{}, out_zero);
             }

@@ -29,12 +29,14 @@ void check_layers(const Tensor& features,              // [B, D, h, w]
                   Sizes& sizes) {
     FASTROUTE_CHECK(!depths.empty() && depths.size() <= 256, kOp, ": mlps must hold 1 to 256 MLPs; got ",
                     depths.size());
+    const auto layers = static_cast<int64_t>(weights.size());
     int64_t total = 0;
     for (const int64_t depth : depths) {
-        FASTROUTE_CHECK(depth >= 0, kOp, ": depths must not be negative");
+        // As many as there are layers at most, so that the sum cannot wrap.
+        FASTROUTE_CHECK(0 <= depth && depth <= layers, kOp, ": depths must lie in [0, ", layers, "]; got ", depth);
         total += depth;
     }
-    FASTROUTE_CHECK(static_cast<int64_t>(weights.size()) == total && weights.size() == biases.size(), kOp,
+    FASTROUTE_CHECK(layers == total && weights.size() == biases.size(), kOp,
                     ": depths must add up to the number of layers, ", weights.size());
     if (total > 0) {
         check_rank(kOp, "a weight", weights.back(), 2);
@@ -74,8 +76,8 @@ Sizes checked_sizes(const Tensor& features,              // [B, D, h, w]
         sizes.channels = residual->size(1);
     }
     check_layers(features, weights, biases, depths, sizes);
-    FASTROUTE_CHECK(0 <= row_begin && row_begin <= row_end && row_end <= height && width >= 0, kOp,
-                    ": the rows must be ordered and lie in the output");
+    check_at_least(kOp, "height", height, 0), check_at_least(kOp, "width", width, 0);
+    check_rows(kOp, row_begin, row_end, height);
     FASTROUTE_CHECK(class_map.has_value() || depths.size() == 1, kOp, ": class_map must be given for several MLPs");
     if (class_map.has_value()) {
         check_same_device(kOp, "class_map", *class_map, features), check_rank(kOp, "class_map", *class_map, 3);
@@ -89,6 +91,12 @@ Sizes checked_sizes(const Tensor& features,              // [B, D, h, w]
         FASTROUTE_CHECK(r.size(0) == batch && r.size(1) == sizes.channels && r.size(2) == h && r.size(3) == w, kOp,
                         ": residual must be [B, C, h, w], C as the MLPs end in");
     }
+    // Coordinates are fractions of 2 · size · features; features and pixels are counted in 32 bits.
+    constexpr int64_t kMostFeatures = int64_t{1} << 31;
+    FASTROUTE_CHECK(h < kMostFeatures && w < kMostFeatures, kOp, ": features must be below 2^31 in height and width; got ",
+                    h, " x ", w);
+    checked_product(kOp, "size", {4, std::max<int64_t>(std::max(h, w), 1), std::max<int64_t>(std::max(height, width), 1)});
+    checked_product(kOp, "the image", {batch, sizes.channels, sizes.rows, width});
     const bool nothing = batch == 0 || sizes.channels == 0 || sizes.rows == 0 || width == 0;
     FASTROUTE_CHECK(nothing || (h > 0 && w > 0), kOp, ": features must have at least one pixel");
     return sizes;
@@ -106,8 +114,8 @@ std::optional<Tensor> checked_relative(const std::optional<Tensor>& relative,  /
 }
 
 Tensor empty_output(const Tensor& features, const Sizes& sizes) {  // [B, C, rows, W]
-    const int64_t size[] = {sizes.batch, sizes.channels, sizes.rows, sizes.width};
-    return torch::stable::empty({size, 4}, features.scalar_type(), std::nullopt, features.device());
+    return empty_tensor(kOp, "the image", {sizes.batch, sizes.channels, sizes.rows, sizes.width},
+                           features.scalar_type(), features);
 }
 
 }  // namespace

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "common/dispatch.h"
+#include "common/written.h"
 
 namespace fastroute {
 namespace {
@@ -18,17 +19,18 @@ void check_refine(const Tensor& image,      // [B, C, H, W]
     FASTROUTE_CHECK(
         class_map.size(0) == image.size(0) && class_map.size(1) == image.size(2) && class_map.size(2) == image.size(3),
         kOp, ": class_map must be [B, H, W], as image is");
-    FASTROUTE_CHECK(0 <= row_begin && row_begin <= row_end && row_end <= image.size(2), kOp,
-                    ": the rows must be ordered and lie in the image");
+    check_rows(kOp, row_begin, row_end, image.size(2));
 }
 
-void check_refine_out(const Tensor& image,  // [B, C, H, W]
+void check_refine_out(const Tensor& image,      // [B, C, H, W]
+                      const Tensor& class_map,  // [B, H, W]
                       int64_t rows,
                       const Tensor& out) {  // [B, C, rows, W]
     check_rank(kOp, "out", out, 4), check_same_device(kOp, "out", out, image);
     FASTROUTE_CHECK(out.size(0) == image.size(0) && out.size(1) == image.size(1) && out.size(2) == rows &&
                         out.size(3) == image.size(3) && (out.stride(3) == 1 || out.size(3) <= 1),
                     kOp, ": out must be [B, C, rows, W] with contiguous rows");
+    check_written(kOp, "out", out, {image, class_map});
 }
 
 // f(pixel of the image, pixel of the output, class): a value of each type.

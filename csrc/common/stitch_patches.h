@@ -4,7 +4,8 @@
 #include <vector>
 
 #include "common/dispatch.h"
-#include "common/geometry.h"
+#include "common/grid.h"
+#include "common/written.h"
 
 namespace fastroute {
 namespace {
@@ -18,6 +19,13 @@ using Batches = std::vector<Tensor>;
 struct Target {
     int64_t count, batch, channels, rows, width;
 };
+
+// The factor of a fused pixel shuffle of patches that are `span` pixels wide.
+void check_shuffle(int64_t span, int64_t shuffle) {
+    check_at_least(kOp, "shuffle", shuffle, 1);
+    FASTROUTE_CHECK(shuffle <= span && span % shuffle == 0, kOp, ": shuffle must divide the width of a patch, ", span,
+                    "; got ", shuffle);
+}
 
 // `upsampled`: channels that the last layers make of the patches, where those are computed on the way.
 Target checked_target(const Batches& batches,                // [M_i, C·r·r, P / r, P / r] each
@@ -37,28 +45,34 @@ Target checked_target(const Batches& batches,                // [M_i, C·r·r, P
         }
         number += batch.size(0);
     }
-    const int64_t span = grid.y.patch * scale, square = shuffle * shuffle, tiles = grid.num_patches();
-    FASTROUTE_CHECK(
-        shuffle >= 1 && span % shuffle == 0 && patches.size(2) == span / shuffle && patches.size(3) == span / shuffle,
-        kOp, ": patches must be ", span, " / ", shuffle, " pixels wide; got ", patches.size(2), " x ", patches.size(3));
+    const int64_t span = grid.y.patch * scale, tiles = grid.num_patches();
+    check_shuffle(span, shuffle);
+    const int64_t square = shuffle * shuffle;
+    FASTROUTE_CHECK(patches.size(2) == span / shuffle && patches.size(3) == span / shuffle, kOp, ": patches must be ",
+                    span, " / ", shuffle, " pixels wide; got ", patches.size(2), " x ", patches.size(3));
     const int64_t values = upsampled > 0 ? upsampled * square : patches.size(1);
-    FASTROUTE_CHECK(values % square == 0, kOp, ": patches must have C * ", square, " channels; got ", patches.size(1));
-    const int64_t height = grid.y.covered() * scale;
-    FASTROUTE_CHECK(row_begin >= 0 && row_begin <= row_end && row_end <= height, kOp, ": rows must lie in [0, ", height,
-                    "]; got [", row_begin, ", ", row_end, ")");
+    FASTROUTE_CHECK(values >= 1 && values % square == 0, kOp, ": patches must have C * ", square,
+                    " channels, C at least 1; got ", patches.size(1));
+    check_rows(kOp, row_begin, row_end, grid.y.covered() * scale);
     const int64_t places = inverse.has_value() ? inverse->size(0) : number;
-    FASTROUTE_CHECK(places % tiles == 0, kOp, ": patches must fill whole images of ", tiles, "; got ", places);
-    return {number, places / tiles, values / square, row_end - row_begin, grid.x.covered() * scale};
+    FASTROUTE_CHECK(places % tiles == 0, kOp, inverse.has_value() ? ": inverse" : ": patches",
+                    " must hold a multiple of ", tiles, ", whole images; got ", places);
+    const Target target{number, places / tiles, values / square, row_end - row_begin, grid.x.covered() * scale};
+    checked_product(kOp, "the image", {target.batch, target.channels, target.rows, target.width});
+    return target;
 }
 
-void check_stitch_out(const Target& target, const Tensor& patches,
+void check_stitch_out(const Target& target, const Batches& batches, const std::optional<Tensor>& places,
                       const Tensor& out) {  // [B, C, rows, W·s]
-    check_same_device(kOp, "out", out, patches);
+    check_same_device(kOp, "out", out, batches.front());
     FASTROUTE_CHECK(out.dim() == 4 && out.size(0) == target.batch && out.size(1) == target.channels &&
                         out.size(2) == target.rows && out.size(3) == target.width &&
                         (out.stride(3) == 1 || target.width <= 1),
                     kOp, ": out must be ", target.batch, " x ", target.channels, " x ", target.rows, " x ",
                     target.width, " with contiguous rows");
+    Batches read = batches;
+    if (places.has_value()) read.push_back(*places);
+    check_written(kOp, "out", out, read);
 }
 
 // The window of patches whose sums are of type W, [P] contiguous.
@@ -74,11 +88,17 @@ const W* checked_window(const Tensor& window, int64_t span) {
 std::optional<Tensor> checked_places(const Tensor& grad,                    // [B, C, H·s, W·s]
                                      const std::optional<Tensor>& inverse,  // [N]
                                      const TileGrid& grid, int64_t scale, int64_t num_patches) {
+    check_rank(kOp, "grad", grad, 4);
     FASTROUTE_CHECK(grad.size(2) == grid.y.covered() * scale && grad.size(3) == grid.x.covered() * scale, kOp,
                     ": grad must have the size of the stitched image; got ", grad.size(2), " x ", grad.size(3));
+    check_at_least(kOp, "num_patches", num_patches, 0);
+    const int64_t span = grid.y.patch * scale;
+    checked_product(kOp, "the gradient", {num_patches, grad.size(1), span, span});
     const std::optional<Tensor> places = checked_index(kOp, "inverse", inverse, grad);
-    FASTROUTE_CHECK((places.has_value() ? places->size(0) : num_patches) == grad.size(0) * grid.num_patches(), kOp,
-                    ": inverse must have one entry per patch");
+    const int64_t number = grad.size(0) * grid.num_patches();
+    FASTROUTE_CHECK((places.has_value() ? places->size(0) : num_patches) == number, kOp,
+                    places.has_value() ? ": inverse must have one entry per patch, " : ": there must be one row per patch, ",
+                    number, "; got ", places.has_value() ? places->size(0) : num_patches);
     return places;
 }
 

@@ -145,10 +145,11 @@ void threshold_image(const T* score, int64_t count, Id* out) {
     });
     Range range;
     for (const Range& part : ranges) {
-        if (!part.finite) value_error(kOp, ": score must be finite");
+        if (!part.finite) fail(kOp, ": score must be finite, and so must its range");
         range.smallest = std::min(range.smallest, part.smallest), range.largest = std::max(range.largest, part.largest);
     }
     const double offset = range.smallest, spread = range.largest - offset;
+    if (!(spread <= std::numeric_limits<double>::max())) fail(kOp, ": score must be finite, and so must its range");
     const auto sum = [&](double threshold) {
         std::vector<Sums> parts(chunks);
         for_chunks(count, [&](int64_t chunk, int64_t at, int64_t length) {
@@ -185,8 +186,9 @@ Tensor adaptive_threshold_cpu(const Tensor& score,  // [B, ...]
                               int64_t id_bytes) {
     const ScalarType dtype = id_type(kOp, id_bytes);
     FASTROUTE_CHECK(score.dim() >= 2, kOp, ": score must be (B, ...) with at least 2 dimensions; got ", score.dim());
+    check_cpu(kOp, "score", score);
     const Tensor dense = torch::stable::contiguous(score);
-    const Tensor out = torch::stable::empty(dense.sizes(), dtype, std::nullopt, dense.device());
+    const Tensor out = empty_tensor(kOp, "the classes", dense.sizes(), dtype, dense);
     if (out.numel() == 0) return out;
     const int64_t batch = dense.size(0), count = dense.numel() / batch;
     dispatch_floating(kOp, dense.scalar_type(), [&](auto zero) {
@@ -204,6 +206,6 @@ Tensor adaptive_threshold_cpu(const Tensor& score,  // [B, ...]
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(fastroute, CPU, m) { m.impl("adaptive_threshold", TORCH_BOX(&adaptive_threshold_cpu)); }
+STABLE_TORCH_LIBRARY_IMPL(fastroute, CPU, m) { FASTROUTE_IMPL(m, "adaptive_threshold", adaptive_threshold_cpu); }
 
 }  // namespace fastroute

@@ -12,17 +12,13 @@
 #include <optional>
 #include <vector>
 
-#include "common/dispatch.h"
+#include "common/assign_classes.h"
 #include "cpu/isa.h"
 
 namespace fastroute {
 namespace {
 
-constexpr const char* kOp = "assign_classes";
 constexpr int64_t kBlock = 256;         // items compared side by side
-constexpr double kBudgetSlack = 1e-9;   // mean cost and budget are both sums of rounded fractions
-constexpr double kSmallest = 0x1p-126;  // scores below count as this much
-constexpr double kLargestLog = 1152.0;  // above the log2 range of clamped scores, 126 + 1024
 
 // Scores of `batch` runs of `length` items: class k of item l of run b lies at b · batch_step + k · class_step +
 // l · item_step.
@@ -125,7 +121,7 @@ void assign_by_penalty(const T* score, Items items, const std::vector<double>& c
             if (bad != 0) nan = true;
         }
     });
-    if (nan) value_error(kOp, ": score must not be NaN");
+    if (nan) fail(kOp, ": score must not be NaN");
 }
 
 constexpr int64_t kPart = 4096;  // items that one thread narrows at a time: their logarithms stay in its caches
@@ -238,7 +234,7 @@ void assign_by_budget(const T* score, Items items, const std::vector<double>& co
                 for (int64_t k = 0; k < classes; ++k) {
                     const double s = static_cast<double>(static_cast<Work<T>>(from[k * items.class_step]));
                     bad |= s != s;
-                    log_score[k] = std::log2(std::max(s, kSmallest));
+                    log_score[k] = std::min(std::log2(std::max(s, kSmallest)), kMostLog);
                 }
                 part.item[n] = static_cast<int32_t>(n);
                 part.dear[n] = choose(log_score, least);
@@ -249,7 +245,7 @@ void assign_by_budget(const T* score, Items items, const std::vector<double>& co
             parts[p] = std::move(part);
         }
     });
-    if (nan) value_error(kOp, ": score must not be NaN");
+    if (nan) fail(kOp, ": score must not be NaN");
     // Whether the budget holds with the classes that `counts` and `settled` say.
     const auto fits = [&] {
         std::vector<int64_t> counts(classes, 0);
@@ -299,22 +295,15 @@ Tensor assign_classes_cpu(const Tensor& score,  // [N, K, ...]
                           const Tensor& cost,   // [K]
                           double penalty, std::optional<double> budget, int64_t id_bytes) {
     const ScalarType dtype = id_type(kOp, id_bytes);
-    FASTROUTE_CHECK(score.dim() >= 2, kOp, ": score must have at least 2 dimensions; got ", score.dim());
-    check_cpu(kOp, "cost", cost);
-    const int64_t classes = score.size(1);
-    FASTROUTE_CHECK(classes >= 1 && classes <= 256, kOp, ": score must have 1 to 256 classes; got ", classes);
-    FASTROUTE_CHECK(cost.dim() == 1 && cost.size(0) == classes && cost.scalar_type() == ScalarType::Double, kOp,
-                    ": cost must be ", classes, " float64 values");
+    check_cpu(kOp, "score", score);
+    const std::vector<double> costs = checked_costs(score, cost, penalty, budget);
     const std::optional<Items> found = items_of(score);
     const Tensor dense = found.has_value() ? score : torch::stable::contiguous(score);
-    const Tensor dense_cost = torch::stable::contiguous(cost);
-    const double* values = dense_cost.const_data_ptr<double>();
-    const std::vector<double> costs(values, values + classes);
     const Items items = found.has_value() ? *found : *items_of(dense);
     std::vector<int64_t> size{score.size(0)};
     for (int64_t d = 2; d < score.dim(); ++d) size.push_back(score.size(d));
     const int64_t total = items.batch * items.length;
-    const Tensor out = torch::stable::empty({size.data(), size.size()}, dtype, std::nullopt, score.device());
+    const Tensor out = empty_tensor(kOp, "the classes", size, dtype, score);
     dispatch_floating(kOp, dense.scalar_type(), [&](auto zero) {
         using T = decltype(zero);
         const T* data = dense.template const_data_ptr<T>();
@@ -334,6 +323,6 @@ Tensor assign_classes_cpu(const Tensor& score,  // [N, K, ...]
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(fastroute, CPU, m) { m.impl("assign_classes", TORCH_BOX(&assign_classes_cpu)); }
+STABLE_TORCH_LIBRARY_IMPL(fastroute, CPU, m) { FASTROUTE_IMPL(m, "assign_classes", assign_classes_cpu); }
 
 }  // namespace fastroute

@@ -6,6 +6,8 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
+#include <limits>
 #include <utility>
 #include <vector>
 
@@ -66,11 +68,16 @@ std::vector<T> values(const Tensor& x) {
 void check(const Tensor& image,                 // [B, C, H, W]
            const std::vector<Tensor>& weights,  // [F_out, F_in] each
            const std::vector<Tensor>& biases,   // [F_out] each
-           int64_t cell, int64_t span, int64_t step) {
+           double slope, int64_t cell, int64_t span, int64_t step) {
+    FASTROUTE_CHECK(std::abs(slope) <= std::numeric_limits<float>::max(), kOp,
+                    ": slope must be a number of float32; got ", slope);
     check_cpu(kOp, "image", image), check_rank(kOp, "image", image, 4);
-    FASTROUTE_CHECK(cell >= 1 && span >= 1 && step >= 1, kOp, ": cell, span and step must be at least 1");
+    check_at_least(kOp, "cell", cell, 1), check_at_least(kOp, "span", span, 1), check_at_least(kOp, "step", step, 1);
+    checked_product(kOp, "a cell", {image.size(1), cell, cell});
     FASTROUTE_CHECK(image.size(2) % cell == 0 && image.size(3) % cell == 0 && image.size(3) / cell >= span, kOp,
                     ": image must hold whole cells, at least span of them in a row");
+    constexpr int64_t kMostCells = int64_t{1} << 31;  // windows of a row are counted in 32 bits
+    FASTROUTE_CHECK(image.size(3) / cell < kMostCells, kOp, ": image must have less than 2^31 cells in a row");
     FASTROUTE_CHECK(!weights.empty() && weights.size() == biases.size(), kOp,
                     ": layers must hold at least one weight, and as many biases");
     int64_t in = image.size(1) * cell * cell;
@@ -115,11 +122,13 @@ Tensor cell_mlp_cpu(const Tensor& image,                 // [B, C, H, W]
                     const std::vector<Tensor>& weights,  // [F_out, F_in] each
                     const std::vector<Tensor>& biases,   // [F_out] each
                     double slope, int64_t cell, int64_t span, int64_t step) {
-    check(image, weights, biases, cell, span, step);
+    check(image, weights, biases, slope, cell, span, step);
     const int64_t rows = image.size(2) / cell, cols = image.size(3) / cell;
+    // A step beyond the last window is one to it.
+    step = std::min(step, std::max<int64_t>(cols - span, 1));
     const int64_t windows = (cols - span + step - 1) / step + 1, units = weights.back().size(0);
-    const int64_t size[] = {image.size(0), rows, windows, units};
-    Tensor out = torch::stable::empty({size, 4}, weights[0].scalar_type(), std::nullopt, image.device());
+    Tensor out =
+        empty_tensor(kOp, "the windows", {image.size(0), rows, windows, units}, weights[0].scalar_type(), image);
     if (out.numel() == 0) return out;
 
     dispatch_floating(kOp, weights[0].scalar_type(), [&](auto zero) {
@@ -159,6 +168,6 @@ Tensor cell_mlp_cpu(const Tensor& image,                 // [B, C, H, W]
 
 namespace fastroute {
 
-STABLE_TORCH_LIBRARY_IMPL(fastroute, CPU, m) { m.impl("cell_mlp", TORCH_BOX(&cell_mlp::cell_mlp_cpu)); }
+STABLE_TORCH_LIBRARY_IMPL(fastroute, CPU, m) { FASTROUTE_IMPL(m, "cell_mlp", cell_mlp::cell_mlp_cpu); }
 
 }  // namespace fastroute

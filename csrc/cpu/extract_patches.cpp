@@ -185,10 +185,9 @@ struct CopyBody {
 };
 
 template <typename W>
-std::vector<W> statistic(const char* name, const std::optional<Tensor>& values, const Tensor& image) {
+std::vector<W> statistic(const std::optional<Tensor>& values) {
     std::vector<W> result;
     if (!values.has_value()) return result;
-    check_statistic(name, *values, image);
     const Tensor dense = torch::stable::contiguous(*values);
     dispatch_floating(kOp, dense.scalar_type(), [&](auto zero) {
         using T = decltype(zero);
@@ -207,21 +206,24 @@ Tensor extract_patches_cpu(const Tensor& image,                 // [B, C, H, W]
                            int64_t patch, int64_t stride, bool crop, std::optional<ScalarType> dtype,
                            bool channels_last) {
     const Selection selected = checked_selection(image, order, patch, stride, crop);
+    check_cpu(kOp, "image", image);
+    const ScalarType target = dtype.value_or(image.scalar_type());
+    check_conversion(image, target, mean, std);
     const int64_t channels = image.size(1), height = image.size(2), width = image.size(3), count = selected.count;
     const TileGrid& grid = selected.grid;
     const int64_t tiles = grid.num_patches(), cols = grid.x.count();
     const int64_t* number = selected.numbers();
     if (number != nullptr) check_in_range(kOp, "order", number, count, selected.patches);
 
-    const Tensor out = empty_patches(image, count, patch, dtype.value_or(image.scalar_type()), channels_last);
+    const Tensor out = empty_patches(image, count, patch, target, channels_last);
     prefer_huge_pages(out.mutable_data_ptr(), out.numel() * static_cast<int64_t>(out.element_size()));
     const Layout from = layout_of(image), to = layout_of(out);
     dispatch_extract(image.scalar_type(), out.scalar_type(), [&](auto in_zero, auto out_zero) {
         using In = decltype(in_zero);
         using Out = decltype(out_zero);
         using W = typename Convert<In, Out>::W;
-        const std::vector<W> means = statistic<W>("mean", mean, image);
-        const std::vector<W> stds = statistic<W>("std", std, image);
+        const std::vector<W> means = statistic<W>(mean);
+        const std::vector<W> stds = statistic<W>(std);
         Convert<In, Out> convert{means.empty() ? nullptr : means.data(), stds.empty() ? nullptr : stds.data()};
         std::vector<Out> table;
         if constexpr (std::is_same_v<In, uint8_t> && !std::is_same_v<In, Out>) {
@@ -319,8 +321,7 @@ Tensor _extract_patches_backward_cpu(const Tensor& grad,                  // [M,
     for (int64_t m = 0; m < count; ++m) rows[next[number == nullptr ? m : number[m]]++] = m;
 
     const Tensor dense = torch::stable::contiguous(grad);
-    const int64_t size[] = {batch, channels, height, width};
-    const Tensor out = torch::stable::empty({size, 4}, grad.scalar_type(), std::nullopt, grad.device());
+    const Tensor out = empty_tensor(kOp, "the image", {batch, channels, height, width}, grad.scalar_type(), grad);
     dispatch_floating(kOp, grad.scalar_type(), [&](auto zero) {
         using T = decltype(zero);
         using W = Work<T>;
@@ -341,8 +342,8 @@ Tensor _extract_patches_backward_cpu(const Tensor& grad,                  // [M,
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(fastroute, CPU, m) {
-    m.impl("extract_patches", TORCH_BOX(&extract_patches_cpu));
-    m.impl("_extract_patches_backward", TORCH_BOX(&_extract_patches_backward_cpu));
+    FASTROUTE_IMPL(m, "extract_patches", extract_patches_cpu);
+    FASTROUTE_IMPL(m, "_extract_patches_backward", _extract_patches_backward_cpu);
 }
 
 }  // namespace fastroute

@@ -32,14 +32,16 @@ void count_classes(const T* ids, int64_t begin, int64_t end, int64_t num_classes
 std::tuple<Tensor, Tensor, Tensor> group_by_class_cpu(const Tensor& class_ids,  // [N]
                                                       int64_t num_classes) {
     check_rank(kOp, "class_ids", class_ids, 1);
-    FASTROUTE_CHECK(num_classes >= 1, kOp, ": num_classes must be at least 1; got ", num_classes);
+    check_at_least(kOp, "num_classes", num_classes, 1);
+    // Every thread has its own counts.
+    checked_product(kOp, "num_classes", {num_classes, int64_t{1} << 16});
+    check_cpu(kOp, "class_ids", class_ids);
     const Tensor dense = torch::stable::contiguous(class_ids);
     const int64_t count = dense.size(0);
-    const int64_t items[] = {count}, bounds[] = {num_classes + 1};
-    const auto make = [&](const int64_t* size) {
-        return torch::stable::empty({size, 1}, ScalarType::Long, std::nullopt, class_ids.device());
+    const auto make = [&](int64_t size) {
+        return empty_tensor(kOp, "the indices", {size}, ScalarType::Long, class_ids);
     };
-    const Tensor order = make(items), inverse = make(items), offsets = make(bounds);
+    const Tensor order = make(count), inverse = make(count), offsets = make(num_classes + 1);
     int64_t* place_to_item = order.mutable_data_ptr<int64_t>();
     int64_t* item_to_place = inverse.mutable_data_ptr<int64_t>();
     int64_t* offset = offsets.mutable_data_ptr<int64_t>();
@@ -60,7 +62,7 @@ std::tuple<Tensor, Tensor, Tensor> group_by_class_cpu(const Tensor& class_ids,  
         });
         for (int64_t p = 0; p < parts; ++p) {
             if (wrong[p * 8] < 0) continue;
-            value_error(kOp, ": class_ids must lie in [0, ", num_classes, "); got ",
+            fail(kOp, ": class_ids must lie in [0, ", num_classes, "); got ",
                         static_cast<int64_t>(ids[wrong[p * 8]]));
         }
         int64_t total = 0;
@@ -89,6 +91,6 @@ std::tuple<Tensor, Tensor, Tensor> group_by_class_cpu(const Tensor& class_ids,  
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(fastroute, CPU, m) { m.impl("group_by_class", TORCH_BOX(&group_by_class_cpu)); }
+STABLE_TORCH_LIBRARY_IMPL(fastroute, CPU, m) { FASTROUTE_IMPL(m, "group_by_class", group_by_class_cpu); }
 
 }  // namespace fastroute

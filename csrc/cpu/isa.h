@@ -9,7 +9,8 @@
 
 #define FASTROUTE_INLINE inline __attribute__((always_inline))
 
-#if defined(__x86_64__) && defined(__GNUC__)
+// FASTROUTE_PORTABLE builds as on any other processor: the sanitizers' builds in the tests take half as long.
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(FASTROUTE_PORTABLE)
 #define FASTROUTE_X86 1
 #define FASTROUTE_AVX2 __attribute__((target("avx2,fma,f16c,bmi,bmi2")))
 #define FASTROUTE_AVX512 \

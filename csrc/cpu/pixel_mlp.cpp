@@ -121,7 +121,7 @@ void run_blocks(const Problem<T>& p, int64_t batch, const std::optional<Tensor>&
             run_block(p, block, counts, ws);
         }
     });
-    if (!good) value_error(kOp, ": class_map must lie in [0, ", p.mlps.size(), "), one class per MLP");
+    if (!good) fail(kOp, ": class_map must lie in [0, ", p.mlps.size(), "), one class per MLP");
 }
 
 Tensor pixel_mlp_cpu(const Tensor& features,              // [B, D, h, w]
@@ -133,6 +133,7 @@ Tensor pixel_mlp_cpu(const Tensor& features,              // [B, D, h, w]
                      const std::optional<Tensor>& residual,   // [B, C, h, w]
                      const std::optional<Tensor>& relative,   // [H + W]
                      int64_t row_begin, int64_t row_end) {
+    check_cpu(kOp, "features", features);
     const Sizes sizes =
         checked_sizes(features, weights, biases, depths, height, width, class_map, residual, row_begin, row_end);
     const std::optional<Tensor> given = checked_relative(relative, features, sizes);
@@ -175,9 +176,9 @@ Tensor pixel_mlp_cpu(const Tensor& features,              // [B, D, h, w]
 namespace fastroute {
 
 STABLE_TORCH_LIBRARY_IMPL(fastroute, CPU, m) {
-    m.impl("pixel_mlp", TORCH_BOX(&pixel_mlp::pixel_mlp_cpu));
+    FASTROUTE_IMPL(m, "pixel_mlp", pixel_mlp::pixel_mlp_cpu);
     // A processor has no such products.
-    m.impl("pixel_mlp.tf32", TORCH_BOX(&pixel_mlp::pixel_mlp_cpu));
+    FASTROUTE_IMPL(m, "pixel_mlp.tf32", pixel_mlp::pixel_mlp_cpu);
 }
 
 }  // namespace fastroute

@@ -88,9 +88,10 @@ void refine_into(const Tensor& image, const Tensor& class_map, int64_t begin, in
 Tensor refine_boundaries_cpu(const Tensor& image,      // [B, C, H, W]
                              const Tensor& class_map,  // [B, H, W]
                              int64_t row_begin, int64_t row_end) {
+    check_cpu(kOp, "image", image);
     check_refine(image, class_map, row_begin, row_end);
-    const int64_t size[4] = {image.size(0), image.size(1), row_end - row_begin, image.size(3)};
-    const Tensor out = torch::stable::empty({size, 4}, image.scalar_type(), std::nullopt, image.device());
+    const Tensor out = empty_tensor(
+        kOp, "the image", {image.size(0), image.size(1), row_end - row_begin, image.size(3)}, image.scalar_type(), image);
     if (out.numel() == 0) return out;
     prefer_huge_pages(out.mutable_data_ptr(), out.numel() * static_cast<int64_t>(out.element_size()));
     refine_into(image, class_map, row_begin, row_end, out);
@@ -101,8 +102,9 @@ Tensor refine_boundaries_out_cpu(const Tensor& image,      // [B, C, H, W]
                                  const Tensor& class_map,  // [B, H, W]
                                  int64_t row_begin, int64_t row_end,
                                  const Tensor& out) {  // [B, C, rows, W]
+    check_cpu(kOp, "image", image);
     check_refine(image, class_map, row_begin, row_end);
-    check_refine_out(image, row_end - row_begin, out);
+    check_refine_out(image, class_map, row_end - row_begin, out);
     if (out.numel() > 0) refine_into(image, class_map, row_begin, row_end, out);
     return out;
 }
@@ -110,8 +112,8 @@ Tensor refine_boundaries_out_cpu(const Tensor& image,      // [B, C, H, W]
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(fastroute, CPU, m) {
-    m.impl("refine_boundaries", TORCH_BOX(&refine_boundaries_cpu));
-    m.impl("refine_boundaries.out", TORCH_BOX(&refine_boundaries_out_cpu));
+    FASTROUTE_IMPL(m, "refine_boundaries", refine_boundaries_cpu);
+    FASTROUTE_IMPL(m, "refine_boundaries.out", refine_boundaries_out_cpu);
 }
 
 }  // namespace fastroute

@@ -10,6 +10,7 @@ namespace fastroute {
 
 inline Tensor gather_rows(const char* op, const char* name, const char* index_name, const Tensor& x,  // [N, ...]
                           const Tensor& index) {                                                      // [N]
+    check_cpu(op, name, x);
     FASTROUTE_CHECK(x.dim() >= 1, op, ": ", name, " must have at least one dimension");
     const Tensor places = *checked_index(op, index_name, index, x);
     const Tensor dense = as_contiguous(x);
@@ -17,7 +18,7 @@ inline Tensor gather_rows(const char* op, const char* name, const char* index_na
     FASTROUTE_CHECK(places.size(0) == count, op, ": ", name, " must have ", places.size(0), " rows; got ", count);
     const int64_t* from = places.const_data_ptr<int64_t>();
     check_in_range(op, index_name, from, count, count);
-    const Tensor out = torch::stable::empty(dense.sizes(), dense.scalar_type(), std::nullopt, dense.device());
+    const Tensor out = empty_tensor(op, "the rows", dense.sizes(), dense.scalar_type(), dense);
     const int64_t bytes = count == 0 ? 0 : dense.numel() / count * static_cast<int64_t>(dense.element_size());
     const char* source = static_cast<const char*>(dense.const_data_ptr());
     char* target = static_cast<char*>(out.mutable_data_ptr());

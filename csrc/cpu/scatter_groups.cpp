@@ -9,6 +9,8 @@ namespace {
 Tensor scatter_groups_cpu(const Tensor& y,          // [N, ...]
                           const Tensor& order,      // [N]
                           const Tensor& inverse) {  // [N]
+    check_same_device("scatter_groups", "groups.order", order, y);
+    check_same_device("scatter_groups", "groups.inverse", inverse, y);
     FASTROUTE_CHECK(order.dim() == 1 && inverse.dim() == 1 && order.size(0) == inverse.size(0),
                     "scatter_groups: order and inverse must be vectors of one length");
     return gather_rows("scatter_groups", "y", "groups.inverse", y, inverse);
@@ -16,6 +18,6 @@ Tensor scatter_groups_cpu(const Tensor& y,          // [N, ...]
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(fastroute, CPU, m) { m.impl("scatter_groups", TORCH_BOX(&scatter_groups_cpu)); }
+STABLE_TORCH_LIBRARY_IMPL(fastroute, CPU, m) { FASTROUTE_IMPL(m, "scatter_groups", scatter_groups_cpu); }
 
 }  // namespace fastroute

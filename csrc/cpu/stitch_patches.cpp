@@ -67,8 +67,9 @@ void stitch_into(const Tensor& out, const Batches& batches, const std::optional<
                  const TileGrid& grid, int64_t scale, int64_t shuffle, int64_t row_begin, const Target& target,
                  const Upsampling* upsampling = nullptr, Spent* spent = nullptr) {
     const int64_t span = grid.y.patch * scale, channels = target.channels, rows = target.rows;
-    const Tensor dense_window = torch::stable::contiguous(window);
     const Tensor& first = batches.front();
+    check_same_device(kOp, "window", window, first);
+    const Tensor dense_window = torch::stable::contiguous(window);
     dispatch_floating(kOp, first.scalar_type(), [&](auto zero) {
         using T = decltype(zero);
         using W = Work<T>;
@@ -164,13 +165,12 @@ Tensor stitch_patches_cpu(const Tensor& patches,                 // [M, C·r·r,
                           const Tensor& window,                  // [P]
                           int64_t height, int64_t width, int64_t patch, int64_t stride, int64_t scale, bool crop,
                           int64_t shuffle, std::optional<ScalarType> dtype, int64_t row_begin, int64_t row_end) {
-    const TileGrid grid{{height, patch, stride, crop}, {width, patch, stride, crop}};
+    const TileGrid grid = checked_grid(kOp, height, width, patch, stride, crop, scale);
     const std::optional<Tensor> places = checked_index(kOp, "inverse", inverse, patches);
     const Target target = checked_target({patches}, places, grid, scale, shuffle, row_begin, row_end);
     check_read(places, target, grid, scale, row_begin, row_end);
-    const int64_t size[] = {target.batch, target.channels, target.rows, target.width};
-    const Tensor out =
-        torch::stable::empty({size, 4}, dtype.value_or(patches.scalar_type()), std::nullopt, patches.device());
+    const Tensor out = empty_tensor(kOp, "the image", {target.batch, target.channels, target.rows, target.width},
+                                       dtype.value_or(patches.scalar_type()), patches);
     prefer_huge_pages(out.mutable_data_ptr(), out.numel() * static_cast<int64_t>(out.element_size()));
     stitch_into(out, {patches}, places, window, grid, scale, shuffle, row_begin, target);
     return out;
@@ -182,11 +182,11 @@ void stitch_batches_out_cpu(const Batches& batches,                // [M_i, C·r
                             int64_t height, int64_t width, int64_t patch, int64_t stride, int64_t scale, bool crop,
                             int64_t shuffle, int64_t row_begin, int64_t row_end,
                             const Tensor& out) {  // [B, C, rows, W·s]
-    const TileGrid grid{{height, patch, stride, crop}, {width, patch, stride, crop}};
+    const TileGrid grid = checked_grid(kOp, height, width, patch, stride, crop, scale);
     const std::optional<Tensor> places = checked_index(kOp, "inverse", inverse, out);
     const Target target = checked_target(batches, places, grid, scale, shuffle, row_begin, row_end);
     check_read(places, target, grid, scale, row_begin, row_end);
-    check_stitch_out(target, batches.front(), out);
+    check_stitch_out(target, batches, places, out);
     stitch_into(out, batches, places, window, grid, scale, shuffle, row_begin, target);
 }
 
@@ -206,13 +206,14 @@ void stitch_upsampled_out_cpu(const Batches& batches,  // [M_i, F, p, p] each
                               int64_t shuffle, int64_t row_begin, int64_t row_end,
                               const Tensor& out,      // [B, C, rows, W·s]
                               const Tensor& spent) {  // [kinds + 1]
-    const TileGrid grid{{height, patch, stride, crop}, {width, patch, stride, crop}};
+    const TileGrid grid = checked_grid(kOp, height, width, patch, stride, crop, scale);
     const std::optional<Tensor> places = checked_index(kOp, "inverse", inverse, out);
     std::vector<upsampler::FeatureStep> at;
     const Target target =
         checked_kinds(batches, kinds, layers, spent, places, grid, scale, shuffle, row_begin, row_end, at);
     check_read(places, target, grid, scale, row_begin, row_end);
-    check_stitch_out(target, batches.front(), out);
+    check_stitch_out(target, batches, places, out);
+    check_written(kOp, "spent", spent, {out});
     const std::vector<upsampler::Upsampler> packed = packed_upsamplers(layers, shuffle);
     std::vector<int64_t> kind_of;
     for (size_t i = 0; i < batches.size(); ++i) kind_of.insert(kind_of.end(), batches[i].size(0), kinds[i]);
@@ -252,11 +253,11 @@ Tensor _stitch_patches_backward_cpu(const Tensor& grad,                    // [B
                                     const Tensor& window,                  // [P]
                                     int64_t height, int64_t width, int64_t patch, int64_t stride, int64_t scale,
                                     bool crop, int64_t num_patches) {
-    check_rank(kOp, "grad", grad, 4);
-    const TileGrid grid{{height, patch, stride, crop}, {width, patch, stride, crop}};
+    const TileGrid grid = checked_grid(kOp, height, width, patch, stride, crop, scale);
     const int64_t span = patch * scale, tiles = grid.num_patches(), cols = grid.x.count();
-    const int64_t batch = grad.size(0), channels = grad.size(1), out_height = grad.size(2), out_width = grad.size(3);
     const std::optional<Tensor> places = checked_places(grad, inverse, grid, scale, num_patches);
+    check_same_device(kOp, "window", window, grad);
+    const int64_t batch = grad.size(0), channels = grad.size(1), out_height = grad.size(2), out_width = grad.size(3);
     const int64_t* place = places.has_value() ? places->const_data_ptr<int64_t>() : nullptr;
     if (place != nullptr) check_in_range(kOp, "inverse", place, batch * tiles, num_patches);
     // Patch numbers by row of `patches`: a row may hold several patches, or none.
@@ -267,8 +268,8 @@ Tensor _stitch_patches_backward_cpu(const Tensor& grad,                    // [B
     for (int64_t n = 0; n < batch * tiles; ++n) numbers[next[place == nullptr ? n : place[n]]++] = n;
 
     const Tensor dense = torch::stable::contiguous(grad), dense_window = torch::stable::contiguous(window);
-    const int64_t size[] = {num_patches, channels, span, span};
-    const Tensor out = torch::stable::empty({size, 4}, grad.scalar_type(), std::nullopt, grad.device());
+    const Tensor out =
+        empty_tensor(kOp, "the gradient", {num_patches, channels, span, span}, grad.scalar_type(), grad);
     dispatch_floating(kOp, grad.scalar_type(), [&](auto zero) {
         using T = decltype(zero);
         using W = Work<T>;
@@ -300,11 +301,11 @@ Tensor _stitch_patches_backward_cpu(const Tensor& grad,                    // [B
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(fastroute, CPU, m) {
-    m.impl("stitch_patches", TORCH_BOX(&stitch_patches_cpu));
-    m.impl("stitch_patches.out", TORCH_BOX(&stitch_patches_out_cpu));
-    m.impl("stitch_patches.batches_out", TORCH_BOX(&stitch_batches_out_cpu));
-    m.impl("stitch_patches.upsampled_out", TORCH_BOX(&stitch_upsampled_out_cpu));
-    m.impl("_stitch_patches_backward", TORCH_BOX(&_stitch_patches_backward_cpu));
+    FASTROUTE_IMPL(m, "stitch_patches", stitch_patches_cpu);
+    FASTROUTE_IMPL(m, "stitch_patches.out", stitch_patches_out_cpu);
+    FASTROUTE_IMPL(m, "stitch_patches.batches_out", stitch_batches_out_cpu);
+    FASTROUTE_IMPL(m, "stitch_patches.upsampled_out", stitch_upsampled_out_cpu);
+    FASTROUTE_IMPL(m, "_stitch_patches_backward", _stitch_patches_backward_cpu);
 }
 
 }  // namespace fastroute

@@ -123,6 +123,7 @@ struct StitchBody {
         }
     }
 
+#if FASTROUTE_X86
     // What `run` does where at most two tile rows and columns meet, in whole vectors. The two tiles of a column follow
     // each other, so that what one leaves for the other stays in the caches.
     static void run_wide(const StitchPlan<T>& plan, int64_t image, int64_t c, int64_t at, TileRange range, bool direct,
@@ -190,6 +191,7 @@ struct StitchBody {
             shared = kept - finished;
         }
     }
+#endif
 
     // The output rows from `at` on, which the same tile rows cover. Columns outside and rows inside: what is being
     // summed stays in the first-level cache.

@@ -39,6 +39,7 @@ struct Kind {
 void check_kind(const Kind& kind, int64_t span, int64_t shuffle, int64_t channels) {
     const Tensor &expand = kind.expand, &weight = kind.weight;
     for (const Tensor* tensor : {&expand, &kind.expand_bias, &kind.slope, &weight, &kind.bias}) {
+        check_cpu(kOp, "layers", *tensor);
         FASTROUTE_CHECK(tensor->is_contiguous() && tensor->scalar_type() == ScalarType::Float, kOp,
                         ": layers must be contiguous float32");
     }
@@ -49,10 +50,12 @@ void check_kind(const Kind& kind, int64_t span, int64_t shuffle, int64_t channel
         return;
     }
     const int64_t square = shuffle * shuffle, units = weight.size(1);
+    check_at_least(kOp, "the features of a patch", kind.features(), 1);
+    check_at_least(kOp, "the units of an expansion", units, 1);
     FASTROUTE_CHECK(
-        weight.size(0) % square == 0 && weight.size(2) == weight.size(3) && kind.bias.numel() == weight.size(0), kOp,
+        kind.bias.dim() == 1 && weight.size(0) % square == 0 && weight.size(2) == weight.size(3) && kind.bias.numel() == weight.size(0), kOp,
         ": weight must be C * ", square, " x D x K x K with one bias per output");
-    FASTROUTE_CHECK(expand.numel() == 0 || (expand.dim() == 2 && expand.size(0) == units &&
+    FASTROUTE_CHECK(expand.numel() == 0 || (expand.dim() == 2 && kind.expand_bias.dim() == 1 && kind.slope.dim() == 1 && expand.size(0) == units &&
                                             kind.expand_bias.numel() == units && kind.slope.numel() == units),
                     kOp, ": the expansion must lead from ", kind.features(), " features to ", units);
     FASTROUTE_CHECK(weight.size(2) <= 5 && upsampler::Kernels::active().find(shuffle, weight.size(2), 0) != nullptr,
@@ -65,11 +68,14 @@ void check_kind(const Kind& kind, int64_t span, int64_t shuffle, int64_t channel
 Target checked_kinds(const Batches& batches, const std::vector<int64_t>& kinds, const Batches& layers,
                      const Tensor& spent, const std::optional<Tensor>& inverse, const TileGrid& grid, int64_t scale,
                      int64_t shuffle, int64_t row_begin, int64_t row_end, std::vector<upsampler::FeatureStep>& at) {
+    check_shuffle(grid.y.patch * scale, shuffle);
     FASTROUTE_CHECK(!batches.empty() && kinds.size() == batches.size(), kOp, ": kinds must have one entry per batch");
     FASTROUTE_CHECK(!layers.empty() && layers.size() % kLayers == 0, kOp, ": layers must hold five tensors per kind");
     const int64_t number = static_cast<int64_t>(layers.size() / kLayers), span = grid.y.patch * scale;
-    FASTROUTE_CHECK(spent.dim() == 1 && spent.size(0) == number + 1 && spent.scalar_type() == ScalarType::Double, kOp,
-                    ": spent must be ", number + 1, " numbers of float64");
+    check_cpu(kOp, "spent", spent);
+    FASTROUTE_CHECK(spent.dim() == 1 && spent.size(0) == number + 1 && spent.scalar_type() == ScalarType::Double &&
+                        spent.is_contiguous(),
+                    kOp, ": spent must be ", number + 1, " numbers of float64 side by side");
     std::vector<Batches> sorted(number + 1);  // those of kind -1 last
     for (size_t i = 0; i < batches.size(); ++i) {
         FASTROUTE_CHECK(kinds[i] >= -1 && kinds[i] < number, kOp, ": kinds must lie in [-1, ", number, "); got ",
@@ -78,6 +84,7 @@ Target checked_kinds(const Batches& batches, const std::vector<int64_t>& kinds, 
         sorted[kinds[i] < 0 ? number : kinds[i]].push_back(batches[i]);
     }
     const int64_t channels = Kind(layers, 0).channels(shuffle);
+    check_at_least(kOp, "the number of channels", channels, 1);
     for (int64_t k = 0; k < number; ++k) check_kind(Kind(layers, k), span, shuffle, channels);
     const auto used = std::count_if(sorted.begin(), sorted.end(), [](const Batches& some) { return !some.empty(); });
     FASTROUTE_CHECK(inverse.has_value() || used == 1, kOp, ": inverse must be given for patches of several kinds");

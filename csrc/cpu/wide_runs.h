@@ -33,6 +33,26 @@ inline constexpr bool kWideRuns = FASTROUTE_X86 && !std::is_same_v<T, double> &&
 
 inline bool has_wide_runs() { return active_isa() == Isa::avx512; }
 
+// What becomes of the weighed values of one tile.
+enum class Runs {
+    keep,    // stored until the next tile column adds to them
+    put,     // to the image
+    begin,   // times the row's weight, stored until the next tile row adds to them
+    finish,  // times the row's weight, added to what was stored, to the image
+};
+
+// Where they go; all of it begins at the first row and column of the runs.
+template <typename Out>
+struct RunTarget {
+    const float* weight_x;  // [columns]
+    const float* weight_y;  // [rows]
+    float* window;          // [channels, rows, columns]: what the tile column before kept, and what is kept
+    float* sum;             // the same of the tile row before
+    Out* out;
+    int64_t window_channel, window_row, sum_channel, sum_row, out_channel, out_row;
+    bool stream;
+};
+
 #if FASTROUTE_X86
 #define FASTROUTE_WIDE FASTROUTE_AVX512 FASTROUTE_INLINE
 
@@ -92,26 +112,6 @@ FASTROUTE_WIDE void put_run(BFloat16* to, __mmask16 mask, __m512 value, bool) {
     _mm256_mask_storeu_epi16(to, mask,
                              _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc0))));
 }
-
-// What becomes of the weighed values of one tile.
-enum class Runs {
-    keep,    // stored until the next tile column adds to them
-    put,     // to the image
-    begin,   // times the row's weight, stored until the next tile row adds to them
-    finish,  // times the row's weight, added to what was stored, to the image
-};
-
-// Where they go; all of it begins at the first row and column of the runs.
-template <typename Out>
-struct RunTarget {
-    const float* weight_x;  // [columns]
-    const float* weight_y;  // [rows]
-    float* window;          // [channels, rows, columns]: what the tile column before kept, and what is kept
-    float* sum;             // the same of the tile row before
-    Out* out;
-    int64_t window_channel, window_row, sum_channel, sum_row, out_channel, out_row;
-    bool stream;
-};
 
 // One row of a RunTarget. Held by value: the compiler cannot know that bytes written to an image are none of its
 // fields.

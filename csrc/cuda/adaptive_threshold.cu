@@ -187,7 +187,7 @@ Tensor adaptive_threshold_cuda(const Tensor& score,  // [B, ...]
     const ScalarType dtype = id_type(kOp, id_bytes);
     FASTROUTE_CHECK(score.dim() >= 2, kOp, ": score must be (B, ...) with at least 2 dimensions; got ", score.dim());
     const Tensor dense = torch::stable::contiguous(score);
-    const Tensor out = torch::stable::empty(dense.sizes(), dtype, std::nullopt, dense.device());
+    const Tensor out = empty_tensor(kOp, "the classes", dense.sizes(), dtype, dense);
     if (out.numel() == 0) return out;
     const Queue queue(kOp, dense);
     dispatch_floating(kOp, dense.scalar_type(), [&](auto zero) {
@@ -227,7 +227,7 @@ Tensor adaptive_threshold_cuda(const Tensor& score,  // [B, ...]
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(fastroute, FASTROUTE_CUDA, m) {
-    m.impl("adaptive_threshold", TORCH_BOX(&adaptive_threshold_cuda));
+    FASTROUTE_IMPL(m, "adaptive_threshold", adaptive_threshold_cuda);
 }
 
 }  // namespace fastroute

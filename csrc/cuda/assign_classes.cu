@@ -8,9 +8,7 @@
 namespace fastroute {
 namespace {
 
-constexpr const char* kOp = "assign_classes";
 constexpr int kThreads = 256;
-constexpr double kLargestLog = 1152.0;  // above the log2 range of clamped scores, 126 + 1024
 
 // Class ids in any of their types.
 struct Ids {
@@ -113,19 +111,12 @@ Tensor assign_classes_cuda(const Tensor& score,  // [N, K, ...]
                            const Tensor& cost,   // [K], on the CPU
                            double penalty, std::optional<double> budget, int64_t id_bytes) {
     const ScalarType dtype = id_type(kOp, id_bytes);
-    FASTROUTE_CHECK(score.dim() >= 2, kOp, ": score must have at least 2 dimensions; got ", score.dim());
-    FASTROUTE_CHECK(cost.is_cpu(), kOp, ": cost must be on the CPU, it is read before the kernel runs");
-    const int64_t classes = score.size(1);
-    FASTROUTE_CHECK(classes >= 1 && classes <= kMostClasses, kOp, ": score must have 1 to 256 classes; got ", classes);
-    FASTROUTE_CHECK(cost.dim() == 1 && cost.size(0) == classes && cost.scalar_type() == ScalarType::Double, kOp,
-                    ": cost must be ", classes, " float64 values");
-    const Tensor dense = torch::stable::contiguous(score), dense_cost = torch::stable::contiguous(cost);
-    const double* values = dense_cost.const_data_ptr<double>();
-    const std::vector<double> costs(values, values + classes);
-    Items items{score.size(0), classes, 1};
+    const std::vector<double> costs = checked_costs(score, cost, penalty, budget);
+    const Tensor dense = torch::stable::contiguous(score);
+    Items items{score.size(0), score.size(1), 1};
     std::vector<int64_t> size{score.size(0)};
     for (int64_t d = 2; d < score.dim(); ++d) items.length *= score.size(d), size.push_back(score.size(d));
-    const Tensor out = torch::stable::empty({size.data(), size.size()}, dtype, std::nullopt, score.device());
+    const Tensor out = empty_tensor(kOp, "the classes", size, dtype, score);
     if (items.count() == 0) return out;
     const Ids ids{out.mutable_data_ptr(), dtype};
     const Queue queue(kOp, score);
@@ -143,6 +134,6 @@ Tensor assign_classes_cuda(const Tensor& score,  // [N, K, ...]
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(fastroute, FASTROUTE_CUDA, m) { m.impl("assign_classes", TORCH_BOX(&assign_classes_cuda)); }
+STABLE_TORCH_LIBRARY_IMPL(fastroute, FASTROUTE_CUDA, m) { FASTROUTE_IMPL(m, "assign_classes", assign_classes_cuda); }
 
 }  // namespace fastroute

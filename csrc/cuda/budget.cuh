@@ -8,6 +8,7 @@
 
 #include <cmath>
 
+#include "common/assign_classes.h"
 #include "common/host_device.h"
 #include "cuda/launch.h"
 
@@ -25,8 +26,6 @@ constexpr int kBudgetThreads = 256;
 #endif
 constexpr int kMostPasses = FASTROUTE_BUDGET_PASSES;
 constexpr int64_t kFewItems = 4096;     // one block alone is as fast
-constexpr double kBudgetSlack = 1e-9;   // mean cost and budget are both sums of rounded fractions
-constexpr double kSmallest = 0x1p-126;  // scores below count as this much
 
 // Scores [B, K, L]: item (b, l) has class k's score at (b·K + k)·L + l.
 struct Items {
@@ -76,7 +75,8 @@ __device__ int choose(const T* score, const Items& items, const Budget& budget, 
     double value = 0;
     for (int k = 0; k < items.classes; ++k) {
         const double s = static_cast<double>(static_cast<Work<T>>(score[k * items.length]));
-        const double log_score = log2(s > kSmallest ? s : kSmallest);
+        // NaN counts as the smallest: a budget holds whatever the scores are.
+        const double log = log2(s > kSmallest ? s : kSmallest), log_score = log < kMostLog ? log : kMostLog;
         const double other = add(log_score, -multiply(penalty, budget.log_cost.value[k]));
         if (k == 0 || other > value) value = other, best = k;
     }

@@ -51,9 +51,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks<In>)
     }
 }
 
-Statistic checked_statistic(const char* name, const std::optional<Tensor>& values, const Tensor& image) {
+Statistic statistic_of(const std::optional<Tensor>& values) {
     if (!values.has_value()) return {nullptr, ScalarType::Float};
-    check_statistic(name, *values, image);
     dispatch_floating(kOp, values->scalar_type(), [](auto) {});
     return {values->const_data_ptr(), values->scalar_type()};
 }
@@ -69,13 +68,15 @@ Tensor extract_patches_cuda(const Tensor& image,                 // [B, C, H, W]
                             int64_t patch, int64_t stride, bool crop, std::optional<ScalarType> dtype,
                             bool channels_last) {
     const Selection selected = checked_selection(image, order, patch, stride, crop);
+    const ScalarType target = dtype.value_or(image.scalar_type());
+    check_conversion(image, target, mean, std);
     const int64_t channels = image.size(1), count = selected.count;
     FASTROUTE_CHECK(channels <= kMaxBlocks / patch / 2, kOp, ": C * patch must be below 2^30; got ", channels, " * ",
                     patch);
     const std::optional<Tensor> means = dense(mean), stds = dense(std);
     FASTROUTE_CHECK(count == 0 || selected.patches > 0, kOp, ": order must be empty where there is no image");
 
-    const Tensor out = empty_patches(image, count, patch, dtype.value_or(image.scalar_type()), channels_last);
+    const Tensor out = empty_patches(image, count, patch, target, channels_last);
     const int64_t rows = channels_last ? patch : channels * patch, length = channels_last ? patch * channels : patch;
     const int64_t wanted = kThreads * kPacks * 16 / static_cast<int64_t>(out.element_size());
     const int64_t group_rows = std::clamp<int64_t>(wanted / length, 1, rows);
@@ -95,8 +96,8 @@ Tensor extract_patches_cuda(const Tensor& image,                 // [B, C, H, W]
                            static_cast<int>(length),
                            static_cast<int>(group_rows),
                            channels_last,
-                           checked_statistic("mean", means, image),
-                           checked_statistic("std", stds, image)};
+                           statistic_of(means),
+                           statistic_of(stds)};
     const Queue queue(kOp, image);
     dispatch_extract(image.scalar_type(), out.scalar_type(), [&](auto in_zero, auto out_zero) {
         using In = decltype(in_zero);
@@ -162,8 +163,8 @@ Tensor _extract_patches_backward_cuda(const Tensor& grad,                  // [M
     const Selection selected = checked_gradients(grad, order, batch, height, width, patch, stride, crop);
     const int64_t tiles = selected.patches, count = selected.count, channels = grad.size(1);
     const Tensor data = torch::stable::contiguous(grad);
-    const int64_t size[] = {batch, channels, height, width}, items[] = {count}, bounds[] = {tiles + 1};
-    const Tensor out = torch::stable::empty({size, 4}, grad.scalar_type(), std::nullopt, grad.device());
+    const int64_t items[] = {count}, bounds[] = {tiles + 1};
+    const Tensor out = empty_tensor(kOp, "the image", {batch, channels, height, width}, grad.scalar_type(), grad);
     if (out.numel() == 0) return out;
     const Queue queue(kOp, grad);
     // Rows of `grad` by patch number.
@@ -188,8 +189,8 @@ Tensor _extract_patches_backward_cuda(const Tensor& grad,                  // [M
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(fastroute, FASTROUTE_CUDA, m) {
-    m.impl("extract_patches", TORCH_BOX(&extract_patches_cuda));
-    m.impl("_extract_patches_backward", TORCH_BOX(&_extract_patches_backward_cuda));
+    FASTROUTE_IMPL(m, "extract_patches", extract_patches_cuda);
+    FASTROUTE_IMPL(m, "_extract_patches_backward", _extract_patches_backward_cuda);
 }
 
 }  // namespace fastroute

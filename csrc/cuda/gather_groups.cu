@@ -7,6 +7,8 @@ namespace {
 Tensor gather_groups_cuda(const Tensor& x,          // [N, ...]
                           const Tensor& order,      // [N]
                           const Tensor& inverse) {  // [N]
+    check_same_device("gather_groups", "groups.order", order, x);
+    check_same_device("gather_groups", "groups.inverse", inverse, x);
     FASTROUTE_CHECK(order.dim() == 1 && inverse.dim() == 1 && order.size(0) == inverse.size(0),
                     "gather_groups: order and inverse must be vectors of one length");
     return gather_rows("gather_groups", "x", "groups.order", x, order);
@@ -14,6 +16,6 @@ Tensor gather_groups_cuda(const Tensor& x,          // [N, ...]
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(fastroute, FASTROUTE_CUDA, m) { m.impl("gather_groups", TORCH_BOX(&gather_groups_cuda)); }
+STABLE_TORCH_LIBRARY_IMPL(fastroute, FASTROUTE_CUDA, m) { FASTROUTE_IMPL(m, "gather_groups", gather_groups_cuda); }
 
 }  // namespace fastroute

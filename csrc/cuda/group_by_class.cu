@@ -11,13 +11,15 @@ constexpr const char* kOp = "group_by_class";
 std::tuple<Tensor, Tensor, Tensor> group_by_class_cuda(const Tensor& class_ids,  // [N]
                                                        int64_t num_classes) {
     check_rank(kOp, "class_ids", class_ids, 1);
-    FASTROUTE_CHECK(num_classes >= 1, kOp, ": num_classes must be at least 1; got ", num_classes);
+    check_at_least(kOp, "num_classes", num_classes, 1);
+    // Every thread has its own counts.
+    checked_product(kOp, "num_classes", {num_classes, int64_t{1} << 16});
     const Tensor dense = torch::stable::contiguous(class_ids);
-    const int64_t count = dense.size(0), items[] = {count}, bounds[] = {num_classes + 1};
-    const auto make = [&](const int64_t* size) {
-        return torch::stable::empty({size, 1}, ScalarType::Long, std::nullopt, class_ids.device());
+    const int64_t count = dense.size(0);
+    const auto make = [&](int64_t size) {
+        return empty_tensor(kOp, "the indices", {size}, ScalarType::Long, class_ids);
     };
-    const Tensor order = make(items), inverse = make(items), offsets = make(bounds);
+    const Tensor order = make(count), inverse = make(count), offsets = make(num_classes + 1);
     const Queue queue(kOp, class_ids);
     dispatch_index(kOp, dense.scalar_type(), [&](auto zero) {
         using T = decltype(zero);
@@ -29,6 +31,6 @@ std::tuple<Tensor, Tensor, Tensor> group_by_class_cuda(const Tensor& class_ids, 
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(fastroute, FASTROUTE_CUDA, m) { m.impl("group_by_class", TORCH_BOX(&group_by_class_cuda)); }
+STABLE_TORCH_LIBRARY_IMPL(fastroute, FASTROUTE_CUDA, m) { FASTROUTE_IMPL(m, "group_by_class", group_by_class_cuda); }
 
 }  // namespace fastroute

@@ -50,9 +50,9 @@ class Queue {
     {
 #if defined(__CUDACC__)
         void* stream = nullptr;
-        FASTROUTE_CHECK(
-            aoti_torch_get_current_cuda_stream != nullptr && aoti_torch_get_current_cuda_stream(device_, &stream) == 0,
-            op, ": torch has no current CUDA stream");
+        if (aoti_torch_get_current_cuda_stream == nullptr || aoti_torch_get_current_cuda_stream(device_, &stream) != 0) {
+            throw std::runtime_error(text(op, ": torch has no current CUDA stream"));
+        }
         stream_ = static_cast<cudaStream_t>(stream);
 #else
         (void)x;
@@ -108,7 +108,8 @@ class Queue {
         return value;
     }
     void check(cudaError_t error) const {
-        FASTROUTE_CHECK(error == cudaSuccess, op_, ": the kernel could not be launched: ", cudaGetErrorString(error));
+        if (error == cudaSuccess) return;
+        throw std::runtime_error(text(op_, ": the kernel could not be launched: ", cudaGetErrorString(error)));
     }
 #endif
     const char* op_;

@@ -97,8 +97,8 @@ Tensor pixel_mlp_tf32_cuda(const Tensor& features, const std::vector<Tensor>& we
 namespace fastroute {
 
 STABLE_TORCH_LIBRARY_IMPL(fastroute, FASTROUTE_CUDA, m) {
-    m.impl("pixel_mlp", TORCH_BOX(&pixel_mlp::pixel_mlp_cuda));
-    m.impl("pixel_mlp.tf32", TORCH_BOX(&pixel_mlp::pixel_mlp_tf32_cuda));
+    FASTROUTE_IMPL(m, "pixel_mlp", pixel_mlp::pixel_mlp_cuda);
+    FASTROUTE_IMPL(m, "pixel_mlp.tf32", pixel_mlp::pixel_mlp_tf32_cuda);
 }
 
 }  // namespace fastroute

@@ -116,8 +116,8 @@ Tensor refine_boundaries_cuda(const Tensor& image,      // [B, C, H, W]
                               const Tensor& class_map,  // [B, H, W]
                               int64_t row_begin, int64_t row_end) {
     check_refine(image, class_map, row_begin, row_end);
-    const int64_t size[4] = {image.size(0), image.size(1), row_end - row_begin, image.size(3)};
-    const Tensor out = torch::stable::empty({size, 4}, image.scalar_type(), std::nullopt, image.device());
+    const Tensor out = empty_tensor(
+        kOp, "the image", {image.size(0), image.size(1), row_end - row_begin, image.size(3)}, image.scalar_type(), image);
     if (out.numel() > 0) refine_into(image, class_map, row_begin, row_end, out);
     return out;
 }
@@ -127,7 +127,7 @@ Tensor refine_boundaries_out_cuda(const Tensor& image,      // [B, C, H, W]
                                   int64_t row_begin, int64_t row_end,
                                   const Tensor& out) {  // [B, C, rows, W]
     check_refine(image, class_map, row_begin, row_end);
-    check_refine_out(image, row_end - row_begin, out);
+    check_refine_out(image, class_map, row_end - row_begin, out);
     if (out.numel() > 0) refine_into(image, class_map, row_begin, row_end, out);
     return out;
 }
@@ -135,8 +135,8 @@ Tensor refine_boundaries_out_cuda(const Tensor& image,      // [B, C, H, W]
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(fastroute, FASTROUTE_CUDA, m) {
-    m.impl("refine_boundaries", TORCH_BOX(&refine_boundaries_cuda));
-    m.impl("refine_boundaries.out", TORCH_BOX(&refine_boundaries_out_cuda));
+    FASTROUTE_IMPL(m, "refine_boundaries", refine_boundaries_cuda);
+    FASTROUTE_IMPL(m, "refine_boundaries.out", refine_boundaries_out_cuda);
 }
 
 }  // namespace fastroute

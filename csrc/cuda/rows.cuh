@@ -41,7 +41,7 @@ Tensor gather_rows(const char* op, const char* name, const char* index_name, con
     const Tensor dense = torch::stable::contiguous(x);
     const int64_t count = dense.size(0);
     FASTROUTE_CHECK(places.size(0) == count, op, ": ", name, " must have ", places.size(0), " rows; got ", count);
-    const Tensor out = torch::stable::empty(dense.sizes(), dense.scalar_type(), std::nullopt, dense.device());
+    const Tensor out = empty_tensor(op, "the rows", dense.sizes(), dense.scalar_type(), dense);
     const int64_t bytes = count == 0 ? 0 : dense.numel() / count * static_cast<int64_t>(dense.element_size());
     if (bytes == 0) return out;
     const int64_t alignment = bytes | static_cast<int64_t>(reinterpret_cast<uintptr_t>(dense.const_data_ptr()) |

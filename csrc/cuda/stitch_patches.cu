@@ -89,13 +89,12 @@ Tensor stitch_patches_cuda(const Tensor& patches,                 // [M, C·r·r
                            const Tensor& window,                  // [P]
                            int64_t height, int64_t width, int64_t patch, int64_t stride, int64_t scale, bool crop,
                            int64_t shuffle, std::optional<ScalarType> dtype, int64_t row_begin, int64_t row_end) {
-    const TileGrid grid{{height, patch, stride, crop}, {width, patch, stride, crop}};
+    const TileGrid grid = checked_grid(kOp, height, width, patch, stride, crop, scale);
     const std::optional<Tensor> places = checked_index(kOp, "inverse", inverse, patches);
     const Target target = checked_target({patches}, places, grid, scale, shuffle, row_begin, row_end);
     check_limits(target, grid, scale);
-    const int64_t size[] = {target.batch, target.channels, target.rows, target.width};
-    const Tensor out =
-        torch::stable::empty({size, 4}, dtype.value_or(patches.scalar_type()), std::nullopt, patches.device());
+    const Tensor out = empty_tensor(kOp, "the image", {target.batch, target.channels, target.rows, target.width},
+                                       dtype.value_or(patches.scalar_type()), patches);
     stitch_into(out, {patches}, places, window, grid, scale, shuffle, row_begin, target);
     return out;
 }
@@ -106,11 +105,11 @@ void stitch_batches_out_cuda(const Batches& batches,                // [M_i, C·
                              int64_t height, int64_t width, int64_t patch, int64_t stride, int64_t scale, bool crop,
                              int64_t shuffle, int64_t row_begin, int64_t row_end,
                              const Tensor& out) {  // [B, C, rows, W·s]
-    const TileGrid grid{{height, patch, stride, crop}, {width, patch, stride, crop}};
+    const TileGrid grid = checked_grid(kOp, height, width, patch, stride, crop, scale);
     const std::optional<Tensor> places = checked_index(kOp, "inverse", inverse, out);
     const Target target = checked_target(batches, places, grid, scale, shuffle, row_begin, row_end);
     check_limits(target, grid, scale);
-    check_stitch_out(target, batches.front(), out);
+    check_stitch_out(target, batches, places, out);
     stitch_into(out, batches, places, window, grid, scale, shuffle, row_begin, target);
 }
 
@@ -153,14 +152,14 @@ Tensor _stitch_patches_backward_cuda(const Tensor& grad,                    // [
                                      const Tensor& window,                  // [P]
                                      int64_t height, int64_t width, int64_t patch, int64_t stride, int64_t scale,
                                      bool crop, int64_t num_patches) {
-    check_rank(kOp, "grad", grad, 4);
     check_same_device(kOp, "window", window, grad);
-    const TileGrid grid{{height, patch, stride, crop}, {width, patch, stride, crop}};
-    const int64_t span = patch * scale, count = grad.size(0) * grid.num_patches(), channels = grad.size(1);
+    const TileGrid grid = checked_grid(kOp, height, width, patch, stride, crop, scale);
     const std::optional<Tensor> places = checked_places(grad, inverse, grid, scale, num_patches);
+    const int64_t span = patch * scale, count = grad.size(0) * grid.num_patches(), channels = grad.size(1);
     const Tensor dense = torch::stable::contiguous(grad), dense_window = torch::stable::contiguous(window);
-    const int64_t size[] = {num_patches, channels, span, span}, items[] = {count}, bounds[] = {num_patches + 1};
-    const Tensor out = torch::stable::empty({size, 4}, grad.scalar_type(), std::nullopt, grad.device());
+    const int64_t items[] = {count}, bounds[] = {num_patches + 1};
+    const Tensor out =
+        empty_tensor(kOp, "the gradient", {num_patches, channels, span, span}, grad.scalar_type(), grad);
     if (out.numel() == 0) return out;
     const Queue queue(kOp, grad);
     // Patch numbers by row of `patches`: a row may hold several patches, or none.
@@ -190,10 +189,10 @@ Tensor _stitch_patches_backward_cuda(const Tensor& grad,                    // [
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(fastroute, FASTROUTE_CUDA, m) {
-    m.impl("stitch_patches", TORCH_BOX(&stitch_patches_cuda));
-    m.impl("stitch_patches.out", TORCH_BOX(&stitch_patches_out_cuda));
-    m.impl("stitch_patches.batches_out", TORCH_BOX(&stitch_batches_out_cuda));
-    m.impl("_stitch_patches_backward", TORCH_BOX(&_stitch_patches_backward_cuda));
+    FASTROUTE_IMPL(m, "stitch_patches", stitch_patches_cuda);
+    FASTROUTE_IMPL(m, "stitch_patches.out", stitch_patches_out_cuda);
+    FASTROUTE_IMPL(m, "stitch_patches.batches_out", stitch_batches_out_cuda);
+    FASTROUTE_IMPL(m, "_stitch_patches_backward", _stitch_patches_backward_cuda);
 }
 
 }  // namespace fastroute

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,15 +14,18 @@ INDEX = (torch.int64, torch.int32, torch.int16, torch.uint8)
 
 
 def tensor(op: str, name: str, x: object) -> Tensor:
-    """`x` is a tensor."""
+    """`x` is a tensor whose elements have places in memory."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{op}: {name} must be a torch.Tensor; got {type(x).__name__}")
+    if x.layout is not torch.strided or x.is_nested:
+        kind = "nested" if x.is_nested else str(x.layout).removeprefix("torch.")
+        raise TypeError(f"{op}: {name} must be a dense tensor; got a {kind} one; convert it first, for example by .to_dense()")
     return x
 
 
 def rank(op: str, name: str, x: Tensor, shape: str, number: int) -> None:
     """`x` has `number` dimensions, called `shape`."""
-    if not isinstance(x, Tensor) or x.ndim != number:
+    if not isinstance(x, Tensor) or x.ndim != number or x.layout is not torch.strided:
         tensor(op, name, x)
         hint = "; add a batch dimension with unsqueeze(0)" if number == 4 and x.ndim == 3 else ""
         raise ValueError(f"{op}: {name} must be {shape}; got {x.ndim} dimension(s), {tuple(x.shape)}{hint}")
@@ -47,10 +51,97 @@ def same_device(op: str, first: str, x: Tensor, second: str, y: Tensor | None) -
         )
 
 
+def at_least(op: str, least: int, **numbers: int | torch.SymInt) -> None:
+    """Each of `numbers` is an integer, at least `least`; what a compiler does not know is left alone."""
+    for name, value in numbers.items():
+        if isinstance(value, (bool, float)) or not hasattr(value, "__index__"):
+            raise TypeError(f"{op}: {name} must be an integer; got {value!r}")
+        if not isinstance(value, torch.SymInt) and not least <= value < 2**63:
+            limit = f"at least {least}" if value < least else "below 2^63"
+            raise ValueError(f"{op}: {name} must be {limit}; got {value}")
+
+
+def geometry(
+    op: str, height: int | torch.SymInt, width: int | torch.SymInt, patch: int, stride: int, crop: bool, scale: int = 1
+) -> None:
+    """What :class:`fastroute.TileGrid` checks, where an operator is given the numbers of one."""
+    at_least(op, 1, height=height, width=width, patch=patch, stride=stride, scale=scale)
+    if stride > patch:
+        raise ValueError(f"{op}: stride must be at most patch ({patch}), or pixels between patches are lost; got {stride}")
+    known = not isinstance(height, torch.SymInt) and not isinstance(width, torch.SymInt)
+    if crop and known and (height < patch or width < patch):
+        raise ValueError(
+            f"{op}: coverage='crop' needs an image of at least {patch} x {patch} pixels; got {height} x {width}; use "
+            "coverage='full'"
+        )
+
+
+def one_device(op: str, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """All of `tensors` are where the first is."""
+    first: tuple[str, Tensor] | None = None
+    for name, x in tensors:
+        first = first or (name, x)
+        same_device(op, *first, name, x)
+
+
+def written(op: str, name: str, out: Tensor, inputs: Iterable[Any]) -> None:
+    """Every element of `out` has an address of its own, which none of `inputs` has."""
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+    if torch.compiler.is_compiling() or type(out) is not Tensor or wrapped(out):
+        return
+    axes = _axes(out)
+    extent = 1
+    for stride, size in reversed(axes):
+        if stride < extent:
+            raise ValueError(
+                f"{op}: {name} must not share memory between its own elements, as an expanded tensor does; give a "
+                ".contiguous() one"
+            )
+        extent += (size - 1) * stride
+    for x in inputs:
+        if type(x) is Tensor and not wrapped(x) and x.device == out.device and x.device.type != "meta" and _may_overlap(out, x):
+            raise ValueError(
+                f"{op}: {name} must not share memory with an input, which is read while it is written; give a tensor of its own"
+            )
+
+
+def _axes(x: Tensor) -> list[tuple[int, int]]:
+    """(stride, size) of the dimensions with more than one element, the largest stride first."""
+    return sorted(((x.stride(d), x.shape[d]) for d in range(x.ndim) if x.shape[d] > 1), reverse=True)
+
+
+def _may_overlap(x: Tensor, y: Tensor) -> bool:
+    """Whether elements may share addresses: slices of one tensor are told apart, as csrc/common/written.h does."""
+    if x.numel() == 0 or y.numel() == 0:
+        return False
+    (at_x, of_x), (at_y, of_y) = sorted(((t.data_ptr(), _axes(t)) for t in (x, y)), key=lambda pair: pair[0])
+    item = x.element_size()
+    lower = x if x.data_ptr() == at_x else y
+    if at_x + (sum(stride * (size - 1) for stride, size in of_x) + 1) * lower.element_size() <= at_y:
+        return False
+    if item != y.element_size() or len(of_x) != len(of_y) or (at_y - at_x) % item:
+        return True
+    rest, apart, radix = (at_y - at_x) // item, False, None
+    for (stride, size), (other, count) in zip(of_x, of_y, strict=True):
+        if stride != other or stride == 0:
+            return True
+        digit, left = divmod(rest, stride)
+        if radix is not None and max(size, digit + count) > radix // stride:
+            return True
+        apart, rest, radix = apart or digit >= size, left, stride
+    return rest != 0 or not apart
+
+
+def looks_at(x: Tensor) -> bool:
+    """Whether there are values of `x` that can be looked at without a wait: on the CPU, and while nothing traces."""
+    # What a compiler traces with is a tensor of another class.
+    plain = x.device.type == "cpu" and x.numel() > 0 and not torch.compiler.is_compiling() and type(x) is Tensor
+    return plain and not torch._C._functorch.is_functorch_wrapped_tensor(x)
+
+
 def in_range(op: str, name: str, x: Tensor, limit: int) -> None:
     """Entries of `x` lie in [0, limit); looked at on the CPU alone, where looking costs no wait."""
-    # What a compiler traces with is a tensor of another class.
-    if x.device.type != "cpu" or x.numel() == 0 or torch.compiler.is_compiling() or type(x) is not Tensor:
+    if not looks_at(x):
         return
     low, high = int(x.long().min()), int(x.long().max())
     if low < 0 or high >= limit:

@@ -17,7 +17,9 @@ from torch.nn import functional as F
 
 from fastroute.backends import select
 from fastroute.grid import TileGrid
+from fastroute.ops import _checks as check
 from fastroute.ops._library import call, register
+from fastroute.ops.stitch_patches import reference_out
 
 # Instead of the number of an upsampler.
 FINISHED = -1
@@ -132,6 +134,8 @@ def _reference_upsampled(
     out: Tensor,
     spent: Tensor,
 ) -> None:
+    check.written("stitch_patches", "out", out, batches)
+    check.written("stitch_patches", "spent", spent, [out])
     spent.zero_()
     patches = []
     for batch, kind in zip(batches, kinds, strict=True):
@@ -149,7 +153,7 @@ def _reference_upsampled(
             patches.append(F.conv2d(batch, weight, bias, padding=weight.shape[2] // 2).contiguous())
         spent[kind] += time.perf_counter() - begin
     begin = time.perf_counter()
-    torch.ops.fastroute.stitch_patches.out(torch.cat(patches), inverse, window, *rest, out=out)
+    reference_out(torch.cat(patches), inverse, window, *rest, out=out)
     spent[-1] += time.perf_counter() - begin
 
 

@@ -25,15 +25,17 @@ def assign_classes(
     """The class of largest score / cost^penalty; with `budget`, the penalty is solved for.
 
     With a budget b the penalty is the smallest, negative ones included, at which the mean cost of the chosen classes is at
-    most b times that of the dearest class: the budget is spent as far as whole items allow, first where the score gains
-    most per cost. Items whose scores are exactly alike change class together. b = 1 sends everything to the dearest class.
+    most b times that of the most expensive class: the budget is spent as far as whole items allow, first where the score
+    gains most per cost. Items whose scores are exactly alike change class together. b = 1 sends everything to the most
+    expensive class.
 
     Args:
         score: class scores along dim 1, (N, K) per patch or (B, K, H, W) per pixel; floating. Probabilities, when a
-            penalty or a budget is given; under a budget those below 2^-126 count as 2^-126.
+            penalty or a budget is given; under a budget those below 2^-126 count as 2^-126, and infinite ones, as
+            float16 makes of large numbers, as the largest float64.
         cost: (K,) positive cost of each class, in any unit (FLOPs, milliseconds); numbers or a tensor on the CPU.
         penalty: exponent of the cost; PCSR's k. 0 is the plain argmax.
-        budget: mean cost allowed, as a fraction of the dearest class's, in [min(cost) / max(cost), 1].
+        budget: mean cost allowed, as a fraction of the most expensive class's, in [min(cost) / max(cost), 1].
         dtype: int64 or int32, or uint8 to keep a pixel map small.
 
     Returns:
@@ -84,12 +86,14 @@ def _check_values(op: str, cost: list[float], budget: float | None) -> None:
     if budget is not None and not possible - BUDGET_SLACK <= budget <= 1 + BUDGET_SLACK:
         raise ValueError(
             f"{op}: budget must lie in [{possible:.4g}, 1], from everything in the cheapest class to everything in the "
-            f"dearest; got {budget:g}"
+            f"most expensive; got {budget:g}"
         )
 
 
 def _checked_reference(score: Tensor, cost: Tensor, penalty: float, budget: float | None, id_bytes: int) -> Tensor:
-    if score.device.type == "cpu" and bool(score.isnan().any()):
+    if score.device.type == "meta":
+        return _fake(score, cost, penalty, budget, id_bytes)
+    if check.looks_at(score) and bool(score.isnan().any()):
         raise ValueError("assign_classes: score must not be NaN")
     return assign_classes_reference(score, cost, penalty, budget, check.ID_TYPES[id_bytes])
 

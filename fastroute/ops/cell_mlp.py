@@ -67,9 +67,9 @@ def cell_mlp(
     op = "cell_mlp"
     check.rank(op, "image", image, "(B, C, H, W)", 4)
     check.dtype(op, "image", image.dtype, (*check.FLOATING, *check.INTEGER_IMAGE))
-    for name, value in (("cell", cell), ("span", span), ("step", step)):
-        if value < 1:
-            raise ValueError(f"{op}: {name} must be at least 1; got {value}")
+    check.at_least(op, 1, cell=cell, span=span, step=step)
+    if not abs(slope) <= torch.finfo(torch.float32).max:
+        raise ValueError(f"{op}: slope must be a number of float32; got {slope}")
     height, width = image.shape[2:]
     if height % cell or width % cell:
         raise ValueError(f"{op}: image must be a multiple of cell ({cell}) in height and width; got {tuple(image.shape)}")
@@ -77,6 +77,8 @@ def cell_mlp(
         raise ValueError(f"{op}: span must be at most the cells of a row, {width // cell}; got {span}")
     _check_layers(image, layers, cell)
     weights, biases = [w for w, _ in layers], [b for _, b in layers]
+    # A step beyond the last window is one to it.
+    step = min(step, max(width // cell - span, 1))
     return call(op, cell_mlp_reference, image.device, image, weights, biases, slope, cell, span, step)
 
 
@@ -129,4 +131,4 @@ def _backward(ops: Any, ctx: Any, grad: Tensor) -> tuple:
 
 
 register("cell_mlp", cell_mlp_reference, _fake, _backward, _setup_context)
-register("_cell_mlp_backward", _cell_mlp_backward_reference, _backward_fake)
+register("_cell_mlp_backward", _cell_mlp_backward_reference, _backward_fake, once=True)

@@ -122,6 +122,7 @@ def _fake(
     channels_last: bool,
 ) -> Tensor:
     b, c, height, width = image.shape
+    check.geometry("extract_patches", height, width, patch, stride, crop)
     tiles = tile_count(height, patch, stride, crop) * tile_count(width, patch, stride, crop)
     m = b * tiles if order is None else order.shape[0]
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
@@ -131,6 +132,7 @@ def _fake(
 def _backward_fake(
     grad: Tensor, order: Tensor | None, batch: int, height: int, width: int, patch: int, stride: int, crop: bool
 ) -> Tensor:
+    check.geometry("extract_patches", height, width, patch, stride, crop)
     return grad.new_empty((batch, grad.shape[1], height, width))
 
 
@@ -163,6 +165,8 @@ def _double_backward(ops: Any, ctx: Any, grad: Tensor) -> tuple:
 
 def _checked_reference(image: Tensor, order: Tensor | None, *rest: Any) -> Tensor:
     patch, stride, crop = rest[2:5]
+    check.rank("extract_patches", "image", image, "(B, C, H, W)", 4)
+    check.geometry("extract_patches", image.shape[2], image.shape[3], patch, stride, crop)
     if order is not None:
         b, _, height, width = image.shape
         tiles = tile_count(height, patch, stride, crop) * tile_count(width, patch, stride, crop)
@@ -170,7 +174,20 @@ def _checked_reference(image: Tensor, order: Tensor | None, *rest: Any) -> Tenso
     return extract_patches_reference(image, order, *rest)
 
 
+def _checked_backward_reference(grad: Tensor, order: Tensor | None, batch: int, *rest: Any) -> Tensor:
+    op = "extract_patches"
+    check.geometry(op, *rest)
+    height, width, patch, stride, crop = rest
+    check.rank(op, "grad", grad, "(M, C, p, p)", 4)
+    tiles = batch * tile_count(height, patch, stride, crop) * tile_count(width, patch, stride, crop)
+    if tuple(grad.shape[2:]) != (patch, patch) or grad.shape[0] != (tiles if order is None else order.shape[0]):
+        raise ValueError(
+            f"{op}: grad must have one row of {patch} x {patch} pixels per extracted patch; got {tuple(grad.shape)}"
+        )
+    if order is not None:
+        check.in_range(op, "order", order, tiles)
+    return _extract_patches_backward_reference(grad, order, batch, *rest)
+
+
 register("extract_patches", _checked_reference, _fake, _backward, _setup_context)
-register(
-    "_extract_patches_backward", _extract_patches_backward_reference, _backward_fake, _double_backward, _backward_setup_context
-)
+register("_extract_patches_backward", _checked_backward_reference, _backward_fake, _double_backward, _backward_setup_context)

@@ -51,17 +51,18 @@ def group_by_class(class_ids: Tensor, num_classes: int) -> ClassGroups:  # [N]
     op = "group_by_class"
     check.rank(op, "class_ids", class_ids, "(N,)", 1)
     check.dtype(op, "class_ids", class_ids.dtype, check.INDEX)
-    if num_classes < 1:
-        raise ValueError(f"{op}: num_classes must be at least 1; got {num_classes}")
+    check.at_least(op, 1, num_classes=num_classes)
     return ClassGroups(*call(op, _checked_reference, class_ids.device, class_ids, num_classes))
 
 
 def _checked_reference(class_ids: Tensor, num_classes: int) -> tuple[Tensor, Tensor, Tensor]:
+    check.at_least("group_by_class", 1, num_classes=num_classes)
     check.in_range("group_by_class", "class_ids", class_ids, num_classes)
     return group_by_class_reference(class_ids, num_classes)
 
 
 def _fake(class_ids: Tensor, num_classes: int) -> tuple[Tensor, Tensor, Tensor]:
+    check.at_least("group_by_class", 1, num_classes=num_classes)
     order = class_ids.new_empty(class_ids.shape, dtype=torch.int64)
     return order, torch.empty_like(order), class_ids.new_empty((num_classes + 1,), dtype=torch.int64)
 

@@ -81,8 +81,7 @@ def pixel_mlp(
     check.rank(op, "features", features, "(B, D, h, w)", 4)
     check.dtype(op, "features", features.dtype, check.FLOATING)
     height, width = size
-    if height < 0 or width < 0:
-        raise ValueError(f"{op}: size must not be negative; got {size}")
+    check.at_least(op, 0, height=height, width=width)
     if 0 in features.shape[2:] and height * width * features.shape[0] > 0:
         raise ValueError(f"{op}: features must have at least one pixel; got {tuple(features.shape)}")
     channels = _check_mlps(features, mlps, residual)
@@ -190,12 +189,23 @@ def _checked_reference(
     row_begin: int,
     row_end: int,
 ) -> Tensor:
-    if class_map is not None and class_map.device.type == "cpu":
-        part = class_map[:, row_begin:row_end]
-        if bool(((part < 0) | (part >= len(depths))).any()):
-            raise ValueError(f"pixel_mlp: class_map must lie in [0, {len(depths)}), one class per MLP")
+    part = None if class_map is None else class_map[:, row_begin:row_end]
+    if part is not None and check.looks_at(part) and not 0 <= int(part.min()) <= int(part.max()) < len(depths):
+        raise ValueError(f"pixel_mlp: class_map must lie in [0, {len(depths)}), one class per MLP")
     rows = (row_begin, row_end)
     return pixel_mlp_reference(features, weights, biases, depths, height, width, class_map, residual, rows, relative)
+
+
+def _checked_backward_reference(grad: Tensor, features: Tensor, *rest: Any) -> list[Tensor]:
+    op = "pixel_mlp"
+    weights, _, _, height, width, _, residual, _, begin, end = rest
+    channels = weights[-1].shape[0] if weights else (0 if residual is None else residual.shape[1])
+    check.rank(op, "features", features, "(B, D, h, w)", 4)
+    check.at_least(op, 0, height=height, width=width)
+    expected = (features.shape[0], channels, end - begin, width)
+    if tuple(grad.shape) != expected:
+        raise ValueError(f"{op}: grad must be {expected}, as the output; got {tuple(grad.shape)}")
+    return _pixel_mlp_backward_reference(grad, features, *rest)
 
 
 def _fake(
@@ -251,4 +261,4 @@ def _backward(ops: Any, ctx: Any, grad: Tensor) -> tuple:
 
 register("pixel_mlp", _checked_reference, _fake, _backward, _setup_context)
 register("pixel_mlp.tf32", _checked_reference, _fake, _backward, _setup_context)
-register("_pixel_mlp_backward", _pixel_mlp_backward_reference, _backward_fake)
+register("_pixel_mlp_backward", _checked_backward_reference, _backward_fake, once=True)

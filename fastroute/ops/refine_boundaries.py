@@ -45,7 +45,8 @@ def refine_boundaries(
         (B, C, H, W), or (B, C, rows, W); `out` when it is given.
 
     Raises:
-        ValueError: shapes that do not match, or tensors on several devices.
+        ValueError: shapes that do not match, tensors on several devices, or an `out` that shares memory with an input or
+            between its own rows.
         TypeError: an unsupported dtype.
 
     Differentiable: with respect to `image`, without `out`.
@@ -66,8 +67,7 @@ def refine_boundaries(
     if tuple(class_map.shape) != expected:
         raise ValueError(f"{op}: class_map must be {expected}, as image is; got {tuple(class_map.shape)}")
     begin, end = (0, image.shape[2]) if rows is None else rows
-    if not 0 <= begin <= end <= image.shape[2]:
-        raise ValueError(f"{op}: rows must be ordered and lie in [0, {image.shape[2]}]; got {rows}")
+    _check_rows(begin, end, image.shape[2])
     if out is None:
         return call(op, _reference, image.device, image, class_map, begin, end)
     check.rank(op, "out", out, "(B, C, rows, W)", 4)
@@ -84,6 +84,7 @@ def _reference(image: Tensor, class_map: Tensor, row_begin: int, row_end: int) -
 
 
 def _reference_out(image: Tensor, class_map: Tensor, row_begin: int, row_end: int, *, out: Tensor) -> Tensor:
+    check.written("refine_boundaries", "out", out, (image, class_map))
     if out.dtype == image.dtype:
         return out.copy_(_reference(image, class_map, row_begin, row_end))
     work = torch.float64 if image.dtype == torch.float64 else torch.float32
@@ -110,6 +111,28 @@ def _backward(ops: Any, ctx: Any, grad: Tensor) -> tuple:
     return ops._refine_boundaries_backward(grad, *ctx.saved_tensors, *ctx.rows), None, None, None
 
 
+def _double_backward(ops: Any, ctx: Any, grad: Tensor) -> tuple:
+    return ops.refine_boundaries(grad, *ctx.saved_tensors, *ctx.rows), None, None, None
+
+
+def _checked_backward_reference(grad: Tensor, class_map: Tensor, row_begin: int, row_end: int) -> Tensor:
+    op = "refine_boundaries"
+    check.rank(op, "grad", grad, "(B, C, rows, W)", 4)
+    check.rank(op, "class_map", class_map, "(B, H, W)", 3)
+    _check_rows(row_begin, row_end, class_map.shape[1])
+    batch, _, width = class_map.shape
+    if (grad.shape[0], *grad.shape[2:]) != (batch, row_end - row_begin, width):
+        raise ValueError(
+            f"{op}: grad must be ({batch}, C, {row_end - row_begin}, {width}), as the output; got {tuple(grad.shape)}"
+        )
+    return _refine_boundaries_backward_reference(grad, class_map, row_begin, row_end)
+
+
+def _check_rows(begin: int, end: int, height: int) -> None:
+    if not 0 <= begin <= end <= height:
+        raise ValueError(f"refine_boundaries: rows must be ordered and lie in [0, {height}]; got {(begin, end)}")
+
+
 register("refine_boundaries", _reference, _fake, _backward, _setup_context)
 register("refine_boundaries.out", _reference_out, lambda *args, out: out)
-register("_refine_boundaries_backward", _refine_boundaries_backward_reference, _backward_fake)
+register("_refine_boundaries_backward", _checked_backward_reference, _backward_fake, _double_backward, _setup_context)

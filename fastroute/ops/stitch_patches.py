@@ -13,7 +13,7 @@ from fastroute import memory
 from fastroute.backends import select
 from fastroute.grid import TileGrid, covered_size, tile_count, tile_origins
 from fastroute.ops import _checks as check
-from fastroute.ops._library import call, register
+from fastroute.ops._library import call, is_transformed, register
 from fastroute.reference.stitch_patches import (
     _stitch_patches_backward_reference,
     stitch_patches_reference,
@@ -72,7 +72,7 @@ def stitch_patches(
 
     Raises:
         ValueError: a wrong rank or size, a number of patches that fills no whole images, tensors on several devices, or
-            an entry of `inverse` out of range.
+            an entry of `inverse` out of range, or an `out` that shares memory with an input or between its own rows.
         TypeError: an unsupported dtype, or both `dtype` and an `out` of another.
 
     Differentiable: with respect to `patches`, for whole floating images without `out`.
@@ -88,8 +88,7 @@ def stitch_patches(
         patches = batches[0]
     check.rank(op, "patches", patches, "(M, C, P, P)", 4)
     check.dtype(op, "patches", patches.dtype, check.FLOATING)
-    if shuffle < 1:
-        raise ValueError(f"{op}: shuffle must be at least 1; got {shuffle}")
+    check.at_least(op, 1, shuffle=shuffle)
     span = grid.patch * grid.scale
     if span % shuffle or tuple(patches.shape[2:]) != (span // shuffle, span // shuffle):
         raise ValueError(
@@ -132,7 +131,7 @@ def stitch_patches(
         call(f"{op}.batches_out", _reference_batches, patches.device, batches, inverse, weights, *geometry, begin, end, out=out)
         return out
     if out is not None:
-        call(f"{op}.out", _reference_out, patches.device, patches, inverse, weights, *geometry, begin, end, out=out)
+        call(f"{op}.out", reference_out, patches.device, patches, inverse, weights, *geometry, begin, end, out=out)
         return out
     return call(op, _checked_reference, patches.device, patches, inverse, weights, *geometry, target, begin, end)
 
@@ -140,7 +139,7 @@ def stitch_patches(
 def _reuses_memory(patches: Tensor) -> bool:
     """Whether the result may lie in kept memory: not where the operator must allocate it itself, for gradients or a graph."""
     tracked = patches.requires_grad and torch.is_grad_enabled()
-    plain = not tracked and not torch.compiler.is_compiling() and type(patches) is Tensor
+    plain = not tracked and not torch.compiler.is_compiling() and type(patches) is Tensor and not is_transformed([patches])
     # The other backends allocate their results anyway, and would have to copy them.
     return plain and select("stitch_patches", patches.device) == "cpu"
 
@@ -192,16 +191,32 @@ def check_places(
 
 
 def _checked_reference(patches: Tensor, inverse: Tensor | None, *rest: Any) -> Tensor:
+    height, width, patch, stride, scale, crop = rest[1:7]
+    check.geometry("stitch_patches", height, width, patch, stride, crop, scale)
+    check.at_least("stitch_patches", 1, shuffle=rest[7])
     check_places(inverse, patches.shape[0], rest[1:7], *rest[-2:])
     return stitch_patches_reference(patches, inverse, *rest)
 
 
-def _reference_out(*args: Any, out: Tensor) -> None:
+def _checked_backward_reference(grad: Tensor, inverse: Tensor | None, window: Tensor, *rest: Any) -> Tensor:
+    op = "stitch_patches"
+    height, width, patch, stride, scale, crop, num_patches = rest
+    check.geometry(op, height, width, patch, stride, crop, scale)
+    check.rank(op, "grad", grad, "(B, C, H, W)", 4)
+    if inverse is not None:
+        check.in_range(op, "inverse", inverse, num_patches)
+    return _stitch_patches_backward_reference(grad, inverse, window, *rest)
+
+
+def reference_out(*args: Any, out: Tensor) -> None:
+    """The overload `out`, as the reference computes it."""
+    check.written("stitch_patches", "out", out, args)
     out.copy_(_checked_reference(*args[:-2], out.dtype, *args[-2:]))
 
 
 def _reference_batches(batches: list[Tensor], *args: Any, out: Tensor) -> None:
-    torch.ops.fastroute.stitch_patches.out(torch.cat(batches), *args, out=out)
+    check.written("stitch_patches", "out", out, batches)
+    reference_out(torch.cat(batches), *args, out=out)
 
 
 def _work(dtype: torch.dtype) -> torch.dtype:
@@ -223,6 +238,8 @@ def _fake(
     row_begin: int,
     row_end: int,
 ) -> Tensor:
+    check.geometry("stitch_patches", height, width, patch, stride, crop, scale)
+    check.at_least("stitch_patches", 1, shuffle=shuffle)
     tiles = tile_count(height, patch, stride, crop) * tile_count(width, patch, stride, crop)
     number = patches.shape[0] if inverse is None else inverse.shape[0]
     size = (
@@ -246,6 +263,7 @@ def _backward_fake(
     crop: bool,
     num_patches: int,
 ) -> Tensor:
+    check.geometry("stitch_patches", height, width, patch, stride, crop, scale)
     return grad.new_empty((num_patches, grad.shape[1], patch * scale, patch * scale))
 
 
@@ -281,8 +299,6 @@ def _double_backward(ops: Any, ctx: Any, grad: Tensor) -> tuple:
 
 
 register("stitch_patches", _checked_reference, _fake, _backward, _setup_context)
-register("stitch_patches.out", _reference_out, lambda *args, out: None)
+register("stitch_patches.out", reference_out, lambda *args, out: None)
 register("stitch_patches.batches_out", _reference_batches, lambda *args, out: None)
-register(
-    "_stitch_patches_backward", _stitch_patches_backward_reference, _backward_fake, _double_backward, _backward_setup_context
-)
+register("_stitch_patches_backward", _checked_backward_reference, _backward_fake, _double_backward, _backward_setup_context)

@@ -29,8 +29,8 @@ def assign_classes_reference(
         counts = torch.bincount(ids.flatten(), minlength=len(share)).tolist()
         return sum(n * s for n, s in zip(counts, share, strict=True)) / max(ids.numel(), 1), ids
 
-    # At the ends every item is in the dearest or the cheapest class. Equal items switch class at the same penalty, so the
-    # dearest affordable assignment is the limit from above.
+    # At the ends every item is in the most expensive or the cheapest class. Equal items switch class at the same penalty, so
+    # the most expensive affordable assignment is the limit from above.
     low, high = penalty_range(cost)
     used, ids = spent(low)
     if used <= budget + BUDGET_SLACK:
@@ -46,7 +46,7 @@ def assign_classes_reference(
 
 
 def penalty_range(cost: Tensor) -> tuple[float, float]:
-    """Penalties at which every possible score is overruled by the cost: towards the dearest and the cheapest class."""
+    """Penalties at which every possible score is overruled by the cost: towards the most expensive and the cheapest class."""
     log_cost = cost.double().log2().sort().values.unique()
     gap = log_cost.diff().min().item() if log_cost.numel() > 1 else 1.0
     # log2 of a finite clamped float lies in [-126, 1024).
@@ -69,4 +69,5 @@ def penalised_argmax(score: Tensor, cost: Tensor, penalty: float) -> Tensor:  # 
 def logarithms(score: Tensor, cost: Tensor) -> tuple[Tensor, Tensor]:
     """log2 of the clamped score [N, K, ...] and of the cost [1, K, 1 ...], float64."""
     shape = (1, -1) + (1,) * (score.ndim - 2)
-    return score.double().clamp(min=SMALLEST).log2(), cost.double().to(score.device).log2().view(shape)
+    # An infinite score counts as the largest number; NaN, where nobody could look, as the smallest.
+    return score.double().nan_to_num(nan=0.0).clamp(min=SMALLEST).log2(), cost.double().to(score.device).log2().view(shape)

@@ -38,6 +38,8 @@ def cell_mlp_reference(
     """
     batch, channels, _, width = image.shape
     cols = width // cell
+    # A step beyond the last window is one to it.
+    step = min(step, max(cols - span, 1))
     pieces = []
     for part in image.split(max(chunk_on(image.device) // max(batch * cols, 1), 1) * cell, dim=2):
         rows = part.shape[2] // cell

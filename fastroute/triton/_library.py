@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch._subclasses.functional_tensor import FunctionalTensorMode
 
-from fastroute.ops._library import OPERATORS, TRITON_NAMESPACE, register_rules
+from fastroute.ops._library import OPERATORS, TRITON_NAMESPACE, as_kernel, register_rules
 from fastroute.triton._common import INTERPRETED, traced
 
 LIBRARY = torch.library.Library(TRITON_NAMESPACE, "FRAGMENT")
@@ -67,7 +67,7 @@ def _register(schema: str, module: ModuleType) -> None:
     LIBRARY.define(schema)
     function = getattr(module, f"{name.replace('.', '_')}_triton", None)
     if function is None:
-        LIBRARY.impl(name, OPERATORS[name].reference, "CompositeExplicitAutograd")
+        LIBRARY.impl(name, as_kernel(name, OPERATORS[name].reference), "CompositeExplicitAutograd")
     else:
         for key in ("CUDA", "CPU") if INTERPRETED else ("CUDA",):
             LIBRARY.impl(name, _on_its_device(function), key)

@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastroute.ops._checks import ID_TYPES
+from fastroute.ops.adaptive_threshold import check_finite
 from fastroute.reference.adaptive_threshold import MAX_ASSIGNMENTS, TOLERANCE
 from fastroute.triton._common import FLOATING, NAMES, WIDER, Variant, ceil_div, check_on_host, launch, product, to_work
 
@@ -163,8 +164,8 @@ def adaptive_threshold_kernel(
 
 def adaptive_threshold_triton(score: Tensor, id_bytes: int) -> Tensor:  # [B, ...] -> [B, ...]
     """See :func:`fastroute.adaptive_threshold`."""
-    if check_on_host(score) and not bool(score.isfinite().all()):
-        raise ValueError("adaptive_threshold: score must be finite")
+    if check_on_host(score):
+        check_finite(score)
     dense = score.contiguous()
     out = torch.empty(dense.shape, dtype=ID_TYPES[id_bytes], device=dense.device)
     batch = dense.shape[0]

@@ -259,7 +259,8 @@ def _by_budget(score: Tensor, cost: Tensor, budget: float, out: Tensor) -> None:
     device, classes, total = score.device, score.shape[1], out.numel()
     logs = torch.empty((classes, total), dtype=torch.float64, device=device)
     logs.view(classes, *out.shape).copy_(score.movedim(1, 0))
-    logs.clamp_(min=SMALLEST).log2_()
+    # An infinite score counts as the largest number, NaN as the smallest: the budget holds whatever the scores are.
+    logs.nan_to_num_(nan=0.0).clamp_(min=SMALLEST).log2_()
     costs = cost.double()
     prices = _on_device(torch.cat([costs.log2(), costs / costs.max()]), device)
     low, high = penalty_range(cost)

@@ -139,5 +139,5 @@ def test_errors(kind, args, words):
 def test_infinite_score(backend, value, place):
     score = scores(2, 70_000, device=backend.device)
     score[place] = value
-    with pytest.raises(ValueError, match=r"^adaptive_threshold: score must be finite$"):
+    with pytest.raises(ValueError, match=r"^adaptive_threshold: score must be finite, and so must its range$"):
         adaptive_threshold(score)

@@ -1,0 +1,78 @@
+// What is written in place: a tensor each of whose elements has an address of its own, which no input has.
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <cstdint>
+#include <vector>
+
+#include "common/checks.h"
+
+namespace fastroute {
+
+// Dimensions with more than one element, by stride, the largest first.
+inline std::vector<std::array<int64_t, 2>> sorted_axes(const Tensor& x) {  // (stride, size)
+    std::vector<std::array<int64_t, 2>> axes;
+    for (int64_t d = 0; d < x.dim(); ++d) {
+        if (x.size(d) > 1) axes.push_back({x.stride(d), x.size(d)});
+    }
+    std::sort(axes.begin(), axes.end(), std::greater<>());
+    return axes;
+}
+
+// Whether no two elements share an address, as in every slice of a tensor that is not expanded.
+inline bool is_injective(const Tensor& x) {
+    const auto axes = sorted_axes(x);
+    int64_t extent = 1;
+    for (size_t i = axes.size(); i-- > 0;) {
+        if (axes[i][0] < extent) return false;
+        extent += (axes[i][1] - 1) * axes[i][0];
+    }
+    return true;
+}
+
+// Whether elements of `x` and `y` may share addresses. Slices of one tensor are told apart; anything else that reaches
+// into the same stretch of memory counts as shared.
+inline bool may_overlap(const Tensor& x, const Tensor& y) {
+    if (x.numel() == 0 || y.numel() == 0) return false;
+    auto axes_x = sorted_axes(x), axes_y = sorted_axes(y);
+    const auto bytes_of = [](const Tensor& t, const auto& axes) {
+        int64_t last = 0;
+        for (const auto& [stride, size] : axes) last += stride * (size - 1);
+        return (last + 1) * static_cast<int64_t>(t.element_size());
+    };
+    auto at_x = reinterpret_cast<int64_t>(x.const_data_ptr()), at_y = reinterpret_cast<int64_t>(y.const_data_ptr());
+    if (at_x + bytes_of(x, axes_x) <= at_y || at_y + bytes_of(y, axes_y) <= at_x) return false;
+    const auto item = static_cast<int64_t>(x.element_size());
+    if (item != static_cast<int64_t>(y.element_size()) || axes_x.size() != axes_y.size()) return true;
+    if (at_x > at_y) std::swap(at_x, at_y), std::swap(axes_x, axes_y);
+    if ((at_y - at_x) % item != 0) return true;
+    // Where y begins, in digits along the strides of both. One digit whose ranges do not meet keeps them apart, as long
+    // as no digit is carried into the next.
+    int64_t rest = (at_y - at_x) / item;
+    bool apart = false;
+    for (size_t i = 0; i < axes_x.size(); ++i) {
+        const auto [stride, size_x] = axes_x[i];
+        if (stride != axes_y[i][0] || stride == 0) return true;
+        const int64_t digit = rest / stride;
+        rest %= stride;
+        const int64_t end = std::max(size_x, digit + axes_y[i][1]);
+        if (i > 0 && end > axes_x[i - 1][0] / stride) return true;
+        apart |= digit >= size_x;
+    }
+    return rest != 0 ? true : apart ? false : true;
+}
+
+// `out` can be written while `inputs` are read.
+inline void check_written(const char* op, const char* name, const Tensor& out, const std::vector<Tensor>& inputs) {
+    FASTROUTE_CHECK(is_injective(out), op, ": ", name,
+                    " must not share memory between its own elements, as an expanded tensor does; give a .contiguous() "
+                    "one");
+    for (const Tensor& input : inputs) {
+        FASTROUTE_CHECK(!may_overlap(out, input), op, ": ", name,
+                        " must not share memory with an input, which is read while it is written; give a tensor of "
+                        "its own");
+    }
+}
+
+}  // namespace fastroute
