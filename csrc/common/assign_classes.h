@@ -40,8 +40,10 @@ std::vector<double> checked_costs(const Tensor& score,  // [N, K, ...]
         const auto [least, most] = std::minmax_element(costs.begin(), costs.end());
         const double possible = *least / *most;
         FASTROUTE_CHECK(possible - kBudgetSlack <= *budget && *budget <= 1 + kBudgetSlack, kOp,
-                        ": budget must lie in [", possible, ", 1], from everything in the cheapest class to everything "
-                        "in the most expensive; got ", *budget);
+                        ": budget must lie in [", possible,
+                        ", 1], from everything in the cheapest class to everything "
+                        "in the most expensive; got ",
+                        *budget);
     }
     return costs;
 }

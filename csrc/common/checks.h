@@ -1,6 +1,6 @@
-// One wording for every check. An error of an argument is std::invalid_argument, which is a ValueError in Python; memory
-// that runs out is a MemoryError. Python checks what it can see first, in the same words; these also guard callers of
-// torch.ops, compiled graphs and processes without Python.
+// One wording for every check. An error of an argument is std::invalid_argument, which is a ValueError in Python;
+// memory that runs out is a MemoryError. Python checks what it can see first, in the same words; these also guard
+// callers of torch.ops, compiled graphs and processes without Python.
 #pragma once
 
 #include <torch/csrc/stable/library.h>

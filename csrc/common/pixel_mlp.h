@@ -93,9 +93,10 @@ Sizes checked_sizes(const Tensor& features,              // [B, D, h, w]
     }
     // Coordinates are fractions of 2 · size · features; features and pixels are counted in 32 bits.
     constexpr int64_t kMostFeatures = int64_t{1} << 31;
-    FASTROUTE_CHECK(h < kMostFeatures && w < kMostFeatures, kOp, ": features must be below 2^31 in height and width; got ",
-                    h, " x ", w);
-    checked_product(kOp, "size", {4, std::max<int64_t>(std::max(h, w), 1), std::max<int64_t>(std::max(height, width), 1)});
+    FASTROUTE_CHECK(h < kMostFeatures && w < kMostFeatures, kOp,
+                    ": features must be below 2^31 in height and width; got ", h, " x ", w);
+    checked_product(kOp, "size",
+                    {4, std::max<int64_t>(std::max(h, w), 1), std::max<int64_t>(std::max(height, width), 1)});
     checked_product(kOp, "the image", {batch, sizes.channels, sizes.rows, width});
     const bool nothing = batch == 0 || sizes.channels == 0 || sizes.rows == 0 || width == 0;
     FASTROUTE_CHECK(nothing || (h > 0 && w > 0), kOp, ": features must have at least one pixel");
@@ -115,7 +116,7 @@ std::optional<Tensor> checked_relative(const std::optional<Tensor>& relative,  /
 
 Tensor empty_output(const Tensor& features, const Sizes& sizes) {  // [B, C, rows, W]
     return empty_tensor(kOp, "the image", {sizes.batch, sizes.channels, sizes.rows, sizes.width},
-                           features.scalar_type(), features);
+                        features.scalar_type(), features);
 }
 
 }  // namespace

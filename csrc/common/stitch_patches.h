@@ -96,9 +96,10 @@ std::optional<Tensor> checked_places(const Tensor& grad,                    // [
     checked_product(kOp, "the gradient", {num_patches, grad.size(1), span, span});
     const std::optional<Tensor> places = checked_index(kOp, "inverse", inverse, grad);
     const int64_t number = grad.size(0) * grid.num_patches();
-    FASTROUTE_CHECK((places.has_value() ? places->size(0) : num_patches) == number, kOp,
-                    places.has_value() ? ": inverse must have one entry per patch, " : ": there must be one row per patch, ",
-                    number, "; got ", places.has_value() ? places->size(0) : num_patches);
+    FASTROUTE_CHECK(
+        (places.has_value() ? places->size(0) : num_patches) == number, kOp,
+        places.has_value() ? ": inverse must have one entry per patch, " : ": there must be one row per patch, ",
+        number, "; got ", places.has_value() ? places->size(0) : num_patches);
     return places;
 }
 

@@ -18,7 +18,7 @@
 namespace fastroute {
 namespace {
 
-constexpr int64_t kBlock = 256;         // items compared side by side
+constexpr int64_t kBlock = 256;  // items compared side by side
 
 // Scores of `batch` runs of `length` items: class k of item l of run b lies at b · batch_step + k · class_step +
 // l · item_step.

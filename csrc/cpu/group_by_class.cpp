@@ -62,8 +62,7 @@ std::tuple<Tensor, Tensor, Tensor> group_by_class_cpu(const Tensor& class_ids,  
         });
         for (int64_t p = 0; p < parts; ++p) {
             if (wrong[p * 8] < 0) continue;
-            fail(kOp, ": class_ids must lie in [0, ", num_classes, "); got ",
-                        static_cast<int64_t>(ids[wrong[p * 8]]));
+            fail(kOp, ": class_ids must lie in [0, ", num_classes, "); got ", static_cast<int64_t>(ids[wrong[p * 8]]));
         }
         int64_t total = 0;
         for (int64_t k = 0; k < num_classes; ++k) {

@@ -90,8 +90,9 @@ Tensor refine_boundaries_cpu(const Tensor& image,      // [B, C, H, W]
                              int64_t row_begin, int64_t row_end) {
     check_cpu(kOp, "image", image);
     check_refine(image, class_map, row_begin, row_end);
-    const Tensor out = empty_tensor(
-        kOp, "the image", {image.size(0), image.size(1), row_end - row_begin, image.size(3)}, image.scalar_type(), image);
+    const Tensor out =
+        empty_tensor(kOp, "the image", {image.size(0), image.size(1), row_end - row_begin, image.size(3)},
+                     image.scalar_type(), image);
     if (out.numel() == 0) return out;
     prefer_huge_pages(out.mutable_data_ptr(), out.numel() * static_cast<int64_t>(out.element_size()));
     refine_into(image, class_map, row_begin, row_end, out);

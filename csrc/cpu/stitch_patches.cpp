@@ -170,7 +170,7 @@ Tensor stitch_patches_cpu(const Tensor& patches,                 // [M, C·r·r,
     const Target target = checked_target({patches}, places, grid, scale, shuffle, row_begin, row_end);
     check_read(places, target, grid, scale, row_begin, row_end);
     const Tensor out = empty_tensor(kOp, "the image", {target.batch, target.channels, target.rows, target.width},
-                                       dtype.value_or(patches.scalar_type()), patches);
+                                    dtype.value_or(patches.scalar_type()), patches);
     prefer_huge_pages(out.mutable_data_ptr(), out.numel() * static_cast<int64_t>(out.element_size()));
     stitch_into(out, {patches}, places, window, grid, scale, shuffle, row_begin, target);
     return out;
@@ -268,8 +268,7 @@ Tensor _stitch_patches_backward_cpu(const Tensor& grad,                    // [B
     for (int64_t n = 0; n < batch * tiles; ++n) numbers[next[place == nullptr ? n : place[n]]++] = n;
 
     const Tensor dense = torch::stable::contiguous(grad), dense_window = torch::stable::contiguous(window);
-    const Tensor out =
-        empty_tensor(kOp, "the gradient", {num_patches, channels, span, span}, grad.scalar_type(), grad);
+    const Tensor out = empty_tensor(kOp, "the gradient", {num_patches, channels, span, span}, grad.scalar_type(), grad);
     dispatch_floating(kOp, grad.scalar_type(), [&](auto zero) {
         using T = decltype(zero);
         using W = Work<T>;

@@ -52,11 +52,12 @@ void check_kind(const Kind& kind, int64_t span, int64_t shuffle, int64_t channel
     const int64_t square = shuffle * shuffle, units = weight.size(1);
     check_at_least(kOp, "the features of a patch", kind.features(), 1);
     check_at_least(kOp, "the units of an expansion", units, 1);
-    FASTROUTE_CHECK(
-        kind.bias.dim() == 1 && weight.size(0) % square == 0 && weight.size(2) == weight.size(3) && kind.bias.numel() == weight.size(0), kOp,
-        ": weight must be C * ", square, " x D x K x K with one bias per output");
-    FASTROUTE_CHECK(expand.numel() == 0 || (expand.dim() == 2 && kind.expand_bias.dim() == 1 && kind.slope.dim() == 1 && expand.size(0) == units &&
-                                            kind.expand_bias.numel() == units && kind.slope.numel() == units),
+    FASTROUTE_CHECK(kind.bias.dim() == 1 && weight.size(0) % square == 0 && weight.size(2) == weight.size(3) &&
+                        kind.bias.numel() == weight.size(0),
+                    kOp, ": weight must be C * ", square, " x D x K x K with one bias per output");
+    FASTROUTE_CHECK(expand.numel() == 0 ||
+                        (expand.dim() == 2 && kind.expand_bias.dim() == 1 && kind.slope.dim() == 1 &&
+                         expand.size(0) == units && kind.expand_bias.numel() == units && kind.slope.numel() == units),
                     kOp, ": the expansion must lead from ", kind.features(), " features to ", units);
     FASTROUTE_CHECK(weight.size(2) <= 5 && upsampler::Kernels::active().find(shuffle, weight.size(2), 0) != nullptr,
                     kOp, ": there is no kernel of ", weight.size(2), " x ", weight.size(2), " for a shuffle of ",

@@ -25,7 +25,7 @@ constexpr int kBudgetThreads = 256;
 #define FASTROUTE_BUDGET_PASSES 64
 #endif
 constexpr int kMostPasses = FASTROUTE_BUDGET_PASSES;
-constexpr int64_t kFewItems = 4096;     // one block alone is as fast
+constexpr int64_t kFewItems = 4096;  // one block alone is as fast
 
 // Scores [B, K, L]: item (b, l) has class k's score at (b·K + k)·L + l.
 struct Items {

@@ -50,7 +50,8 @@ class Queue {
     {
 #if defined(__CUDACC__)
         void* stream = nullptr;
-        if (aoti_torch_get_current_cuda_stream == nullptr || aoti_torch_get_current_cuda_stream(device_, &stream) != 0) {
+        if (aoti_torch_get_current_cuda_stream == nullptr ||
+            aoti_torch_get_current_cuda_stream(device_, &stream) != 0) {
             throw std::runtime_error(text(op, ": torch has no current CUDA stream"));
         }
         stream_ = static_cast<cudaStream_t>(stream);

@@ -116,8 +116,9 @@ Tensor refine_boundaries_cuda(const Tensor& image,      // [B, C, H, W]
                               const Tensor& class_map,  // [B, H, W]
                               int64_t row_begin, int64_t row_end) {
     check_refine(image, class_map, row_begin, row_end);
-    const Tensor out = empty_tensor(
-        kOp, "the image", {image.size(0), image.size(1), row_end - row_begin, image.size(3)}, image.scalar_type(), image);
+    const Tensor out =
+        empty_tensor(kOp, "the image", {image.size(0), image.size(1), row_end - row_begin, image.size(3)},
+                     image.scalar_type(), image);
     if (out.numel() > 0) refine_into(image, class_map, row_begin, row_end, out);
     return out;
 }

@@ -94,7 +94,7 @@ Tensor stitch_patches_cuda(const Tensor& patches,                 // [M, C·r·r
     const Target target = checked_target({patches}, places, grid, scale, shuffle, row_begin, row_end);
     check_limits(target, grid, scale);
     const Tensor out = empty_tensor(kOp, "the image", {target.batch, target.channels, target.rows, target.width},
-                                       dtype.value_or(patches.scalar_type()), patches);
+                                    dtype.value_or(patches.scalar_type()), patches);
     stitch_into(out, {patches}, places, window, grid, scale, shuffle, row_begin, target);
     return out;
 }
@@ -158,8 +158,7 @@ Tensor _stitch_patches_backward_cuda(const Tensor& grad,                    // [
     const int64_t span = patch * scale, count = grad.size(0) * grid.num_patches(), channels = grad.size(1);
     const Tensor dense = torch::stable::contiguous(grad), dense_window = torch::stable::contiguous(window);
     const int64_t items[] = {count}, bounds[] = {num_patches + 1};
-    const Tensor out =
-        empty_tensor(kOp, "the gradient", {num_patches, channels, span, span}, grad.scalar_type(), grad);
+    const Tensor out = empty_tensor(kOp, "the gradient", {num_patches, channels, span, span}, grad.scalar_type(), grad);
     if (out.numel() == 0) return out;
     const Queue queue(kOp, grad);
     // Patch numbers by row of `patches`: a row may hold several patches, or none.

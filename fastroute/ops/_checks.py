@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -59,6 +60,24 @@ def at_least(op: str, least: int, **numbers: int | torch.SymInt) -> None:
         if not isinstance(value, torch.SymInt) and not least <= value < 2**63:
             limit = f"at least {least}" if value < least else "below 2^63"
             raise ValueError(f"{op}: {name} must be {limit}; got {value}")
+
+
+def product(op: str, what: str, *sizes: int | torch.SymInt) -> None:
+    """The product of `sizes` fits into an address."""
+    if not any(isinstance(size, torch.SymInt) for size in sizes) and math.prod(sizes) > 2**62:
+        raise ValueError(f"{op}: {what} is too large; got {' * '.join(map(str, sizes))}")
+
+
+def rows(op: str, wanted: tuple[int, int] | None, height: int) -> tuple[int, int]:
+    """`wanted` rows of an output of `height`, first and one past the last; all of them by default."""
+    if wanted is None:
+        return 0, height
+    begin, end = wanted
+    if any(isinstance(row, (bool, float)) or not hasattr(row, "__index__") for row in wanted):
+        raise TypeError(f"{op}: rows must be integers; got {wanted}")
+    if not 0 <= begin <= end <= height:
+        raise ValueError(f"{op}: rows must be ordered and lie in [0, {height}]; got {wanted}")
+    return begin, end
 
 
 def geometry(

@@ -95,7 +95,7 @@ def as_kernel(name: str, reference: Callable[..., Any]) -> Callable[..., Any]:
             return own(*args, **kwargs)
         except Exception as error:
             if memory.is_exhausted(error):
-                raise _exhausted(op, error, next(_tensors((*args, *kwargs.values()))).device) from error
+                raise exhausted(op, error, next(_tensors((*args, *kwargs.values()))).device) from error
             if op in str(error):
                 raise
             kind = type(error) if type(error) in (RuntimeError, TypeError, NotImplementedError) else ValueError
@@ -291,10 +291,10 @@ def call(name: str, reference: Callable[..., Any], device: torch.device, *args: 
     except (MemoryError, RuntimeError) as error:
         if not memory.is_exhausted(error):
             raise
-        raise _exhausted(packet, error, device) from None
+        raise exhausted(packet, error, device) from None
 
 
-def _exhausted(op: str, error: BaseException, device: torch.device) -> BaseException:
+def exhausted(op: str, error: BaseException, device: torch.device) -> BaseException:
     """Memory that ran out, as the error that a caller expects, with what to do."""
     message = str(error).strip().split("\n")[0]
     if not message.startswith(f"{op}: "):

@@ -14,6 +14,9 @@ from fastroute.reference.group_by_class import group_by_class_reference
 SCHEMAS = ["group_by_class(Tensor class_ids, int num_classes) -> (Tensor, Tensor, Tensor)"]
 
 
+MOST_CLASSES = 2**46
+
+
 class ClassGroups(NamedTuple):
     """Items sorted by class; the order within a class is that of the input.
 
@@ -51,18 +54,25 @@ def group_by_class(class_ids: Tensor, num_classes: int) -> ClassGroups:  # [N]
     op = "group_by_class"
     check.rank(op, "class_ids", class_ids, "(N,)", 1)
     check.dtype(op, "class_ids", class_ids.dtype, check.INDEX)
-    check.at_least(op, 1, num_classes=num_classes)
+    _check_number(num_classes)
     return ClassGroups(*call(op, _checked_reference, class_ids.device, class_ids, num_classes))
 
 
-def _checked_reference(class_ids: Tensor, num_classes: int) -> tuple[Tensor, Tensor, Tensor]:
+def _check_number(num_classes: int) -> None:
     check.at_least("group_by_class", 1, num_classes=num_classes)
+    # Every thread of a kernel has its own counts.
+    if num_classes > MOST_CLASSES:
+        raise ValueError(f"group_by_class: num_classes is too large, above 2^46; got {num_classes}")
+
+
+def _checked_reference(class_ids: Tensor, num_classes: int) -> tuple[Tensor, Tensor, Tensor]:
+    _check_number(num_classes)
     check.in_range("group_by_class", "class_ids", class_ids, num_classes)
     return group_by_class_reference(class_ids, num_classes)
 
 
 def _fake(class_ids: Tensor, num_classes: int) -> tuple[Tensor, Tensor, Tensor]:
-    check.at_least("group_by_class", 1, num_classes=num_classes)
+    _check_number(num_classes)
     order = class_ids.new_empty(class_ids.shape, dtype=torch.int64)
     return order, torch.empty_like(order), class_ids.new_empty((num_classes + 1,), dtype=torch.int64)
 

@@ -82,6 +82,9 @@ def pixel_mlp(
     check.dtype(op, "features", features.dtype, check.FLOATING)
     height, width = size
     check.at_least(op, 0, height=height, width=width)
+    if not torch.compiler.is_compiling():
+        for pixels, known in zip(size, features.shape[2:], strict=True):
+            check.product(op, "size", 4, max(known, 1), max(pixels, 1))
     if 0 in features.shape[2:] and height * width * features.shape[0] > 0:
         raise ValueError(f"{op}: features must have at least one pixel; got {tuple(features.shape)}")
     channels = _check_mlps(features, mlps, residual)
@@ -95,9 +98,7 @@ def pixel_mlp(
         if tuple(residual.shape) != expected:
             raise ValueError(f"{op}: residual must be {expected}; got {tuple(residual.shape)}")
     _check_relative(features, size, relative)
-    begin, end = (0, height) if rows is None else rows
-    if not 0 <= begin <= end <= height:
-        raise ValueError(f"{op}: rows must be ordered and lie in [0, {height}]; got {rows}")
+    begin, end = check.rows(op, rows, height)
     weights, biases = [w for mlp in mlps for w, _ in mlp], [b for mlp in mlps for _, b in mlp]
     depths = [len(mlp) for mlp in mlps]
     args = (features, weights, biases, depths, height, width, class_map, residual, relative, begin, end)

@@ -66,8 +66,7 @@ def refine_boundaries(
     expected = (image.shape[0], *image.shape[2:])
     if tuple(class_map.shape) != expected:
         raise ValueError(f"{op}: class_map must be {expected}, as image is; got {tuple(class_map.shape)}")
-    begin, end = (0, image.shape[2]) if rows is None else rows
-    _check_rows(begin, end, image.shape[2])
+    begin, end = check.rows(op, rows, image.shape[2])
     if out is None:
         return call(op, _reference, image.device, image, class_map, begin, end)
     check.rank(op, "out", out, "(B, C, rows, W)", 4)
@@ -80,6 +79,7 @@ def refine_boundaries(
 
 
 def _reference(image: Tensor, class_map: Tensor, row_begin: int, row_end: int) -> Tensor:
+    check.rows("refine_boundaries", (row_begin, row_end), image.shape[2])
     return refine_boundaries_reference(image, class_map, (row_begin, row_end))
 
 
@@ -119,18 +119,13 @@ def _checked_backward_reference(grad: Tensor, class_map: Tensor, row_begin: int,
     op = "refine_boundaries"
     check.rank(op, "grad", grad, "(B, C, rows, W)", 4)
     check.rank(op, "class_map", class_map, "(B, H, W)", 3)
-    _check_rows(row_begin, row_end, class_map.shape[1])
+    check.rows(op, (row_begin, row_end), class_map.shape[1])
     batch, _, width = class_map.shape
     if (grad.shape[0], *grad.shape[2:]) != (batch, row_end - row_begin, width):
         raise ValueError(
             f"{op}: grad must be ({batch}, C, {row_end - row_begin}, {width}), as the output; got {tuple(grad.shape)}"
         )
     return _refine_boundaries_backward_reference(grad, class_map, row_begin, row_end)
-
-
-def _check_rows(begin: int, end: int, height: int) -> None:
-    if not 0 <= begin <= end <= height:
-        raise ValueError(f"refine_boundaries: rows must be ordered and lie in [0, {height}]; got {(begin, end)}")
 
 
 register("refine_boundaries", _reference, _fake, _backward, _setup_context)

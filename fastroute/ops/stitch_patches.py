@@ -13,7 +13,7 @@ from fastroute import memory
 from fastroute.backends import select
 from fastroute.grid import TileGrid, covered_size, tile_count, tile_origins
 from fastroute.ops import _checks as check
-from fastroute.ops._library import call, is_transformed, register
+from fastroute.ops._library import call, exhausted, is_transformed, register
 from fastroute.reference.stitch_patches import (
     _stitch_patches_backward_reference,
     stitch_patches_reference,
@@ -114,9 +114,7 @@ def stitch_patches(
         raise ValueError(f"{op}: {name} must hold a multiple of {grid.num_patches}, whole images; got {number}")
     weights = window_on(window, span, grid.stride * grid.scale, patches.device, _work(patches.dtype))
     height, width = grid.output_size
-    begin, end = (0, height) if rows is None else rows
-    if not 0 <= begin <= end <= height:
-        raise ValueError(f"{op}: rows must be ordered and lie in [0, {height}]; got {rows}")
+    begin, end = check.rows(op, rows, height)
     size = (number // grid.num_patches, patches.shape[1] // shuffle**2, end - begin, width)
     if out is not None and (tuple(out.shape) != size or out.stride(3) != 1):
         raise ValueError(f"{op}: out must be {size} with contiguous rows; got {tuple(out.shape)} with strides {out.stride()}")
@@ -126,7 +124,10 @@ def stitch_patches(
         patches, shuffle = F.pixel_shuffle(patches, shuffle), 1
     geometry = (grid.height, grid.width, grid.patch, grid.stride, grid.scale, grid.crop, shuffle)
     if out is None and _reuses_memory(patches):
-        out = memory.empty(size, target, patches.device)
+        try:
+            out = memory.empty(size, target, patches.device)
+        except (MemoryError, RuntimeError) as error:
+            raise exhausted(op, error, patches.device) from error
     if out is not None and len(batches) > 1:
         call(f"{op}.batches_out", _reference_batches, patches.device, batches, inverse, weights, *geometry, begin, end, out=out)
         return out

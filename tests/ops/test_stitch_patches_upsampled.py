@@ -283,7 +283,7 @@ def test_opcheck():
         (1, [-1], "kind -1 must have 3 features"),
         (0, [random((2, 4, 8, 8), torch.float64)], "float32"),
         (0, [random((2, 4, 7, 8))], "pixels wide"),
-        (11, 3, "weight must be C"),
+        (11, 3, "shuffle must divide"),
         (12, -1, "rows"),
         (4, torch.ones(15), "window"),
     ],
