@@ -60,7 +60,7 @@ def test_reference(op):
 def test_cpu_kernel(op):
     source = (ROOT / "csrc" / "cpu" / f"{op}.cpp").read_text()
     assert re.search(rf"\b{op}_cpu\(", source)
-    assert f'm.impl("{op}"' in source
+    assert f'FASTROUTE_IMPL(m, "{op}", {op}_cpu)' in source.replace("pixel_mlp::", "").replace("cell_mlp::", "")
 
 
 @pytest.mark.parametrize("op", OPS)
