@@ -1,22 +1,23 @@
-"""Many image files at once: what is to be done, and reading and writing beside the computing."""
+"""Many image files at once: reading and writing beside the computing; :mod:`fastroute.plan` says what is to be done."""
 
 from __future__ import annotations
 
-import glob
 import os
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, cast
 
 from fastroute import io
 from fastroute.backends import BackendError
 from fastroute.grid import TileGrid
-from fastroute.io.files import SUFFIXES, remove_parts
+from fastroute.io.files import remove_parts, why_not_writable
 from fastroute.io.hidden import fill_hidden
 from fastroute.pictures import upscale_picture
+from fastroute.plan import Job, check_apart, check_distinct, make_plan, plan_jobs
+from fastroute.progress import Progress, shown
 from fastroute.routing.budgets import Budget
 from fastroute.routing.patch_router import PatchRouter
 from fastroute.routing.pixel_router import PixelRouter
@@ -40,19 +41,11 @@ def threads(cores: int) -> tuple[int, int]:
 READERS, WRITERS = threads(usable_cores())
 # Pictures read ahead; results that wait to be written, in number and, where they are large, in bytes.
 AHEAD, BEHIND, BEHIND_BYTES = READERS, WRITERS + 1, 1 << 30
-# What one file may raise without stopping the others. Running out of memory on a GPU is a RuntimeError.
-FAILURES = (ValueError, TypeError, OSError, MemoryError, RuntimeError)
+# What a file is expected to raise where something is wrong with it. Running out of memory on a GPU is a RuntimeError.
+EXPECTED = (ValueError, TypeError, OSError, MemoryError, RuntimeError)
 
 Router = PatchRouter | PixelRouter
-
-
-@dataclass(frozen=True)
-class Job:
-    """One file to super-resolve, where to write it, and where the picture of its classes, if anywhere."""
-
-    source: Path
-    target: Path
-    class_map: Path | None = None
+__all__ = ["Job", "Outcome", "check_apart", "check_distinct", "make_plan", "plan_jobs", "run_jobs"]
 
 
 @dataclass(frozen=True)
@@ -64,94 +57,14 @@ class Outcome:
         error: why its target was not written; empty when it was.
         skipped: the target was there already.
         stats: of the routing, where something was done.
+        notes: what was left behind or changed on the way from file to file, in whole sentences.
     """
 
     job: Job
     error: str = ""
     skipped: bool = False
     stats: RoutingStats | None = None
-
-
-def plan_jobs(
-    sources: Sequence[str | Path],
-    folder: str | Path,
-    suffix: str | None = None,
-    class_maps: str | Path | None = None,
-    overwrite: bool = False,
-) -> list[Job]:
-    """A job for each image file of `sources`; nothing is read or written yet.
-
-    Args:
-        sources: files, glob patterns, and folders, which are searched recursively and whose tree is kept.
-        folder: where results go, under the names of their sources.
-        suffix: ending of the results, for example ".png". Default: that of the source, or ".png" where it cannot be written.
-        class_maps: folder for pictures of the classes, as PNG.
-        overwrite: a result may take the place of its source.
-
-    Raises:
-        ValueError: no images, two results of one name, or a result that would overwrite a source.
-    """
-    folder = Path(folder)
-    jobs: dict[Path, Job] = {}
-    written = [Path(path).resolve() for path in (folder, class_maps) if path is not None]
-    for source, name in _expand(sources, written):
-        ending = suffix or (source.suffix if source.suffix.lower() in SUFFIXES else ".png")
-        target = folder / name.with_suffix(ending)
-        if target in jobs:
-            if jobs[target].source == source:
-                continue
-            raise ValueError(
-                f"{jobs[target].source} and {source} would both be written to {target}; give them folders of their own"
-            )
-        # Their sources may differ in nothing but the ending.
-        jobs[target] = Job(source, target, None if class_maps is None else Path(class_maps) / f"{name}.png")
-    if not jobs:
-        raise ValueError(f"no image file ({', '.join(SUFFIXES)}) in {', '.join(map(str, sources))}, the output folder apart")
-    if not overwrite:
-        check_apart([(job.source, path) for job in jobs.values() for path in (job.target, job.class_map) if path is not None])
-    return list(jobs.values())
-
-
-def _expand(sources: Sequence[str | Path], written: Sequence[Path], named: bool = False) -> Iterator[tuple[Path, Path]]:
-    """Every file, and its name below the output folder; without what earlier runs wrote into a folder among the sources.
-
-    A folder that is the only source stands for its content; others keep their names.
-    """
-    for source in map(Path, sources):
-        if source.is_dir():
-            root = source.resolve()
-            own = [folder for folder in written if folder != root and folder.is_relative_to(root)]
-            # Links that lead nowhere are among them: they are told, not passed over.
-            for path in sorted(path for path in source.rglob("*") if path.suffix.lower() in SUFFIXES and not path.is_dir()):
-                if not any(path.resolve().is_relative_to(folder) for folder in own):
-                    name = path.relative_to(source)
-                    yield path, Path(root.name) / name if named or len(sources) > 1 else name
-        elif source.exists() or not glob.has_magic(str(source)):
-            yield source, Path(source.name)
-        else:
-            matches = [Path(match) for match in sorted(glob.glob(str(source), recursive=True))]
-            matches = [match for match in matches if match.is_dir() or match.suffix.lower() in SUFFIXES]
-            if not matches:
-                raise ValueError(f"no image matches {source}")
-            for match in matches:
-                yield from _expand([match], written, named=True)
-
-
-def check_apart(pairs: Sequence[tuple[Path, Path]]) -> None:
-    """Refuse to write over what is read.
-
-    Args:
-        pairs: what is read, and what is written.
-
-    Raises:
-        ValueError: one of the latter is one of the former.
-    """
-    read = {os.path.realpath(source) for source, _ in pairs}
-    for _, target in pairs:
-        if os.path.realpath(target) in read:
-            raise ValueError(
-                f"{target} is an input and would be overwritten; choose another place, or allow it with --overwrite"
-            )
+    notes: tuple[str, ...] = ()
 
 
 def run_jobs(
@@ -160,6 +73,10 @@ def run_jobs(
     resume: bool = False,
     drop_alpha: bool = False,
     shared_budget: bool = False,
+    quality: int | None = None,
+    reading: Mapping[str, Any] | None = None,
+    since: float = 0.0,
+    progress: Progress = False,
     **options: Any,
 ) -> Iterator[Outcome]:
     """Do the jobs; files are read and written in threads of their own while the router works.
@@ -169,24 +86,53 @@ def run_jobs(
     Args:
         router: as :func:`fastroute.load` gives it.
         jobs: see :func:`plan_jobs`.
-        resume: skip jobs whose target exists and is no older than its source.
+        resume: skip jobs whose target exists and is no older than its source, nor than `since`.
         drop_alpha: leave transparency out.
         shared_budget: the budget among `options` is that of all images together, see :func:`fastroute.upscale_many`; each is
             read twice.
+        quality: of JPEG and WebP, 1 to 100.
+        reading: arguments of :func:`fastroute.io.read_picture`, such as `max_pixels`.
+        since: see :func:`fastroute.plan.begin_run`.
+        progress: show a progress bar, or call this function with how many jobs have ended and how many there are. What it
+            raises ends the run, as Ctrl-C does: what is being written becomes whole, and nothing else is begun.
         options: arguments of the router's `upscale`, such as `budget`.
 
     Yields:
-        An :class:`Outcome` per job: first those skipped, then the others as they end.
+        An :class:`Outcome` per job: first those skipped and those that cannot be written, then the others as they end.
 
     Raises:
         ValueError: a shared budget that cannot be kept.
         fastroute.BackendError: the backend asked for cannot run; no other job could.
     """
-    rest = deque(jobs)
-    if resume:
-        rest = deque(job for job in jobs if not is_done(job))
-        yield from (Outcome(job, skipped=True) for job in jobs if is_done(job))
-        remove_parts(job.target for job in rest)
+    saving = {} if quality is None else {"quality": quality}
+    outcomes = _run_jobs(router, jobs, resume, drop_alpha, shared_budget, saving, dict(reading or {}), since, options)
+    with closing(outcomes), shown(progress, len(jobs), "image") as bar:
+        for outcome in outcomes:
+            bar.update()
+            yield outcome
+
+
+def _run_jobs(
+    router: Router,
+    jobs: Sequence[Job],
+    resume: bool,
+    drop_alpha: bool,
+    shared_budget: bool,
+    saving: Mapping[str, Any],
+    reading_options: Mapping[str, Any],
+    since: float,
+    options: dict[str, Any],
+) -> Generator[Outcome, None, None]:
+    """See :func:`run_jobs`."""
+    rest: deque[Job] = deque()
+    for job in jobs:
+        if resume and is_done(job, since):
+            yield Outcome(job, skipped=True)
+        elif reason := _blocked(job):
+            yield Outcome(job, reason)
+        else:
+            rest.append(job)
+    remove_parts(path for job in rest for path in (job.target, job.class_map) if path is not None)
     shared, number = None, 0
     if shared_budget and rest:
         limit = Budget(*(options.pop(name, None) for name in ("budget", "budget_flops", "budget_ms")))
@@ -198,14 +144,14 @@ def run_jobs(
     try:
         if shared is not None:
             seen: list[Job] = []
-            for job, future in _ahead(rest, readers, drop_alpha):
+            for job, future in _ahead(rest, readers, drop_alpha, reading_options):
                 try:
                     picture = future.result()
                     check_target(router, job, picture, **options)
                     shared.look(to_device(fill_hidden(picture.color, picture.alpha), router.device))
                 except BackendError:
                     raise
-                except FAILURES as error:
+                except Exception as error:
                     yield Outcome(job, _reason(job, error))
                     continue
                 seen.append(job)
@@ -214,7 +160,7 @@ def run_jobs(
         while rest or reading or writing:
             while rest and len(reading) < AHEAD + 1:
                 job = rest.popleft()
-                reading.append((job, readers.submit(read_job, job, drop_alpha)))
+                reading.append((job, readers.submit(read_job, job, drop_alpha, **reading_options)))
             if writing and (writing[0][2].done() or not reading):
                 yield _ended(writing.popleft())
                 continue
@@ -232,12 +178,13 @@ def run_jobs(
                     result, upscaled = upscale_picture(router, picture, **options)
             except BackendError:
                 raise
-            except FAILURES as error:
+            except Exception as error:
                 yield Outcome(job, _reason(job, error))
                 continue
             size = result.color.numel() * result.color.itemsize
-            write = writers.submit(write_job, router, job, result, upscaled)
-            writing.append((Outcome(job, stats=upscaled.stats), size, write))
+            notes = (*picture.origin.notes, *io.not_kept(job.target, result))
+            write = writers.submit(write_job, router, job, result, upscaled, **saving)
+            writing.append((Outcome(job, stats=upscaled.stats, notes=notes), size, write))
             # No reference but the writer's: the memory is free as soon as the file is written.
             del picture, result, upscaled, write, future
     finally:
@@ -246,30 +193,40 @@ def run_jobs(
         writers.shutdown(cancel_futures=True)
 
 
-def _ahead(jobs: Sequence[Job], readers: ThreadPoolExecutor, drop_alpha: bool) -> Iterator[tuple[Job, Future[io.Picture]]]:
+def _ahead(
+    jobs: Sequence[Job], readers: ThreadPoolExecutor, drop_alpha: bool, reading_options: Mapping[str, Any]
+) -> Iterator[tuple[Job, Future[io.Picture]]]:
     """The pictures of all jobs, read while those before are worked on."""
     rest, reading = deque(jobs), deque[tuple[Job, Future[io.Picture]]]()
     while rest or reading:
         while rest and len(reading) < AHEAD + 1:
             job = rest.popleft()
-            reading.append((job, readers.submit(read_job, job, drop_alpha)))
+            reading.append((job, readers.submit(read_job, job, drop_alpha, **reading_options)))
         yield reading.popleft()
 
 
-def is_done(job: Job) -> bool:
-    """Whether the results of a job are there, and no older than its source."""
+def is_done(job: Job, since: float = 0.0) -> bool:
+    """Whether the results of a job are there, and no older than its source, nor than `since` in seconds."""
     try:
-        age = job.source.stat().st_mtime_ns
+        age = max(job.source.stat().st_mtime_ns, int(since * 1e9))
         return all(path.stat().st_mtime_ns >= age for path in (job.target, job.class_map) if path is not None)
     except OSError:
         return False
+
+
+def _blocked(job: Job) -> str:
+    """Why the results of a job cannot be written; empty where they can."""
+    for path in (job.target, job.class_map):
+        if path is not None and (reason := why_not_writable(path, folders=True)):
+            return f"cannot write {path}: {reason}"
+    return ""
 
 
 def _ended(written: tuple[Outcome, int, Future[None]]) -> Outcome:
     outcome, _, future = written
     try:
         future.result()
-    except FAILURES as error:
+    except Exception as error:
         return Outcome(outcome.job, _reason(outcome.job, error))
     return outcome
 
@@ -278,12 +235,14 @@ def _reason(job: Job, error: BaseException) -> str:
     if isinstance(error, io.ImageError):
         return str(error)
     lines = str(error).splitlines() or ["out of memory" if isinstance(error, MemoryError) else type(error).__name__]
-    return f"cannot upscale {job.source}: {lines[0]}"
+    # What nobody foresaw says at least what it is.
+    kind = "" if isinstance(error, EXPECTED) or lines[0] == type(error).__name__ else f"{type(error).__name__}: "
+    return f"cannot upscale {job.source}: {kind}{lines[0]}"
 
 
-def read_job(job: Job, drop_alpha: bool = False) -> io.Picture:
-    """The picture of a job."""
-    picture = io.read_picture(job.source)
+def read_job(job: Job, drop_alpha: bool = False, **reading: Any) -> io.Picture:
+    """The picture of a job; `reading` are arguments of :func:`fastroute.io.read_picture`."""
+    picture = io.read_picture(job.source, **reading)
     return replace(picture, alpha=None) if drop_alpha else picture
 
 
@@ -296,13 +255,13 @@ def check_target(router: Router, job: Job, picture: io.Picture, **options: Any) 
     io.check_holds(job.target, *result_size(router, picture, **options), picture.alpha)
 
 
-def write_job(router: Router, job: Job, result: io.Picture, upscaled: Upscaled) -> None:
-    """Write what a job made: the class map, then the target."""
+def write_job(router: Router, job: Job, result: io.Picture, upscaled: Upscaled, **saving: Any) -> None:
+    """Write what a job made: the class map, then the target; `saving` are arguments of :func:`fastroute.io.write_picture`."""
     if job.class_map is not None:
         job.class_map.parent.mkdir(parents=True, exist_ok=True)
         io.write_image(job.class_map, overlay(router, result, upscaled))
     job.target.parent.mkdir(parents=True, exist_ok=True)
-    io.write_picture(job.target, result)
+    io.write_picture(job.target, result, **saving)
 
 
 def overlay(router: Router, result: io.Picture, upscaled: Upscaled) -> Any:

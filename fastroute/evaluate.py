@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastroute import io
+from fastroute.io.walk import walk
 from fastroute.progress import Progress, shown
 from fastroute.routing.patch_router import PatchRouter
 from fastroute.routing.pixel_router import PixelRouter
@@ -73,6 +74,7 @@ def evaluate(
     exclude: Sequence[str] = (),
     progress: Progress = False,
     errors: list[str] | None = None,
+    notes: list[tuple[Path, str]] | None = None,
     **options: Any,
 ) -> list[Row]:
     """Super-resolve the bicubic reduction of every image below a folder and compare with the image.
@@ -87,6 +89,7 @@ def evaluate(
         exclude: glob patterns of file names to leave out.
         progress: show a progress bar, or call this function with how many images are done and how many there are.
         errors: takes what is wrong with each image that cannot be read or is too small; without it the first one is raised.
+        notes: takes files that were left out, or of which a part was, and why.
         options: arguments of the router's `upscale`, such as `budget`.
 
     Returns:
@@ -104,7 +107,12 @@ def evaluate(
     if own is None:
         options = {**options, "scale": factor}
     folder = Path(images)
-    found = [folder] if folder.is_file() else io.list_images(folder)
+    found, told = [folder], [] if notes is None else notes
+    if not folder.is_file():
+        io.list_images(folder)  # refuses what is no folder, and one without images
+        content = walk(folder)
+        found = content.images
+        told += [*content.others, *((path, f"a folder that cannot be read: {why}") for path, why in content.unreadable)]
     paths = [p for p in found if not any(fnmatch(p.name, pattern) for pattern in exclude)]
     if not paths:
         raise ValueError(f"evaluate: no image is left in {folder}; the patterns exclude {', '.join(exclude)}")
@@ -114,7 +122,7 @@ def evaluate(
     with shown(progress, len(paths), "image", "evaluate") as bar:
         for path in paths:
             try:
-                lr, hr = _read_pair(path, factor)
+                lr, hr = _read_pair(path, factor, told)
             except ValueError as error:
                 if errors is None:
                     raise
@@ -150,9 +158,11 @@ def _row(name: str, lr: Tensor, hr: Tensor, factor: int, result: Upscaled) -> Ro
     )
 
 
-def _read_pair(path: Path, factor: int) -> tuple[Tensor, Tensor]:
+def _read_pair(path: Path, factor: int, notes: list[tuple[Path, str]]) -> tuple[Tensor, Tensor]:
     """An image's bicubic reduction and what it is compared with."""
-    image = io.read_image(path)
+    picture = io.read_picture(path)
+    notes += [(path, note) for note in picture.origin.notes]
+    image = picture.as_bits(8).color.contiguous()
     least = SSIM_WINDOW + 3 * factor - 1
     if min(image.shape[-2:]) < least:
         height, width = image.shape[-2:]

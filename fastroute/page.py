@@ -63,7 +63,7 @@ def write_page(path: str | Path, comparison: Comparison, name: str, detail: Box 
     """
     check_page(path)
     text = render(comparison, name, detail)
-    io.write_atomically(path, lambda file: file.write(text.encode()))
+    io.write_atomically(path, lambda file: file.write(text.encode(errors="replace")))
 
 
 def render(comparison: Comparison, name: str, detail: Box | None = None) -> str:

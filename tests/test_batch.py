@@ -135,7 +135,7 @@ def test_an_output_folder_among_the_inputs_is_not_read(model, folder):
         (["in", "out.png"], ["cannot read in", "OUT must be a folder"]),
         (["in/a.png", "in/a.bmp", "out.png"], ["there are several inputs, so OUT must be a folder"]),
         (["in/*.gif", "out"], ["no image matches in/*.gif"]),
-        (["in/deep", "out"], ["no image file (.png, .jpg", "in/deep"]),
+        (["in/deep", "out"], ["no image file in in/deep, the output folder apart"]),
         (["in", "out", "--resume", "--overwrite"], ["--resume cannot tell"]),
         (["in/a.png", "out.png", "--resume"], ["--resume is for an OUT that is a folder"]),
         (["in/a.png", "out.png", "--format", "jpg"], ["--format is for an OUT that is a folder"]),

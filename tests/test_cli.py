@@ -242,17 +242,25 @@ def test_what_the_summary_calls_its_percentages(model, source, out):
 def test_a_limit_of_memory(model, source, out):
     assert call("upscale", source, out / "whole.png", "--model", model, "--quiet").exit_code == 0
     whole = io.read_image(out / "whole.png")
-    for name in ("a.png", "a.tif"):
+    for name in ("a.png", "a.tif", "a.bmp"):
         result = call("upscale", source, out / name, "--model", model, "--memory-limit", 200)
         assert result.exit_code == 0, result.output
-        assert ("without metadata and transparency" in result.output) == (name == "a.tif") and "class 3" in result.output
+        assert "working set" in result.output and "class 3" in result.output
         assert torch.equal(io.read_image(out / name), whole)
     arguments = ("upscale", source, out / "b.tif", "--model", model, "--memory-limit")
     fails(call(*arguments, 1), "memory_limit must be at least")
     fails(call(*arguments, 200, "--class-map", out / "map.png"), "--class-map shows the classes over the result")
     fails(call(*arguments, 0), "--memory-limit")
     fails(call("upscale", source, source.with_suffix(".txt"), "--memory-limit", 200), "its ending must be one of")
-    assert sorted(path.name for path in out.iterdir()) == ["a.png", "a.tif", "whole.png"]
+    assert sorted(path.name for path in out.iterdir()) == ["a.bmp", "a.png", "a.tif", "whole.png"]
+
+
+def test_zarr_arrays_are_single_pictures(model, source, out):
+    pytest.importorskip("zarr")
+    for given, made in ((source, "a.zarr"), (out / "a.zarr", "b.png"), (source, "a.zarr")):
+        assert call("upscale", given, out / made, "--model", model, "--quiet").exit_code == 0
+    assert sorted(path.name for path in out.iterdir()) == ["a.zarr", "b.png"]
+    assert Image.open(out / "b.png").size == (244, 180)
 
 
 def test_options_that_exclude_each_other(source, out, tmp_path):

@@ -119,7 +119,9 @@ def test_a_walk_takes_linked_folders_once(tmp_path):
     ]  # fmt: skip
     others = {path.relative_to(root).as_posix(): reason for path, reason in found.others}
     assert set(others) == {".a.png.12.part", "0-deep", "circle", "deep/up", "far", "lost", "notes.txt"}
-    assert "taken already" in others["circle"] and "taken already" in others["far"] and "no image" in others["notes.txt"]
+    assert (
+        "looked at already" in others["circle"] and "looked at already" in others["far"] and "no image" in others["notes.txt"]
+    )
     assert "temporary" in others[".a.png.12.part"]
     assert walk(root, (root.resolve() / "deep",)).images == [
         root / "a.png",

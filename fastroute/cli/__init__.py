@@ -5,7 +5,9 @@ Modules here import torch, and whatever needs it, only inside their functions, s
 
 from __future__ import annotations
 
+import errno
 import importlib
+import io
 import signal
 import sys
 
@@ -35,18 +37,27 @@ class Group(click.Group):
         """Run the command; see the class."""
         # A terminated run tidies up like an interrupted one: no temporary file is left.
         signal.signal(signal.SIGTERM, _terminate)
+        # Names of files may hold bytes that are no text.
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="backslashreplace")
         try:
             return super().invoke(ctx)
-        except (ValueError, TypeError, RuntimeError, MemoryError, ImportError) as error:
+        except (ValueError, TypeError, RuntimeError, MemoryError, ImportError, OSError) as error:
             if not _is_users(error):
                 raise
-            raise click.ClickException(str(error) or "out of memory") from error
+            words = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
+            # What a function calls max_pixels is an option here.
+            raise click.ClickException(words.replace("raise max_pixels", "raise --max-pixels") or "out of memory") from error
 
 
 def _is_users(error: Exception) -> bool:
     """Whether a user can mend it."""
     if isinstance(error, (ValueError, TypeError, MemoryError)):
         return True
+    # A full disk, for example; click itself ends where nobody reads the output any more.
+    if isinstance(error, OSError):
+        return error.errno not in (None, errno.EPIPE)
     # What names an extra to install.
     if isinstance(error, ImportError):
         return 'pip install ".[' in str(error)

@@ -78,12 +78,15 @@ def load_router(
     scale: float | None = None,
     patch: int | None = None,
     stride: int | None = None,
+    **more: Any,
 ) -> PatchRouter | PixelRouter:
     """:func:`fastroute.load`, run as :func:`running_options` says; warnings are lines of their own, errors name the option."""
     where, dtype = device_of(running["device"]), precision_of(running)
     with telling_warnings():
         try:
-            return fastroute.load(model, where, scale=scale, patch=patch, stride=stride, dtype=dtype, tune=running["tune"])
+            return fastroute.load(
+                model, where, scale=scale, patch=patch, stride=stride, dtype=dtype, tune=running["tune"], **more
+            )
         except ValueError as error:
             words = str(error)
             for name, given in (("scale", scale), ("patch", patch), ("stride", stride)):

@@ -13,9 +13,13 @@ from tqdm import tqdm
 
 from fastroute.batch import Job, Outcome, Router
 from fastroute.io import Picture
+from fastroute.plan import Plan
 from fastroute.routing.patch_router import PatchRouter
 from fastroute.routing.result import RoutingStats
 from fastroute.visualize import class_colours, colour_names
+
+# Files of which the same is said, by their names.
+NAMED_AT_MOST = 20
 
 
 def tell_one(
@@ -55,25 +59,35 @@ def tell_routing(router: Router, job: Job, stats: RoutingStats, chosen: dict[str
     click.echo(f"  time: {seconds['total']:.3f} s{asked} ({stages})")
 
 
-def tell_many(jobs: Sequence[Job], outcomes: Iterable[Outcome], folder: Path, quiet: bool) -> None:
-    """Show a bar while the jobs are done, then what was written, and last what failed and why: then the exit is 1."""
-    start = time.perf_counter()
+def tell_many(plan: Plan, outcomes: Iterable[Outcome], folder: Path, quiet: bool, known: bool = True) -> None:
+    """Show a bar while the jobs are done, then what was written and left out, and last what failed and why: the exit is 1 then.
+
+    Args:
+        plan: what there is to do.
+        outcomes: how each job ends.
+        folder: of the results.
+        quiet: only what failed.
+        known: whether the settings of what was there already are known.
+    """
+    start, jobs = time.perf_counter(), plan.jobs
     done: list[Outcome] = []
+    failures = 0
     with tqdm(total=len(jobs), desc="upscale", unit="image", disable=quiet) as bar:
         for outcome in outcomes:
             done.append(outcome)
             bar.update()
-            failures = sum(bool(outcome.error) for outcome in done)
+            failures += bool(outcome.error)
             if failures:
                 bar.set_postfix_str(f"{failures} failed")
-    failed = [outcome for outcome in done if outcome.error]
+    errors = [outcome.error for outcome in done if outcome.error]
+    errors += [f"cannot look through the folder {path}: {reason}" for path, reason in plan.unreadable]
     skipped = sum(outcome.skipped for outcome in done)
     written = [outcome for outcome in done if not outcome.error and not outcome.skipped]
     if not quiet:
         parts = [f"{len(written)} written to {folder}"]
-        parts += [f"{skipped} there already"] if skipped else []
-        parts += [f"{len(failed)} failed"] if failed else []
-        click.echo(f"{len(jobs)} images: {', '.join(parts)}; {time.perf_counter() - start:.1f} s")
+        parts += [f"{skipped} there already{'' if known else ', with what settings is not known'}"] if skipped else []
+        parts += [f"{failures} failed"] if failures else []
+        click.echo(f"{len(jobs)} image{'s' if len(jobs) > 1 else ''}: {', '.join(parts)}; {time.perf_counter() - start:.1f} s")
         stats = [outcome.stats for outcome in written if outcome.stats is not None]
         if stats:
             routed, dense = (sum(getattr(s.flops, name) for s in stats) for name in ("routed", "dense"))
@@ -81,6 +95,22 @@ def tell_many(jobs: Sequence[Job], outcomes: Iterable[Outcome], folder: Path, qu
             shares = " / ".join(f"{100 * count / max(sum(counts), 1):.0f}" for count in counts)
             click.echo(f"  classes, cheapest first: {shares} %; FLOPs, classifier included: {routed / 1e9:.1f} G, "
                        f"{100 * routed / dense if dense else 100:.0f} % of dense")  # fmt: skip
-    if failed:
-        lines = "\n".join(f"  {outcome.error}" for outcome in failed)
-        raise click.ClickException(f"{len(failed)} of {len(jobs)} images failed:\n{lines}")
+        tell_groups("not quite as it was", [(outcome.job.target, note) for outcome in written for note in outcome.notes])
+        tell_groups("left out", plan.left)
+    if errors:
+        lines = "\n".join(f"  {error.replace('raise max_pixels', 'raise --max-pixels')}" for error in errors)
+        what = f"{failures} of {len(jobs)} images" if failures else f"{len(errors)} folders"
+        raise click.ClickException(f"{what} failed:\n{lines}")
+
+
+def tell_groups(title: str, found: Sequence[tuple[Path, str]]) -> None:
+    """Files and what is said of them, those of which the same is said together."""
+    groups: dict[str, list[Path]] = {}
+    for path, reason in found:
+        groups.setdefault(reason, []).append(path)
+    if groups:
+        number = len({path for path, _ in found})
+        click.echo(f"  {title}: {number} file{'s' if number > 1 else ''}")
+    for reason, paths in groups.items():
+        more = f" and {len(paths) - NAMED_AT_MOST} more" if len(paths) > NAMED_AT_MOST else ""
+        click.echo(f"    {reason}: {', '.join(map(str, paths[:NAMED_AT_MOST]))}{more}")

@@ -46,6 +46,7 @@ def command(
 
     import fastroute
     from fastroute import evaluate as evaluation
+    from fastroute.cli._summary import tell_groups
 
     if target is not None and not target.resolve().parent.is_dir():
         raise click.BadParameter(f"the folder {target.parent} does not exist", param_hint="--json")
@@ -56,8 +57,11 @@ def command(
     router = load_router(model, running, scale, patch, stride)
     chosen = check_routing(router, model, chosen)
     errors: list[str] = []
-    rows = evaluation.evaluate(router, images, scale, exclude, not quiet, errors, **chosen)
+    notes: list[tuple[Path, str]] = []
+    rows = evaluation.evaluate(router, images, scale, exclude, not quiet, errors, notes, **chosen)
     click.echo(f"{evaluation.table(rows)}\n\n{evaluation.LEGEND}")
+    if not quiet:
+        tell_groups("left out, or read in part", notes)
     if target is not None:
         evaluation.write_json(
             target, rows, model=model, options={**chosen, **running, "scale": scale}, device=running["device"],

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import math
+import os
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,17 +27,41 @@ from fastroute.cli._common import (
 
 if TYPE_CHECKING:
     from fastroute.batch import Job
+    from fastroute.routing.patch_router import PatchRouter
+    from fastroute.routing.pixel_router import PixelRouter
 
-FORMATS = ("png", "jpg", "webp", "tif")
-# What is written in tiles, and so need not be in memory.
-STREAMED = (".tif", ".tiff", ".zarr")
+# Those of fastroute.windows, which imports torch.
+WINDOWS = ("uniform", "linear", "hann", "gaussian", "crop")
+FORMATS = ("png", "jpg", "jpeg", "webp", "tif", "tiff", "bmp")
+ZARR = ".zarr"
+# Formats with a quality.
+LOSSY = (".jpg", ".jpeg", ".jpe", ".jfif", ".webp")
 # Pixels from which encoding takes some seconds.
 SLOW_TO_WRITE = 1 << 25
 
 
+class Pixels(click.ParamType):
+    """A positive whole number, or "none"."""
+
+    name = "pixels"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | str | None:
+        """The number; None for no limit."""
+        if value in (None, "auto"):
+            return value
+        if value == "none":
+            return None
+        try:
+            # Both 300000000 and 3e8 are natural here.
+            number = int(float(value))
+        except (ValueError, OverflowError):
+            number = 0
+        return number if number > 0 else self.fail(f"it must be a positive number or none; got {value}", param, ctx)
+
+
 @click.command("upscale", cls=Command)
 @click.argument("sources", metavar="IN...", nargs=-1, type=click.Path(path_type=Path))
-@click.argument("target", metavar="OUT", type=click.Path(path_type=Path))
+@click.argument("out", metavar="OUT", type=click.Path())
 @click.option("--model", metavar="MODEL", default=DEFAULT_MODEL, show_default=True,
               help="A shipped model, see `fastroute models`, or a checkpoint file.")  # fmt: skip
 @click.option("--budget", type=float, help="Mean branch FLOPs as a fraction of the dearest's, say 0.7; the classifier comes on "
@@ -43,10 +72,12 @@ SLOW_TO_WRITE = 1 << 25
               "--shared-budget for all together.")  # fmt: skip
 @click.option("--shared-budget", is_flag=True,
               help="One budget over all inputs, not one for each, spent where it helps most; reads them twice.")  # fmt: skip
-@click.option(
-    "--scale", type=float, help="Upscaling factor: any for PCSR; needed for other models whose checkpoint does not tell theirs."
-)
+@click.option("--scale", type=float,
+              help="Upscaling factor: any for PCSR; needed for others whose checkpoint does not tell theirs.")  # fmt: skip
 @model_options
+@click.option("--window", type=click.Choice(WINDOWS), help="How overlapping patches are blended.  [default: uniform]")
+@click.option("--batch", type=click.IntRange(min=1), metavar="N", help="Patches per pass of a branch.  [default: by "
+              "measurement, which is remembered]")  # fmt: skip
 @click.option("--size", type=(int, int), metavar="HEIGHT WIDTH", help="Output size instead of a factor (PCSR).")
 @click.option("--k", type=float, help="Cost exponent of PCSR's decision: 0 is best quality, larger is cheaper.")
 @click.option("--adaptive", is_flag=True, help="PCSR's adaptive decision (ADM) instead of --k.")
@@ -56,23 +87,33 @@ SLOW_TO_WRITE = 1 << 25
 @click.option(
     "--format", "file_format", type=click.Choice(FORMATS), help="Of the files in folder OUT.  [default: each input's own]"
 )
+@click.option("--quality", type=click.IntRange(1, 100), metavar="N", help="Of JPEG and WebP, 1 to 100.  [default: 95]")
 @click.option("--drop-alpha", is_flag=True, help="Leave transparency out, say for JPEG.")
-@click.option("--resume", is_flag=True, help="Skip inputs whose result is in folder OUT already and no older.")
+@click.option("--white", type=float, metavar="VALUE", help="What is white in images of floating point, say 255.  [default: 1]")
+@click.option("--max-pixels", type=Pixels(), metavar="N", default="auto", help="Read images of up to so many pixels, or none "
+              "for no limit.  [default: about 179 million]")  # fmt: skip
+@click.option("--resume", is_flag=True, help="Skip inputs whose result is in folder OUT already and no older; refused where "
+              "the last run into that folder had other settings.")  # fmt: skip
 @click.option("--overwrite", is_flag=True, help="Allow a result to take the place of its input; any other file is replaced.")
 @click.option("--memory-limit", type=click.IntRange(min=1), metavar="MB",
-              help="Work in bands within so much memory, beside input and result. With a .tif or .zarr as OUT these are "
-              "streamed too, and the limit holds for all; metadata and transparency are then left out.")  # fmt: skip
+              help="Work in bands within so much memory. For one IN and OUT it holds for reading and writing too; for a folder "
+              "each image and its result are in memory beside it.")  # fmt: skip
 @running_options
 @click.option("--quiet", is_flag=True, help="No progress bar and no summary; errors are shown.")
 def command(
     sources: tuple[Path, ...],
-    target: Path,
+    out: str,
     model: str,
     class_map: Path | None,
     file_format: str | None,
+    quality: int | None,
     patch: int | None,
     stride: int | None,
+    window: str | None,
+    batch: int | None,
     drop_alpha: bool,
+    white: float | None,
+    max_pixels: int | str | None,
     resume: bool,
     overwrite: bool,
     memory_limit: int | None,
@@ -84,10 +125,12 @@ def command(
 
     \b
     fastroute upscale IN OUT        one image; the ending of OUT names the format
-    fastroute upscale IN... FOLDER  images, folders, and patterns such as 'photos/**/*.jpg'
+    fastroute upscale IN... FOLDER  images, folders, and patterns such as 'photos/**/*.jpg'; a / at the end of
+                                    FOLDER says that it is one, where it is not there yet
 
     Depth, transparency, colour profile and metadata are kept as far as the format holds them.
     """
+    target = Path(out)
     if not sources:
         # Of one argument click takes the last.
         raise click.UsageError(f"Missing argument 'OUT': only {target} is given; say also what to write, a file or a folder")
@@ -96,10 +139,7 @@ def command(
 
     from PIL import Image
 
-    from fastroute import batch
-    from fastroute.cli._summary import tell_many, tell_one
-    from fastroute.io import SUFFIXES, check_writable
-    from fastroute.pictures import upscale_picture
+    from fastroute.io import SUFFIXES
 
     # Files that cannot be read are reported once, by this command; the limit on pixels is an error here, not a warning.
     logging.getLogger("tifffile").setLevel(logging.CRITICAL)
@@ -109,83 +149,195 @@ def command(
     if options["refine"] is not None:
         chosen["refine"] = options["refine"]
     check_deciding(chosen, shared_budget)
+    if white is not None and not 0 < white < math.inf:
+        raise click.BadParameter(f"it must be positive and finite; got {white:g}", param_hint="--white")
     if not quiet:
         tell_measuring()
-    places = {"scale": chosen.get("scale"), "patch": patch, "stride": stride}
-    limit = {} if memory_limit is None else {"memory_limit": memory_limit * 1_000_000}
-    many = len(sources) > 1 or sources[0].is_dir() or target.is_dir() or any(sign in str(sources[0]) for sign in "*?[")
-    if sources[0].is_file() and len(sources) == 1 and target.suffix.lower() in SUFFIXES:
-        many = False
+    reading = {} if max_pixels == "auto" else {"max_pixels": max_pixels}
+    task = Task(
+        model,
+        running,
+        {"scale": chosen.get("scale"), "patch": patch, "stride": stride, "window": window, "batch": batch},
+        chosen,
+        {} if memory_limit is None else {"memory_limit": memory_limit * 1_000_000},
+        reading if white is None else {**reading, "white": white},
+        {} if quality is None else {"quality": quality},
+        drop_alpha,
+        overwrite,
+        quiet,
+    )
+    # A zarr array is a folder, but one picture.
+    named = target.suffix.lower() in (*SUFFIXES, ZARR) and not out.endswith(("/", os.sep))
+    folder = not named and (out.endswith(("/", os.sep)) or target.is_dir())
+    one = len(sources) == 1 and (sources[0].is_file() or sources[0].suffix.lower() == ZARR)
+    many = not (one and named) and (
+        len(sources) > 1 or sources[0].is_dir() or folder or any(sign in str(sources[0]) for sign in "*?[")
+    )
     if many:
         if resume and overwrite:
             raise click.UsageError("--resume cannot tell which inputs have been overwritten; leave --overwrite out")
-        if target.suffix.lower() in SUFFIXES or (target.exists() and not target.is_dir()):
+        if not folder and (named or target.exists()):
             what = "it is a folder" if sources[0].is_dir() else "there are several inputs"
             raise click.UsageError(f"cannot read {sources[0]} into the one file {target}: {what}, so OUT must be a folder")
-        jobs = batch.plan_jobs(sources, target, file_format and f".{file_format}", class_map, overwrite)
-        router = load_router(model, running, **places)
-        chosen = check_routing(router, model, chosen)
-        for folder in (target, class_map):
-            if folder is not None:
-                _make_folder(folder)
-        outcomes = batch.run_jobs(router, jobs, resume, drop_alpha, shared_budget, **chosen, **limit)
-        tell_many(jobs, outcomes, target, quiet)
+        upscale_many(task, sources, target, class_map, file_format, resume, shared_budget)
         return
     for flag, given in (("--resume", resume), ("--format", file_format), ("--shared-budget", shared_budget)):
         if given:
-            raise click.UsageError(f"{flag} is for an OUT that is a folder; {target} is none")
+            raise click.UsageError(
+                f"{flag} is for an OUT that is a folder; {target} is none (a / at its end would make it one)"
+            )
+    upscale_one(task, sources[0], target, class_map)
+
+
+@dataclass(frozen=True)
+class Task:
+    """What was asked for, whatever the files.
+
+    Attributes:
+        model: a name or a file.
+        running: device and precision, see :func:`fastroute.cli._common.running_options`.
+        places: arguments of :func:`fastroute.load`.
+        chosen: those of the router's `upscale` that decide the result.
+        limit: its memory limit.
+        reading, saving: arguments of :func:`fastroute.io.read_picture` and :func:`fastroute.io.write_picture`.
+    """
+
+    model: str
+    running: dict[str, Any]
+    places: dict[str, Any]
+    chosen: dict[str, Any]
+    limit: dict[str, Any]
+    reading: dict[str, Any]
+    saving: dict[str, Any]
+    drop_alpha: bool
+    overwrite: bool
+    quiet: bool
+
+    def load(self) -> tuple[PatchRouter | PixelRouter, dict[str, Any]]:
+        """The router, and the options of its `upscale`."""
+        router = load_router(self.model, self.running, **self.places)
+        return router, check_routing(router, self.model, self.chosen)
+
+    def settings(self, **more: Any) -> dict[str, Any]:
+        """All that results depend on."""
+        from fastroute.routing.load import weights_of
+
+        name, path = Path(self.model).name, weights_of(self.model)
+        with open(path, "rb") as file:
+            digest = hashlib.sha256(file.read()).hexdigest()[:12]
+        given = {**self.places, **self.chosen, **self.reading, **self.saving, **more}
+        # Those that decide no pixel, or only the last bits of one.
+        known = {key: value for key, value in given.items() if value is not None and key not in ("batch", "max_pixels")}
+        about = {"model": f"{name} ({digest})", "precision": self.running["precision"], "drop-alpha": self.drop_alpha}
+        return {**about, **known}
+
+
+def upscale_many(
+    task: Task,
+    sources: Sequence[Path],
+    target: Path,
+    class_map: Path | None,
+    file_format: str | None,
+    resume: bool,
+    shared_budget: bool,
+) -> None:
+    """Whatever is found in `sources`, into the folder `target`."""
+    from fastroute import batch, plan
+    from fastroute.cli._summary import tell_many
+    from fastroute.io import SUFFIXES
+
+    if task.saving and file_format is not None and f".{file_format}" not in LOSSY:
+        raise click.UsageError(f"--quality is for JPEG and WebP; --format {file_format} has none")
+    as_file = class_map is not None and class_map.suffix.lower() in SUFFIXES and not class_map.is_dir()
+    made = plan.make_plan(sources, target, file_format and f".{file_format}", None if as_file else class_map, task.overwrite)
+    if class_map is not None and as_file:
+        if len(made.jobs) > 1 or sources[0].is_dir():
+            raise click.BadParameter(
+                f"{class_map} is one file; OUT is a folder, so it must be one too", param_hint="--class-map"
+            )
+        made.jobs[0] = replace(made.jobs[0], class_map=class_map)
+        plan.check_distinct(made.jobs)
+        if not task.overwrite:
+            plan.check_apart([(made.jobs[0].source, class_map)])
+    router, chosen = task.load()
+    settings = task.settings(format=file_format, **{"shared-budget": shared_budget or None})
+    since = plan.begin_run(target, settings, resume)
+    for folder in (target, None if as_file else class_map):
+        if folder is not None:
+            _make_folder(folder)
+    outcomes = batch.run_jobs(
+        router, made.jobs, resume, task.drop_alpha, shared_budget, reading=task.reading, since=since or 0.0, **task.saving,
+        **chosen, **task.limit,
+    )  # fmt: skip
+    tell_many(made, outcomes, target, task.quiet, since is not None)
+
+
+def upscale_one(task: Task, source: Path, target: Path, class_map: Path | None) -> None:
+    """One file to one file."""
+    from fastroute import batch
+    from fastroute.cli._summary import tell_one
+    from fastroute.io import check_writable, not_kept
+    from fastroute.io.files import remove_parts
+    from fastroute.pictures import upscale_picture
+
     if class_map is not None and class_map.resolve() == target.resolve():
         raise click.UsageError("OUT and --class-map are the same file")
-    job = batch.Job(sources[0], target, class_map)
+    if task.saving and target.suffix.lower() not in LOSSY:
+        raise click.UsageError(f"--quality is for JPEG and WebP; {target} has none")
+    job = batch.Job(source, target, class_map)
     if not job.source.exists():
         raise click.ClickException(f"cannot read {job.source}: No such file or directory")
-    streamed = bool(limit) and target.suffix.lower() in STREAMED
-    for path in (target, class_map):
-        if path is not None:
-            if not (streamed and path == target):
-                check_writable(path)
-            if not overwrite:
-                batch.check_apart([(job.source, path)])
+    if not target.suffix:
+        raise click.UsageError(
+            f"cannot write {target}: it has no ending that names a format; a folder that is to be made ends in /"
+        )
+    zarr = ZARR in (source.suffix.lower(), target.suffix.lower())
+    streamed = bool(task.limit) or zarr
+    outputs = [path for path in (target, class_map) if path is not None]
+    for path in outputs:
+        if not (zarr and path == target):
+            check_writable(path)
+        if not task.overwrite:
+            batch.check_apart([(job.source, path)])
     if streamed:
         if class_map is not None:
             raise click.UsageError("--class-map shows the classes over the result, which a streamed one is too large for")
-        _stream(job, model, running, places, quiet, chosen, limit["memory_limit"])
+        remove_parts(outputs)
+        _stream(job, task)
         return
     # A file that cannot be read is told before the model is loaded.
-    picture = batch.read_job(job, drop_alpha)
-    router = load_router(model, running, **places)
-    chosen = check_routing(router, model, chosen)
+    picture = batch.read_job(job, task.drop_alpha, **task.reading)
+    router, chosen = task.load()
     batch.check_target(router, job, picture, **chosen)
-    result, upscaled = upscale_picture(router, picture, progress=not quiet, **chosen, **limit)
+    result, upscaled = upscale_picture(router, picture, progress=not task.quiet, **chosen, **task.limit)
     start = time.perf_counter()
-    if not quiet and result.height * result.width > SLOW_TO_WRITE:
+    if not task.quiet and result.height * result.width > SLOW_TO_WRITE:
         click.echo(f"writing {target} …", err=True)
-    batch.write_job(router, job, result, upscaled)
-    if not quiet:
-        tell_one(router, job, picture, result, upscaled.stats, chosen, model)
+    remove_parts(outputs)
+    batch.write_job(router, job, result, upscaled, **task.saving)
+    if not task.quiet:
+        tell_one(router, job, picture, result, upscaled.stats, chosen, task.model)
         click.echo(f"  writing: {time.perf_counter() - start:.2f} s")
+        for note in (*picture.origin.notes, *not_kept(target, result)):
+            click.echo(f"  {note}")
 
 
-def _stream(
-    job: Job,
-    model: str,
-    running: dict[str, Any],
-    places: dict[str, Any],
-    quiet: bool,
-    chosen: dict[str, Any],
-    memory_limit: int,
-) -> None:
+def _stream(job: Job, task: Task) -> None:
     from fastroute.cli._summary import tell_routing
     from fastroute.streaming.files import check_target
     from fastroute.streaming.upscale_file import upscale_file
 
     check_target(job.target)
-    router = load_router(model, running, **places)
-    chosen = check_routing(router, model, chosen)
-    written = upscale_file(job.source, job.target, router, memory_limit, progress=not quiet, **chosen)
-    if not quiet:
-        click.echo(f"{job.source} -> {written}, model {model}; without metadata and transparency")
+    router, chosen = task.load()
+    written = upscale_file(
+        job.source, job.target, router, progress=not task.quiet, drop_alpha=task.drop_alpha, **task.limit, **task.reading,
+        **task.saving, **chosen,
+    )  # fmt: skip
+    if not task.quiet:
+        click.echo(f"{job.source} -> {written}, model {task.model}")
         tell_routing(router, job, written.stats, chosen)
+        for note in getattr(written, "notes", ()):
+            click.echo(f"  {note}")
 
 
 def _make_folder(folder: Path) -> None:

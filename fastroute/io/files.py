@@ -79,7 +79,9 @@ def why_not_writable(path: str | Path, folders: bool = False) -> str:
     if not os.path.isdir(parent):
         why = f": {parent} is a file" if os.path.lexists(parent) else ""
         return f"the folder {Path(path).parent} does not exist{why}"
-    if not os.access(parent, os.W_OK | os.X_OK) or (os.path.exists(real) and not os.access(real, os.W_OK)):
+    if not (os.access(parent, os.W_OK) and os.access(parent, os.X_OK)) or (
+        os.path.exists(real) and not os.access(real, os.W_OK)
+    ):
         return "permission denied"
     return ""
 

@@ -9,6 +9,8 @@ from pathlib import Path
 
 from fastroute.io.recognise import is_image
 
+NO_IMAGE = "no image, neither by its content nor by its ending"
+
 
 @dataclass
 class Found:
@@ -16,11 +18,13 @@ class Found:
 
     Attributes:
         images: files that are or were meant to be images, sorted by path, under the names by which they were reached.
-        others: everything else and why it was left out, in whole words.
+        others: what was left out, and why.
+        unreadable: folders that could not be read, and why.
     """
 
     images: list[Path] = field(default_factory=list)
     others: list[tuple[Path, str]] = field(default_factory=list)
+    unreadable: list[tuple[Path, str]] = field(default_factory=list)
 
 
 def walk(folder: str | Path, without: tuple[Path, ...] = ()) -> Found:
@@ -40,14 +44,14 @@ def walk(folder: str | Path, without: tuple[Path, ...] = ()) -> Found:
         if any(Path(real).is_relative_to(other) for other in without):
             continue
         if real in seen:
-            found.others.append((path, f"a link to {real}, whose content is taken already"))
+            found.others.append((path, f"a link to {real}, which is looked at already"))
             continue
         seen.add(real)
         try:
             with os.scandir(path) as entries:
                 content = sorted(entries, key=lambda entry: entry.name)
         except OSError as error:
-            found.others.append((path, f"a folder that cannot be read: {error.strerror}"))
+            found.unreadable.append((path, error.strerror or str(error)))
             continue
         for entry in content:
             child = Path(entry.path)
@@ -62,7 +66,7 @@ def walk(folder: str | Path, without: tuple[Path, ...] = ()) -> Found:
             elif is_image(child):
                 found.images.append(child)
             else:
-                found.others.append((child, "no image, neither by its content nor by its ending"))
+                found.others.append((child, NO_IMAGE))
     found.images.sort()
     found.others.sort()
     return found

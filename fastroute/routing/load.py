@@ -53,6 +53,8 @@ def load(
     stride: int | None = None,
     dtype: torch.dtype = torch.float32,
     tune: bool = True,
+    window: str | Tensor | None = None,
+    batch: int | None = None,
 ) -> PatchRouter | PixelRouter:
     """An upscaler from a shipped model or a checkpoint file.
 
@@ -71,6 +73,7 @@ def load(
         dtype: in which the networks compute: float32, bfloat16, float16 or float64. Images keep their own type; sums, means
             and what is added last are float32 in a half network too.
         tune: find out on the work of calls how the branches run fastest, see :class:`fastroute.PatchRouter`.
+        window, batch: see :class:`fastroute.PatchRouter`; not for PCSR.
 
     Returns:
         :class:`fastroute.PatchRouter`, or for PCSR :class:`fastroute.PixelRouter`; call its `upscale`.
@@ -87,17 +90,8 @@ def load(
     device = usable_device(device)
     check_precision("load", dtype, device)
     asked = _asked(scale, patch, stride)
-    path = WEIGHTS / f"{name_or_path}.safetensors"
-    if str(name_or_path) not in list_models():
-        path = Path(name_or_path)
-        try:
-            exists = path.exists()
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"cannot read {short(path)}: {getattr(error, 'strerror', None) or error}") from error
-        if not exists and not path.suffix:
-            raise CheckpointError(
-                f"no model or file {short(name_or_path)!r}; the models are {', '.join(list_models()) or 'none'}"
-            )
+    asked |= {name: value for name, value in (("window", window), ("batch", batch)) if value is not None}
+    path = weights_of(name_or_path)
     content, metadata = read_checkpoint(path)
     settings = _settings(metadata, path)
     model = content.get("model")
@@ -127,6 +121,24 @@ def load(
         if memory.is_exhausted(error):
             raise
         raise CheckpointError(f"cannot use {path}{' as PCSR' if published else ''}: {error}") from error
+
+
+def weights_of(name_or_path: str | Path) -> Path:
+    """The file of a shipped model, or the one that is named.
+
+    Raises:
+        fastroute.CheckpointError: neither is there.
+    """
+    if str(name_or_path) in list_models():
+        return WEIGHTS / f"{name_or_path}.safetensors"
+    path = Path(name_or_path)
+    try:
+        exists = path.exists()
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"cannot read {short(path)}: {getattr(error, 'strerror', None) or error}") from error
+    if not exists and not path.suffix:
+        raise CheckpointError(f"no model or file {short(name_or_path)!r}; the models are {', '.join(list_models()) or 'none'}")
+    return path
 
 
 def _asked(scale: float | None, patch: int | None, stride: int | None) -> dict[str, Any]:
@@ -190,7 +202,7 @@ def _numbers(value: object, name: str, path: Path) -> Any:
 
 
 def _pixel_router(pcsr: PCSR, settings: Mapping[str, Any], asked: Mapping[str, Any]) -> PixelRouter:
-    for name in ("patch", "stride"):
+    for name in ("patch", "stride", "window", "batch"):
         if name in asked:
             raise ValueError(f"PCSR routes pixels and has no {name}; leave {name} out")
     return PixelRouter(pcsr, scale=asked.get("scale", settings.get("scale", 4)))
@@ -205,24 +217,25 @@ def _router(state: dict[str, Tensor], path: Path, settings: Mapping[str, Any], a
             f"cannot use {path}: its stride of {stride} is above its patch of {patch}, so pixels between them would be lost; "
             f"say stride={usual_stride(patch)}, on the command line --stride {usual_stride(patch)}"
         )
+    how = {name: asked[name] for name in ("window", "batch") if name in asked}
     if "classifier.table.psnr" in state:
         scale = _scale(state, "network.", path, settings, asked)
         arm = fitted(lambda: _arm(state, scale, patch), state, path)
         if not arm.table.ready:
             raise CheckpointError(f"cannot use {path}: its table holds no measurements; train the table on images first")
-        return PatchRouter(arm.branches, arm.classifier, patch, stride, scale, costs=arm.costs(patch))
+        return PatchRouter(arm.branches, arm.classifier, patch, stride, scale, costs=arm.costs(patch), **how)
     options = {name: settings[name] for name in ("input_range", "mean") if name in settings}
     for backbone, name in FIRST_LAYERS.items():
         widths = _widths(state, rf"net(\d+)\.{re.escape(name)}")
         if widths:
             scale = _scale(state, f"net{len(widths)}.", path, settings, asked)
             system = fitted(partial(_classsr, backbone, state, widths, scale, options), state, path)
-            return PatchRouter(system.branches, system.classifier, patch, stride, scale)
+            return PatchRouter(system.branches, system.classifier, patch, stride, scale, **how)
         alone = _widths(state, rf"{re.escape(name)}()")
         if alone:
             scale = _scale(state, "", path, settings, asked)
             network = fitted(partial(_network, backbone, state, "", alone[0], scale, **options), state, path)
-            return PatchRouter([network], None, patch, stride, scale)
+            return PatchRouter([network], None, patch, stride, scale, **how)
     known = ", ".join(f"{backbone} ({name})" for backbone, name in FIRST_LAYERS.items())
     raise CheckpointError(
         f"{path} is of no known architecture; known are ClassSR and CDNSR (classifier.*, net1.*, …), ARM (network.*, "
