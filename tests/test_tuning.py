@@ -28,7 +28,7 @@ def cache(tmp_path, monkeypatch):
     monkeypatch.setattr(tuning, "_races", {})
     # A patch of 8 x 8 is one unit of 64 pixels.
     monkeypatch.setattr(tuning, "PIXELS", (8 * 64, 4 * 64, 16 * 64, 32 * 64))
-    monkeypatch.setattr(branches, "PIXELS", tuning.PIXELS)
+    monkeypatch.setattr(branches, "workers", lambda: 1)
     monkeypatch.setattr(tuning, "TURN_PIXELS", {"cpu": 32 * 64})
     return tmp_path / "of" / "fastroute" / "tuning.json"
 
@@ -114,7 +114,7 @@ def test_nothing_is_computed_twice_and_the_fastest_is_found_and_remembered(run, 
         assert sum(batch for batch, _ in call(100)) == 100
     assert best(networks) == Setting(16 * 64, True)
     (entry,) = json.loads(cache.read_text()).values()
-    assert entry["best"] == {"pixels": 16 * 64, "channels_last": True} and entry["turns"] == []
+    assert entry["best"] == {"pixels": 16 * 64, "channels_last": True, "parallel": False} and entry["turns"] == []
     assert entry["seconds"] == pytest.approx(0.8 / 64)
     # From then on, here and in the next process.
     written = cache.read_bytes()
@@ -284,7 +284,7 @@ def test_what_decides_the_speed_is_measured_apart(cache):
     assert race_of(FSRCNN(3, 2), EXAMPLE) is races[0]
 
 
-TURN = {"shape": [8, 8], "setting": {"pixels": 512, "channels_last": True}, "seconds": [0.5]}
+TURN = {"shape": [8, 8], "setting": {"pixels": 512, "channels_last": True, "parallel": False}, "seconds": [0.5]}
 
 
 @pytest.mark.parametrize(
@@ -293,12 +293,12 @@ TURN = {"shape": [8, 8], "setting": {"pixels": 512, "channels_last": True}, "sec
         {},
         {"batch": 8, "channels_last": True, "milliseconds": 1.0},
         {"best": None, "seconds": None, "turns": None},
-        {"best": {"pixels": 512, "channels_last": True}, "seconds": float("nan"), "turns": []},
-        {"best": {"pixels": 512, "channels_last": True}, "seconds": -1.0, "turns": []},
-        {"best": {"pixels": 512, "channels_last": True}, "seconds": "1", "turns": []},
-        {"best": {"pixels": 0, "channels_last": True}, "seconds": 1.0, "turns": []},
-        {"best": {"pixels": True, "channels_last": True}, "seconds": 1.0, "turns": []},
-        {"best": {"pixels": 512, "channels_last": 1}, "seconds": 1.0, "turns": []},
+        {"best": {"pixels": 512, "channels_last": True, "parallel": False}, "seconds": float("nan"), "turns": []},
+        {"best": {"pixels": 512, "channels_last": True, "parallel": False}, "seconds": -1.0, "turns": []},
+        {"best": {"pixels": 512, "channels_last": True, "parallel": False}, "seconds": "1", "turns": []},
+        {"best": {"pixels": 0, "channels_last": True, "parallel": False}, "seconds": 1.0, "turns": []},
+        {"best": {"pixels": True, "channels_last": True, "parallel": False}, "seconds": 1.0, "turns": []},
+        {"best": {"pixels": 512, "channels_last": 1, "parallel": False}, "seconds": 1.0, "turns": []},
         {"best": {"pixels": 512}, "seconds": 1.0, "turns": []},
         {"best": [512, True], "seconds": 1.0, "turns": [3, None, [], {}]},
         {"turns": [{**TURN, "shape": [8]}, {**TURN, "shape": [8, 0]}, {**TURN, "shape": [8, "8"]}, {**TURN, "shape": 8}]},
@@ -318,7 +318,9 @@ def test_an_entry_of_the_cache_is_used(cache):
     key = race_of(FSRCNN(3, 2), EXAMPLE).key
     tuning._races.clear()
     cache.parent.mkdir(parents=True)
-    cache.write_text(json.dumps({key: {"best": {"pixels": 320, "channels_last": False}, "seconds": 0.1, "turns": []}}))
+    cache.write_text(
+        json.dumps({key: {"best": {"pixels": 320, "channels_last": False, "parallel": False}, "seconds": 0.1, "turns": []}})
+    )
     assert race_of(FSRCNN(3, 2), EXAMPLE).best == Setting(320, False)
     tuning._races.clear()
     cache.write_text(json.dumps({key: {"best": None, "seconds": None, "turns": [TURN]}}))

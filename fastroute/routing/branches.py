@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from fastroute.models.adapters import inference_copy
+from fastroute.models.adapters import Function, inference_copy
 from fastroute.models.carn import CARN
 from fastroute.models.optimize import interpolation, optimize, parameter_dtype, split_shuffle, split_upsampler
 from fastroute.models.precision import HALVES, halve, sums_of
@@ -17,7 +17,8 @@ from fastroute.models.srresnet import SRResNet
 from fastroute.ops._upsampled import Upsampler, Upsamplers, upsamples
 from fastroute.profiling import count_flops
 from fastroute.routing.devices import on_device
-from fastroute.routing.tuning import GPU_PIXELS, PIXELS, Race, Setting, Shape, default_setting, enabled, race_of
+from fastroute.routing.threads import side_by_side, workers
+from fastroute.routing.tuning import Race, Setting, Shape, default_setting, enabled, race_of, sizes_of
 from fastroute.routing.working_set import ACTIVATIONS, REARRANGED, pass_bytes
 
 # Networks that compute in the type of their weights, but keep what is added last as it is.
@@ -74,7 +75,7 @@ class Branches:
         self._split: tuple[list[nn.Module], Sequence[nn.Module], Upsamplers] | None = None
         self._exact: Upsamplers = []  # of half networks, what it was before they were rounded
         self._pass_bytes: dict[tuple[int, bool], int] = {}
-        self._races: dict[tuple[int, torch.device, int], Race] = {}
+        self._races: dict[tuple[int, torch.device, int, int], Race] = {}
         self._formats: dict[int, bool] = {}  # whether the weights of a branch are channels_last, once they are arranged
         # Of the other memory format, while the two are compared; what of whom.
         self._others: dict[int, tuple[nn.Module, nn.Module]] = {}
@@ -157,14 +158,21 @@ class Branches:
 
     def setting(self, c: int, device: torch.device) -> Setting:
         """How branch `c` runs on `device` for all that is known now."""
+        parallel = self._workers(c, device) > 1
         if self.batch is not None:
-            return Setting(self.batch * self.size[2] * self.size[3])
-        return self._race(c, device).best or default_setting(device)
+            return Setting(self.batch * self.size[2] * self.size[3], parallel=parallel)
+        return self._race(c, device).best or default_setting(device, parallel)
+
+    def _workers(self, c: int, device: torch.device) -> int:
+        """Passes of branch `c` that may run side by side; a function may have a state, and is called by one thread."""
+        alone = device.type != "cpu" or any(isinstance(module, Function) for module in self.modules[c].modules())
+        return 1 if alone else workers()
 
     def batch_of(self, c: int, device: torch.device) -> int:
         """Patches of the router's own size that pass together through branch `c` on `device`."""
-        batch = self.setting(c, device).batch(self.size)
-        return batch if self.batch is not None else min(batch, self.largest(c, device))
+        setting = self.setting(c, device)
+        batch = setting.batch(self.size)
+        return batch if self.batch is not None else min(batch, self._most_together(c, device, setting))
 
     def run(self, c: int, patches: Tensor) -> list[Tensor]:  # [N, C, h, w] -> [n, ...] each
         """What branch `c`, as :meth:`split` cuts it, makes of `patches`, pass by pass.
@@ -200,10 +208,11 @@ class Branches:
             race.remember()
 
     def _race(self, c: int, device: torch.device) -> Race:
-        key = (c, device, torch.get_num_threads())
+        threads = self._workers(c, device)
+        key = (c, device, torch.get_num_threads(), threads)
         if key not in self._races:
             example = torch.empty(self.size, dtype=self.dtype, device=device)
-            self._races[key] = race_of(self.split(device)[0][c], example)
+            self._races[key] = race_of(self.split(device)[0][c], example, threads)
         return self._races[key]
 
     def _turn(self, c: int, count: int, shape: Shape, device: torch.device) -> _Turn | None:
@@ -221,11 +230,19 @@ class Branches:
     def _passes(self, c: int, patches: Tensor, setting: Setting) -> list[Tensor]:
         batch = setting.batch(patches.shape)
         if self.batch is None:
-            batch = min(batch, self.largest(c, patches.device, (patches.shape[2], patches.shape[3])))
+            batch = min(batch, self._most_together(c, patches.device, setting, (patches.shape[2], patches.shape[3])))
         module = self._arranged(c, patches.device, setting)
         patches = patches.to(self.reads(c)).contiguous(memory_format=setting.memory_format)
         given = self.given(patches.device)
-        return [module(part).to(given) for part in patches.split(even_parts(patches.shape[0], batch))]
+        parts = patches.split(even_parts(patches.shape[0], batch))
+
+        def run(part: Tensor) -> Tensor:
+            return module(part).to(given)
+
+        # With fewer passes than threads some would have nothing to do.
+        if setting.parallel and len(parts) >= self._workers(c, patches.device):
+            return side_by_side(run, parts)
+        return [run(part) for part in parts]
 
     def _arranged(self, c: int, device: torch.device, setting: Setting) -> nn.Module:
         """Branch `c` with its weights in the memory format of `setting`."""
@@ -250,6 +267,10 @@ class Branches:
         each = self.pass_bytes(c, device) * height * width // (self.size[2] * self.size[3])
         return max(1, on_device(ACTIVATIONS, device) // max(each, 1))
 
+    def _most_together(self, c: int, device: torch.device, setting: Setting, shape: Shape | None = None) -> int:
+        """Patches per pass that memory allows."""
+        return max(1, self.largest(c, device, shape) // (self._workers(c, device) if setting.parallel else 1))
+
     def pass_bytes(self, c: int, device: torch.device) -> int:
         """What a patch takes on its way through branch `c`, as `split` cuts it."""
         branches, upsamplers = self.split(device)
@@ -268,10 +289,11 @@ class Branches:
         return max(self.pass_bytes(c, device) * self._most(c, device) for c in range(len(self.modules)))
 
     def _most(self, c: int, device: torch.device) -> int:
+        threads = self._workers(c, device)
         if self.batch is not None or not self.tune or not enabled() or self._race(c, device).best is not None:
-            return self.batch_of(c, device)
-        pixels = max(PIXELS if device.type == "cpu" else GPU_PIXELS)
-        return min(Setting(pixels).batch(self.size), self.largest(c, device))
+            return self.batch_of(c, device) * (threads if self.setting(c, device).parallel else 1)
+        ways = [max(sizes_of(device.type == "cpu", parallel)) * (threads if parallel else 1) for parallel in (True, False)]
+        return min(Setting(max(ways)).batch(self.size), self.largest(c, device))
 
     def produced_bytes(self, device: torch.device) -> int:
         """What of a patch is held between its branch and the stitching."""

@@ -22,6 +22,7 @@ from fastroute.routing.classify import cellwise, classify_patches, patches_per_b
 from fastroute.routing.graphs import CudaGraph
 from fastroute.routing.patch_router import PatchRouter
 from fastroute.routing.slots import Slots, capacities_for, check_capacities
+from fastroute.routing.threads import side_by_side, workers
 from fastroute.routing.workspace import Workspace
 from fastroute.streaming.rows import TensorSource
 from fastroute.windows import make_window
@@ -122,15 +123,14 @@ class FixedPatchRouter(nn.Module):
             self.classifier = FixedClassifier(frozen_copy(router.classifier), (batch, *self.shape[-3:]), self.grid, self.device)
         self.slots = Slots(self._capacities(router, capacities, sample, slack), self.number, self.device)
 
-        # Per branch: memory format and patches per pass; nothing that a call could change.
+        # Per branch: how it runs, and patches per pass; nothing that a call could change.
         self.settings = [
-            (router.networks.setting(c, self.device).memory_format, router.networks.batch_of(c, self.device))
-            for c in range(self.num_classes)
+            (router.networks.setting(c, self.device), router.networks.batch_of(c, self.device)) for c in range(self.num_classes)
         ]
         # Copies, because a graph knows weights by their addresses, and the router may rearrange its own.
         self.branches = nn.ModuleList(map(frozen_copy, router.branches))
-        for branch, (memory_format, _) in zip(self.branches, self.settings, strict=True):
-            branch.to(memory_format=memory_format)  # type: ignore[call-overload]
+        for branch, (setting, _) in zip(self.branches, self.settings, strict=True):
+            branch.to(memory_format=setting.memory_format)  # type: ignore[call-overload]
         self.shuffle = router.shuffle
         # Types of the patches that are cut out, that each branch reads, and of what it gives.
         self.taken, self.given = router.networks.taken, router.networks.given(self.device)
@@ -166,13 +166,17 @@ class FixedPatchRouter(nn.Module):
         upsamplers = self._upsamplers() if self.device.type == "cpu" else []
         branches = self.bodies if upsamplers else self.branches
         space, first = Workspace(self.grid, channels, self.shuffle, "uniform", upsamplers), 0
-        for c, (branch, (memory_format, most), count) in enumerate(zip(branches, self.settings, self.capacities, strict=True)):
+        for c, (branch, (setting, most), count) in enumerate(zip(branches, self.settings, self.capacities, strict=True)):
             if not count:
                 continue
             order = placed.patches[first : first + count]
             first += count
-            patches = extract_patches(images, self.grid, order=order, dtype=self.taken, memory_format=memory_format)
-            space.put([branch(part.to(self.reads[c])).to(self.given) for part in patches.split(even_parts(count, most))], c)
+            patches = extract_patches(images, self.grid, order=order, dtype=self.taken, memory_format=setting.memory_format)
+            parts = patches.to(self.reads[c]).split(even_parts(count, most))
+            # As the router does, to the last bit; not while a graph is made.
+            beside = setting.parallel and not torch.compiler.is_compiling() and len(parts) >= workers()
+            results = side_by_side(branch, parts) if beside else [branch(part) for part in parts]
+            space.put([result.to(self.given) for result in results], c)
         output = torch.empty((batch, channels, *self.grid.output_size), dtype=self.dtype, device=self.device)
         self._stitch(space, placed.places, output)
         maps = placed.classes.view(batch, self.grid.rows, self.grid.cols)

@@ -26,6 +26,7 @@ from fastroute.routing.choose import PatchPaces, check_least, choose_classes
 from fastroute.routing.classify import classifying_bytes
 from fastroute.routing.devices import on_device
 from fastroute.routing.result import RoutingStats, Stopwatch, Streamed, Upscaled
+from fastroute.routing.threads import patiently
 from fastroute.routing.working_set import AUTO, Limit, WorkingSet, advised, check_limit, limit_on, of_patches
 from fastroute.routing.workspace import Workspace
 from fastroute.streaming.ends import Ends, home, in_memory, output_like, streamed
@@ -253,6 +254,7 @@ class PatchRouter(Precisions):
         rows = working.rows(memory_limit)
         lowest = partial(self._working_set, ends, grid, bands, True)
         with (
+            patiently(self.device),
             advised("upscale", self.device, working.bytes(rows), lowest, ends.in_place),
             ends.opened(max(1, rows // self.scale), rows) as sink,
         ):

@@ -25,6 +25,7 @@ from fastroute.routing.pixel_request import Request, looking_ahead, make_grid, m
 from fastroute.routing.pixel_rows import BUDGET_BYTES, Footprint, waiting_sample
 from fastroute.routing.pixel_stats import Layers, PixelFlops, PixelStats, Work
 from fastroute.routing.result import Stopwatch, Streamed, Upscaled
+from fastroute.routing.threads import patiently
 from fastroute.routing.working_set import AUTO, Limit, WorkingSet, advised, limit_on
 from fastroute.streaming.ends import Ends, home, in_memory, output_like, streamed
 from fastroute.streaming.protocols import Reader, Writer, check_reader
@@ -236,6 +237,7 @@ class PixelRouter(Precisions):
         counts = torch.zeros(self.num_classes, dtype=torch.int64, device=self.device)
         images = [PixelImage(self, source, n, request, keep, watch) for n in range(number)]
         with (
+            patiently(self.device),
             advised("upscale", self.device, used, lowest, ends.in_place),
             ends.opened(max(1, rows * grid.lr[0] // grid.size[0]), rows) as sink,
             shown(request.progress, number * len(grid.bands()), "band") as bar,

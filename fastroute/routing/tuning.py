@@ -26,6 +26,8 @@ logger = logging.getLogger("fastroute")
 # Pixels of the image that pass through a branch together: near the caches of a CPU, while a GPU is busy only with many. The
 # first is what runs before anything has been measured.
 PIXELS = (1 << 13, 1 << 12, 1 << 14, 1 << 15)
+# Of passes side by side, each of which has the caches of its own processor.
+PARALLEL_PIXELS = (1 << 12, 1 << 11, 1 << 13, 1 << 14)
 GPU_PIXELS = (1 << 18, 1 << 15, 1 << 16, 1 << 17, 1 << 19, 1 << 20)
 # Pixels of a turn at least: what takes too little time cannot be compared.
 TURN_PIXELS = {"cpu": 1 << 15, "cuda": 1 << 20}
@@ -54,10 +56,12 @@ class Setting:
     Attributes:
         pixels: of the image that pass through it together.
         channels_last: memory format of its input and weights.
+        parallel: passes run side by side, one on each thread of a CPU, where there are as many; else all threads share each.
     """
 
     pixels: int
     channels_last: bool = True
+    parallel: bool = False
 
     @property
     def memory_format(self) -> torch.memory_format:
@@ -69,9 +73,14 @@ class Setting:
         return max(1, self.pixels // (shape[-2] * shape[-1]))
 
 
-def default_setting(device: torch.device) -> Setting:
+def default_setting(device: torch.device, parallel: bool) -> Setting:
     """What runs where nothing has been measured."""
-    return Setting((PIXELS if device.type == "cpu" else GPU_PIXELS)[0])
+    return Setting(sizes_of(device.type == "cpu", parallel)[0], parallel=parallel)
+
+
+def sizes_of(on_cpu: bool, parallel: bool) -> tuple[int, ...]:
+    """Pixels per pass that are compared; the first ones where nothing else is known."""
+    return (PARALLEL_PIXELS if parallel else PIXELS) if on_cpu else GPU_PIXELS
 
 
 def enabled() -> bool:
@@ -91,14 +100,15 @@ class Race:
         key: of the entry in the cache.
         name: of the branch, for the log.
         device: where it runs.
+        threads: passes that may run side by side.
 
     Attributes:
         best: the fastest setting, once it is known.
         rate: seconds per pixel that it took.
     """
 
-    def __init__(self, key: str, name: str, device: torch.device) -> None:
-        self.key, self.name, self.on_cpu = key, name, device.type == "cpu"
+    def __init__(self, key: str, name: str, device: torch.device, threads: int = 1) -> None:
+        self.key, self.name, self.on_cpu, self.threads = key, name, device.type == "cpu", threads
         self.best: Setting | None = None
         self.rate = math.inf
         self._turns: dict[Shape, dict[Setting, list[float]]] = {}
@@ -131,7 +141,7 @@ class Race:
 
     def patches(self, shape: Shape, largest: int) -> int:
         """Of `shape`, in a turn: those of the largest pass, and enough to be timed."""
-        pixels = max(PIXELS) if self.on_cpu else max(GPU_PIXELS)
+        pixels = max(max(sizes_of(self.on_cpu, parallel)) * self._beside(parallel) for parallel in self._ways)
         fewest = TURN_PIXELS["cpu" if self.on_cpu else "cuda"]
         return max(min(Setting(pixels).batch(shape), largest), -(-fewest // (shape[0] * shape[1])))
 
@@ -164,11 +174,19 @@ class Race:
                 ]
         CACHE.remember(self.key, entry)
 
+    @property
+    def _ways(self) -> tuple[bool, ...]:
+        return (True, False) if self.threads > 1 else (False,)
+
+    def _beside(self, parallel: bool) -> int:
+        return self.threads if parallel else 1
+
     def _next(self, shape: Shape, largest: int) -> Setting | None:
         """Which candidate has a turn next; at the end of the search it is settled, and there is none."""
-        pixels = PIXELS if self.on_cpu else GPU_PIXELS
         turns = self._turns.get(shape, {})
-        candidates = [Setting(pixels[0], last) for last in (True, False)]
+        candidates = [
+            Setting(sizes_of(self.on_cpu, parallel)[0], last, parallel) for parallel in self._ways for last in (True, False)
+        ]
         for stage in range(2):
             counted = {s: len(turns.get(s, ())) + self._given[shape, s] for s in candidates}
             waiting = any(self._given[shape, s] for s in candidates)
@@ -185,8 +203,10 @@ class Race:
                 return None
             winner = min(candidates, key=lambda s: min(turns[s]))
             # Those that memory cuts to the same number of patches are one.
-            sizes = {min(replace(winner, pixels=p).batch(shape), largest): p for p in sorted(pixels)}
-            sizes[min(winner.batch(shape), largest)] = winner.pixels
+            most = max(1, largest // self._beside(winner.parallel))
+            pixels = sorted(sizes_of(self.on_cpu, winner.parallel))
+            sizes = {min(replace(winner, pixels=p).batch(shape), most): p for p in pixels}
+            sizes[min(winner.batch(shape), most)] = winner.pixels
             candidates = [replace(winner, pixels=p) for p in sizes.values()]
         return None
 
@@ -194,7 +214,8 @@ class Race:
         self.best, self.rate = best, rate
         self._turns.clear()
         self._new = steady
-        logger.info("%s runs fastest with %d pixels per pass, channels_last %s", self.name, best.pixels, best.channels_last)
+        words = (self.name, best.pixels, best.channels_last, "passes side by side" if best.parallel else "one pass at a time")
+        logger.info("%s runs fastest with %d pixels per pass, channels_last %s, %s", *words)
         if not steady:
             logger.info("not remembered: the machine was busy")
 
@@ -229,8 +250,9 @@ def read_setting(value: object) -> Setting | None:
     """The setting that an entry of the cache holds; None where it is none."""
     if not isinstance(value, dict) or set(value) != {field.name for field in fields(Setting)}:
         return None
-    pixels, last = value["pixels"], value["channels_last"]
-    return Setting(pixels, last) if type(pixels) is int and pixels > 0 and type(last) is bool else None
+    pixels, last, parallel = value["pixels"], value["channels_last"], value["parallel"]
+    whole = type(pixels) is int and pixels > 0 and type(last) is bool and type(parallel) is bool
+    return Setting(pixels, last, parallel) if whole else None
 
 
 # Searches of this process, by the file that holds what they found and their key: routers of the same branch share one.
@@ -238,13 +260,17 @@ _races: dict[tuple[Path, str], Race] = {}
 _races_lock = threading.Lock()
 
 
-def race_of(branch: nn.Module, example: Tensor) -> Race:  # [1, C, p, p]
-    """The search for the fastest setting of `branch` on patches like `example`, and on regions of several."""
-    key = tuning_key(branch, example)
+def race_of(branch: nn.Module, example: Tensor, threads: int = 1) -> Race:  # [1, C, p, p]
+    """The search for the fastest setting of `branch` on patches like `example`, and on regions of several.
+
+    Args:
+        threads: passes that may run side by side.
+    """
+    key = tuning_key(branch, example) + (f"-{threads}" if threads > 1 else "")
     with _races_lock:
         place = (CACHE.path, key)
         if place not in _races:
-            _races[place] = Race(key, type(branch).__name__, example.device)
+            _races[place] = Race(key, type(branch).__name__, example.device, threads)
         return _races[place]
 
 
@@ -258,7 +284,7 @@ def tuning_key(branch: nn.Module, example: Tensor) -> str:  # [1, C, p, p]
     shapes = [(name, tuple(p.shape)) for name, p in branch.named_parameters()]
     facts: list[object] = [METHOD, device, torch.__version__, str(example.dtype), tuple(example.shape), str(branch), shapes]
     # What others were compared is compared again.
-    facts.append(GPU_PIXELS if example.is_cuda else PIXELS)
+    facts.append(GPU_PIXELS if example.is_cuda else [PIXELS, PARALLEL_PIXELS])
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:24]
 
 
