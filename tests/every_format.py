@@ -327,16 +327,16 @@ def alpha_bmp(values: np.ndarray) -> bytes:
 
 def make_boxed() -> dict[str, Case]:
     found = {}
-    for bits in (8, 10, 12, 16):
+    for bits in (4, 8, 10, 12, 16):
         for channels in (1, 3, 4):
             values, (kind, alpha) = samples(channels, bits), of(channels)
             stored = values[:, :, 0] if channels == 1 else values
             for form in ("jp2", "j2k"):
                 data = imagecodecs.jpeg2k_encode(stored, level=0, bitspersample=bits, codecformat=form, reversible=True)
-                deep = 8 if bits == 8 else 16
+                deep = 8 if bits <= 8 else 16
                 name = f"{form}-{kind}{'a' if alpha else ''}{bits}"
                 found[name] = Case(data, full(values, bits), kind, deep, alpha, f".{form}")
-            if bits < 16 and (bits == 8 or channels > 1):
+            if 4 < bits < 16 and (bits == 8 or channels > 1):
                 data = imagecodecs.avif_encode(stored, level=100, bitspersample=bits, speed=10)
                 name = f"avif-{kind}{'a' if alpha else ''}{bits}"
                 found[name] = Case(data, None, kind, 8 if bits == 8 else 16, alpha, ".avif")
