@@ -340,6 +340,12 @@ def make_boxed() -> dict[str, Case]:
                 data = imagecodecs.avif_encode(stored, level=100, bitspersample=bits, speed=10)
                 name = f"avif-{kind}{'a' if alpha else ''}{bits}"
                 found[name] = Case(data, None, kind, 8 if bits == 8 else 16, alpha, ".avif")
+    frames = [Image.fromarray(samples(3, 8)).rotate(turn) for turn in (0, 180)]
+    data = saved(frames[0], "AVIF", save_all=True, append_images=frames[1:], quality=95)
+    found["avif-animated"] = Case(data, None, "rgb", 8, False, ".avif")
+    stack = np.stack([samples(3, 10), samples(3, 10)[::-1]])
+    data = imagecodecs.avif_encode(stack, level=95, bitspersample=10, speed=10)
+    found["avif-rgb10-animated"] = Case(data, None, "rgb", 16, False, ".avif")
     if find_spec("pillow_heif") is not None:
         import pillow_heif
 

@@ -52,15 +52,21 @@ def decode_avif(data: bytes, limit: Limits) -> Decoded:
         frames = int(getattr(image, "n_frames", 1))
         exif, orientation = take_exif(image.info.get("exif"), notes)
         packet, icc = take_xmp(image.info.get("xmp"), notes), image.info.get("icc_profile") or None
+        properties = _properties(data)
+        config = properties.get(b"av1C") or data[(at := data.find(b"av1C") + 4) : at + 4]
+        bits = 12 if config[2] & 0x20 else 10 if config[2] & 0x40 else 8
+        # imagecodecs decodes all frames or none: asked for one, it writes beyond its memory.
+        if frames > 1 and bits == 8:
+            image.load()
+            samples = np.array(image)
+        else:
+            check_size(image.width, image.height * frames, limit)
+            samples = imagecodecs.avif_decode(data)
+            samples = samples[0] if frames > 1 else samples
     if frames > 1:
         notes.insert(0, f"of {frames} frames of the animation, the first was read")
-    properties = _properties(data)
-    samples = imagecodecs.avif_decode(data, 0)
-    if samples.ndim == 4:
-        samples = samples[0]
     samples = samples.reshape(*samples.shape[:2], -1)
-    config = properties.get(b"av1C") or data[(at := data.find(b"av1C") + 4) : at + 4]
-    bits = 8 if samples.dtype == np.uint8 else 12 if config[2] & 0x20 else 10 if config[2] & 0x40 else 16
+    bits = 8 if samples.dtype == np.uint8 else bits if bits > 8 else 16
     kind = "gray" if samples.shape[2] < 3 or config[2] & 0x10 else "rgb"
     if kind == "gray" and samples.shape[2] >= 3:
         samples = samples[:, :, [0, 3] if samples.shape[2] == 4 else [0]]
