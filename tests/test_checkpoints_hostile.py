@@ -18,6 +18,7 @@ import fastroute
 from fastroute import CheckpointError, memory
 from fastroute.catalogue import WEIGHTS
 from fastroute.models.checkpoints import MOST_ENTRIES, read_checkpoint
+from fastroute.training.recipes import read_config
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*(quantize_per_tensor|TypedStorage|upscaling factor)")
 CLASSSR, ABOUT = read_checkpoint(WEIGHTS / "classsr-fsrcnn-x4.safetensors")
@@ -269,3 +270,16 @@ def test_running_out_of_memory_is_no_fault_of_the_file(monkeypatch):
     with pytest.raises(MemoryError):
         fastroute.load("classsr-fsrcnn-x4")
     assert memory.is_exhausted(MemoryError())
+
+
+def test_a_device_without_values():
+    with pytest.raises(ValueError, match=r"^device 'meta' cannot be used: its tensors hold no values$"):
+        fastroute.load("classsr-fsrcnn-x4", device="meta")
+
+
+@pytest.mark.parametrize("text", ["[" * 10_000, "batch: " + "1" * 5000, "a: &a [*a, *a]"])
+def test_settings_without_end(tmp_path, text):
+    path = tmp_path / "settings.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=r"settings\.yaml"):
+        read_config(path)

@@ -169,6 +169,8 @@ def usable_device(name: str | torch.device) -> torch.device:
         # Torch goes on to list every backend there is.
         reason = str(error).splitlines()[0].split(". ")[0].split(", ipu")[0]
         raise ValueError(f"device {str(name)!r} cannot be used: {reason}") from error
+    if device.type == "meta":
+        raise ValueError("device 'meta' cannot be used: its tensors hold no values")
     return device
 
 

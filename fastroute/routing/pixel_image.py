@@ -89,9 +89,10 @@ class PixelImage:
             lr, features = self._start()
         classes = RowStream(self._classes(features, solved), class_map)
         height = self.grid.size[0]
-        for begin, end in self.grid.bands():
-            # The refinement looks one row further.
-            top, bottom = (max(begin - 1, 0), min(end + 1, height)) if refine else (begin, end)
+        bands = self.grid.bands()
+        # The refinement looks one row further.
+        spans = [(max(begin - 1, 0), min(end + 1, height)) if refine else (begin, end) for begin, end in bands]
+        for n, ((begin, end), (top, bottom)) in enumerate(zip(bands, spans, strict=True)):
             window = self.grid.window(top, bottom)
             near = classes.rows(top, bottom)
             with self.watch.stage("assign"):
@@ -110,9 +111,12 @@ class PixelImage:
                 else:
                     target.copy_(refine_boundaries(band, near if refine else torch.zeros_like(near), inner))
                 sink.done()
+            # What this band alone needed would otherwise be held while the next one is classified.
+            del held, near, chosen, residual, band, target
+            after = spans[min(n + 1, len(spans) - 1)][0]
             for rows in (lr, features):
-                rows.release(window.features[0])
-            classes.release(top)
+                rows.release(self.grid.window(after, after + 1).features[0])
+            classes.release(after)
             done(1)
 
     def _start(self) -> tuple[RowStream, RowStream]:

@@ -32,6 +32,9 @@ BUDGET_BYTES, ADAPTIVE_BYTES = 14, 20
 # Rows of a band, and columns, on which the memory of an encoder is counted.
 PROBE = 16
 
+# Of as many bytes the C library maps memory of its own, which leaves no gaps.
+HEAP_PIECE = 32 << 20
+
 HOST = torch.device("cpu")
 
 
@@ -151,8 +154,22 @@ class Footprint:
         row = grid.lr[1] * self.depth * self.itemsize
         if keep:
             return grid.lr[0] * row
-        # Those of a band that is classified, and of the one before that is upsampled, each joined for its kernel.
-        return 4 * row * max(w.features[1] - w.features[0] for w in grid.widest)
+        # Those of a band that is classified and of the one before, which is upsampled, in pieces; and joined for the kernel.
+        return 3 * row * self._rows(grid)
+
+    def newest(self, grid: PixelGrid) -> int:
+        """Bytes of the features that the encoder has just made: no band ends with them.
+
+        Small pieces count twice more, for the gaps that they leave in the heap; of large ones no more than a band needs.
+        """
+        row = grid.lr[1] * self.depth * self.itemsize
+        pixels, columns = self.encoder_band(grid)
+        piece = row * min(max(MIN_ROWS, pixels // min(columns, grid.lr[1])), grid.lr[0]) if self.in_bands else 0
+        return 3 * piece if piece < HEAP_PIECE else min(piece, row * self._rows(grid))
+
+    def _rows(self, grid: PixelGrid) -> int:
+        """Rows of the features that a band reads at most."""
+        return max(w.features[1] - w.features[0] for w in grid.widest)
 
     def working_set(
         self, grid: PixelGrid, keep: bool, sampled: int, itemsize: int, streamed: bool, step: int = 1
@@ -177,7 +194,8 @@ class Footprint:
             products = lr_rows * w * self.units * 4
         band = passing * self.passing + w * self.kept if self.in_bands else h * w * self.passing
         values = max(self.classes + 1, 2 * self.channels) * self.itemsize + 3
-        fixed = self.features(grid, keep) + band + products + sampled + tallest * width * values
+        fixed = self.features(grid, keep) + (0 if keep else self.newest(grid)) + band + products + sampled
+        fixed += tallest * width * values
         fixed += 2 * lr_rows * w * self.channels * self.itemsize + max(window.height for window in grid.widest) * width
         if not streamed:
             return WorkingSet(fixed)

@@ -111,14 +111,25 @@ class RowStream:
             self.end += count
         if self.whole is not None:
             return self.whole[..., begin:end, :]
-        pieces = [[part[..., max(begin - top, 0) : end - top, :] for part in chunk] for top, chunk in self.held if top < end]
-        lines = [_join(piece, -1) for piece in pieces if piece[0].shape[-2]]
-        return _join(lines, -2)
+        pieces = [
+            (top, [part[..., max(begin - top, 0) : end - top, :] for part in chunk]) for top, chunk in self.held if top < end
+        ]
+        lines = [(max(top, begin) - begin, parts) for top, parts in pieces if parts[0].shape[-2]]
+        if len(lines) == 1 and len(lines[0][1]) == 1:
+            return lines[0][1][0]
+        # Straight into place: joined side by side first, they would be held once more.
+        first = lines[0][1]
+        size = (*first[0].shape[:-2], end - begin, sum(part.shape[-1] for part in first))
+        # As they are: in channels_last a pixel's values lie side by side.
+        layout = torch.channels_last if first[0].ndim == 4 and first[0].stride(1) == 1 else torch.contiguous_format
+        joined = torch.empty(size, dtype=first[0].dtype, device=first[0].device, memory_format=layout)
+        for top, parts in lines:
+            left = 0
+            for part in parts:
+                joined[..., top : top + part.shape[-2], left : left + part.shape[-1]] = part
+                left += part.shape[-1]
+        return joined
 
     def release(self, before: int) -> None:
         """Rows before `before` are not asked for any more."""
         self.held = [(top, chunk) for top, chunk in self.held if top + chunk[0].shape[-2] > before]
-
-
-def _join(parts: Sequence[Tensor], dim: int) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=dim)

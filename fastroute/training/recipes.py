@@ -61,7 +61,7 @@ def read_config(path: str | Path) -> dict[str, str]:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise ValueError(f"train: cannot read {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ValueError(f"train: cannot read {path}: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
         raise ValueError(f"train: {path} must hold lines NAME: VALUE; it holds {content!r:.60}")
@@ -78,11 +78,13 @@ def _as_yaml(value: object) -> str:
     return f"[{', '.join(map(_as_yaml, value))}]" if isinstance(value, tuple) else str(value)
 
 
-def _as_text(value: object, where: str) -> str:
-    if isinstance(value, list):
-        return (";" if any(isinstance(item, list) for item in value) else ",").join(_as_text(item, where) for item in value)
+def _as_text(value: object, where: str, levels: int = 2) -> str:
+    if isinstance(value, list) and levels:
+        separator = ";" if any(isinstance(item, list) for item in value) else ","
+        return separator.join(_as_text(item, where, levels - 1) for item in value)
     if isinstance(value, bool) or not isinstance(value, (str, int, float)):
-        raise ValueError(f"{where} must be a number, a word or a list; got {value!r}")
+        got = "a list within lists" if isinstance(value, list) else repr(value)
+        raise ValueError(f"{where} must be a number, a word or a list; got {got}")
     return str(value)
 
 
