@@ -87,6 +87,7 @@ def compare(
     progress: Progress = False,
     dtype: torch.dtype = torch.float32,
     tune: bool = True,
+    engine: str = "torch",
 ) -> Comparison:
     """Super-resolve an image by bicubic interpolation and by every model, dense and routed.
 
@@ -104,6 +105,7 @@ def compare(
         progress: show a progress bar, or call this function with how many runs are done and how many there are.
         dtype: in which the networks compute, see :func:`fastroute.load`.
         tune: find out on the work how branches run fastest, see :class:`fastroute.PatchRouter`.
+        engine: what executes the branches, see :meth:`fastroute.PatchRouter.compile`.
 
     Raises:
         TypeError: an image that is not uint8.
@@ -126,7 +128,8 @@ def compare(
     if reference is not None and downscale:
         raise ValueError("compare: give either reference or downscale; with downscale the image itself is the reference")
     routers = {
-        name: load(model, device, scale, dtype=dtype, tune=tune) for name, model in zip(labels(models), models, strict=True)
+        name: load(model, device, scale, dtype=dtype, tune=tune, engine=engine)
+        for name, model in zip(labels(models), models, strict=True)
     }
     factor = common_scale(routers, scale)
     if downscale:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import threading
 from collections import Counter
+from dataclasses import asdict
 from typing import ClassVar
 
 import pytest
@@ -72,7 +74,7 @@ class Scripted(nn.Module):
 @pytest.fixture
 def run(monkeypatch):
     """Runs patches through a branch of scripted times; gives its networks and the passes of each call."""
-    monkeypatch.setattr(branches, "time", Clock)
+    monkeypatch.setattr(tuning, "time", Clock)
 
     def make(script, **options):
         networks = Branches([Scripted(script)], 8, True, 3, **options)
@@ -114,7 +116,10 @@ def test_nothing_is_computed_twice_and_the_fastest_is_found_and_remembered(run, 
         assert sum(batch for batch, _ in call(100)) == 100
     assert best(networks) == Setting(16 * 64, True)
     (entry,) = json.loads(cache.read_text()).values()
-    assert entry["best"] == {"pixels": 16 * 64, "channels_last": True, "parallel": False} and entry["turns"] == []
+    assert (
+        entry["best"] == {"pixels": 16 * 64, "channels_last": True, "parallel": False, "engine": "torch"}
+        and entry["turns"] == []
+    )
     assert entry["seconds"] == pytest.approx(0.8 / 64)
     # From then on, here and in the next process.
     written = cache.read_bytes()
@@ -284,7 +289,12 @@ def test_what_decides_the_speed_is_measured_apart(cache):
     assert race_of(FSRCNN(3, 2), EXAMPLE) is races[0]
 
 
-TURN = {"shape": [8, 8], "setting": {"pixels": 512, "channels_last": True, "parallel": False}, "seconds": [0.5]}
+GOOD = asdict(Setting(512))
+TURN = {
+    "shape": [8, 8],
+    "setting": GOOD,
+    "seconds": [0.5],
+}
 
 
 @pytest.mark.parametrize(
@@ -293,12 +303,16 @@ TURN = {"shape": [8, 8], "setting": {"pixels": 512, "channels_last": True, "para
         {},
         {"batch": 8, "channels_last": True, "milliseconds": 1.0},
         {"best": None, "seconds": None, "turns": None},
-        {"best": {"pixels": 512, "channels_last": True, "parallel": False}, "seconds": float("nan"), "turns": []},
-        {"best": {"pixels": 512, "channels_last": True, "parallel": False}, "seconds": -1.0, "turns": []},
-        {"best": {"pixels": 512, "channels_last": True, "parallel": False}, "seconds": "1", "turns": []},
-        {"best": {"pixels": 0, "channels_last": True, "parallel": False}, "seconds": 1.0, "turns": []},
-        {"best": {"pixels": True, "channels_last": True, "parallel": False}, "seconds": 1.0, "turns": []},
-        {"best": {"pixels": 512, "channels_last": 1, "parallel": False}, "seconds": 1.0, "turns": []},
+        {
+            "best": GOOD,
+            "seconds": float("nan"),
+            "turns": [],
+        },
+        {"best": GOOD, "seconds": -1.0, "turns": []},
+        {"best": GOOD, "seconds": "1", "turns": []},
+        {"best": {"pixels": 0, "channels_last": True, "parallel": False, "engine": "torch"}, "seconds": 1.0, "turns": []},
+        {"best": {"pixels": True, "channels_last": True, "parallel": False, "engine": "torch"}, "seconds": 1.0, "turns": []},
+        {"best": {"pixels": 512, "channels_last": 1, "parallel": False, "engine": "torch"}, "seconds": 1.0, "turns": []},
         {"best": {"pixels": 512}, "seconds": 1.0, "turns": []},
         {"best": [512, True], "seconds": 1.0, "turns": [3, None, [], {}]},
         {"turns": [{**TURN, "shape": [8]}, {**TURN, "shape": [8, 0]}, {**TURN, "shape": [8, "8"]}, {**TURN, "shape": 8}]},
@@ -319,7 +333,15 @@ def test_an_entry_of_the_cache_is_used(cache):
     tuning._races.clear()
     cache.parent.mkdir(parents=True)
     cache.write_text(
-        json.dumps({key: {"best": {"pixels": 320, "channels_last": False, "parallel": False}, "seconds": 0.1, "turns": []}})
+        json.dumps(
+            {
+                key: {
+                    "best": {"pixels": 320, "channels_last": False, "parallel": False, "engine": "torch"},
+                    "seconds": 0.1,
+                    "turns": [],
+                }
+            }
+        )
     )
     assert race_of(FSRCNN(3, 2), EXAMPLE).best == Setting(320, False)
     tuning._races.clear()
@@ -358,6 +380,14 @@ def test_a_first_call_does_what_the_second_does(make, monkeypatch):
         call(picture(1, 3, 20, 24))
         counts.append(Counting.patches)
     assert counts == [1, 1, 1]
+
+
+def test_routers_can_be_copied_while_they_measure(run):
+    networks, call = run(seconds())
+    call(40)
+    again = copy.deepcopy(networks)
+    assert again._races == {} and networks._races
+    assert again._race(0, networks.device) is networks._race(0, networks.device)
 
 
 def test_routers_measure_on_photographs_too(cache, monkeypatch):

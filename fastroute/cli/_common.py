@@ -60,7 +60,7 @@ def precision_of(running: dict[str, Any]) -> torch.dtype:
 
 def running_of(options: dict[str, Any]) -> dict[str, Any]:
     """Take what :func:`running_options` gave out of all options."""
-    return {name: options.pop(name) for name in ("device", "precision", "tune")}
+    return {name: options.pop(name) for name in ("device", "precision", "engine", "tune")}
 
 
 def model_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -84,11 +84,12 @@ def load_router(
     where, dtype = device_of(running["device"]), precision_of(running)
     with telling_warnings():
         try:
-            return fastroute.load(
-                model, where, scale=scale, patch=patch, stride=stride, dtype=dtype, tune=running["tune"], **more
-            )
+            places: dict[str, Any] = {"scale": scale, "patch": patch, "stride": stride}
+            return fastroute.load(model, where, dtype=dtype, tune=running["tune"], engine=running["engine"], **places, **more)
         except ValueError as error:
             words = str(error)
+            if words.startswith("compile: "):
+                raise click.BadParameter(words.removeprefix("compile: "), param_hint="--engine") from error
             for name, given in (("scale", scale), ("patch", patch), ("stride", stride)):
                 if given is not None and words.startswith(f"load: {name} "):
                     raise click.BadParameter(words.removeprefix(f"load: {name} "), param_hint=f"--{name}") from error
@@ -127,13 +128,16 @@ def tell_measuring() -> None:
 
 
 def running_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """How networks run: the options `device`, `precision` and `tune` of :func:`load_router`."""
+    """How networks run: the options `device`, `precision`, `engine` and `tune` of :func:`load_router`."""
     device = click.option("--device", metavar="DEVICE", default="cpu", show_default=True, help="Where to run, say cuda.")
     precision = click.option("--precision", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32",
                              show_default=True, help="The type in which networks compute; images keep theirs.")  # fmt: skip
     tune = click.option("--no-tune", "tune", is_flag=True, flag_value=False, default=True,
                         help="Do not find out, on the work itself, how the networks run fastest.")  # fmt: skip
-    return device(precision(tune(command)))
+    engine = click.option("--engine", type=click.Choice(["torch", "torch.compile", "openvino", "tensorrt", "auto"]),
+                          default="torch", show_default=True,
+                          help="What executes the branches; auto compares those installed.")  # fmt: skip
+    return device(precision(engine(tune(command))))
 
 
 def check_deciding(chosen: dict[str, Any], shared: bool = False) -> None:

@@ -96,6 +96,7 @@ def command(
             progress=not quiet,
             dtype=precision_of(running),
             tune=running["tune"],
+            engine=running["engine"],
         )
     write_page(target, comparison, source.name, detail)
     if quiet:

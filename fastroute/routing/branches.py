@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-import time
+import logging
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fastroute.engines import ANY, TORCH, Compiled, Programs, check_engine, compiled, engine_of, usable_engines
 from fastroute.models.adapters import Function, inference_copy
 from fastroute.models.carn import CARN
 from fastroute.models.optimize import interpolation, optimize, parameter_dtype, split_shuffle, split_upsampler
@@ -18,8 +21,10 @@ from fastroute.ops._upsampled import Upsampler, Upsamplers, upsamples
 from fastroute.profiling import count_flops
 from fastroute.routing.devices import on_device
 from fastroute.routing.threads import side_by_side, workers
-from fastroute.routing.tuning import Race, Setting, Shape, default_setting, enabled, race_of, sizes_of
+from fastroute.routing.tuning import Race, Setting, Shape, Turn, default_setting, enabled, race_of, sizes_of
 from fastroute.routing.working_set import ACTIVATIONS, REARRANGED, pass_bytes
+
+logger = logging.getLogger("fastroute")
 
 # Networks that compute in the type of their weights, but keep what is added last as it is.
 MIXED = (CARN, SRResNet, RCAN)
@@ -70,6 +75,10 @@ class Branches:
         self.shuffle = split[0][1] if len({factor for _, factor in split}) == 1 else 1
         self.modules = [body for body, _ in split] if self.shuffle > 1 else prepared
         self._find_dtype()
+        # What may run them: as the user said, of each branch, and what has been compiled.
+        self.engine = TORCH
+        self._choice: dict[int, list[str]] = {}
+        self._programs = Programs()
         self._device = torch.device("cpu")  # of branches without weights
         # What `split` found in which modules; a new one in its place is looked at anew.
         self._split: tuple[list[nn.Module], Sequence[nn.Module], Upsamplers] | None = None
@@ -79,8 +88,12 @@ class Branches:
         self._formats: dict[int, bool] = {}  # whether the weights of a branch are channels_last, once they are arranged
         # Of the other memory format, while the two are compared; what of whom.
         self._others: dict[int, tuple[nn.Module, nn.Module]] = {}
-        self._timed: list[_Turn] = []  # turns of a GPU whose time is not known yet
+        self._timed: list[Turn] = []  # turns of a GPU whose time is not known yet
         self._count_bytes()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # What is found or made anew, and belongs to this process.
+        return {**vars(self), "_races": {}, "_timed": [], "_programs": Programs()}
 
     @property
     def device(self) -> torch.device:
@@ -108,6 +121,9 @@ class Branches:
         self._timed.clear()
         self._split = None
         self._count_bytes()
+        if self.engine != TORCH:
+            # For the new place and type.
+            self.compile(self.engine)
 
     def _find_dtype(self) -> None:
         # A class without weights computes in the type of the others.
@@ -160,8 +176,57 @@ class Branches:
         """How branch `c` runs on `device` for all that is known now."""
         parallel = self._workers(c, device) > 1
         if self.batch is not None:
-            return Setting(self.batch * self.size[2] * self.size[3], parallel=parallel)
-        return self._race(c, device).best or default_setting(device, parallel)
+            default = default_setting(device, parallel, self._engines(c)[0])
+            return replace(default, pixels=self.batch * self.size[2] * self.size[3])
+        return self._race(c, device).best or default_setting(device, parallel, self._engines(c)[0])
+
+    def compile(self, engine: str) -> None:
+        """Let `engine` run them; "auto" lets the search compare those that are installed.
+
+        Raises:
+            ValueError: it cannot run here, cannot compile a branch, or computes something else than PyTorch.
+        """
+        if engine != ANY:
+            check_engine(engine, self.device, self.dtype)
+        names = usable_engines(self.device, self.dtype) if engine == ANY else [engine]
+        before = self.engine, self._choice, self._programs
+        self.engine, self._choice, self._programs = engine, {}, Programs()
+        try:
+            for c in range(len(self.modules)):
+                self._choice[c] = [TORCH] if engine == ANY else []
+                for name in names:
+                    self._add_engine(c, name)
+        except ValueError:
+            self.engine, self._choice, self._programs = before
+            raise
+        self._races.clear()
+
+    def _add_engine(self, c: int, name: str) -> None:
+        """Let `name` run branch `c`, where it agrees with PyTorch; one without weights has nothing to be compiled."""
+        weightless = next(self.split(self.device)[0][c].parameters(), None) is None
+        if name == TORCH or weightless:
+            if TORCH not in self._choice[c]:
+                self._choice[c].append(TORCH)
+            return
+        try:
+            self._program(c, name)
+        except ValueError as error:
+            if self.engine != ANY:
+                raise ValueError(f"{error} (branch {c})") from error
+            logger.info("%s (branch %d)", error, c)
+            return
+        self._choice[c].append(name)
+
+    def _engines(self, c: int) -> list[str]:
+        return self._choice.get(c) or [TORCH]
+
+    def _program(self, c: int, name: str) -> Compiled:
+        """Branch `c` compiled by the engine `name`."""
+        if (c, name) not in self._programs:
+            with torch.inference_mode(False):
+                module = self.split(self.device)[0][c]
+                self._programs[c, name] = compiled(name, module, self.reads(c), self.size, self.dtype)
+        return self._programs[c, name]
 
     def _workers(self, c: int, device: torch.device) -> int:
         """Passes of branch `c` that may run side by side; a function may have a state, and is called by one thread."""
@@ -212,10 +277,10 @@ class Branches:
         key = (c, device, torch.get_num_threads(), threads)
         if key not in self._races:
             example = torch.empty(self.size, dtype=self.dtype, device=device)
-            self._races[key] = race_of(self.split(device)[0][c], example, threads)
+            self._races[key] = race_of(self.split(device)[0][c], example, threads, self._engines(c))
         return self._races[key]
 
-    def _turn(self, c: int, count: int, shape: Shape, device: torch.device) -> _Turn | None:
+    def _turn(self, c: int, count: int, shape: Shape, device: torch.device) -> Turn | None:
         """The next turn of the search for how branch `c` runs fastest, where `count` patches are enough for one."""
         if self.batch is not None or not self.tune or not enabled():
             return None
@@ -225,12 +290,14 @@ class Branches:
         largest = self.largest(c, device, shape)
         patches = race.patches(shape, largest)
         setting = race.turn(shape, largest) if count >= patches else None
-        return None if setting is None else _Turn(race, shape, setting, patches, device)
+        return None if setting is None else Turn(race, shape, setting, patches, device)
 
     def _passes(self, c: int, patches: Tensor, setting: Setting) -> list[Tensor]:
         batch = setting.batch(patches.shape)
         if self.batch is None:
             batch = min(batch, self._most_together(c, patches.device, setting, (patches.shape[2], patches.shape[3])))
+        if setting.engine != TORCH:
+            return self._programmed(c, patches, setting, batch)
         module = self._arranged(c, patches.device, setting)
         patches = patches.to(self.reads(c)).contiguous(memory_format=setting.memory_format)
         given = self.given(patches.device)
@@ -243,6 +310,14 @@ class Branches:
         if setting.parallel and len(parts) >= self._workers(c, patches.device):
             return side_by_side(run, parts)
         return [run(part) for part in parts]
+
+    def _programmed(self, c: int, patches: Tensor, setting: Setting, batch: int) -> list[Tensor]:
+        """:meth:`_passes` by another engine than PyTorch."""
+        reads = self.taken if engine_of(setting.engine).FLOAT32_ENDS else self.reads(c)
+        patches = patches.to(reads).contiguous(memory_format=setting.memory_format)
+        parts = patches.split(even_parts(patches.shape[0], batch))
+        given = self.given(patches.device)
+        return [result.to(given) for result in self._program(c, setting.engine)(parts)]
 
     def _arranged(self, c: int, device: torch.device, setting: Setting) -> nn.Module:
         """Branch `c` with its weights in the memory format of `setting`."""
@@ -300,36 +375,6 @@ class Branches:
         upsamplers = self.split(device)[1] or [None]
         values = max(u.features if u else self.channels * self.scale**2 for u in upsamplers)
         return values * self.size[2] ** 2 * self.given(device).itemsize
-
-
-class _Turn:
-    """The time of some patches of `shape` in a branch, run with `setting`; on a GPU it is known once the device is done."""
-
-    def __init__(self, race: Race, shape: Shape, setting: Setting, patches: int, device: torch.device) -> None:
-        self.race, self.shape, self.setting, self.patches, self.device = race, shape, setting, patches, device
-        self.begin = self.taken = 0.0
-        self.events: list[torch.cuda.Event] = []
-
-    @property
-    def seconds(self) -> float:
-        """How long it took."""
-        return self.events[0].elapsed_time(self.events[1]) / 1e3 if self.events else self.taken
-
-    def __enter__(self) -> None:
-        self._mark()
-
-    def __exit__(self, kind: type[BaseException] | None, error: object, trace: object) -> None:
-        self._mark()
-        if kind is not None:
-            self.race.add(self.shape, self.setting, None)
-
-    def _mark(self) -> None:
-        if self.device.type == "cuda":
-            with torch.cuda.device(self.device):
-                self.events.append(torch.cuda.Event(enable_timing=True))
-                self.events[-1].record(torch.cuda.current_stream(self.device))
-        else:
-            self.begin, self.taken = time.perf_counter(), time.perf_counter() - self.begin
 
 
 def even_parts(count: int, batch: int) -> list[int]:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from fastroute import memory
 from fastroute.catalogue import DEFAULT_MODEL, WEIGHTS, list_models
 from fastroute.contexts import levels_to_caller, ordinarily
+from fastroute.engines import ANY, TORCH, check_engine
 from fastroute.grid import usual_stride
 from fastroute.models import arm as arm_models
 from fastroute.models.arm import ARM
@@ -55,6 +56,7 @@ def load(
     tune: bool = True,
     window: str | Tensor | None = None,
     batch: int | None = None,
+    engine: str = TORCH,
 ) -> PatchRouter | PixelRouter:
     """An upscaler from a shipped model or a checkpoint file.
 
@@ -74,13 +76,14 @@ def load(
             and what is added last are float32 in a half network too.
         tune: find out on the work of calls how the branches run fastest, see :class:`fastroute.PatchRouter`.
         window, batch: see :class:`fastroute.PatchRouter`; not for PCSR.
+        engine: what executes the branches, see :meth:`fastroute.PatchRouter.compile`.
 
     Returns:
         :class:`fastroute.PatchRouter`, or for PCSR :class:`fastroute.PixelRouter`; call its `upscale`.
 
     Raises:
         ValueError: a device that cannot be used, float16 on a CPU that has no convolutions of it, or a scale, patch or
-            stride that is impossible.
+            stride that is impossible, or an engine that cannot be used.
         fastroute.CheckpointError: no such model or file, a damaged file, a model of another scale than asked for, or another
             architecture (the message names the keys that do not fit).
 
@@ -91,7 +94,16 @@ def load(
     check_precision("load", dtype, device)
     asked = _asked(scale, patch, stride)
     asked |= {name: value for name, value in (("window", window), ("batch", batch)) if value is not None}
-    path = weights_of(name_or_path)
+    if engine not in (TORCH, ANY):
+        check_engine(engine, device, dtype)
+    router = _load(weights_of(name_or_path), asked).to(device, dtype)
+    if isinstance(router, PatchRouter):
+        router.networks.tune = tune
+    return router if engine == TORCH else router.compile(engine)
+
+
+def _load(path: Path, asked: dict[str, Any]) -> PatchRouter | PixelRouter:
+    """What the file holds, in float32 on the CPU."""
     content, metadata = read_checkpoint(path)
     settings = _settings(metadata, path)
     model = content.get("model")
@@ -107,14 +119,12 @@ def load(
         if published:
             published_state = state_dict_of(PCSR.published_state(content), path)
             pcsr = fitted(lambda: PCSR.of_specification(content), published_state, path)
-            return _pixel_router(pcsr, settings, asked).to(device, dtype)
+            return _pixel_router(pcsr, settings, asked)
         state = state_dict_of(content, path)
         if "classifier.layers.0.weight" in state:
             pcsr = fitted(lambda: _pcsr(state, settings.get("mean")), state, path)
-            return _pixel_router(pcsr, settings, asked).to(device, dtype)
-        router = _router(state, path, settings, asked).to(device, dtype)
-        router.networks.tune = tune
-        return router
+            return _pixel_router(pcsr, settings, asked)
+        return _router(state, path, settings, asked)
     except CheckpointError:
         raise
     except (ValueError, ArithmeticError, LookupError, TypeError, AttributeError, RuntimeError) as error:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastroute.contexts import CallLock, ordinarily
+from fastroute.engines import ANY
 from fastroute.grid import TileGrid
 from fastroute.models.adapters import as_module
 from fastroute.models.precision import Precisions, parse_to
@@ -141,6 +142,25 @@ class PatchRouter(Precisions):
         if self.classifier is not None:
             self.classifier.to(device, dtype)
         self.dtype = self.networks.dtype
+        return self
+
+    @ordinarily
+    def compile(self, engine: str = ANY) -> PatchRouter:
+        """Let another engine than PyTorch run the branches, but for last layers that are computed with the stitching.
+
+        Args:
+            engine: "torch" (PyTorch as it is), "torch.compile", "openvino" (on CPUs; the extra `openvino`), "tensorrt" (on
+                NVIDIA GPUs; the extra `tensorrt`), or "auto": those that are installed are compared on the work of calls,
+                where the router may measure (`tune`). It is compiled now; after :meth:`to`, anew.
+
+        Returns:
+            The router.
+
+        Raises:
+            ValueError: no such engine; one that is not installed or cannot run here; a branch that it cannot compile, or for
+                which it computes something else than PyTorch. The router stays as it was. "auto" leaves such an engine out.
+        """
+        self.networks.compile(engine)
         return self
 
     @ordinarily

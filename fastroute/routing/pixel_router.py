@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fastroute import memory
 from fastroute.contexts import CallLock, ordinarily
+from fastroute.engines import ANY, TORCH, engine_of
 from fastroute.models.optimize import optimize, parameter_dtype
 from fastroute.models.pcsr import MLP, PCSR
 from fastroute.models.precision import Precisions, parse_to
@@ -92,6 +93,20 @@ class PixelRouter(Precisions):
         if dtype != self.dtype:
             self.dtype = dtype
             self.footprint = Footprint(self.model, self.encoder, dtype)
+        return self
+
+    @ordinarily
+    def compile(self, engine: str = ANY) -> PixelRouter:
+        """Accepts "torch" and "auto": the encoder runs in bands of rows, each layer keeping the last rows, by PyTorch alone.
+
+        Raises:
+            ValueError: another engine.
+        """
+        if engine not in (TORCH, ANY):
+            engine_of(engine)  # refuses unknown names
+            raise ValueError(
+                f"compile: engine {engine!r} cannot run a PixelRouter, whose encoder runs in bands of rows; use 'torch'"
+            )
         return self
 
     @ordinarily

@@ -9,6 +9,7 @@ import math
 import os
 import platform
 import threading
+import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -19,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastroute.engines import ENGINES, TORCH, engine_of
 from fastroute.routing.json_cache import JsonCache
 
 logger = logging.getLogger("fastroute")
@@ -56,12 +58,14 @@ class Setting:
     Attributes:
         pixels: of the image that pass through it together.
         channels_last: memory format of its input and weights.
+        engine: what executes it, see :mod:`fastroute.engines`.
         parallel: passes run side by side, one on each thread of a CPU, where there are as many; else all threads share each.
     """
 
     pixels: int
     channels_last: bool = True
     parallel: bool = False
+    engine: str = TORCH
 
     @property
     def memory_format(self) -> torch.memory_format:
@@ -73,9 +77,10 @@ class Setting:
         return max(1, self.pixels // (shape[-2] * shape[-1]))
 
 
-def default_setting(device: torch.device, parallel: bool) -> Setting:
+def default_setting(device: torch.device, parallel: bool, engine: str = TORCH) -> Setting:
     """What runs where nothing has been measured."""
-    return Setting(sizes_of(device.type == "cpu", parallel)[0], parallel=parallel)
+    parallel = parallel and (engine == TORCH or engine_of(engine).PARALLEL)
+    return Setting(sizes_of(device.type == "cpu", parallel)[0], engine == TORCH, parallel, engine)
 
 
 def sizes_of(on_cpu: bool, parallel: bool) -> tuple[int, ...]:
@@ -101,13 +106,15 @@ class Race:
         name: of the branch, for the log.
         device: where it runs.
         threads: passes that may run side by side.
+        engines: that may run it; the first one does until more is known.
 
     Attributes:
         best: the fastest setting, once it is known.
         rate: seconds per pixel that it took.
     """
 
-    def __init__(self, key: str, name: str, device: torch.device, threads: int = 1) -> None:
+    def __init__(self, key: str, name: str, device: torch.device, threads: int = 1, engines: Sequence[str] = (TORCH,)) -> None:
+        self.device, self.engines = device, tuple(engines)
         self.key, self.name, self.on_cpu, self.threads = key, name, device.type == "cpu", threads
         self.best: Setting | None = None
         self.rate = math.inf
@@ -175,6 +182,17 @@ class Race:
         CACHE.remember(self.key, entry)
 
     @property
+    def _first(self) -> list[Setting]:
+        """What is compared first; engines other than PyTorch have a way and a memory format of their own."""
+        others = [name for name in self.engines if name != TORCH]
+        found = [default_setting(self.device, self.threads > 1, name) for name in others]
+        if TORCH in self.engines:
+            found += [
+                Setting(sizes_of(self.on_cpu, parallel)[0], last, parallel) for parallel in self._ways for last in (True, False)
+            ]
+        return found
+
+    @property
     def _ways(self) -> tuple[bool, ...]:
         return (True, False) if self.threads > 1 else (False,)
 
@@ -184,9 +202,7 @@ class Race:
     def _next(self, shape: Shape, largest: int) -> Setting | None:
         """Which candidate has a turn next; at the end of the search it is settled, and there is none."""
         turns = self._turns.get(shape, {})
-        candidates = [
-            Setting(sizes_of(self.on_cpu, parallel)[0], last, parallel) for parallel in self._ways for last in (True, False)
-        ]
+        candidates = self._first
         for stage in range(2):
             counted = {s: len(turns.get(s, ())) + self._given[shape, s] for s in candidates}
             waiting = any(self._given[shape, s] for s in candidates)
@@ -214,15 +230,16 @@ class Race:
         self.best, self.rate = best, rate
         self._turns.clear()
         self._new = steady
-        words = (self.name, best.pixels, best.channels_last, "passes side by side" if best.parallel else "one pass at a time")
-        logger.info("%s runs fastest with %d pixels per pass, channels_last %s, %s", *words)
+        way = "passes side by side" if best.parallel else "one pass at a time"
+        words = (self.name, best.engine, best.pixels, best.channels_last, way)
+        logger.info("%s runs fastest by %s with %d pixels per pass, channels_last %s, %s", *words)
         if not steady:
             logger.info("not remembered: the machine was busy")
 
     def _restore(self, entry: dict[str, Any]) -> None:
         """Take over what an entry of the cache says, as far as this version wrote it."""
         best, rate = read_setting(entry.get("best")), entry.get("seconds")
-        if best is not None and is_time(rate):
+        if best is not None and is_time(rate) and best.engine in self.engines:
             self.best, self.rate = best, float(rate)  # type: ignore[arg-type]
             return
         turns = entry.get("turns")
@@ -234,6 +251,36 @@ class Race:
                 continue
             if len(shape) == 2 and all(type(n) is int and n > 0 for n in shape) and all(map(is_time, times)):
                 self._turns.setdefault((shape[0], shape[1]), {})[setting] = times[:MOST_ROUNDS]
+
+
+class Turn:
+    """The time of some patches of `shape` in a branch, run with `setting`; on a GPU it is known once the device is done."""
+
+    def __init__(self, race: Race, shape: Shape, setting: Setting, patches: int, device: torch.device) -> None:
+        self.race, self.shape, self.setting, self.patches, self.device = race, shape, setting, patches, device
+        self.begin = self.taken = 0.0
+        self.events: list[torch.cuda.Event] = []
+
+    @property
+    def seconds(self) -> float:
+        """How long it took."""
+        return self.events[0].elapsed_time(self.events[1]) / 1e3 if self.events else self.taken
+
+    def __enter__(self) -> None:
+        self._mark()
+
+    def __exit__(self, kind: type[BaseException] | None, error: object, trace: object) -> None:
+        self._mark()
+        if kind is not None:
+            self.race.add(self.shape, self.setting, None)
+
+    def _mark(self) -> None:
+        if self.device.type == "cuda":
+            with torch.cuda.device(self.device):
+                self.events.append(torch.cuda.Event(enable_timing=True))
+                self.events[-1].record(torch.cuda.current_stream(self.device))
+        else:
+            self.begin, self.taken = time.perf_counter(), time.perf_counter() - self.begin
 
 
 def is_steady(times: Sequence[float]) -> bool:
@@ -250,9 +297,9 @@ def read_setting(value: object) -> Setting | None:
     """The setting that an entry of the cache holds; None where it is none."""
     if not isinstance(value, dict) or set(value) != {field.name for field in fields(Setting)}:
         return None
-    pixels, last, parallel = value["pixels"], value["channels_last"], value["parallel"]
-    whole = type(pixels) is int and pixels > 0 and type(last) is bool and type(parallel) is bool
-    return Setting(pixels, last, parallel) if whole else None
+    pixels, last, parallel, engine = value["pixels"], value["channels_last"], value["parallel"], value["engine"]
+    whole = type(pixels) is int and pixels > 0 and type(last) is bool and type(parallel) is bool and engine in ENGINES
+    return Setting(pixels, last, parallel, engine) if whole else None
 
 
 # Searches of this process, by the file that holds what they found and their key: routers of the same branch share one.
@@ -260,17 +307,20 @@ _races: dict[tuple[Path, str], Race] = {}
 _races_lock = threading.Lock()
 
 
-def race_of(branch: nn.Module, example: Tensor, threads: int = 1) -> Race:  # [1, C, p, p]
+def race_of(branch: nn.Module, example: Tensor, threads: int = 1, engines: Sequence[str] = (TORCH,)) -> Race:  # [1, C, p, p]
     """The search for the fastest setting of `branch` on patches like `example`, and on regions of several.
 
     Args:
         threads: passes that may run side by side.
+        engines: that may run it.
     """
     key = tuning_key(branch, example) + (f"-{threads}" if threads > 1 else "")
+    if tuple(engines) != (TORCH,):
+        key += "-" + "-".join(engines)
     with _races_lock:
         place = (CACHE.path, key)
         if place not in _races:
-            _races[place] = Race(key, type(branch).__name__, example.device, threads)
+            _races[place] = Race(key, type(branch).__name__, example.device, threads, engines)
         return _races[place]
 
 
