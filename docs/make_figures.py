@@ -24,6 +24,8 @@ GREEN, YELLOW, RED = ("#{:02x}{:02x}{:02x}".format(*colour) for colour in class_
 INK, SOFT, PAPER = "#1b1f24", "#57606a", "#f6f8fa"
 # Pixels of SVG: height of a box, of a line of text, and the size of its letters.
 BOX, LINE, LETTERS = 52, 17, 13
+# How much stronger than they are the deviations from a flat colour are shown.
+AMPLIFIED = 8
 # Width of a photograph in the pages.
 PHOTO_WIDTH = 700
 
@@ -185,6 +187,21 @@ def photographs() -> None:
         save("pixel-classes.jpg", [to_pillow(result.image, half), to_pillow(overlay, half)])
 
 
+def flat_colours() -> None:
+    """What is left of a flat green and of a flat white image, the deviations shown eight times as strong."""
+    green = torch.tensor([0, 255, 0], dtype=torch.uint8).view(3, 1, 1).expand(3, 90, 90).contiguous()
+    white = torch.full((3, 90, 90), 255, dtype=torch.uint8)
+    # The grid of patches with two windows; the corner with zeros and with the edge beyond it.
+    shown = [fastroute.load(window=window).upscale(green).image[:, 64:-64, 64:-64] for window in ("uniform", "hann")]
+    shown += [fastroute.load("cdnsr-fsrcnn-x4", border=border).upscale(white).image[:, :48, :48] for border in ("zero", "edge")]
+    pictures = []
+    for image, flat in zip(shown, (green, green, white, white), strict=True):
+        strength = AMPLIFIED * (image.int() - flat[:, :1, :1].int()).abs().amax(dim=0, keepdim=True)
+        picture = (255 - strength).clamp(min=0).to(torch.uint8).expand(3, -1, -1)
+        pictures.append(to_pillow(picture, (PHOTO_WIDTH - 30) // 4))
+    save("flat-colours.jpg", pictures)
+
+
 def save(name: str, pictures: list[Image.Image]) -> None:
     """Side by side on white."""
     sheet = Image.new("RGB", (sum(p.width for p in pictures) + 10 * (len(pictures) - 1), pictures[0].height), "white")
@@ -201,4 +218,5 @@ if __name__ == "__main__":
     pixel_path()
     tiles()
     photographs()
+    flat_colours()
     print(*(f"{path.name}: {path.stat().st_size:,d} bytes" for path in sorted(FIGURES.iterdir())), sep="\n")

@@ -18,6 +18,7 @@ from fastroute.io.hidden import fill_hidden
 from fastroute.pictures import upscale_picture
 from fastroute.plan import Job, check_apart, check_distinct, make_plan, plan_jobs
 from fastroute.progress import Progress, shown
+from fastroute.routing.border import EDGE, MARGIN, shown_continued
 from fastroute.routing.budgets import Budget
 from fastroute.routing.patch_router import PatchRouter
 from fastroute.routing.pixel_router import PixelRouter
@@ -266,11 +267,17 @@ def write_job(router: Router, job: Job, result: io.Picture, upscaled: Upscaled, 
 
 def overlay(router: Router, result: io.Picture, upscaled: Upscaled) -> Any:
     """The picture of the classes, uint8 (3, H, W)."""
-    grid = None
-    if isinstance(router, PatchRouter):
-        height, width = result.height // router.scale, result.width // router.scale
-        grid = TileGrid(height, width, router.patch, router.stride, router.scale)
-    return class_overlay(result.as_bits(8).color, upscaled.class_map, grid, router.num_classes)
+    color = result.as_bits(8).color
+    if not isinstance(router, PatchRouter):
+        return class_overlay(color, upscaled.class_map, None, router.num_classes)
+    scale, margin = router.scale, 0
+    if router.border == EDGE:
+        # The class map is that of the continued image.
+        color, margin = shown_continued(color, scale), MARGIN * scale
+    height, width = color.shape[1] // scale, color.shape[2] // scale
+    shown = class_overlay(color, upscaled.class_map, TileGrid(height, width, router.patch, router.stride, scale),
+                          router.num_classes)  # fmt: skip
+    return shown[:, margin : shown.shape[1] - margin, margin : shown.shape[2] - margin]
 
 
 def result_size(router: Router, picture: io.Picture, **options: Any) -> tuple[int, int]:

@@ -216,7 +216,8 @@ def test_command(images, model, tmp_path):
     assert [row["image"] for row in written["images"]] == ["b.png"]
     assert written["images"][0]["psnr"] == written["mean"]["psnr"] == expected[0].psnr
     assert written["images"][0]["counts"] == expected[0].counts
-    assert written["options"] == {"budget": 0.9, "scale": None} and written["model"] == str(model)
+    running = {"device": "cpu", "precision": "float32", "tune": True}
+    assert written["options"] == {"budget": 0.9, "scale": None, **running} and written["model"] == str(model)
     assert {"torch", "device", "threads", "fastroute"} <= written.keys()
     lines = result.stdout.splitlines()
     assert any(line.startswith("b.png") and f"{expected[0].psnr:.3f}" in line for line in lines)

@@ -195,7 +195,7 @@ def test_resuming_with_other_settings_is_refused(model, folder, tmp_path):
         ((), "budget was 0.9 and is not given"),
         (("--budget", 0.8), "budget was 0.9 and is 0.8"),
         (("--budget", 0.9, "--format", "webp"), "format was not given and is webp"),
-        (("--budget", 0.9, "--window", "hann"), "window was not given and is hann"),
+        (("--budget", 0.9, "--window", "linear"), "window was not given and is linear"),
         (("--budget", 0.9, "--model", other), "model was random.safetensors ("),
     ):
         result = call(folder, out, "--model", model, "--resume", *options)
@@ -257,10 +257,10 @@ def test_options_of_a_run(model, folder, tmp_path):
         assert call(folder / "a.png", tmp_path / "a.jpg", "--model", model, "--quality", quality, "--quiet").exit_code == 0
         assert (tmp_path / "a.jpg").read_bytes() == (out / "a.jpg").read_bytes()
     assert 2 * sizes[0] < sizes[1]
-    router, image = fastroute.load(model, window="hann", batch=3), io.read_image(folder / "a.png")
-    assert router.window == "hann" and router.networks.batch == 3
-    out = tmp_path / "hann.png"
-    assert call(folder / "a.png", out, "--model", model, "--window", "hann", "--batch", 3, "--quiet").exit_code == 0
+    router, image = fastroute.load(model, window="linear", batch=3), io.read_image(folder / "a.png")
+    assert router.window == "linear" and router.networks.batch == 3
+    out = tmp_path / "linear.png"
+    assert call(folder / "a.png", out, "--model", model, "--window", "linear", "--batch", 3, "--quiet").exit_code == 0
     assert (io.read_image(out) == router.upscale(image).image).all()
     result = call(folder / "a.png", tmp_path / "b.png", "--model", model, "--max-pixels", 4799)
     assert result.exit_code == 1 and "60" in result.output and "raise --max-pixels" in result.output

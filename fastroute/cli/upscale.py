@@ -75,7 +75,9 @@ class Pixels(click.ParamType):
 @click.option("--scale", type=float,
               help="Upscaling factor: any for PCSR; needed for others whose checkpoint does not tell theirs.")  # fmt: skip
 @model_options
-@click.option("--window", type=click.Choice(WINDOWS), help="How overlapping patches are blended.  [default: uniform]")
+@click.option("--window", type=click.Choice(WINDOWS), help="How overlapping patches are blended.  [default: hann]")
+@click.option("--border", type=click.Choice(["zero", "edge"]), default="zero", show_default=True,
+              help="What networks see beyond the edge of an image; edge keeps flat borders flat.")  # fmt: skip
 @click.option("--batch", type=click.IntRange(min=1), metavar="N", help="Patches per pass of a branch.  [default: by "
               "measurement, which is remembered]")  # fmt: skip
 @click.option("--size", type=(int, int), metavar="HEIGHT WIDTH", help="Output size instead of a factor (PCSR).")
@@ -110,6 +112,7 @@ def command(
     patch: int | None,
     stride: int | None,
     window: str | None,
+    border: str,
     batch: int | None,
     drop_alpha: bool,
     white: float | None,
@@ -157,7 +160,7 @@ def command(
     task = Task(
         model,
         running,
-        {"scale": chosen.get("scale"), "patch": patch, "stride": stride, "window": window, "batch": batch},
+        {"scale": chosen.get("scale"), "patch": patch, "stride": stride, "window": window, "batch": batch, "border": border},
         chosen,
         {} if memory_limit is None else {"memory_limit": memory_limit * 1_000_000},
         reading if white is None else {**reading, "white": white},

@@ -16,6 +16,7 @@ from fastroute.ops._library import OPERATORS, call
 from fastroute.ops._upsampled import Upsampler, Upsamplers, stitch_upsampled
 from fastroute.ops.assign_classes import assign_classes
 from fastroute.ops.extract_patches import extract_patches
+from fastroute.routing.border import refuse_edge
 from fastroute.routing.branches import even_parts, frozen_copy
 from fastroute.routing.budgets import check_possible, dearest
 from fastroute.routing.classify import cellwise, classify_patches, patches_per_batch, score_patches
@@ -107,6 +108,7 @@ class FixedPatchRouter(nn.Module):
         super().__init__()
         if not isinstance(router, PatchRouter):
             raise TypeError(f"{self.OP}: router must be a PatchRouter; got {type(router).__name__}")
+        refuse_edge(self.OP, router)
         if dtype is None:
             dtype = sample.dtype if isinstance(sample, Tensor) else torch.float32
         self.shape, self.dtype, self.device = check_shape(self.OP, shape, router.channels), dtype, router.device

@@ -18,6 +18,7 @@ from fastroute.ops.pixel_mlp import pixel_mlp
 from fastroute.ops.refine_boundaries import refine_boundaries
 from fastroute.reference.extract_patches import to_float
 from fastroute.reference.stitch_patches import quantise
+from fastroute.routing.border import refuse_edge
 from fastroute.routing.branches import frozen_copy
 from fastroute.routing.budgets import check_possible, dearest
 from fastroute.routing.fixed import FixedUpscaled, check_fixed, check_shape
@@ -79,6 +80,7 @@ class FixedPixelRouter(nn.Module):
         super().__init__()
         if not isinstance(router, PixelRouter):
             raise TypeError(f"{self.OP}: router must be a PixelRouter; got {type(router).__name__}")
+        refuse_edge(self.OP, router)
         self.shape, self.dtype, self.device = check_shape(self.OP, shape, router.channels), dtype, router.device
         check.dtype(self.OP, "dtype", dtype, check.FLOATING + check.INTEGER_IMAGE)
         if not math.isfinite(k):

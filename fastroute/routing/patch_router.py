@@ -21,6 +21,7 @@ from fastroute.ops.group_by_class import group_by_class
 from fastroute.profiling import RoutedFlops, mix_flops
 from fastroute.progress import Progress, shown
 from fastroute.routing.bands import Band, band_of_patches, plan_bands
+from fastroute.routing.border import EDGE, ZERO, check_border, continued, cut, refuse_edge
 from fastroute.routing.branches import Branches, frozen_copy
 from fastroute.routing.budgets import Budget, check_possible
 from fastroute.routing.choose import PatchPaces, check_least, choose_classes
@@ -64,6 +65,8 @@ class PatchRouter(Precisions):
         tune: find out, on the work of calls, which batches and memory format are fastest. It computes nothing twice, ends
             after some images and is remembered; until then results may differ in their last bits from call to call. Without
             it, or with FASTROUTE_TUNE=0, what is remembered from before is used, else what suits most networks.
+        border: what branches see beyond the edge of an image: "zero" padding, as they were trained, or 4 more pixels like those
+            of its "edge", which keeps flat borders flat. Class maps are then those of the image so continued.
 
     Raises:
         ValueError: no branches, or impossible sizes.
@@ -89,6 +92,7 @@ class PatchRouter(Precisions):
         batch: int | None = None,
         channels: int | None = None,
         tune: bool = True,
+        border: str = ZERO,
     ) -> None:
         self.lock = CallLock()
         if not branches:
@@ -96,7 +100,7 @@ class PatchRouter(Precisions):
         TileGrid(patch, patch, patch, stride, scale)  # raises for impossible sizes
         make_window(window, patch * scale, stride * scale)
         self.patch, self.stride, self.scale, self.window = patch, stride, scale, window
-        self.num_classes = len(branches)
+        self.num_classes, self.border = len(branches), check_border("PatchRouter", border)
         if costs is not None and len(costs) != len(branches):
             raise ValueError(f"PatchRouter: costs must have one entry per branch, {len(branches)}; got {len(costs)}")
         self.classifier = None if classifier is None else frozen_copy(as_module("PatchRouter", "classifier", classifier))
@@ -205,6 +209,7 @@ class PatchRouter(Precisions):
             TypeError: an unsupported dtype.
         """
         images = check.images("upscale", image, self.channels, home(image, self.device))
+        images = continued(images) if self.border == EDGE else images
         grid = self._grid(images.shape)
         limit = Budget(budget, budget_flops, budget_ms)
         self._check(images.shape[0], images.dtype, grid, memory_limit, limit, penalty, class_map)
@@ -212,9 +217,8 @@ class PatchRouter(Precisions):
         ends = in_memory(images, output, self.device)
         maps, stats = self._run(ends, progress, memory_limit, limit, penalty, class_map)
         maps = maps.to(images.device)
-        if image.ndim == 3:
-            return Upscaled(output[0], maps[0], stats)
-        return Upscaled(output, maps, stats)
+        result = Upscaled(output, maps, stats) if image.ndim == 4 else Upscaled(output[0], maps[0], stats)
+        return cut(result, self.scale, per_pixel=False) if self.border == EDGE else result
 
     @ordinarily
     @torch.inference_mode()
@@ -245,6 +249,7 @@ class PatchRouter(Precisions):
             ValueError, TypeError: see :meth:`upscale`. Nothing has been read or written then.
             MemoryError, torch.OutOfMemoryError: memory ran out; the message names a limit that would fit.
         """
+        refuse_edge("stream", self)
         check_reader("stream", reader, self.channels, check.FLOATING + check.INTEGER_IMAGE)
         memory_limit, grid = limit_on(self.device, memory_limit), self._grid((1, *reader.shape))
         limit = Budget(budget, budget_flops, budget_ms)

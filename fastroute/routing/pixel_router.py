@@ -18,6 +18,7 @@ from fastroute.models.pcsr import MLP, PCSR
 from fastroute.models.precision import Precisions, parse_to
 from fastroute.ops import _checks as check
 from fastroute.progress import Progress, shown
+from fastroute.routing.border import EDGE, ZERO, check_border, continued, cut, refuse_edge
 from fastroute.routing.budgets import Budget
 from fastroute.routing.pixel_budget import Ahead
 from fastroute.routing.pixel_image import PixelImage
@@ -39,6 +40,7 @@ class PixelRouter(Precisions):
         model: set to evaluation mode, otherwise left as it is; its encoder is copied.
         optimized: run the encoder in its fastest exact form, see :func:`fastroute.models.optimize`, and in bands of rows.
         scale: upscaling factor of calls that give neither a scale nor a size.
+        border: what the encoder sees beyond the edge, see :class:`fastroute.PatchRouter`; "edge" needs whole factors.
 
     Example:
         >>> router = PixelRouter(PCSR.from_published(torch.load("pcsr-carn-x4.pth", map_location="cpu", weights_only=True)))
@@ -47,10 +49,10 @@ class PixelRouter(Precisions):
     """
 
     @ordinarily
-    def __init__(self, model: PCSR, optimized: bool = True, scale: float = 4.0) -> None:
+    def __init__(self, model: PCSR, optimized: bool = True, scale: float = 4.0, border: str = ZERO) -> None:
         if not (math.isfinite(scale) and scale > 0):
             raise ValueError(f"PixelRouter: scale must be positive and finite; got {scale}")
-        self.scale = scale
+        self.scale, self.border = scale, check_border("PixelRouter", border)
         self.lock, self.model = CallLock(), model.eval()
         self.encoder = model.encoder
         if optimized:
@@ -163,9 +165,16 @@ class PixelRouter(Precisions):
             TypeError: an unsupported dtype.
         """
         images = check.images("upscale", image, self.channels, home(image, self.device), "h, w")
+        if self.border == EDGE:
+            factor = self.scale if scale is None else scale
+            if size is not None or factor != int(factor):
+                raise ValueError(f"upscale: border='edge' needs a whole factor; got scale={factor:g} and size={size}")
+            images = continued(images)
         limit = Budget(budget, budget_flops, budget_ms)
         shape, options = images.shape, (scale, size, k, adaptive, refine, progress, memory_limit)
         result = self.answer(images, make_request(self, shape, images.dtype, limit, *options))
+        if self.border == EDGE:
+            result = cut(result, int(factor), per_pixel=True)
         if image.ndim == 3:
             return dataclasses.replace(result, image=result.image[0], class_map=result.class_map[0])
         return result
@@ -203,6 +212,7 @@ class PixelRouter(Precisions):
             ValueError, TypeError: see :meth:`upscale`. Nothing has been read or written then.
             MemoryError, torch.OutOfMemoryError: memory ran out; the message names a limit that would fit.
         """
+        refuse_edge("stream", self)
         check_reader("stream", reader, self.channels, check.FLOATING + check.INTEGER_IMAGE)
         limit = Budget(budget, budget_flops, budget_ms)
         memory_limit = limit_on(self.device, memory_limit)

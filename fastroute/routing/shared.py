@@ -15,6 +15,7 @@ from fastroute.ops import _checks as check
 from fastroute.ops.assign_classes import assign_classes
 from fastroute.profiling import RoutedFlops
 from fastroute.progress import Progress
+from fastroute.routing.border import refuse_edge
 from fastroute.routing.budgets import Budget, assign_within, check_possible, duration, refuse_below
 from fastroute.routing.choose import score_patches
 from fastroute.routing.patch_router import PatchRouter
@@ -257,6 +258,7 @@ def share(router: PatchRouter | PixelRouter, limit: Budget, count: int, op: str,
         ValueError: no budget, an impossible one, or a router that cannot share it.
     """
     limit.check(op)
+    refuse_edge(op, router)
     if limit == Budget():
         raise ValueError(f"{op}: give one of budget, budget_flops and budget_ms")
     if isinstance(router, PixelRouter):
