@@ -67,6 +67,8 @@ Sizes checked_sizes(const Tensor& features,              // [B, D, h, w]
                     const std::optional<Tensor>& residual,   // [B, C, h, w]
                     int64_t row_begin, int64_t row_end) {
     check_rank(kOp, "features", features, 4);
+    check_at_least(kOp, "height", height, 0), check_at_least(kOp, "width", width, 0);
+    check_rows(kOp, row_begin, row_end, height);
     const int64_t batch = features.size(0), h = features.size(2), w = features.size(3);
     Sizes sizes{batch, features.size(1), h, w, 0, height, width, row_begin, row_end - row_begin, 1};
     if (residual.has_value()) {
@@ -76,8 +78,6 @@ Sizes checked_sizes(const Tensor& features,              // [B, D, h, w]
         sizes.channels = residual->size(1);
     }
     check_layers(features, weights, biases, depths, sizes);
-    check_at_least(kOp, "height", height, 0), check_at_least(kOp, "width", width, 0);
-    check_rows(kOp, row_begin, row_end, height);
     FASTROUTE_CHECK(class_map.has_value() || depths.size() == 1, kOp, ": class_map must be given for several MLPs");
     if (class_map.has_value()) {
         check_same_device(kOp, "class_map", *class_map, features), check_rank(kOp, "class_map", *class_map, 3);

@@ -77,6 +77,8 @@ void stitch_into(const Tensor& out, const Batches& batches, const std::optional<
         const std::vector<W> weights_y = axis_weights(weight, grid.y, scale),
                              weights_x = axis_weights(weight, grid.x, scale);
         std::vector<const T*> patches;
+        // At once: an expanded tensor may have more rows than there is memory for their addresses.
+        patches.reserve(target.count);
         for (const Tensor& batch : batches) {
             const T* data = batch.const_data_ptr<T>();
             for (int64_t n = 0; n < batch.size(0); ++n) patches.push_back(data + n * batch.stride(0));
@@ -216,6 +218,7 @@ void stitch_upsampled_out_cpu(const Batches& batches,  // [M_i, F, p, p] each
     check_written(kOp, "spent", spent, {out});
     const std::vector<upsampler::Upsampler> packed = packed_upsamplers(layers, shuffle);
     std::vector<int64_t> kind_of;
+    kind_of.reserve(target.count);
     for (size_t i = 0; i < batches.size(); ++i) kind_of.insert(kind_of.end(), batches[i].size(0), kinds[i]);
     const Upsampling upsampling{packed.data(), static_cast<int64_t>(packed.size()), at.data(), kind_of.data(),
                                 grid.y.patch * scale / shuffle};

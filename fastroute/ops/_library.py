@@ -289,7 +289,8 @@ def call(name: str, reference: Callable[..., Any], device: torch.device, *args: 
     except torch.OutOfMemoryError:
         raise
     except (MemoryError, RuntimeError) as error:
-        if not memory.is_exhausted(error):
+        # A kernel is not told why a copy failed; of a dense tensor it fails for want of memory alone.
+        if not (memory.is_exhausted(error) or '"aten::contiguous"' in str(error)):
             raise
         raise exhausted(packet, error, device) from None
 
@@ -297,8 +298,10 @@ def call(name: str, reference: Callable[..., Any], device: torch.device, *args: 
 def exhausted(op: str, error: BaseException, device: torch.device) -> BaseException:
     """Memory that ran out, as the error that a caller expects, with what to do."""
     message = str(error).strip().split("\n")[0]
-    if not message.startswith(f"{op}: "):
+    if not message.startswith(f"{op}: out of memory"):
         reason = message[at:] if (at := message.find("DefaultCPUAllocator")) >= 0 else message
+        if '"aten::contiguous"' in message:
+            reason = "cannot allocate a contiguous copy of an argument"
         message = (
             f"{op}: out of memory: {reason or 'the system gave none'}; work on fewer or smaller images at a time, for example "
             "some rows, or free memory"

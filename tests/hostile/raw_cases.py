@@ -32,6 +32,8 @@ FLOATS = (math.nan, math.inf, -math.inf, 0.0, -1.0, 1e-300, 1e308)
 ERRORS = (ValueError, TypeError, RuntimeError, MemoryError)
 # Bytes that a process may map beyond those of torch; sizes of hostile calls lie far above or far below.
 ROOM = 3 << 30
+# A library of kernels that is loaded over those of the package.
+SANITIZED = os.environ.get("FASTROUTE_SANITIZED", "")
 
 
 def rand(*shape: int) -> Tensor:
@@ -58,7 +60,7 @@ GOOD: list[tuple[str, dict[str, Any]]] = [
                              crop=True, dtype=None, channels_last=True)),
     ("_extract_patches_backward", dict(grad=rand(3, 2, 4, 4), order=ints(3, 0, 3), batch=1, height=8, width=8, patch=4,
                                        stride=3, crop=False)),
-    ("_extract_patches_backward", dict(grad=rand(4, 2, 4, 4), order=None, batch=1, height=3, width=8, patch=4, stride=2,
+    ("_extract_patches_backward", dict(grad=rand(3, 2, 4, 4), order=None, batch=1, height=3, width=8, patch=4, stride=2,
                                        crop=False)) ,
     ("stitch_patches", dict(patches=NINE, inverse=None, window=rand(4) + 1, **GEOMETRY, shuffle=1, dtype=None, row_begin=0,
                             row_end=8)),
@@ -232,7 +234,8 @@ def outcome(op: str, given: dict[str, Any]) -> str:
         wrote = {key: args[key] for key in ("out", "spent") if key in args}
         if any(isinstance(x, Tensor) and x.device.type == "meta" for x in (result, *wrote.values())):
             return "right: on meta"
-        difference = compare(op, given, result, wrote)
+        # Under a sanitizer, whose processes have no limit of memory, the reference would take all there is.
+        difference = "" if SANITIZED else compare(op, given, result, wrote)
         return f"WRONG {difference}" if difference else "right"
     except ERRORS as error:
         named = public_name(op) in str(error)
@@ -274,12 +277,12 @@ def run(names: list[str], limit_memory: bool = True) -> Iterator[tuple[str, str]
 
 def main(parts: list[str]) -> int:
     """Run the cases whose names hold one of `parts`; returns how many are wrong."""
-    if library := os.environ.get("FASTROUTE_SANITIZED"):
+    if SANITIZED:
         warnings.simplefilter("ignore")
-        torch.ops.load_library(library)
+        torch.ops.load_library(SANITIZED)
     names = [name for name in cases() if not parts or any(part in name for part in parts)]
     wrong = 0
-    for name, told in run(names, limit_memory=not library):
+    for name, told in run(names, limit_memory=not SANITIZED):
         wrong += told.startswith(("WRONG", "CRASH"))
         print(f"{name}\t{told}", flush=True)
     print(f"{len(names)} calls, {wrong} wrong")

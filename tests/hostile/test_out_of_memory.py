@@ -13,14 +13,14 @@ from torch import Tensor
 import fastroute
 from fastroute import TileGrid, memory
 
-SIDE = 30_000
+SIDE = 12_000
 
 
 @pytest.fixture(autouse=True)
 def limited_memory() -> Iterator[None]:
     before = resource.getrlimit(resource.RLIMIT_AS)
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (used + (1 << 30), before[1]))
+    resource.setrlimit(resource.RLIMIT_AS, (used + (256 << 20), before[1]))
     yield
     resource.setrlimit(resource.RLIMIT_AS, before)
 
@@ -41,7 +41,7 @@ CALLS: dict[str, Callable[[], object]] = {
     "pixel_mlp": lambda: fastroute.pixel_mlp(torch.rand(1, 3, 8, 8), [[(torch.rand(3, 7), torch.rand(3))]], (SIDE, SIDE)),
     "refine_boundaries": lambda: fastroute.refine_boundaries(large(), large(1, torch.uint8)[:, 0]),
     "gather_groups": lambda: fastroute.gather_groups(
-        torch.zeros(1).expand(4, 2**30), fastroute.group_by_class(torch.tensor([0, 1, 0, 1]), 2)
+        torch.zeros(1).expand(4, 2**28), fastroute.group_by_class(torch.tensor([0, 1, 0, 1]), 2)
     ),
 }
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -61,7 +62,7 @@ def sanitized(kernels: list[Path]) -> Path:
 
 
 # Those that compile in seconds; the others belong to the long run.
-QUICK = ("gather_groups", "scatter_groups", "group_by_class", "refine_boundaries", "adaptive_threshold")
+QUICK = ("gather_groups", "group_by_class", "refine_boundaries")
 
 
 @needs_compiler
@@ -81,6 +82,10 @@ def test_hostile_calls_under_sanitizers(ops):
     parts = [f"-{op}-" for op in ops] + [f"-_{op}_backward-" for op in ops] + [f"-{op}." for op in ops]
     command = [sys.executable, str(HERE / "raw_cases.py"), *parts]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    wrong = [line for line in result.stdout.splitlines() if "\tWRONG" in line or "\tCRASH" in line]
-    assert (wrong, result.returncode) == ([], 0), result.stderr[-10000:]
-    assert "Sanitizer" not in result.stderr
+    lines = result.stdout.splitlines()
+    reports = re.findall(r"SUMMARY: .*|.*runtime error: .*", result.stderr)
+    # Where memory ends in torch's own buffers the sanitizer ends the process; the plain build has a MemoryError there.
+    ended = [report for report in reports if "AddressSanitizer: out-of-memory" in report]
+    assert (reports, [line for line in lines if "\tWRONG" in line]) == (ended, []), result.stderr[-10000:]
+    assert sum("\tCRASH" in line for line in lines) == len(ended), result.stderr[-10000:]
+    assert lines[-1].endswith(f" calls, {len(ended)} wrong")
