@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fastroute.arguments import real, whole
 from fastroute.contexts import on_fake_tensors
 from fastroute.models.adapters import inference_copy
 
@@ -39,8 +40,9 @@ def count_flops(model: nn.Module, input_size: Sequence[int], convention: str = "
     """
     if convention not in CONVENTIONS:
         raise ValueError(f"count_flops: convention must be one of {CONVENTIONS}; got {convention!r}")
+    sizes = [whole("count_flops", "input_size", n, 1 << 40) for n in input_size]
     like = next(model.parameters(), torch.empty(0, dtype=torch.float32, device="cpu"))
-    return observed(model, input_size, like.dtype, lambda: FlopCounter(paper=convention == "paper")).total
+    return observed(model, sizes, like.dtype, lambda: FlopCounter(paper=convention == "paper")).total
 
 
 def observed(model: nn.Module, size: Sequence[int], dtype: torch.dtype, make: Callable[[], M]) -> M:
@@ -136,5 +138,7 @@ def mix_flops(branch_flops: Sequence[float], counts: Sequence[float], classifier
     """
     if len(branch_flops) != len(counts):
         raise ValueError(f"mix_flops: counts must have {len(branch_flops)} entries, one per class; got {len(counts)}")
+    branch_flops = [real("mix_flops", "branch_flops", flops) for flops in branch_flops]
+    counts = [real("mix_flops", "counts", count) for count in counts]
     routed = sum(f * n for f, n in zip(branch_flops, counts, strict=True)) + classifier_flops
     return RoutedFlops(routed, max(branch_flops) * sum(counts))

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastroute import memory
+from fastroute.arguments import LARGEST_SPAN, whole
 from fastroute.contexts import ordinarily
 from fastroute.models.adapters import as_module, inference_copy
 from fastroute.models.optimize import parameter_dtype
@@ -92,6 +94,10 @@ def tiled(
         >>> upscale = fastroute.tiled(model, patch=128, overlap=32)
         >>> image = upscale(image)
     """
+    whole("tiled", "patch", patch, LARGEST_SPAN)
+    for name, number in (("overlap", overlap), ("channels", channels)):
+        if number is not None:
+            whole("tiled", name, number, LARGEST_SPAN, least=0 if name == "overlap" else 1)
     if stride is not None and overlap is not None:
         raise ValueError(f"tiled: give either stride or overlap; got stride={stride} and overlap={overlap}")
     if overlap is not None and not 0 <= overlap < patch:
@@ -112,7 +118,14 @@ def probe_scale(network: nn.Module, patch: int, channels: int | None = None) -> 
     like = next(network.parameters(), torch.empty(0))
     size = (1, channels or guess_channels([network]), patch, patch)
     # On a copy: others may be using the network.
-    output = inference_copy(network, share=True)(torch.full(size, 0.5, dtype=parameter_dtype(network), device=like.device))
+    probe = inference_copy(network, share=True)
+    try:
+        output = probe(torch.full(size, 0.5, dtype=parameter_dtype(network), device=like.device))
+    except RuntimeError as error:
+        if memory.is_exhausted(error):
+            raise
+        reason = (str(error).splitlines() or [""])[0][:200]
+        raise ValueError(f"tiled: model takes no tiles {size}: {reason}; give channels, or another patch") from error
     found = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
     factor = output.shape[-1] // patch if isinstance(output, Tensor) and output.ndim else 0
     if factor < 1 or found != (*size[:2], patch * factor, patch * factor):

@@ -8,6 +8,7 @@ from functools import cache, lru_cache
 import torch
 from torch import Tensor
 
+from fastroute.arguments import LARGEST_SPAN, whole
 from fastroute.contexts import is_plain
 
 WINDOWS = ("uniform", "linear", "hann", "gaussian")
@@ -33,8 +34,11 @@ def make_window(window: str | Tensor, size: int, stride: int | None = None) -> T
     Raises:
         ValueError: an unknown name, "crop" without a stride from 1 to `size`, or weights of another length or, on the CPU,
             not all positive and finite.
-        TypeError: neither a name nor a floating tensor.
+        TypeError: neither a name nor a floating tensor, or a size that is no integer.
     """
+    if not torch.compiler.is_compiling():
+        size = whole("window", "size", size, LARGEST_SPAN)
+        stride = None if stride is None else whole("window", "stride", stride, LARGEST_SPAN, least=-LARGEST_SPAN)
     if isinstance(window, str):
         if window == CROP:
             return _crop(size, stride)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastroute.arguments import real
 from fastroute.models.precision import FullPrecision
 
 # Largest difference of two log scores of one patch: what float32 holds above the smallest score that a budget tells apart.
@@ -118,7 +119,7 @@ class ScoreClassifier(FullPrecision):
 
     def __init__(self, score: nn.Module | Callable[[Tensor], Tensor], thresholds: Sequence[float]) -> None:
         super().__init__()
-        values = [float(t) for t in thresholds]
+        values = [real("ScoreClassifier", "thresholds", t) for t in thresholds]
         if not values or values != sorted(set(values)) or not all(map(math.isfinite, values)):
             raise ValueError(f"ScoreClassifier: thresholds must be finite and rise; got {thresholds}")
         self.score = as_module("ScoreClassifier", "score", score)

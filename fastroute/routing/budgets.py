@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, replace
 import torch
 from torch import Tensor
 
+from fastroute.arguments import LARGEST_EXPONENT, real
 from fastroute.ops.assign_classes import assign_classes
 from fastroute.routing.json_cache import JsonCache
 
@@ -47,6 +48,12 @@ class Budget:
     flops: float | None = None
     ms: float | None = None
 
+    def __post_init__(self) -> None:
+        # An integer may be larger than any float, of which messages and products are made.
+        for name, value in vars(self).items():
+            if isinstance(value, int) and not isinstance(value, bool) and abs(value) > 2**1000:
+                object.__setattr__(self, name, math.inf if value > 0 else -math.inf)
+
     @property
     def given(self) -> list[str]:
         """The names of those that are given."""
@@ -60,7 +67,8 @@ class Budget:
             ValueError: otherwise.
         """
         given = {"budget": self.fraction, "budget_flops": self.flops, "budget_ms": self.ms}
-        used = {name: value for name, value in given.items() if value is not None}
+        used = {name: real(op, name, value) for name, value in given.items() if value is not None}
+        real(op, "penalty", penalty, LARGEST_EXPONENT)
         if len(used) > 1:
             raise ValueError(f"{op}: give one of budget, budget_flops and budget_ms; got {', '.join(used)}")
         if penalty != 0 and (self.flops is not None or self.ms is not None):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from fastroute.arguments import LARGEST_EXPONENT, LARGEST_IMAGE, real, whole
 from fastroute.contexts import computing_in_own_type, ordinarily
 from fastroute.grid import TileGrid
 from fastroute.models.precision import HALVES
@@ -113,6 +115,9 @@ class FixedPatchRouter(nn.Module):
             dtype = sample.dtype if isinstance(sample, Tensor) else torch.float32
         self.shape, self.dtype, self.device = check_shape(self.OP, shape, router.channels), dtype, router.device
         check.dtype(self.OP, "dtype", dtype, check.FLOATING + check.INTEGER_IMAGE)
+        real(self.OP, "penalty", penalty, LARGEST_EXPONENT)
+        if budget is not None:
+            budget = real(self.OP, "budget", budget)
         check_possible(router.costs, budget, penalty)
         batch, _, height, width = [1, *self.shape][-4:]
         self.grid = TileGrid(height, width, router.patch, router.stride, router.scale)
@@ -334,7 +339,9 @@ def check_shape(op: str, shape: Sequence[int], channels: int) -> tuple[int, ...]
     Raises:
         ValueError: neither (B, C, H, W) nor (C, H, W), other channels, or a side of 0.
     """
-    sizes = tuple(int(n) for n in shape)
+    sizes = tuple(whole(op, "shape", n, LARGEST_IMAGE, least=0) for n in shape)
+    if math.prod(sizes) > LARGEST_IMAGE >> 8:
+        raise ValueError(f"{op}: shape must have at most {LARGEST_IMAGE >> 8} values, which are held at once; got {sizes}")
     if len(sizes) not in (3, 4) or sizes[-3] != channels or min(sizes) < 1:
         raise ValueError(f"{op}: shape must be (B, {channels}, H, W) or ({channels}, H, W), none 0; got {sizes}")
     return sizes

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from fastroute.arguments import real
 from fastroute.contexts import computing_in_own_type, ordinarily
 from fastroute.models.pcsr import relative_coordinates
 from fastroute.models.precision import sums_of
@@ -83,7 +84,7 @@ class FixedPixelRouter(nn.Module):
         refuse_edge(self.OP, router)
         self.shape, self.dtype, self.device = check_shape(self.OP, shape, router.channels), dtype, router.device
         check.dtype(self.OP, "dtype", dtype, check.FLOATING + check.INTEGER_IMAGE)
-        if not math.isfinite(k):
+        if not math.isfinite(real(self.OP, "k", k)):
             raise ValueError(f"{self.OP}: k must be finite; got {k}")
         if (k != 0) + adaptive + (budget is not None) > 1:
             raise ValueError(f"{self.OP}: give one of k, adaptive and budget; got k={k}, adaptive={adaptive}, budget={budget}")
@@ -98,6 +99,7 @@ class FixedPixelRouter(nn.Module):
         self.costs = router.model.class_cost(factor) if k or budget is not None else [1.0] * router.num_classes
         self.num_classes, self.adaptive, self.budget, self.refine = router.num_classes, adaptive, budget, refine
         if budget is not None:
+            budget = real(self.OP, "budget", budget)
             check_possible(self.costs, budget)
         # Then nothing need be classified.
         self.only = dearest(self.costs) if budget == 1 else None

@@ -164,8 +164,12 @@ def _asked(scale: float | None, patch: int | None, stride: int | None) -> dict[s
         known = isinstance(value, int) or (name == "scale" and isinstance(value, float))
         if not known or isinstance(value, bool) or not 0 < value < math.inf:
             raise ValueError(
-                f"load: {name} must be {wanted}; got {value:g}" if known else f"load: {name} must be {wanted}; got {value!r}"
+                f"load: {name} must be {wanted}; got {value!s:.40}"
+                if known
+                else f"load: {name} must be {wanted}; got {value!r}"
             )
+        if value > LARGEST[name]:
+            raise ValueError(f"load: {name} must be at most {LARGEST[name]}; got {value!s:.40}")
     if patch is not None and stride is not None and stride > patch:
         raise ValueError(f"load: stride must be at most patch ({patch}), or pixels between patches are lost; got {stride}")
     return asked

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastroute import memory
+from fastroute.arguments import LARGEST_SPAN, real, whole
 from fastroute.contexts import CallLock, ordinarily
 from fastroute.engines import ANY
 from fastroute.grid import TileGrid
@@ -97,7 +99,12 @@ class PatchRouter(Precisions):
         self.lock = CallLock()
         if not branches:
             raise ValueError("PatchRouter: branches must hold at least one network; got none")
+        for name, number in (("batch", batch), ("channels", channels)):
+            if number is not None:
+                whole("PatchRouter", name, number, LARGEST_SPAN)
         TileGrid(patch, patch, patch, stride, scale)  # raises for impossible sizes
+        whole("PatchRouter", "patch * scale", patch * scale, LARGEST_SPAN)
+        costs = None if costs is None else [real("PatchRouter", "costs", cost) for cost in costs]
         make_window(window, patch * scale, stride * scale)
         self.patch, self.stride, self.scale, self.window = patch, stride, scale, window
         self.num_classes, self.border = len(branches), check_border("PatchRouter", border)
@@ -105,7 +112,13 @@ class PatchRouter(Precisions):
             raise ValueError(f"PatchRouter: costs must have one entry per branch, {len(branches)}; got {len(costs)}")
         self.classifier = None if classifier is None else frozen_copy(as_module("PatchRouter", "classifier", classifier))
         modules = [as_module("PatchRouter", "branches", branch) for branch in branches]
-        self.networks = Branches(modules, patch, optimized, channels, batch, scale, tune)
+        try:
+            self.networks = Branches(modules, patch, optimized, channels, batch, scale, tune)
+        except RuntimeError as error:
+            if channels is None or memory.is_exhausted(error):
+                raise
+            reason = (str(error).splitlines() or [""])[0][:200]
+            raise ValueError(f"PatchRouter: branches take no patches of channels={channels}: {reason}") from error
         self.branches, self.shuffle = self.networks.modules, self.networks.shuffle
         self.channels, self.dtype = self.networks.channels, self.networks.dtype
         self.branch_flops, self.paper_flops = self.networks.flops, self.networks.paper_flops

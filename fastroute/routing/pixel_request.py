@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from fastroute.arguments import LARGEST_IMAGE, real, whole
 from fastroute.progress import Progress
 from fastroute.routing import pixel_rows
 from fastroute.routing.budgets import Budget, check_possible, dearest, duration, refuse_below
@@ -110,15 +111,21 @@ def make_grid(
     if scale is not None and size is not None:
         raise ValueError(f"{op}: give either scale or size; got scale={scale} and size={size}")
     if size is None:
-        factor = float(default if scale is None else scale)
+        factor = default if scale is None else real(op, "scale", scale)
         if not (math.isfinite(factor) and factor > 0):
             raise ValueError(f"{op}: scale must be positive and finite; got {scale}")
+        if max(h, w) * factor > LARGEST_IMAGE:
+            raise ValueError(f"{op}: scale must give an image of at most {LARGEST_IMAGE:.3g} pixels; got {scale}")
         size = (round(h * factor), round(w * factor))
     else:
+        low = -LARGEST_IMAGE
+        size = (whole(op, "size", size[0], LARGEST_IMAGE, low), whole(op, "size", size[1], LARGEST_IMAGE, low))
         # The published code knows a size by its mean factor, to one decimal.
         factor = max(round((size[0] / h + size[1] / w) / 2, 1), 0.1)
     if min(size) < 1:
         raise ValueError(f"{op}: size must be at least 1 x 1; got {size}")
+    if size[0] * size[1] > LARGEST_IMAGE:
+        raise ValueError(f"{op}: size must be of at most {LARGEST_IMAGE:.3g} pixels; got {size[0]} x {size[1]}")
     return PixelGrid((h, w), (int(size[0]), int(size[1])), device), factor
 
 
@@ -143,7 +150,7 @@ def make_request(
     op = "upscale"
     check_limit(op, memory_limit)
     grid, factor = make_grid(shape[2:], scale, size, router.device, router.scale)
-    if not math.isfinite(k):
+    if not math.isfinite(real(op, "k", k)):
         raise ValueError(f"{op}: k must be finite; got {k}")
     limit.check(op)
     deciding = [*([f"k={k:g}"] if k else []), *(["adaptive"] if adaptive else []), *limit.given]

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fastroute.arguments import real
 from fastroute.ops.group_by_class import group_by_class
 
 
@@ -145,8 +146,10 @@ def capacities_for(counts: Sequence[Sequence[int]], number: int, slack: float) -
     Raises:
         ValueError: a slack that is negative or not finite.
     """
-    if not 0 <= slack < math.inf:
+    if not 0 <= real("FixedPatchRouter", "slack", slack) < math.inf:
         raise ValueError(f"FixedPatchRouter: slack must be at least 0 and finite; got {slack}")
+    # More than all patches is all patches.
+    slack = min(slack, float(number))
     shares = [[count / max(sum(call), 1) for count in call] for call in counts]
     largest = map(max, zip(*shares, strict=True))
     return [min(number, math.ceil((1 + slack) * share * number - 1e-9)) for share in largest]
