@@ -13,6 +13,7 @@ from fastroute.ops.cell_mlp import cell_mlp
 from fastroute.ops.extract_patches import extract_patches
 from fastroute.ops.gather_groups import gather_groups
 from fastroute.ops.group_by_class import ClassGroups, group_by_class
+from fastroute.ops.merge_regions import Regions, merge_regions
 from fastroute.ops.pixel_mlp import pixel_mlp
 from fastroute.ops.refine_boundaries import refine_boundaries
 from fastroute.ops.scatter_groups import scatter_groups
@@ -44,6 +45,7 @@ __all__ = [
     "PatchRouter",
     "PixelRouter",
     "Reader",
+    "Regions",
     "RoutingStats",
     "ScoreClassifier",
     "Streamed",
@@ -62,6 +64,7 @@ __all__ = [
     "list_models",
     "load",
     "make_window",
+    "merge_regions",
     "pixel_mlp",
     "refine_boundaries",
     "scatter_groups",

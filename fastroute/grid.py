@@ -107,6 +107,19 @@ class TileGrid:
         """First LR column of each tile column."""
         return _origins(self.width, self.patch, self.stride, self.crop)
 
+    def region_shapes(self, merge: int) -> list[tuple[int, int]]:
+        """Height and width in LR pixels of every shape of region that :func:`fastroute.merge_regions` makes.
+
+        The shape of a region is numbered row side before column side, each as :func:`region_sides` lists them. A shape that no
+        region of this grid has is (0, 0).
+
+        Args:
+            merge: side of a block in patches: 1, 2, 4 or 8.
+        """
+        heights = region_sides(self.height, self.patch, self.stride, self.crop, merge)
+        widths = region_sides(self.width, self.patch, self.stride, self.crop, merge)
+        return [(h, w) if h and w else (0, 0) for h in heights for w in widths]
+
     def origins(self) -> Tensor:
         """Top left corner of every patch: int64 (num_patches, 2), row and column in LR pixels."""
         rows, cols = torch.tensor(self.row_origins), torch.tensor(self.col_origins)
@@ -124,6 +137,22 @@ def tile_origins(size: int, patch: int, stride: int, crop: bool) -> list[int]:
     """First pixel of each tile along one axis."""
     last = max(size - patch, 0)
     return [min(i * stride, last) for i in range(tile_count(size, patch, stride, crop))]
+
+
+def region_sides(size: int, patch: int, stride: int, crop: bool, merge: int) -> list[int]:
+    """Pixels that a region spans along one axis, by its side code; 0 for a code that no region has.
+
+    Code 2 l is a side of 2^l whole tiles. Code 2 l + 1 is the side at the end of the axis that is shorter than that: of fewer
+    tiles, but of more than 2^(l - 1), or with its last tile shifted inward.
+    """
+    origins = _origins(size, patch, stride, crop)
+    count, sides = len(origins), []
+    for level in range(merge.bit_length()):
+        first = (count - 1) >> level << level
+        whole, last = patch + (2**level - 1) * stride, origins[-1] + patch - origins[first]
+        short = last < whole and 2 * (count - first) > 2**level
+        sides += [whole if count >= 2**level and not (short and first == 0) else 0, last if short else 0]
+    return sides
 
 
 # Asked for again and again while an image is routed band by band.

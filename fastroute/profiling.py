@@ -113,16 +113,24 @@ class RoutedFlops:
 
     Attributes:
         routed: FLOPs of the chosen branches and the classifier.
-        dense: FLOPs with every patch in the dearest branch and no classifier.
+        dense: FLOPs with every patch in the most expensive branch, merged likewise, and no classifier.
+        one_pass: FLOPs of one pass of the most expensive network over the whole image, without patches that overlap: what a
+            user would run instead. None where no image is known.
     """
 
     routed: float
     dense: float
+    one_pass: float | None = None
 
     @property
     def fraction(self) -> float:
         """Routed over dense; 1 where there was nothing to do."""
         return self.routed / self.dense if self.dense else 1.0
+
+    @property
+    def of_one_pass(self) -> float | None:
+        """Routed over one pass of the most expensive network; None where that is not known."""
+        return self.routed / self.one_pass if self.one_pass else None
 
 
 def mix_flops(branch_flops: Sequence[float], counts: Sequence[float], classifier_flops: float = 0.0) -> RoutedFlops:
@@ -130,7 +138,7 @@ def mix_flops(branch_flops: Sequence[float], counts: Sequence[float], classifier
 
     Args:
         branch_flops: per patch, one entry per class.
-        counts: patches (or shares) per class.
+        counts: patches (or shares) per class; regions count by their area.
         classifier_flops: in all. The papers' tables leave it out.
 
     Raises:

@@ -87,8 +87,7 @@ def test_router_of_functions_free_classes_and_a_score():
         ScoreClassifier(edge_score, thresholds),
         patch=16,
         stride=12,
-        scale=2,
-    )
+        scale=2, merge=1)
     result = router.upscale(image)
     assert result.class_map.flatten().tolist() == [sum(s > t for t in thresholds) for s in score.tolist()]
     assert min(result.stats.patches_per_class) > 0
@@ -101,11 +100,11 @@ def test_router_of_functions_free_classes_and_a_score():
 def test_identity_keeps_a_gray_image():
     image = picture(2, 1, 30, 41)
     classifier = ScoreClassifier(strength, (0.2,))
-    router = PatchRouter([nn.Identity(), nn.Conv2d(1, 1, 3, padding=1).bfloat16()], classifier, 16, 12, scale=1)
+    router = PatchRouter([nn.Identity(), nn.Conv2d(1, 1, 3, padding=1).bfloat16()], classifier, 16, 12, scale=1, merge=1)
     assert router.channels == 1 and router.dtype == torch.bfloat16
     result = router.upscale(image, class_map=torch.zeros(2, 3, 4, dtype=torch.int64))
     torch.testing.assert_close(result.image, image.bfloat16().float(), rtol=0, atol=2**-8)
-    assert PatchRouter([nn.Identity()], scale=1, channels=4).upscale(torch.rand(4, 9, 9)).image.shape == (4, 9, 9)
+    assert PatchRouter([nn.Identity()], scale=1, channels=4, merge=1).upscale(torch.rand(4, 9, 9)).image.shape == (4, 9, 9)
 
 
 def test_descriptors_are_called_and_their_networks_moved():
@@ -114,7 +113,7 @@ def test_descriptors_are_called_and_their_networks_moved():
     assert isinstance(branch, Described) and (branch.channels, branch.scale) == (2, 2)
     assert len(list(branch.parameters())) == 2
     image = 1.9 * picture(1, 2, 20, 20)
-    router = PatchRouter([Descriptor(network, 2, 2)], patch=20, stride=20, scale=2)
+    router = PatchRouter([Descriptor(network, 2, 2)], patch=20, stride=20, scale=2, merge=1)
     with torch.no_grad():
         torch.testing.assert_close(router.upscale(image).image, network(image).clamp(0, 1), rtol=0, atol=1e-6)
     # A copy: what becomes of the caller's network does not matter.
@@ -131,4 +130,4 @@ def test_what_is_no_network():
     assert as_module("op", "x", module) is module
     for wrong in (3, "net.pth", nn.Identity, None):
         with pytest.raises(TypeError, match=r"^PatchRouter: branches must be a torch.nn.Module, .* got "):
-            PatchRouter([wrong])
+            PatchRouter([wrong], merge=1)

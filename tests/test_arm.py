@@ -200,7 +200,7 @@ def test_router(backbone):
     grid = TileGrid(80, 96, 16, 16)
     patches = fastroute.extract_patches(image, grid)
     expected = arm(patches)
-    router = PatchRouter(arm.branches, arm.classifier, 16, 16, 2, costs=arm.costs(16))
+    router = PatchRouter(arm.branches, arm.classifier, 16, 16, 2, costs=arm.costs(16), merge=1)
     result = router.upscale(image)
     assert min(result.stats.patches_per_class) > 0, "a picture without some class proves little"
     own = fastroute.extract_patches(result.image, TileGrid(160, 192, 32, 32))
@@ -209,7 +209,7 @@ def test_router(backbone):
 
 def test_budget():
     arm = random_arm()
-    router = PatchRouter(arm.branches, arm.classifier, 16, 12, 2, costs=arm.costs(16))
+    router = PatchRouter(arm.branches, arm.classifier, 16, 12, 2, costs=arm.costs(16), merge=1)
     image = picture(1, 3, 120, 140, 6)
     cost = torch.tensor(router.costs)
     least = float(cost.min() / cost.max())
@@ -243,7 +243,7 @@ def test_saved_and_loaded(tmp_path, backbone, ending):
     router = fastroute.load(path, window="uniform")
     assert (router.num_classes, router.patch, router.stride, router.scale) == (4, 16, 12, 2)
     image = picture(1, 3, 50, 60, 7)
-    own = PatchRouter(arm.branches, arm.classifier, 16, 12, 2, costs=arm.costs(16)).upscale(image)
+    own = PatchRouter(arm.branches, arm.classifier, 16, 12, 2, costs=arm.costs(16), merge=1).upscale(image)
     loaded = router.upscale(image)
     assert torch.equal(loaded.class_map, own.class_map) and router.costs == arm.costs(16)
     torch.testing.assert_close(loaded.image, own.image, rtol=0, atol=1e-5)

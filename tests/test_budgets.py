@@ -34,7 +34,7 @@ def cache(tmp_path, monkeypatch):
 @pytest.fixture(scope="module")
 def router() -> PatchRouter:
     system = random_classsr((3, 12, 40), SCALE, PATCH)
-    return PatchRouter(system.branches, system.classifier, PATCH, STRIDE, SCALE)
+    return PatchRouter(system.branches, system.classifier, PATCH, STRIDE, SCALE, merge=1)
 
 
 class Sleep(nn.Module):
@@ -52,7 +52,7 @@ class Sleep(nn.Module):
 
 def sleeper(milliseconds: tuple[float, ...] = (0.2, 3.0)) -> PatchRouter:
     classifier = ScoreClassifier(lambda x: x.std(dim=(1, 2, 3)), [0.1 * k for k in range(1, len(milliseconds))])
-    return PatchRouter([Sleep(ms) for ms in milliseconds], classifier, PATCH, STRIDE, scale=1)
+    return PatchRouter([Sleep(ms) for ms in milliseconds], classifier, PATCH, STRIDE, scale=1, merge=1)
 
 
 def pace_of(router: PatchRouter, dtype: torch.dtype = torch.float32) -> Pace:
@@ -264,12 +264,12 @@ def test_errors_of_many(router, images, arguments, words):
     with pytest.raises(ValueError, match=words):
         upscale_many(router, images, **arguments)
     with pytest.raises(ValueError, match="has no classifier"):
-        upscale_many(PatchRouter([nn.Identity()], scale=1), IMAGES, budget=0.5)
+        upscale_many(PatchRouter([nn.Identity()], scale=1, merge=1), IMAGES, budget=0.5)
 
 
 def test_one_class_has_nothing_to_choose():
-    router = PatchRouter([Sleep(1.0)], None, PATCH, STRIDE, scale=1)
+    router = PatchRouter([Sleep(1.0)], None, PATCH, STRIDE, scale=1, merge=1)
     assert router.upscale(IMAGES[2], budget_ms=100).stats.patches_per_class == [1]
     with pytest.raises(ValueError, match="budget_ms must be at least"):
         router.upscale(IMAGES[0], budget_ms=10)
-    assert choose.affords_all(Budget(1.0), 3, [1.0], None)
+    assert choose.affords_all(Budget(1.0), 3.0, 3, [1.0], None)

@@ -25,7 +25,7 @@ SYSTEM = random_classsr((3, 5, 8), SCALE, PATCH)
 
 @cache
 def make_router(batch=8, window="uniform", **options):
-    return PatchRouter(SYSTEM.branches, SYSTEM.classifier, PATCH, STRIDE, SCALE, window, batch=batch, **options)
+    return PatchRouter(SYSTEM.branches, SYSTEM.classifier, PATCH, STRIDE, SCALE, window, batch=batch, **options, merge=1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.uint8, torch.uint16, torch.float16], ids=str)
@@ -151,7 +151,10 @@ def test_every_frame_of_a_sample_fits():
 
 def test_one_class_needs_no_capacities():
     image = picture(1, 3, 45, 30)
-    for router, budget in ((make_router(), 1), (PatchRouter([SYSTEM.net3], None, PATCH, STRIDE, SCALE, batch=8), None)):
+    for router, budget in (
+        (make_router(), 1),
+        (PatchRouter([SYSTEM.net3], None, PATCH, STRIDE, SCALE, batch=8, merge=1), None),
+    ):
         fixed = FixedPatchRouter(router, image.shape, budget=budget)
         assert sum(fixed.capacities) == max(fixed.capacities) == fixed.number
         torch.testing.assert_close(fixed(image).image, router.upscale(image, budget=budget).image, **TOLERANCE)
@@ -169,7 +172,7 @@ def test_one_graph():
     """Nothing depends on values: the whole upscale is exported, and compiled, without a break."""
     image, other = picture(1, 3, 30, 41, seed=1), picture(1, 3, 30, 41, seed=2)
     system = random_classsr((3, 5), SCALE, PATCH)
-    router = PatchRouter(system.branches, system.classifier, PATCH, STRIDE, SCALE, batch=8)
+    router = PatchRouter(system.branches, system.classifier, PATCH, STRIDE, SCALE, batch=8, merge=1)
     fixed = FixedPatchRouter(router, image.shape, capacities=[0.5, 0.5])
     expected = fixed(other)
     assert expected.overflow.any()
@@ -220,11 +223,11 @@ def test_what_is_refused():
         fixed(torch.rand(shape), torch.zeros(5, 4, dtype=torch.int64))
     with pytest.raises(ValueError, match=r"in \[0, 3\); got 3"):
         fixed(torch.rand(shape), torch.full((4, 5), 3))
-    alone = PatchRouter(SYSTEM.branches, None, PATCH, STRIDE, SCALE, batch=8)
+    alone = PatchRouter(SYSTEM.branches, None, PATCH, STRIDE, SCALE, batch=8, merge=1)
     with pytest.raises(ValueError, match="no classifier to look at a sample"):
         FixedPatchRouter(alone, shape, sample=torch.rand(shape))
     with pytest.raises(ValueError, match="no classifier; give a class_map"):
         FixedPatchRouter(alone, shape, capacities=[1.0] * 3)(torch.rand(shape))
-    wrong = PatchRouter(SYSTEM.branches, None, PATCH, STRIDE, 2, batch=8)
+    wrong = PatchRouter(SYSTEM.branches, None, PATCH, STRIDE, 2, batch=8, merge=1)
     with pytest.raises(ValueError, match="Is scale=2 that of the branches"):
         FixedPatchRouter(wrong, shape, capacities=[1.0] * 3)(torch.rand(shape), torch.zeros(4, 5, dtype=torch.int64))

@@ -30,7 +30,7 @@ BACKBONES = {
 
 
 def router_of(name: str) -> PatchRouter:
-    return PatchRouter([randomise(BACKBONES[name](), 1)], None, 16, 12, 4)
+    return PatchRouter([randomise(BACKBONES[name](), 1)], None, 16, 12, 4, merge=1)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -63,7 +63,7 @@ def test_what_is_added_last_is_not_rounded(name):
 
     network = silent(randomise(BACKBONES[name](), 1))
     image = picture(1, 3, 16, 16)
-    full, half = (PatchRouter([network], None, 16, 16, 4) for _ in range(2))
+    full, half = (PatchRouter([network], None, 16, 16, 4, merge=1) for _ in range(2))
     torch.testing.assert_close(half.bfloat16().upscale(image).image, full.upscale(image).image, rtol=0, atol=1e-6)
 
 

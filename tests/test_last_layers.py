@@ -25,7 +25,7 @@ def networks(*widths: int) -> list[nn.Module]:
 
 
 def make(branches: list[nn.Module], scale: int = SCALE, **options: object) -> PatchRouter:
-    return PatchRouter(branches, None, PATCH, STRIDE, scale, **options)
+    return PatchRouter(branches, None, PATCH, STRIDE, scale, **options, merge=1)
 
 
 def run(router: PatchRouter, image: torch.Tensor) -> fastroute.Upscaled:

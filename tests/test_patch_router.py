@@ -27,7 +27,7 @@ def system() -> ClassSR:
 
 @pytest.fixture(scope="module")
 def router(system) -> PatchRouter:
-    return PatchRouter(system.branches, system.classifier, PATCH, STRIDE, SCALE)
+    return PatchRouter(system.branches, system.classifier, PATCH, STRIDE, SCALE, merge=1)
 
 
 def plainly(system: ClassSR, image: torch.Tensor, grid: TileGrid, window: object = "uniform") -> tuple:
@@ -118,7 +118,7 @@ def test_strides(system, monkeypatch, stride, per_band):
     monkeypatch.setattr(patch_router, "PATCHES_PER_BAND", per_band)
     small = ClassSR.fsrcnn((3, 4), 2)
     randomise(small, 3).eval()
-    router = PatchRouter(small.branches, system.classifier, 32, stride, 2)
+    router = PatchRouter(small.branches, system.classifier, 32, stride, 2, merge=1)
     image = picture(1, 3, 50 if stride < 16 else 75, 41, seed=stride)
     grid = TileGrid(*image.shape[2:], 32, stride, 2)
     ids = torch.randint(0, 2, (grid.rows, grid.cols), generator=torch.Generator().manual_seed(stride))
@@ -128,17 +128,17 @@ def test_strides(system, monkeypatch, stride, per_band):
 
 @pytest.mark.parametrize("window", ["uniform", "linear", "hann", "gaussian", torch.linspace(0.1, 2, PATCH * SCALE)])
 def test_windows(system, window):
-    router = PatchRouter(system.branches, system.classifier, PATCH, 7, SCALE, window)
+    router = PatchRouter(system.branches, system.classifier, PATCH, 7, SCALE, window, merge=1)
     check(router, system, picture(1, 3, 35, 41), window)
 
 
 def test_as_written_and_optimized(system):
-    router = PatchRouter(system.branches, system.classifier, PATCH, STRIDE, SCALE, optimized=False)
+    router = PatchRouter(system.branches, system.classifier, PATCH, STRIDE, SCALE, optimized=False, merge=1)
     check(router, system, picture(1, 3, 45, 61))
 
 
 def test_single_branch_needs_no_classifier(system):
-    router = PatchRouter([system.net3], None, PATCH, STRIDE, SCALE)
+    router = PatchRouter([system.net3], None, PATCH, STRIDE, SCALE, merge=1)
     image = picture(2, 3, 45, 30)
     grid = TileGrid(45, 30, PATCH, STRIDE, SCALE)
     result = router.upscale(image)
@@ -151,7 +151,7 @@ def test_single_branch_needs_no_classifier(system):
 def test_gray_and_five_channels():
     for channels in (1, 5):
         branches = [randomise(FSRCNN(w, 2, channels=channels), w).eval() for w in (5, 6)]
-        router = PatchRouter(branches, None, 8, 8, 2)
+        router = PatchRouter(branches, None, 8, 8, 2, merge=1)
         image = picture(1, channels, 19, 21)
         grid = TileGrid(19, 21, 8, 8, 2)
         ids = torch.arange(grid.num_patches).view(grid.rows, grid.cols) % 2
@@ -161,7 +161,7 @@ def test_gray_and_five_channels():
 
 def test_bicubic_as_free_class(system):
     branches = [nn.Upsample(scale_factor=SCALE, mode="bicubic"), system.net2]
-    router = PatchRouter(branches, Brightness(), PATCH, STRIDE, SCALE)
+    router = PatchRouter(branches, Brightness(), PATCH, STRIDE, SCALE, merge=1)
     image = picture(1, 3, 45, 61)
     grid = TileGrid(45, 61, PATCH, STRIDE, SCALE)
     ids = Brightness()(patches_of(image, grid)).argmax(dim=1)
@@ -182,7 +182,7 @@ def test_branches_with_final_shuffles(factors):
         layers = [nn.Conv2d(3, 3 * factor**2, 3, padding=1), nn.PixelShuffle(factor)]
         branch = nn.Sequential(nn.Upsample(scale_factor=4 // factor), *layers[: 2 if factor > 1 else 1])
         branches.append(randomise(branch, number).eval())
-    router = PatchRouter(branches, Brightness(), 16, 12, 4)
+    router = PatchRouter(branches, Brightness(), 16, 12, 4, merge=1)
     assert router.shuffle == (factors[0] if factors[0] == factors[1] else 1)
     image = picture(1, 3, 45, 61)
     grid = TileGrid(45, 61, 16, 12, 4)
@@ -202,7 +202,7 @@ class Brightness(nn.Module):
 
 def test_half_precision_networks():
     system = random_classsr((3, 4), 2, 8).to(torch.bfloat16)
-    router = PatchRouter(system.branches, system.classifier, 8, 8, 2)
+    router = PatchRouter(system.branches, system.classifier, 8, 8, 2, merge=1)
     image = picture(1, 3, 24, 40).to(torch.bfloat16)
     result = router.upscale(image)
     assert result.image.dtype == torch.bfloat16
@@ -245,7 +245,7 @@ def test_huge_pages_change_nothing(router, monkeypatch):
 @pytest.mark.parametrize("stride", [1, 3, 8])
 def test_patches_of_many_earlier_bands(monkeypatch, stride):
     system = random_classsr((3, 5, 8), 2, 8)
-    router = PatchRouter(system.branches, patch=8, stride=stride, scale=2)
+    router = PatchRouter(system.branches, patch=8, stride=stride, scale=2, merge=1)
     image = picture(1, 3, 21, 19)
     grid = TileGrid(21, 19, patch=8, stride=stride, scale=2)
     ids = torch.randint(0, 3, (grid.rows, grid.cols), generator=torch.Generator().manual_seed(0))

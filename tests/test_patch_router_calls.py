@@ -28,7 +28,7 @@ def system():
 
 @pytest.fixture
 def router(system):
-    return PatchRouter(system.branches, copy.deepcopy(system.classifier), PATCH, STRIDE, SCALE)
+    return PatchRouter(system.branches, copy.deepcopy(system.classifier), PATCH, STRIDE, SCALE, merge=1)
 
 
 @pytest.fixture
@@ -83,7 +83,7 @@ def test_full_budget_does_not_classify(router, monkeypatch):
 
 
 def test_full_budget_takes_the_dearest_branch_wherever_it_stands(system):
-    router = PatchRouter([system.net3, system.net1], None, PATCH, STRIDE, SCALE)
+    router = PatchRouter([system.net3, system.net1], None, PATCH, STRIDE, SCALE, merge=1)
     assert (router.upscale(picture(1, 3, 20, 24), budget=1).class_map == 0).all()
 
 
@@ -118,7 +118,7 @@ def test_given_classes_of_one_image(router):
 
 def test_classes_are_obeyed(system):
     """Without a classifier, and each branch in the place that the map says."""
-    router = PatchRouter(system.branches, None, PATCH, STRIDE, SCALE)
+    router = PatchRouter(system.branches, None, PATCH, STRIDE, SCALE, merge=1)
     image = picture(1, 3, 24, 24)
     class_map = torch.tensor([[0, 1, 2], [2, 0, 1], [1, 1, 0]])
     output = router.upscale(image, class_map=class_map).image
@@ -212,7 +212,7 @@ def test_a_nan_in_the_image_is_an_error_of_its_score(router):
 
 
 def test_no_classifier(system):
-    router = PatchRouter(system.branches, None, PATCH, STRIDE, SCALE)
+    router = PatchRouter(system.branches, None, PATCH, STRIDE, SCALE, merge=1)
     for options in ({}, {"budget": 0.8}, {"penalty": 1}):
         with pytest.raises(ValueError, match="this router has no classifier; give a class_map or budget=1"):
             router.upscale(picture(1, 3, 20, 20), **options)
@@ -235,7 +235,7 @@ def test_no_classifier(system):
 def test_refused_routers(options, message):
     arguments = {"branches": [FSRCNN(4, 2)], "patch": PATCH, "stride": STRIDE, "scale": SCALE, **options}
     with pytest.raises(ValueError, match=re.escape(message)):
-        PatchRouter(**arguments)
+        PatchRouter(**arguments, merge=1)
 
 
 @pytest.mark.parametrize("branch", [FSRCNN(4, 4), nn.Conv2d(3, 1, 1), nn.Sequential(FSRCNN(4, 2), nn.Conv2d(3, 1, 1))])
@@ -243,7 +243,7 @@ def test_refused_routers(options, message):
 def test_branch_of_another_size(branch, first):
     """A branch that does not fit is named, not broadcast: wherever it stands and whichever ran before it."""
     branches = [branch, FSRCNN(16, 2)] if first else [FSRCNN(4, 2), branch]
-    router = PatchRouter(branches, None, PATCH, STRIDE, SCALE)
+    router = PatchRouter(branches, None, PATCH, STRIDE, SCALE, merge=1)
     with pytest.raises(ValueError, match="a branch must map 8 x 8 patches to"):
         router.upscale(picture(1, 3, 16, 16), class_map=torch.tensor([[0, 1], [1, 0]]))
 
@@ -254,7 +254,7 @@ def test_given_networks_stay_as_they_are(optimized):
     system = copy.deepcopy(random_classsr((3, 6), SCALE, PATCH)).train()
     before = {name: bits(value.detach().clone()) for name, value in system.named_parameters()}
     strides = [p.stride() for p in system.parameters()]
-    router = PatchRouter(system.branches, system.classifier, PATCH, STRIDE, SCALE, optimized=optimized)
+    router = PatchRouter(system.branches, system.classifier, PATCH, STRIDE, SCALE, optimized=optimized, merge=1)
     router.upscale(picture(1, 3, 30, 41))
     assert all(torch.equal(bits(value.detach()), before[name]) for name, value in system.named_parameters())
     assert [p.stride() for p in system.parameters()] == strides
@@ -268,6 +268,6 @@ def test_to(router):
 
 @pytest.mark.parametrize("shape", [(3, 40, 40), (2, 3, 7, 300)])
 def test_bytes_as_floats_are_refused(shape):
-    router = PatchRouter([nn.Identity()], patch=8, stride=8, scale=1, channels=3)
+    router = PatchRouter([nn.Identity()], patch=8, stride=8, scale=1, channels=3, merge=1)
     with pytest.raises(ValueError, match=r"^upscale: a floating image must lie in about \[0, 1\]; it has values like 200: "):
         router.upscale(torch.full(shape, 200.0))

@@ -48,6 +48,12 @@ Selection checked_gradients(const Tensor& grad,                  // [M, C, p, p]
     return {grid, patches, count, numbers};
 }
 
+// Rows and columns that are cut out from the first pixel of a patch on: those of a region hold at least a patch.
+void check_extent(int64_t rows, int64_t cols, int64_t patch) {
+    FASTROUTE_CHECK(rows >= patch && cols >= patch, kOp, ": size must be at least the patch, ", patch, " x ", patch,
+                    "; got ", rows, " x ", cols);
+}
+
 // One number per channel, of any floating type.
 void check_statistic(const char* name, const Tensor& values,  // [C]
                      const Tensor& image) {                   // [B, C, H, W]
@@ -57,10 +63,10 @@ void check_statistic(const char* name, const Tensor& values,  // [C]
                     values.size(0));
 }
 
-Tensor empty_patches(const Tensor& image, int64_t count, int64_t patch, ScalarType dtype,
-                     bool channels_last) {  // [M, C, p, p]
+Tensor empty_patches(const Tensor& image, int64_t count, int64_t rows, int64_t cols, ScalarType dtype,
+                     bool channels_last) {  // [M, C, rows, cols]
     return empty_tensor(
-        kOp, "the patches", {count, image.size(1), patch, patch}, dtype, image,
+        kOp, "the patches", {count, image.size(1), rows, cols}, dtype, image,
         channels_last ? torch::headeronly::MemoryFormat::ChannelsLast : torch::headeronly::MemoryFormat::Contiguous);
 }
 

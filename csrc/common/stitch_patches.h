@@ -27,11 +27,31 @@ void check_shuffle(int64_t span, int64_t shuffle) {
                     "; got ", shuffle);
 }
 
-// `upsampled`: channels that the last layers make of the patches, where those are computed on the way.
+// Batches of regions: each at least a patch, all contiguous or all channels_last.
+void check_regions(const Batches& batches, const std::optional<Tensor>& inverse, int64_t span, int64_t scale,
+                   int64_t shuffle) {
+    FASTROUTE_CHECK(inverse.has_value(), kOp, ": inverse must be given with region");
+    FASTROUTE_CHECK(shuffle >= 1 && scale % shuffle == 0, kOp, ": shuffle must divide the scale, ", scale,
+                    ", for regions; got ", shuffle);
+    const int64_t channels = batches.front().size(1);
+    const bool planar = batches.front().is_contiguous();
+    for (const Tensor& batch : batches) {
+        FASTROUTE_CHECK(batch.size(1) == channels && batch.size(2) >= span / shuffle && batch.size(3) >= span / shuffle,
+                        kOp, ": regions must have ", channels, " channels and at least ", span / shuffle,
+                        " pixels a side; got ", batch.size(1), " x ", batch.size(2), " x ", batch.size(3));
+        const bool pixels =
+            batch.stride(1) == 1 && batch.stride(3) == channels && batch.stride(2) == channels * batch.size(3);
+        FASTROUTE_CHECK(planar ? batch.is_contiguous() : pixels, kOp,
+                        ": regions must all be contiguous or all channels_last");
+    }
+}
+
+// `upsampled`: channels that the last layers make of the patches, where those are computed on the way. `regions`:
+// batches hold regions of any height and width, of one memory format.
 Target checked_target(const Batches& batches,                // [M_i, C·r·r, P / r, P / r] each
                       const std::optional<Tensor>& inverse,  // [N]
                       const TileGrid& grid, int64_t scale, int64_t shuffle, int64_t row_begin, int64_t row_end,
-                      int64_t upsampled = 0) {
+                      int64_t upsampled = 0, bool regions = false) {
     FASTROUTE_CHECK(!batches.empty(), kOp, ": patches must hold at least one batch; got none");
     const Tensor& patches = batches.front();
     int64_t number = 0;
@@ -39,7 +59,7 @@ Target checked_target(const Batches& batches,                // [M_i, C·r·r, P
         check_same_device(kOp, "patches", batch, patches);
         check_rank(kOp, "patches", batch, 4);
         FASTROUTE_CHECK(batch.scalar_type() == patches.scalar_type(), kOp, ": patches must have one dtype");
-        for (int64_t d = 1; d < 4; ++d) {
+        for (int64_t d = 1; d < 4 && !regions; ++d) {
             FASTROUTE_CHECK(batch.size(d) == patches.size(d) && batch.stride(d) == patches.stride(d), kOp,
                             ": all batches of patches must have one shape and memory format");
         }
@@ -48,8 +68,10 @@ Target checked_target(const Batches& batches,                // [M_i, C·r·r, P
     const int64_t span = grid.y.patch * scale, tiles = grid.num_patches();
     check_shuffle(span, shuffle);
     const int64_t square = shuffle * shuffle;
-    FASTROUTE_CHECK(patches.size(2) == span / shuffle && patches.size(3) == span / shuffle, kOp, ": patches must be ",
-                    span, " / ", shuffle, " pixels wide; got ", patches.size(2), " x ", patches.size(3));
+    if (regions) check_regions(batches, inverse, span, scale, shuffle);
+    FASTROUTE_CHECK(regions || (patches.size(2) == span / shuffle && patches.size(3) == span / shuffle), kOp,
+                    ": patches must be ", span, " / ", shuffle, " pixels wide; got ", patches.size(2), " x ",
+                    patches.size(3));
     const int64_t values = upsampled > 0 ? upsampled * square : patches.size(1);
     FASTROUTE_CHECK(values >= 1 && values % square == 0, kOp, ": patches must have C * ", square,
                     " channels, C at least 1; got ", patches.size(1));
@@ -62,7 +84,8 @@ Target checked_target(const Batches& batches,                // [M_i, C·r·r, P
     return target;
 }
 
-void check_stitch_out(const Target& target, const Batches& batches, const std::optional<Tensor>& places,
+// `places`: the tensors that say where patches lie.
+void check_stitch_out(const Target& target, const Batches& batches, const Batches& places,
                       const Tensor& out) {  // [B, C, rows, W·s]
     check_same_device(kOp, "out", out, batches.front());
     FASTROUTE_CHECK(out.dim() == 4 && out.size(0) == target.batch && out.size(1) == target.channels &&
@@ -71,7 +94,7 @@ void check_stitch_out(const Target& target, const Batches& batches, const std::o
                     kOp, ": out must be ", target.batch, " x ", target.channels, " x ", target.rows, " x ",
                     target.width, " with contiguous rows");
     Batches read = batches;
-    if (places.has_value()) read.push_back(*places);
+    read.insert(read.end(), places.begin(), places.end());
     check_written(kOp, "out", out, read);
 }
 

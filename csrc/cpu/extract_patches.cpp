@@ -1,5 +1,6 @@
 // extract_patches: out[m, c, k, l] = (image[b, c, y0 + k, x0 + l] / maximum - mean[c]) / std[c] for the patch order[m]
-// of image b at (y0, x0), reads clamped to the image. One patch is one item of work.
+// of image b at (y0, x0), reads clamped to the image; k and l run over a patch, or over the region that begins with it.
+// One patch is one item of work.
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
@@ -60,6 +61,11 @@ struct Place {
     int64_t image, y, x;
 };
 
+// Rows and columns that are cut out.
+struct Extent {
+    int64_t y, x;
+};
+
 template <typename In, typename Out>
 struct ExtractBody {
     // One row of three channels from planes to pixels.
@@ -78,42 +84,42 @@ struct ExtractBody {
     }
 
     // One row of one channel.
-    FASTROUTE_INLINE static void copy_row(const In* source, int64_t from_x, Out* target, int64_t to_x, int64_t patch,
+    FASTROUTE_INLINE static void copy_row(const In* source, int64_t from_x, Out* target, int64_t to_x, int64_t count,
                                           int64_t x, int64_t width, bool inside, bool plain, int64_t c,
                                           const Convert<In, Out>& convert) {
         if (!inside) {
-            for (int64_t l = 0; l < patch; ++l) {
+            for (int64_t l = 0; l < count; ++l) {
                 target[l * to_x] = convert(source[std::min(x + l, width - 1) * from_x], c);
             }
         } else if (from_x == 1 && to_x == 1) {
             if (plain) {
-                copy_run(target, source + x, patch * sizeof(In));
+                copy_run(target, source + x, count * sizeof(In));
             } else {
-                convert.row(source + x, patch, c, target);
+                convert.row(source + x, count, c, target);
             }
         } else {
-            for (int64_t l = 0; l < patch; ++l) target[l * to_x] = convert(source[(x + l) * from_x], c);
+            for (int64_t l = 0; l < count; ++l) target[l * to_x] = convert(source[(x + l) * from_x], c);
         }
     }
 
     // One patch into `out`; `next` is the patch after it, whose pixels are asked for on the way.
     FASTROUTE_INLINE static void run(const In* images, Layout from, Out* out, Layout to, int64_t channels,
-                                     int64_t height, int64_t width, int64_t patch, Place place, Place next,
+                                     int64_t height, int64_t width, Extent size, Place place, Place next,
                                      Convert<In, Out> convert) {
-        const bool inside = place.x + patch <= width;
+        const bool inside = place.x + size.x <= width;
         const bool plain = std::is_same_v<In, Out> && convert.mean == nullptr && convert.std == nullptr;
         // Both channels_last: a patch row is one run of pixels.
         const bool runs = plain && inside && from.c == 1 && to.c == 1 && from.x == channels && to.x == channels;
-        const int64_t run_bytes = (from.c == 1 ? patch * from.x : patch) * static_cast<int64_t>(sizeof(In));
+        const int64_t run_bytes = (from.c == 1 ? size.x * from.x : size.x) * static_cast<int64_t>(sizeof(In));
         const In* image = images + place.image * from.n;
         const In* ahead = images + next.image * from.n + next.x * from.x;
         const auto row_of = [&](Place at, int64_t k) { return std::min(at.y + k, height - 1) * from.y; };
         if (from.c == 1 || to.c == 1) {
-            for (int64_t k = 0; k < patch; ++k) {
+            for (int64_t k = 0; k < size.y; ++k) {
                 const In* row = image + row_of(place, k);
                 if (from.c == 1) prefetch_run(ahead + row_of(next, k), run_bytes);
                 if (runs) {
-                    copy_run(out + k * to.y, row + place.x * from.x, patch * channels * sizeof(In));
+                    copy_run(out + k * to.y, row + place.x * from.x, size.x * channels * sizeof(In));
                     continue;
                 }
                 if (from.x == 1) {
@@ -122,11 +128,11 @@ struct ExtractBody {
                     }
                 }
                 if (from.x == 1 && inside && channels == 3 && to.x == 3) {
-                    interleave(row + place.x, from.c, patch, convert, out + k * to.y);
+                    interleave(row + place.x, from.c, size.x, convert, out + k * to.y);
                     continue;
                 }
                 for (int64_t c = 0; c < channels; ++c) {
-                    copy_row(row + c * from.c, from.x, out + k * to.y + c * to.c, to.x, patch, place.x, width, inside,
+                    copy_row(row + c * from.c, from.x, out + k * to.y + c * to.c, to.x, size.x, place.x, width, inside,
                              plain, c, convert);
                 }
             }
@@ -134,10 +140,10 @@ struct ExtractBody {
         }
         // Planes one after the other: what is written lies side by side.
         for (int64_t c = 0; c < channels; ++c) {
-            for (int64_t k = 0; k < patch; ++k) {
+            for (int64_t k = 0; k < size.y; ++k) {
                 if (from.x == 1) prefetch_run(ahead + row_of(next, k) + c * from.c, run_bytes);
-                copy_row(image + row_of(place, k) + c * from.c, from.x, out + k * to.y + c * to.c, to.x, patch, place.x,
-                         width, inside, plain, c, convert);
+                copy_row(image + row_of(place, k) + c * from.c, from.x, out + k * to.y + c * to.c, to.x, size.x,
+                         place.x, width, inside, plain, c, convert);
             }
         }
     }
@@ -153,12 +159,12 @@ struct CopyBody {
     // `kBytes` of each row, a length that the compiler knows, or `bytes` where it is 0.
     template <int64_t kBytes>
     FASTROUTE_INLINE static void copy(const T* source, const T* ahead, Layout from, T* out, Layout to, int64_t channels,
-                                      int64_t patch, int64_t bytes) {
+                                      int64_t rows, int64_t bytes) {
         const int64_t length = kBytes > 0 ? kBytes : bytes;
         for (int64_t c = 0; c < channels; ++c) {
             const T *row = source + c * from.c, *later = ahead + c * from.c;
             T* target = out + c * to.c;
-            for (int64_t k = 0; k < patch; ++k) {
+            for (int64_t k = 0; k < rows; ++k) {
                 const char* read = reinterpret_cast<const char*>(later);
                 const char* written = reinterpret_cast<const char*>(target + kRowsAhead * to.y);
                 for (int64_t at = 0; at < length; at += kLine) {
@@ -172,14 +178,14 @@ struct CopyBody {
         }
     }
 
-    FASTROUTE_INLINE static void run(const T* images, Layout from, T* out, Layout to, int64_t channels, int64_t patch,
+    FASTROUTE_INLINE static void run(const T* images, Layout from, T* out, Layout to, int64_t channels, Extent size,
                                      Place place, Place next) {
         const auto begin_of = [&](Place at) { return images + at.image * from.n + at.y * from.y + at.x; };
-        const int64_t bytes = patch * static_cast<int64_t>(sizeof(T));
+        const int64_t bytes = size.x * static_cast<int64_t>(sizeof(T));
         if (bytes == 2 * kLine) {
-            copy<2 * kLine>(begin_of(place), begin_of(next), from, out, to, channels, patch, bytes);
+            copy<2 * kLine>(begin_of(place), begin_of(next), from, out, to, channels, size.y, bytes);
         } else {
-            copy<0>(begin_of(place), begin_of(next), from, out, to, channels, patch, bytes);
+            copy<0>(begin_of(place), begin_of(next), from, out, to, channels, size.y, bytes);
         }
     }
 };
@@ -204,18 +210,20 @@ Tensor extract_patches_cpu(const Tensor& image,                 // [B, C, H, W]
                            const std::optional<Tensor>& mean,   // [C]
                            const std::optional<Tensor>& std,    // [C]
                            int64_t patch, int64_t stride, bool crop, std::optional<ScalarType> dtype,
-                           bool channels_last) {
+                           bool channels_last, int64_t rows, int64_t cols) {
+    check_extent(rows, cols, patch);
+    const Extent size{rows, cols};
     const Selection selected = checked_selection(image, order, patch, stride, crop);
     check_cpu(kOp, "image", image);
     const ScalarType target = dtype.value_or(image.scalar_type());
     check_conversion(image, target, mean, std);
     const int64_t channels = image.size(1), height = image.size(2), width = image.size(3), count = selected.count;
     const TileGrid& grid = selected.grid;
-    const int64_t tiles = grid.num_patches(), cols = grid.x.count();
+    const int64_t tiles = grid.num_patches(), tile_cols = grid.x.count();
     const int64_t* number = selected.numbers();
     if (number != nullptr) check_in_range(kOp, "order", number, count, selected.patches);
 
-    const Tensor out = empty_patches(image, count, patch, target, channels_last);
+    const Tensor out = empty_patches(image, count, rows, cols, target, channels_last);
     prefer_huge_pages(out.mutable_data_ptr(), out.numel() * static_cast<int64_t>(out.element_size()));
     const Layout from = layout_of(image), to = layout_of(out);
     dispatch_extract(image.scalar_type(), out.scalar_type(), [&](auto in_zero, auto out_zero) {
@@ -236,27 +244,27 @@ Tensor extract_patches_cpu(const Tensor& image,                 // [B, C, H, W]
         }
         const In* in = image.const_data_ptr<In>();
         Out* result = out.mutable_data_ptr<Out>();
-        const bool copies =
-            means.empty() && stds.empty() && from.x == 1 && to.x == 1 && height >= patch && width >= patch;
-        const int64_t bytes = channels * patch * patch * static_cast<int64_t>(sizeof(In) + sizeof(Out));
+        const bool copies = means.empty() && stds.empty() && from.x == 1 && to.x == 1;
+        const int64_t bytes = channels * rows * cols * static_cast<int64_t>(sizeof(In) + sizeof(Out));
         parallel(count, grain_for(bytes), [&](int64_t begin, int64_t end) {
             const auto place_of = [&](int64_t m) -> Place {
                 const int64_t n = number == nullptr ? m : number[m], tile = n % tiles;
-                return {n / tiles, grid.y.origin(tile / cols), grid.x.origin(tile % cols)};
+                return {n / tiles, grid.y.origin(tile / tile_cols), grid.x.origin(tile % tile_cols)};
             };
             if constexpr (std::is_same_v<In, Out>) {
                 if (copies) {
-                    // The patch after the next: the next one's pixels are on their way.
-                    for (int64_t m = begin; m < end; ++m) {
-                        run_isa<CopyBody<In>>(in, from, result + m * to.n, to, channels, patch, place_of(m),
-                                              place_of(std::min(m + 2, end - 1)));
+                    const auto inside = [&](Place at) { return at.y + rows <= height && at.x + cols <= width; };
+                    while (begin < end && inside(place_of(begin))) {
+                        // The patch after the next: the next one's pixels are on their way.
+                        run_isa<CopyBody<In>>(in, from, result + begin * to.n, to, channels, size, place_of(begin),
+                                              place_of(std::min(begin + 2, end - 1)));
+                        ++begin;
                     }
-                    return;
                 }
             }
             for (int64_t m = begin; m < end; ++m) {
                 run_isa<ExtractBody<In, Out>, kPrecise<In, Out>>(in, from, result + m * to.n, to, channels, height,
-                                                                 width, patch, place_of(m),
+                                                                 width, size, place_of(m),
                                                                  place_of(std::min(m + 1, end - 1)), convert);
             }
         });

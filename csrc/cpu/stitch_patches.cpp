@@ -51,19 +51,86 @@ int64_t channels_per_item(int64_t channels) {
 
 bool same(TileRange a, TileRange b) { return a.first == b.first && a.last == b.last; }
 
-// Checks the places that the rows [begin, end) of the output will read.
-void check_read(const std::optional<Tensor>& inverse, const Target& target, const TileGrid& grid, int64_t scale,
-                int64_t begin, int64_t end) {
-    if (!inverse.has_value() || begin >= end) return;
-    const int64_t* places = inverse->const_data_ptr<int64_t>();
-    const int64_t tiles = grid.num_patches(), cols = grid.x.count();
-    const int64_t first = grid.y.covering(begin / scale).first, last = grid.y.covering((end - 1) / scale).last;
-    for (int64_t b = 0; b < target.batch; ++b) {
-        check_in_range(kOp, "inverse", places + b * tiles + first * cols, (last - first + 1) * cols, target.count);
+// Where patches lie: the row of `batches` that holds each, or its region, and the first patch of that region.
+struct Places {
+    std::optional<Tensor> inverse, region;  // [N]
+
+    // Those that are given.
+    Batches read() const {
+        Batches given;
+        if (inverse.has_value()) given.push_back(*inverse);
+        if (region.has_value()) given.push_back(*region);
+        return given;
     }
+};
+
+Places checked_places(const std::optional<Tensor>& inverse, const std::optional<Tensor>& region, const Tensor& first) {
+    const Places places{checked_index(kOp, "inverse", inverse, first), checked_index(kOp, "region", region, first)};
+    FASTROUTE_CHECK(!region.has_value() || (inverse.has_value() && places.region->size(0) == places.inverse->size(0)),
+                    kOp, ": region must have one entry per patch, as inverse has");
+    return places;
 }
 
-void stitch_into(const Tensor& out, const Batches& batches, const std::optional<Tensor>& places, const Tensor& window,
+// Tile rows that the output rows [begin, end) read.
+TileRange read_rows(const TileGrid& grid, int64_t scale, int64_t begin, int64_t end) {
+    if (begin >= end) return {0, -1};
+    return {grid.y.covering(begin / scale).first, grid.y.covering((end - 1) / scale).last};
+}
+
+// Where every patch of the tile rows `read` is held, [B, rows, cols]; places are checked.
+template <typename T>
+std::vector<Held<T>> held_patches(const Batches& batches, const Places& places, const TileGrid& grid, int64_t scale,
+                                  int64_t shuffle, const Target& target, TileRange read, const Upsampling* upsampling) {
+    std::vector<Held<T>> rows;  // of `batches`, in which patches are looked up
+    // At once: an expanded tensor may have more rows than there is memory for.
+    rows.reserve(target.count);
+    for (size_t i = 0; i < batches.size(); ++i) {
+        const Tensor& batch = batches[i];
+        const T* data = batch.const_data_ptr<T>();
+        const int64_t kind = upsampling != nullptr ? upsampling->kind_of[i] : -1;
+        for (int64_t m = 0; m < batch.size(0); ++m) {
+            rows.push_back({data + m * batch.stride(0), batch.stride(1), batch.stride(2), batch.stride(3), kind,
+                            static_cast<int64_t>(rows.size()), 0, 0, batch.size(2), batch.size(3)});
+        }
+    }
+    const int64_t* inverse = places.inverse.has_value() ? places.inverse->const_data_ptr<int64_t>() : nullptr;
+    const int64_t* region = places.region.has_value() ? places.region->const_data_ptr<int64_t>() : nullptr;
+    const int64_t tiles = grid.num_patches(), cols = grid.x.count();
+    std::vector<Held<T>> table;
+    table.reserve(target.batch * (read.last - read.first + 1) * cols);
+    for (int64_t b = 0; b < target.batch; ++b) {
+        if (inverse != nullptr && read.first <= read.last) {
+            check_in_range(kOp, "inverse", inverse + b * tiles + read.first * cols, (read.last - read.first + 1) * cols,
+                           target.count);
+        }
+        for (int64_t tile = read.first * cols; tile < (read.last + 1) * cols; ++tile) {
+            const int64_t n = b * tiles + tile;
+            Held<T> held = rows[inverse == nullptr ? n : inverse[n]];
+            if (region != nullptr) {
+                const int64_t corner = region[n] - b * tiles;
+                if (corner < 0 || corner > tile) {
+                    value_error(kOp, ": region must name a patch above or left of its patches, in their image; got ",
+                                region[n], " for patch ", n);
+                }
+                held.down = grid.y.origin(tile / cols) - grid.y.origin(corner / cols);
+                held.across = grid.x.origin(tile % cols) - grid.x.origin(corner % cols);
+                // Elements per LR pixel.
+                const bool finished = upsampling != nullptr && held.kind < 0;
+                const int64_t factor = finished ? scale : scale / shuffle, span = grid.y.patch * factor;
+                if (held.across < 0 || held.down * factor + span > held.height ||
+                    held.across * factor + span > held.width) {
+                    value_error(kOp, ": region ", region[n], " does not hold patch ", n, "; got ", held.height, " x ",
+                                held.width);
+                }
+                if (held.kind < 0) held.data += held.down * factor * held.y + held.across * factor * held.x;
+            }
+            table.push_back(held);
+        }
+    }
+    return table;
+}
+
+void stitch_into(const Tensor& out, const Batches& batches, const Places& places, const Tensor& window,
                  const TileGrid& grid, int64_t scale, int64_t shuffle, int64_t row_begin, const Target& target,
                  const Upsampling* upsampling = nullptr, Spent* spent = nullptr) {
     const int64_t span = grid.y.patch * scale, channels = target.channels, rows = target.rows;
@@ -76,32 +143,27 @@ void stitch_into(const Tensor& out, const Batches& batches, const std::optional<
         const W* weight = checked_window<W>(dense_window, span);
         const std::vector<W> weights_y = axis_weights(weight, grid.y, scale),
                              weights_x = axis_weights(weight, grid.x, scale);
-        std::vector<const T*> patches;
-        // At once: an expanded tensor may have more rows than there is memory for their addresses.
-        patches.reserve(target.count);
-        for (const Tensor& batch : batches) {
-            const T* data = batch.const_data_ptr<T>();
-            for (int64_t n = 0; n < batch.size(0); ++n) patches.push_back(data + n * batch.stride(0));
-        }
-        StitchPlan<T> plan{patches.data(),
-                           {first.stride(1), first.stride(2), first.stride(3), shuffle},
-                           places.has_value() ? places->const_data_ptr<int64_t>() : nullptr,
-                           weights_y.data(),
-                           weights_x.data(),
-                           grid,
-                           scale,
-                           span,
-                           target.width,
-                           1,
-                           false,
-                           kRows,
-                           upsampling,
-                           {0, span, 1, 1}};
+        const TileRange read = read_rows(grid, scale, row_begin, row_begin + rows);
+        const std::vector<Held<T>> table =
+            held_patches<T>(batches, places, grid, scale, shuffle, target, read, upsampling);
+        StitchPlan<T> plan{.table = table.data(),
+                           .read = read,
+                           .layout = {first.stride(1), first.stride(2), first.stride(3), shuffle},
+                           .weights_y = weights_y.data(),
+                           .weights_x = weights_x.data(),
+                           .grid = grid,
+                           .scale = scale,
+                           .span = span,
+                           .width = target.width,
+                           .channels = 1,
+                           .wide = false,
+                           .rows = kRows,
+                           .upsampling = upsampling,
+                           .tile = {0, span, 1, 1}};
         if (upsampling != nullptr) {
             plan.channels = channels;
             plan.rows = shuffle * rows_per_item(target.batch * rows / shuffle, 8, 2);
-            const int64_t align = upsampler::kRowAlign;
-            plan.tile.y = (span / shuffle + align - 1) / align * align * shuffle;
+            plan.tile.y = computed_columns(span / shuffle, shuffle);
             plan.layout = plan.tile;
         } else if (plan.unpacked() && plan.layout.x != 1) {
             plan.channels = channels_per_item(channels);
@@ -168,9 +230,8 @@ Tensor stitch_patches_cpu(const Tensor& patches,                 // [M, C·r·r,
                           int64_t height, int64_t width, int64_t patch, int64_t stride, int64_t scale, bool crop,
                           int64_t shuffle, std::optional<ScalarType> dtype, int64_t row_begin, int64_t row_end) {
     const TileGrid grid = checked_grid(kOp, height, width, patch, stride, crop, scale);
-    const std::optional<Tensor> places = checked_index(kOp, "inverse", inverse, patches);
-    const Target target = checked_target({patches}, places, grid, scale, shuffle, row_begin, row_end);
-    check_read(places, target, grid, scale, row_begin, row_end);
+    const Places places = checked_places(inverse, std::nullopt, patches);
+    const Target target = checked_target({patches}, places.inverse, grid, scale, shuffle, row_begin, row_end);
     const Tensor out = empty_tensor(kOp, "the image", {target.batch, target.channels, target.rows, target.width},
                                     dtype.value_or(patches.scalar_type()), patches);
     prefer_huge_pages(out.mutable_data_ptr(), out.numel() * static_cast<int64_t>(out.element_size()));
@@ -180,48 +241,53 @@ Tensor stitch_patches_cpu(const Tensor& patches,                 // [M, C·r·r,
 
 void stitch_batches_out_cpu(const Batches& batches,                // [M_i, C·r·r, P / r, P / r] each
                             const std::optional<Tensor>& inverse,  // [N]
+                            const std::optional<Tensor>& region,   // [N]
                             const Tensor& window,                  // [P]
                             int64_t height, int64_t width, int64_t patch, int64_t stride, int64_t scale, bool crop,
                             int64_t shuffle, int64_t row_begin, int64_t row_end,
                             const Tensor& out) {  // [B, C, rows, W·s]
     const TileGrid grid = checked_grid(kOp, height, width, patch, stride, crop, scale);
-    const std::optional<Tensor> places = checked_index(kOp, "inverse", inverse, out);
-    const Target target = checked_target(batches, places, grid, scale, shuffle, row_begin, row_end);
-    check_read(places, target, grid, scale, row_begin, row_end);
-    check_stitch_out(target, batches, places, out);
+    const Places places = checked_places(inverse, region, out);
+    const Target target =
+        checked_target(batches, places.inverse, grid, scale, shuffle, row_begin, row_end, 0, region.has_value());
+    check_stitch_out(target, batches, places.read(), out);
     stitch_into(out, batches, places, window, grid, scale, shuffle, row_begin, target);
 }
 
 void stitch_patches_out_cpu(const Tensor& patches, const std::optional<Tensor>& inverse, const Tensor& window,
                             int64_t height, int64_t width, int64_t patch, int64_t stride, int64_t scale, bool crop,
                             int64_t shuffle, int64_t row_begin, int64_t row_end, const Tensor& out) {
-    stitch_batches_out_cpu({patches}, inverse, window, height, width, patch, stride, scale, crop, shuffle, row_begin,
-                           row_end, out);
+    stitch_batches_out_cpu({patches}, inverse, std::nullopt, window, height, width, patch, stride, scale, crop, shuffle,
+                           row_begin, row_end, out);
 }
 
 void stitch_upsampled_out_cpu(const Batches& batches,  // [M_i, F, p, p] each
                               const std::vector<int64_t>& kinds,
                               const Batches& layers,                 // five per kind, see checked_upsamplers
                               const std::optional<Tensor>& inverse,  // [N]
+                              const std::optional<Tensor>& region,   // [N]
                               const Tensor& window,                  // [P]
                               int64_t height, int64_t width, int64_t patch, int64_t stride, int64_t scale, bool crop,
                               int64_t shuffle, int64_t row_begin, int64_t row_end,
                               const Tensor& out,      // [B, C, rows, W·s]
                               const Tensor& spent) {  // [kinds + 1]
     const TileGrid grid = checked_grid(kOp, height, width, patch, stride, crop, scale);
-    const std::optional<Tensor> places = checked_index(kOp, "inverse", inverse, out);
-    std::vector<upsampler::FeatureStep> at;
-    const Target target =
-        checked_kinds(batches, kinds, layers, spent, places, grid, scale, shuffle, row_begin, row_end, at);
-    check_read(places, target, grid, scale, row_begin, row_end);
-    check_stitch_out(target, batches, places, out);
+    const Places places = checked_places(inverse, region, out);
+    const Target target = checked_kinds(batches, kinds, layers, spent, places.inverse, grid, scale, shuffle, row_begin,
+                                        row_end, region.has_value());
+    check_stitch_out(target, batches, places.read(), out);
     check_written(kOp, "spent", spent, {out});
     const std::vector<upsampler::Upsampler> packed = packed_upsamplers(layers, shuffle);
-    std::vector<int64_t> kind_of;
-    kind_of.reserve(target.count);
-    for (size_t i = 0; i < batches.size(); ++i) kind_of.insert(kind_of.end(), batches[i].size(0), kinds[i]);
-    const Upsampling upsampling{packed.data(), static_cast<int64_t>(packed.size()), at.data(), kind_of.data(),
-                                grid.y.patch * scale / shuffle};
+    int64_t widest = grid.y.patch;
+    for (size_t i = 0; i < batches.size(); ++i) {
+        if (kinds[i] >= 0) widest = std::max(widest, batches[i].size(3));
+    }
+    const Upsampling upsampling{.kinds = packed.data(),
+                                .number = static_cast<int64_t>(packed.size()),
+                                .kind_of = kinds.data(),
+                                .shuffle = shuffle,
+                                .size = grid.y.patch * scale / shuffle,
+                                .widest = widest};
     Spent measured;
     measured.ticks.resize(packed.size() + 1);
     stitch_into(out, batches, places, window, grid, scale, shuffle, row_begin, target, &upsampling, &measured);

@@ -67,20 +67,32 @@ FASTROUTE_INLINE void prefetch_row(const T* patch, PatchLayout at, int64_t c, in
 // Patches that are the input of their branch's last layers, which are computed for the rows of each item of work.
 struct Upsampling {
     const upsampler::Upsampler* kinds;
-    int64_t number;                    // of them
-    const upsampler::FeatureStep* at;  // of the features of each kind
-    const int64_t* kind_of;            // [M]; -1 for a patch that is finished, [C, P, P]
-    int64_t size;                      // of a patch, in LR pixels
+    int64_t number;          // of them
+    const int64_t* kind_of;  // of each batch; -1 for one of patches that are finished, [C, P, P]
+    int64_t shuffle;         // output pixels per pixel of the features
+    int64_t size;            // of a patch, in pixels of the features
+    int64_t widest;          // region
+};
+
+// Where a patch is read: in a batch of its own kind, or within the region that holds it.
+template <typename T>
+struct Held {
+    const T* data;          // its first pixel; with last layers to compute, the first feature of its region
+    int64_t c, y, x;        // strides in elements
+    int64_t kind;           // of last layers, -1 for none
+    int64_t row;            // of the region among all
+    int64_t down, across;   // LR pixels from the beginning of the region
+    int64_t height, width;  // of the region, in LR pixels
 };
 
 template <typename T>
 struct StitchPlan {
     using W = Work<T>;
-    const T* const* patches;  // [M]
-    PatchLayout layout;
-    const int64_t* inverse;  // [N] or null
-    const W* weights_y;      // [rows, span]
-    const W* weights_x;      // [cols, span]
+    const Held<T>* table;  // [B, tile rows that are read, cols]
+    TileRange read;        // those tile rows
+    PatchLayout layout;    // of the first batch; only c and y of others may differ
+    const W* weights_y;    // [rows, span]
+    const W* weights_x;    // [cols, span]
     TileGrid grid;
     int64_t scale, span, width;  // width in output pixels
     int64_t channels;            // of one item of work: 1, or all of them
@@ -122,8 +134,12 @@ struct StitchPlan {
         return true;
     }
 
-    FASTROUTE_INLINE int64_t place(int64_t n) const { return inverse == nullptr ? n : inverse[n]; }
-    FASTROUTE_INLINE const T* patch(int64_t n) const { return patches[place(n)]; }
+    FASTROUTE_INLINE const Held<T>& held(int64_t image, int64_t i, int64_t j) const {
+        return table[(image * (read.last - read.first + 1) + i - read.first) * grid.x.count() + j];
+    }
+    FASTROUTE_INLINE PatchLayout layout_of(const Held<T>& patch) const {
+        return {patch.c, patch.y, layout.x, layout.shuffle};
+    }
 };
 
 // Buffers of one thread.
@@ -138,6 +154,11 @@ struct Scratch {
     // Of upsampled patches: buffers; ticks spent in the layers of each kind.
     upsampler::Buffers layers;
     std::vector<int64_t> spent;
+    // Of the last two regions: which one, and its rows of the item of work, [channels, rows, columns].
+    struct Computed {
+        int64_t region = -1;
+        std::vector<W> rows;
+    } computed[2];
 
     template <typename T>
     Scratch(const StitchPlan<T>& plan, int64_t kinds)
@@ -146,7 +167,7 @@ struct Scratch {
           tile(plan.channels * plan.tile.c),
           spent(kinds) {
         for (int64_t kind = 0; kind < kinds; ++kind) {
-            layers.reserve(plan.upsampling->kinds[kind].scratch(plan.upsampling->size));
+            layers.reserve(plan.upsampling->kinds[kind].scratch(plan.upsampling->widest));
         }
     }
 };

@@ -87,24 +87,35 @@ struct UnpackBody {
     }
 };
 
-// The rows of patch n of which the first is k, some at a time.
+// Floats of a row that `columns` LR pixels become.
+inline int64_t computed_columns(int64_t columns, int64_t shuffle) {
+    return (columns + upsampler::kRowAlign - 1) / upsampler::kRowAlign * upsampler::kRowAlign * shuffle;
+}
+
+// The rows of a patch of which the first is k, some at a time. `all` rows will be asked for; where a region is larger
+// than its patches, they are computed for the whole region at once, since its patches follow each other.
 template <typename T>
 class PlanarPatch {
   public:
     using W = Work<T>;
 
-    PlanarPatch(const StitchPlan<T>& plan, int64_t n, int64_t k, Scratch<W>* scratch)
-        : layout(plan.in_place() ? plan.layout : plan.tile), plan(plan), patch(plan.patch(n)), scratch(scratch) {
+    PlanarPatch(const StitchPlan<T>& plan, const Held<T>& held, int64_t k, int64_t all, int64_t slot,
+                Scratch<W>* scratch)
+        : layout(plan.in_place() ? plan.layout_of(held) : plan.tile), plan(plan), held(held), scratch(scratch) {
         if constexpr (std::is_same_v<T, float>) {
             if (plan.upsampling == nullptr) return;
-            const Upsampling& from = *plan.upsampling;
-            kind = from.kind_of[plan.place(n)];
-            if (kind < 0) {
-                layout = {plan.span * plan.span, plan.span, 1, 1};
+            if (held.kind < 0) {
+                layout = {held.c, held.y, 1, 1};
                 return;
             }
             begin = ticks();
-            upsampled.emplace(from.kinds[kind], patch, from.at[kind], from.size, k, &scratch->layers);
+            const Upsampling& from = *plan.upsampling;
+            const bool region = held.height > from.size || held.width > from.size;
+            if (region && find(held.row, k)) return;
+            const int64_t first = region ? k + held.down * plan.scale : k;
+            upsampled.emplace(from.kinds[held.kind], held.data, upsampler::FeatureStep{held.c, held.y, held.x},
+                              held.height, held.width, first, &scratch->layers);
+            if (region) compute(first, all, k, slot);
         }
     }
 
@@ -113,33 +124,62 @@ class PlanarPatch {
     const W* next(int64_t c, int64_t k, int64_t rows) {
         W* tile = scratch->tile.data();
         if (plan.unpacked()) {
-            const T* from = patch + c * plan.layout.c + k * plan.layout.y;
+            const PatchLayout at = plan.layout_of(held);
+            const T* from = held.data + c * at.c + k * at.y;
             layout.c = rows * layout.y;
-            run_isa<UnpackBody<T>>(from, plan.layout, plan.channels, rows, plan.span, tile, layout,
-                                   scratch->row.data());
+            run_isa<UnpackBody<T>>(from, at, plan.channels, rows, plan.span, tile, layout, scratch->row.data());
             return tile;
         }
         if constexpr (std::is_same_v<T, float>) {
+            if (ready != nullptr) return ready + (k - ready_from) * layout.y;
             if (upsampled.has_value()) {
                 if (begin == 0) begin = ticks();
                 upsampled->compute(k, k + rows, tile, layout.y, layout.c);
-                scratch->spent[kind] += ticks() - std::exchange(begin, 0);
+                scratch->spent[held.kind] += ticks() - std::exchange(begin, 0);
                 return tile;
             }
         }
-        if constexpr (std::is_same_v<T, W>) return patch + c * layout.c + k * layout.y;
+        if constexpr (std::is_same_v<T, W>) return held.data + c * layout.c + k * layout.y;
         return tile;
     }
 
     PatchLayout layout;
 
   private:
+    // Whether the rows of the region have been computed for another of its patches.
+    bool find(int64_t row, int64_t k) {
+        for (const auto& computed : scratch->computed) {
+            if (computed.region != row) continue;
+            use(computed.rows, k);
+            return true;
+        }
+        return false;
+    }
+
+    void compute(int64_t first, int64_t all, int64_t k, int64_t slot) {
+        auto& computed = scratch->computed[slot & 1];
+        const int64_t step = computed_columns(held.width, plan.upsampling->shuffle);
+        computed.rows.resize(plan.channels * plan.rows *
+                             computed_columns(plan.upsampling->widest, plan.upsampling->shuffle));
+        upsampled->compute(first, first + all, computed.rows.data(), step, plan.rows * step);
+        computed.region = held.row;
+        use(computed.rows, k);
+        scratch->spent[held.kind] += ticks() - std::exchange(begin, 0);
+    }
+
+    void use(const std::vector<W>& rows, int64_t k) {
+        const int64_t step = computed_columns(held.width, plan.upsampling->shuffle);
+        layout = {plan.rows * step, step, 1, 1};
+        ready = rows.data() + held.across * plan.scale, ready_from = k;
+    }
+
     const StitchPlan<T>& plan;
-    const T* patch;
+    const Held<T>& held;
     Scratch<W>* scratch;
     int64_t begin = 0;  // ticks since which the time counts; 0 while it does not
-    int64_t kind = -1;
     std::optional<upsampler::Patch> upsampled;
+    const W* ready = nullptr;  // computed rows, from row `ready_from` on
+    int64_t ready_from = 0;
 };
 
 }  // namespace

@@ -136,7 +136,7 @@ struct StitchBody {
             const int64_t kept = std::min(span, plan.width - x0);
             for (int64_t i = range.first; i <= range.last; ++i) {
                 const int64_t k = at - plan.grid.y.origin(i) * plan.scale;
-                const int64_t n = (image * plan.grid.y.count() + i) * cols + j;
+                const Held<T>& tile = plan.held(image, i, j);
                 const Runs mode = direct ? Runs::put : i < range.last ? Runs::begin : Runs::finish;
                 W* window = scratch->window.data() + (i - range.first) * held;
                 const auto target = [&](int64_t r, int64_t begin) {
@@ -154,7 +154,7 @@ struct StitchBody {
                                           out.stream};
                 };
                 if (plan.planar()) {
-                    PlanarPatch<T> patch(plan, n, k, scratch);
+                    PlanarPatch<T> patch(plan, tile, k, rows, i - range.first, scratch);
                     // As few as lie in the first-level cache until they are merged.
                     const int64_t most =
                         plan.unpacked() ? std::clamp<int64_t>(kUnpacked / plan.channels / span, 1, kRows) : kRows;
@@ -172,10 +172,10 @@ struct StitchBody {
                     continue;
                 }
                 if constexpr (std::is_same_v<T, float>) {
-                    const T* patch = plan.patch(n);
-                    const T* ahead = j + 1 < cols ? plan.patch(n + 1) : patch;
+                    const T* patch = tile.data;
+                    const T* ahead = j + 1 < cols ? plan.held(image, i, j + 1).data : patch;
                     for (int64_t r = 0; r < rows; r += 4) {
-                        const int64_t lr_row = (k + r) / 4 * plan.layout.y;
+                        const int64_t lr_row = (k + r) / 4 * tile.y;
                         const auto runs = [&](int64_t begin, int64_t end, Runs to, bool joined) {
                             const int64_t offset = c * 16 + lr_row + begin / 4 * plan.layout.x;
                             const ShuffledRow from{patch + offset, ahead + offset, plan.layout.x, (end - begin) / 4,
@@ -198,6 +198,7 @@ struct StitchBody {
     FASTROUTE_INLINE static void run(const StitchPlan<T>& plan, int64_t image, int64_t c, int64_t at, TileRange range,
                                      Scratch<W>* scratch, Rows<Out> out) {
         W* window = scratch->window.data();
+        for (auto& computed : scratch->computed) computed.region = -1;
         const int64_t cols = plan.grid.x.count(), span = plan.span, width = plan.width, rows = out.count;
         const int64_t channels = plan.channels, factor = plan.layout.shuffle;
         const W* top = plan.weights_y + range.first * span + at - plan.grid.y.origin(range.first) * plan.scale;
@@ -217,27 +218,28 @@ struct StitchBody {
             const int64_t k = at - plan.grid.y.origin(i) * plan.scale;
             int64_t shared = 0;  // columns at the front of the window that earlier tiles began
             for (int64_t j = 0; j < cols; ++j) {
-                const int64_t n = (image * plan.grid.y.count() + i) * cols + j;
-                const T* patch = plan.patch(n);
-                const T* ahead = j + 1 < cols ? plan.patch(n + 1) : patch;
+                const Held<T>& held = plan.held(image, i, j);
+                const PatchLayout layout = plan.layout_of(held);
+                const T* patch = held.data;
+                const T* ahead = j + 1 < cols ? plan.held(image, i, j + 1).data : patch;
                 const W* weight = plan.weights_x + j * span;
                 const int64_t x0 = plan.grid.x.origin(j) * plan.scale, kept = std::min(span, width - x0);
                 if (whole && k % factor == 0 && factor == 4) {
-                    weigh_shuffled<4>(patch + c * 16, ahead + c * 16, plan.layout, channels, k, rows, span, shared,
-                                      kept, weight, window);
+                    weigh_shuffled<4>(patch + c * 16, ahead + c * 16, layout, channels, k, rows, span, shared, kept,
+                                      weight, window);
                 } else if (whole && k % factor == 0 && factor == 3) {
-                    weigh_shuffled<3>(patch + c * 9, ahead + c * 9, plan.layout, channels, k, rows, span, shared, kept,
+                    weigh_shuffled<3>(patch + c * 9, ahead + c * 9, layout, channels, k, rows, span, shared, kept,
                                       weight, window);
                 } else if (whole && k % factor == 0 && factor == 2) {
-                    weigh_shuffled<2>(patch + c * 4, ahead + c * 4, plan.layout, channels, k, rows, span, shared, kept,
+                    weigh_shuffled<2>(patch + c * 4, ahead + c * 4, layout, channels, k, rows, span, shared, kept,
                                       weight, window);
                 } else if (plan.planar() && !plan.in_place()) {
-                    PlanarPatch<T> some(plan, n, k, scratch);
+                    PlanarPatch<T> some(plan, held, k, rows, i - range.first, scratch);
                     const W* values = some.next(c, k, rows);
                     weigh_rows(values, values, some.layout, channels, 0, rows, span, shared, kept, weight, window,
                                scratch->row.data(), 0);
                 } else {
-                    weigh_rows(patch, ahead, plan.layout, channels, k, rows, span, shared, kept, weight, window,
+                    weigh_rows(patch, ahead, layout, channels, k, rows, span, shared, kept, weight, window,
                                scratch->row.data(), c);
                 }
                 const int64_t finished = plan.finished(j);

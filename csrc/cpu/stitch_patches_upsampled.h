@@ -15,7 +15,8 @@ namespace {
 constexpr size_t kLayers = 5;  // tensors per kind
 
 // A kind's layers: [expand [D, F], its bias [D], slope [D], weight [C·r·r, D, K, K], bias [C·r·r]], the first three
-// empty where there is no expansion; or, with expand [0, C] and the others empty, weight [P, p], an interpolation.
+// empty where there is no expansion; or, with expand [0, C], an interpolation: weight [P, p], bias the same for
+// columns, or empty where that is weight too, and the others empty.
 struct Kind {
     const Tensor &expand, &expand_bias, &slope, &weight, &bias;
 
@@ -30,6 +31,7 @@ struct Kind {
     }
 
     bool interpolates() const { return weight.dim() == 2; }
+    const Tensor& across() const { return bias.dim() == 2 ? bias : weight; }
     int64_t features() const {
         return interpolates() || (expand.numel() > 0 && expand.dim() == 2) ? expand.size(1) : weight.size(1);
     }
@@ -45,8 +47,11 @@ void check_kind(const Kind& kind, int64_t span, int64_t shuffle, int64_t channel
     }
     FASTROUTE_CHECK(kind.channels(shuffle) == channels, kOp, ": all kinds must have ", channels, " channels");
     if (kind.interpolates()) {
-        FASTROUTE_CHECK(weight.size(0) == span && weight.size(1) * shuffle == span, kOp, ": weight must be ", span,
-                        " x ", span / shuffle);
+        for (const Tensor* matrix : {&weight, &kind.across()}) {
+            FASTROUTE_CHECK(matrix->size(1) > 0 && matrix->size(0) == matrix->size(1) * shuffle, kOp,
+                            ": weight must be ", span, " x ", span / shuffle, ", or as its regions are; got ",
+                            matrix->size(0), " x ", matrix->size(1));
+        }
         return;
     }
     const int64_t square = shuffle * shuffle, units = weight.size(1);
@@ -65,10 +70,10 @@ void check_kind(const Kind& kind, int64_t span, int64_t shuffle, int64_t channel
 }
 
 // Checks batches and layers: of each kind, features [M, F, p, p] of one memory format; of kind -1, finished patches
-// [M, C, P, P], side by side. `at` becomes the strides of each kind's.
+// [M, C, P, P], side by side. With `regions` these are regions.
 Target checked_kinds(const Batches& batches, const std::vector<int64_t>& kinds, const Batches& layers,
                      const Tensor& spent, const std::optional<Tensor>& inverse, const TileGrid& grid, int64_t scale,
-                     int64_t shuffle, int64_t row_begin, int64_t row_end, std::vector<upsampler::FeatureStep>& at) {
+                     int64_t shuffle, int64_t row_begin, int64_t row_end, bool regions) {
     check_shuffle(grid.y.patch * scale, shuffle);
     FASTROUTE_CHECK(!batches.empty() && kinds.size() == batches.size(), kOp, ": kinds must have one entry per batch");
     FASTROUTE_CHECK(!layers.empty() && layers.size() % kLayers == 0, kOp, ": layers must hold five tensors per kind");
@@ -91,7 +96,6 @@ Target checked_kinds(const Batches& batches, const std::vector<int64_t>& kinds, 
     FASTROUTE_CHECK(inverse.has_value() || used == 1, kOp, ": inverse must be given for patches of several kinds");
     Target target{};
     int64_t count = 0;
-    at.resize(number);
     for (int64_t k = 0; k <= number; ++k) {
         if (sorted[k].empty()) continue;
         const Tensor& first = sorted[k].front();
@@ -100,12 +104,17 @@ Target checked_kinds(const Batches& batches, const std::vector<int64_t>& kinds, 
         FASTROUTE_CHECK(first.dim() == 4 && first.size(1) == features, kOp, ": patches of kind ", finished ? -1 : k,
                         " must have ", features, " features");
         target = checked_target(sorted[k], inverse, grid, scale, finished ? 1 : shuffle, row_begin, row_end,
-                                finished ? 0 : channels);
+                                finished ? 0 : channels, regions);
         count += target.count;
-        if (!finished) at[k] = {first.stride(1), first.stride(2), first.stride(3)};
-        FASTROUTE_CHECK(
-            !finished || (first.stride(1) == span * span && first.stride(2) == span && first.stride(3) == 1), kOp,
-            ": finished patches must be ", channels, " x ", span, " x ", span, ", side by side");
+        FASTROUTE_CHECK(!finished || first.is_contiguous(), kOp, ": finished patches must be ", channels, " x ", span,
+                        " x ", span, ", side by side");
+        if (finished || !Kind(layers, k).interpolates()) continue;
+        const Kind kind(layers, k);
+        for (const Tensor& batch : sorted[k]) {
+            FASTROUTE_CHECK(batch.size(2) == kind.weight.size(1) && batch.size(3) == kind.across().size(1), kOp,
+                            ": patches of kind ", k, " must be ", kind.weight.size(1), " x ", kind.across().size(1),
+                            ", which its matrices read; got ", batch.size(2), " x ", batch.size(3));
+        }
     }
     target.count = count;
     return target;
@@ -119,10 +128,13 @@ std::vector<upsampler::Upsampler> packed_upsamplers(const Batches& layers, int64
         const auto data = [](const Tensor& tensor) { return tensor.const_data_ptr<float>(); };
         const int64_t channels = kind.channels(shuffle);
         if (kind.interpolates()) {
-            auto band = upsampler::band_of(data(kind.weight), kind.weight.size(0), kind.weight.size(1));
-            FASTROUTE_CHECK(band.has_value(), kOp, ": each row of weight must have at most ", upsampler::kMostRows,
-                            " numbers side by side, none further left than in the row above");
-            packed.push_back(upsampler::interpolation(std::move(*band), channels, shuffle));
+            const auto band_of = [&](const Tensor& matrix) {
+                auto band = upsampler::band_of(data(matrix), matrix.size(0), matrix.size(1));
+                FASTROUTE_CHECK(band.has_value(), kOp, ": each row of weight must have at most ", upsampler::kMostRows,
+                                " numbers side by side, none further left than in the row above");
+                return std::move(*band);
+            };
+            packed.push_back(upsampler::interpolation(band_of(kind.weight), band_of(kind.across()), channels, shuffle));
             continue;
         }
         packed.push_back(upsampler::pack(kind.expand.numel() > 0 ? data(kind.expand) : nullptr, data(kind.expand_bias),

@@ -63,11 +63,11 @@ struct Upsampler {
     std::vector<float> expand;              // [units / 8][features][8]
     std::vector<float> expand_bias, slope;  // [units]
     std::vector<std::vector<Part>> parts;   // [shuffle]
-    std::optional<Band> band;               // of an interpolation
+    std::optional<Band> band, across;       // of an interpolation: its rows and its columns
 
-    // Floats of the buffers of a Patch.
-    int64_t scratch(int64_t size) const {
-        const int64_t width = (size + kRowAlign - 1) / kRowAlign * kRowAlign;
+    // Floats of the buffers of a Patch of so many columns.
+    int64_t scratch(int64_t columns) const {
+        const int64_t width = (columns + kRowAlign - 1) / kRowAlign * kRowAlign;
         return features * width + (kernel + 1) * (units * (kRowPad + width) + 2 * kRowPad);
     }
 };
@@ -202,11 +202,11 @@ inline std::optional<Band> band_of(const float* matrix, int64_t rows, int64_t co
     return band;
 }
 
-// A separable interpolation of `channels` channels.
-inline Upsampler interpolation(Band band, int64_t channels, int64_t shuffle) {
+// A separable interpolation of `channels` channels: of rows by `down`, and of columns by `across`.
+inline Upsampler interpolation(Band down, Band across, int64_t channels, int64_t shuffle) {
     Upsampler u;
-    u.features = u.units = u.channels = channels, u.shuffle = shuffle, u.kernel = band.taps;
-    u.band = std::move(band);
+    u.features = u.units = u.channels = channels, u.shuffle = shuffle, u.kernel = down.taps;
+    u.band = std::move(down), u.across = std::move(across);
     return u;
 }
 
@@ -241,30 +241,34 @@ inline void copy_planar(const float* from, FeatureStep at, int64_t features, int
     }
 }
 
-// Buffers of one thread, for any number of patches of one size.
+// Buffers of one thread, for any number of patches.
 struct Buffers {
     std::vector<float> values;
-    const Upsampler* padded_for = nullptr;  // whose zeros lie where they must
+    // Whose zeros lie where they must, and for how many columns.
+    const Upsampler* padded_for = nullptr;
+    int64_t padded_width = 0;
 
     void reserve(int64_t count) {
         if (count > static_cast<int64_t>(values.size())) values.resize(count);
     }
 };
 
-// A patch of `size` x `size` LR pixels, whose output rows are computed from the top to the bottom, some at a time.
+// A patch, or a region, of `height` x `columns` LR pixels, whose output rows are computed from the top to the bottom,
+// some at a time.
 class Patch {
   public:
-    // `row` is the first output row that will be asked for; `buffers` hold `u.scratch(size)` floats.
-    Patch(const Upsampler& u, const float* features, FeatureStep at, int64_t size, int64_t row, Buffers* buffers)
-        : u(u), features(features), at(at), size(size), planar(buffers->values.data()) {
-        width = (size + kRowAlign - 1) / kRowAlign * kRowAlign, step = kRowPad + width;
+    // `row` is the first output row that will be asked for; `buffers` hold `u.scratch(columns)` floats.
+    Patch(const Upsampler& u, const float* features, FeatureStep at, int64_t height, int64_t columns, int64_t row,
+          Buffers* buffers)
+        : u(u), features(features), at(at), height(height), columns(columns), planar(buffers->values.data()) {
+        width = (columns + kRowAlign - 1) / kRowAlign * kRowAlign, step = kRowPad + width;
         row_size = u.units * step + 2 * kRowPad;
         held = planar + u.features * width;
         outside = held + u.kernel * row_size;
         next = u.band.has_value() ? u.band->first[row] : std::max<int64_t>(row / u.shuffle - u.kernel / 2, 0);
         for (int64_t y = 0; y <= u.kernel / 2; ++y) prefetch(next + y);
-        if (buffers->padded_for == &u) return;
-        buffers->padded_for = &u;
+        if (buffers->padded_for == &u && buffers->padded_width == width) return;
+        buffers->padded_for = &u, buffers->padded_width = width;
         std::fill(outside, outside + row_size, 0.0f);
         // Each row of each unit ends in the zeros that the next one begins with.
         for (int64_t r = 0; r < u.kernel; ++r) {
@@ -281,13 +285,13 @@ class Patch {
         if (u.band.has_value()) return interpolate(*u.band, begin, end, tile, row_step, channel_step);
         for (int64_t k = begin; k < end; ++k) {
             const int64_t y = k / u.shuffle, reach = u.kernel / 2;
-            for (; next <= std::min(y + reach, size - 1); ++next) prepare(next);
+            for (; next <= std::min(y + reach, height - 1); ++next) prepare(next);
             for (const Part& part : u.parts[k % u.shuffle]) {
                 const float* rows[kMostRows];
                 const int64_t taps = static_cast<int64_t>(part.taps.size());
                 for (int64_t t = 0; t < taps; ++t) {
                     const int64_t from = y + part.taps[t] - reach;
-                    rows[t] = from >= 0 && from < size ? row(from) : outside + kRowPad;
+                    rows[t] = from >= 0 && from < height ? row(from) : outside + kRowPad;
                 }
                 part.run(rows, taps, u.units, step, width, part.weight.data(), part.bias.data(),
                          tile + part.channel * channel_step + (k - begin) * row_step, channel_step);
@@ -310,30 +314,30 @@ class Patch {
 
     // Asks for LR row y.
     void prefetch(int64_t y) const {
-        if (y >= size || at.c != 1) return;
+        if (y >= height || at.c != 1) return;
         const char* from = reinterpret_cast<const char*>(features + y * at.y);
-        for (int64_t byte = 0; byte < size * at.x * 4; byte += 64) __builtin_prefetch(from + byte, 0, 2);
+        for (int64_t byte = 0; byte < columns * at.x * 4; byte += 64) __builtin_prefetch(from + byte, 0, 2);
     }
 
     // What the convolution reads of LR row y.
     void prepare(int64_t y) const {
         float* to = row(y);
         prefetch(y + 1);
-        copy_planar(features + y * at.y, at, u.features, size, u.expands ? planar : to, u.expands ? width : step);
+        copy_planar(features + y * at.y, at, u.features, columns, u.expands ? planar : to, u.expands ? width : step);
         if (u.expands) {
-            for (int64_t f = 0; f < u.features && size < width; ++f)
-                std::fill(planar + f * width + size, planar + (f + 1) * width, 0.0f);
+            for (int64_t f = 0; f < u.features && columns < width; ++f)
+                std::fill(planar + f * width + columns, planar + (f + 1) * width, 0.0f);
             kernels.expand_row(u, planar, width, to, step);
         }
-        for (int64_t d = 0; d < u.units && size < width; ++d)
-            std::fill(to + d * step + size, to + d * step + width, 0.0f);
+        for (int64_t d = 0; d < u.units && columns < width; ++d)
+            std::fill(to + d * step + columns, to + d * step + width, 0.0f);
     }
 
     const Upsampler& u;
     const Kernels& kernels = Kernels::active();
     const float* features;
     FeatureStep at;
-    int64_t size, width, step, row_size;
+    int64_t height, columns, width, step, row_size;
     int64_t next;    // LR row to prepare
     float* planar;   // [features, width]
     float* held;     // [kernel, row_size]: the rows that an output row reads, in turn

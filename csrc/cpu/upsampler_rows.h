@@ -194,7 +194,7 @@ FASTROUTE_TARGET __attribute__((noinline)) void blend_row(const Upsampler& u, in
             store(blended + c * width + x, sum);
         }
     }
-    blend_columns(band, u.channels, blended, width, out, channel_step);
+    blend_columns(*u.across, u.channels, blended, width, out, channel_step);
 }
 
 template <int R, int K, unsigned Mask>

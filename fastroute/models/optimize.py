@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
@@ -89,11 +89,21 @@ def interpolation(branch: nn.Module, patch: int) -> Upsampler | None:
     """`branch` as a separable interpolation of patches of `patch` x `patch` pixels, if it is one."""
     if type(branch) is not Bicubic:
         return None
-    size = (patch * branch.scale, patch)
-    # What it makes of each pixel of a column, in float64: its rows do not mix, at a factor of 1.
-    matrix = F.interpolate(torch.eye(patch, dtype=torch.float64)[None, None], size, mode="bicubic", align_corners=False)
     empty = torch.empty(0, dtype=torch.float32)
-    return Upsampler(empty.view(0, branch.channels), empty, empty, matrix[0, 0].to(torch.float32), empty, branch.scale)
+    matrix = _bicubic_matrix(patch, branch.scale)
+    return Upsampler(empty.view(0, branch.channels), empty, empty, matrix, empty, branch.scale)
+
+
+def interpolated(upsampler: Upsampler, shape: tuple[int, int]) -> Upsampler:
+    """The interpolation `upsampler` of regions of `shape` pixels, height and width, instead of patches."""
+    matrices = [_bicubic_matrix(size, upsampler.shuffle).to(upsampler.weight.device) for size in shape]
+    return upsampler._replace(weight=matrices[0], bias=matrices[1])
+
+
+def _bicubic_matrix(size: int, scale: int) -> Tensor:  # [size * scale, size]
+    # What it makes of each pixel of a column, in float64: its rows do not mix, at a factor of 1.
+    pixels = torch.eye(size, dtype=torch.float64)[None, None]
+    return F.interpolate(pixels, (size * scale, size), mode="bicubic", align_corners=False)[0, 0].to(torch.float32)
 
 
 def _rewrite(module: nn.Module, owned: bool) -> nn.Module:

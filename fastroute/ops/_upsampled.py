@@ -19,7 +19,7 @@ from fastroute.backends import select
 from fastroute.grid import TileGrid
 from fastroute.ops import _checks as check
 from fastroute.ops._library import call, register
-from fastroute.ops.stitch_patches import reference_out
+from fastroute.ops.stitch_patches import reference_batches
 
 # Instead of the number of an upsampler.
 FINISHED = -1
@@ -30,7 +30,8 @@ SIZES = ((2, 3), (2, 5), (3, 3), (4, 3))
 class Upsampler(NamedTuple):
     """The last layers of a branch: x -> pixel_shuffle(conv(leaky_relu(expand(x)))), or without `expand`.
 
-    Or a separable interpolation of each channel, x -> weight x weightᵀ; `expand` is then (0, C), and the rest is empty.
+    Or a separable interpolation of each channel, x -> weight x acrossᵀ; `expand` is then (0, C), `bias` is `across`, or empty
+    where that is `weight` too, and the rest is empty.
 
     Attributes:
         expand: (D, F), weight of a 1 x 1 convolution; empty where there is none.
@@ -38,7 +39,7 @@ class Upsampler(NamedTuple):
         slope: (D,), of the leaky rectifier.
         weight: (C * r * r, D, K, K), of a convolution that keeps the size; or (P, p), each row of at most 8 numbers side by
             side, none further left than in the row above.
-        bias: (C * r * r,).
+        bias: (C * r * r,); of an interpolation (Q, q), where columns are interpolated by another matrix than rows.
         shuffle: r, or P / p.
     """
 
@@ -99,16 +100,18 @@ def stitch_upsampled(
     inverse: Tensor,  # [N]
     rows: tuple[int, int],
     out: Tensor,  # [B, C, rows, W·s]
+    region: Tensor | None = None,  # [N]
 ) -> Tensor:  # [K + 1]
     """:func:`fastroute.stitch_patches` of what `upsamplers` make of `batches`.
 
     Args:
         batches: float32 features with p = grid.patch * grid.scale / shuffle, those of a kind of one memory format, or
-            finished patches, contiguous; they stand for their concatenation along M.
+            finished patches, contiguous; they stand for their concatenation along M. With `region` they are regions, those of
+            an interpolation of the size that its matrices read.
         kinds: for each batch, which of `upsamplers` it goes through; FINISHED for patches that go through none.
         upsamplers: K of one shuffle and number of channels.
         window: float32 weights, as :func:`fastroute.make_window` gives them.
-        grid, inverse, rows, out: see :func:`fastroute.stitch_patches`.
+        grid, inverse, rows, out, region: see :func:`fastroute.stitch_patches`.
 
     Returns:
         float64 (K + 1,): time of all threads together in each upsampler, and in everything else; only ratios mean something.
@@ -119,7 +122,7 @@ def stitch_upsampled(
     # Their `layers`, which torch 2.10 could not compile, as in `features_of`.
     layers = [tensor for upsampler in upsamplers for tensor in upsampler[:-1]]
     geometry = (grid.height, grid.width, grid.patch, grid.stride, grid.scale, grid.crop, shuffle)
-    held = (list(batches), list(kinds), layers, inverse, window)
+    held = (list(batches), list(kinds), layers, inverse, region, window)
     call(op, _reference_upsampled, device, *held, *geometry, *rows, out=out, spent=spent)
     return spent
 
@@ -129,6 +132,7 @@ def _reference_upsampled(
     kinds: list[int],
     layers: list[Tensor],
     inverse: Tensor | None,
+    region: Tensor | None,
     window: Tensor,
     *rest: Any,
     out: Tensor,
@@ -146,14 +150,16 @@ def _reference_upsampled(
         begin = time.perf_counter()
         expand, expand_bias, slope, weight, bias = layers[5 * kind : 5 * kind + 5]
         if weight.ndim == 2:
-            patches.append(F.pixel_unshuffle(weight @ batch @ weight.t(), rest[-3]))
+            across = bias if bias.ndim == 2 else weight
+            patches.append(F.pixel_unshuffle(weight @ batch @ across.t(), rest[-3]))
         else:
             if expand.numel():
                 batch = F.prelu(F.conv2d(batch, expand[:, :, None, None], expand_bias), slope)
             patches.append(F.conv2d(batch, weight, bias, padding=weight.shape[2] // 2).contiguous())
         spent[kind] += time.perf_counter() - begin
     begin = time.perf_counter()
-    reference_out(torch.cat(patches), inverse, window, *rest, out=out)
+    # Whole batches of one memory format.
+    reference_batches([batch.contiguous() for batch in patches], inverse, region, window, *rest, out=out)
     spent[-1] += time.perf_counter() - begin
 
 

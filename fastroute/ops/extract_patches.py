@@ -17,7 +17,7 @@ from fastroute.reference.extract_patches import (
 
 SCHEMAS = [
     "extract_patches(Tensor image, Tensor? order, Tensor? mean, Tensor? std, int patch, int stride, bool crop, "
-    "ScalarType? dtype, bool channels_last) -> Tensor",
+    "ScalarType? dtype, bool channels_last, int rows, int cols) -> Tensor",
     "_extract_patches_backward(Tensor grad, Tensor? order, SymInt batch, SymInt height, SymInt width, int patch, "
     "int stride, bool crop) -> Tensor",
 ]
@@ -31,7 +31,8 @@ def extract_patches(
     std: Tensor | None = None,  # [C]
     dtype: torch.dtype | None = None,
     memory_format: torch.memory_format | None = None,
-) -> Tensor:  # [M, C, p, p]
+    size: tuple[int, int] | None = None,
+) -> Tensor:  # [M, C, p, p] or [M, C, *size]
     """Crop the patches of `grid`, convert and normalise them, in class order when `order` is given.
 
     A read outside the image repeats its edge, so an image smaller than a patch works.
@@ -45,15 +46,17 @@ def extract_patches(
         dtype: floating type of the patches, default that of `image`. Integer images turn into [0, 1]: uint8 values are
             divided by 255, uint16 values by 65535. Arithmetic is float32.
         memory_format: torch.contiguous_format or torch.channels_last; default as `image`.
+        size: height and width in LR pixels of what is cut out, from the first pixel of each patch of `order` on: the regions
+            of one shape that :func:`fastroute.merge_regions` found. At least a patch, which is the default.
 
     Returns:
-        (M, C, patch, patch), M = B * grid.num_patches without `order`.
+        (M, C, patch, patch), or (M, C, *size); M = B * grid.num_patches without `order`.
 
     Raises:
         ValueError: a wrong rank or size, tensors on several devices, or a patch number out of range.
         TypeError: an unsupported dtype, or an integer image with `mean` or `std` and no floating `dtype`.
 
-    Differentiable: with respect to `image`, for floating images.
+    Differentiable: with respect to `image`, for floating images and patches, not for another `size`.
     Deterministic: yes, bit for bit, forward and backward.
     Synchronises: no.
     CUDA-graph safe: yes.
@@ -71,6 +74,11 @@ def extract_patches(
     if image.shape[1] < 1:
         raise ValueError(f"{op}: image must have at least one channel; got {tuple(image.shape)}")
     check.index(op, "order", order, None)
+    rows, cols = (grid.patch, grid.patch) if size is None else size
+    if min(rows, cols) < grid.patch:
+        raise ValueError(f"{op}: size must be at least the patch, {grid.patch} x {grid.patch}; got {rows} x {cols}")
+    if max(rows, cols) > grid.patch and image.requires_grad and torch.is_grad_enabled():
+        raise ValueError(f"{op}: regions have no gradient; leave size out, or detach image")
     target = image.dtype if dtype is None else dtype
     for name, statistic in (("mean", mean), ("std", std)):
         if statistic is None:
@@ -99,6 +107,8 @@ def extract_patches(
         grid.crop,
         target,
         _is_channels_last(image, memory_format),
+        rows,
+        cols,
     )
 
 
@@ -120,13 +130,15 @@ def _fake(
     crop: bool,
     dtype: torch.dtype | None,
     channels_last: bool,
+    rows: int,
+    cols: int,
 ) -> Tensor:
     b, c, height, width = image.shape
     check.geometry("extract_patches", height, width, patch, stride, crop)
     tiles = tile_count(height, patch, stride, crop) * tile_count(width, patch, stride, crop)
     m = b * tiles if order is None else order.shape[0]
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
-    return torch.empty((m, c, patch, patch), dtype=dtype or image.dtype, device=image.device, memory_format=memory_format)
+    return torch.empty((m, c, rows, cols), dtype=dtype or image.dtype, device=image.device, memory_format=memory_format)
 
 
 def _backward_fake(
@@ -137,7 +149,9 @@ def _backward_fake(
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    image, order, _, std, patch, stride, crop, _, _ = inputs
+    image, order, _, std, patch, stride, crop, _, _, rows, cols = inputs
+    if max(rows, cols) > patch:
+        raise ValueError("extract_patches: regions have no gradient")
     ctx.save_for_backward(order, std)
     ctx.size = (image.shape[0], image.shape[2], image.shape[3])
     ctx.grid = (patch, stride, crop)
@@ -150,7 +164,7 @@ def _backward(ops: Any, ctx: Any, grad: Tensor) -> tuple:
         work = torch.float64 if grad.dtype == torch.float64 else torch.float32
         grad = grad.to(work) / std.to(work)[:, None, None]
     image_grad = ops._extract_patches_backward(grad, order, *ctx.size, *ctx.grid)
-    return image_grad.to(ctx.dtype), *[None] * 8
+    return image_grad.to(ctx.dtype), *[None] * 10
 
 
 def _backward_setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -159,7 +173,7 @@ def _backward_setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
 
 
 def _double_backward(ops: Any, ctx: Any, grad: Tensor) -> tuple:
-    patches = ops.extract_patches(grad, *ctx.saved_tensors, None, None, *ctx.grid, grad.dtype, False)
+    patches = ops.extract_patches(grad, *ctx.saved_tensors, None, None, *ctx.grid, grad.dtype, False, ctx.grid[0], ctx.grid[0])
     return patches, *[None] * 7
 
 

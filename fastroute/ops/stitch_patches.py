@@ -16,6 +16,7 @@ from fastroute.ops import _checks as check
 from fastroute.ops._library import call, exhausted, is_transformed, register
 from fastroute.reference.stitch_patches import (
     _stitch_patches_backward_reference,
+    patches_of_regions,
     stitch_patches_reference,
 )
 from fastroute.windows import window_on
@@ -25,11 +26,12 @@ SCHEMAS = [
     "int scale, bool crop, int shuffle, ScalarType? dtype, SymInt row_begin, SymInt row_end) -> Tensor",
     "stitch_patches.out(Tensor patches, Tensor? inverse, Tensor window, SymInt height, SymInt width, int patch, int stride, "
     "int scale, bool crop, int shuffle, SymInt row_begin, SymInt row_end, *, Tensor(a!) out) -> ()",
-    "stitch_patches.batches_out(Tensor[] batches, Tensor? inverse, Tensor window, SymInt height, SymInt width, int patch, "
-    "int stride, int scale, bool crop, int shuffle, SymInt row_begin, SymInt row_end, *, Tensor(a!) out) -> ()",
-    "stitch_patches.upsampled_out(Tensor[] batches, int[] kinds, Tensor[] layers, Tensor? inverse, Tensor window, "
-    "SymInt height, SymInt width, int patch, int stride, int scale, bool crop, int shuffle, SymInt row_begin, SymInt row_end, "
-    "*, Tensor(a!) out, Tensor(b!) spent) -> ()",
+    "stitch_patches.batches_out(Tensor[] batches, Tensor? inverse, Tensor? region, Tensor window, SymInt height, "
+    "SymInt width, int patch, int stride, int scale, bool crop, int shuffle, SymInt row_begin, SymInt row_end, *, "
+    "Tensor(a!) out) -> ()",
+    "stitch_patches.upsampled_out(Tensor[] batches, int[] kinds, Tensor[] layers, Tensor? inverse, Tensor? region, "
+    "Tensor window, SymInt height, SymInt width, int patch, int stride, int scale, bool crop, int shuffle, SymInt row_begin, "
+    "SymInt row_end, *, Tensor(a!) out, Tensor(b!) spent) -> ()",
     "_stitch_patches_backward(Tensor grad, Tensor? inverse, Tensor window, SymInt height, SymInt width, int patch, "
     "int stride, int scale, bool crop, SymInt num_patches) -> Tensor",
 ]
@@ -44,6 +46,7 @@ def stitch_patches(
     shuffle: int = 1,
     rows: tuple[int, int] | None = None,
     out: Tensor | None = None,  # [B, C, rows, W·s]
+    region: Tensor | None = None,  # [N]
 ) -> Tensor:  # [B, C, H·s, W·s]
     """Merge overlapping patches into images, weighted by a separable window, reading class-ordered patches directly.
 
@@ -66,16 +69,21 @@ def stitch_patches(
             rows need may then be missing: their `inverse` is not read.
         out: write into this tensor, for example a band of a larger image; its last dimension must be contiguous and its
             dtype is that of the result.
+        region: int64 (N,), the number of the first patch of the region that holds patch n, as :func:`merge_regions` says.
+            `patches` then hold regions of any shapes, tensors of (M, C, h * scale, w * scale), and `inverse` says the row of
+            the region that holds patch n. The image is the same mean over patches; each reads its part of a region. Where a
+            pixel shuffle is undone, its factor must divide `scale`.
 
     Returns:
         (B, C, height, width) with the size that ``grid.output_size`` gives, contiguous.
 
     Raises:
-        ValueError: a wrong rank or size, a number of patches that fills no whole images, tensors on several devices, or
-            an entry of `inverse` out of range, or an `out` that shares memory with an input or between its own rows.
+        ValueError: a wrong rank or size, a number of patches that fills no whole images, tensors on several devices, an entry
+            of `inverse` or `region` out of range, a region that does not hold its patches, or an `out` that shares memory with
+            an input or between its own rows.
         TypeError: an unsupported dtype, or both `dtype` and an `out` of another.
 
-    Differentiable: with respect to `patches`, for whole floating images without `out`.
+    Differentiable: with respect to `patches`, for whole floating images without `out` and `region`.
     Deterministic: yes, bit for bit: every pixel sums its patches in one order, columns before rows, in float32.
     Synchronises: no.
     CUDA-graph safe: yes.
@@ -83,14 +91,17 @@ def stitch_patches(
     """
     op = "stitch_patches"
     batches: list[Tensor] = []
-    if not isinstance(patches, Tensor):
+    if region is not None:
+        batches = _checked_regions(patches, inverse, region, grid, shuffle)
+        patches = batches[0]
+    elif not isinstance(patches, Tensor):
         batches = _checked_batches(patches, out)
         patches = batches[0]
     check.rank(op, "patches", patches, "(M, C, P, P)", 4)
     check.dtype(op, "patches", patches.dtype, check.FLOATING)
     check.at_least(op, 1, shuffle=shuffle)
     span = grid.patch * grid.scale
-    if span % shuffle or tuple(patches.shape[2:]) != (span // shuffle, span // shuffle):
+    if span % shuffle or (region is None and tuple(patches.shape[2:]) != (span // shuffle, span // shuffle)):
         raise ValueError(
             f"{op}: patches must be {grid.patch} * {grid.scale} / {shuffle} = {span / shuffle:g} pixels wide, as the grid "
             f"says; got {tuple(patches.shape)}"
@@ -107,8 +118,8 @@ def stitch_patches(
     check.dtype(op, "dtype", target, check.FLOATING + check.INTEGER_IMAGE)
     check.index(op, "inverse", inverse, None)
     check.same_device(op, "patches", patches, "inverse", inverse)
-    held = sum(batch.shape[0] for batch in batches) if batches else patches.shape[0]
-    number = held if inverse is None else inverse.shape[0]
+    rows_held = sum(batch.shape[0] for batch in batches) if batches else patches.shape[0]
+    number = rows_held if inverse is None else inverse.shape[0]
     if number % grid.num_patches:
         name = "patches" if inverse is None else "inverse"
         raise ValueError(f"{op}: {name} must hold a multiple of {grid.num_patches}, whole images; got {number}")
@@ -118,7 +129,7 @@ def stitch_patches(
     size = (number // grid.num_patches, patches.shape[1] // shuffle**2, end - begin, width)
     if out is not None and (tuple(out.shape) != size or out.stride(3) != 1):
         raise ValueError(f"{op}: out must be {size} with contiguous rows; got {tuple(out.shape)} with strides {out.stride()}")
-    if rows is not None or out is not None or not target.is_floating_point:
+    if rows is not None or out is not None or region is not None or not target.is_floating_point:
         patches = patches.detach()
     elif shuffle > 1 and patches.requires_grad and torch.is_grad_enabled():
         patches, shuffle = F.pixel_shuffle(patches, shuffle), 1
@@ -128,8 +139,11 @@ def stitch_patches(
             out = memory.empty(size, target, patches.device)
         except (MemoryError, RuntimeError) as error:
             raise exhausted(op, error, patches.device) from error
-    if out is not None and len(batches) > 1:
-        call(f"{op}.batches_out", _reference_batches, patches.device, batches, inverse, weights, *geometry, begin, end, out=out)
+    if out is None and region is not None:
+        out = patches.new_empty(size, dtype=target)
+    if out is not None and (len(batches) > 1 or region is not None):
+        held = (batches, inverse, region, weights)
+        call(f"{op}.batches_out", reference_batches, patches.device, *held, *geometry, begin, end, out=out)
         return out
     if out is not None:
         call(f"{op}.out", reference_out, patches.device, patches, inverse, weights, *geometry, begin, end, out=out)
@@ -170,6 +184,39 @@ def _checked_batches(patches: Sequence[Tensor], out: Tensor | None) -> list[Tens
     if out is None:
         raise ValueError(f"{op}: patches in several tensors need `out`")
     return batches
+
+
+def _checked_regions(
+    patches: Tensor | Sequence[Tensor], inverse: Tensor | None, region: Tensor, grid: TileGrid, shuffle: int
+) -> list[Tensor]:
+    """`patches` as a list of tensors of regions, which may differ in their height and width too."""
+    op = "stitch_patches"
+    batches = [patches] if isinstance(patches, Tensor) else list(patches)
+    if not batches or not all(isinstance(batch, Tensor) for batch in batches):
+        raise TypeError(f"{op}: patches must be a torch.Tensor or a list of at least one; got {type(patches).__name__}")
+    first = batches[0]
+    if inverse is None:
+        raise ValueError(f"{op}: region needs `inverse`, the row of `patches` that holds the region of each patch")
+    check.index(op, "region", region, inverse.shape[0] if isinstance(inverse, Tensor) and inverse.ndim == 1 else None)
+    check.same_device(op, "patches", first, "region", region)
+    if shuffle >= 1 and grid.scale % shuffle:
+        raise ValueError(f"{op}: shuffle must divide the scale, {grid.scale}, for regions; got {shuffle}")
+    least = grid.patch * grid.scale // max(shuffle, 1)
+    for batch in batches:
+        check.rank(op, "patches", batch, "(M, C, h, w)", 4)
+        check.same_device(op, "patches", first, "patches", batch)
+        if batch.dtype != first.dtype:
+            raise TypeError(f"{op}: patches must have one dtype; got {first.dtype} and {batch.dtype}")
+        if batch.shape[1] != first.shape[1] or min(batch.shape[2:]) < least:
+            raise ValueError(
+                f"{op}: regions must have {first.shape[1]} channels and at least {least} x {least} pixels; "
+                f"got {tuple(batch.shape)}"
+            )
+    # One memory format for all, which the kernels read: that of the first.
+    layout = torch.contiguous_format
+    if not first.is_contiguous() and first.is_contiguous(memory_format=torch.channels_last):
+        layout = torch.channels_last
+    return [batch.contiguous(memory_format=layout) for batch in batches]
 
 
 def check_places(
@@ -215,9 +262,15 @@ def reference_out(*args: Any, out: Tensor) -> None:
     out.copy_(_checked_reference(*args[:-2], out.dtype, *args[-2:]))
 
 
-def _reference_batches(batches: list[Tensor], *args: Any, out: Tensor) -> None:
+def reference_batches(batches: list[Tensor], inverse: Tensor | None, region: Tensor | None, *args: Any, out: Tensor) -> None:
+    """:func:`reference_out` of patches, or of regions that hold them, in several tensors."""
     check.written("stitch_patches", "out", out, batches)
-    reference_out(torch.cat(batches), *args, out=out)
+    if region is None or inverse is None:
+        patches = torch.cat(batches)
+    else:
+        # Each patch is then a row of its own.
+        patches, inverse = patches_of_regions(batches, inverse, region, *args[1:8]), None
+    reference_out(patches, inverse, *args, out=out)
 
 
 def _work(dtype: torch.dtype) -> torch.dtype:
@@ -301,5 +354,5 @@ def _double_backward(ops: Any, ctx: Any, grad: Tensor) -> tuple:
 
 register("stitch_patches", _checked_reference, _fake, _backward, _setup_context)
 register("stitch_patches.out", reference_out, lambda *args, out: None)
-register("stitch_patches.batches_out", _reference_batches, lambda *args, out: None)
+register("stitch_patches.batches_out", reference_batches, lambda *args, out: None)
 register("_stitch_patches_backward", _checked_backward_reference, _backward_fake, _double_backward, _backward_setup_context)

@@ -29,16 +29,18 @@ def extract_patches_reference(
     crop: bool,
     dtype: torch.dtype | None = None,
     channels_last: bool = False,
-) -> Tensor:  # [M, C, p, p]
-    """See :func:`fastroute.extract_patches`."""
+    rows: int | None = None,
+    cols: int | None = None,
+) -> Tensor:  # [M, C, rows, cols]
+    """See :func:`fastroute.extract_patches`; `rows` and `cols` are those of a patch by default."""
     c, height, width = image.shape[1:]
-    steps = torch.arange(patch, device=image.device)
-    rows = _reads(height, patch, stride, crop, steps)  # [rows, p]
-    cols = _reads(width, patch, stride, crop, steps)  # [cols, p]
+    size = (patch if rows is None else rows, patch if cols is None else cols)
+    down = _reads(height, patch, stride, crop, torch.arange(size[0], device=image.device))  # [tile rows, rows]
+    across = _reads(width, patch, stride, crop, torch.arange(size[1], device=image.device))  # [tile columns, cols]
     # Indexing is not implemented for uint16; its bits are those of int16.
     source = image.view(torch.int16) if image.dtype == torch.uint16 else image
-    patches = source[:, :, rows[:, None, :, None], cols[None, :, None, :]]  # [B, C, rows, cols, p, p]
-    patches = patches.permute(0, 2, 3, 1, 4, 5).reshape(-1, c, patch, patch)
+    patches = source[:, :, down[:, None, :, None], across[None, :, None, :]]  # [B, C, tile rows, tile columns, *size]
+    patches = patches.permute(0, 2, 3, 1, 4, 5).reshape(-1, c, *size)
     if order is not None:
         patches = patches[order]
     if image.dtype == torch.uint16:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -72,6 +74,36 @@ def stitch_patches_reference(
         n = bottom - top
         image[:, :, top:bottom] += strip[:, :, :n] * weights_y[i, :n, None]
     return quantise(image[:, :, row_begin:row_end], dtype or patches.dtype)
+
+
+def patches_of_regions(
+    batches: Sequence[Tensor],  # [M_i, C·r·r, h_i / r, w_i / r] each
+    inverse: Tensor,  # [N]
+    region: Tensor,  # [N]
+    height: int,
+    width: int,
+    patch: int,
+    stride: int,
+    scale: int,
+    crop: bool,
+    shuffle: int,
+) -> Tensor:  # [N, C·r·r, P / r, P / r]
+    """Every patch cut out of the region that holds it; 0 for a patch whose place is not held."""
+    rows, cols = tile_origins(height, patch, stride, crop), tile_origins(width, patch, stride, crop)
+    first, span, factor = batches[0], patch * scale // shuffle, scale // shuffle
+    patches = first.new_zeros(inverse.numel(), first.shape[1], span, span)
+    held = [row for batch in batches for row in batch]
+    for n, (place, begin) in enumerate(zip(inverse.tolist(), region.tolist(), strict=True)):
+        if not (0 <= place < len(held) and 0 <= begin <= n):
+            continue
+        tile, corner = n % (len(rows) * len(cols)), begin % (len(rows) * len(cols))
+        y = (rows[tile // len(cols)] - rows[corner // len(cols)]) * factor
+        x = (cols[tile % len(cols)] - cols[corner % len(cols)]) * factor
+        part = held[place][:, y : y + span, x : x + span]
+        if y < 0 or x < 0 or part.shape[1:] != (span, span):
+            raise ValueError(f"stitch_patches: region {begin} does not hold patch {n}; got {tuple(held[place].shape[1:])}")
+        patches[n] = part
+    return patches
 
 
 def quantise(image: Tensor, dtype: torch.dtype) -> Tensor:

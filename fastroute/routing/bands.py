@@ -49,14 +49,17 @@ class Band:
         return source.get(self.images, (top, bottom)), replace(grid, height=bottom - top)
 
 
-def plan_bands(batch: int, grid: TileGrid, patches: int) -> list[Band]:
-    """Whole images while they fit in one band of about `patches` patches, else bands of tile rows of one image."""
+def plan_bands(batch: int, grid: TileGrid, patches: int, merge: int = 1) -> list[Band]:
+    """Whole images while they fit in one band of about `patches` patches, else bands of tile rows of one image.
+
+    Every band but the last of an image has a multiple of `merge` tile rows, so that no region lies in two.
+    """
     if grid.num_patches <= patches:
         per_band = max(1, patches // grid.num_patches)
         return [Band((i, min(i + per_band, batch)), (0, grid.rows)) for i in range(0, batch, per_band)]
     count = -(-grid.num_patches // patches)
     # Bands of equal height, so that none is left with one row.
-    edges = sorted({round(grid.rows * i / count) for i in range(count + 1)})
+    edges = sorted({min(round(grid.rows * i / count / merge) * merge, grid.rows) for i in range(count)} | {grid.rows})
     return [Band((b, b + 1), rows) for b in range(batch) for rows in pairwise(edges)]
 
 

@@ -71,8 +71,8 @@ class Branches:
         self.paper_flops = [count_flops(branch, self.size, "paper") for branch in branches]
         prepared = [optimize(b) if optimized else frozen_copy(b) for b in branches]
         split = [split_shuffle(branch) for branch in prepared]
-        # The stitching undoes a pixel shuffle on the way when all branches end with the same one.
-        self.shuffle = split[0][1] if len({factor for _, factor in split}) == 1 else 1
+        # The stitching undoes a pixel shuffle on the way when all branches end with the same one; regions meet at LR pixels.
+        self.shuffle = split[0][1] if len({factor for _, factor in split}) == 1 and scale % split[0][1] == 0 else 1
         self.modules = [body for body, _ in split] if self.shuffle > 1 else prepared
         self._find_dtype()
         # What may run them: as the user said, of each branch, and what has been compiled.
@@ -260,6 +260,10 @@ class Branches:
                 self.collect()
         return results
 
+    def settled(self, c: int, device: torch.device) -> bool:
+        """Whether nothing about branch `c` is measured any more."""
+        return self.batch is not None or not self.tune or not enabled() or self._race(c, device).best is not None
+
     def collect(self) -> None:
         """Take note of what turns have taken; on a GPU all work must be done."""
         while self._timed:
@@ -282,26 +286,31 @@ class Branches:
 
     def _turn(self, c: int, count: int, shape: Shape, device: torch.device) -> Turn | None:
         """The next turn of the search for how branch `c` runs fastest, where `count` patches are enough for one."""
-        if self.batch is not None or not self.tune or not enabled():
+        if self.settled(c, device):
             return None
         race = self._race(c, device)
-        if race.best is not None:
-            return None
         largest = self.largest(c, device, shape)
         patches = race.patches(shape, largest)
         setting = race.turn(shape, largest) if count >= patches else None
         return None if setting is None else Turn(race, shape, setting, patches, device)
 
-    def _passes(self, c: int, patches: Tensor, setting: Setting) -> list[Tensor]:
+    def _batch(self, c: int, patches: Tensor, setting: Setting) -> int:
         batch = setting.batch(patches.shape)
-        if self.batch is None:
-            batch = min(batch, self._most_together(c, patches.device, setting, (patches.shape[2], patches.shape[3])))
-        if setting.engine != TORCH:
-            return self._programmed(c, patches, setting, batch)
+        if self.batch is not None:
+            return batch
+        return min(batch, self._most_together(c, patches.device, setting, (patches.shape[2], patches.shape[3])))
+
+    def pieces(self, c: int, patches: Tensor, setting: Setting) -> tuple[nn.Module, Sequence[Tensor], torch.dtype]:
+        """PyTorch's module of branch `c`, the patches of each of its passes, and the type of what they give."""
         module = self._arranged(c, patches.device, setting)
+        batch = self._batch(c, patches, setting)
         patches = patches.to(self.reads(c)).contiguous(memory_format=setting.memory_format)
-        given = self.given(patches.device)
-        parts = patches.split(even_parts(patches.shape[0], batch))
+        return module, patches.split(even_parts(patches.shape[0], batch)), self.given(patches.device)
+
+    def _passes(self, c: int, patches: Tensor, setting: Setting) -> list[Tensor]:
+        if setting.engine != TORCH:
+            return self.programmed(c, [patches], setting)[0]
+        module, parts, given = self.pieces(c, patches, setting)
 
         def run(part: Tensor) -> Tensor:
             return module(part).to(given)
@@ -311,13 +320,19 @@ class Branches:
             return side_by_side(run, parts)
         return [run(part) for part in parts]
 
-    def _programmed(self, c: int, patches: Tensor, setting: Setting, batch: int) -> list[Tensor]:
-        """:meth:`_passes` by another engine than PyTorch."""
+    def programmed(self, c: int, jobs: Sequence[Tensor], setting: Setting | None = None) -> list[list[Tensor]]:
+        """What another engine than PyTorch makes of `jobs`, (N, C, h, w) each, by passes: all in one go, since it may run
+        several at a time."""
+        device = jobs[0].device
+        setting = setting or self.setting(c, device)
         reads = self.taken if engine_of(setting.engine).FLOAT32_ENDS else self.reads(c)
-        patches = patches.to(reads).contiguous(memory_format=setting.memory_format)
-        parts = patches.split(even_parts(patches.shape[0], batch))
-        given = self.given(patches.device)
-        return [result.to(given) for result in self._program(c, setting.engine)(parts)]
+        split = []
+        for patches in jobs:
+            arranged = patches.to(reads).contiguous(memory_format=setting.memory_format)
+            split.append(arranged.split(even_parts(patches.shape[0], self._batch(c, patches, setting))))
+        given = self.given(device)
+        results = iter(self._program(c, setting.engine)([part for parts in split for part in parts]))
+        return [[next(results).to(given) for _ in parts] for parts in split]
 
     def _arranged(self, c: int, device: torch.device, setting: Setting) -> nn.Module:
         """Branch `c` with its weights in the memory format of `setting`."""
@@ -359,9 +374,17 @@ class Branches:
         for c in range(len(self.modules)):
             self.pass_bytes(c, self.device)
 
-    def batch_bytes(self, device: torch.device) -> int:
-        """What the batch that takes most holds on its way through a branch, in whichever way it may run."""
-        return max(self.pass_bytes(c, device) * self._most(c, device) for c in range(len(self.modules)))
+    def batch_bytes(self, device: torch.device, region: float = 1.0) -> int:
+        """What the batch that takes most holds on its way through a branch, in whichever way it may run.
+
+        Args:
+            device: where.
+            region: the largest region, in patches, one of which every thread may run.
+        """
+        passes = (
+            (self.pass_bytes(c, device), self._most(c, device), self._workers(c, device)) for c in range(len(self.modules))
+        )
+        return max(int(size * max(most, region * threads)) for size, most, threads in passes)
 
     def _most(self, c: int, device: torch.device) -> int:
         threads = self._workers(c, device)

@@ -136,18 +136,14 @@ class Pace:
         """Of `number` patches, whatever their classes."""
         return number * (self.classify + self.rest)
 
-    def cheapest(self, classified: bool) -> float:
-        """Of a patch in the cheapest class."""
-        return min(self.branches) + self.rest + (self.classify if classified else 0.0)
-
     def learn(
-        self, counts: Sequence[int], branches: Sequence[float] | float, classify: float | None, rest: float,
-        encode: float = 0.0, encoded: int = 0, solve: float = 0.0, searched: int = 0,
+        self, counts: Sequence[float], branches: Sequence[float] | float, classify: float | None, rest: float,
+        encode: float = 0.0, encoded: int = 0, solve: float = 0.0, searched: int = 0, number: int | None = None,
     ) -> None:  # fmt: skip
         """Move towards a run that was measured.
 
         Args:
-            counts: patches or pixels per class.
+            counts: patches or pixels per class; regions of patches count by their area.
             branches: seconds in each branch, or in all together.
             classify: seconds in the classifier; None when it did not run.
             rest: seconds in everything else.
@@ -155,12 +151,13 @@ class Pace:
             encoded: pixels that passed it.
             solve: seconds that the exponent took.
             searched: pixels on which it was found.
+            number: of patches, where `counts` do not tell.
         """
-        number, expected = sum(counts), sum(n * ms for n, ms in zip(counts, self.branches, strict=True))
-        if not number:
+        total, expected = number or sum(counts), sum(n * ms for n, ms in zip(counts, self.branches, strict=True))
+        if not total:
             return
 
-        def moved(known: float, seconds: float, count: int) -> float:
+        def moved(known: float, seconds: float, count: float) -> float:
             taken = 1e3 * seconds / count
             return (1 - NEWEST) * known + NEWEST * (min(taken, SLOWEST * known) if known else taken)
 
@@ -171,9 +168,9 @@ class Pace:
             trust = count / (count + FEW) if apart is not None else 0.0
             own = 1e3 * apart[c] / (count * self.branches[c]) if apart is not None and count else 0.0
             self.branches[c] *= 1 - NEWEST + NEWEST * min(trust * own + (1 - trust) * overall, SLOWEST)
-        self.rest = moved(self.rest, rest, number)
+        self.rest = moved(self.rest, rest, total)
         if classify is not None:
-            self.classify = moved(self.classify, classify, number)
+            self.classify = moved(self.classify, classify, total)
         if encoded:
             self.encode = moved(self.encode, encode, encoded)
         if searched:

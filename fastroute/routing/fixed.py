@@ -254,12 +254,12 @@ class FixedPatchRouter(nn.Module):
         """`stitch_patches` with a window that is on the device already: a copy from the host would wait for it."""
         grid, rows = self.grid, (0, self.grid.output_size[0])
         if space.upsamplers:
-            held = (space.batches, space.kinds_of_batches, space.upsamplers)
+            held = (space.batches, space.kinds, space.upsamplers)
             stitch_upsampled(*held, grid, self.window, places, rows, out)
             return
         op = "stitch_patches.batches_out"
         sizes = (grid.height, grid.width, grid.patch, grid.stride, grid.scale, grid.crop, self.shuffle, *rows)
-        call(op, OPERATORS[op].reference, out.device, space.batches, places, self.window, *sizes, out=out)
+        call(op, OPERATORS[op].reference, out.device, space.batches, places, None, self.window, *sizes, out=out)
 
 
 class UpsamplerLayers(nn.Module):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import groupby
 from typing import Any
 
 import torch
@@ -19,16 +18,16 @@ from fastroute.models.adapters import as_module
 from fastroute.models.precision import Precisions, parse_to
 from fastroute.ops import _checks as check
 from fastroute.ops.extract_patches import extract_patches
-from fastroute.ops.group_by_class import group_by_class
 from fastroute.profiling import RoutedFlops, mix_flops
 from fastroute.progress import Progress, shown
-from fastroute.routing.bands import Band, band_of_patches, plan_bands
+from fastroute.routing.bands import Band, plan_bands
 from fastroute.routing.border import EDGE, ZERO, check_border, continued, cut, refuse_edge
 from fastroute.routing.branches import Branches, frozen_copy
 from fastroute.routing.budgets import Budget, check_possible
 from fastroute.routing.choose import PatchPaces, check_least, choose_classes
 from fastroute.routing.classify import classifying_bytes
 from fastroute.routing.devices import on_device
+from fastroute.routing.merging import MERGE, Merging, SortedRegions, check_merge, sort_regions
 from fastroute.routing.result import RoutingStats, Stopwatch, Streamed, Upscaled
 from fastroute.routing.threads import patiently
 from fastroute.routing.working_set import AUTO, Limit, WorkingSet, advised, check_limit, limit_on, of_patches
@@ -64,6 +63,9 @@ class PatchRouter(Precisions):
             branch that has none, such as an interpolation, one per output value.
         batch: patches per pass of a branch; default by measurement, which is remembered.
         channels: of the images; default those that a branch names or its first convolution reads, else 3.
+        merge: side of a block of patches, 1, 2, 4 or 8: neighbouring patches of one class within it run as one region, whose
+            overlaps are computed once and have no seams, see :func:`fastroute.merge_regions`. 1 runs every patch on its own,
+            as published code does. Default: 4, and 1 for branches that take no other size than a patch.
         tune: find out, on the work of calls, which batches and memory format are fastest. It computes nothing twice, ends
             after some images and is remembered; until then results may differ in their last bits from call to call. Without
             it, or with FASTROUTE_TUNE=0, what is remembered from before is used, else what suits most networks.
@@ -71,7 +73,7 @@ class PatchRouter(Precisions):
             of its "edge", which keeps flat borders flat. Class maps are then those of the image so continued.
 
     Raises:
-        ValueError: no branches, or impossible sizes.
+        ValueError: no branches, impossible sizes, or a `merge` above 1 for branches that take nothing but patches.
         TypeError: a branch or classifier that cannot be called.
 
     Example:
@@ -95,6 +97,7 @@ class PatchRouter(Precisions):
         channels: int | None = None,
         tune: bool = True,
         border: str = ZERO,
+        merge: int | None = None,
     ) -> None:
         self.lock = CallLock()
         if not branches:
@@ -120,6 +123,11 @@ class PatchRouter(Precisions):
             reason = (str(error).splitlines() or [""])[0][:200]
             raise ValueError(f"PatchRouter: branches take no patches of channels={channels}: {reason}") from error
         self.branches, self.shuffle = self.networks.modules, self.networks.shuffle
+        check_merge(merge)
+        takes = merge == 1 or self.networks.takes_regions(stride)
+        if merge is not None and not takes:
+            raise ValueError(f"PatchRouter: merge must be 1 for branches that take no other size than a patch; got {merge}")
+        self.merge = merge or (MERGE if takes else 1)
         self.channels, self.dtype = self.networks.channels, self.networks.dtype
         self.branch_flops, self.paper_flops = self.networks.flops, self.networks.paper_flops
         values = self.channels * (patch * scale) ** 2
@@ -192,16 +200,17 @@ class PatchRouter(Precisions):
         memory_limit: int | None = None,
         budget_flops: float | None = None,
         budget_ms: float | None = None,
+        promote: bool | None = None,
     ) -> Upscaled:
         """Super-resolve an image or a batch of images.
 
         Args:
             image: (B, C, H, W) or (C, H, W), floating in [0, 1], uint8 or uint16; any size from one pixel on. On the device
                 of the networks, or on the CPU: bands of it are then copied there and back, and the result is on the CPU.
-            budget: mean FLOPs of the chosen branches as a fraction of the dearest branch's, see
-                :func:`fastroute.assign_classes`; 1 sends every patch to the dearest branch. Default: the classifier's own
-                choice. A batch shares one budget, as a folder does under :func:`fastroute.upscale_many`: it is spent where it
-                helps most.
+            budget: FLOPs of the branches as a fraction of what the most expensive branch takes for all patches, both as they
+                run in regions; 1 sends every patch to the most expensive branch. Default: the classifier's own choice. A
+                batch shares one budget, as a folder does under :func:`fastroute.upscale_many`: it is spent where it helps
+                most.
             penalty: exponent k of score / cost^k, when there is no budget.
             class_map: use these classes instead of classifying, for example those of the previous video frame.
             progress: show a progress bar, or call this function with how many patches are done and how many there are; what it
@@ -212,8 +221,12 @@ class PatchRouter(Precisions):
                 and around it. That is measured before the first such call, remembered, and follows the calls that come after;
                 what else the machine does is not foreseen. The classes, and so the result, depend on it.
 
+            promote: let patches run in a higher class than their own where one region costs less than several do. Default: yes,
+                but not with a `class_map`, whose classes are kept.
+
         Returns:
-            :class:`Upscaled`. A floating image is not clamped; an integer one is, and rounded half to even.
+            :class:`Upscaled`, with the classes in which patches ran. A floating image is not clamped; an integer one is, and
+            rounded half to even.
 
         Raises:
             ValueError: a wrong rank, number of channels, empty image, another device, an impossible budget, a class map of
@@ -225,10 +238,11 @@ class PatchRouter(Precisions):
         images = continued(images) if self.border == EDGE else images
         grid = self._grid(images.shape)
         limit = Budget(budget, budget_flops, budget_ms)
-        self._check(images.shape[0], images.dtype, grid, memory_limit, limit, penalty, class_map)
+        merging = Merging(grid, self.merge, class_map is None if promote is None else promote)
+        self._check(images.shape[0], images.dtype, merging, memory_limit, limit, penalty, class_map)
         output = output_like("upscale", images, (*images.shape[:2], *grid.output_size))
         ends = in_memory(images, output, self.device)
-        maps, stats = self._run(ends, progress, memory_limit, limit, penalty, class_map)
+        maps, stats = self._run(ends, merging, progress, memory_limit, limit, penalty, class_map)
         maps = maps.to(images.device)
         result = Upscaled(output, maps, stats) if image.ndim == 4 else Upscaled(output[0], maps[0], stats)
         return cut(result, self.scale, per_pixel=False) if self.border == EDGE else result
@@ -246,6 +260,7 @@ class PatchRouter(Precisions):
         memory_limit: Limit = AUTO,
         budget_flops: float | None = None,
         budget_ms: float | None = None,
+        promote: bool | None = None,
     ) -> Streamed:
         """Super-resolve an image that need not fit in memory, and neither need its result.
 
@@ -253,8 +268,8 @@ class PatchRouter(Precisions):
             reader: gives rectangles of the image, see :class:`fastroute.Reader`; its rows are read once or twice to classify
                 and once to upscale.
             writer: takes bands of the result, see :class:`fastroute.Writer`, of the type that the reader gives.
-            budget, penalty, class_map, progress, budget_flops, budget_ms: see :meth:`upscale`. Reading and writing count
-                where the computation waits for them.
+            budget, penalty, class_map, progress, budget_flops, budget_ms, promote: see :meth:`upscale`. Reading and
+                writing count where the computation waits for them.
             memory_limit: bytes to hold at most, None for no limit. By default, "auto", it is 512 MiB, and on a GPU, whose
                 bands and batches are larger, 8 GiB. It changes no bit of the result, which is that of :meth:`upscale`.
 
@@ -266,9 +281,10 @@ class PatchRouter(Precisions):
         check_reader("stream", reader, self.channels, check.FLOATING + check.INTEGER_IMAGE)
         memory_limit, grid = limit_on(self.device, memory_limit), self._grid((1, *reader.shape))
         limit = Budget(budget, budget_flops, budget_ms)
-        self._check(1, reader.dtype, grid, memory_limit, limit, penalty, class_map)
+        merging = Merging(grid, self.merge, class_map is None if promote is None else promote)
+        self._check(1, reader.dtype, merging, memory_limit, limit, penalty, class_map)
         ends = streamed(reader, writer, grid.output_size, self.device)
-        maps, stats = self._run(ends, progress, memory_limit, limit, penalty, class_map)
+        maps, stats = self._run(ends, merging, progress, memory_limit, limit, penalty, class_map)
         return Streamed(maps[0], stats)
 
     def output_size(self, height: int, width: int) -> tuple[int, int]:
@@ -278,6 +294,7 @@ class PatchRouter(Precisions):
     def _run(
         self,
         ends: Ends,
+        merging: Merging,
         progress: Progress,
         memory_limit: int | None,
         limit: Budget,
@@ -286,11 +303,11 @@ class PatchRouter(Precisions):
     ) -> tuple[Tensor, RoutingStats]:
         """Route from one end to the other; the arguments are checked. Returns the class map (B, rows, cols)."""
         source = ends.source
-        grid, watch = self._grid(source.shape), Stopwatch(self.device)
-        bands = plan_bands(source.shape[0], grid, self._patches_per_band())
-        working = self._working_set(ends, grid, bands, not ends.in_place)
+        grid, watch = merging.grid, Stopwatch(self.device)
+        bands = plan_bands(source.shape[0], grid, self._patches_per_band(), self.merge)
+        working = self._working_set(ends, merging, bands, not ends.in_place)
         rows = working.rows(memory_limit)
-        lowest = partial(self._working_set, ends, grid, bands, True)
+        lowest = partial(self._working_set, ends, merging, bands, True)
         with (
             patiently(self.device),
             advised("upscale", self.device, working.bytes(rows), lowest, ends.in_place),
@@ -298,12 +315,15 @@ class PatchRouter(Precisions):
         ):
             if class_map is not None:
                 class_ids, classifier_flops = class_map.reshape(-1).to(self.device, torch.int64), 0
+                costs: Sequence[float] = self.costs
             else:
-                class_ids, classifier_flops = choose_classes(self, source, grid, limit, penalty, watch)
-            counts = self._route(source, sink, grid, bands, class_ids, watch, progress)
+                class_ids, costs, classifier_flops = choose_classes(self, source, merging, limit, penalty, watch)
+            with watch.stage("assign"):
+                regions = sort_regions(class_ids, costs, merging, bands)
+            self._route(source, sink, grid, bands, regions, watch, progress)
         with torch.inference_mode(False):
-            maps = class_ids.clone().view(source.shape[0], grid.rows, grid.cols)
-        stats = self._stats(counts, classifier_flops, watch, working.bytes(rows))
+            maps = regions.class_ids.clone().view(source.shape[0], grid.rows, grid.cols)
+        stats = self._stats(source.shape, merging, regions, classifier_flops, watch, working.bytes(rows))
         self.networks.remember()
         self.paces.learn(self, source.dtype, stats, watch.parts)
         return maps, stats
@@ -312,10 +332,11 @@ class PatchRouter(Precisions):
         most = on_device(HELD_BYTES, self.device)
         return max(1, min(PATCHES_PER_BAND, most // self.networks.produced_bytes(self.device)))
 
-    def _working_set(self, ends: Ends, grid: TileGrid, bands: list[Band], in_bands: bool) -> WorkingSet:
+    def _working_set(self, ends: Ends, merging: Merging, bands: list[Band], in_bands: bool) -> WorkingSet:
+        grid = merging.grid
         extracted = self.channels * self.patch**2 * self.networks.taken.itemsize
         classifying = 0 if self.classifier is None else classifying_bytes(self.classifier, ends.source, grid)
-        batch = self.networks.batch_bytes(self.device)
+        batch = self.networks.batch_bytes(self.device, max(merging.sizes))
         produced = self.networks.produced_bytes(self.device)
         return of_patches(grid, bands, ends.source, extracted, produced, batch, classifying, in_bands, ends.step)
 
@@ -326,13 +347,13 @@ class PatchRouter(Precisions):
         self,
         batch: int,
         dtype: torch.dtype,
-        grid: TileGrid,
+        merging: Merging,
         memory_limit: int | None,
         limit: Budget,
         penalty: float,
         class_map: Tensor | None,
     ) -> None:
-        op = "upscale"
+        op, grid = "upscale", merging.grid
         check_limit(op, memory_limit)
         limit.check(op, penalty)
         if class_map is not None:
@@ -351,7 +372,7 @@ class PatchRouter(Precisions):
                 self._possible = asked
             if self.classifier is None and limit.fraction != 1 and self.num_classes > 1:
                 raise ValueError(f"{op}: this router has no classifier; give a class_map or budget=1")
-            check_least(self, limit, batch * grid.num_patches, dtype)
+            check_least(self, limit, batch, merging, dtype)
 
     def _route(
         self,
@@ -359,71 +380,52 @@ class PatchRouter(Precisions):
         sink: Sink,
         grid: TileGrid,
         bands: list[Band],
-        class_ids: Tensor,  # [N]
+        regions: SortedRegions,
         watch: Stopwatch,
         progress: Progress,
-    ) -> list[int]:
-        """Every patch through the branch of its class, band by band; returns the number of patches of each class."""
-        k = self.num_classes
-        with watch.stage("assign"):
-            groups = group_by_class(class_ids, k)  # refuses ids out of range
-            per_class = groups.offsets
-            if len(bands) > 1:
-                # Band-major, class-minor: one sort gives every band's batches.
-                band_of = band_of_patches(bands, grid, class_ids.device)
-                groups = group_by_class(band_of * k + class_ids, len(bands) * k)
-            read = torch.cat([per_class, groups.offsets]).tolist()  # the one wait for the device
-            totals, offsets = read[: k + 1], read[k + 1 :]
+    ) -> None:
+        """Every region through the branch of its class, band by band."""
         workspace = Workspace(grid, source.shape[1], self.shuffle, self.window, self.networks.split(source.device)[1])
-        with shown(progress, class_ids.numel(), "patch") as bar:
+        with shown(progress, regions.class_ids.numel(), "patch") as bar:
             for number, band in enumerate(bands):
-                self._run_band(band, source, grid, groups.order, offsets[number * k :][: k + 1], workspace, watch)
+                with watch.stage("extract"):
+                    pixels, part = band.read(source, grid)
+                for c, shape, order in regions.of_band(number):
+                    with watch.stage("extract"):
+                        patches = extract_patches(
+                            pixels,
+                            part,
+                            order=order - band.first_patch(grid),
+                            dtype=self.networks.taken,
+                            memory_format=self.networks.setting(c, self.device).memory_format,
+                            size=shape,
+                        )
+                    with watch.stage("branches", c):
+                        results = self.networks.run(c, patches)
+                    workspace.put(results, c, shape)
                 with watch.stage("stitch"):
-                    layers = workspace.stitch(band, groups.inverse, sink.band(band.images, band.output(grid)))
+                    rows = sink.band(band.images, band.output(grid))
+                    layers = workspace.stitch(band, regions.inverse, rows, regions.region, regions.regions_of(number))
                     sink.done()
                 watch.move("stitch", "branches", layers)
                 bar.update(band.num_patches(grid))
-        return [totals[c + 1] - totals[c] for c in range(k)]
 
-    def _run_band(
+    def _stats(
         self,
-        band: Band,
-        source: Source,
-        grid: TileGrid,
-        order: Tensor,  # [N]
-        offsets: list[int],
-        workspace: Workspace,
+        shape: Sequence[int],
+        merging: Merging,
+        regions: SortedRegions,
+        classifier_flops: int,
         watch: Stopwatch,
-    ) -> None:
-        with watch.stage("extract"):
-            pixels, part = band.read(source, grid)
-            order = order[offsets[0] : offsets[-1]] - band.first_patch(grid)
-        counts = [offsets[c + 1] - offsets[c] for c in range(self.num_classes)]
-        formats = {c: self.networks.setting(c, self.device).memory_format for c, count in enumerate(counts) if count}
-        first = 0
-        # Classes whose branches read the same memory format are cut out together.
-        for memory_format, group in groupby(formats, key=formats.__getitem__):
-            classes = list(group)
-            with watch.stage("extract"):
-                end = first + sum(counts[c] for c in classes)
-                patches = extract_patches(
-                    pixels, part, order=order[first:end], dtype=self.networks.taken, memory_format=memory_format
-                )
-                first = end
-            for c, own in zip(classes, patches.split([counts[c] for c in classes]), strict=True):
-                with watch.stage("branches", c):
-                    results = self.networks.run(c, own)
-                workspace.put(results, c)
-
-    def _stats(self, counts: list[int], classifier_flops: int, watch: Stopwatch, working_set: int) -> RoutingStats:
-        seconds = {
-            "tune": 0.0,
-            "classify": 0.0,
-            "assign": 0.0,
-            "extract": 0.0,
-            "branches": 0.0,
-            "stitch": 0.0,
-            **watch.finish(),
-        }
-        paper: RoutedFlops = mix_flops(self.paper_flops, counts)
-        return RoutingStats(counts, mix_flops(self.branch_flops, counts, classifier_flops), paper, seconds, working_set)
+        working_set: int,
+    ) -> RoutingStats:
+        stages = ("tune", "classify", "assign", "extract", "branches", "stitch")
+        seconds = {**dict.fromkeys(stages, 0.0), **watch.finish()}
+        most = max(self.branch_flops)
+        flops = RoutedFlops(
+            mix_flops(self.branch_flops, regions.work, classifier_flops).routed,
+            most * shape[0] * merging.patches(),
+            most * shape[0] * merging.grid.height * merging.grid.width / self.patch**2,
+        )
+        paper = mix_flops(self.paper_flops, regions.patches)
+        return RoutingStats(regions.patches, flops, paper, seconds, working_set, regions.work)

@@ -101,7 +101,7 @@ class PixelFlops:
         routed = true.routed + self.encoder * work.encoded + used * work.features
         dense = true.dense + self.encoder * work.features + max(self.feature) * work.features
         encoder = self.encoder_paper * work.features
-        return RoutedFlops(routed, dense), RoutedFlops(paper.routed + encoder, paper.dense + encoder)
+        return RoutedFlops(routed, dense, dense), RoutedFlops(paper.routed + encoder, paper.dense + encoder)
 
 
 def _per_pixel(layers: Layers) -> int:

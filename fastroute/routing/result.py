@@ -19,6 +19,8 @@ class RoutingStats:
 
     Attributes:
         patches_per_class: number of patches that went through each branch, cheapest first.
+        work_per_class: LR pixels that each branch ran on, in patches: less than `patches_per_class` where neighbouring patches
+            ran as one region, whose overlaps are then computed once. None for a router of pixels.
         flops: true convention: multiply-adds done, classifier included, times two.
         paper_flops: the papers' convention; they leave the classifier out.
         seconds: wall time of each stage: tune (an engine prepares its branches on a first call), classify, assign,
@@ -34,6 +36,7 @@ class RoutingStats:
     paper_flops: RoutedFlops
     seconds: dict[str, float]
     working_set: int = 0
+    work_per_class: list[float] | None = None
 
     @property
     def overhead(self) -> float:
@@ -44,9 +47,11 @@ class RoutingStats:
     def __str__(self) -> str:
         total = max(sum(self.patches_per_class), 1)
         shares = " / ".join(f"{100 * n / total:.0f} %" for n in self.patches_per_class)
+        whole = self.flops.of_one_pass
+        one_pass = f", {100 * whole:.0f} % of those of one pass over the image" if whole is not None else ""
         return (
-            f"{total} patches, {shares} per class (cheapest first); {100 * self.flops.fraction:.0f} % of the dense FLOPs "
-            f"({100 * self.paper_flops.fraction:.0f} % as the papers count); {self.seconds['total']:.2f} s, "
+            f"{total} patches, {shares} per class (cheapest first); {100 * self.flops.fraction:.0f} % of the dense FLOPs"
+            f"{one_pass} ({100 * self.paper_flops.fraction:.0f} % as the papers count); {self.seconds['total']:.2f} s, "
             f"{100 * self.overhead:.1f} % of it routing"
         )
 

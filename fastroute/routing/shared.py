@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,12 +13,11 @@ from torch import Tensor
 from fastroute.contexts import CallLock, ordinarily
 from fastroute.grid import TileGrid
 from fastroute.ops import _checks as check
-from fastroute.ops.assign_classes import assign_classes
-from fastroute.profiling import RoutedFlops
 from fastroute.progress import Progress
 from fastroute.routing.border import refuse_edge
 from fastroute.routing.budgets import Budget, assign_within, check_possible, duration, refuse_below
 from fastroute.routing.choose import score_patches
+from fastroute.routing.merging import Merging, assign_merged
 from fastroute.routing.patch_router import PatchRouter
 from fastroute.routing.pixel_budget import Ahead, Purse
 from fastroute.routing.pixel_image import PixelImage
@@ -76,6 +76,7 @@ class SharedPatches(Shared):
         check_limit(op, options.get("memory_limit"))
         self.router, self.options, self.dtype = router, options, torch.uint8
         self.sizes: list[tuple[int, int, int]] = []
+        self.grids: list[TileGrid] = []
         self.scores: list[Tensor] = []
         self.flops: list[int] = []
         self.seconds: list[float] = []
@@ -98,6 +99,7 @@ class SharedPatches(Shared):
         self.seconds.append(watch.finish()["total"])
         self.dtype = image.dtype
         self.sizes.append((pixels.shape[0], grid.rows, grid.cols))
+        self.grids.append(grid)
         self.scores.append(found.score)
         self.flops.append(found.flops)
 
@@ -111,25 +113,45 @@ class SharedPatches(Shared):
     def _classes(self, score: Tensor) -> Tensor:  # [N, K] -> [N]
         router, limit, number = self.router, self.limit, score.shape[0]
         if limit.flops is not None:
-            least = number * min(router.flop_costs) + sum(self.flops)
+            least = self._dense() * min(router.flop_costs) + sum(self.flops)
             refuse_below(self.op, "budget_flops", limit.flops, least, f"{least:.4g}")
-            return assign_within(score, router.flop_costs, limit.flops - sum(self.flops))
+            return self._within(score, router.flop_costs, limit.flops - sum(self.flops))
         if limit.ms is not None:
             pace = router.paces.of(router, self.dtype)
             fixed = 1e3 * sum(self.seconds) + number * pace.rest
-            least = number * min(p.cheapest(True) for p in (pace, router.paces.measured(pace)))
+            paces, whole = (pace, router.paces.measured(pace)), self._dense()
+            least = min(whole * min(p.branches) + number * (p.rest + p.classify) for p in paces)
             refuse_below(self.op, "budget_ms", limit.ms, least, f"{duration(least)} on this device")
-            return assign_within(score, pace.branches, limit.ms - fixed)
-        return assign_classes(score, router.costs, budget=limit.fraction)
+            return self._within(score, pace.branches, limit.ms - fixed)
+        return self._within(score, router.costs, (limit.fraction or 0.0) * self._dense() * max(router.costs))
+
+    def _mergings(self) -> list[Merging]:
+        return [Merging(grid, self.router.merge) for grid in self.grids]
+
+    def _dense(self) -> float:
+        """Patches of all images as they run in one class."""
+        return sum(size[0] * merging.patches() for size, merging in zip(self.sizes, self._mergings(), strict=True))
+
+    def _within(self, score: Tensor, costs: Sequence[float], allowed: float) -> Tensor:  # [N, K] -> [N]
+        """Classes of all images whose regions cost at most `allowed`."""
+        if self.router.merge == 1:
+            return assign_within(score, costs, allowed)
+        numbers, mergings = [size[0] * size[1] * size[2] for size in self.sizes], self._mergings()
+
+        def spent(ids: Tensor) -> float:
+            parts = ids.split(numbers)
+            return sum(merging.spent(part, costs) for part, merging in zip(parts, mergings, strict=True))
+
+        return assign_merged(score, costs, allowed, spent)
 
     @ordinarily
     def upscale(self, number: int, image: Tensor) -> Upscaled:
         """See :class:`Shared`."""
         class_map = self.maps[number].view(self.sizes[number])
         class_map = class_map if image.ndim == 4 else class_map[0]
-        result = self.router.upscale(image, class_map=class_map, **self.options)
+        result = self.router.upscale(image, class_map=class_map, promote=True, **self.options)
         stats, taken = result.stats, self.seconds[number]
-        done = RoutedFlops(stats.flops.routed + self.flops[number], stats.flops.dense)
+        done = dataclasses.replace(stats.flops, routed=stats.flops.routed + self.flops[number])
         times = {**stats.seconds, "classify": taken, "total": stats.seconds["total"] + taken}
         return dataclasses.replace(result, stats=dataclasses.replace(stats, flops=done, seconds=times))
 
@@ -216,7 +238,7 @@ class SharedPixels(Shared):
             result = dataclasses.replace(result, image=result.image[0], class_map=result.class_map[0])
         stats, before = result.stats, self.seconds[number]
         times = {name: seconds + before.get(name, 0.0) for name, seconds in stats.seconds.items()}
-        done = RoutedFlops(stats.flops.routed + self.router.flops.fixed(self.looks[number]), stats.flops.dense)
+        done = dataclasses.replace(stats.flops, routed=stats.flops.routed + self.router.flops.fixed(self.looks[number]))
         return dataclasses.replace(result, stats=dataclasses.replace(stats, flops=done, seconds=times))
 
     def _grid(self, images: Tensor) -> PixelGrid:  # [B, C, h, w]

@@ -55,7 +55,7 @@ def outputs(tmp_path_factory):
             x, layers, inverse, window = problem(sizes)
             batches = list(x.split(4))
             geometry = (GRID.height, GRID.width, GRID.patch, GRID.stride, GRID.scale, GRID.crop, layers.shuffle, 0, SHAPE[2])
-            args = (batches, [0] * len(batches), list(layers.layers), inverse, window, *geometry)
+            args = (batches, [0] * len(batches), list(layers.layers), inverse, None, window, *geometry)
             written = {"out": torch.full(SHAPE, 7, dtype=dtype), "spent": torch.zeros(2, dtype=torch.float64)}
             calls.append((args, written))
     return run_on_each("stitch_patches.upsampled_out", calls, tmp_path_factory.mktemp("isa"))

@@ -258,6 +258,7 @@ def arguments() -> tuple[list, dict]:
         [0],
         u.layers,
         None,
+        None,
         torch.ones(16),
         *(grid.height, grid.width, grid.patch, grid.stride, grid.scale, False, 2, 0, 18),
     ]
@@ -283,9 +284,9 @@ def test_opcheck():
         (1, [-1], "kind -1 must have 3 features"),
         (0, [random((2, 4, 8, 8), torch.float64)], "float32"),
         (0, [random((2, 4, 7, 8))], "pixels wide"),
-        (11, 3, "shuffle must divide"),
-        (12, -1, "rows"),
-        (4, torch.ones(15), "window"),
+        (12, 3, "shuffle must divide"),
+        (13, -1, "rows"),
+        (5, torch.ones(15), "window"),
     ],
 )
 def test_errors_of_the_kernel(at, value, words):
