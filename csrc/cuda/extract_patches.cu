@@ -1,7 +1,8 @@
 // extract_patches: out[m, c, k, l] = (image[b, c, y0 + k, x0 + l] / maximum - mean[c]) / std[c] for the patch order[m]
-// of image b at (y0, x0), reads clamped to the image. A patch is a sequence of rows, runs in memory: the p pixels of
-// one row of a channel, or all channels of them in channels_last. A block writes some rows of one patch, a thread 16
-// bytes of them at a time where the image has them side by side too, and one element otherwise.
+// of image b at (y0, x0), or the region that begins with it, reads clamped to the image. A patch is a sequence of rows,
+// runs in memory: the pixels of one row of a channel, or all channels of them in channels_last. A block writes some
+// rows of one patch, a thread 16 bytes of them at a time where the image has them side by side too, and one element
+// otherwise.
 #include "common/extract_patches.h"
 #include "cuda/counting_sort.cuh"
 #include "cuda/extract_patches.cuh"
@@ -19,7 +20,7 @@ template <typename In, typename Out>
 __global__ void __launch_bounds__(kThreads, kBlocks<In>)
     extract_patches_kernel(const In* __restrict__ images,  // [B, C, H, W]
                            ExtractPlan plan, int64_t total,
-                           Out* __restrict__ out) {  // [M, C, p, p]
+                           Out* __restrict__ out) {  // [M, C, rows, cols]
     constexpr int N = kPack<Out>;
     for (int64_t item = blockIdx.x; item < total; item += gridDim.x) {
         const int64_t m = item / plan.groups;
@@ -66,20 +67,21 @@ Tensor extract_patches_cuda(const Tensor& image,                 // [B, C, H, W]
                             const std::optional<Tensor>& mean,   // [C]
                             const std::optional<Tensor>& std,    // [C]
                             int64_t patch, int64_t stride, bool crop, std::optional<ScalarType> dtype,
-                            bool channels_last) {
+                            bool channels_last, int64_t rows, int64_t cols) {
+    check_extent(rows, cols, patch);
     const Selection selected = checked_selection(image, order, patch, stride, crop);
     const ScalarType target = dtype.value_or(image.scalar_type());
     check_conversion(image, target, mean, std);
-    const int64_t channels = image.size(1), count = selected.count;
-    FASTROUTE_CHECK(channels <= kMaxBlocks / patch / 2, kOp, ": C * patch must be below 2^30; got ", channels, " * ",
-                    patch);
+    const int64_t channels = image.size(1), count = selected.count, side = std::max(rows, cols);
+    FASTROUTE_CHECK(channels <= kMaxBlocks / side / 2, kOp, ": C * patch must be below 2^30; got ", channels, " * ",
+                    side);
     const std::optional<Tensor> means = dense(mean), stds = dense(std);
     FASTROUTE_CHECK(count == 0 || selected.patches > 0, kOp, ": order must be empty where there is no image");
 
-    const Tensor out = empty_patches(image, count, patch, target, channels_last);
-    const int64_t rows = channels_last ? patch : channels * patch, length = channels_last ? patch * channels : patch;
+    const Tensor out = empty_patches(image, count, rows, cols, target, channels_last);
+    const int64_t lines = channels_last ? rows : channels * rows, length = channels_last ? cols * channels : cols;
     const int64_t wanted = kThreads * kPacks * 16 / static_cast<int64_t>(out.element_size());
-    const int64_t group_rows = std::clamp<int64_t>(wanted / length, 1, rows);
+    const int64_t group_rows = std::clamp<int64_t>(wanted / length, 1, lines);
     const ExtractPlan plan{image.stride(0),
                            image.stride(1),
                            image.stride(2),
@@ -88,11 +90,11 @@ Tensor extract_patches_cuda(const Tensor& image,                 // [B, C, H, W]
                            selected.grid.num_patches(),
                            selected.grid.x.count(),
                            selected.patches,
-                           blocks_for(rows, group_rows),
+                           blocks_for(lines, group_rows),
                            selected.numbers(),
                            static_cast<int>(channels),
-                           static_cast<int>(patch),
                            static_cast<int>(rows),
+                           static_cast<int>(lines),
                            static_cast<int>(length),
                            static_cast<int>(group_rows),
                            channels_last,

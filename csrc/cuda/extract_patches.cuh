@@ -1,4 +1,4 @@
-// What extract_patches reads: one patch of an image, its pixels converted and normalised.
+// What extract_patches reads: one patch or region of an image, its pixels converted and normalised.
 #pragma once
 
 #include "common/geometry.h"
@@ -27,11 +27,11 @@ struct Statistic {
 struct ExtractPlan {
     int64_t image_step, c_step, y_step, x_step;  // of the image, in elements
     TileGrid grid;
-    int64_t tiles, cols;    // patches of an image, and of a row of them
-    int64_t count, groups;  // patches of all images, and groups of rows of one patch
-    const int64_t* order;   // [M] or null
-    int channels, patch;
-    int rows, length, group_rows;  // of a patch: rows, elements of a row, rows of a group
+    int64_t tiles, cols;           // patches of an image, and of a row of them
+    int64_t count, groups;         // patches of all images, and groups of rows of one patch
+    const int64_t* order;          // [M] or null
+    int channels, height;          // of a patch or region, and its rows of one channel
+    int rows, length, group_rows;  // rows in memory, elements of a row, rows of a group
     bool channels_last;
     Statistic mean, std;
 };
@@ -96,8 +96,8 @@ struct Source {
 
     // Element l of row `row`.
     __device__ __forceinline__ Out element(int row, int l) const {
-        const int c = plan.channels_last ? l % plan.channels : row / plan.patch;
-        const int k = plan.channels_last ? row : row - c * plan.patch;
+        const int c = plan.channels_last ? l % plan.channels : row / plan.height;
+        const int k = plan.channels_last ? row : row - c * plan.height;
         const int at = plan.channels_last ? l / plan.channels : l;
         return Convert<In, Out>(plan, c)(line(k)[c * plan.c_step + column(at)]);
     }
@@ -120,9 +120,9 @@ struct Source {
 
     template <int N>
     __device__ __forceinline__ Pack<Out, N> run(int row, int l) const {
-        const int c = plan.channels_last ? 0 : row / plan.patch;
+        const int c = plan.channels_last ? 0 : row / plan.height;
         const In* from =
-            line(row - c * plan.patch) + c * plan.c_step + (plan.channels_last ? x * plan.channels : x) + l;
+            line(row - c * plan.height) + c * plan.c_step + (plan.channels_last ? x * plan.channels : x) + l;
         const Pack<In, N> pixels = load_pack<N>(from);
         const Convert<In, Out> convert(plan, c);
         Pack<Out, N> result;

@@ -101,12 +101,16 @@ def _table(costs: Tensor | Sequence[float], grid: TileGrid, merge: int, device: 
     return table.to(device, torch.float32)
 
 
-def _checked_reference(class_ids: Tensor, costs: Tensor, *rest: int) -> tuple[Tensor, Tensor, Tensor]:
-    op = "merge_regions"
-    check.in_range(op, "class_ids", class_ids, len(costs))
+def check_costs(costs: Tensor) -> None:  # [K, S]
+    """Costs are finite and at least 0; looked at on the CPU alone, where looking costs no wait."""
     looked_at = costs.device.type == "cpu" and type(costs) is Tensor and not torch.compiler.is_compiling()
     if looked_at and not all(0 <= c < math.inf for c in costs.flatten().tolist()):
-        raise ValueError(f"{op}: costs must be finite and at least 0; got {costs.tolist()}")
+        raise ValueError(f"merge_regions: costs must be finite and at least 0; got {costs.tolist()}")
+
+
+def _checked_reference(class_ids: Tensor, costs: Tensor, *rest: int) -> tuple[Tensor, Tensor, Tensor]:
+    check.in_range("merge_regions", "class_ids", class_ids, len(costs))
+    check_costs(costs)
     return merge_regions_reference(class_ids, costs, *rest)  # type: ignore[arg-type]
 
 

@@ -1,6 +1,6 @@
 """extract_patches: out[m, c, k, l] = (image[b, c, y0 + k, x0 + l] / maximum - mean[c]) / std[c] for the patch order[m] of
 image b at (y0, x0). One program writes a run of one patch, in the order of the output's memory; sizes of a patch are
-constants, so that the division of a place into c, k and l costs little."""
+constants, so that the division of a place into c, k and l costs little. Those of a region are not: there are many."""
 
 from __future__ import annotations
 
@@ -38,21 +38,25 @@ BACKWARD_WARPS = 4
 
 # Pixels are read one by one, since the edge may repeat: what aligns rows of an image would only make more kernels.
 @triton.jit(
-    do_not_specialize=["patches", "numbers", "height", "width", "rows", "cols", "image_n", "image_c", "image_y"],
+    do_not_specialize=[
+        "patches", "numbers", "height", "width", "rows", "cols", "down", "across", "image_n", "image_c", "image_y"
+    ],
     do_not_specialize_on_alignment=["image"],
-)
+)  # fmt: skip
 def extract_patches_kernel(
     image,  # [B, C, H, W]
     order,  # [M] or None
     mean,  # [C] or None
     std,  # [C] or None
-    out,  # [M, C, p, p], contiguous or channels_last
+    out,  # [M, C, down, across], contiguous or channels_last
     patches,
     numbers,
     height,
     width,
     rows,
     cols,
+    down,
+    across,
     image_n,
     image_c,
     image_y,
@@ -66,17 +70,25 @@ def extract_patches_kernel(
     BLOCK: tl.constexpr,
     WIDER: tl.constexpr,
 ):
-    """A patch number that is out of range gives zeros: a GPU cannot raise without a wait, but nothing outside is read."""
-    SIZE: tl.constexpr = CHANNELS * PATCH * PATCH
-    PIECES: tl.constexpr = (SIZE + BLOCK - 1) // BLOCK
+    """Patches, where `down` and `across` are None, or regions of that size. A patch number that is out of range gives zeros: a
+    GPU cannot raise without a wait, but nothing outside is read."""
+    if down is None:
+        ROWS: tl.constexpr = PATCH
+        COLS: tl.constexpr = PATCH
+        SIZE: tl.constexpr = CHANNELS * PATCH * PATCH
+        PIECES: tl.constexpr = (SIZE + BLOCK - 1) // BLOCK
+    else:
+        ROWS, COLS = down, across
+        SIZE = CHANNELS * down * across
+        PIECES = (SIZE + BLOCK - 1) // BLOCK
     program = tl.program_id(0)
     m = (program // PIECES).to(tl.int64) * WIDER + tl.arange(0, WIDER)[:, None]
     place = (program % PIECES) * BLOCK + tl.arange(0, BLOCK)[None, :]
     inside = (m < patches) & (place < SIZE)
     if CHANNELS_LAST:
-        c, k, column = place % CHANNELS, place // (CHANNELS * PATCH), place // CHANNELS % PATCH
+        c, k, column = place % CHANNELS, place // (CHANNELS * COLS), place // CHANNELS % COLS
     else:
-        c, k, column = place // (PATCH * PATCH), place // PATCH % PATCH, place % PATCH
+        c, k, column = place // (ROWS * COLS), place // COLS % ROWS, place % COLS
     number = m
     if order is not None:
         number = tl.load(order + m, mask=m < patches, other=0)
@@ -112,22 +124,25 @@ def extract_patches_triton(
     crop: bool,
     dtype: torch.dtype | None,
     channels_last: bool,
-) -> Tensor:  # [M, C, p, p]
+    rows: int,
+    cols: int,
+) -> Tensor:  # [M, C, rows, cols]
     """See :func:`fastroute.extract_patches`."""
     batch, channels, height, width = image.shape
-    rows, cols = tile_count(height, patch, stride, crop), tile_count(width, patch, stride, crop)
-    numbers = batch * rows * cols
+    tile_rows, tile_cols = tile_count(height, patch, stride, crop), tile_count(width, patch, stride, crop)
+    numbers = batch * tile_rows * tile_cols
     if order is not None:
         check.in_range("extract_patches", "order", order, numbers)
         order = order.contiguous()
     patches = numbers if order is None else order.shape[0]
     target = dtype or image.dtype
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
-    out = torch.empty((patches, channels, patch, patch), dtype=target, device=image.device, memory_format=memory_format)
+    out = torch.empty((patches, channels, rows, cols), dtype=target, device=image.device, memory_format=memory_format)
     constants = _constants(image.dtype, target, channels, patch, stride, channels_last, mean is None and std is None)
     mean, std = (None if t is None else t.contiguous() for t in (mean, std))
-    programs = ceil_div(patches, WIDER) * ceil_div(channels * patch * patch, constants["BLOCK"])
-    sizes = (patches, numbers, height, width, rows, cols)
+    programs = ceil_div(patches, WIDER) * ceil_div(channels * rows * cols, constants["BLOCK"])
+    extent = (None, None) if rows == cols == patch else (rows, cols)
+    sizes = (patches, numbers, height, width, tile_rows, tile_cols, *extent)
     launch(extract_patches_kernel, programs, image, order, mean, std, out, *sizes, *image.stride(), **constants)
     return out
 
@@ -263,13 +278,23 @@ def unsupported_reasons(device: torch.device) -> list[str]:
 
 def variants() -> Iterator[Variant]:
     """The kernels as the launchers call them: all types to half and double, all layouts and statistics of one pair."""
-    sizes = dict.fromkeys(("patches", "numbers", "height", "width", "rows", "cols", "channels"), "i32")
+    names = ("patches", "numbers", "height", "width", "rows", "cols", "down", "across", "channels")
+    sizes = dict.fromkeys(names, "i32")
     strides = {f"{name}_{axis}": "i32" for name in ("image", "grad") for axis in "ncyx"}
     rest = {"order": "*i64", "mean": "*fp32", "std": "*fp32", **sizes, **strides}
 
-    def forward(source: torch.dtype, target: torch.dtype, last: bool = False, missing: tuple = (), patch: int = 32) -> Variant:
+    patches = ("down", "across")
+
+    def forward(
+        source: torch.dtype,
+        target: torch.dtype,
+        last: bool = False,
+        missing: tuple = (),
+        patch: int = 32,
+        extent: tuple = patches,
+    ) -> Variant:
         plain = "mean" in missing and "std" in missing
-        constants = _constants(source, target, 3, patch, patch - 4, last, plain) | dict.fromkeys(missing)
+        constants = _constants(source, target, 3, patch, patch - 4, last, plain) | dict.fromkeys((*missing, *extent))
         return Variant(extract_patches_kernel, {"image": f"*{NAMES[source]}", "out": f"*{NAMES[target]}", **rest}, constants)
 
     for source in FLOATING + INTEGER_IMAGE:
@@ -279,6 +304,9 @@ def variants() -> Iterator[Variant]:
     for last in (False, True):
         for missing in ((), ("order",), ("mean",), ("std",), ("order", "mean", "std")):
             yield forward(torch.uint8, torch.float16, last, missing, patch=30)
+        for source in FLOATING:
+            yield forward(source, source, last, missing=("mean", "std"), extent=())
+        yield forward(torch.uint8, torch.float16, last, extent=())
     extra = {
         "batch": "i32",
         "repeat_y": "i32",
