@@ -15,6 +15,26 @@ constexpr const char* kOp = "stitch_patches";
 // Patches in one tensor, or in several that stand for their concatenation.
 using Batches = std::vector<Tensor>;
 
+// Where patches lie: the row of `batches` that holds each, or its region, and the first patch of that region.
+struct Places {
+    std::optional<Tensor> inverse, region;  // [N]
+
+    // Those that are given.
+    Batches read() const {
+        Batches given;
+        if (inverse.has_value()) given.push_back(*inverse);
+        if (region.has_value()) given.push_back(*region);
+        return given;
+    }
+};
+
+Places checked_places(const std::optional<Tensor>& inverse, const std::optional<Tensor>& region, const Tensor& first) {
+    const Places places{checked_index(kOp, "inverse", inverse, first), checked_index(kOp, "region", region, first)};
+    FASTROUTE_CHECK(!region.has_value() || (inverse.has_value() && places.region->size(0) == places.inverse->size(0)),
+                    kOp, ": region must have one entry per patch, as inverse has");
+    return places;
+}
+
 // Rows of `patches`; and images, channels, rows and width of what is written.
 struct Target {
     int64_t count, batch, channels, rows, width;

@@ -51,26 +51,6 @@ int64_t channels_per_item(int64_t channels) {
 
 bool same(TileRange a, TileRange b) { return a.first == b.first && a.last == b.last; }
 
-// Where patches lie: the row of `batches` that holds each, or its region, and the first patch of that region.
-struct Places {
-    std::optional<Tensor> inverse, region;  // [N]
-
-    // Those that are given.
-    Batches read() const {
-        Batches given;
-        if (inverse.has_value()) given.push_back(*inverse);
-        if (region.has_value()) given.push_back(*region);
-        return given;
-    }
-};
-
-Places checked_places(const std::optional<Tensor>& inverse, const std::optional<Tensor>& region, const Tensor& first) {
-    const Places places{checked_index(kOp, "inverse", inverse, first), checked_index(kOp, "region", region, first)};
-    FASTROUTE_CHECK(!region.has_value() || (inverse.has_value() && places.region->size(0) == places.inverse->size(0)),
-                    kOp, ": region must have one entry per patch, as inverse has");
-    return places;
-}
-
 // Tile rows that the output rows [begin, end) read.
 TileRange read_rows(const TileGrid& grid, int64_t scale, int64_t begin, int64_t end) {
     if (begin >= end) return {0, -1};

@@ -1,5 +1,6 @@
 // stitch_patches: out[b, c, Y, X] = Σ_i wy[i, Y] · Σ_j wx[j, X] · patch(i, j)[c, Y - y_i, X - x_j], the sums over the
-// tile rows i and tile columns j that cover the pixel. Its kernel is in stitch_patches_forward.cuh.
+// tile rows i and tile columns j that cover the pixel. Its kernel is in stitch_patches_forward.cuh. A patch in a region
+// is read where a table says, which a kernel before makes.
 #include "cuda/counting_sort.cuh"
 #include "cuda/stitch_patches_forward.cuh"
 
@@ -41,23 +42,62 @@ std::optional<Tensor> row_table(const Queue& queue, const Batches& batches, int6
     return table;
 }
 
-void stitch_into(const Tensor& out, const Batches& batches, const std::optional<Tensor>& inverse, const Tensor& window,
-                 const TileGrid& grid, int64_t scale, int64_t shuffle, int64_t row_begin, const Target& target) {
+// Where every patch is read within its region.
+Tensor region_table(const Queue& queue, const Batches& batches, const Tensor& inverse, const Tensor& region,
+                    const TileGrid& grid, int64_t scale, int64_t shuffle, int64_t count) {
+    const Tensor& some = batches.front();
+    const int64_t patches = inverse.size(0), channels = some.size(1);
+    const RegionFormat format{static_cast<int>(channels), static_cast<int>(some.element_size()),
+                              static_cast<int>(scale / shuffle), some.is_contiguous()};
+    const int64_t bytes[] = {patches * static_cast<int64_t>(sizeof(RegionPlace))};
+    const Tensor table = torch::stable::empty({bytes, 1}, ScalarType::Byte, std::nullopt, some.device());
+    RegionList list{};
+    for (size_t begin = 0; begin < batches.size(); begin += kBatches) {
+        list.first += list.rows, list.rows = 0;
+        for (size_t b = begin; b < std::min(batches.size(), begin + kBatches); ++b) {
+            const Tensor& batch = batches[b];
+            FASTROUTE_CHECK(channels * batch.size(2) * batch.size(3) < kMaxBlocks, kOp,
+                            ": a region must have fewer than 2^31 elements");
+            list.rows += batch.size(0);
+            list.data[b - begin] = static_cast<const char*>(batch.const_data_ptr());
+            list.end[b - begin] = list.rows;
+            list.height[b - begin] = static_cast<int>(batch.size(2));
+            list.width[b - begin] = static_cast<int>(batch.size(3));
+        }
+        queue.launch(stitch_patches_regions_kernel, blocks_for(patches, kThreads), kThreads, 0, list, format,
+                     inverse.const_data_ptr<int64_t>(), region.const_data_ptr<int64_t>(), patches, count, grid,
+                     static_cast<RegionPlace*>(table.mutable_data_ptr()));
+    }
+    return table;
+}
+
+void stitch_into(const Tensor& out, const Batches& batches, const std::optional<Tensor>& inverse,
+                 const std::optional<Tensor>& region, const Tensor& window, const TileGrid& grid, int64_t scale,
+                 int64_t shuffle, int64_t row_begin, const Target& target) {
     const Tensor& first = batches.front();
     check_same_device(kOp, "window", window, first);
     if (target.batch * target.channels * target.rows * target.width == 0) return;
     const Queue queue(kOp, first);
     const Tensor dense_window = torch::stable::contiguous(window);
-    const std::optional<Tensor> rows = row_table(queue, batches, target.count);
+    std::optional<Tensor> rows, regions;
+    if (region.has_value()) {
+        regions = region_table(queue, batches, *inverse, *region, grid, scale, shuffle, target.count);
+    } else {
+        rows = row_table(queue, batches, target.count);
+    }
+    const bool one = !rows.has_value() && !regions.has_value();
+    // Of regions it is the channels, or 1, whatever an axis of one pixel says.
+    const int64_t pixel = !regions.has_value() ? first.stride(3) : first.is_contiguous() ? 1 : first.size(1);
     dispatch_floating(kOp, first.scalar_type(), [&](auto zero) {
         using T = decltype(zero);
         using W = Work<T>;
         const int64_t bytes[] = {AxisTables<W>::bytes(grid, grid.y.patch * scale)};
         const Tensor memory = torch::stable::empty({bytes, 1}, ScalarType::Byte, std::nullopt, first.device());
         const StitchPlan<T> plan{
-            rows.has_value() ? nullptr : first.const_data_ptr<T>(),
+            one ? first.const_data_ptr<T>() : nullptr,
             rows.has_value() ? static_cast<const void* const*>(rows->const_data_ptr()) : nullptr,
-            {first.stride(0), first.stride(1), first.stride(2), first.stride(3), static_cast<int>(shuffle)},
+            regions.has_value() ? static_cast<const RegionPlace*>(regions->const_data_ptr()) : nullptr,
+            {first.stride(0), first.stride(1), first.stride(2), pixel, static_cast<int>(shuffle)},
             inverse.has_value() ? inverse->const_data_ptr<int64_t>() : nullptr,
             target.count,
             make_tables<W>(queue, dense_window, grid, scale, memory),
@@ -79,7 +119,9 @@ void stitch_into(const Tensor& out, const Batches& batches, const std::optional<
                               blocks_for(target.width, 32 * kPack<T>);
         dispatch_image(kOp, out.scalar_type(), [&](auto out_zero) {
             using Out = decltype(out_zero);
-            queue.launch(stitch_patches_kernel<T, Out>, total, kThreads, 0, plan, total, out.mutable_data_ptr<Out>());
+            const auto kernel =
+                regions.has_value() ? stitch_patches_kernel<T, Out, true> : stitch_patches_kernel<T, Out, false>;
+            queue.launch(kernel, total, kThreads, 0, plan, total, out.mutable_data_ptr<Out>());
         });
     });
 }
@@ -95,29 +137,31 @@ Tensor stitch_patches_cuda(const Tensor& patches,                 // [M, C·r·r
     check_limits(target, grid, scale);
     const Tensor out = empty_tensor(kOp, "the image", {target.batch, target.channels, target.rows, target.width},
                                     dtype.value_or(patches.scalar_type()), patches);
-    stitch_into(out, {patches}, places, window, grid, scale, shuffle, row_begin, target);
+    stitch_into(out, {patches}, places, std::nullopt, window, grid, scale, shuffle, row_begin, target);
     return out;
 }
 
-void stitch_batches_out_cuda(const Batches& batches,                // [M_i, C·r·r, P / r, P / r] each
+void stitch_batches_out_cuda(const Batches& batches,                // [M_i, C·r·r, P / r, P / r] each, or regions
                              const std::optional<Tensor>& inverse,  // [N]
+                             const std::optional<Tensor>& region,   // [N]
                              const Tensor& window,                  // [P]
                              int64_t height, int64_t width, int64_t patch, int64_t stride, int64_t scale, bool crop,
                              int64_t shuffle, int64_t row_begin, int64_t row_end,
                              const Tensor& out) {  // [B, C, rows, W·s]
     const TileGrid grid = checked_grid(kOp, height, width, patch, stride, crop, scale);
-    const std::optional<Tensor> places = checked_index(kOp, "inverse", inverse, out);
-    const Target target = checked_target(batches, places, grid, scale, shuffle, row_begin, row_end);
+    const Places places = checked_places(inverse, region, out);
+    const Target target = checked_target(batches, places.inverse, grid, scale, shuffle, row_begin, row_end, 0,
+                                         region.has_value());
     check_limits(target, grid, scale);
-    check_stitch_out(target, batches, places, out);
-    stitch_into(out, batches, places, window, grid, scale, shuffle, row_begin, target);
+    check_stitch_out(target, batches, places.read(), out);
+    stitch_into(out, batches, places.inverse, places.region, window, grid, scale, shuffle, row_begin, target);
 }
 
 void stitch_patches_out_cuda(const Tensor& patches, const std::optional<Tensor>& inverse, const Tensor& window,
                              int64_t height, int64_t width, int64_t patch, int64_t stride, int64_t scale, bool crop,
                              int64_t shuffle, int64_t row_begin, int64_t row_end, const Tensor& out) {
-    stitch_batches_out_cuda({patches}, inverse, window, height, width, patch, stride, scale, crop, shuffle, row_begin,
-                            row_end, out);
+    stitch_batches_out_cuda({patches}, inverse, std::nullopt, window, height, width, patch, stride, scale, crop,
+                            shuffle, row_begin, row_end, out);
 }
 
 // The adjoint: patch pixel (k, l) reads the gradient of its output pixel times wy[k] and then wx[l]; a row that several

@@ -92,6 +92,58 @@ __global__ void __launch_bounds__(kThreads)
     }
 }
 
+// Where a patch is read within the region that holds it: its first pixel, and strides of the region in elements.
+struct alignas(16) RegionPlace {
+    const void* data;
+    int c, y;
+};
+
+// Tensors of regions, each of one height and width in pixels, of which `inverse` numbers the rows from `first` on.
+struct RegionList {
+    const char* data[kBatches];
+    int64_t end[kBatches];  // number of rows in the tensors up to this one
+    int height[kBatches], width[kBatches];
+    int64_t first, rows;
+};
+
+// What is alike for all regions: channels, memory format, bytes of an element, and pixels per LR pixel.
+struct RegionFormat {
+    int channels, bytes, factor;
+    bool planar;
+};
+
+__device__ __forceinline__ int64_t clamped(int64_t value, int64_t last) {
+    return value < 0 ? 0 : value < last ? value : last;
+}
+
+// Places of the patches that these tensors hold. Nothing can raise here: a row out of range becomes the nearest, and a
+// patch that its region does not hold is moved into it.
+__global__ void __launch_bounds__(kThreads) stitch_patches_regions_kernel(RegionList list, RegionFormat format,
+                                                                          const int64_t* __restrict__ inverse,  // [N]
+                                                                          const int64_t* __restrict__ region,   // [N]
+                                                                          int64_t patches, int64_t count, TileGrid grid,
+                                                                          RegionPlace* __restrict__ places) {  // [N]
+    const int64_t step = int64_t{gridDim.x} * kThreads, tiles = grid.num_patches(), cols = grid.x.count();
+    const int64_t span = grid.y.patch * format.factor;
+    for (int64_t n = int64_t{blockIdx.x} * kThreads + threadIdx.x; n < patches; n += step) {
+        const int64_t row = clamped(inverse[n], count - 1) - list.first;
+        if (row < 0 || row >= list.rows) continue;
+        int batch = 0;
+        while (row >= list.end[batch]) ++batch;
+        const int64_t height = list.height[batch], width = list.width[batch];
+        const int64_t tile = n % tiles, corner = clamped(region[n], patches - 1) % tiles;
+        const int64_t down = grid.y.origin(tile / cols) - grid.y.origin(corner / cols);
+        const int64_t across = grid.x.origin(tile % cols) - grid.x.origin(corner % cols);
+        const int64_t y = clamped(down * format.factor, height - span),
+                      x = clamped(across * format.factor, width - span);
+        const int64_t number = row - (batch == 0 ? 0 : list.end[batch - 1]);
+        const int64_t pixel = format.planar ? 1 : format.channels, line = width * pixel;
+        const int64_t at = number * format.channels * height * width + y * line + x * pixel;
+        places[n] = {list.data[batch] + at * format.bytes, static_cast<int>(format.planar ? height * width : 1),
+                     static_cast<int>(line)};
+    }
+}
+
 template <typename W>
 AxisTables<W> make_tables(const Queue& queue, const Tensor& window, const TileGrid& grid, int64_t scale,
                           const Tensor& memory) {

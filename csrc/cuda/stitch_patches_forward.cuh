@@ -21,10 +21,18 @@ struct PatchLayout {
     int shuffle;
 };
 
+// One patch: its first pixel, and where the others lie.
+template <typename T>
+struct Placed {
+    const T* data;
+    PatchLayout layout;
+};
+
 template <typename T>
 struct StitchPlan {
-    const T* patches;         // [M, ...], or null where `rows` says where each lies
-    const void* const* rows;  // [M] or null
+    const T* patches;            // [M, ...], or null where `rows` or `regions` says where each lies
+    const void* const* rows;     // [M] or null
+    const RegionPlace* regions;  // [N] or null
     PatchLayout layout;
     const int64_t* inverse;  // [N] or null
     int64_t count;           // M
@@ -42,20 +50,28 @@ struct StitchPlan {
         return (j * int64_t{stride} < last_x ? j * stride : last_x) * scale;
     }
 
-    // Patch (i, j) of an image. Nothing can raise here: a row out of range becomes the nearest.
-    __device__ __forceinline__ const T* patch(int64_t image, int i, int j) const {
+    // Patch (i, j) of an image, in a region or one by one. Nothing can raise here: a row out of range becomes the
+    // nearest.
+    template <bool kRegions>
+    __device__ __forceinline__ Placed<T> patch(int64_t image, int i, int j) const {
         int64_t m = (image * tile_rows + i) * tile_cols + j;
+        if constexpr (kRegions) {
+            const RegionPlace place = regions[m];
+            return {static_cast<const T*>(place.data), {0, place.c, place.y, layout.x, layout.shuffle}};
+        }
         if (inverse != nullptr) {
             const int64_t wanted = __ldg(inverse + m), last = count - 1;
             m = wanted < 0 ? 0 : (wanted < last ? wanted : last);
         }
-        return rows != nullptr ? static_cast<const T*>(rows[m]) : patches + m * layout.n;
+        return {rows != nullptr ? static_cast<const T*>(rows[m]) : patches + m * layout.n, layout};
     }
 };
 
 // Pixels (k, l) to (k, l + N) of channel c of a patch.
 template <int N, typename T>
-__device__ __forceinline__ Pack<T, N> load_pixels(const T* patch, const PatchLayout& at, int64_t c, int k, int l) {
+__device__ __forceinline__ Pack<T, N> load_pixels(const Placed<T>& placed, int64_t c, int k, int l) {
+    const T* patch = placed.data;
+    const PatchLayout& at = placed.layout;
     const int r = at.shuffle;
     if (r == 1) {
         const T* row = patch + c * at.c + k * at.y;
@@ -97,7 +113,7 @@ __device__ __forceinline__ void write(const StitchPlan<T>& plan, Out* out, int64
 }
 
 // One pack of one row, whatever tiles cover it.
-template <int N, typename T>
+template <int N, bool kRegions, typename T>
 __device__ Pack<Work<T>, N> blend(const StitchPlan<T>& plan, int64_t image, int64_t c, int y, int x) {
     using W = Work<T>;
     const Cover rows = plan.tables.covers_y[y / plan.scale];
@@ -113,10 +129,10 @@ __device__ Pack<Work<T>, N> blend(const StitchPlan<T>& plan, int64_t image, int6
         for (int e = 0; e < N; ++e) strip.at[e] = W(0);
         for (int j = first; j <= last; ++j) {
             const int l = x - plan.origin_x(j);
-            const T* patch = plan.patch(image, i, j);
+            const Placed<T> patch = plan.template patch<kRegions>(image, i, j);
             const W* weight = plan.tables.weights_x + int64_t{j} * plan.span;
             if (l >= 0 && l + N <= plan.span) {
-                const Pack<T, N> pixels = load_pixels<N>(patch, plan.layout, c, k, l);
+                const Pack<T, N> pixels = load_pixels<N>(patch, c, k, l);
 #pragma unroll
                 for (int e = 0; e < N; ++e) {
                     strip.at[e] = add(strip.at[e], multiply(weight[l + e], static_cast<W>(pixels.at[e])));
@@ -125,7 +141,7 @@ __device__ Pack<Work<T>, N> blend(const StitchPlan<T>& plan, int64_t image, int6
 #pragma unroll
                 for (int e = 0; e < N; ++e) {
                     if (l + e < 0 || l + e >= plan.span || x + e > end) continue;
-                    const T pixel = load_pixels<1>(patch, plan.layout, c, k, l + e).at[0];
+                    const T pixel = load_pixels<1>(patch, c, k, l + e).at[0];
                     strip.at[e] = add(strip.at[e], multiply(weight[l + e], static_cast<W>(pixel)));
                 }
             }
@@ -137,7 +153,7 @@ __device__ Pack<Work<T>, N> blend(const StitchPlan<T>& plan, int64_t image, int6
     return sum;
 }
 
-template <typename T, typename Out>
+template <typename T, typename Out, bool kRegions>
 __global__ void __launch_bounds__(kThreads, 2)
     stitch_patches_kernel(StitchPlan<T> plan, int64_t total, Out* __restrict__ out) {  // [B, C, rows, W·s]
     using W = Work<T>;
@@ -156,11 +172,11 @@ __global__ void __launch_bounds__(kThreads, 2)
         const int right = plan.tables.covers_x[whole ? (x + N - 1) / plan.scale : 0].last;
         if (whole && rows.first == bottom && left.first == right) {
             // One tile covers all of it: all reads before all writes.
-            const T* patch = plan.patch(image, rows.first, left.first);
+            const Placed<T> patch = plan.template patch<kRegions>(image, rows.first, left.first);
             const int k = y - plan.origin_y(rows.first), l = x - plan.origin_x(left.first);
             Pack<T, N> pixels[Rows];
 #pragma unroll
-            for (int r = 0; r < Rows; ++r) pixels[r] = load_pixels<N>(patch, plan.layout, c, k + r, l);
+            for (int r = 0; r < Rows; ++r) pixels[r] = load_pixels<N>(patch, c, k + r, l);
             const Pack<W, N> weight = load_pack<N>(plan.tables.weights_x + int64_t{left.first} * plan.span + l);
 #pragma unroll
             for (int r = 0; r < Rows; ++r) {
@@ -175,7 +191,7 @@ __global__ void __launch_bounds__(kThreads, 2)
             }
         } else {
             for (int r = 0; r < Rows && top + r < plan.height; ++r) {
-                write<N>(plan, out, image, c, top + r, x, blend<N>(plan, image, c, y + r, x));
+                write<N>(plan, out, image, c, top + r, x, blend<N, kRegions>(plan, image, c, y + r, x));
             }
         }
     }

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastroute.grid import TileGrid
+from fastroute.grid import TileGrid, tile_count
 from fastroute.ops import _checks as check
 from fastroute.ops._library import call, register
 from fastroute.reference.merge_regions import merge_regions_reference
@@ -70,7 +70,7 @@ def merge_regions(
 
     Differentiable: no, its outputs are indices.
     Deterministic: yes; costs are added in float32, in one order.
-    Synchronises: no.
+    Synchronises: no, with `costs` on the device of `class_ids`.
     CUDA-graph safe: yes, with `costs` on the device of `class_ids`.
     Memory layout: any strides; contiguous outputs.
     """
@@ -96,9 +96,19 @@ def _table(costs: Tensor | Sequence[float], grid: TileGrid, merge: int, device: 
     if table.device not in (device, torch.device("cpu")):
         raise ValueError(f"{op}: costs must be on the CPU or on {device} as class_ids is; got {table.device}")
     if table.ndim == 1:
-        pixels = torch.tensor([float(h * w) for h, w in grid.region_shapes(merge)], dtype=torch.float64, device=table.device)
-        table = table.double()[:, None] * pixels
+        heights, widths = (_sides(size, grid, merge, table.device) for size in (grid.height, grid.width))
+        table = table.double()[:, None] * (heights[:, None] * widths).flatten()
     return table.to(device, torch.float32)
+
+
+def _sides(size: int, grid: TileGrid, merge: int, device: torch.device) -> Tensor:  # [2 * levels]
+    """Pixels that a region spans along one axis by its side code, see :func:`fastroute.grid.region_sides`; anything for a code
+    that no region has. It is arithmetic on the device, so that nothing waits and one compilation serves all sizes."""
+    last = tile_count(size, grid.patch, grid.stride, grid.crop) - 1
+    end = torch.sym_min(last * grid.stride, torch.sym_max(size - grid.patch, 0))
+    tiles = 2 ** torch.arange(merge.bit_length(), device=device)
+    first = (last // tiles * tiles * grid.stride).clamp(max=end)
+    return (grid.patch + torch.stack([(tiles - 1) * grid.stride, end - first], dim=1)).flatten().double()
 
 
 def check_costs(costs: Tensor) -> None:  # [K, S]

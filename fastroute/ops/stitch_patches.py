@@ -159,14 +159,19 @@ def _reuses_memory(patches: Tensor) -> bool:
     return plain and select("stitch_patches", patches.device) == "cpu"
 
 
-def _checked_batches(patches: Sequence[Tensor], out: Tensor | None) -> list[Tensor]:
-    """`patches` as a list of tensors that differ in their number of patches alone."""
+def _list_of(patches: Sequence[Tensor]) -> list[Tensor]:
     op = "stitch_patches"
     if not (isinstance(patches, (list, tuple)) and all(isinstance(batch, Tensor) for batch in patches)):
         raise TypeError(f"{op}: patches must be a torch.Tensor or a list of them; got {type(patches).__name__}")
-    batches = list(patches)
-    if not batches:
+    if not patches:
         raise ValueError(f"{op}: patches must hold at least one tensor; got none")
+    return list(patches)
+
+
+def _checked_batches(patches: Sequence[Tensor], out: Tensor | None) -> list[Tensor]:
+    """`patches` as a list of tensors that differ in their number of patches alone."""
+    op = "stitch_patches"
+    batches = _list_of(patches)
     first = batches[0]
     check.rank(op, "patches", first, "(M, C, P, P)", 4)
     device, dtype, shape, strides = first.device, first.dtype, first.shape[1:], first.stride()[1:]
@@ -191,9 +196,7 @@ def _checked_regions(
 ) -> list[Tensor]:
     """`patches` as a list of tensors of regions, which may differ in their height and width too."""
     op = "stitch_patches"
-    batches = [patches] if isinstance(patches, Tensor) else list(patches)
-    if not batches or not all(isinstance(batch, Tensor) for batch in batches):
-        raise TypeError(f"{op}: patches must be a torch.Tensor or a list of at least one; got {type(patches).__name__}")
+    batches = [patches] if isinstance(patches, Tensor) else _list_of(patches)
     first = batches[0]
     if inverse is None:
         raise ValueError(f"{op}: region needs `inverse`, the row of `patches` that holds the region of each patch")
@@ -232,10 +235,56 @@ def check_places(
     """
     if inverse is None or inverse.device.type != "cpu" or begin >= end:
         return
+    used, cols = _read_rows(geometry, begin, end)
+    check.in_range("stitch_patches", "inverse", inverse.view(-1, len(used), len(cols))[:, used], number)
+
+
+def check_regions(
+    batches: Sequence[Tensor],  # [M_i, C·r·r, h_i / r, w_i / r] each
+    inverse: Tensor,  # [N]
+    region: Tensor,  # [N]
+    geometry: tuple[int, int, int, int, int, bool],
+    shuffle: int,
+    begin: int,
+    end: int,
+) -> None:
+    """Regions hold the patches that output rows [begin, end) read; looked at on the CPU alone.
+
+    `geometry` is height, width, patch, stride, scale and crop.
+    """
+    op = "stitch_patches"
+    check_places(inverse, sum(batch.shape[0] for batch in batches), geometry, begin, end)
+    # What a compiler traces with is a tensor of another class.
+    unseen = inverse.device.type != "cpu" or torch.compiler.is_compiling() or type(inverse) is not Tensor
+    if unseen or begin >= end or inverse.numel() == 0:
+        return
+    height, _, patch, stride, scale, crop = geometry
+    used, cols = _read_rows(geometry, begin, end)
+    rows, factor = tile_origins(height, patch, stride, crop), scale // shuffle
+    tiles, span = len(used) * len(cols), patch * factor
+    sizes = torch.tensor([size for batch in batches for size in [batch.shape[2:]] * batch.shape[0]])  # [M, 2]
+    number = torch.arange(inverse.shape[0]).view(-1, len(used), len(cols))[:, used].flatten()
+    corner = region[number]
+    outside = (corner < number // tiles * tiles) | (corner > number)
+    if outside.any():
+        n = int(number[outside][0])
+        raise ValueError(
+            f"{op}: region must name a patch above or left of its patches, in their image; got {int(region[n])} for patch {n}"
+        )
+    places = torch.cartesian_prod(torch.tensor(rows), torch.tensor(cols))  # [tiles, 2]
+    within = (places[number % tiles] - places[corner % tiles]) * factor
+    outside = ((within < 0) | (within + span > sizes[inverse[number]])).any(dim=1)
+    if outside.any():
+        n = int(number[outside][0])
+        size = " x ".join(str(side) for side in sizes[inverse[n]].tolist())
+        raise ValueError(f"{op}: region {int(region[n])} does not hold patch {n}; got {size}")
+
+
+def _read_rows(geometry: tuple[int, int, int, int, int, bool], begin: int, end: int) -> tuple[Tensor, list[int]]:
+    """Whether output rows [begin, end) read each tile row, and the origins of tile columns."""
     height, width, patch, stride, scale, crop = geometry
     rows, cols = (tile_origins(size, patch, stride, crop) for size in (height, width))
-    used = [begin < (y + patch) * scale and y * scale < end for y in rows]
-    check.in_range("stitch_patches", "inverse", inverse.view(-1, len(rows), len(cols))[:, torch.tensor(used)], number)
+    return torch.tensor([begin < (y + patch) * scale and y * scale < end for y in rows]), cols
 
 
 def _checked_reference(patches: Tensor, inverse: Tensor | None, *rest: Any) -> Tensor:
@@ -269,6 +318,7 @@ def reference_batches(batches: list[Tensor], inverse: Tensor | None, region: Ten
         patches = torch.cat(batches)
     else:
         # Each patch is then a row of its own.
+        check_regions(batches, inverse, region, args[1:7], *args[7:])
         patches, inverse = patches_of_regions(batches, inverse, region, *args[1:8]), None
     reference_out(patches, inverse, *args, out=out)
 

@@ -1,8 +1,8 @@
 """merge_regions: least(r) = min(cost of r as one region, sum of least(halves of r)) for every rectangle r of every block of
 merge x merge tiles, from single tiles upwards; then every tile goes down from its block to the rectangle that runs whole.
 
-A lane stands for a tile, a program for as many blocks as it has lanes for. Rectangles of one size, 2^y x 2^x tiles, are found at
-a time and kept in memory, where the lanes of the next size read them."""
+A lane stands for a tile, a program for as many blocks as it has lanes for. Rectangles of one size, 2^y x 2^x tiles, are found
+at a time and kept in memory, where the lanes of the next size read them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fastroute.grid import tile_count
 from fastroute.ops import _checks as check
 from fastroute.ops.merge_regions import check_costs
 from fastroute.reference.merge_regions import COLS, ROWS, WHOLE
-from fastroute.triton._common import INTERPRETED, NAMES, WIDER, Variant, ceil_div, launch
+from fastroute.triton._common import NAMES, WIDER, Variant, ceil_div, launch
 from fastroute.triton._geometry import origin
 
 # Tiles of one program, a thread each: those of one block of the largest size.
@@ -42,8 +42,6 @@ def stretch(level, index, MERGE: tl.constexpr):
     return 2 * MERGE - 2 * (MERGE >> level) + index
 
 
-# The lanes of a step read what others have written in the steps before, and torch's analysis of compiled kernels takes class_ids
-# for written too.
 @triton.jit(do_not_specialize=["step", "classes", "height", "width", "rows", "cols", "down", "across", "blocks"])
 def merge_regions_kernel(
     class_ids,  # [N]

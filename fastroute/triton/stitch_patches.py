@@ -1,10 +1,12 @@
 """stitch_patches: out[b, c, Y, X] = Σ_i wy[i, Y] · Σ_j wx[j, X] · patch(i, j)[c, Y - y_i, X - x_j], the sums over the tile
 rows i and tile columns j that cover the pixel, columns first and products rounded on their own, as everywhere. One program
-writes a block of one channel and every output pixel once; the weights of both axes are normalised by a kernel before."""
+writes a block of one channel and every output pixel once; the weights of both axes are normalised by a kernel before. A patch
+in a region is read where a table says, which another kernel makes."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -14,7 +16,7 @@ from torch import Tensor
 
 from fastroute.grid import covered_size, tile_count
 from fastroute.ops import _checks as check
-from fastroute.ops.stitch_patches import check_places
+from fastroute.ops.stitch_patches import check_places, check_regions
 from fastroute.triton._common import (
     FLOATING,
     INTEGER_IMAGE,
@@ -80,6 +82,55 @@ def stitch_patches_weights_kernel(
     tl.store(weights + place, tl.where(inside, quotient(weight, total), 0), mask=line < rows + cols)
 
 
+@triton.jit(
+    do_not_specialize=["number", "first", "last", "base", "held_y", "held_x", "channels", "height", "width", "rows", "cols"]
+)
+def stitch_patches_regions_kernel(
+    inverse,  # [N]
+    region,  # [N]
+    table,  # [N, 3]
+    number,
+    first,
+    last,
+    base,
+    held_y,
+    held_x,
+    channels,
+    height,
+    width,
+    rows,
+    cols,
+    PATCH: tl.constexpr,
+    STRIDE: tl.constexpr,
+    FACTOR: tl.constexpr,
+    PLANAR: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """For patches whose region is one of the rows [first, last), regions of held_y x held_x pixels that follow each other in
+    memory from element `base` on: the element at which each begins, and strides of channels and rows. A patch that its region
+    does not hold is moved into it, so that nothing outside is read."""
+    n = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    place = tl.load(inverse + n, mask=n < number, other=-1)
+    held = (n < number) & (place >= first) & (place < last)
+    corner = tl.load(region + n, mask=held, other=0)
+    tiles = rows * cols
+    tile = (n % tiles).to(tl.int32)
+    corner = (tl.minimum(tl.maximum(corner, 0), number - 1) % tiles).to(tl.int32)
+    y = (origin(tile // cols, height, PATCH, STRIDE) - origin(corner // cols, height, PATCH, STRIDE)) * FACTOR
+    x = (origin(tile % cols, width, PATCH, STRIDE) - origin(corner % cols, width, PATCH, STRIDE)) * FACTOR
+    y = tl.minimum(tl.maximum(y, 0), held_y - PATCH * FACTOR).to(tl.int64)
+    x = tl.minimum(tl.maximum(x, 0), held_x - PATCH * FACTOR).to(tl.int64)
+    pixels = tl.full((BLOCK,), 0, tl.int64) + held_y.to(tl.int64) * held_x
+    if PLANAR:
+        step_c, step_y, step_x = pixels, held_x, 1
+    else:
+        step_c, step_y, step_x = 1, held_x * channels, channels
+    at = base + (place - first) * pixels * channels + y * step_y + x * step_x
+    tl.store(table + 3 * n, at, mask=held)
+    tl.store(table + 3 * n + 1, step_c, mask=held)
+    tl.store(table + 3 * n + 2, step_y, mask=held)
+
+
 # A thread has one pixel, so that alignment helps nothing; `out` may be a slice of rows, which begins anywhere.
 @triton.jit(
     do_not_specialize=[
@@ -91,6 +142,7 @@ def stitch_patches_weights_kernel(
 def stitch_patches_kernel(
     patches,  # [M, C·r·r, P / r, P / r]
     inverse,  # [N] or None
+    table,  # [N, 3], where patches in regions begin and the strides there, or None
     weights,  # [rows + cols, P]
     out,  # [B, C, out_height, out_width]
     places,
@@ -147,10 +199,17 @@ def stitch_patches_kernel(
             place = (image * rows + i) * cols + j
             if inverse is not None:
                 place = tl.load(inverse + place, mask=reads, other=0)
-            known = reads & (place >= 0) & (place < places)
+            if table is not None:
+                begin = tl.load(table + 3 * place, mask=reads, other=-1)
+                step_c = tl.load(table + 3 * place + 1, mask=reads, other=0)
+                step_y = tl.load(table + 3 * place + 2, mask=reads, other=0)
+                known = reads & (begin >= 0)
+            else:
+                begin, step_c, step_y = place * patch_n, patch_c, patch_y
+                known = reads & (place >= 0) & (place < places)
             channel = (c * SHUFFLE + k % SHUFFLE) * SHUFFLE + column % SHUFFLE
-            within = (k // SHUFFLE).to(tl.int64) * patch_y + (column // SHUFFLE).to(tl.int64) * patch_x
-            pixel = tl.load(patches + place * patch_n + channel.to(tl.int64) * patch_c + within, mask=known, other=0)
+            within = (k // SHUFFLE).to(tl.int64) * step_y + (column // SHUFFLE).to(tl.int64) * patch_x
+            pixel = tl.load(patches + begin + channel.to(tl.int64) * step_c + within, mask=known, other=0)
             weight = tl.load(weights + (rows + j) * SPAN + column, mask=(x < out_width) & (j <= last_x), other=0)
             strip += tl.where(known, product(to_work(pixel, WORK), weight), 0)
         weight = tl.load(weights + i * SPAN + k, mask=(line < out_height) & (i >= first_y) & (i <= last_y), other=0)
@@ -202,24 +261,83 @@ def stitch_patches_out_triton(
     out: Tensor,  # [B, C, rows, W·s]
 ) -> None:
     """See :func:`fastroute.stitch_patches`."""
-    rows, cols = tile_count(height, patch, stride, crop), tile_count(width, patch, stride, crop)
     if inverse is not None:
         inverse = inverse.contiguous()
         check_places(inverse, patches.shape[0], (height, width, patch, stride, scale, crop), row_begin, row_end)
+    held = (patches, inverse, None, patches.shape[0], patches.stride())
+    _stitch(*held, window, height, width, patch, stride, scale, crop, shuffle, row_begin, out)
+
+
+def _stitch(
+    patches: Tensor,
+    inverse: Tensor | None,  # [N]
+    table: Tensor | None,  # [N, 3]
+    places: int,
+    steps: tuple[int, ...],
+    window: Tensor,  # [P]
+    height: int,
+    width: int,
+    patch: int,
+    stride: int,
+    scale: int,
+    crop: bool,
+    shuffle: int,
+    row_begin: int,
+    out: Tensor,  # [B, C, rows, W·s]
+) -> None:
+    rows, cols = tile_count(height, patch, stride, crop), tile_count(width, patch, stride, crop)
     constants = _constants(patches.dtype, patch, stride, scale)
     weights = _weights(window, height, width, rows, cols, patch, stride, scale, crop)
     batch, channels, out_height, out_width = out.shape
     block = _block()
     programs = batch * channels * ceil_div(out_height, block["BLOCK_Y"]) * ceil_div(out_width, block["BLOCK_X"])
-    sizes = (patches.shape[0], height, width, rows, cols, row_begin, out_height, out_width, channels)
-    strides = (*patches.stride(), *out.stride()[:3])
+    pointers = (patches, inverse, table, weights, out)
+    sizes = (places, height, width, rows, cols, row_begin, out_height, out_width, channels)
     constants |= {"SHUFFLE": shuffle, **block}
-    launch(stitch_patches_kernel, programs, patches, inverse, weights, out, *sizes, *strides, **constants, num_warps=WARPS)
+    launch(stitch_patches_kernel, programs, *pointers, *sizes, *steps, *out.stride()[:3], **constants, num_warps=WARPS)
 
 
-def stitch_patches_batches_out_triton(batches: list[Tensor], *args: Any, out: Tensor) -> None:
-    """Patches in several tensors: put together first, as a kernel reads one."""
-    stitch_patches_out_triton(torch.cat(batches), *args, out=out)
+def stitch_patches_batches_out_triton(
+    batches: list[Tensor],  # [M_i, C·r·r, P / r, P / r] each, or regions
+    inverse: Tensor | None,  # [N]
+    region: Tensor | None,  # [N]
+    window: Tensor,  # [P]
+    *geometry: Any,
+    out: Tensor,  # [B, C, rows, W·s]
+) -> None:
+    """Patches or regions in several tensors: put together first, as a kernel reads one."""
+    if region is None or inverse is None:
+        stitch_patches_out_triton(torch.cat(batches), inverse, window, *geometry, out=out)
+        return
+    *grid, shuffle, row_begin, row_end = geometry
+    inverse, region = inverse.contiguous(), region.contiguous()
+    check_regions(batches, inverse, region, tuple(grid), shuffle, row_begin, row_end)
+    planar = batches[0].is_contiguous()
+    flat = [(batch if planar else batch.permute(0, 2, 3, 1)).reshape(-1) for batch in batches]
+    elements = flat[0] if len(flat) == 1 else torch.cat(flat)
+    table = _table(batches, inverse, region, planar, grid, shuffle)
+    # Strides of rows and channels are those of the table.
+    steps = (0, 0, 0, 1 if planar else batches[0].shape[1])
+    _stitch(elements, None, table, 0, steps, window, *grid, shuffle, row_begin, out)
+
+
+def _table(
+    batches: list[Tensor], inverse: Tensor, region: Tensor, planar: bool, grid: Sequence[Any], shuffle: int
+) -> Tensor:  # [N, 3]
+    """Where each patch begins in `batches` laid side by side, and strides of channels and rows; -1 where it lies nowhere."""
+    height, width, patch, stride, scale, crop = grid
+    rows, cols = tile_count(height, patch, stride, crop), tile_count(width, patch, stride, crop)
+    number, channels = inverse.shape[0], batches[0].shape[1]
+    table = torch.full((number, 3), -1, dtype=torch.int64, device=inverse.device)
+    factor = {"PATCH": patch, "STRIDE": stride, "FACTOR": scale // shuffle, "PLANAR": planar, "BLOCK": WEIGHTS}
+    first = begin = 0
+    # Neighbours of one size are one tensor.
+    for (held_y, held_x), alike in groupby(batches, lambda batch: batch.shape[2:]):
+        last = first + sum(batch.shape[0] for batch in alike)
+        sizes = (number, first, last, begin, held_y, held_x, channels, height, width, rows, cols)
+        launch(stitch_patches_regions_kernel, ceil_div(number, WEIGHTS), inverse, region, table, *sizes, **factor)
+        first, begin = last, begin + (last - first) * channels * held_y * held_x
+    return table
 
 
 def stitch_patches_triton(
@@ -362,17 +480,23 @@ def variants() -> Iterator[Variant]:
         "channels",
         "lines_count",
         "cover",
+        "number",
+        "first",
+        "last",
+        "base",
+        "held_y",
+        "held_x",
     )
     sizes = dict.fromkeys((*names, "length_y", "length_x", "out_n", "out_c", "out_y"), "i32")
     strides = {f"{name}_{axis}": "i32" for name in ("patch", "grad") for axis in "ncyx"}
-    rest = {**dict.fromkeys(("inverse", "numbers", "begin"), "*i64"), **sizes, **strides}
+    rest = {**dict.fromkeys(("inverse", "region", "table", "numbers", "begin"), "*i64"), **sizes, **strides}
 
     def types(source: torch.dtype, target: torch.dtype) -> dict[str, str]:
         work = "*fp64" if source == torch.float64 else "*fp32"
         pointers = {name: f"*{NAMES[source]}" for name in ("patches", "grad")}
         return {**rest, **pointers, "out": f"*{NAMES[target]}", "window": work, "weights": work}
 
-    def forward(source: torch.dtype, target: torch.dtype, shuffle: int = 1, missing: tuple = ()) -> Variant:
+    def forward(source: torch.dtype, target: torch.dtype, shuffle: int = 1, missing: tuple = ("table",)) -> Variant:
         block = {"SHUFFLE": shuffle, **_block(), **dict.fromkeys(missing)}
         constants = {**_constants(source, 32, 28, 4), **block}
         return Variant(stitch_patches_kernel, types(source, target), constants, {"num_warps": WARPS})
@@ -381,6 +505,8 @@ def variants() -> Iterator[Variant]:
         every = source == torch.float32
         yield from (forward(source, target) for target in (FLOATING + INTEGER_IMAGE if every else (source, torch.uint8)))
         yield forward(source, source, shuffle=4)
+        yield forward(source, torch.uint8, shuffle=4, missing=("inverse", "table"))
+        yield forward(source, source, missing=("inverse",))
         yield forward(source, torch.uint8, shuffle=4, missing=("inverse",))
         constants = _constants(source, 32, 28, 4)
         backward, options = {**constants, "BLOCK": BLOCK, "WIDER": WIDER}, {"num_warps": WARPS}
@@ -391,3 +517,7 @@ def variants() -> Iterator[Variant]:
     for dtype in (torch.float32, torch.float64):
         constants = {name: value for name, value in _constants(dtype, 32, 28, 4).items() if name != "WORK"}
         yield Variant(stitch_patches_weights_kernel, types(dtype, dtype), {**constants, "BLOCK": WEIGHTS})
+    for planar in (False, True):
+        for base in ("i32", "i64"):
+            constants = {"PATCH": 32, "STRIDE": 28, "FACTOR": 4, "PLANAR": planar, "BLOCK": WEIGHTS}
+            yield Variant(stitch_patches_regions_kernel, {**rest, "base": base}, constants)
