@@ -224,9 +224,9 @@ def stitch_both(first: Tensor, second: Tensor, inverse: Tensor, region: Tensor, 
 
 def test_compiles_once_for_all_sizes(operator):
     calls = []
-    for images, height, width in ((2, 20, 30), (3, 21, 17), (4, 40, 9)):
+    for images, height, width in few([((2, 20, 30), (3, 21, 17)), ((2, 20, 30), (3, 21, 17), (4, 40, 9))])[-1]:
         held = Held(TileGrid(height, width, 8, 5), images, 1, operator.device)
-        patches = random((len(held.region), 3, 8, 8), device=operator.device)
+        patches = random((len(held.region), 1, 8, 8), device=operator.device)
         image = torch.zeros(images, 3, height, width, device=operator.device)
         calls.append((patches[:5], patches[5:], held.inverse, held.region, image))
     compiles_once(stitch_both, calls)
