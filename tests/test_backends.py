@@ -219,7 +219,7 @@ def test_works_without_the_extension():
         fastroute.stitch_patches(patches, grid).sum().backward()
         print(torch.allclose(image.grad, torch.ones_like(image)))
         # The registered operators exist too, and give the same.
-        same = torch.ops.fastroute.extract_patches(image, None, None, None, 3, 2, False, None, False)
+        same = torch.ops.fastroute.extract_patches(image, None, None, None, 3, 2, False, None, False, 3, 3)
         print(torch.equal(same, patches))
         try:
             with fastroute.use_backend("cpu"):

@@ -71,7 +71,7 @@ def layers(*widths):
 
 OPS = {
     "extract_patches": lambda: fastroute.extract_patches(
-        image(1, 3, 20, 30), fastroute.TileGrid(20, 30, 8, 6), image(7, dtype=torch.int64), image(3), image(3)
+        image(1, 3, 20, 30), fastroute.TileGrid(20, 30, 8, 6), image(7, dtype=torch.int64), image(3), image(3), size=(14, 20)
     ),
     "group_by_class": lambda: fastroute.group_by_class(image(9, dtype=torch.int32), 3),
     "assign_classes": lambda: (
@@ -90,9 +90,24 @@ OPS = {
     "pixel_mlp": lambda: fastroute.pixel_mlp(
         image(1, 8, 5, 6), [layers(12, 4, 3), []], (10, 12), image(1, 10, 12, dtype=torch.uint8), image(1, 3, 5, 6)
     ),
-    "stitch_patches": lambda: [
-        fastroute.stitch_patches(image(15, 3, 16, 16), fastroute.TileGrid(20, 30, 8, 6, 2), window, out=out)
-        for window, out in (("hann", None), ("hann", image(1, 3, 40, 60)), (image(16), None))
+    "stitch_patches": lambda: (
+        [
+            fastroute.stitch_patches(image(15, 3, 16, 16), fastroute.TileGrid(20, 30, 8, 6, 2), window, out=out)
+            for window, out in (("hann", None), ("hann", image(1, 3, 40, 60)), (image(16), None))
+        ]
+        + [
+            fastroute.stitch_patches(
+                [image(3, 3, 28, 28), image(1, 3, 40, 16), image(2, 3, 28, 28)],
+                fastroute.TileGrid(20, 30, 8, 6, 2),
+                "hann",
+                image(15, dtype=torch.int64),
+                region=image(15, dtype=torch.int64),
+            )
+        ]
+    ),
+    "merge_regions": lambda: [
+        fastroute.merge_regions(image(15, dtype=torch.int64), fastroute.TileGrid(20, 30, 8, 6), image(*size))
+        for size in ((3,), (3, 36))
     ],
     "refine_boundaries": lambda: fastroute.refine_boundaries(image(1, 3, 9, 8), image(1, 9, 8, dtype=torch.uint8)),
 }

@@ -222,6 +222,11 @@ def _checked_regions(
     return [batch.contiguous(memory_format=layout) for batch in batches]
 
 
+def _is_seen(x: Tensor) -> bool:
+    """Whether values can be looked at without a wait: what a compiler traces with is a tensor of another class."""
+    return x.device.type == "cpu" and type(x) is Tensor and not torch.compiler.is_compiling()
+
+
 def check_places(
     inverse: Tensor | None,  # [N]
     number: int,
@@ -233,7 +238,7 @@ def check_places(
 
     `geometry` is height, width, patch, stride, scale and crop.
     """
-    if inverse is None or inverse.device.type != "cpu" or begin >= end:
+    if inverse is None or not _is_seen(inverse) or begin >= end:
         return
     used, cols = _read_rows(geometry, begin, end)
     check.in_range("stitch_patches", "inverse", inverse.view(-1, len(used), len(cols))[:, used], number)
@@ -254,9 +259,7 @@ def check_regions(
     """
     op = "stitch_patches"
     check_places(inverse, sum(batch.shape[0] for batch in batches), geometry, begin, end)
-    # What a compiler traces with is a tensor of another class.
-    unseen = inverse.device.type != "cpu" or torch.compiler.is_compiling() or type(inverse) is not Tensor
-    if unseen or begin >= end or inverse.numel() == 0:
+    if not _is_seen(inverse) or begin >= end or inverse.numel() == 0:
         return
     height, _, patch, stride, scale, crop = geometry
     used, cols = _read_rows(geometry, begin, end)

@@ -14,6 +14,7 @@ from fastroute import TileGrid
 from fastroute.reference.adaptive_threshold import adaptive_threshold_reference
 from fastroute.reference.assign_classes import assign_classes_reference
 from fastroute.reference.extract_patches import extract_patches_reference
+from fastroute.reference.merge_regions import merge_regions_reference
 from fastroute.reference.stitch_patches import stitch_patches_reference
 
 OPS = torch.ops.fastroute
@@ -33,12 +34,54 @@ def test_index_out_of_range_is_the_nearest(number):
 
     image = torch.rand(1, 2, 7, 9)
     expected = extract_patches_reference(image, nearest(index, 6), None, None, 4, 3, False)
-    assert torch.equal(OPS.extract_patches(image, index, None, None, 4, 3, False, None, False), expected)
+    assert torch.equal(OPS.extract_patches(image, index, None, None, 4, 3, False, None, False, 4, 4), expected)
 
     patches, window = torch.rand(3, 1, 4, 4), torch.ones(4)
     place = index[:4].contiguous()
     expected = stitch_patches_reference(patches, nearest(place, 3), window, 6, 7, 4, 3, 1, False)
     assert torch.equal(OPS.stitch_patches(patches, place, window, 6, 7, 4, 3, 1, False, 1, None, 0, 6), expected)
+
+
+@pytest.mark.parametrize("number", FAR)
+def test_region_out_of_range_is_moved_into_one(number):
+    # Two rows of three patches; a region of 6 x 7 for all, and a patch of its own.
+    regions, window = [torch.rand(1, 1, 6, 7), torch.rand(1, 1, 4, 4)], torch.ones(4)
+
+    def stitch(inverse, region):
+        out = torch.empty(1, 1, 6, 7)
+        geometry = (6, 7, 4, 3, 1, False, 1, 0, 6)
+        OPS.stitch_patches.batches_out(regions, torch.tensor(inverse), torch.tensor(region), window, *geometry, out=out)
+        return out
+
+    last = 1 if number > 0 else 0
+    assert torch.equal(stitch([0, number], [0, 1]), stitch([0, last], [0, 1]))
+    # The first patch of another region than its own: the offset is brought into the region that is read.
+    nearest_first = 1 if number > 0 else 0
+    assert torch.equal(stitch([0, 0], [number, 0]), stitch([0, 0], [nearest_first, 0]))
+    assert torch.equal(stitch([0, 1], [0, 0]), stitch([0, 1], [0, 1]))
+
+
+@pytest.mark.parametrize("number", FAR)
+def test_class_of_a_region_out_of_range_is_the_nearest(number):
+    grid = TileGrid(6, 9, 4, 3)
+    ids, costs = torch.tensor([2, number, 0, number, 1, 1]), torch.tensor([[1.0], [2.0], [4.0]]).repeat(1, 36)
+    place = (grid.height, grid.width, grid.patch, grid.stride, grid.crop, 4, False)
+    expected = merge_regions_reference(nearest(ids, 3), costs, *place)
+    for actual, wanted in zip(OPS.merge_regions(ids, costs, *place), expected, strict=True):
+        assert torch.equal(actual, wanted)
+
+
+@pytest.mark.parametrize("cost", [math.nan, math.inf, -1.0])
+def test_costs_that_mean_nothing_give_some_regions(cost):
+    grid = TileGrid(30, 40, 8, 6)
+    ids, costs = torch.arange(2 * grid.num_patches) % 3, torch.rand(3, 36)
+    costs[1:] = cost
+    place = (grid.height, grid.width, grid.patch, grid.stride, grid.crop, 4)
+    for promote in (False, True):
+        executed, region, group = OPS.merge_regions(ids, costs, *place, promote)
+        assert ((executed >= ids) & (executed < 3)).all()
+        assert ((region >= 0) & (region <= torch.arange(len(ids)))).all()
+        assert ((group >= 0) & (group <= 3 * 36)).all()
 
 
 @pytest.mark.parametrize("number", FAR)

@@ -31,9 +31,11 @@ BACKWARD = torch.ops.fastroute._extract_patches_backward.default
 STATISTICS = ([0.4488, 0.4371, 0.4040], [0.25, 0.3, 1.7])
 
 
-def reference(image: Tensor, grid: TileGrid, order=None, mean=None, std=None, dtype=None, channels_last=False) -> Tensor:
+def reference(
+    image: Tensor, grid: TileGrid, order=None, mean=None, std=None, dtype=None, channels_last=False, size=()
+) -> Tensor:
     return extract_patches_reference(
-        image, order, mean, std, grid.patch, grid.stride, grid.crop, dtype or image.dtype, channels_last
+        image, order, mean, std, grid.patch, grid.stride, grid.crop, dtype or image.dtype, channels_last, *size
     )
 
 
@@ -172,15 +174,16 @@ def test_opcheck(operator, grad):
     mean, std = (torch.tensor(v, device=operator.device) for v in STATISTICS)
     order = torch.tensor([1, 0, 1], device=operator.device)
     cases = (
-        (None, None, None, 3, 2, False, None, False),
-        (order, mean, std, 3, 2, True, torch.float64, True),
-        (order, None, std, 8, 5, False, torch.float16, False),
+        (None, None, None, 3, 2, False, None, False, 3, 3),
+        (order, mean, std, 3, 2, True, torch.float64, True, 3, 3),
+        (order, None, std, 8, 5, False, torch.float16, False, 8, 8),
     )
     for args in few(cases, int(grad)):
         opcheck(OP, (image.clone().requires_grad_(grad), *args))
     if not grad:
         for dtype in INTEGER_IMAGE:
-            opcheck(OP, (random((1, 3, 7, 6), dtype, operator.device), order, mean, std, 3, 2, False, torch.float32, False))
+            image = random((1, 3, 7, 6), dtype, operator.device)
+            opcheck(OP, (image, order, mean, std, 3, 2, False, torch.float32, False, 5, 7))
 
 
 @pytest.mark.parametrize("grad", [False, True])
@@ -261,6 +264,9 @@ GRID = TileGrid(8, 9, 4, 3)
         (TypeError, {"dtype": torch.complex64}, "dtype floating complex64"),
         (TypeError, {"image": IMAGE.byte(), "mean": torch.zeros(3)}, "dtype floating uint8"),
         (ValueError, {"memory_format": torch.preserve_format}, "memory_format channels_last preserve"),
+        (ValueError, {"size": (4, 3)}, "size at least 4 x 4 4 x 3"),
+        (ValueError, {"size": (0, 9)}, "size at least 4 x 4 0 x 9"),
+        (ValueError, {"size": (7, 4), "image": IMAGE.clone().requires_grad_()}, "regions gradient detach"),
     ],
 )
 def test_errors(kind, args, words):
@@ -299,3 +305,50 @@ def test_number_out_of_range(backend, number):
         extract_patches(IMAGE.to(backend.device), GRID, order)
     if error.type is ValueError:
         assert re.match(rf"extract_patches: order must lie in \[0, 18\); got {number}$", str(error.value))
+
+
+def test_table_of_regions(backend):
+    image = torch.arange(1.0, 13, device=backend.device).view(1, 1, 3, 4)
+    order = torch.tensor([0, 3], device=backend.device)
+    # Patches begin at (0, 0), (0, 2), (1, 0) and (1, 2); what lies outside repeats the edge.
+    regions = extract_patches(image, TileGrid(3, 4, patch=2, stride=2), order, size=(2, 3))
+    assert regions.tolist() == [[[[1, 2, 3], [5, 6, 7]]], [[[7, 8, 8], [11, 12, 12]]]]
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
+def test_sweep_of_regions(backend, geometry):
+    """Every shape of region that there is, from any patch on: within the image and beyond it."""
+    height, width, patch, stride, coverage = geometry
+    grid = TileGrid(height, width, patch, stride, coverage=coverage)
+    image = random((2, 3, height, width), device=backend.device)
+    shapes = sorted({size for size in grid.region_shapes(8) if size != (0, 0)})
+    order = torch.randperm(2 * grid.num_patches, generator=torch.Generator().manual_seed(1))[:40].to(backend.device)
+    for size in few([shapes[:: len(shapes) // 3 + 1], shapes])[-1]:
+        for some in few((order, order[:1], order[:0]), size[0]):
+            same(extract_patches(image, grid, some, size=size), reference(image, grid, some, size=size))
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
+@pytest.mark.parametrize("dtype", FLOATING + INTEGER_IMAGE, ids=str)
+def test_types_of_regions(backend, dtype, layout):
+    grid = TileGrid(23, 30, 8, 6)
+    mean, std = (torch.tensor(v, device=backend.device) for v in STATISTICS)
+    image = in_layout(random((2, 3, 23, 30), dtype, backend.device), layout)
+    order = torch.tensor([3, 0, 29, 12], device=backend.device)
+    for turn, (target, size) in enumerate(
+        few([(None, (14, 20)), (torch.float16, (8, 20)), (torch.float32, (21, 9))], dtype.itemsize)
+    ):
+        for last in few((False, True), turn + len(layout)):
+            memory_format = torch.channels_last if last else torch.contiguous_format
+            statistics = (None, None) if target is None else (mean, std)
+            actual = extract_patches(image, grid, order, *statistics, target, memory_format, size)
+            assert actual.is_contiguous(memory_format=memory_format)
+            same(actual, reference(image, grid, order, *statistics, target, size=size))
+
+
+def test_region_of_a_patch_is_the_patch(backend):
+    image, grid = random((1, 3, 20, 17), device=backend.device).requires_grad_(), TileGrid(20, 17, 8, 5)
+    patches = extract_patches(image, grid, size=(8, 8))
+    same(patches, extract_patches(image, grid))
+    (gradient,) = torch.autograd.grad(patches.sum(), image)
+    assert (gradient >= 1).all()

@@ -32,6 +32,7 @@ REPEATED = {
     "extract_patches": f"{POISONED} or {LAYOUTS} or {GEOMETRIES} or (types and float64)",
     "gather_groups": "complex64 or int16 or uint8",
     "group_by_class": "torch.int16 or torch.int32 or (70001 and uint8)",
+    "merge_regions": "torch.int16 or torch.int32 or inductor",
     "pixel_mlp": f"(sweep and not float32 and ({SIZES})) or (opcheck and (False-True or True-False or tf32)) or hidden0 or "
     "40-classes",
     "refine_boundaries": "(sweep and not float32 and not 22)",

@@ -67,6 +67,19 @@ def stitch_into(patches):
     return fastroute.stitch_patches(patches, TileGrid(11, 14, 8, 3), "hann", out=torch.empty(1, 3, 11, 14))
 
 
+def stitch_regions(patches):
+    places = torch.zeros(6, dtype=torch.int64)
+    return fastroute.stitch_patches([patches, patches[:, :, :8]], TileGrid(11, 14, 8, 3), "hann", places, region=places)
+
+
+def cut_regions(image):
+    return fastroute.extract_patches(image, TileGrid(image.shape[2], image.shape[3], 8, 5), size=(13, 18))
+
+
+def merge(ids):
+    return fastroute.merge_regions(ids.flatten().long(), TileGrid(11, 14, 8, 3), torch.ones(3))
+
+
 def group(ids):
     return fastroute.group_by_class(ids, 3)
 
@@ -86,6 +99,9 @@ def assign(score):
         (extract, (2, 3, 20, 30), 1),
         (stitch, (6, 3, 8, 8), 2),
         (stitch_into, (6, 3, 8, 8), 2),
+        (stitch_regions, (2, 3, 11, 14), 4),
+        (cut_regions, (2, 3, 20, 30), 1),
+        (merge, (2, 6), 1),
         (gather, (9, 4), 1),
     ],
     ids=lambda x: getattr(x, "__name__", None),
@@ -110,6 +126,8 @@ def test_what_cannot_be_looked_into_stays_one_node(monkeypatch, function, op, ar
 WRITTEN = {
     "adaptive_threshold_range_kernel": ["ranges"],
     "adaptive_threshold_sum_kernel": ["state", "sums"],
+    "merge_regions_kernel": ["acts", "executed", "group", "highest", "least", "lowest", "region"],
+    "stitch_patches_regions_kernel": ["table"],
     "stitch_patches_weights_kernel": ["weights"],
 }
 
