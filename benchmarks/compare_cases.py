@@ -39,6 +39,12 @@ def build(place: torch.device, lr: tuple[int, int]) -> dict[str, Callable[[], Ca
         ids = torch.randint(0, CLASSES, (10**6 if lr == LR else 10**4,), device=place)
         return lambda: fastroute.group_by_class(ids, CLASSES)
 
+    def merge() -> Callable[[], object]:
+        ids = (torch.rand(grid.rows // 3 + 1, grid.cols // 3 + 1, device=place) * CLASSES).long()
+        ids = ids.repeat_interleave(3, 0).repeat_interleave(3, 1)[: grid.rows, : grid.cols].flatten()
+        costs = torch.tensor([1.0, 2.0, 3.0], device=place)[:CLASSES]
+        return lambda: fastroute.merge_regions(ids, grid, costs)
+
     def gather() -> Callable[[], object]:
         rows = torch.rand(grid.num_patches, 3, PATCH, PATCH, device=place)
         groups = fastroute.group_by_class(torch.randint(0, CLASSES, (grid.num_patches,), device=place), CLASSES)
@@ -74,9 +80,9 @@ def build(place: torch.device, lr: tuple[int, int]) -> dict[str, Callable[[], Ca
         image = torch.randint(0, 256, (3, lr[0] // 2, lr[1] // 2), dtype=torch.uint8, device=place)
         return lambda: router.upscale(image, budget=0.7)
 
-    made = (extract, group, gather, stitch, assign, threshold, refine, mlp, upscale)
-    names = ("extract_patches", "group_by_class", "gather_groups, scatter_groups", "stitch_patches", "assign_classes",
-             "adaptive_threshold", "refine_boundaries", "pixel_mlp", "upscale, budget 0.7")  # fmt: skip
+    made = (extract, merge, group, gather, stitch, assign, threshold, refine, mlp, upscale)
+    names = ("extract_patches", "merge_regions", "group_by_class", "gather_groups, scatter_groups", "stitch_patches",
+             "assign_classes", "adaptive_threshold", "refine_boundaries", "pixel_mlp", "upscale, budget 0.7")  # fmt: skip
     return dict(zip(names, made, strict=True))
 
 

@@ -22,6 +22,7 @@ OPERATORS = (
     *IN_FULL,
     "stitch_patches_upsampled",
     "cell_mlp",
+    "merge_regions",
     "gather_groups",
     "scatter_groups",
     "assign_classes_penalty",
