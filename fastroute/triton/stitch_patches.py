@@ -5,9 +5,7 @@ in a region is read where a table says, which another kernel makes."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from itertools import groupby
-from typing import Any
+from collections.abc import Iterator
 
 import torch
 import triton
@@ -27,108 +25,17 @@ from fastroute.triton._common import (
     ceil_div,
     launch,
     product,
-    quotient,
     to_pixel,
     to_type,
     to_work,
     work_type,
 )
-from fastroute.triton._geometry import first_covering, last_covering, max_cover, origin
+from fastroute.triton._geometry import first_covering, last_covering, origin
+from fastroute.triton._stitch_tables import axis_weights, region_table, table_variants
 
 # Warps of a program, and its elements of the gradient: one for each thread, as in `_block`.
 WARPS = 8
 BLOCK = 32 * WARPS
-WEIGHTS = 128 * WIDER
-
-
-@triton.jit(do_not_specialize=["height", "width", "rows", "cols", "length_y", "length_x", "cover"])
-def stitch_patches_weights_kernel(
-    window,  # [P]
-    weights,  # [rows + cols, P]
-    height,
-    width,
-    rows,
-    cols,
-    length_y,
-    length_x,
-    cover,
-    PATCH: tl.constexpr,
-    STRIDE: tl.constexpr,
-    SCALE: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Weights of every tile row and column, which sum to 1 over the tiles of a pixel; 0 outside the image."""
-    SPAN: tl.constexpr = PATCH * SCALE
-    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    line, k = place // SPAN, place % SPAN
-    is_row = line < rows
-    tile = tl.where(is_row, line, line - rows)
-    size, tiles = tl.where(is_row, height, width), tl.where(is_row, rows, cols)
-    at = origin(tile, size, PATCH, STRIDE) * SCALE + k
-    first = first_covering(at // SCALE, tiles, PATCH, STRIDE)
-    last = last_covering(at // SCALE, tiles, size, PATCH, STRIDE)
-    length = tl.where(is_row, length_y, length_x)
-    inside = (line < rows + cols) & (at < length)
-    weight = tl.load(window + k, mask=inside, other=1)
-    total = tl.full((BLOCK,), 0, window.dtype.element_ty)
-    for step in range(cover):
-        i = first + step
-        covers = inside & (i <= last)
-        total += tl.load(window + at - origin(i, size, PATCH, STRIDE) * SCALE, mask=covers, other=0)
-    # Where every window is 0, near an end of the axis, the tile at that end has the pixel alone.
-    empty = inside & (total == 0)
-    weight = tl.where(empty, (tile == tl.where(2 * at < length, 0, tiles - 1)).to(total.dtype), weight)
-    total = tl.where(inside & (total != 0), total, 1)
-    tl.store(weights + place, tl.where(inside, quotient(weight, total), 0), mask=line < rows + cols)
-
-
-@triton.jit(
-    do_not_specialize=["number", "first", "last", "base", "held_y", "held_x", "channels", "height", "width", "rows", "cols"]
-)
-def stitch_patches_regions_kernel(
-    inverse,  # [N]
-    region,  # [N]
-    table,  # [N, 3]
-    number,
-    first,
-    last,
-    base,
-    held_y,
-    held_x,
-    channels,
-    height,
-    width,
-    rows,
-    cols,
-    PATCH: tl.constexpr,
-    STRIDE: tl.constexpr,
-    FACTOR: tl.constexpr,
-    PLANAR: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """For patches whose region is one of the rows [first, last), regions of held_y x held_x pixels that follow each other in
-    memory from element `base` on: the element at which each begins, and strides of channels and rows. A patch that its region
-    does not hold is moved into it, so that nothing outside is read."""
-    n = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    place = tl.load(inverse + n, mask=n < number, other=-1)
-    held = (n < number) & (place >= first) & (place < last)
-    corner = tl.load(region + n, mask=held, other=0)
-    tiles = rows * cols
-    tile = (n % tiles).to(tl.int32)
-    corner = (tl.minimum(tl.maximum(corner, 0), number - 1) % tiles).to(tl.int32)
-    y = (origin(tile // cols, height, PATCH, STRIDE) - origin(corner // cols, height, PATCH, STRIDE)) * FACTOR
-    x = (origin(tile % cols, width, PATCH, STRIDE) - origin(corner % cols, width, PATCH, STRIDE)) * FACTOR
-    y = tl.minimum(tl.maximum(y, 0), held_y - PATCH * FACTOR).to(tl.int64)
-    x = tl.minimum(tl.maximum(x, 0), held_x - PATCH * FACTOR).to(tl.int64)
-    pixels = tl.full((BLOCK,), 0, tl.int64) + held_y.to(tl.int64) * held_x
-    if PLANAR:
-        step_c, step_y, step_x = pixels, held_x, 1
-    else:
-        step_c, step_y, step_x = 1, held_x * channels, channels
-    at = base + (place - first) * pixels * channels + y * step_y + x * step_x
-    tl.store(table + 3 * n, at, mask=held)
-    tl.store(table + 3 * n + 1, step_c, mask=held)
-    tl.store(table + 3 * n + 2, step_y, mask=held)
 
 
 # A thread has one pixel, so that alignment helps nothing; `out` may be a slice of rows, which begins anywhere.
@@ -231,19 +138,6 @@ def _block() -> dict[str, int]:
     return {"BLOCK_Y": 64, "BLOCK_X": 128} if INTERPRETED else {"BLOCK_Y": 1, "BLOCK_X": 32 * WARPS}
 
 
-def _weights(
-    window: Tensor, height: int, width: int, rows: int, cols: int, patch: int, stride: int, scale: int, crop: bool
-) -> Tensor:  # [rows + cols, P]
-    """Normalised weights of both axes."""
-    span = patch * scale
-    weights = torch.empty((rows + cols, span), dtype=window.dtype, device=window.device)
-    sizes = [covered_size(size, patch, stride, crop) * scale for size in (height, width)]
-    arguments = (window.contiguous(), weights, height, width, rows, cols, *sizes, max_cover(patch, stride))
-    block = {"PATCH": patch, "STRIDE": stride, "SCALE": scale, "BLOCK": WEIGHTS}
-    launch(stitch_patches_weights_kernel, ceil_div((rows + cols) * span, WEIGHTS), *arguments, **block)
-    return weights
-
-
 def stitch_patches_out_triton(
     patches: Tensor,  # [M, C·r·r, P / r, P / r]
     inverse: Tensor | None,  # [N]
@@ -264,8 +158,8 @@ def stitch_patches_out_triton(
     if inverse is not None:
         inverse = inverse.contiguous()
         check_places(inverse, patches.shape[0], (height, width, patch, stride, scale, crop), row_begin, row_end)
-    held = (patches, inverse, None, patches.shape[0], patches.stride())
-    _stitch(*held, window, height, width, patch, stride, scale, crop, shuffle, row_begin, out)
+    geometry = (height, width, patch, stride, scale, crop, shuffle)
+    _stitch(patches, inverse, None, patches.shape[0], patches.stride(), window, geometry, row_begin, out)
 
 
 def _stitch(
@@ -275,19 +169,15 @@ def _stitch(
     places: int,
     steps: tuple[int, ...],
     window: Tensor,  # [P]
-    height: int,
-    width: int,
-    patch: int,
-    stride: int,
-    scale: int,
-    crop: bool,
-    shuffle: int,
+    geometry: tuple[int, int, int, int, int, bool, int],
     row_begin: int,
     out: Tensor,  # [B, C, rows, W·s]
 ) -> None:
+    """Patches one by one, their strides being `steps`; or by `table`, of whose pixels the last of `steps` is the stride."""
+    height, width, patch, stride, scale, crop, shuffle = geometry
     rows, cols = tile_count(height, patch, stride, crop), tile_count(width, patch, stride, crop)
     constants = _constants(patches.dtype, patch, stride, scale)
-    weights = _weights(window, height, width, rows, cols, patch, stride, scale, crop)
+    weights = axis_weights(window, height, width, rows, cols, patch, stride, scale, crop)
     batch, channels, out_height, out_width = out.shape
     block = _block()
     programs = batch * channels * ceil_div(out_height, block["BLOCK_Y"]) * ceil_div(out_width, block["BLOCK_X"])
@@ -302,42 +192,31 @@ def stitch_patches_batches_out_triton(
     inverse: Tensor | None,  # [N]
     region: Tensor | None,  # [N]
     window: Tensor,  # [P]
-    *geometry: Any,
+    height: int,
+    width: int,
+    patch: int,
+    stride: int,
+    scale: int,
+    crop: bool,
+    shuffle: int,
+    row_begin: int,
+    row_end: int,
+    *,
     out: Tensor,  # [B, C, rows, W·s]
 ) -> None:
     """Patches or regions in several tensors: put together first, as a kernel reads one."""
+    grid = (height, width, patch, stride, scale, crop)
     if region is None or inverse is None:
-        stitch_patches_out_triton(torch.cat(batches), inverse, window, *geometry, out=out)
+        stitch_patches_out_triton(torch.cat(batches), inverse, window, *grid, shuffle, row_begin, row_end, out=out)
         return
-    *grid, shuffle, row_begin, row_end = geometry
     inverse, region = inverse.contiguous(), region.contiguous()
-    check_regions(batches, inverse, region, tuple(grid), shuffle, row_begin, row_end)
+    check_regions(batches, inverse, region, grid, shuffle, row_begin, row_end)
     planar = batches[0].is_contiguous()
     flat = [(batch if planar else batch.permute(0, 2, 3, 1)).reshape(-1) for batch in batches]
     elements = flat[0] if len(flat) == 1 else torch.cat(flat)
-    table = _table(batches, inverse, region, planar, grid, shuffle)
-    # Strides of rows and channels are those of the table.
+    table = region_table(batches, inverse, region, planar, grid, shuffle)
     steps = (0, 0, 0, 1 if planar else batches[0].shape[1])
-    _stitch(elements, None, table, 0, steps, window, *grid, shuffle, row_begin, out)
-
-
-def _table(
-    batches: list[Tensor], inverse: Tensor, region: Tensor, planar: bool, grid: Sequence[Any], shuffle: int
-) -> Tensor:  # [N, 3]
-    """Where each patch begins in `batches` laid side by side, and strides of channels and rows; -1 where it lies nowhere."""
-    height, width, patch, stride, scale, crop = grid
-    rows, cols = tile_count(height, patch, stride, crop), tile_count(width, patch, stride, crop)
-    number, channels = inverse.shape[0], batches[0].shape[1]
-    table = torch.full((number, 3), -1, dtype=torch.int64, device=inverse.device)
-    factor = {"PATCH": patch, "STRIDE": stride, "FACTOR": scale // shuffle, "PLANAR": planar, "BLOCK": WEIGHTS}
-    first = begin = 0
-    # Neighbours of one size are one tensor.
-    for (held_y, held_x), alike in groupby(batches, lambda batch: batch.shape[2:]):
-        last = first + sum(batch.shape[0] for batch in alike)
-        sizes = (number, first, last, begin, held_y, held_x, channels, height, width, rows, cols)
-        launch(stitch_patches_regions_kernel, ceil_div(number, WEIGHTS), inverse, region, table, *sizes, **factor)
-        first, begin = last, begin + (last - first) * channels * held_y * held_x
-    return table
+    _stitch(elements, None, table, 0, steps, window, (*grid, shuffle), row_begin, out)
 
 
 def stitch_patches_triton(
@@ -451,7 +330,7 @@ def _stitch_patches_backward_triton(
         lines, numbers = torch.sort(inverse, stable=True)
         begin = torch.searchsorted(lines, torch.arange(num_patches + 1, device=inverse.device))
     constants = _constants(grad.dtype, patch, stride, scale)
-    weights = _weights(window, height, width, rows, cols, patch, stride, scale, crop)
+    weights = axis_weights(window, height, width, rows, cols, patch, stride, scale, crop)
     span, channels = patch * scale, grad.shape[1]
     out = torch.empty((num_patches, channels, span, span), dtype=grad.dtype, device=grad.device)
     programs = ceil_div(num_patches, WIDER) * ceil_div(channels * span * span, BLOCK)
@@ -479,22 +358,15 @@ def variants() -> Iterator[Variant]:
         "out_width",
         "channels",
         "lines_count",
-        "cover",
-        "number",
-        "first",
-        "last",
-        "base",
-        "held_y",
-        "held_x",
     )
-    sizes = dict.fromkeys((*names, "length_y", "length_x", "out_n", "out_c", "out_y"), "i32")
+    sizes = dict.fromkeys((*names, "out_n", "out_c", "out_y"), "i32")
     strides = {f"{name}_{axis}": "i32" for name in ("patch", "grad") for axis in "ncyx"}
-    rest = {**dict.fromkeys(("inverse", "region", "table", "numbers", "begin"), "*i64"), **sizes, **strides}
+    rest = {**dict.fromkeys(("inverse", "table", "numbers", "begin"), "*i64"), **sizes, **strides}
 
     def types(source: torch.dtype, target: torch.dtype) -> dict[str, str]:
         work = "*fp64" if source == torch.float64 else "*fp32"
         pointers = {name: f"*{NAMES[source]}" for name in ("patches", "grad")}
-        return {**rest, **pointers, "out": f"*{NAMES[target]}", "window": work, "weights": work}
+        return {**rest, **pointers, "out": f"*{NAMES[target]}", "weights": work}
 
     def forward(source: torch.dtype, target: torch.dtype, shuffle: int = 1, missing: tuple = ("table",)) -> Variant:
         block = {"SHUFFLE": shuffle, **_block(), **dict.fromkeys(missing)}
@@ -514,10 +386,4 @@ def variants() -> Iterator[Variant]:
         if every:
             without = {**backward, "numbers": None, "begin": None}
             yield Variant(stitch_patches_backward_kernel, types(source, source), without, options)
-    for dtype in (torch.float32, torch.float64):
-        constants = {name: value for name, value in _constants(dtype, 32, 28, 4).items() if name != "WORK"}
-        yield Variant(stitch_patches_weights_kernel, types(dtype, dtype), {**constants, "BLOCK": WEIGHTS})
-    for planar in (False, True):
-        for base in ("i32", "i64"):
-            constants = {"PATCH": 32, "STRIDE": 28, "FACTOR": 4, "PLANAR": planar, "BLOCK": WEIGHTS}
-            yield Variant(stitch_patches_regions_kernel, {**rest, "base": base}, constants)
+    yield from table_variants()
