@@ -44,7 +44,7 @@ def test_index_out_of_range_is_the_nearest(number):
 
 @pytest.mark.parametrize("number", FAR)
 def test_region_out_of_range_is_moved_into_one(number):
-    # Two rows of three patches; a region of 6 x 7 for all, and a patch of its own.
+    # Two rows of two patches: a region of all, and a row of one patch.
     regions, window = [torch.rand(1, 1, 6, 7), torch.rand(1, 1, 4, 4)], torch.ones(4)
 
     def stitch(inverse, region):
@@ -53,12 +53,11 @@ def test_region_out_of_range_is_moved_into_one(number):
         OPS.stitch_patches.batches_out(regions, torch.tensor(inverse), torch.tensor(region), window, *geometry, out=out)
         return out
 
-    last = 1 if number > 0 else 0
-    assert torch.equal(stitch([0, number], [0, 1]), stitch([0, last], [0, 1]))
-    # The first patch of another region than its own: the offset is brought into the region that is read.
-    nearest_first = 1 if number > 0 else 0
-    assert torch.equal(stitch([0, 0], [number, 0]), stitch([0, 0], [nearest_first, 0]))
-    assert torch.equal(stitch([0, 1], [0, 0]), stitch([0, 1], [0, 1]))
+    row, first = (1, 3) if number > 0 else (0, 0)
+    assert torch.equal(stitch([0, 0, 0, number], [0, 0, 0, 3]), stitch([0, 0, 0, row], [0, 0, 0, 3]))
+    assert torch.equal(stitch([0, 0, 0, 0], [0, number, 0, 0]), stitch([0, 0, 0, 0], [0, first, 0, 0]))
+    # The row of one patch does not hold the last patch where all would: it is moved into it.
+    assert torch.equal(stitch([0, 0, 0, 1], [0, 0, 0, 0]), stitch([0, 0, 0, 1], [0, 0, 0, 3]))
 
 
 @pytest.mark.parametrize("number", FAR)
