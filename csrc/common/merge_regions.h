@@ -4,7 +4,7 @@
 #include <cstdint>
 
 #include "common/checks.h"
-#include "common/geometry.h"
+#include "common/grid.h"
 #include "common/host_device.h"
 
 namespace fastroute::regions {
@@ -51,10 +51,6 @@ inline int64_t checked_blocks(const char* op, const Tensor& class_ids,  // [N]
     FASTROUTE_CHECK(costs.dim() == 2 && costs.size(0) >= 1 && costs.size(1) == shapes, op, ": costs must be (K, ",
                     shapes, "), K at least 1");
     FASTROUTE_CHECK(costs.scalar_type() == ScalarType::Float, op, ": costs must be float32");
-    for (const TileAxis& axis : {grid.y, grid.x}) {
-        FASTROUTE_CHECK(axis.size > 0 && axis.patch > 0 && axis.stride > 0 && axis.stride <= axis.patch, op,
-                        ": stride must lie in [1, patch], and the size be at least 1");
-    }
     const int64_t tiles = grid.num_patches();
     FASTROUTE_CHECK(class_ids.size(0) % tiles == 0, op, ": class_ids must hold a multiple of ", tiles,
                     ", whole images; got ", class_ids.size(0));

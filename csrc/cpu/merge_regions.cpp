@@ -113,19 +113,18 @@ std::tuple<Tensor, Tensor, Tensor> merge_regions_cpu(const Tensor& class_ids,  /
                                                      const Tensor& costs,      // [K, S]
                                                      int64_t height, int64_t width, int64_t patch, int64_t stride,
                                                      bool crop, int64_t merge, bool promote) {
-    const TileGrid grid{{height, patch, stride, crop}, {width, patch, stride, crop}};
+    const TileGrid grid = checked_grid(kOp, height, width, patch, stride, crop);
     const int64_t images = checked_blocks(kOp, class_ids, costs, grid, merge);
+    check_cpu(kOp, "class_ids", class_ids);
     const Tensor dense = as_contiguous(class_ids), table = as_contiguous(costs);
-    const int64_t count = dense.size(0), classes = table.size(0), size[] = {count};
+    const int64_t count = dense.size(0), classes = table.size(0);
     const float* cost = table.const_data_ptr<float>();
     for (int64_t i = 0; i < table.numel(); ++i) {
         if (!(cost[i] >= 0.0f && cost[i] < std::numeric_limits<float>::infinity())) {
-            value_error(kOp, ": costs must be finite and at least 0; got ", cost[i]);
+            fail(kOp, ": costs must be finite and at least 0; got ", cost[i]);
         }
     }
-    const auto make = [&] {
-        return torch::stable::empty({size, 1}, ScalarType::Long, std::nullopt, class_ids.device());
-    };
+    const auto make = [&] { return empty_tensor(kOp, "the indices", {count}, ScalarType::Long, class_ids); };
     const Tensor executed = make(), region = make(), group = make();
     const int64_t levels = levels_of(merge);
     const Problem problem{.grid = grid,
@@ -145,7 +144,7 @@ std::tuple<Tensor, Tensor, Tensor> merge_regions_cpu(const Tensor& class_ids,  /
         const T* ids = dense.const_data_ptr<T>();
         for (int64_t n = 0; n < count; ++n) {
             const int64_t id = static_cast<int64_t>(ids[n]);
-            if (id < 0 || id >= classes) value_error(kOp, ": class_ids must lie in [0, ", classes, "); got ", id);
+            if (id < 0 || id >= classes) fail(kOp, ": class_ids must lie in [0, ", classes, "); got ", id);
         }
         parallel(images * down * across, kBlocksPerThread, [&](int64_t begin, int64_t end) {
             for (int64_t block = begin; block < end; ++block) {
@@ -159,6 +158,6 @@ std::tuple<Tensor, Tensor, Tensor> merge_regions_cpu(const Tensor& class_ids,  /
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(fastroute, CPU, m) { m.impl("merge_regions", TORCH_BOX(&merge_regions_cpu)); }
+STABLE_TORCH_LIBRARY_IMPL(fastroute, CPU, m) { FASTROUTE_IMPL(m, "merge_regions", merge_regions_cpu); }
 
 }  // namespace fastroute

@@ -89,7 +89,7 @@ std::vector<Held<T>> held_patches(const Batches& batches, const Places& places, 
             if (region != nullptr) {
                 const int64_t corner = region[n] - b * tiles;
                 if (corner < 0 || corner > tile) {
-                    value_error(kOp, ": region must name a patch above or left of its patches, in their image; got ",
+                    fail(kOp, ": region must name a patch above or left of its patches, in their image; got ",
                                 region[n], " for patch ", n);
                 }
                 held.down = grid.y.origin(tile / cols) - grid.y.origin(corner / cols);
@@ -99,7 +99,7 @@ std::vector<Held<T>> held_patches(const Batches& batches, const Places& places, 
                 const int64_t factor = finished ? scale : scale / shuffle, span = grid.y.patch * factor;
                 if (held.across < 0 || held.down * factor + span > held.height ||
                     held.across * factor + span > held.width) {
-                    value_error(kOp, ": region ", region[n], " does not hold patch ", n, "; got ", held.height, " x ",
+                    fail(kOp, ": region ", region[n], " does not hold patch ", n, "; got ", held.height, " x ",
                                 held.width);
                 }
                 if (held.kind < 0) held.data += held.down * factor * held.y + held.across * factor * held.x;

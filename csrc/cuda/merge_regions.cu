@@ -135,15 +135,12 @@ std::tuple<Tensor, Tensor, Tensor> merge_regions_cuda(const Tensor& class_ids,  
                                                       const Tensor& costs,      // [K, S]
                                                       int64_t height, int64_t width, int64_t patch, int64_t stride,
                                                       bool crop, int64_t merge, bool promote) {
-    const TileGrid grid{{height, patch, stride, crop}, {width, patch, stride, crop}};
+    const TileGrid grid = checked_grid(kOp, height, width, patch, stride, crop);
     const int64_t images = checked_blocks(kOp, class_ids, costs, grid, merge), classes = costs.size(0);
     FASTROUTE_CHECK(height < kMaxBlocks / 2 && width < kMaxBlocks / 2 && classes < kMaxBlocks, kOp,
                     ": the image must be below 2^30 pixels wide, and have fewer than 2^31 classes");
     const Tensor dense = torch::stable::contiguous(class_ids), table = torch::stable::contiguous(costs);
-    const int64_t size[] = {dense.size(0)};
-    const auto make = [&] {
-        return torch::stable::empty({size, 1}, ScalarType::Long, std::nullopt, class_ids.device());
-    };
+    const auto make = [&] { return empty_tensor(kOp, "the indices", {dense.size(0)}, ScalarType::Long, class_ids); };
     const Tensor executed = make(), region = make(), group = make();
     const int64_t down = (grid.y.count() + merge - 1) / merge, across = (grid.x.count() + merge - 1) / merge;
     const MergePlan plan{grid,
@@ -170,6 +167,6 @@ std::tuple<Tensor, Tensor, Tensor> merge_regions_cuda(const Tensor& class_ids,  
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(fastroute, FASTROUTE_CUDA, m) { m.impl("merge_regions", TORCH_BOX(&merge_regions_cuda)); }
+STABLE_TORCH_LIBRARY_IMPL(fastroute, FASTROUTE_CUDA, m) { FASTROUTE_IMPL(m, "merge_regions", merge_regions_cuda); }
 
 }  // namespace fastroute
