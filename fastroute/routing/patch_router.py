@@ -28,6 +28,7 @@ from fastroute.routing.choose import PatchPaces, check_least, choose_classes
 from fastroute.routing.classify import classifying_bytes
 from fastroute.routing.devices import on_device
 from fastroute.routing.merging import MERGE, Merging, SortedRegions, check_merge, sort_regions
+from fastroute.routing.passes import run_jobs, takes_regions
 from fastroute.routing.result import RoutingStats, Stopwatch, Streamed, Upscaled
 from fastroute.routing.threads import patiently
 from fastroute.routing.working_set import AUTO, Limit, WorkingSet, advised, check_limit, limit_on, of_patches
@@ -124,7 +125,7 @@ class PatchRouter(Precisions):
             raise ValueError(f"PatchRouter: branches take no patches of channels={channels}: {reason}") from error
         self.branches, self.shuffle = self.networks.modules, self.networks.shuffle
         check_merge(merge)
-        takes = merge == 1 or self.networks.takes_regions(stride)
+        takes = merge == 1 or takes_regions(self.networks, stride)
         if merge is not None and not takes:
             raise ValueError(f"PatchRouter: merge must be 1 for branches that take no other size than a patch; got {merge}")
         self.merge = merge or (MERGE if takes else 1)
@@ -388,20 +389,14 @@ class PatchRouter(Precisions):
         workspace = Workspace(grid, source.shape[1], self.shuffle, self.window, self.networks.split(source.device)[1])
         with shown(progress, regions.class_ids.numel(), "patch") as bar:
             for number, band in enumerate(bands):
+                groups = list(regions.of_band(number))
                 with watch.stage("extract"):
                     pixels, part = band.read(source, grid)
-                for c, shape, order in regions.of_band(number):
-                    with watch.stage("extract"):
-                        patches = extract_patches(
-                            pixels,
-                            part,
-                            order=order - band.first_patch(grid),
-                            dtype=self.networks.taken,
-                            memory_format=self.networks.setting(c, self.device).memory_format,
-                            size=shape,
-                        )
-                    with watch.stage("branches", c):
-                        results = self.networks.run(c, patches)
+                    cut = partial(extract_patches, pixels, part, dtype=self.networks.taken)
+                    formats = {c: self.networks.setting(c, self.device).memory_format for c, _, _ in groups}
+                    first = band.first_patch(grid)
+                    jobs = [(c, cut(order=order - first, memory_format=formats[c], size=shape)) for c, shape, order in groups]
+                for (c, shape, _), results in zip(groups, run_jobs(self.networks, jobs, watch), strict=True):
                     workspace.put(results, c, shape)
                 with watch.stage("stitch"):
                     rows = sink.band(band.images, band.output(grid))
