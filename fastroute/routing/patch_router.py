@@ -392,10 +392,12 @@ class PatchRouter(Precisions):
                 groups = list(regions.of_band(number))
                 with watch.stage("extract"):
                     pixels, part = band.read(source, grid)
-                    cut = partial(extract_patches, pixels, part, dtype=self.networks.taken)
+                    extract = partial(extract_patches, pixels, part, dtype=self.networks.taken)
                     formats = {c: self.networks.setting(c, self.device).memory_format for c, _, _ in groups}
                     first = band.first_patch(grid)
-                    jobs = [(c, cut(order=order - first, memory_format=formats[c], size=shape)) for c, shape, order in groups]
+                    jobs = [
+                        (c, extract(order=order - first, memory_format=formats[c], size=shape)) for c, shape, order in groups
+                    ]
                 for (c, shape, _), results in zip(groups, run_jobs(self.networks, jobs, watch), strict=True):
                     workspace.put(results, c, shape)
                 with watch.stage("stitch"):
