@@ -43,7 +43,7 @@ def system():
 
 @pytest.fixture
 def router(system):
-    return PatchRouter(system.branches, system.classifier, 16, 12, SCALE)
+    return PatchRouter(system.branches, system.classifier, 16, 12, SCALE, merge=1)
 
 
 def noisy(x: Tensor, strength: float, seed: int = 0) -> Tensor:
@@ -216,7 +216,7 @@ def test_command(images, model, tmp_path):
     assert [row["image"] for row in written["images"]] == ["b.png"]
     assert written["images"][0]["psnr"] == written["mean"]["psnr"] == expected[0].psnr
     assert written["images"][0]["counts"] == expected[0].counts
-    running = {"device": "cpu", "precision": "float32", "tune": True}
+    running = {"device": "cpu", "engine": "torch", "precision": "float32", "tune": True}
     assert written["options"] == {"budget": 0.9, "scale": None, **running} and written["model"] == str(model)
     assert {"torch", "device", "threads", "fastroute"} <= written.keys()
     lines = result.stdout.splitlines()

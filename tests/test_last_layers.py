@@ -59,7 +59,8 @@ def test_the_image_is_that_of_the_whole_branches(dtype):
     ids=["a free class", "other last layers", "a free class alone"],
 )
 def test_some_branches_finish_their_patches(branches, left):
-    ours, plain = make(branches), make(branches, optimized=False)
+    # One patch at a time: libraries round differently for other batches, and a fixed router has batches of its own.
+    ours, plain = make(branches, batch=1), make(branches, optimized=False)
     bodies, upsamplers = ours.networks.split(CPU)
     assert [u is not None for u in upsamplers] == left
     assert all((body is whole) == (u is None) for body, whole, u in zip(bodies, ours.branches, upsamplers, strict=True))
