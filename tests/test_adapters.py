@@ -87,7 +87,9 @@ def test_router_of_functions_free_classes_and_a_score():
         ScoreClassifier(edge_score, thresholds),
         patch=16,
         stride=12,
-        scale=2, merge=1)
+        scale=2,
+        merge=1,
+    )
     result = router.upscale(image)
     assert result.class_map.flatten().tolist() == [sum(s > t for t in thresholds) for s in score.tolist()]
     assert min(result.stats.patches_per_class) > 0
