@@ -90,7 +90,7 @@ std::vector<Held<T>> held_patches(const Batches& batches, const Places& places, 
                 const int64_t corner = region[n] - b * tiles;
                 if (corner < 0 || corner > tile) {
                     fail(kOp, ": region must name a patch above or left of its patches, in their image; got ",
-                                region[n], " for patch ", n);
+                         region[n], " for patch ", n);
                 }
                 held.down = grid.y.origin(tile / cols) - grid.y.origin(corner / cols);
                 held.across = grid.x.origin(tile % cols) - grid.x.origin(corner % cols);
@@ -100,7 +100,7 @@ std::vector<Held<T>> held_patches(const Batches& batches, const Places& places, 
                 if (held.across < 0 || held.down * factor + span > held.height ||
                     held.across * factor + span > held.width) {
                     fail(kOp, ": region ", region[n], " does not hold patch ", n, "; got ", held.height, " x ",
-                                held.width);
+                         held.width);
                 }
                 if (held.kind < 0) held.data += held.down * factor * held.y + held.across * factor * held.x;
             }

@@ -150,8 +150,8 @@ void stitch_batches_out_cuda(const Batches& batches,                // [M_i, C·
                              const Tensor& out) {  // [B, C, rows, W·s]
     const TileGrid grid = checked_grid(kOp, height, width, patch, stride, crop, scale);
     const Places places = checked_places(inverse, region, out);
-    const Target target = checked_target(batches, places.inverse, grid, scale, shuffle, row_begin, row_end, 0,
-                                         region.has_value());
+    const Target target =
+        checked_target(batches, places.inverse, grid, scale, shuffle, row_begin, row_end, 0, region.has_value());
     check_limits(target, grid, scale);
     check_stitch_out(target, batches, places.read(), out);
     stitch_into(out, batches, places.inverse, places.region, window, grid, scale, shuffle, row_begin, target);

@@ -53,6 +53,7 @@ SMOOTH = {
 INDICES = {
     "group_by_class": Case(lambda x: fastroute.group_by_class((x * 2).long(), 2).order, rand(40)),
     "assign_classes": Case(lambda x: fastroute.assign_classes(x, [1.0, 4.0], budget=0.7), rand(30, 2)),
+    "merge_regions": Case(lambda x: fastroute.merge_regions((x * 2).long(), GRID, [1.0, 4.0], 2).group, rand(40)),
     "adaptive_threshold": Case(lambda x: fastroute.adaptive_threshold(x), rand(2, 50)),
 }
 WRITERS = {
@@ -283,7 +284,7 @@ def test_a_backend_that_was_asked_for_is_not_replaced(op):
 
 OPS = torch.ops.fastroute
 RAW = {
-    "extract_patches": lambda x: OPS.extract_patches(x, None, None, None, 4, 4, False, None, False),
+    "extract_patches": lambda x: OPS.extract_patches(x, None, None, None, 4, 4, False, None, False, 4, 4),
     "stitch_patches": lambda x: OPS.stitch_patches(x, None, torch.ones(4), 8, 8, 4, 4, 1, False, 1, None, 0, 8),
     "gather_groups": lambda x: OPS.gather_groups(x, GROUPS.order, GROUPS.inverse),
     "scatter_groups": lambda x: OPS.scatter_groups(x, GROUPS.order, GROUPS.inverse),
@@ -309,7 +310,7 @@ def test_registered_operators_refuse_forward_mode_and_know_vmap(op):
 META = torch.ones(4, device="meta")
 MIXED = {
     "stitch_patches": lambda: OPS.stitch_patches(rand(4, 1, 4, 4), None, META, 8, 8, 4, 4, 1, False, 1, None, 0, 8),
-    "extract_patches": lambda: OPS.extract_patches(rand(1, 4, 8, 8), None, META, None, 4, 4, False, None, False),
+    "extract_patches": lambda: OPS.extract_patches(rand(1, 4, 8, 8), None, META, None, 4, 4, False, None, False, 4, 4),
     "refine_boundaries": lambda: OPS.refine_boundaries(rand(1, 1, 8, 8), CLASSES.to("meta"), 0, 8),
     "assign_classes": lambda: OPS.assign_classes(rand(3, 4), META.double(), 0.0, None, 1),
     "cell_mlp": lambda: OPS.cell_mlp(rand(1, 1, 4, 8), [rand(4, 16)], [META], 0.1, 4, 1, 1),
