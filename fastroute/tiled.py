@@ -62,6 +62,7 @@ def tiled(
     batch: int | None = None,
     channels: int | None = None,
     tune: bool = True,
+    merge: int | None = None,
 ) -> Tiled:
     """A network over overlapping tiles, so that an image of any size takes the memory of a few tiles.
 
@@ -79,6 +80,8 @@ def tiled(
         window: how overlaps are merged, see :func:`fastroute.make_window`.
         batch: tiles per pass; default by measurement, which is remembered.
         channels: of the images; default those that the model names or its first convolution reads, else 3.
+        merge: side of a block of tiles, 1, 2, 4 or 8, that runs as one larger tile, whose overlaps are computed once; by
+            default as many as 512 MiB allow, up to 4, and 1 for a network that takes no other size than `patch`.
         tune: find out on the work of calls how the network runs fastest, see :class:`fastroute.PatchRouter`.
 
     Returns:
@@ -105,7 +108,9 @@ def tiled(
     step = stride if stride is not None else patch - (patch // 4 if overlap is None else overlap)
     network = as_module("tiled", "model", model)
     factor = probe_scale(network, patch, channels) if scale is None else scale
-    return Tiled(PatchRouter([network], None, patch, step, factor, window, batch=batch, channels=channels, tune=tune))
+    return Tiled(
+        PatchRouter([network], None, patch, step, factor, window, batch=batch, channels=channels, tune=tune, merge=merge)
+    )
 
 
 @torch.inference_mode()

@@ -52,7 +52,19 @@ def test_less_overlap_than_the_reach_shows():
     """Else the comparison above would prove little."""
     model, image = network(4, 1), picture(1, 3, 40, 33)
     for overlap in (6, 0):
-        assert (tiled(model, 16, overlap=overlap)(image) - model(image)).abs().max() > 1e-4
+        assert (tiled(model, 16, overlap=overlap, merge=1)(image) - model(image)).abs().max() > 1e-4
+
+
+@torch.no_grad()
+def test_tiles_run_as_larger_ones_where_memory_allows():
+    model, image = network(4, 1), picture(1, 3, 40, 33)
+    upscale = tiled(model, 16, overlap=6)
+    assert upscale.router.merge == 4
+    torch.testing.assert_close(upscale(image), model(image), rtol=0, atol=1e-5)
+    assert upscale.router.upscale(image).stats.flops.of_one_pass == 1
+    # Features of 64 channels at four times the size, of 512 x 512 tiles.
+    wide = nn.Sequential(nn.Conv2d(3, 64, 3, padding=1), nn.Upsample(scale_factor=4), nn.Conv2d(64, 3, 3, padding=1))
+    assert [tiled(wide, size, scale=4).router.merge for size in (32, 512)] == [4, 1]
 
 
 @torch.no_grad()
@@ -84,7 +96,7 @@ def test_batch_is_what_runs_at_a_time(monkeypatch):
         seen.append(len(x))
         return x
 
-    fastroute.tiled(count, 8, overlap=0, scale=1, batch=3)(torch.rand(3, 8, 64))
+    fastroute.tiled(count, 8, overlap=0, scale=1, batch=3, merge=1)(torch.rand(3, 8, 64))
     # A pass of no memory counts the operations; then 8 tiles, in parts of nearly equal size.
     assert seen[-3:] == [3, 3, 2] and max(seen) == 3
 

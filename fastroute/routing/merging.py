@@ -12,12 +12,10 @@ from torch import Tensor
 from fastroute.grid import TileGrid
 from fastroute.ops.assign_classes import assign_classes
 from fastroute.ops.group_by_class import group_by_class
-from fastroute.ops.merge_regions import MERGES, Regions, merge_regions
+from fastroute.ops.merge_regions import Regions, merge_regions
 from fastroute.routing.bands import Band, band_of_patches
 from fastroute.routing.budgets import dearest
 
-# Where nobody says anything else; the same on every machine, since the result depends on it.
-MERGE = 4
 # A budget of merged classes is spent to this share of it, in so many steps at most: each assigns and merges all patches.
 SPENT, STEPS = 0.998, 10
 # A step keeps away from the ends of what is left to search, or the search could creep along one of them.
@@ -185,13 +183,3 @@ def sort_regions(class_ids: Tensor, costs: Sequence[float], merging: Merging, ba
             work[number // len(shapes)] += (offsets[at + 1] - offsets[at]) * sizes[number % len(shapes)]
     patches = [totals[c + 1] - totals[c] for c in range(classes)]
     return SortedRegions(class_ids, region, sorted_by.order, sorted_by.inverse, offsets, shapes, patches, work)
-
-
-def check_merge(merge: int | None) -> None:
-    """`merge` is the side of a block, or None.
-
-    Raises:
-        ValueError: otherwise.
-    """
-    if merge is not None and (isinstance(merge, bool) or merge not in MERGES):
-        raise ValueError(f"PatchRouter: merge must be one of {MERGES}, or None; got {merge!r}")

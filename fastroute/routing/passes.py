@@ -11,11 +11,16 @@ from torch import Tensor, nn
 
 from fastroute.engines import TORCH
 from fastroute.models.adapters import as_module
+from fastroute.ops.merge_regions import MERGES
 from fastroute.profiling import observed
 from fastroute.routing.branches import Branches
 from fastroute.routing.result import Stopwatch
 from fastroute.routing.threads import side_by_side, workers
 from fastroute.routing.working_set import LiveBytes
+
+# Patches along a block where nobody says anything else, and bytes that a region of so many may take in a branch: the same on
+# every machine, since the result depends on it.
+MERGE, REGION_BYTES = 4, 512 << 20
 
 
 @dataclass(frozen=True)
@@ -93,6 +98,26 @@ def _run_waiting(networks: Branches, waiting: list[Pass], results: list[list[Ten
         seconds[one.c] += done[i][1]
     total = sum(seconds.values()) or 1.0
     watch.move("branches", "branches", {c: wall * own / total for c, own in seconds.items()})
+
+
+def chosen_merge(networks: Branches, stride: int, asked: int | None) -> int:
+    """The side of a block of patches that may run as one region, see :class:`fastroute.PatchRouter`.
+
+    Raises:
+        ValueError: `asked` is none, or the branches cannot.
+    """
+    if asked is not None and (isinstance(asked, bool) or asked not in MERGES):
+        raise ValueError(f"PatchRouter: merge must be one of {MERGES}, or None; got {asked!r}")
+    takes = asked == 1 or takes_regions(networks, stride)
+    if asked is not None and not takes:
+        raise ValueError(f"PatchRouter: merge must be 1 for branches that take no other size than a patch; got {asked}")
+    if asked is not None or not takes:
+        return asked or 1
+    patch, merge = networks.size[2], MERGE
+    bytes_of_patch = max(networks.pass_bytes(c, networks.device) for c in range(len(networks.modules)))
+    while merge > 1 and bytes_of_patch * ((patch + (merge - 1) * stride) / patch) ** 2 > REGION_BYTES:
+        merge //= 2
+    return merge
 
 
 def takes_regions(networks: Branches, stride: int) -> bool:

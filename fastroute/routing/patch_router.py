@@ -27,8 +27,8 @@ from fastroute.routing.budgets import Budget, check_possible
 from fastroute.routing.choose import PatchPaces, check_least, choose_classes
 from fastroute.routing.classify import classifying_bytes
 from fastroute.routing.devices import on_device
-from fastroute.routing.merging import MERGE, Merging, SortedRegions, check_merge, sort_regions
-from fastroute.routing.passes import run_jobs, takes_regions
+from fastroute.routing.merging import Merging, SortedRegions, sort_regions
+from fastroute.routing.passes import chosen_merge, run_jobs
 from fastroute.routing.result import RoutingStats, Stopwatch, Streamed, Upscaled
 from fastroute.routing.threads import patiently
 from fastroute.routing.working_set import AUTO, Limit, WorkingSet, advised, check_limit, limit_on, of_patches
@@ -66,7 +66,8 @@ class PatchRouter(Precisions):
         channels: of the images; default those that a branch names or its first convolution reads, else 3.
         merge: side of a block of patches, 1, 2, 4 or 8: neighbouring patches of one class within it run as one region, whose
             overlaps are computed once and have no seams, see :func:`fastroute.merge_regions`. 1 runs every patch on its own,
-            as published code does. Default: 4, and 1 for branches that take no other size than a patch.
+            as published code does. Default: 4, or as much of it as a region takes no more than 512 MiB on its way through a
+            branch; 1 for branches that take no other size than a patch.
         tune: find out, on the work of calls, which batches and memory format are fastest. It computes nothing twice, ends
             after some images and is remembered; until then results may differ in their last bits from call to call. Without
             it, or with FASTROUTE_TUNE=0, what is remembered from before is used, else what suits most networks.
@@ -124,11 +125,7 @@ class PatchRouter(Precisions):
             reason = (str(error).splitlines() or [""])[0][:200]
             raise ValueError(f"PatchRouter: branches take no patches of channels={channels}: {reason}") from error
         self.branches, self.shuffle = self.networks.modules, self.networks.shuffle
-        check_merge(merge)
-        takes = merge == 1 or takes_regions(self.networks, stride)
-        if merge is not None and not takes:
-            raise ValueError(f"PatchRouter: merge must be 1 for branches that take no other size than a patch; got {merge}")
-        self.merge = merge or (MERGE if takes else 1)
+        self.merge = chosen_merge(self.networks, stride, merge)
         self.channels, self.dtype = self.networks.channels, self.networks.dtype
         self.branch_flops, self.paper_flops = self.networks.flops, self.networks.paper_flops
         values = self.channels * (patch * scale) ** 2
