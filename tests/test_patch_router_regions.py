@@ -5,12 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from networks import picture, random_classsr
+from click.testing import CliRunner
+from networks import as_image, picture, random_classsr
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fastroute
-from fastroute import Bicubic, PatchRouter, TileGrid, merge_regions, stitch_patches
+from fastroute import Bicubic, PatchRouter, TileGrid, io, merge_regions, stitch_patches
+from fastroute.cli import main
 from fastroute.reference.stitch_patches import patches_of_regions
 from fastroute.routing import patch_router
 from fastroute.routing.merging import Merging
@@ -175,3 +177,14 @@ def test_identity_of_every_merge_is_the_image():
             image = IMAGE[:, :, : size[0], : size[1]]
             class_map = clustered(router._grid(image.shape), 2, 3, seed=merge)
             assert (router.upscale(image, class_map=class_map).image - image).abs().max() < 1e-6
+
+
+def test_load_and_command_line_merge(tmp_path):
+    assert fastroute.load().merge == 4 and fastroute.load(merge=1).merge == 1
+    with pytest.raises(ValueError, match="PCSR routes pixels and has no merge"):
+        fastroute.load("pcsr-fsrcnn-x4", merge=2)
+    image, source, target = as_image(IMAGE[0], torch.uint8), tmp_path / "in.png", tmp_path / "out.png"
+    io.write_image(source, image)
+    result = CliRunner().invoke(main, ["upscale", str(source), str(target), "--merge", "1", "--quiet"])
+    assert result.exit_code == 0, result.output
+    assert torch.equal(io.read_image(target), fastroute.load(merge=1).upscale(image).image)

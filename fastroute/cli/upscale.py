@@ -78,6 +78,8 @@ class Pixels(click.ParamType):
 @click.option("--window", type=click.Choice(WINDOWS), help="How overlapping patches are blended.  [default: hann]")
 @click.option("--border", type=click.Choice(["zero", "edge"]), default="zero", show_default=True,
               help="What networks see beyond the edge of an image; edge keeps flat borders flat.")  # fmt: skip
+@click.option("--merge", type=click.Choice(["1", "2", "4", "8"]), help="Side of a block of patches that may run as one region; "
+              "1 runs each on its own, as published code does.  [default: 4]")  # fmt: skip
 @click.option("--batch", type=click.IntRange(min=1), metavar="N", help="Patches per pass of a branch.  [default: by "
               "measurement, which is remembered]")  # fmt: skip
 @click.option("--size", type=(int, int), metavar="HEIGHT WIDTH", help="Output size instead of a factor (PCSR).")
@@ -113,6 +115,7 @@ def command(
     stride: int | None,
     window: str | None,
     border: str,
+    merge: str | None,
     batch: int | None,
     drop_alpha: bool,
     white: float | None,
@@ -160,7 +163,15 @@ def command(
     task = Task(
         model,
         running,
-        {"scale": chosen.get("scale"), "patch": patch, "stride": stride, "window": window, "batch": batch, "border": border},
+        {
+            "scale": chosen.get("scale"),
+            "patch": patch,
+            "stride": stride,
+            "window": window,
+            "batch": batch,
+            "border": border,
+            "merge": None if merge is None else int(merge),
+        },
         chosen,
         {} if memory_limit is None else {"memory_limit": memory_limit * 1_000_000},
         reading if white is None else {**reading, "white": white},

@@ -59,6 +59,7 @@ def load(
     batch: int | None = None,
     engine: str = TORCH,
     border: str = ZERO,
+    merge: int | None = None,
 ) -> PatchRouter | PixelRouter:
     """An upscaler from a shipped model or a checkpoint file.
 
@@ -77,8 +78,8 @@ def load(
         dtype: in which the networks compute: float32, bfloat16, float16 or float64. Images keep their own type; sums, means
             and what is added last are float32 in a half network too.
         tune: find out on the work of calls how the branches run fastest, see :class:`fastroute.PatchRouter`.
-        window, batch: see :class:`fastroute.PatchRouter`; not for PCSR. By default the window is "hann": it hides the grid of
-            the patches, at no cost in time or PSNR.
+        window, batch, merge: see :class:`fastroute.PatchRouter`; not for PCSR. By default the window is "hann": it hides the
+            grid of the patches, at no cost in time or PSNR.
         border: "zero" or "edge", see :class:`fastroute.PatchRouter`.
         engine: what executes the branches, see :meth:`fastroute.PatchRouter.compile`.
 
@@ -97,7 +98,7 @@ def load(
     device = usable_device(device)
     check_precision("load", dtype, device)
     asked = _asked(scale, patch, stride)
-    asked |= {name: value for name, value in (("window", window), ("batch", batch)) if value is not None}
+    asked |= {name: value for name, value in (("window", window), ("batch", batch), ("merge", merge)) if value is not None}
     asked["border"] = check_border("load", border)
     if engine not in (TORCH, ANY):
         check_engine(engine, device, dtype)
@@ -223,7 +224,7 @@ def _numbers(value: object, name: str, path: Path) -> Any:
 
 
 def _pixel_router(pcsr: PCSR, settings: Mapping[str, Any], asked: Mapping[str, Any]) -> PixelRouter:
-    for name in ("patch", "stride", "window", "batch"):
+    for name in ("patch", "stride", "window", "batch", "merge"):
         if name in asked:
             raise ValueError(f"PCSR routes pixels and has no {name}; leave {name} out")
     return PixelRouter(pcsr, scale=asked.get("scale", settings.get("scale", 4)), border=asked["border"])
@@ -238,7 +239,7 @@ def _router(state: dict[str, Tensor], path: Path, settings: Mapping[str, Any], a
             f"cannot use {path}: its stride of {stride} is above its patch of {patch}, so pixels between them would be lost; "
             f"say stride={usual_stride(patch)}, on the command line --stride {usual_stride(patch)}"
         )
-    how = {"window": "hann"} | {name: asked[name] for name in ("window", "batch", "border") if name in asked}
+    how = {"window": "hann"} | {name: asked[name] for name in ("window", "batch", "border", "merge") if name in asked}
     if "classifier.table.psnr" in state:
         scale = _scale(state, "network.", path, settings, asked)
         arm = fitted(lambda: _arm(state, scale, patch), state, path)
