@@ -240,7 +240,7 @@ def test_saved_and_loaded(tmp_path, backbone, ending):
     arm.classifier.eta.fill_(3e9)
     path = tmp_path / f"arm{ending}"
     save_checkpoint(path, arm, {"patch": 16, "stride": 12})
-    router = fastroute.load(path, window="uniform")
+    router = fastroute.load(path, window="uniform", merge=1)
     assert (router.num_classes, router.patch, router.stride, router.scale) == (4, 16, 12, 2)
     image = picture(1, 3, 50, 60, 7)
     own = PatchRouter(arm.branches, arm.classifier, 16, 12, 2, costs=arm.costs(16), merge=1).upscale(image)

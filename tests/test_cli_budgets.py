@@ -27,7 +27,7 @@ SIZES = {"a.png": (45, 61), "b.png": (30, 33), "c.png": (17, 40)}
 def model(request, tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("model") / f"{request.param}.safetensors"
     if request.param == "patches":
-        save_checkpoint(path, random_classsr((3, 5, 20), 2, 16), {"scale": 2, "patch": 16, "stride": 12})
+        save_checkpoint(path, random_classsr((3, 5, 60), 2, 16), {"scale": 2, "patch": 16, "stride": 12})
     else:
         system = randomise(PCSR.build(FSRCNN(8, upsample=False), [[5], [40, 40]], [6]))
         torch.nn.init.normal_(system.classifier.layers[2].weight, std=10, generator=torch.Generator().manual_seed(0))
@@ -55,7 +55,7 @@ def images(folder: Path) -> list[torch.Tensor]:
 
 def test_flops_of_one_image(model, folder, tmp_path):
     source, router = folder / "a.png", fastroute.load(model)
-    allowed = 0.8 * router.upscale(io.read_image(source), budget=1).stats.flops.dense
+    allowed = 0.5 * router.upscale(io.read_image(source), budget=1).stats.flops.dense
     result = call(source, tmp_path / "big.png", "--model", model, "--budget-flops", allowed)
     assert result.exit_code == 0, result.output
     expected = router.upscale(io.read_image(source), budget_flops=allowed)
@@ -80,7 +80,7 @@ def test_milliseconds_of_one_image(model, folder, tmp_path, monkeypatch):
 def test_one_budget_for_all(model, folder, tmp_path, option):
     router = fastroute.load(model)
     dense = sum(router.upscale(image, budget=1).stats.flops.dense for image in images(folder))
-    name, value = ("budget", 0.75) if option == "--budget" else ("budget_flops", 0.9 * dense)
+    name, value = ("budget", 0.85) if option == "--budget" else ("budget_flops", 0.9 * dense)
     (folder / "bad.png").write_text("no image")
     options = ("--model", model, option, value)
     result = call(folder, tmp_path / "out", *options, "--shared-budget", "--class-map", tmp_path / "maps")

@@ -142,13 +142,13 @@ def test_a_budget_of_time_waits_for_the_classifier(timed, monkeypatch):
         timed.work(5.0)
         return dataclasses.replace(found, flops=0)
 
-    def within(score, costs, allowed):
+    def within(score, costs, allowed, merging):
         asked.append((allowed, timed.done == timed.now))
         return torch.zeros(len(score), dtype=torch.int64)
 
     monkeypatch.setattr(choose, "score_patches", scored)
-    monkeypatch.setattr(choose, "assign_within", within)
-    for limit in ({"budget_flops": 44 * max(router.flop_costs)}, {"budget_ms": 100.0}):
+    monkeypatch.setattr(choose, "within", within)
+    for limit in ({"budget_flops": 30 * max(router.flop_costs)}, {"budget_ms": 80.0}):
         router.upscale(image, **limit)
     assert [waited for _, waited in asked] == [False, True]
 

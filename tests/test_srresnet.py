@@ -135,7 +135,7 @@ def test_classsr_through_load(tmp_path, backbone, layers):
     calibrate(system.classifier, 32)
     path = tmp_path / "system.safetensors"
     save_checkpoint(path, system, {"patch": 32, "stride": 32})
-    router, image = fastroute.load(path, window="uniform"), picture(1, 3, 64, 96)
+    router, image = fastroute.load(path, window="uniform", merge=1), picture(1, 3, 64, 96)
     assert router.num_classes == 2
     result = router.upscale(image)
     assert min(result.stats.patches_per_class) > 0
@@ -146,7 +146,7 @@ def test_classsr_through_load(tmp_path, backbone, layers):
     torch.testing.assert_close(own, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
     # The same networks alone.
     save_checkpoint(path, system.branches[1])
-    alone = fastroute.load(path, window="uniform").upscale(image).image
+    alone = fastroute.load(path, window="uniform", merge=1).upscale(image).image
     dense = stitch(system.branches[1](fastroute.extract_patches(image, TileGrid(64, 96, 32, 28))))
     torch.testing.assert_close(alone, dense, rtol=1e-4, atol=1e-4 * dense.abs().max().item())
 

@@ -153,8 +153,9 @@ def _unusable(tensor: Tensor, name: str) -> str:
     stored = tensor.untyped_storage().nbytes()
     if stored < tensor.numel() * tensor.element_size():
         return f"of shape {tuple(tensor.shape)} has {stored} bytes, fewer than its values take"
-    # A table that has not been measured yet is not weights.
-    if tensor.is_floating_point() and ".table." not in name and not bool(tensor.to(torch.float32).isfinite().all()):
+    # A table that has not been measured yet is not weights, nor is the worth of a decibel, which may be infinite.
+    plain = ".table." not in name and not name.endswith("classifier.eta")
+    if tensor.is_floating_point() and plain and not bool(tensor.to(torch.float32).isfinite().all()):
         return "holds NaN or infinite values"
     return ""
 

@@ -52,10 +52,12 @@ def same_device(op: str, first: str, x: Tensor, second: str, y: Tensor | None) -
         )
 
 
-def at_least(op: str, least: int, **numbers: int | torch.SymInt) -> None:
+def at_least(op: str, least: int, **numbers: Any) -> None:
     """Each of `numbers` is an integer, at least `least`; what a compiler does not know is left alone."""
     for name, value in numbers.items():
-        if isinstance(value, (bool, float)) or not hasattr(value, "__index__"):
+        # What a compiler traces with is an integer to it, but knows no attributes.
+        known = isinstance(value, (int, torch.SymInt)) or hasattr(value, "__index__")
+        if isinstance(value, (bool, float)) or not known:
             raise TypeError(f"{op}: {name} must be an integer; got {value!r}")
         if not isinstance(value, torch.SymInt) and not least <= value < 2**63:
             limit = f"at least {least}" if value < least else "below 2^63"

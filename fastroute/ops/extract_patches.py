@@ -50,7 +50,7 @@ def extract_patches(
             of one shape that :func:`fastroute.merge_regions` found. At least a patch, which is the default.
 
     Returns:
-        (M, C, patch, patch), or (M, C, *size); M = B * grid.num_patches without `order`.
+        (M, C, patch, patch), or (M, C, height, width) of `size`; M = B * grid.num_patches without `order`.
 
     Raises:
         ValueError: a wrong rank or size, tensors on several devices, or a patch number out of range.

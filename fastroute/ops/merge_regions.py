@@ -96,9 +96,14 @@ def _table(costs: Tensor | Sequence[float], grid: TileGrid, merge: int, device: 
     if table.device not in (device, torch.device("cpu")):
         raise ValueError(f"{op}: costs must be on the CPU or on {device} as class_ids is; got {table.device}")
     if table.ndim == 1:
-        heights, widths = (_sides(size, grid, merge, table.device) for size in (grid.height, grid.width))
-        table = table.double()[:, None] * (heights[:, None] * widths).flatten()
+        table = table.double()[:, None] * region_pixels(grid, merge, table.device)
     return table.to(device, torch.float32)
+
+
+def region_pixels(grid: TileGrid, merge: int, device: torch.device) -> Tensor:  # [S]
+    """LR pixels of every shape of region, float64; anything for a shape that no region has."""
+    heights, widths = (_sides(size, grid, merge, device) for size in (grid.height, grid.width))
+    return (heights[:, None] * widths).flatten()
 
 
 def _sides(size: int, grid: TileGrid, merge: int, device: torch.device) -> Tensor:  # [2 * levels]

@@ -12,12 +12,14 @@ from torch import Tensor
 from fastroute.grid import TileGrid
 from fastroute.ops.assign_classes import assign_classes
 from fastroute.ops.group_by_class import group_by_class
-from fastroute.ops.merge_regions import Regions, merge_regions
+from fastroute.ops.merge_regions import Regions, merge_regions, region_pixels
 from fastroute.routing.bands import Band, band_of_patches
 from fastroute.routing.budgets import dearest
 
 # A budget of merged classes is spent to this share of it, in so many steps at most: each assigns and merges all patches.
 SPENT, STEPS = 0.998, 10
+# Shares of a budget that are tried at once where a step would wait.
+AT_ONCE = 16
 # A step keeps away from the ends of what is left to search, or the search could creep along one of them.
 INSIDE = 0.1
 
@@ -50,18 +52,19 @@ class Merging:
 
     def table(self, costs: Sequence[float], device: torch.device) -> Tensor:  # [K, S]
         """Cost of every class and shape, from the cost of a patch in each class."""
-        sizes = torch.tensor(self.sizes, dtype=torch.float64, device="cpu")
-        return (torch.tensor(costs, dtype=torch.float64, device="cpu")[:, None] * sizes).to(device, torch.float32)
+        # Made on the device: a copy from the host would wait.
+        sizes = region_pixels(self.grid, self.merge, device) / self.grid.patch**2
+        return torch.stack([sizes * float(cost) for cost in costs]).float()
 
     def regions(self, class_ids: Tensor, costs: Sequence[float]) -> Regions:  # [N]
         """The regions of `class_ids`, the cheapest where a patch of each class costs `costs`."""
         return merge_regions(class_ids, self.grid, self.table(costs, class_ids.device), self.merge, self.promote)
 
-    def spent(self, class_ids: Tensor, costs: Sequence[float]) -> float:  # [N]
-        """What `class_ids` cost as regions; waits for the device."""
+    def spent(self, class_ids: Tensor, costs: Sequence[float]) -> Tensor:  # [N] -> []
+        """What `class_ids` cost as regions."""
         table = self.table(costs, class_ids.device).double().flatten()
         each = torch.cat([table, table.new_zeros(1)])  # nothing for a patch within a region
-        return float(each[self.regions(class_ids, costs).group].sum())
+        return each[self.regions(class_ids, costs).group].sum()
 
     def patches(self) -> float:
         """LR pixels of an image all of whose patches are of one class, in patches."""
@@ -70,16 +73,18 @@ class Merging:
 
 @lru_cache(maxsize=256)
 def _one_class(grid: TileGrid, merge: int) -> float:
-    return Merging(grid, merge).spent(torch.zeros(grid.num_patches, dtype=torch.int64, device="cpu"), [1.0])
+    one_class = torch.zeros(grid.num_patches, dtype=torch.int64, device="cpu")
+    return float(Merging(grid, merge).spent(one_class, [1.0]))
 
 
 def assign_merged(
-    score: Tensor, costs: Sequence[float], allowed: float, spent: Callable[[Tensor], float]
+    score: Tensor, costs: Sequence[float], allowed: float, spent: Callable[[Tensor], Tensor]
 ) -> Tensor:  # [N, K] -> [N]
     """Classes whose regions cost at most `allowed`; the cheapest class everywhere where that is too little.
 
     Regions cost less than the sum of their patches. So patches are given more than `allowed`, step by step, as long as what
-    they cost as regions stays within it. On a GPU every step waits for the device.
+    they cost as regions stays within it. On a GPU, which would have to be waited for at every step, a number of shares are
+    tried at once, and the device takes the best.
 
     Args:
         score: of all patches.
@@ -89,12 +94,19 @@ def assign_merged(
     """
     most, number = max(costs), max(score.shape[0], 1)
     low, high = min(max(allowed / (number * most), min(costs) / most), 1.0), 1.0
+    if score.device.type != "cpu":
+        shares = [low + (high - low) * n / (AT_ONCE - 1) for n in range(AT_ONCE)]
+        tried = torch.stack([assign_classes(score, costs, budget=share) for share in shares])
+        spending = torch.stack([spent(ids) for ids in tried])
+        fitting = torch.where(spending <= allowed, spending, -1.0)
+        # The first where none fits.
+        return tried.index_select(0, fitting.argmax().view(1))[0]
     best = assign_classes(score, costs, budget=low)
-    used = spent(best)
+    used = float(spent(best))
     if low == high or used > allowed:
         return best
     everywhere = torch.full_like(best, dearest(costs))
-    if (above := spent(everywhere)) <= allowed:
+    if (above := float(spent(everywhere))) <= allowed:
         return everywhere
     for _ in range(STEPS):
         if used >= SPENT * allowed or (high - low) * number < 1:
@@ -102,7 +114,7 @@ def assign_merged(
         share = (allowed - used) / max(above - used, 1e-300)
         middle = low + (high - low) * min(max(share, INSIDE), 1 - INSIDE)
         ids = assign_classes(score, costs, budget=middle)
-        if (cost := spent(ids)) <= allowed:
+        if (cost := float(spent(ids))) <= allowed:
             low, used, best = middle, cost, ids
         else:
             high, above = middle, cost

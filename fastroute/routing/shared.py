@@ -138,9 +138,9 @@ class SharedPatches(Shared):
             return assign_within(score, costs, allowed)
         numbers, mergings = [size[0] * size[1] * size[2] for size in self.sizes], self._mergings()
 
-        def spent(ids: Tensor) -> float:
+        def spent(ids: Tensor) -> Tensor:
             parts = ids.split(numbers)
-            return sum(merging.spent(part, costs) for part, merging in zip(parts, mergings, strict=True))
+            return torch.stack([merging.spent(part, costs) for part, merging in zip(parts, mergings, strict=True)]).sum()
 
         return assign_merged(score, costs, allowed, spent)
 

@@ -279,7 +279,7 @@ MAP = torch.zeros(2, 6, 8, dtype=torch.uint8)
         (TypeError, {"class_map": MAP.float()}, "class_map uint8 float32"),
         (ValueError, {"residual": torch.rand(2, 1, 3, 4)}, r"residual \(2, 3, 3, 4\) \(2, 1, 3, 4\)"),
         (TypeError, {"residual": torch.rand(2, 3, 3, 4).double()}, "residual float32 float64"),
-        (ValueError, {"size": (-1, 8)}, "size negative -1"),
+        (ValueError, {"size": (-1, 8)}, "height must be at least 0; got -1"),
         (ValueError, {"rows": (4, 3)}, r"rows \[0, 6\] \(4, 3\)"),
         (ValueError, {"rows": (0, 7)}, r"rows \[0, 6\] \(0, 7\)"),
         (ValueError, {"relative": torch.zeros(13)}, r"relative \(14,\) H \+ W \(13,\)"),
