@@ -11,11 +11,11 @@ from xml.sax.saxutils import escape
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 
 import fastroute
 from fastroute import io
-from fastroute.visualize import class_colours, class_overlay
+from fastroute.visualize import OPACITY, class_colours, class_overlay
 
 HERE = Path(__file__).resolve().parent
 FIGURES = HERE / "figures"
@@ -79,27 +79,27 @@ class Drawing:
 
 def patch_path() -> None:
     """From image to image on the patch path."""
-    d = Drawing(660, 292, "The patch path: classify, assign, group, extract in class order, a branch per class, stitch")
+    d = Drawing(810, 292, "The patch path: classify, assign, merge, group, extract in class order, a branch per class, stitch")
     for x, text in ((10, "image\n(C, H, W)"), (160, "classify\na score per class"), (310, "assign_classes\nbudget, penalty"),
-                    (460, "group_by_class\norder, inverse")):  # fmt: skip
+                    (460, "merge_regions\nof one class"), (610, "group_by_class\norder, inverse")):  # fmt: skip
         d.box(x, 14, 130, text)
-    for x in (140, 290, 440):
+    for x in (140, 290, 440, 590):
         d.arrow((x, 40), (x + 20, 40))
     d.box(160, 144, 130, "extract_patches\nin class order")
     for number, (y, fill) in enumerate(((92, GREEN), (144, YELLOW), (196, RED)), start=1):
-        d.box(340, y, 130, f"branch {number}\n{('cheapest', '', 'dearest')[number - 1]}".strip(), "#fff", 46)
-        d.rect(340, y, 10, 46, fill)
-        d.arrow((290, 170), (315, 170), (315, y + 23), (340, y + 23))
-        d.arrow((470, y + 23), (495, y + 23), (495, 170), (520, 170))
-    d.box(520, 144, 130, "stitch_patches\noverlaps merged")
+        d.box(415, y, 130, f"branch {number}\n{('cheapest', '', 'dearest')[number - 1]}".strip(), "#fff", 46)
+        d.rect(415, y, 10, 46, fill)
+        d.arrow((290, 170), (352, 170), (352, y + 23), (415, y + 23))
+        d.arrow((545, y + 23), (607, y + 23), (607, 170), (670, 170))
+    d.box(670, 144, 130, "stitch_patches\noverlaps merged")
     d.arrow((75, 66), (75, 170), (160, 170))
     # Where order and inverse go.
-    d.arrow((500, 66), (500, 80), (225, 80), (225, 144))
-    d.arrow((550, 66), (550, 144))
+    d.arrow((645, 66), (645, 80), (225, 80), (225, 144))
+    d.arrow((700, 66), (700, 144))
     d.text(232, 108, "order", anchor="start", colour=SOFT)
-    d.text(557, 108, "inverse", anchor="start", colour=SOFT)
-    d.arrow((585, 196), (585, 228))
-    d.box(520, 230, 130, "image\n(C, H·s, W·s)")
+    d.text(707, 108, "inverse", anchor="start", colour=SOFT)
+    d.arrow((735, 196), (735, 228))
+    d.box(670, 230, 130, "image\n(C, H·s, W·s)")
     d.write("patch-path.svg")
 
 
@@ -178,6 +178,7 @@ def photographs() -> None:
         result = router.upscale(image, budget=budget)
         pictures.append(to_pillow(class_overlay(result.image, result.class_map, grid, router.num_classes), half))
     save("budgets.jpg", pictures)
+    regions(image, half)
     data = os.environ.get("FASTROUTE_DATA")
     if data:
         pixels = fastroute.load(Path(data) / "weights" / "pcsr-carn-x4.pth")
@@ -187,12 +188,36 @@ def photographs() -> None:
         save("pixel-classes.jpg", [to_pillow(result.image, half), to_pillow(overlay, half)])
 
 
+def regions(image: torch.Tensor, width: int) -> None:  # uint8 [3, H, W]
+    """What runs at once, each in a frame and in the colour of its class: patch by patch, and merged into regions."""
+    pictures = []
+    for merge in (1, 4):
+        router = fastroute.load(merge=merge)
+        assert isinstance(router, fastroute.PatchRouter)
+        grid = fastroute.TileGrid(image.shape[1], image.shape[2], router.patch, router.stride, router.scale)
+        classes = router.upscale(image).class_map.flatten()
+        # Merged once more, the classes as they ran give the regions that ran.
+        found = fastroute.merge_regions(classes, grid, router.costs, merge, promote=False)
+        picture = to_pillow(image.float().mean(dim=0).to(torch.uint8).expand(3, -1, -1), width)
+        tint, frames, shapes = picture.copy(), [], grid.region_shapes(merge)
+        for n in (found.region == torch.arange(grid.num_patches)).nonzero().flatten().tolist():
+            x, y = grid.col_origins[n % grid.cols], grid.row_origins[n // grid.cols]
+            tall, wide = shapes[int(found.group[n]) % len(shapes)]
+            frames.append([round(side * width / grid.width) for side in (x, y, x + wide, y + tall)])
+            ImageDraw.Draw(tint).rectangle(frames[-1], fill=(GREEN, YELLOW, RED)[int(found.class_ids[n])])
+        picture = Image.blend(picture, tint, OPACITY)
+        for left, top, right, bottom in frames:
+            ImageDraw.Draw(picture).rectangle((left, top, right - 1, bottom - 1), outline=INK)
+        pictures.append(picture)
+    save("regions.jpg", pictures)
+
+
 def flat_colours() -> None:
     """What is left of a flat green and of a flat white image, the deviations shown eight times as strong."""
     green = torch.tensor([0, 255, 0], dtype=torch.uint8).view(3, 1, 1).expand(3, 90, 90).contiguous()
     white = torch.full((3, 90, 90), 255, dtype=torch.uint8)
     # The grid of patches with two windows; the corner with zeros and with the edge beyond it.
-    shown = [fastroute.load(window=window).upscale(green).image[:, 64:-64, 64:-64] for window in ("uniform", "hann")]
+    shown = [fastroute.load(window=window, merge=1).upscale(green).image[:, 64:-64, 64:-64] for window in ("uniform", "hann")]
     shown += [fastroute.load("cdnsr-fsrcnn-x4", border=border).upscale(white).image[:, :48, :48] for border in ("zero", "edge")]
     pictures = []
     for image, flat in zip(shown, (green, green, white, white), strict=True):

@@ -39,8 +39,7 @@ def test_the_window_hides_the_grid():
     green = torch.tensor([0, 255, 0], dtype=torch.uint8).view(3, 1, 1).expand(3, 90, 102).contiguous()
     ranges = {}
     for window in ("uniform", None):
-        router = fastroute.load(window=window)
-        router.merge = 1  # regions have no grid within
+        router = fastroute.load(window=window, merge=1)  # regions have no grid within
         inner = router.upscale(green).image[:, 32:-32, 32:-32].int()
         ranges[window] = int((inner.amax((1, 2)) - inner.amin((1, 2))).max())
     assert fastroute.load().window == "hann" and 2 * ranges[None] < ranges["uniform"]

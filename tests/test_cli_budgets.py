@@ -55,11 +55,11 @@ def images(folder: Path) -> list[torch.Tensor]:
 
 def test_flops_of_one_image(model, folder, tmp_path):
     source, router = folder / "a.png", fastroute.load(model)
-    allowed = 0.5 * router.upscale(io.read_image(source), budget=1).stats.flops.dense
+    allowed = 0.8 * router.upscale(io.read_image(source), budget=1).stats.flops.dense
     result = call(source, tmp_path / "big.png", "--model", model, "--budget-flops", allowed)
     assert result.exit_code == 0, result.output
     expected = router.upscale(io.read_image(source), budget_flops=allowed)
-    assert min(expected.stats.patches_per_class[:1]) > 0
+    assert 0 < expected.stats.patches_per_class[-1] < sum(expected.stats.patches_per_class)
     assert torch.equal(io.read_image(tmp_path / "big.png"), expected.image)
 
 

@@ -163,6 +163,19 @@ def test_impossible_options(tmp_path, options, words):
         fastroute.load(tmp_path / "pcsr.pth", patch=16)
 
 
+def test_regions_are_an_option():
+    image = torch.rand(3, 80, 90, generator=torch.Generator().manual_seed(0))
+    merged, single = fastroute.load(), fastroute.load(merge=1)
+    assert (merged.merge, single.merge) == (4, 1)
+    work = [router.upscale(image, budget=1).stats.work_per_class for router in (merged, single)]
+    assert work[1] == [0, 0, 9] and work[0] == [0, 0, 80 * 90 / 32**2]
+    for merge in (3, True):
+        with pytest.raises(ValueError, match=f"merge must be one of .1, 2, 4, 8., or None; got {merge}"):
+            fastroute.load(merge=merge)
+    with pytest.raises(ValueError, match="PCSR routes pixels and has no merge"):
+        fastroute.load("pcsr-fsrcnn-x4", merge=1)
+
+
 def test_metadata_of_others(tmp_path):
     """Plain values beside the weights, under the same name."""
     for content in ({"params": FSRCNN(3, 2).state_dict()}, FSRCNN(3, 2).state_dict()):

@@ -23,7 +23,7 @@ from fastroute.cli._common import (
 @click.option("--images", required=True, type=click.Path(path_type=Path),
               help="Folder of high-resolution images, searched recursively, or one image.")  # fmt: skip
 @click.option("--exclude", multiple=True, metavar="PATTERN", help="File names to leave out, say '*-x4.png'; may be repeated.")
-@click.option("--budget", type=float, help="Mean branch FLOPs as a fraction of the dearest's.  "
+@click.option("--budget", type=float, help="Branch FLOPs as a fraction of those of the most expensive.  "
               "[default: the classifier decides]")  # fmt: skip
 @click.option("--scale", type=int, help="Upscaling factor: any whole one for PCSR; needed for other models "
               "whose checkpoint does not tell theirs.")  # fmt: skip

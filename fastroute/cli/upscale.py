@@ -64,8 +64,8 @@ class Pixels(click.ParamType):
 @click.argument("out", metavar="OUT", type=click.Path())
 @click.option("--model", metavar="MODEL", default=DEFAULT_MODEL, show_default=True,
               help="A shipped model, see `fastroute models`, or a checkpoint file.")  # fmt: skip
-@click.option("--budget", type=float, help="Mean branch FLOPs as a fraction of the dearest's, say 0.7; the classifier comes on "
-              "top.  [default: the classifier decides]")  # fmt: skip
+@click.option("--budget", type=float, help="Branch FLOPs as a fraction of what the most expensive branch takes everywhere, say "
+              "0.7; the classifier comes on top.  [default: the classifier decides]")  # fmt: skip
 @click.option("--budget-flops", type=float, metavar="FLOPS",
               help="FLOPs of every image instead, say 2e11; with --shared-budget of all together.")  # fmt: skip
 @click.option("--budget-ms", type=float, metavar="MS", help="Milliseconds for every image instead, its files not counted; with "

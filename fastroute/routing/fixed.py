@@ -57,7 +57,11 @@ class FixedPatchRouter(nn.Module):
     dearer classes less what it gives cheaper ones, move to free slots of the next dearer class that has any. Where no dearer
     class has, the easiest move to the dearest free slots below. No patch is lost, and `overflow` counts those that moved. Of
     a `class_map` that is given, the first patches move up and the last ones down. Where all patches fit, the classes are those
-    of :meth:`PatchRouter.upscale`, and the image is too, up to what a network rounds differently in batches of another size.
+    of :meth:`PatchRouter.upscale` with ``merge=1``, and the image is too, up to what a network rounds differently in batches of
+    another size.
+
+    Patches are not merged into regions, whatever the `merge` of `router`: a slot has one shape, and a fixed number of slots for
+    each class and each of up to 36 shapes of regions would reserve many times the work.
 
     Args:
         router: its networks are copied, where they are.

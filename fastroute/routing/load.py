@@ -79,7 +79,7 @@ def load(
             and what is added last are float32 in a half network too.
         tune: find out on the work of calls how the branches run fastest, see :class:`fastroute.PatchRouter`.
         window, batch, merge: see :class:`fastroute.PatchRouter`; not for PCSR. By default the window is "hann": it hides the
-            grid of the patches, at no cost in time or PSNR.
+            grid of the patches, at no cost in time or PSNR. ``window="uniform", merge=1`` is what was published.
         border: "zero" or "edge", see :class:`fastroute.PatchRouter`.
         engine: what executes the branches, see :meth:`fastroute.PatchRouter.compile`.
 

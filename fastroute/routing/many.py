@@ -40,7 +40,8 @@ def upscale_many(
         router: with a classifier.
         images: each a tensor as `upscale` takes it, a file, or a function without arguments that gives a tensor, called
             twice; a folder is ``fastroute.io.list_images(folder)``. Sizes may differ.
-        budget: mean FLOPs of the chosen classes over all images, as a fraction of the dearest class's, as `upscale` takes it.
+        budget: FLOPs of the chosen classes over all images, as a fraction of what the most expensive class takes for all of
+            them, as `upscale` takes it.
         budget_flops: instead: FLOPs of all images together, as their `stats.flops` count them.
         budget_ms: instead: milliseconds of all images together, without reading them; see `upscale` of the router.
         progress: show a progress bar, or call this function with how many images are done and how many there are, each counted

@@ -218,7 +218,6 @@ class PatchRouter(Precisions):
             budget_ms: instead of `budget`: milliseconds of the whole call on this device, by what a patch takes in each branch
                 and around it. That is measured before the first such call, remembered, and follows the calls that come after;
                 what else the machine does is not foreseen. The classes, and so the result, depend on it.
-
             promote: let patches run in a higher class than their own where one region costs less than several do. Default: yes,
                 but not with a `class_map`, whose classes are kept.
 

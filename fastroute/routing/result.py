@@ -23,10 +23,11 @@ class RoutingStats:
             ran as one region, whose overlaps are then computed once. None for a router of pixels.
         flops: true convention: multiply-adds done, classifier included, times two.
         paper_flops: the papers' convention; they leave the classifier out.
-        seconds: wall time of each stage: tune (an engine prepares its branches on a first call), classify, assign,
-            extract, branches, stitch; and total. Where the last layers of the branches are computed while their patches are
-            stitched, the time of the threads that do so is divided between the two. On a GPU a stage is the time that the
-            device took for it; in the rest of the total it waited for the host.
+        seconds: wall time of each stage: classify, assign, extract, branches, stitch; and total. A stage "tune" is 0: how
+            branches run fastest is found by their own work, and an engine prepares them when it is asked for. Where the last
+            layers of the branches are computed while their patches are stitched, the time of the threads that do so is divided
+            between the two. On a GPU a stage is the time that the device took for it; in the rest of the total it waited for
+            the host.
         working_set: bytes held at most beside the image and the result, or for a streamed run beside nothing: a model of
             what is allocated, without the program itself.
     """
