@@ -70,7 +70,7 @@ def tiled(
     run as one where the network takes inputs of that size, so that their overlaps are computed once. With the window "crop"
     the result is that of the whole image, up to the order of sums, when the network sees at most `overlap` / 2 pixels around
     each pixel: along the edges of the image it pads as it would the whole. A network that sees further, as most do, shows seams
-    with "crop" where the overlap is small; "linear" or "hann" blend them. An image smaller than a tile is continued by its edge.
+    with "crop" where the overlap is small; "linear" or "hann" blend them. A smaller image is continued by its edge.
 
     Args:
         model: any module from (N, C, p, p) to (N, C, p * scale, p * scale), a spandrel model, or a function; copied.
