@@ -168,7 +168,7 @@ def test_regions_are_an_option():
     merged, single = fastroute.load(), fastroute.load(merge=1)
     assert (merged.merge, single.merge) == (4, 1)
     work = [router.upscale(image, budget=1).stats.work_per_class for router in (merged, single)]
-    assert work[1] == [0, 0, 9] and work[0] == [0, 0, 80 * 90 / 32**2]
+    assert work[1] == [0, 0, 12] and work[0] == [0, 0, 80 * 90 / 32**2]
     for merge in (3, True):
         with pytest.raises(ValueError, match=f"merge must be one of .1, 2, 4, 8., or None; got {merge}"):
             fastroute.load(merge=merge)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
+import fastroute
 from benchmarks.baselines import classsr_published as plain
 from benchmarks.baselines.packages import sliding_window
 from benchmarks.measure import device, exact_result, first
@@ -25,6 +27,16 @@ PUBLISHED, BATCHED = "published way", "plain PyTorch, batched per class"
 Run = Callable[[], Tensor]
 # Bytes at the peak of a first run, by the name of what ran.
 Memory = dict[str, int | None]
+
+
+@contextmanager
+def patchwise(router: fastroute.PatchRouter) -> Iterator[fastroute.PatchRouter]:
+    """The router as published, every patch on its own: its result is that of the plain ways, which know no regions."""
+    merge, router.merge = router.merge, 1
+    try:
+        yield router
+    finally:
+        router.merge = merge
 
 
 def close(result: Tensor, expected: Tensor) -> None:

@@ -12,7 +12,7 @@ import torch
 import fastroute
 from benchmarks import images
 from benchmarks.baselines import paper_tables
-from benchmarks.e2e._patches import DENSE, ROUTED, SLOW_SECONDS, dense_runs, routed_runs
+from benchmarks.e2e._patches import DENSE, ROUTED, SLOW_SECONDS, dense_runs, patchwise, routed_runs
 from benchmarks.measure import alternate, device, exactly
 from benchmarks.setting import Setting
 from fastroute.grid import TileGrid
@@ -58,7 +58,8 @@ def run_backbone(backbone: str, size: tuple[int, int], setting: Setting) -> list
         fastroute.assign_classes(classify_patches(router.classifier, image, grid).score, router.costs)
         router.upscale(image, class_map=maps[name])
 
-    dense_image = exactly(lambda: router.upscale(pixels, budget=1.0).image)
+    with patchwise(router):
+        dense_image = exactly(lambda: router.upscale(pixels, budget=1.0).image)
     absent: dict[str, str] = {}
     runs = dense_runs(model, pixels, grid, dense_image, setting, absent, {})
     missing: dict[str, dict[str, str]] = {name: {} for name in maps}
@@ -66,7 +67,8 @@ def run_backbone(backbone: str, size: tuple[int, int], setting: Setting) -> list
     # On a CPU the peers run at one of the mixes; --full runs them at all.
     few = device().type == "cpu" and not setting.full
     for name in paper_tables.TEST_SETS[-1:] if few or setting.smoke else paper_tables.TEST_SETS:
-        expected = exactly(lambda n=name: router.upscale(pixels, class_map=maps[n]).image)
+        with patchwise(router):
+            expected = exactly(lambda n=name: router.upscale(pixels, class_map=maps[n]).image)
         peers[name] = routed_runs(model, pixels, grid, expected, setting, missing[name], {}, chosen[name])
     everything = {("dense", DENSE): lambda: router.upscale(image, budget=1.0)}
     everything |= {("dense", label): run for label, run in runs.items()}

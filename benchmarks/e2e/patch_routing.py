@@ -11,7 +11,7 @@ from torch import Tensor
 
 import fastroute
 from benchmarks import images
-from benchmarks.e2e._patches import BATCHED, DENSE, PUBLISHED, ROUTED, SLOW_SECONDS, Memory, dense_runs, routed_runs
+from benchmarks.e2e._patches import BATCHED, DENSE, PUBLISHED, ROUTED, SLOW_SECONDS, Memory, dense_runs, patchwise, routed_runs
 from benchmarks.measure import alternate, device, exactly, peak_memory
 from benchmarks.setting import Setting
 from fastroute.grid import TileGrid
@@ -39,12 +39,14 @@ def run_image(name: str, image: Tensor, setting: Setting) -> dict:
     fastroute goes from uint8 to uint8, conversions included; the others get float32 and leave float32, conversions not counted.
     """
     model = shipped_model()
-    router = fastroute.load(device=device())
+    router = fastroute.load(device=device(), window="uniform")
     grid = TileGrid(image.shape[2], image.shape[3], scale=4)
     pixels = image.float() / 255
     missing: dict[str, str] = {}
-    exact = exactly(lambda: router.upscale(pixels))
-    result = exactly(lambda: router.upscale(image))
+    with patchwise(router):
+        exact = exactly(lambda: router.upscale(pixels))
+        result = exactly(lambda: router.upscale(image))
+        whole = exactly(lambda: router.upscale(pixels, budget=1.0).image)
     # Equal but for values that lie on the edge of two levels.
     levels = (exact.image.clamp(0, 1) * 255).round() - result.image.float()
     assert levels.abs().max() <= 1 and (levels != 0).float().mean() < 1e-3
@@ -52,7 +54,7 @@ def run_image(name: str, image: Tensor, setting: Setting) -> dict:
     ids = exact.class_map.flatten().tolist()
     memory: Memory = {}
     # What may be compiled is used up by those that come first.
-    dense = dense_runs(model, pixels, grid, exactly(lambda: router.upscale(pixels, budget=1.0).image), setting, missing, memory)
+    dense = dense_runs(model, pixels, grid, whole, setting, missing, memory)
     plain = routed_runs(model, pixels, grid, exact.image, setting, missing, memory, ids) | dense
     overheads, stages = [], []
 
@@ -70,7 +72,7 @@ def run_image(name: str, image: Tensor, setting: Setting) -> dict:
     overhead = sorted(overheads)[len(overheads) // 2]
     mean_stages = {k: sum(s[k] for s in stages) / len(stages) for k in stages[0]}
     ratio = ours / times[DENSE].median
-    stats = result.stats
+    stats = router.upscale(image).stats
     shares = [n / sum(stats.patches_per_class) for n in stats.patches_per_class]
     print(f"\n{name}: {image.shape[3]} x {image.shape[2]}, classes {'/'.join(f'{100 * s:.0f}' for s in shares)} %")
     for label, timing in times.items():

@@ -23,6 +23,7 @@ from benchmarks.setting import Setting
 from fastroute import io
 from fastroute.routing.load import DEFAULT_MODEL
 from fastroute.routing.result import Upscaled
+from fastroute.streaming.sources import open_reader
 
 OURS = "fastroute"
 # LR height and width of the large image; side of the corner on which the ways are compared, larger than a tile; number and
@@ -45,7 +46,8 @@ Router = fastroute.PatchRouter | fastroute.PixelRouter
 def image_of(result: Any) -> Tensor:  # -> [3, H, W]
     """What a way made, from memory or from its file."""
     if isinstance(result, fastroute.UpscaledFile):
-        return io.read_image(result.path)
+        with open_reader(result.path, 3) as reader:
+            return reader.read(0, result.size[0], 0, result.size[1])
     return (result.image if isinstance(result, Upscaled) else result).cpu()
 
 
