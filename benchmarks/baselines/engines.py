@@ -10,6 +10,7 @@ import copy
 import io
 import warnings
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,52 +29,55 @@ OPENVINO_TYPES = {torch.float32: "f32", torch.bfloat16: "bf16"}
 ON_CPUS = "runs on CPUs here"
 
 
-def whole_image(network: nn.Module, image: Tensor, precision: torch.dtype, setting: Setting) -> Iterator[tuple[str, Run | str]]:
-    """Every engine by name: a call that upscales `image`, (1, C, H, W) float32, in `precision`; or why there is none."""
-    for hint in HINTS:
-        yield f"OpenVINO, {hint}", by_openvino(network, image, precision, hint)
-    yield "ONNX Runtime", by_onnxruntime(network, image, precision)
-    # Networks of this package that add to the image at the end take it as it is.
-    half, pixels = copy.deepcopy(network).to(precision), image if isinstance(network, MIXED) else image.to(precision)
-    last = copy.deepcopy(half).to(memory_format=torch.channels_last)
-    arranged = pixels.contiguous(memory_format=torch.channels_last)
-    yield "eager, channels_last", lambda: last(arranged)
-    reason = setting.compile_reason()
-    if reason is not None:
-        yield "torch.compile", reason
-        return
-    from torch._inductor import config
+class Engines:
+    """Every engine for one network and images of one size.
 
-    # Weights are constants: the compiler lays them out once.
-    with config.patch(freezing=True):
-        quick = compiled_network(half, pixels, setting)
-    yield "torch.compile", quick if isinstance(quick, str) else lambda: quick(pixels)
+    Args:
+        network: in evaluation mode, in float32; it is copied.
+        image: (1, C, H, W), float32.
+    """
 
+    def __init__(self, network: nn.Module, image: Tensor) -> None:
+        self.network, self.image = network, image
+        self._model: Any = None
 
-def by_openvino(network: nn.Module, image: Tensor, precision: torch.dtype, hint: str) -> Run | str:
-    """OpenVINO for images of this size alone; `hint` is one of HINTS."""
-    openvino = find("openvino")
-    if isinstance(openvino, str):
-        return openvino
-    if device().type != "cpu":
-        return ON_CPUS
-    pixels = image.numpy()
-    with torch.inference_mode(False), torch.no_grad():
-        model = openvino.convert_model(
-            copy.deepcopy(network), example_input=torch.zeros(image.shape), input=[list(image.shape)]
-        )
-    options = {
-        "PERFORMANCE_HINT": hint,
-        "INFERENCE_PRECISION_HINT": OPENVINO_TYPES[precision],
-        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
-    }
-    request = openvino.Core().compile_model(model, "CPU", options).create_infer_request()
+    def ways(self, precision: torch.dtype, setting: Setting) -> Iterator[tuple[str, Run | str]]:
+        """By name: a call that upscales the image, computing in `precision`; or why there is none."""
+        for hint in HINTS:
+            yield f"OpenVINO, {hint}", self.by_openvino(precision, hint)
+        yield "ONNX Runtime", by_onnxruntime(self.network, self.image, precision)
+        half = copy.deepcopy(self.network).to(precision)
+        # Networks of this package that add to the image at the end take it as it is.
+        pixels = self.image if isinstance(self.network, MIXED) else self.image.to(precision)
+        last = copy.deepcopy(half).to(memory_format=torch.channels_last)
+        arranged = pixels.contiguous(memory_format=torch.channels_last)
+        yield "eager, channels_last", lambda: last(arranged)
+        yield "torch.compile", by_compiler(half, pixels, setting)
 
-    def run() -> Tensor:
-        result = request.infer({0: pixels}, share_inputs=True, share_outputs=True)
-        return torch.from_numpy(result[0])
+    def by_openvino(self, precision: torch.dtype, hint: str) -> Run | str:
+        """OpenVINO; `hint` is one of HINTS."""
+        openvino = find("openvino")
+        if isinstance(openvino, str):
+            return openvino
+        if device().type != "cpu":
+            return ON_CPUS
+        if self._model is None:
+            example, size = torch.zeros(self.image.shape), list(self.image.shape)
+            with warnings.catch_warnings(), torch.inference_mode(False), torch.no_grad():
+                warnings.simplefilter("ignore")
+                self._model = openvino.convert_model(copy.deepcopy(self.network), example_input=example, input=[size])
+        options = {
+            "PERFORMANCE_HINT": hint,
+            "INFERENCE_PRECISION_HINT": OPENVINO_TYPES[precision],
+            "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        }
+        request = openvino.Core().compile_model(self._model, "CPU", options).create_infer_request()
+        pixels = self.image.numpy()
 
-    return run
+        def run() -> Tensor:
+            return torch.from_numpy(request.infer({0: pixels}, share_inputs=True, share_outputs=True)[0])
+
+        return run
 
 
 def by_onnxruntime(network: nn.Module, image: Tensor, precision: torch.dtype) -> Run | str:
@@ -99,6 +103,18 @@ def by_onnxruntime(network: nn.Module, image: Tensor, precision: torch.dtype) ->
     session = onnxruntime.InferenceSession(file.getvalue(), options, providers=["CPUExecutionProvider"])
     pixels = image.numpy()
     return lambda: torch.from_numpy(session.run(None, {"x": pixels})[0])
+
+
+def by_compiler(network: nn.Module, pixels: Tensor, setting: Setting) -> Run | str:
+    """torch.compile, which may lay out the weights once, since they are constants."""
+    reason = setting.compile_reason()
+    if reason is not None:
+        return reason
+    from torch._inductor import config
+
+    with config.patch(freezing=True):
+        quick = compiled_network(network, pixels, setting)
+    return quick if isinstance(quick, str) else lambda: quick(pixels)
 
 
 def disagreement(result: Tensor, expected: Tensor) -> float:  # [1, C, H, W]

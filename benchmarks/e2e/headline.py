@@ -67,6 +67,7 @@ class Task:
     pixels: Tensor  # [1, 3, H, W]
     grid: TileGrid
     scores: Tensor  # [N, K], by the edge score
+    engines: dict[str, engines.Engines]  # of the most expensive branch in all of its forms
 
     @property
     def one_pass(self) -> float:
@@ -96,7 +97,12 @@ def task_of(backbone: str, setting: Setting) -> Task:
     patch, stride = (SMOKE_PATCH, SMOKE_STRIDE) if setting.smoke else (32, 28)
     grid = TileGrid(*size, patch, stride, scale=4)
     pixels = images.low_resolution(images.photographs("test4k")[0], size).to(device()).float() / 255
-    return Task(backbone, model, pixels, grid, edge_classes(pixels, grid, mixes(backbone)[MIX]))
+    largest = model.branches[-1]
+    forms = {"": largest}
+    if backbone == "fsrcnn":
+        forms = {", published form": largest, ", sub-pixel form": optimize(largest)}
+    dense = {name: engines.Engines(form, pixels) for name, form in forms.items()}
+    return Task(backbone, model, pixels, grid, edge_classes(pixels, grid, mixes(backbone)[MIX]), dense)
 
 
 def edge_classes(pixels: Tensor, grid: TileGrid, shares: list[float]) -> Tensor:  # [1, 3, H, W] -> [N, K]
@@ -199,13 +205,10 @@ def dense_engines(
     """Those near the fastest, to be timed in turn, and the times of those far behind; what disagrees is missing."""
     largest = task.model.branches[-1]
     expected = exactly(lambda: largest(task.pixels))
-    forms = {"": largest}
-    if task.backbone == "fsrcnn":
-        forms = {", published form": largest, ", sub-pixel form": optimize(largest)}
     runs: dict[str, Run] = {}
     seconds: dict[str, float] = {}
-    for form, network in forms.items():
-        for name, run in engines.whole_image(network, task.pixels, precision, setting):
+    for form, every in task.engines.items():
+        for name, run in every.ways(precision, setting):
             label = f"{name}{form}"
             if isinstance(run, str):
                 missing[label] = run
@@ -372,8 +375,8 @@ def test_headline(backbone: str, setting: Setting) -> None:
     setting.save(
         f"headline_{backbone}",
         rows,
-        f"x4, {weights}, float32 images in and out, {torch.get_num_threads()} threads each; classes of the mix {MIX} by the edge "
-        f"score of {images.photographs('test4k')[0].stem} of {images.source('test4k')}, the classifier's time included; dense "
-        f"engines agree within {agreement} of the largest value; medians of alternating runs, of one run where a dense engine is "
-        f"{BEHIND:g} times as slow as the fastest",
+        f"x4, {weights}, float32 images in and out, {torch.get_num_threads()} threads each; classes of the mix {MIX} by the "
+        f"edge score of {images.photographs('test4k')[0].stem} of {images.source('test4k')}, the classifier's time included; "
+        f"dense engines agree within {agreement} of the largest value; medians of alternating runs, of one run where a dense "
+        f"engine is {BEHIND:g} times as slow as the fastest",
     )
