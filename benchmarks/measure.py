@@ -28,7 +28,7 @@ from fastroute.routing.tuning import cpu_name
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 # What a number may depend on, beside torch.
-PACKAGES = ("triton", "numpy", "kornia", "monai", "tiler")
+PACKAGES = ("triton", "numpy", "kornia", "monai", "tiler", "openvino", "onnxruntime")
 # Quartiles of fewer runs say nothing; what takes longer than so many seconds has few.
 MIN_ROUNDS, FEW_ROUNDS, LONG_SECONDS = 5, 3, 0.1
 # Where a CPU says how large its last cache is, and what is taken for it elsewhere, GPUs included.

@@ -15,7 +15,7 @@ from fastroute import io
 README = Path(__file__).parent.parent / "README.md"
 SECTIONS = ("operators", "patch_routing", "quality")
 # Those that the README may leave out.
-OPTIONAL = ("class_mixes", "pixel_routing")
+OPTIONAL = ("headline", "class_mixes", "pixel_routing")
 # Results of the operators, in the order of the table; of those that are not named here in full the least size and the largest.
 IN_FULL = ("extract_patches", "stitch_patches", "group_by_class")
 OPERATORS = (
@@ -122,6 +122,35 @@ def operators(folder: Path) -> str:
             for peer in (row["peer"], fastest):
                 cells += [f"{peer}: {milliseconds(times[peer])}", f"{times[peer]['median'] / ours['median']:.1f} x"]
             lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n" + footers(contents)
+
+
+def headline(folder: Path) -> str:
+    """Routed whole images beside the fastest dense engine, which runs the most expensive branch in one pass."""
+    lines = [
+        "| branches, precision (LR size) | fastest dense engine | fastroute, dense | fastroute, routed | **routed / fastest "
+        "dense** | FLOPs of one pass | floor / fastest dense | routed / floor | routed / fastest dense in float32 | half "
+        "of one pass / fastest dense |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    contents = results(folder, sorted(path.stem for path in folder.glob("headline_*.json")), "headline_")
+    for row in (row for content in contents.values() for row in content["rows"]):
+        times, ratios, routed = row["times"], row["of_fastest_dense"], row["routed"]
+        dense = next(name for name in times if name.startswith("fastroute dense"))
+        half = next((f"{ratio:.2f}" for name, ratio in ratios.items() if name.endswith("of one pass")), "")
+        cells = [
+            f"{row['backbone']}, {row['precision']} ({row['lr_size'][0]} x {row['lr_size'][1]})",
+            f"{row['fastest_dense']}: {milliseconds(times[row['fastest_dense']])}",
+            milliseconds(times[dense]),
+            f"{row['engine']}: {milliseconds(times[routed])}",
+            f"**{ratios[routed]:.2f}**",
+            f"{row['flops_of_one_pass'][routed]:.2f}",
+            f"{row['floor_of_fastest_dense']:.2f}",
+            f"{row['over_floor']:.2f}",
+            f"{row['of_fastest_float32'][routed]:.2f}",
+            half,
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n" + footers(contents)
 
 

@@ -13,9 +13,9 @@ import torch
 from torch import nn
 
 from benchmarks import compare, images, measure, setting
-from benchmarks.baselines import classsr_published, mlp_layouts, packages, paper_tables
+from benchmarks.baselines import classsr_published, engines, mlp_layouts, packages, paper_tables
 from benchmarks.device_tables import sentence
-from benchmarks.e2e import class_mixes, growth
+from benchmarks.e2e import class_mixes, growth, headline
 from benchmarks.measure import Timing, alternate, summary
 from benchmarks.ops import pixel_mlp, stitch_patches_upsampled
 from benchmarks.setting import COMPILE_SECONDS, Setting
@@ -300,3 +300,35 @@ def test_limits_of_compilation(monkeypatch: pytest.MonkeyPatch):
         time.sleep(0.01)
     assert used.compiled_seconds > COMPILE_SECONDS + 1.01
     Setting().save("nothing", [], "no folder, nothing written")
+
+
+def test_classes_by_the_edge_score_cluster():
+    # Noise in one half, whose lower part is weaker; a flat one beside it.
+    pixels = torch.full((1, 3, 60, 120), 0.5)
+    noise = torch.rand(1, 3, 60, 60, generator=torch.Generator().manual_seed(0))
+    pixels[:, :, :, 60:] = 0.5 + (noise - 0.5) * torch.linspace(1, 0.2, 60)[:, None]
+    grid = TileGrid(60, 120, 12, 12, scale=4)
+    ids = headline.edge_classes(pixels, grid, [0.5, 0.2, 0.3]).argmax(dim=1)
+    assert ids.bincount().tolist() == [25, 10, 15]
+    assert ids.view(5, 10)[:, 6:].min() >= 1 and ids.view(5, 10)[:, :4].max() == 0
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_dense_engines_agree(precision: torch.dtype):
+    network = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.PReLU(), nn.Conv2d(8, 48, 3, padding=1), nn.PixelShuffle(4)
+    ).eval()
+    image = torch.rand(1, 3, 20, 24)
+    with torch.inference_mode():
+        expected = network(image)
+        found = dict(engines.Engines(network, image).ways(precision, Setting(smoke=True)))
+        assert "too long" in str(found.pop("torch.compile"))
+        told = {name: run for name, run in found.items() if isinstance(run, str)}
+        for run in (run for run in found.values() if not isinstance(run, str)):
+            engines.check(run(), expected, precision)
+    assert "eager, channels_last" not in told
+    assert all("not installed" in reason or "bfloat16" in reason for reason in told.values())
+    with pytest.raises(AssertionError, match="disagrees"):
+        engines.check(expected + 0.1 * expected.abs().max(), expected, precision)
+    with pytest.raises(AssertionError, match="disagrees"):
+        engines.check(expected * float("nan"), expected, precision)

@@ -168,6 +168,22 @@ def test_pixel_routing_is_written_where_the_readme_has_a_place(results: Path):
     assert f"| CARN, a (8 x 6) | {cells} |" in text
 
 
+def test_the_headline_is_written_where_the_readme_has_a_place(results: Path):
+    labels = ("OpenVINO, LATENCY", "ONNX Runtime", "fastroute dense, torch", "fastroute routed, torch")
+    row = {"backbone": "carn", "precision": "bfloat16", "lr_size": [8, 6], "engine": "torch", "routed": labels[3]}
+    row |= {"times": {label: timing(0.2 * (n + 1)) for n, label in enumerate(labels)}, "fastest_dense": labels[0]}
+    row |= {
+        "of_fastest_dense": {labels[3]: 4.0, "fastroute routed, 50% of one pass": 0.55},
+        "of_fastest_float32": {labels[3]: 2.5},
+    }
+    row |= {"flops_of_one_pass": {labels[3]: 0.62}, "floor_of_fastest_dense": 0.64, "over_floor": 1.07}
+    content = {"facts": FACTS, "notes": "made up", "rows": [row]}
+    (results / "headline_carn.json").write_text(json.dumps(content))
+    text = report.render(PAGE + "<!-- generated: headline -->\n<!-- end: headline -->\n", results)
+    cells = "OpenVINO, LATENCY: 200 ms | 600 ms | torch: 800 ms | **4.00** | 0.62 | 0.64 | 1.07 | 2.50 | 0.55"
+    assert f"| carn, bfloat16 (8 x 6) | {cells} |" in text
+
+
 def test_a_missing_section_is_an_error(results: Path):
     with pytest.raises(SystemExit, match="one section operators; it has 0"):
         report.render("# Title\n", results)
