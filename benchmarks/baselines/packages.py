@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from fastroute.grid import TileGrid
 
 # Python that a package needs where fastroute runs on an older one.
-NEEDS = {"kornia": (3, 11)}
+NEEDS = {"kornia": (3, 11), "onnxruntime": (3, 11)}
 HINT = 'not installed: pip install "fastroute[benchmark]"'
 
 
