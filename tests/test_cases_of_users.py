@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +11,11 @@ import pytest
 import torch
 from click.testing import CliRunner
 from networks import random_classsr
+from PIL import ImageCms
 
 from fastroute import io
 from fastroute.cli import main
+from fastroute.io.colour import profile_of_chunks
 from fastroute.io.read import open_picture
 from fastroute.models.checkpoints import save_checkpoint
 from fastroute.streaming.upscale_file import upscale_file
@@ -112,8 +115,8 @@ def test_refused(name, model, tmp_path):
 
 
 @pytest.mark.parametrize("group", sorted({name.split("/")[0] for name in READ}))
-def test_jobs_and_files(model, tmp_path, group):
-    """A folder job, a single file on the command line, and `upscale_file` give the same picture of each."""
+def test_folder_jobs(model, tmp_path, group):
+    """A folder job takes every file that can be read, and names the others."""
     result = upscale(CASES / group, tmp_path / "many", model, "--format", "png")
     good = [name for name in READ if name.startswith(f"{group}/")]
     stems = [Path(name).stem for name in good]
@@ -128,7 +131,11 @@ def test_jobs_and_files(model, tmp_path, group):
     written = {path.stem: path for path in (tmp_path / "many").rglob("*") if path.is_file()}
     for name in good:
         assert Path(name).stem in written, f"{name} was left out"
-    name = good[0]
+
+
+@pytest.mark.parametrize("name", READ)
+def test_single_files(model, tmp_path, name):
+    """A file on the command line, with and without a memory limit, and `upscale_file` give the same picture."""
     upscale_file(CASES / name, tmp_path / "one.tif", model)
     assert upscale(CASES / name, tmp_path / "two.tif", model).exit_code == 0
     assert upscale(CASES / name, tmp_path / "three.tif", model, "--memory-limit", "500").exit_code == 0
@@ -143,3 +150,10 @@ def test_visible_edges_do_not_depend_on_hidden_colours(model, tmp_path):
         upscale_file(CASES / "alpha" / f"{name}.png", tmp_path / f"{name}.png", model)
     one, other = io.read_picture(tmp_path / "disc.png"), io.read_picture(tmp_path / "disc-full.png")
     assert torch.equal(one.color, other.color) and torch.equal(one.alpha, other.alpha)
+
+
+def test_profiles_made_of_chunks_have_no_date():
+    chunks = {"gAMA": (100000).to_bytes(4, "big")}
+    made = profile_of_chunks(chunks)
+    assert made[24:36] == bytes.fromhex("07d0 0001 0001 0000 0000 0000") and made[36:40] == b"acsp" and not any(made[84:100])
+    assert ImageCms.getProfileName(ImageCms.ImageCmsProfile(BytesIO(made)))
