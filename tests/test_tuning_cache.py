@@ -1,0 +1,98 @@
+"""Which branches share what was measured, and what of the file that remembers it is believed."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+
+import pytest
+import torch
+
+from fastroute.models.fsrcnn import FSRCNN
+from fastroute.routing import tuning
+from fastroute.routing.tuning import Setting, race_of
+
+EXAMPLE = torch.rand(1, 3, 8, 8)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("FASTROUTE_CACHE", str(tmp_path / "of" / "fastroute"))
+    monkeypatch.setattr(tuning, "_races", {})
+    return tmp_path / "of" / "fastroute" / "tuning.json"
+
+
+def test_what_decides_the_speed_is_measured_apart(cache):
+    model, threads = FSRCNN(3, 2), torch.get_num_threads()
+    races = [race_of(model, EXAMPLE)]
+    for other, x in ((FSRCNN(4, 2), EXAMPLE), (FSRCNN(3, 3), EXAMPLE), (model, torch.rand(1, 3, 9, 9))):
+        races.append(race_of(other, x))
+    races.append(race_of(FSRCNN(3, 2).double(), EXAMPLE.double()))
+    try:
+        torch.set_num_threads(threads + 1)
+        races.append(race_of(model, EXAMPLE))
+    finally:
+        torch.set_num_threads(threads)
+    assert len(set(map(id, races))) == len(races) == len({race.key for race in races})
+    # The values of the weights decide nothing.
+    assert race_of(FSRCNN(3, 2), EXAMPLE) is races[0]
+
+
+GOOD = asdict(Setting(512))
+TURN = {
+    "shape": [8, 8],
+    "setting": GOOD,
+    "seconds": [0.5],
+}
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {},
+        {"batch": 8, "channels_last": True, "milliseconds": 1.0},
+        {"best": None, "seconds": None, "turns": None},
+        {
+            "best": GOOD,
+            "seconds": float("nan"),
+            "turns": [],
+        },
+        {"best": GOOD, "seconds": -1.0, "turns": []},
+        {"best": GOOD, "seconds": "1", "turns": []},
+        {"best": {"pixels": 0, "channels_last": True, "parallel": False, "engine": "torch"}, "seconds": 1.0, "turns": []},
+        {"best": {"pixels": True, "channels_last": True, "parallel": False, "engine": "torch"}, "seconds": 1.0, "turns": []},
+        {"best": {"pixels": 512, "channels_last": 1, "parallel": False, "engine": "torch"}, "seconds": 1.0, "turns": []},
+        {"best": {"pixels": 512}, "seconds": 1.0, "turns": []},
+        {"best": [512, True], "seconds": 1.0, "turns": [3, None, [], {}]},
+        {"turns": [{**TURN, "shape": [8]}, {**TURN, "shape": [8, 0]}, {**TURN, "shape": [8, "8"]}, {**TURN, "shape": 8}]},
+        {"turns": [{**TURN, "setting": {}}, {**TURN, "seconds": [0.0]}, {**TURN, "seconds": 0.5}, {**TURN, "seconds": [True]}]},
+    ],
+)
+def test_a_damaged_entry_is_ignored(cache, entry):
+    key = race_of(FSRCNN(3, 2), EXAMPLE).key
+    tuning._races.clear()
+    cache.parent.mkdir(parents=True)
+    cache.write_text(json.dumps({key: entry}))
+    race = race_of(FSRCNN(3, 2), EXAMPLE)
+    assert race.best is None and race._turns == {}
+
+
+def test_an_entry_of_the_cache_is_used(cache):
+    key = race_of(FSRCNN(3, 2), EXAMPLE).key
+    tuning._races.clear()
+    cache.parent.mkdir(parents=True)
+    cache.write_text(
+        json.dumps(
+            {
+                key: {
+                    "best": {"pixels": 320, "channels_last": False, "parallel": False, "engine": "torch"},
+                    "seconds": 0.1,
+                    "turns": [],
+                }
+            }
+        )
+    )
+    assert race_of(FSRCNN(3, 2), EXAMPLE).best == Setting(320, False)
+    tuning._races.clear()
+    cache.write_text(json.dumps({key: {"best": None, "seconds": None, "turns": [TURN]}}))
+    assert race_of(FSRCNN(3, 2), EXAMPLE)._turns == {(8, 8): {Setting(512, True): [0.5]}}
