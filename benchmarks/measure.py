@@ -21,9 +21,9 @@ from typing import Any
 import torch
 
 import fastroute
-from fastroute import io, memory
+from fastroute import buffers, io
 from fastroute.backends import EXTENSION, select
-from fastroute.routing.tuning import cpu_name
+from fastroute.runtime.tuning import cpu_name
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -169,7 +169,7 @@ def peak_memory(run: Callable[[], object]) -> int | None:
         held = torch.cuda.memory_allocated(device())
         run()
         return torch.cuda.max_memory_allocated(device()) - held
-    memory.release()
+    buffers.release()
     try:
         ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")

@@ -2,8 +2,11 @@
 
 from fastroute.backends import BackendError, use_backend
 from fastroute.catalogue import list_models
+from fastroute.files.file_to_file import UpscaledFile, upscale_file
+from fastroute.files.shared_images import upscale_many
 from fastroute.grid import TileGrid
 from fastroute.info import info
+from fastroute.loading import load
 from fastroute.models.adapters import ScoreClassifier
 from fastroute.models.arm import Bicubic
 from fastroute.models.checkpoints import CheckpointError
@@ -18,17 +21,14 @@ from fastroute.ops.pixel_mlp import pixel_mlp
 from fastroute.ops.refine_boundaries import refine_boundaries
 from fastroute.ops.scatter_groups import scatter_groups
 from fastroute.ops.stitch_patches import stitch_patches
-from fastroute.routing.fixed import FixedPatchRouter, FixedUpscaled
-from fastroute.routing.fixed_pixels import FixedPixelRouter
-from fastroute.routing.graphs import CudaGraph
-from fastroute.routing.load import load
-from fastroute.routing.many import upscale_many
-from fastroute.routing.patch_router import PatchRouter
-from fastroute.routing.pixel_router import PixelRouter
-from fastroute.routing.result import RoutingStats, Streamed, Upscaled
-from fastroute.streaming.protocols import ArrayReader, ArrayWriter, Reader, Writer
-from fastroute.streaming.upscale_file import UpscaledFile, upscale_file
-from fastroute.tiled import Tiled, tiled
+from fastroute.patch.fixed_patches import FixedPatchRouter, FixedUpscaled
+from fastroute.patch.patch_router import PatchRouter
+from fastroute.patch.tiles import Tiled, tiled
+from fastroute.pixel.fixed_pixels import FixedPixelRouter
+from fastroute.pixel.pixel_router import PixelRouter
+from fastroute.runtime.cuda_graphs import CudaGraph
+from fastroute.runtime.protocols import ArrayReader, ArrayWriter, Reader, Writer
+from fastroute.runtime.results import RoutingStats, Streamed, Upscaled
 from fastroute.windows import make_window
 
 __all__ = [

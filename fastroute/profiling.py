@@ -15,8 +15,8 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastroute.arguments import real, whole
-from fastroute.contexts import on_fake_tensors
+from fastroute._arguments import real, whole
+from fastroute._contexts import on_fake_tensors
 from fastroute.models.adapters import inference_copy
 
 CONVENTIONS = ("true", "paper")

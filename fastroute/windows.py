@@ -8,8 +8,8 @@ from functools import cache, lru_cache
 import torch
 from torch import Tensor
 
-from fastroute.arguments import LARGEST_SPAN, whole
-from fastroute.contexts import is_plain
+from fastroute._arguments import LARGEST_SPAN, whole
+from fastroute._contexts import is_plain
 
 WINDOWS = ("uniform", "linear", "hann", "gaussian")
 CROP = "crop"

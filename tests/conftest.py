@@ -19,7 +19,7 @@ from support import EMULATED
 import fastroute
 from fastroute.backends import BACKENDS, unsupported_reasons
 from fastroute.ops import _library
-from fastroute.routing import tuning
+from fastroute.runtime import tuning
 
 # The backend of an operator is fixed for a whole test, whatever the examples.
 settings.register_profile(

@@ -17,10 +17,11 @@ from networks import random_classsr
 from PIL import Image
 
 import fastroute
-from fastroute import batch, io
+from fastroute import io
 from fastroute.cli import main
+from fastroute.files import many_files
+from fastroute.files.pictures import upscale_picture
 from fastroute.models.checkpoints import save_checkpoint
-from fastroute.pictures import upscale_picture
 
 pytestmark = pytest.mark.usefixtures("quick_tuning")
 # Those that cannot be read: `write_bad` tells of them, and a link that leads nowhere.
@@ -199,7 +200,7 @@ def test_failures_of_one_file_stop_no_other(folder, tmp_path, monkeypatch):
 
     monkeypatch.setattr(router, "upscale", failing)
     monkeypatch.setattr(io, "write_picture", full)
-    outcomes = {o.job.source.name: o for o in batch.run_jobs(router, batch.plan_jobs([folder], tmp_path / "out"))}
+    outcomes = {o.job.source.name: o for o in many_files.run_jobs(router, many_files.plan_jobs([folder], tmp_path / "out"))}
     assert outcomes["b.png"].error == f"cannot upscale {folder / 'b.png'}: out of memory"
     assert outcomes["c.png"].error.endswith("c.png: no space left")
     assert sorted(outcomes) == ["a.png", "b.png", "c.png", "d.png"] and names(tmp_path / "out") == ["a.png", "d.png"]
@@ -215,8 +216,8 @@ def test_little_is_read_ahead(folder, tmp_path, monkeypatch):
     original, upscale = io.read_picture, router.upscale
     monkeypatch.setattr(io, "read_picture", lambda path: (read.append(path), original(path))[1])
     monkeypatch.setattr(router, "upscale", lambda image, **o: (lead.append(len(read) - len(lead)), upscale(image, **o))[1])
-    assert not any(o.error for o in batch.run_jobs(router, batch.plan_jobs([folder], tmp_path / "out")))
-    assert len(lead) == 12 and 1 < max(lead) <= batch.AHEAD + 1
+    assert not any(o.error for o in many_files.run_jobs(router, many_files.plan_jobs([folder], tmp_path / "out")))
+    assert len(lead) == 12 and 1 < max(lead) <= many_files.AHEAD + 1
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])

@@ -16,7 +16,7 @@ from benchmarks.device_tables import budgets_table, whole_table
 from benchmarks.e2e import _ways, whole_images
 from benchmarks.measure import Timing
 from benchmarks.ops._common import OURS
-from fastroute.routing.result import Upscaled
+from fastroute.runtime.results import Upscaled
 
 
 def result(*rows: dict, notes: str = "made up", **facts: str) -> dict:

@@ -10,7 +10,7 @@ from networks import picture, random_classsr
 import fastroute
 from fastroute import io
 from fastroute.cli import main
-from fastroute.routing.border import MARGIN, continued
+from fastroute.runtime.border import MARGIN, continued
 
 pytestmark = pytest.mark.usefixtures("quick_tuning")
 

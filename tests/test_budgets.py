@@ -15,9 +15,10 @@ from networks import as_image, picture, random_classsr
 from torch import nn
 
 from fastroute import PatchRouter, ScoreClassifier, io, upscale_many
-from fastroute.routing import budgets, choose
-from fastroute.routing.budgets import Budget, Pace, assign_within
-from fastroute.streaming.protocols import ArrayReader, ArrayWriter
+from fastroute.budget import limits
+from fastroute.budget.limits import Budget, Pace, assign_within
+from fastroute.patch import assignment
+from fastroute.runtime.protocols import ArrayReader, ArrayWriter
 
 # Threads that wait for each other take long beside another busy process.
 pytestmark = pytest.mark.usefixtures("quick_tuning", "one_thread")
@@ -119,7 +120,7 @@ def test_speed_is_measured_once_and_remembered(cache, monkeypatch):
     assert pace.branches == pytest.approx([0.2, 3.0], rel=0.5) and min(pace.classify, pace.rest) > 0
     assert json.loads(cache.read_text())
     measured = []
-    monkeypatch.setattr(choose, "measure_pace", lambda *args: measured.append(args) or Pace([1.0, 2.0], 3.0, 4.0))
+    monkeypatch.setattr(assignment, "measure_pace", lambda *args: measured.append(args) or Pace([1.0, 2.0], 3.0, 4.0))
     assert pace_of(sleeper()) == pace
     assert not measured
     # What decides the speed is measured apart.
@@ -145,18 +146,18 @@ GOOD = asdict(Pace([1.0, 2.0], 0.5, 0.0))
 )
 def test_a_damaged_file_is_measured_anew(cache, entry):
     cache.write_text(json.dumps({"key": GOOD}))
-    assert budgets.recall("key", 2) is not None
+    assert limits.recall("key", 2) is not None
     cache.write_text(json.dumps({"key": entry}))
-    assert budgets.recall("key", 2) is None
-    pace = budgets.remember("key", Pace([1.0, 2.0], 0.5, 0.0))
-    assert budgets.recall("key", 2) == pace
+    assert limits.recall("key", 2) is None
+    pace = limits.remember("key", Pace([1.0, 2.0], 0.5, 0.0))
+    assert limits.recall("key", 2) == pace
 
 
 def test_a_folder_that_cannot_be_written(monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("FASTROUTE_CACHE", str(tmp_path / "file"))
-    assert budgets.remember("key", Pace([1.0], 0.0, 0.0)).branches == [1.0]
-    assert budgets.recall("key", 1) is None
+    assert limits.remember("key", Pace([1.0], 0.0, 0.0)).branches == [1.0]
+    assert limits.recall("key", 1) is None
 
 
 def test_learning():
@@ -272,4 +273,4 @@ def test_one_class_has_nothing_to_choose():
     assert router.upscale(IMAGES[2], budget_ms=100).stats.patches_per_class == [1]
     with pytest.raises(ValueError, match="budget_ms must be at least"):
         router.upscale(IMAGES[0], budget_ms=10)
-    assert choose.affords_all(Budget(1.0), 3.0, 3, [1.0], None)
+    assert assignment.affords_all(Budget(1.0), 3.0, 3, [1.0], None)

@@ -15,10 +15,10 @@ from PIL import ImageCms
 
 from fastroute import io
 from fastroute.cli import main
+from fastroute.files.file_to_file import upscale_file
 from fastroute.io.colour import profile_of_chunks
 from fastroute.io.read import open_picture
 from fastroute.models.checkpoints import save_checkpoint
-from fastroute.streaming.upscale_file import upscale_file
 
 DATA = os.environ.get("FASTROUTE_DATA")
 CASES = Path(DATA or "") / "cases"

@@ -238,7 +238,7 @@ def test_published_files(data_folder):
 
 
 def test_unknown_names(monkeypatch):
-    monkeypatch.setattr("fastroute.routing.load.list_models", lambda: ["first", "second"])
+    monkeypatch.setattr("fastroute.loading.list_models", lambda: ["first", "second"])
     with pytest.raises(CheckpointError, match=r"no model or file 'third'; the models are first, second"):
         fastroute.load("third")
 

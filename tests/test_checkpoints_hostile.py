@@ -15,7 +15,7 @@ from networks import picture
 from safetensors.torch import save_file
 
 import fastroute
-from fastroute import CheckpointError, memory
+from fastroute import CheckpointError, buffers
 from fastroute.catalogue import WEIGHTS
 from fastroute.models.checkpoints import MOST_ENTRIES, read_checkpoint
 from fastroute.training.recipes import read_config
@@ -266,10 +266,10 @@ def test_places_that_are_no_files(tmp_path, refused):
 
 def test_running_out_of_memory_is_no_fault_of_the_file(monkeypatch):
     """And is told as what it is."""
-    monkeypatch.setattr("fastroute.routing.load.fitted", lambda *args: (_ for _ in ()).throw(MemoryError("full")))
+    monkeypatch.setattr("fastroute.loading.fitted", lambda *args: (_ for _ in ()).throw(MemoryError("full")))
     with pytest.raises(MemoryError):
         fastroute.load("classsr-fsrcnn-x4")
-    assert memory.is_exhausted(MemoryError())
+    assert buffers.is_exhausted(MemoryError())
 
 
 def test_a_device_without_values():

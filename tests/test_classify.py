@@ -11,9 +11,9 @@ from torch import nn
 
 from fastroute import TileGrid
 from fastroute.models.classsr import PatchClassifier
+from fastroute.patch import classify
+from fastroute.patch.classify import classify_patches
 from fastroute.profiling import count_flops
-from fastroute.routing import classify
-from fastroute.routing.classify import classify_patches
 
 
 @pytest.fixture(scope="module")

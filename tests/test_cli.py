@@ -19,10 +19,10 @@ import fastroute
 from fastroute import TileGrid, io
 from fastroute.cli import main
 from fastroute.cli.train import RECIPE_NAMES
+from fastroute.loading import DEFAULT_MODEL
 from fastroute.models.checkpoints import save_checkpoint
 from fastroute.models.fsrcnn import FSRCNN
 from fastroute.models.pcsr import PCSR
-from fastroute.routing.load import DEFAULT_MODEL
 from fastroute.visualize import class_overlay
 
 pytestmark = pytest.mark.usefixtures("quick_tuning")

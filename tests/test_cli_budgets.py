@@ -11,13 +11,14 @@ from networks import as_image, picture, random_classsr, randomise
 from test_pixel_router import make_model
 
 import fastroute
-from fastroute import batch, io
+from fastroute import io
+from fastroute.budget.limits import Budget, Pace
 from fastroute.cli import main
+from fastroute.files import many_files
+from fastroute.files.shared_budget import share
 from fastroute.models.checkpoints import save_checkpoint
 from fastroute.models.fsrcnn import FSRCNN
 from fastroute.models.pcsr import PCSR
-from fastroute.routing.budgets import Budget, Pace
-from fastroute.routing.shared import share
 
 pytestmark = pytest.mark.usefixtures("quick_tuning")
 SIZES = {"a.png": (45, 61), "b.png": (30, 33), "c.png": (17, 40)}
@@ -105,8 +106,8 @@ def test_what_fails_in_its_turn_stops_no_other(model, folder, tmp_path, monkeypa
         return original(image, *arguments, **options)
 
     monkeypatch.setattr(router, name, failing)
-    jobs = batch.plan_jobs([folder], tmp_path / "out")
-    outcomes = list(batch.run_jobs(router, jobs, shared_budget=True, budget=0.8, memory_limit=10**9))
+    jobs = many_files.plan_jobs([folder], tmp_path / "out")
+    outcomes = list(many_files.run_jobs(router, jobs, shared_budget=True, budget=0.8, memory_limit=10**9))
     assert sorted((o.job.source.name, o.error.partition(": ")[2]) for o in outcomes) == [
         ("a.png", ""), ("b.png", "out of memory"), ("c.png", ""),
     ]  # fmt: skip

@@ -15,13 +15,14 @@ from networks import picture, random_classsr, randomise
 from PIL import Image
 
 import fastroute
-from fastroute import evaluate, io
+from fastroute import io
 from fastroute.cli import main
-from fastroute.compare import BICUBIC, bicubic, compare, labels
 from fastroute.models.checkpoints import save_checkpoint
 from fastroute.models.fsrcnn import FSRCNN
 from fastroute.models.pcsr import PCSR
-from fastroute.page import SHOWN_PIXELS, find_detail, render, write_page
+from fastroute.report import evaluation
+from fastroute.report.comparison import BICUBIC, bicubic, compare, labels
+from fastroute.report.comparison_page import SHOWN_PIXELS, find_detail, render, write_page
 
 pytestmark = pytest.mark.usefixtures("quick_tuning")
 SCALE = 2
@@ -82,12 +83,12 @@ def test_quality_is_measured_against_the_reference(models, image):
     given = compare(reduced.source, [path], reference=reduced.reference, runs=1)
     assert [v.name for v in given.variants] == [BICUBIC, "routed, dense", "routed, routed"]
     for one, two in zip(reduced.variants, given.variants, strict=True):
-        assert one.quality == two.quality == evaluate.compare(one.image, reduced.reference, SCALE)
+        assert one.quality == two.quality == evaluation.compare(one.image, reduced.reference, SCALE)
 
 
 def test_the_time_of_a_first_run_is_not_counted(models, image, monkeypatch):
     """The median of three runs, of which the first, with its measurements, is a fourth."""
-    from fastroute.routing.patch_router import PatchRouter
+    from fastroute.patch.patch_router import PatchRouter
 
     original, times = PatchRouter.upscale, iter([90.0, 80.0, 1.0, 4.0, 2.0, 8.0, 3.0, 6.0])
 

@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import fastroute
 from fastroute import PixelRouter, TileGrid, windows
 from fastroute.grid import _kept_origins
-from fastroute.routing import classify
+from fastroute.patch import classify
 
 GRID = TileGrid(8, 8, 4, 3, 1)
 

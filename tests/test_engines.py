@@ -24,8 +24,8 @@ from fastroute.models.carn import CARN
 from fastroute.models.fsrcnn import FSRCNN
 from fastroute.models.pcsr import PCSR
 from fastroute.models.srresnet import SRResNet
-from fastroute.routing import tuning
-from fastroute.routing.tuning import Race, Setting
+from fastroute.runtime import tuning
+from fastroute.runtime.tuning import Race, Setting
 
 CPU = torch.device("cpu")
 BACKBONES = {

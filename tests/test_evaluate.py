@@ -15,11 +15,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import fastroute
-from fastroute import PatchRouter, PixelRouter, evaluate, io
+from fastroute import PatchRouter, PixelRouter, io
 from fastroute.cli import main
 from fastroute.models.checkpoints import save_checkpoint
 from fastroute.models.fsrcnn import FSRCNN
 from fastroute.models.pcsr import PCSR
+from fastroute.report import evaluation
 from fastroute.training.data import make_pair
 
 pytest.importorskip("skimage")
@@ -71,7 +72,7 @@ def written_out_ssim(x: Tensor, y: Tensor) -> float:  # [C, H, W]
 def test_metrics_by_their_definitions(border):
     target = (picture(1, 3, 47, 53)[0] * 255).to(torch.uint8)
     image = noisy(target, 12)
-    found = evaluate.compare(image, target, border)
+    found = evaluation.compare(image, target, border)
     a, b = (x[:, border : 47 - border, border : 53 - border].double() for x in (image, target))
     assert found["psnr"] == pytest.approx(10 * math.log10(255**2 / (a - b).square().mean().item()))
     assert found["ssim"] == pytest.approx(written_out_ssim(a, b), abs=1e-9)
@@ -85,29 +86,29 @@ def test_metrics_by_their_definitions(border):
 def test_luma_of_known_colours():
     colours = np.array([[0, 255, 255, 0, 0], [0, 255, 0, 255, 0], [0, 255, 0, 0, 255]])[:, None]
     # Black, white, red, green and blue of BT.601.
-    assert evaluate.luma(colours)[0].tolist() == pytest.approx([16, 235, 81.481, 144.553, 40.966])
+    assert evaluation.luma(colours)[0].tolist() == pytest.approx([16, 235, 81.481, 144.553, 40.966])
 
 
 def test_equal_images():
     target = (picture(1, 3, 20, 20)[0] * 255).to(torch.uint8)
-    found = evaluate.compare(target, target, 2)
+    found = evaluation.compare(target, target, 2)
     assert found["psnr"] == found["psnr_y"] == math.inf
     assert found["ssim"] == pytest.approx(1) and found["ssim_y"] == pytest.approx(1)
     with pytest.raises(ValueError, match=r"compare: image must be \(3, 20, 20\) as target; got \(3, 20, 19\)"):
-        evaluate.compare(target[:, :, 1:], target, 2)
+        evaluation.compare(target[:, :, 1:], target, 2)
 
 
 def test_rows_are_those_of_the_router(images, router):
-    rows = evaluate.evaluate(router, images)
+    rows = evaluation.evaluate(router, images)
     assert [row.image for row in rows] == ["b.png", "more/a.png"]
     assert [(row.height, row.width) for row in rows] == [(70, 80), (64, 40)]
     for row in rows:
         lr, hr = make_pair(io.read_image(images / row.image), SCALE)
         result = router.upscale(lr)
-        assert evaluate.compare(result.image, hr, SCALE)["psnr"] == row.psnr
+        assert evaluation.compare(result.image, hr, SCALE)["psnr"] == row.psnr
         bicubic = torch.nn.functional.interpolate(lr[None] / 255, scale_factor=SCALE, mode="bicubic")[0]
         by_bicubic = (bicubic.clamp(0, 1) * 255).round().to(torch.uint8)
-        assert evaluate.compare(by_bicubic, hr, SCALE)["psnr"] == pytest.approx(row.psnr_bicubic, abs=1e-3)
+        assert evaluation.compare(by_bicubic, hr, SCALE)["psnr"] == pytest.approx(row.psnr_bicubic, abs=1e-3)
         assert row.counts == result.stats.patches_per_class
         assert (row.flops, row.flops_fraction) == (result.stats.flops.routed, result.stats.flops.fraction)
         assert (row.paper_flops, row.paper_fraction) == (result.stats.paper_flops.routed, result.stats.paper_flops.fraction)
@@ -115,7 +116,7 @@ def test_rows_are_those_of_the_router(images, router):
 
 
 def test_budget_reaches_the_router(images, router):
-    dear, cheap = evaluate.evaluate(router, images, budget=1), evaluate.evaluate(router, images, budget=0.8)
+    dear, cheap = evaluation.evaluate(router, images, budget=1), evaluation.evaluate(router, images, budget=0.8)
     assert all(row.counts[:2] == [0, 0] for row in dear)
     assert all(row.flops < other.flops and row.counts[2] < other.counts[2] for row, other in zip(cheap, dear, strict=True))
 
@@ -123,40 +124,40 @@ def test_budget_reaches_the_router(images, router):
 def test_mean_by_hand():
     numbers = {"height": 1, "psnr_bicubic": 28.0, "ssim": 0.5, "psnr_y": 3.0, "ssim_y": 0.25}
     rows = [
-        evaluate.Row("a", width=2, psnr=30, counts=[1, 2], flops=10, flops_fraction=0.5, paper_flops=4, paper_fraction=0.4,
+        evaluation.Row("a", width=2, psnr=30, counts=[1, 2], flops=10, flops_fraction=0.5, paper_flops=4, paper_fraction=0.4,
                      seconds=1, **numbers),
-        evaluate.Row("b", width=4, psnr=33, counts=[3, 6], flops=60, flops_fraction=0.75, paper_flops=10, paper_fraction=1,
+        evaluation.Row("b", width=4, psnr=33, counts=[3, 6], flops=60, flops_fraction=0.75, paper_flops=10, paper_fraction=1,
                      seconds=2, **numbers),
     ]  # fmt: skip
-    mean = evaluate.mean(rows)
+    mean = evaluation.mean(rows)
     assert (mean.image, mean.width, mean.psnr, mean.counts, mean.flops, mean.seconds) == ("mean", 3, 31.5, [2, 4], 35, 1.5)
     # 70 of 20 + 80, and 14 of 10 + 10: of the sums, not of the fractions.
     assert mean.flops_fraction == pytest.approx(0.7) and mean.paper_fraction == pytest.approx(0.7)
-    lines = evaluate.table(rows).splitlines()
+    lines = evaluation.table(rows).splitlines()
     assert len(lines) == 4 and lines[-1].startswith("mean") and "31.500" in lines[-1] and lines[-1].endswith("2 / 4")
 
 
 def test_pcsr_at_a_scale(images):
     model = randomise(PCSR.build(FSRCNN(4, upsample=False), [None, (4,)], ())).eval()
-    rows = evaluate.evaluate(PixelRouter(model), images, scale=3, k=0.1)
+    rows = evaluation.evaluate(PixelRouter(model), images, scale=3, k=0.1)
     assert [(row.height, row.width) for row in rows] == [(69, 81), (63, 39)]
     assert [sum(row.counts) for row in rows] == [69 * 81, 63 * 39]
-    assert evaluate.evaluate(PixelRouter(model), images)[0].height == 68  # times 4 by default
+    assert evaluation.evaluate(PixelRouter(model), images)[0].height == 68  # times 4 by default
 
 
 def test_refusals(images, router, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="evaluate: scale must be 2, that of the model; got 4"):
-        evaluate.evaluate(router, images, scale=4)
+        evaluation.evaluate(router, images, scale=4)
     with pytest.raises(ValueError, match=r"evaluate: no image is left in .*; the patterns exclude \*\.png"):
-        evaluate.evaluate(router, images, exclude=["*.png"])
+        evaluation.evaluate(router, images, exclude=["*.png"])
     io.write_image(tmp_path / "small.png", torch.zeros(3, 15, 60, dtype=torch.uint8))
     with pytest.raises(ValueError, match=r"at least 16 x 16 pixels; .*small\.png has 60 x 15"):
-        evaluate.evaluate(router, tmp_path)
+        evaluation.evaluate(router, tmp_path)
     io.write_image(tmp_path / "small.png", torch.zeros(3, 16, 17, dtype=torch.uint8))
-    assert len(evaluate.evaluate(router, tmp_path)) == 1
+    assert len(evaluation.evaluate(router, tmp_path)) == 1
     monkeypatch.setitem(sys.modules, "skimage.metrics", None)
     with pytest.raises(ValueError, match=r'need scikit-image .*: run pip install "\.\[evaluate\]" in a copy of the source'):
-        evaluate.evaluate(router, images)
+        evaluation.evaluate(router, images)
 
 
 def test_what_cannot_be_used_is_told_beside_the_others(images, router, model, tmp_path):
@@ -164,19 +165,19 @@ def test_what_cannot_be_used_is_told_beside_the_others(images, router, model, tm
     io.write_image(tmp_path / "small.png", torch.zeros(3, 15, 60, dtype=torch.uint8))
     (tmp_path / "broken.png").write_bytes(b"no image")
     errors = []
-    assert [row.image for row in evaluate.evaluate(router, tmp_path, errors=errors)] == ["good.png"]
+    assert [row.image for row in evaluation.evaluate(router, tmp_path, errors=errors)] == ["good.png"]
     assert len(errors) == 2 and "broken.png" in errors[0] and "small.png has 60 x 15" in errors[1]
     result = call(model, "--images", tmp_path, "--quiet", "--json", tmp_path / "x.json")
     assert result.exit_code == 1 and "2 of 3 images are left out:" in result.output
     assert "good.png" in result.output and (tmp_path / "x.json").exists()
     (tmp_path / "good.png").unlink()
     with pytest.raises(ValueError, match=r"no image can be used: .*broken\.png.*; .*small\.png"):
-        evaluate.evaluate(router, tmp_path, errors=[])
+        evaluation.evaluate(router, tmp_path, errors=[])
 
 
 def test_one_image(images, router):
-    (row,) = evaluate.evaluate(router, images / "more" / "a.png")
-    (other,) = evaluate.evaluate(router, images / "more")
+    (row,) = evaluation.evaluate(router, images / "more" / "a.png")
+    (other,) = evaluation.evaluate(router, images / "more")
     assert (row.image, row.psnr) == ("a.png", other.psnr)
 
 
@@ -189,11 +190,11 @@ def test_first_call_is_not_timed(images, router, monkeypatch):
         return result
 
     monkeypatch.setattr(router, "upscale", counted)
-    rows = evaluate.evaluate(router, images)
+    rows = evaluation.evaluate(router, images)
     assert [row.seconds for row in rows] == calls[1:] and len(calls) == 3
     calls.clear()
-    monkeypatch.setattr(evaluate, "WARM_UP_BELOW", 0.0)
-    assert [row.seconds for row in evaluate.evaluate(router, images)] == calls
+    monkeypatch.setattr(evaluation, "WARM_UP_BELOW", 0.0)
+    assert [row.seconds for row in evaluation.evaluate(router, images)] == calls
 
 
 @pytest.fixture(scope="module")
@@ -211,7 +212,7 @@ def test_command(images, model, tmp_path):
     target = tmp_path / "result.json"
     result = call(model, "--images", images, "--json", target, "--budget", 0.9, "--exclude", "a.*")
     assert result.exit_code == 0, result.output
-    expected = evaluate.evaluate(fastroute.load(model), images, exclude=["a.*"], budget=0.9)
+    expected = evaluation.evaluate(fastroute.load(model), images, exclude=["a.*"], budget=0.9)
     written = json.loads(target.read_text())
     assert [row["image"] for row in written["images"]] == ["b.png"]
     assert written["images"][0]["psnr"] == written["mean"]["psnr"] == expected[0].psnr
@@ -245,7 +246,7 @@ def test_command_refuses(images, model, tmp_path):
 
 
 def test_infinite_numbers_are_null(tmp_path):
-    row = evaluate.Row("a", 1, 1, math.inf, 30, 1, math.inf, 1, [1], 1, 1, 1, 1, 1)
-    evaluate.write_json(tmp_path / "x.json", [row])
+    row = evaluation.Row("a", 1, 1, math.inf, 30, 1, math.inf, 1, [1], 1, 1, 1, 1, 1)
+    evaluation.write_json(tmp_path / "x.json", [row])
     content = json.loads((tmp_path / "x.json").read_text())
     assert content["images"][0]["psnr"] is None and content["mean"]["psnr_y"] is None and content["mean"]["ssim"] == 1

@@ -16,10 +16,10 @@ from networks import random_classsr
 from PIL import Image, PngImagePlugin
 
 from fastroute import PatchRouter, io
-from fastroute.pictures import upscale_picture
-from fastroute.streaming import files
-from fastroute.streaming.alpha import enlarge_rows
-from fastroute.streaming.upscale_file import upscale_file
+from fastroute.files import writers
+from fastroute.files.alpha import enlarge_rows
+from fastroute.files.file_to_file import upscale_file
+from fastroute.files.pictures import upscale_picture
 
 pytestmark = pytest.mark.usefixtures("quick_tuning")
 CASES = make_all()
@@ -152,7 +152,7 @@ def test_a_full_disk(router, tmp_path, monkeypatch, ending):
     def full(*arguments, **options):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    for kind in (files.TiffWriter, files.PngWriter, files.ArrayWriter):
+    for kind in (writers.TiffWriter, writers.PngWriter, writers.ArrayWriter):
         monkeypatch.setattr(kind, "write", full)
     monkeypatch.setattr(Image.Image, "save", full)
     with pytest.raises(io.ImageError, match=f"cannot write .*out{ending}: No space left on device"):

@@ -10,24 +10,17 @@ from torch import nn
 from waits import GPU
 
 import fastroute
-from fastroute import PatchRouter, PixelRouter, batch, memory
+from fastroute import PatchRouter, PixelRouter, buffers
+from fastroute.files import many_files
 from fastroute.models.carn import CARN
 from fastroute.models.fsrcnn import FSRCNN
 from fastroute.models.pcsr import PCSR
-from fastroute.routing import (
-    branches,
-    choose,
-    classify,
-    patch_router,
-    pixel_image,
-    pixel_pace,
-    pixel_rows,
-    tuning,
-    working_set,
-)
-from fastroute.routing.pixel_rows import Footprint, PixelGrid
-from fastroute.streaming.protocols import ArrayReader
-from fastroute.streaming.transfer import to_host
+from fastroute.patch import assignment, branches, classify, patch_router
+from fastroute.pixel import pixel_image, pixel_rows, pixel_speed
+from fastroute.pixel.pixel_rows import Footprint, PixelGrid
+from fastroute.runtime import memory_plan, tuning
+from fastroute.runtime.protocols import ArrayReader
+from fastroute.runtime.transfer import to_host
 
 pytestmark = pytest.mark.usefixtures("quick_tuning")
 CUDA = torch.device("cuda", 0)
@@ -40,7 +33,7 @@ def make_router(**options) -> PatchRouter:
 
 def gpu_sizes(monkeypatch) -> None:
     """The CPU's sizes become a GPU's, but for the default limit."""
-    for module in (branches, choose, classify, patch_router, pixel_image, pixel_pace, pixel_rows, working_set):
+    for module in (branches, assignment, classify, patch_router, pixel_image, pixel_speed, pixel_rows, memory_plan):
         for name, table in list(vars(module).items()):
             if isinstance(table, dict) and set(table) == {"cpu", "cuda"} and name != "DEFAULT_LIMIT":
                 monkeypatch.setattr(module, name, {"cpu": table["cuda"]})
@@ -81,7 +74,7 @@ def test_the_default_limit_suits_a_gpu(monkeypatch, size):
                 router.networks._race(c, router.device).best = tuning.Setting(number * 32 * 32)
         assert not begins(router, Fake(*size)) or size[0] < 1000
         with monkeypatch.context() as patched:
-            patched.setattr(working_set, "DEFAULT_LIMIT", {"cpu": working_set.DEFAULT_LIMIT["cuda"]})
+            patched.setattr(memory_plan, "DEFAULT_LIMIT", {"cpu": memory_plan.DEFAULT_LIMIT["cuda"]})
             assert begins(router, Fake(*size)), f"{router} needs more"
 
 
@@ -93,14 +86,14 @@ def test_the_default_limit_suits_any_scale_on_a_gpu(scale):
         for lr in ((600, 800), (6000, 8000), (700, 90_000)):
             grid = PixelGrid(lr, tuple(round(n * scale) for n in lr), CUDA)
             used = router.footprint.working_set(grid, grid.overlapping, 0, 4, True)
-            fits = working_set.limit_on(CUDA, "auto")
+            fits = memory_plan.limit_on(CUDA, "auto")
             assert used.bytes(used.block) <= fits
 
 
 def test_limits_on_devices():
     cpu = torch.device("cpu")
-    assert [working_set.limit_on(d, "auto") for d in (cpu, CUDA, GPU)] == [512 << 20, 8 << 30, 512 << 20]
-    assert [working_set.limit_on(CUDA, limit) for limit in (None, 7)] == [None, 7]
+    assert [memory_plan.limit_on(d, "auto") for d in (cpu, CUDA, GPU)] == [512 << 20, 8 << 30, 512 << 20]
+    assert [memory_plan.limit_on(CUDA, limit) for limit in (None, 7)] == [None, 7]
     router = make_router(batch=8)
     for limit in ("1 GB", "AUTO"):
         with pytest.raises(TypeError, match="memory_limit must be a whole number of bytes"):
@@ -177,21 +170,21 @@ def test_speeds_on_a_gpu_are_measured_on_many_patches(monkeypatch):
         return upscale(image, class_map=class_map)
 
     monkeypatch.setattr(router, "upscale", counted)
-    choose.measure_pace(router, torch.float32)
+    assignment.measure_pace(router, torch.float32)
     assert set(sizes) == {16}
-    monkeypatch.setattr(choose, "PATCHES", {"cpu": choose.PATCHES["cuda"]})
+    monkeypatch.setattr(assignment, "PATCHES", {"cpu": assignment.PATCHES["cuda"]})
     sizes.clear()
-    choose.measure_pace(router, torch.float32)
+    assignment.measure_pace(router, torch.float32)
     assert set(sizes) == {1024}
     # A budget classifies the picture once, or its scores were counted twice.
-    height, width = pixel_pace.PICTURE["cuda"]
+    height, width = pixel_speed.PICTURE["cuda"]
     assert 16 * height * width <= pixel_rows.BUDGET_SAMPLE
 
 
 def test_threads_of_a_folder():
-    assert [batch.threads(n) for n in (1, 2, 4, 8, 16, 64)] == [(2, 2), (2, 2), (2, 2), (2, 4), (4, 8), (4, 8)]
-    assert batch.threads(batch.usable_cores()) == (batch.READERS, batch.WRITERS)
-    assert batch.BEHIND == batch.WRITERS + 1 and batch.usable_cores() >= 1
+    assert [many_files.threads(n) for n in (1, 2, 4, 8, 16, 64)] == [(2, 2), (2, 2), (2, 2), (2, 4), (4, 8), (4, 8)]
+    assert many_files.threads(many_files.usable_cores()) == (many_files.READERS, many_files.WRITERS)
+    assert many_files.BEHIND == many_files.WRITERS + 1 and many_files.usable_cores() >= 1
 
 
 def test_free_memory_is_asked_for_only_in_need(monkeypatch):
@@ -199,13 +192,13 @@ def test_free_memory_is_asked_for_only_in_need(monkeypatch):
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: state["allocated"])
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: state["reserved"])
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: asked.append(1) or (state["free"], 5000))
-    lowest = working_set.WorkingSet(10)
-    with working_set.advised("upscale", CUDA, 5000, lambda: lowest, False):
+    lowest = memory_plan.WorkingSet(10)
+    with memory_plan.advised("upscale", CUDA, 5000, lambda: lowest, False):
         pass
-    assert not asked and memory.available(CUDA) == 1300
+    assert not asked and buffers.available(CUDA) == 1300
     with (
         pytest.raises(torch.OutOfMemoryError, match="memory_limit=1040 would fit"),
-        working_set.advised("upscale", CUDA, 5000, lambda: lowest, False),
+        memory_plan.advised("upscale", CUDA, 5000, lambda: lowest, False),
     ):
         state.update(allocated=1100, reserved=1400, free=0)
         raise torch.OutOfMemoryError

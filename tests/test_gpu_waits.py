@@ -16,20 +16,14 @@ from torch import Tensor, nn
 from waits import GPU, WaitError, no_waits
 
 from fastroute import Bicubic, PatchRouter, PixelRouter
+from fastroute.budget.limits import Budget, Pace
+from fastroute.files import shared_budget
+from fastroute.files.shared_budget import share
 from fastroute.grid import TileGrid
-from fastroute.routing import (
-    choose,
-    patch_router,
-    pixel_image,
-    pixel_pace,
-    pixel_router,
-    pixel_rows,
-    shared,
-)
-from fastroute.routing.bands import band_of_patches, plan_bands
-from fastroute.routing.budgets import Budget, Pace
-from fastroute.routing.result import Stopwatch
-from fastroute.routing.shared import share
+from fastroute.patch import assignment, patch_router
+from fastroute.patch.bands import band_of_patches, plan_bands
+from fastroute.pixel import pixel_image, pixel_router, pixel_rows, pixel_speed
+from fastroute.runtime.results import Stopwatch
 from fastroute.windows import window_on
 
 pytestmark = pytest.mark.usefixtures("quick_tuning")
@@ -76,7 +70,7 @@ def clock(monkeypatch) -> Clock:
 @pytest.fixture
 def timed(clock, monkeypatch) -> Clock:
     """Routers on the CPU take their times as on a GPU."""
-    for module in (patch_router, pixel_router, shared, choose):
+    for module in (patch_router, pixel_router, shared_budget, assignment):
         monkeypatch.setattr(module, "Stopwatch", lambda device: Stopwatch(CUDA))
     return clock
 
@@ -134,8 +128,8 @@ def test_pixels_are_waited_for_once(timed, monkeypatch):
 def test_a_budget_of_time_waits_for_the_classifier(timed, monkeypatch):
     router, image, asked = make_router(), picture(1, 3, 101, 61), []
     pace = Pace([1.0, 2.0, 3.0], 1.0, 0.0)
-    monkeypatch.setattr(choose, "measure_pace", lambda *args: pace)
-    score = choose.score_patches
+    monkeypatch.setattr(assignment, "measure_pace", lambda *args: pace)
+    score = assignment.score_patches
 
     def scored(*args):
         found = score(*args)
@@ -146,8 +140,8 @@ def test_a_budget_of_time_waits_for_the_classifier(timed, monkeypatch):
         asked.append((allowed, timed.done == timed.now))
         return torch.zeros(len(score), dtype=torch.int64)
 
-    monkeypatch.setattr(choose, "score_patches", scored)
-    monkeypatch.setattr(choose, "within", within)
+    monkeypatch.setattr(assignment, "score_patches", scored)
+    monkeypatch.setattr(assignment, "within", within)
     for limit in ({"budget_flops": 30 * max(router.flop_costs)}, {"budget_ms": 80.0}):
         router.upscale(image, **limit)
     assert [waited for _, waited in asked] == [False, True]
@@ -156,7 +150,7 @@ def test_a_budget_of_time_waits_for_the_classifier(timed, monkeypatch):
 def test_only_a_budget_of_time_asks_for_the_time(monkeypatch):
     router, image, asked = PixelRouter(make_model()), picture(1, 3, 30, 20), []
     monkeypatch.setattr(Stopwatch, "elapsed", lambda self: asked.append(1) or 1e-3)
-    monkeypatch.setattr(pixel_pace, "measure_pace", lambda *args: Pace([1.0, 2.0], 1e-5, 1e-5, 1e-5))
+    monkeypatch.setattr(pixel_speed, "measure_pace", lambda *args: Pace([1.0, 2.0], 1e-5, 1e-5, 1e-5))
     router.upscale(image, scale=2, budget=0.9)
     assert len(asked) == 1  # the total
     router.upscale(image, scale=2, budget_ms=1.5 * 60 * 40)

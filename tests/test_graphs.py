@@ -12,7 +12,7 @@ import fastroute
 from fastroute import CudaGraph
 from fastroute.models.fsrcnn import FSRCNN
 from fastroute.models.pcsr import PCSR
-from fastroute.routing import graphs
+from fastroute.runtime import cuda_graphs
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: only a GPU captures a graph")
 
@@ -54,7 +54,7 @@ class Stage:
 def stage(monkeypatch):
     stage = Stage()
     monkeypatch.setattr(torch, "cuda", stage)
-    monkeypatch.setattr(graphs, "common_gpu", lambda examples: examples[0].device)
+    monkeypatch.setattr(cuda_graphs, "common_gpu", lambda examples: examples[0].device)
     return stage
 
 

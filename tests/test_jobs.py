@@ -17,11 +17,12 @@ from networks import random_classsr
 from PIL import Image
 
 import fastroute
-from fastroute import batch, io
+from fastroute import io
 from fastroute.cli import main
+from fastroute.files import many_files
+from fastroute.files.jobs import begin_run, make_plan
 from fastroute.models.checkpoints import save_checkpoint
 from fastroute.models.fsrcnn import FSRCNN
-from fastroute.plan import begin_run, make_plan
 
 pytestmark = pytest.mark.usefixtures("quick_tuning")
 LIMIT = ("--memory-limit", "400")
@@ -209,10 +210,10 @@ def test_resuming_with_other_settings_is_refused(model, folder, tmp_path):
     router = fastroute.load(model)
     since = begin_run(out, {"budget": 0.5}, resume=False)
     plan = make_plan([folder], out)
-    assert since is not None and not any(batch.is_done(job, since + 60) for job in plan.jobs)
+    assert since is not None and not any(many_files.is_done(job, since + 60) for job in plan.jobs)
     assert begin_run(out, {"budget": 0.5}, resume=True) == since
     assert begin_run(tmp_path / "unknown", {}, resume=True) is None
-    assert [o.skipped for o in batch.run_jobs(router, plan.jobs, resume=True, since=since + 60)] == [False, False]
+    assert [o.skipped for o in many_files.run_jobs(router, plan.jobs, resume=True, since=since + 60)] == [False, False]
 
 
 def test_what_cannot_be_written_is_told_before_computing(model, folder, tmp_path, monkeypatch):
@@ -287,7 +288,7 @@ def test_a_callback_counts_and_ends_a_run(model, folder, tmp_path, kind):
         photo(folder / f"{number}.png")
     router, out, seen = fastroute.load(model), tmp_path / "out", []
     jobs = make_plan([folder], out).jobs
-    assert len(list(batch.run_jobs(router, jobs, progress=lambda *of: seen.append(of)))) == 8
+    assert len(list(many_files.run_jobs(router, jobs, progress=lambda *of: seen.append(of)))) == 8
     assert seen == [(n, 8) for n in range(1, 9)]
     for path in out.iterdir():
         path.unlink()
@@ -297,7 +298,7 @@ def test_a_callback_counts_and_ends_a_run(model, folder, tmp_path, kind):
             raise kind
 
     with pytest.raises(kind):
-        list(batch.run_jobs(router, jobs, progress=end))
+        list(many_files.run_jobs(router, jobs, progress=end))
     left = names(out)
     assert 3 <= len(left) < 8 and all(Image.open(out / name).size == (26, 18) for name in left)
 

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from fastroute.routing import json_cache
-from fastroute.routing.json_cache import MOST_ENTRIES, JsonCache, cache_folder
+from fastroute.runtime import json_cache
+from fastroute.runtime.json_cache import MOST_ENTRIES, JsonCache, cache_folder
 
 ENTRY = {"batch": 8}
 

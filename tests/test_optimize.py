@@ -12,8 +12,8 @@ from networks import randomise
 from torch import nn
 
 from fastroute.models.fsrcnn import FSRCNN, TransposedConv2d
-from fastroute.models.optimize import optimize, parameter_dtype, split_shuffle
 from fastroute.models.subpixel import SubpixelPlan, dense_equivalent
+from fastroute.rewrite.optimize import optimize, parameter_dtype, split_shuffle
 
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
 

@@ -8,11 +8,11 @@ from networks import as_float, as_image, patches_of, picture, random_classsr, ra
 from support import bits, in_layout
 from torch import nn
 
-from fastroute import PatchRouter, TileGrid, memory
+from fastroute import PatchRouter, TileGrid, buffers
 from fastroute.models.classsr import ClassSR
 from fastroute.models.fsrcnn import FSRCNN
-from fastroute.routing import patch_router
-from fastroute.routing.bands import plan_bands
+from fastroute.patch import patch_router
+from fastroute.patch.bands import plan_bands
 
 pytestmark = pytest.mark.usefixtures("quick_tuning")
 PATCH, STRIDE, SCALE = 16, 12, 4
@@ -234,9 +234,9 @@ def test_router_and_result_say_what_they_are(router):
 def test_huge_pages_change_nothing(router, monkeypatch):
     image = picture(1, 3, 45, 61)
     expected = router.upscale(image).image
-    monkeypatch.setattr(memory, "BUFFER_FROM", 1)
+    monkeypatch.setattr(buffers, "BUFFER_FROM", 1)
     assert torch.equal(router.upscale(image).image, expected)
-    empty = memory.empty((3, 5), torch.float16, torch.device("cpu"))
+    empty = buffers.empty((3, 5), torch.float16, torch.device("cpu"))
     assert (empty.shape, empty.dtype, empty.is_contiguous()) == ((3, 5), torch.float16, True)
     empty.fill_(2)
     assert empty.sum() == 30

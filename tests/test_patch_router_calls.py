@@ -40,7 +40,7 @@ def idle(router, monkeypatch):
 
     for module in (router.classifier, *router.branches):
         module.register_forward_pre_hook(ran)
-    monkeypatch.setattr("fastroute.routing.choose.classify_patches", ran)
+    monkeypatch.setattr("fastroute.patch.assignment.classify_patches", ran)
     return router
 
 
@@ -76,7 +76,7 @@ def test_least_budget_takes_the_cheapest_branch_everywhere(router):
 
 
 def test_full_budget_does_not_classify(router, monkeypatch):
-    monkeypatch.setattr("fastroute.routing.choose.classify_patches", lambda *args: pytest.fail("classified"))
+    monkeypatch.setattr("fastroute.patch.assignment.classify_patches", lambda *args: pytest.fail("classified"))
     result = router.upscale(picture(1, 3, 20, 24), budget=1)
     assert result.stats.patches_per_class == [0, 0, 9]
     assert result.stats.flops.fraction == 1 and result.stats.seconds["classify"] == 0

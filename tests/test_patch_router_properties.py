@@ -12,9 +12,9 @@ from networks import picture, randomise, routed_plainly
 from torch import nn
 
 from fastroute import PatchRouter, TileGrid
-from fastroute.routing import branches as branches_module
-from fastroute.routing import patch_router
-from fastroute.routing.tuning import Setting
+from fastroute.patch import branches as branches_module
+from fastroute.patch import patch_router
+from fastroute.runtime.tuning import Setting
 
 
 @st.composite

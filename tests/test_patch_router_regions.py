@@ -13,10 +13,10 @@ from torch.nn import functional as F
 import fastroute
 from fastroute import Bicubic, PatchRouter, TileGrid, io, merge_regions, stitch_patches
 from fastroute.cli import main
+from fastroute.patch import patch_router
+from fastroute.patch.regions import Merging
 from fastroute.reference.stitch_patches import patches_of_regions
-from fastroute.routing import patch_router
-from fastroute.routing.merging import Merging
-from fastroute.streaming.protocols import ArrayReader, ArrayWriter
+from fastroute.runtime.protocols import ArrayReader, ArrayWriter
 
 pytestmark = pytest.mark.usefixtures("quick_tuning", "one_thread")
 PATCH, STRIDE, SCALE = 16, 12, 4

@@ -17,9 +17,9 @@ from PIL import Image, ImageCms
 from torch.nn import functional as F
 
 from fastroute import PatchRouter
+from fastroute.files.pictures import upscale_picture
 from fastroute.io import ImageError, Metadata, Picture, check_holds, read_image, read_picture, write_image, write_picture
 from fastroute.io.hidden import fill_hidden
-from fastroute.pictures import upscale_picture
 
 pytestmark = pytest.mark.usefixtures("quick_tuning")
 

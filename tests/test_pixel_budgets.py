@@ -16,12 +16,12 @@ from test_pixel_router import make_model
 
 import fastroute
 from fastroute import PixelRouter, io, upscale_many
-from fastroute.routing import pixel_budget, pixel_image, pixel_pace, pixel_rows
-from fastroute.routing.budgets import Pace
-from fastroute.routing.pixel_budget import Purse, Sample, classes_at, logarithms, solve, spent
-from fastroute.routing.pixel_rows import PixelGrid
-from fastroute.routing.pixel_stats import Work
-from fastroute.streaming.protocols import ArrayReader, ArrayWriter
+from fastroute.budget.limits import Pace
+from fastroute.pixel import pixel_budget, pixel_image, pixel_rows, pixel_speed
+from fastroute.pixel.pixel_budget import Purse, Sample, classes_at, logarithms, solve, spent
+from fastroute.pixel.pixel_rows import PixelGrid
+from fastroute.pixel.pixel_stats import Work
+from fastroute.runtime.protocols import ArrayReader, ArrayWriter
 
 HIDDEN = {2: ([5], [40, 40]), 3: (None, [5], [40, 40])}
 IMAGE = picture(1, 3, 15, 20, seed=1)[0]
@@ -159,7 +159,7 @@ def test_milliseconds_are_met(monkeypatch):
         return result
 
     monkeypatch.setattr(pixel_image, "pixel_mlp", slow)
-    monkeypatch.setattr(pixel_pace, "PICTURE", {"cpu": (16, 32)})
+    monkeypatch.setattr(pixel_speed, "PICTURE", {"cpu": (16, 32)})
     router = PixelRouter(make_model(hidden=HIDDEN[2]))
     for ms in (80.0, 120.0, 170.0):
         stats = [router.upscale(IMAGE, budget_ms=ms).stats for _ in range(5)]
@@ -168,13 +168,13 @@ def test_milliseconds_are_met(monkeypatch):
 
 
 def test_speed_is_measured_once_and_remembered(cache, monkeypatch):
-    monkeypatch.setattr(pixel_pace, "PICTURE", {"cpu": (16, 24)})
+    monkeypatch.setattr(pixel_speed, "PICTURE", {"cpu": (16, 24)})
     router = PixelRouter(make_model())
     pace = router.paces.of(router, torch.float32, 4.0)
     assert len(pace.branches) == 2 and min(*pace.branches, pace.classify, pace.rest, pace.encode) > 0
     assert json.loads(cache.read_text())
     measured = []
-    monkeypatch.setattr(pixel_pace, "measure_pace", lambda *args: measured.append(args) or Pace([1.0, 2.0], 3.0, 4.0, 5.0))
+    monkeypatch.setattr(pixel_speed, "measure_pace", lambda *args: measured.append(args) or Pace([1.0, 2.0], 3.0, 4.0, 5.0))
     again = PixelRouter(make_model())
     assert again.paces.of(again, torch.float32, 4.0) == pace and not measured
     # What decides the speed is measured apart.
@@ -365,7 +365,7 @@ def test_errors_of_many(images, arguments, words):
 
 
 def test_one_class_has_nothing_to_choose(monkeypatch):
-    monkeypatch.setattr(pixel_pace, "PICTURE", {"cpu": (16, 24)})
+    monkeypatch.setattr(pixel_speed, "PICTURE", {"cpu": (16, 24)})
     router = PixelRouter(make_model(hidden=([5],)))
     result = router.upscale(IMAGE, budget=1)
     assert not result.class_map.any() and result.stats.seconds["classify"] == 0

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fastroute
-from fastroute.models import streaming
 from fastroute.models.carn import CARN
 from fastroute.models.fsrcnn import FSRCNN
-from fastroute.models.optimize import optimize
 from fastroute.models.pcsr import PCSR
-from fastroute.routing import pixel_rows
-from fastroute.routing.pixel_router import PixelRouter
+from fastroute.pixel import pixel_rows
+from fastroute.pixel.pixel_router import PixelRouter
+from fastroute.rewrite import row_stages
+from fastroute.rewrite.optimize import optimize
 
 
 @pytest.fixture(params=["reference", "cpu"])
@@ -172,8 +172,8 @@ def test_encoder_in_bands(kind, rows, height, width):
     with torch.inference_mode():
         # FSRCNN is known as the sequence that it is optimised to.
         for network in (optimize(encoder), *([encoder] if kind == "carn" else [])):
-            assert not streaming.unsupported_reasons(network)
-            parts = streaming.rows_in_bands(network, lambda y, x: image[:, :, y, x], height, width, width * rows, 1, 10)
+            assert not row_stages.unsupported_reasons(network)
+            parts = row_stages.rows_in_bands(network, lambda y, x: image[:, :, y, x], height, width, width * rows, 1, 10)
             out = torch.cat([torch.cat(part, dim=3) for part in parts], dim=2)
             torch.testing.assert_close(out, encoder(image), rtol=1e-5, atol=1e-5)
 
@@ -182,7 +182,7 @@ def test_encoder_that_cannot_run_in_bands():
     model = make_model()
     model.encoder.add_module("pool", nn.Identity())
     router = PixelRouter(model, optimized=False)
-    assert streaming.unsupported_reasons(router.encoder) == ["FSRCNN is unknown"]
+    assert row_stages.unsupported_reasons(router.encoder) == ["FSRCNN is unknown"]
     lr = torch.rand(1, 3, 9, 11)
     agree(router.upscale(lr, scale=2), model, lr, (18, 22))
 

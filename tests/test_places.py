@@ -13,7 +13,7 @@ from PIL import Image
 from fastroute import io
 from fastroute.io.files import ImageError, part_prefix, remove_parts, why_not_writable
 from fastroute.io.walk import walk
-from fastroute.routing.json_cache import cache_folder
+from fastroute.runtime.json_cache import cache_folder
 
 
 def write(path: Path, data: bytes = b"new") -> None:

@@ -14,9 +14,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fastroute.models.carn import MeanShift
 from fastroute.models.classsr import WIDTHS
-from fastroute.models.optimize import optimize
 from fastroute.models.rcan import RCAN
 from fastroute.profiling import count_flops
+from fastroute.rewrite.optimize import optimize
 
 PATCH = (1, 3, 32, 32)
 SMALL = {"width": 8, "groups": 2, "blocks": 3, "reduction": 4}

@@ -11,8 +11,8 @@ from torch.nn import functional as F
 
 import fastroute
 from fastroute import io
+from fastroute.loading import DEFAULT_MODEL, WEIGHTS
 from fastroute.models.checkpoints import read_checkpoint
-from fastroute.routing.load import DEFAULT_MODEL, WEIGHTS
 from fastroute.training.data import make_pair
 
 FILE = WEIGHTS / f"{DEFAULT_MODEL}.safetensors"

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastroute.routing.slots import Slots, capacities_for, check_capacities
+from fastroute.patch.slots import Slots, capacities_for, check_capacities
 
 
 def place_plainly(ids, capacities, hardness):

@@ -18,10 +18,10 @@ from fastroute.models.carn import CARN
 from fastroute.models.checkpoints import save_checkpoint
 from fastroute.models.classsr import WIDTHS, ClassSR, PatchClassifier
 from fastroute.models.fsrcnn import FSRCNN
-from fastroute.models.optimize import optimize
 from fastroute.models.rcan import RCAN
 from fastroute.models.srresnet import SRResNet
 from fastroute.profiling import count_flops
+from fastroute.rewrite.optimize import optimize
 
 pytestmark = pytest.mark.usefixtures("quick_tuning")
 PATCH = (1, 3, 32, 32)

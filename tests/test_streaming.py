@@ -13,9 +13,11 @@ from test_pixel_router import make_model
 from torch import nn
 
 from fastroute import PatchRouter, PixelRouter
-from fastroute.routing import patch_router, pixel_image, pixel_router, pixel_rows, working_set
-from fastroute.streaming.ends import in_bands
-from fastroute.streaming.protocols import ArrayReader, ArrayWriter
+from fastroute.patch import patch_router
+from fastroute.pixel import pixel_image, pixel_router, pixel_rows
+from fastroute.runtime import memory_plan
+from fastroute.runtime.input_output import in_bands
+from fastroute.runtime.protocols import ArrayReader, ArrayWriter
 
 pytestmark = pytest.mark.usefixtures("quick_tuning")
 DTYPES = [torch.uint8, torch.uint16, torch.float32, torch.float16]
@@ -242,7 +244,7 @@ def test_out_of_memory_names_a_limit_that_fits(request, name, monkeypatch):
     fits = int(re.search(r"memory_limit=(\d+)", str(caught.value))[1])
     assert fits >= smallest
     router.stream(ArrayReader(image.numpy(), True), Recorder(), memory_limit=fits)
-    monkeypatch.setattr(working_set.memory, "available", lambda device, enough: 1000)
+    monkeypatch.setattr(memory_plan.buffers, "available", lambda device, enough: 1000)
     with pytest.raises(MemoryError, match=r"the least that a streamed run needs is .* were free"):
         router.stream(ArrayReader(image.numpy(), True), Hungry())
 

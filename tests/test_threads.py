@@ -19,8 +19,9 @@ from fastroute import PatchRouter
 from fastroute.backends import requested
 from fastroute.models.carn import CARN
 from fastroute.models.srresnet import SRResNet
-from fastroute.routing import branches, threads
-from fastroute.routing.threads import side_by_side, workers
+from fastroute.patch import branches
+from fastroute.runtime import threads
+from fastroute.runtime.threads import side_by_side, workers
 
 pytestmark = pytest.mark.usefixtures("quick_tuning")
 CPU = torch.device("cpu")
@@ -177,7 +178,7 @@ def test_threads_wait_patiently_on_a_busy_machine_only(monkeypatch):
         assert not sleepers()
     # With them a process still ends by itself.
     code = (
-        "import torch; torch.set_num_threads(2); from fastroute.routing import threads; threads.is_busy = lambda: True\n"
+        "import torch; torch.set_num_threads(2); from fastroute.runtime import threads; threads.is_busy = lambda: True\n"
         "with threads.patiently(torch.device('cpu')): torch.rand(100, 100) @ torch.rand(100, 100)\n"
         "print([t.name for t in threads.threading.enumerate()])"
     )

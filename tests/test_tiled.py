@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 import fastroute
 from fastroute import tiled
-from fastroute.routing import patch_router
+from fastroute.patch import patch_router
 
 pytestmark = pytest.mark.usefixtures("quick_tuning")
 

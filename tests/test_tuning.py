@@ -16,9 +16,10 @@ from torch import nn
 import fastroute
 from fastroute import PatchRouter
 from fastroute.models.fsrcnn import FSRCNN
-from fastroute.routing import branches, tuning
-from fastroute.routing.branches import Branches, even_parts
-from fastroute.routing.tuning import Setting, race_of
+from fastroute.patch import branches
+from fastroute.patch.branches import Branches, even_parts
+from fastroute.runtime import tuning
+from fastroute.runtime.tuning import Setting, race_of
 
 
 @pytest.fixture(autouse=True)

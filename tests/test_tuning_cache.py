@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from fastroute.models.fsrcnn import FSRCNN
-from fastroute.routing import tuning
-from fastroute.routing.tuning import Setting, race_of
+from fastroute.runtime import tuning
+from fastroute.runtime.tuning import Setting, race_of
 
 EXAMPLE = torch.rand(1, 3, 8, 8)
 

@@ -14,10 +14,10 @@ from networks import as_image, picture, random_classsr
 from test_pixel_router import make_model
 
 from fastroute import PatchRouter, PixelRouter, io
+from fastroute.files import readers, writers
+from fastroute.files.file_to_file import upscale_file
 from fastroute.io.tiff_read import TiffSource
-from fastroute.routing import patch_router
-from fastroute.streaming import files, sources
-from fastroute.streaming.upscale_file import upscale_file
+from fastroute.patch import patch_router
 
 tifffile = pytest.importorskip("tifffile")
 zarr = pytest.importorskip("zarr")
@@ -85,7 +85,7 @@ def test_tiff_by_segments(tmp_path, dtype, layout, channels):
     if channels == 4:
         kind["extrasamples"] = ["unassalpha"]
     tifffile.imwrite(tmp_path / "in.tif", pixels[:, :, 0] if channels == 1 else pixels, **layout, **kind)
-    with sources.open_reader(tmp_path / "in.tif", 3) as reader:
+    with readers.open_reader(tmp_path / "in.tif", 3) as reader:
         source = reader.opened.pixels
         assert reader.shape == (3, 70, 61) and isinstance(source, TiffSource) and source.whole is None
         for y0, y1, x0, x1 in ((0, 70, 0, 61), (6, 8, 0, 61), (33, 65, 47, 50), (69, 70, 60, 61)):
@@ -96,7 +96,7 @@ def test_tiff_by_segments(tmp_path, dtype, layout, channels):
 def test_rotated_tiff_is_upright(tmp_path):
     pixels = np.random.default_rng(0).integers(0, 255, (20, 31, 3), np.uint8)
     tifffile.imwrite(tmp_path / "in.tif", pixels, photometric="rgb", extratags=[(274, "H", 1, 6, True)])
-    with sources.open_reader(tmp_path / "in.tif", 3) as reader:
+    with readers.open_reader(tmp_path / "in.tif", 3) as reader:
         assert torch.equal(reader.read(0, 31, 0, 20), io.read_image(tmp_path / "in.tif"))
 
 
@@ -130,14 +130,14 @@ def test_an_interrupted_run_leaves_what_was_there(router, image, tmp_path, monke
 
         return write
 
-    for kind in (files.TiffWriter, files.ArrayWriter):
+    for kind in (writers.TiffWriter, writers.ArrayWriter):
         monkeypatch.setattr(kind, "write", interrupted(kind.write))
     with pytest.raises(KeyboardInterrupt):
         upscale_file(tmp_path / "in.png", target, router)
     assert written == [0]
     assert sorted(path.name for path in tmp_path.iterdir()) == names
     if before:
-        with sources.open_reader(target, 3) as reader:
+        with readers.open_reader(target, 3) as reader:
             assert torch.equal(reader.read(0, 600, 0, 524), router.upscale(image, budget=1).image)
 
 

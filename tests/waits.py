@@ -122,6 +122,6 @@ def triton_launchers(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         overload = overload.removeprefix("default") or ("out" if out else "")
         return getattr(modules[op], "_".join(filter(None, (op, overload, "triton"))))(*args, **out)
 
-    for name in [*(f"fastroute.ops.{op}" for op in operators()), "fastroute.routing.fixed"]:
+    for name in [*(f"fastroute.ops.{op}" for op in operators()), "fastroute.patch.fixed_patches"]:
         monkeypatch.setattr(sys.modules[name], "call", call)
     yield launched

@@ -21,10 +21,11 @@ from torch.nn import functional as F
 import fastroute
 from benchmarks.e2e.patch_routing import shipped_model
 from benchmarks.measure import ROOT, device, peak_memory, use_device
-from fastroute import batch, io
+from fastroute import io
+from fastroute.files import many_files
+from fastroute.loading import DEFAULT_MODEL
 from fastroute.models.arm import edge_score
-from fastroute.routing.load import DEFAULT_MODEL
-from fastroute.routing.result import Upscaled
+from fastroute.runtime.results import Upscaled
 
 PIXEL_MODEL = "pcsr-fsrcnn-x4"
 MB = 1_000_000
@@ -123,8 +124,8 @@ def _denoise(folder: Path) -> Run:
 def _folder(folder: Path) -> Run:
     router = fastroute.load(DEFAULT_MODEL, device())
 
-    def run() -> list[batch.Outcome]:
-        outcomes = list(batch.run_jobs(router, batch.plan_jobs([folder / "pictures"], folder / "upscaled")))
+    def run() -> list[many_files.Outcome]:
+        outcomes = list(many_files.run_jobs(router, many_files.plan_jobs([folder / "pictures"], folder / "upscaled")))
         assert not any(outcome.error for outcome in outcomes), outcomes
         return outcomes
 

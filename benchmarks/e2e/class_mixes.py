@@ -17,7 +17,7 @@ from benchmarks.measure import alternate, device, exactly
 from benchmarks.setting import Setting
 from fastroute.grid import TileGrid
 from fastroute.models.classsr import ClassSR
-from fastroute.routing.classify import classify_patches
+from fastroute.patch.classify import classify_patches
 
 # LR height and width: what a backbone does in seconds on a CPU, and on a GPU.
 CPU_SIZES = {"fsrcnn": (540, 960), "carn": (180, 320), "srresnet": (96, 160), "rcan": (96, 160)}

@@ -20,7 +20,7 @@ from benchmarks.measure import alternate, device, first, peak_memory
 from benchmarks.setting import Setting
 from fastroute.grid import TileGrid
 from fastroute.models.fsrcnn import FSRCNN
-from fastroute.routing.pixel_router import PixelRouter
+from fastroute.pixel.pixel_router import PixelRouter
 
 # LR height and width: 0.5 to 33 megapixels of output at x4.
 SIZES = ((136, 240), (270, 480), (384, 680), (540, 960), (764, 1358), (1080, 1920))

@@ -31,12 +31,12 @@ from fastroute.grid import TileGrid
 from fastroute.models.adapters import ScoreClassifier
 from fastroute.models.arm import edge_score
 from fastroute.models.classsr import ClassSR
-from fastroute.models.optimize import optimize
-from fastroute.routing.choose import within
-from fastroute.routing.classify import classify_patches
-from fastroute.routing.merging import Merging
-from fastroute.routing.result import RoutingStats
-from fastroute.routing.tuning import GPU_PIXELS, PARALLEL_PIXELS, TURN_PIXELS
+from fastroute.patch.assignment import within
+from fastroute.patch.classify import classify_patches
+from fastroute.patch.regions import Merging
+from fastroute.rewrite.optimize import optimize
+from fastroute.runtime.results import RoutingStats
+from fastroute.runtime.tuning import GPU_PIXELS, PARALLEL_PIXELS, TURN_PIXELS
 
 # LR height and width.
 SIZES = {"carn": (270, 480), "srresnet": (270, 480), "fsrcnn": (540, 960)}

@@ -15,9 +15,9 @@ from benchmarks.e2e._patches import BATCHED, DENSE, PUBLISHED, ROUTED, SLOW_SECO
 from benchmarks.measure import alternate, device, exactly, peak_memory
 from benchmarks.setting import Setting
 from fastroute.grid import TileGrid
+from fastroute.loading import DEFAULT_MODEL, WEIGHTS
 from fastroute.models.checkpoints import load_weights, read_checkpoint
 from fastroute.models.classsr import ClassSR
-from fastroute.routing.load import DEFAULT_MODEL, WEIGHTS
 
 ROUNDS, SECONDS = 5, 12.0
 # Of the two whose ratio is the headline, after the rounds with all.

@@ -27,8 +27,8 @@ from fastroute.models.carn import CARN, RGB_MEAN
 from fastroute.models.checkpoints import load_weights, read_checkpoint
 from fastroute.models.fsrcnn import FSRCNN
 from fastroute.models.pcsr import PCSR
-from fastroute.routing.pixel_router import PixelRouter
-from fastroute.routing.result import Upscaled
+from fastroute.pixel.pixel_router import PixelRouter
+from fastroute.runtime.results import Upscaled
 
 SCALE = 4
 ROUNDS, SECONDS = 5, 10.0

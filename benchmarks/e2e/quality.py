@@ -18,9 +18,9 @@ from benchmarks import images
 from benchmarks.measure import device, synchronise
 from benchmarks.setting import Setting
 from fastroute import io
+from fastroute.loading import DEFAULT_MODEL
 from fastroute.models.arm import WIDTHS
-from fastroute.routing.load import DEFAULT_MODEL
-from fastroute.routing.result import Upscaled
+from fastroute.runtime.results import Upscaled
 from fastroute.training import arm
 from fastroute.training.data import Pool, make_pair
 from fastroute.training.start import Start

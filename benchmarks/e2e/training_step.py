@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.measure import alternate, device, exactly, first, peak_flops
 from benchmarks.setting import Setting
-from fastroute import memory
+from fastroute import buffers
 from fastroute.models.classsr import ClassSR
 from fastroute.models.fsrcnn import FSRCNN
 from fastroute.training.losses import average_loss, class_loss
@@ -160,7 +160,7 @@ def run_type(kind: str, model: ClassSR, setting: Setting) -> dict:
 def keeps_memory():
     """As `fastroute train` runs on a CPU; it favours all variants."""
     if device().type == "cpu":
-        memory.keep_freed()
+        buffers.keep_freed()
 
 
 @pytest.mark.usefixtures("keeps_memory")

@@ -21,9 +21,9 @@ from benchmarks.e2e.patch_routing import shipped_model
 from benchmarks.measure import Timing, alternate, device, summary, synchronise
 from benchmarks.setting import Setting
 from fastroute import io
-from fastroute.routing.load import DEFAULT_MODEL
-from fastroute.routing.result import Upscaled
-from fastroute.streaming.sources import open_reader
+from fastroute.files.readers import open_reader
+from fastroute.loading import DEFAULT_MODEL
+from fastroute.runtime.results import Upscaled
 
 OURS = "fastroute"
 # LR height and width of the large image; side of the corner on which the ways are compared, larger than a tile; number and

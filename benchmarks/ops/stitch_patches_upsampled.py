@@ -19,9 +19,9 @@ from benchmarks.ops._common import OURS, PATCH, SCALE, SIZES, SMOKE_SIZES, STRID
 from benchmarks.setting import Setting
 from fastroute import TileGrid, make_window, stitch_patches
 from fastroute.models.fsrcnn import FSRCNN
-from fastroute.models.optimize import optimize, split_shuffle, split_upsampler
 from fastroute.ops._upsampled import Upsampler, stitch_upsampled, upsamples
-from fastroute.routing.branches import even_parts
+from fastroute.patch.branches import even_parts
+from fastroute.rewrite.optimize import optimize, split_shuffle, split_upsampler
 
 WIDTH = 56
 # Patches per pass, as a branch is found to run fastest.

@@ -16,8 +16,8 @@ import fastroute
 if TYPE_CHECKING:
     import torch
 
-    from fastroute.routing.patch_router import PatchRouter
-    from fastroute.routing.pixel_router import PixelRouter
+    from fastroute.patch.patch_router import PatchRouter
+    from fastroute.pixel.pixel_router import PixelRouter
 
 
 # Each says by itself how classes are chosen.
@@ -38,7 +38,7 @@ class Command(click.Command):
 
 def device_of(name: str) -> torch.device:
     """The device `name`, once it has been seen to work."""
-    from fastroute.routing.load import usable_device
+    from fastroute.loading import usable_device
 
     try:
         return usable_device(name)
@@ -112,10 +112,11 @@ def telling_warnings() -> Iterator[None]:
 
 def tell_measuring() -> None:
     """Say on the terminal when a speed is measured, until the command ends."""
-    from fastroute.routing import budgets, tuning
+    from fastroute.budget import limits
+    from fastroute.runtime import tuning
 
     logger, handler = logging.getLogger("fastroute"), logging.StreamHandler()
-    handler.addFilter(lambda record: record.msg in (budgets.MEASURING, tuning.MEASURING))
+    handler.addFilter(lambda record: record.msg in (limits.MEASURING, tuning.MEASURING))
     level = logger.level
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
@@ -170,8 +171,8 @@ def check_routing(router: PatchRouter | PixelRouter, model: str, chosen: dict[st
         model: its name.
         chosen: what was given on the command line, by the names of the router's arguments.
     """
-    from fastroute.routing.budgets import check_possible
-    from fastroute.routing.patch_router import PatchRouter
+    from fastroute.budget.limits import check_possible
+    from fastroute.patch.patch_router import PatchRouter
 
     chosen = dict(chosen)
     if isinstance(router, PatchRouter):

@@ -11,11 +11,11 @@ from typing import Any
 import click
 from tqdm import tqdm
 
-from fastroute.batch import Job, Outcome, Router
+from fastroute.files.jobs import Plan
+from fastroute.files.many_files import Job, Outcome, Router
 from fastroute.io import Picture
-from fastroute.plan import Plan
-from fastroute.routing.patch_router import PatchRouter
-from fastroute.routing.result import RoutingStats
+from fastroute.patch.patch_router import PatchRouter
+from fastroute.runtime.results import RoutingStats
 from fastroute.visualize import class_colours, colour_names
 
 # Files of which the same is said, by their names.

@@ -73,8 +73,8 @@ def command(
     between the results, class maps, PSNR where there is a reference, FLOPs and times.
     """
     from fastroute import io
-    from fastroute.compare import compare
-    from fastroute.page import check_page, write_page
+    from fastroute.report.comparison import compare
+    from fastroute.report.comparison_page import check_page, write_page
 
     running = running_of(options)
     if not quiet:

@@ -45,8 +45,8 @@ def command(
     import torch
 
     import fastroute
-    from fastroute import evaluate as evaluation
     from fastroute.cli._summary import tell_groups
+    from fastroute.report import evaluation as evaluation
 
     if target is not None and not target.resolve().parent.is_dir():
         raise click.BadParameter(f"the folder {target.parent} does not exist", param_hint="--json")

@@ -72,7 +72,7 @@ def command(
 
     On several GPUs or machines: torchrun --nproc-per-node N -m fastroute train RECIPE ... --device cuda
     """
-    from fastroute import memory
+    from fastroute import buffers
     from fastroute.grid import usual_stride
     from fastroute.models.checkpoints import save_checkpoint
     from fastroute.training.data import Pool
@@ -93,7 +93,7 @@ def command(
     with processes(device) as where:
         at = device_of(where)
         if at.type == "cpu":
-            memory.keep_freed()
+            buffers.keep_freed()
         pool = Pool.build(images, plan.scale, plan.patch, exclude=exclude)
         trainer = RECIPES[recipe][1](pool, plan, folder / "state.pt", start, device=at, precision=precision)
         first = rank() == 0

@@ -26,9 +26,9 @@ from fastroute.cli._common import (
 )
 
 if TYPE_CHECKING:
-    from fastroute.batch import Job
-    from fastroute.routing.patch_router import PatchRouter
-    from fastroute.routing.pixel_router import PixelRouter
+    from fastroute.files.many_files import Job
+    from fastroute.patch.patch_router import PatchRouter
+    from fastroute.pixel.pixel_router import PixelRouter
 
 # Those of fastroute.windows, which imports torch.
 WINDOWS = ("uniform", "linear", "hann", "gaussian", "crop")
@@ -234,7 +234,7 @@ class Task:
 
     def settings(self, **more: Any) -> dict[str, Any]:
         """All that results depend on."""
-        from fastroute.routing.load import weights_of
+        from fastroute.loading import weights_of
 
         name, path = Path(self.model).name, weights_of(self.model)
         with open(path, "rb") as file:
@@ -256,30 +256,30 @@ def upscale_many(
     shared_budget: bool,
 ) -> None:
     """Whatever is found in `sources`, into the folder `target`."""
-    from fastroute import batch, plan
     from fastroute.cli._summary import tell_many
+    from fastroute.files import jobs, many_files
     from fastroute.io import SUFFIXES
 
     if task.saving and file_format is not None and f".{file_format}" not in LOSSY:
         raise click.UsageError(f"--quality is for JPEG and WebP; --format {file_format} has none")
     as_file = class_map is not None and class_map.suffix.lower() in SUFFIXES and not class_map.is_dir()
-    made = plan.make_plan(sources, target, file_format and f".{file_format}", None if as_file else class_map, task.overwrite)
+    made = jobs.make_plan(sources, target, file_format and f".{file_format}", None if as_file else class_map, task.overwrite)
     if class_map is not None and as_file:
         if len(made.jobs) > 1 or sources[0].is_dir():
             raise click.BadParameter(
                 f"{class_map} is one file; OUT is a folder, so it must be one too", param_hint="--class-map"
             )
         made.jobs[0] = replace(made.jobs[0], class_map=class_map)
-        plan.check_distinct(made.jobs)
+        jobs.check_distinct(made.jobs)
         if not task.overwrite:
-            plan.check_apart([(made.jobs[0].source, class_map)])
+            jobs.check_apart([(made.jobs[0].source, class_map)])
     router, chosen = task.load()
     settings = task.settings(format=file_format, **{"shared-budget": shared_budget or None})
-    since = plan.begin_run(target, settings, resume)
+    since = jobs.begin_run(target, settings, resume)
     for folder in (target, None if as_file else class_map):
         if folder is not None:
             _make_folder(folder)
-    outcomes = batch.run_jobs(
+    outcomes = many_files.run_jobs(
         router, made.jobs, resume, task.drop_alpha, shared_budget, reading=task.reading, since=since or 0.0, **task.saving,
         **chosen, **task.limit,
     )  # fmt: skip
@@ -288,17 +288,17 @@ def upscale_many(
 
 def upscale_one(task: Task, source: Path, target: Path, class_map: Path | None) -> None:
     """One file to one file."""
-    from fastroute import batch
     from fastroute.cli._summary import tell_one
+    from fastroute.files import many_files
+    from fastroute.files.pictures import upscale_picture
     from fastroute.io import check_writable, not_kept
     from fastroute.io.files import remove_parts
-    from fastroute.pictures import upscale_picture
 
     if class_map is not None and class_map.resolve() == target.resolve():
         raise click.UsageError("OUT and --class-map are the same file")
     if task.saving and target.suffix.lower() not in LOSSY:
         raise click.UsageError(f"--quality is for JPEG and WebP; {target} has none")
-    job = batch.Job(source, target, class_map)
+    job = many_files.Job(source, target, class_map)
     if not job.source.exists():
         raise click.ClickException(f"cannot read {job.source}: No such file or directory")
     if not target.suffix:
@@ -312,7 +312,7 @@ def upscale_one(task: Task, source: Path, target: Path, class_map: Path | None) 
         if not (zarr and path == target):
             check_writable(path)
         if not task.overwrite:
-            batch.check_apart([(job.source, path)])
+            many_files.check_apart([(job.source, path)])
     if streamed:
         if class_map is not None:
             raise click.UsageError("--class-map shows the classes over the result, which a streamed one is too large for")
@@ -320,15 +320,15 @@ def upscale_one(task: Task, source: Path, target: Path, class_map: Path | None) 
         _stream(job, task)
         return
     # A file that cannot be read is told before the model is loaded.
-    picture = batch.read_job(job, task.drop_alpha, **task.reading)
+    picture = many_files.read_job(job, task.drop_alpha, **task.reading)
     router, chosen = task.load()
-    batch.check_target(router, job, picture, **chosen)
+    many_files.check_target(router, job, picture, **chosen)
     result, upscaled = upscale_picture(router, picture, progress=not task.quiet, **chosen, **task.limit)
     start = time.perf_counter()
     if not task.quiet and result.height * result.width > SLOW_TO_WRITE:
         click.echo(f"writing {target} …", err=True)
     remove_parts(outputs)
-    batch.write_job(router, job, result, upscaled, **task.saving)
+    many_files.write_job(router, job, result, upscaled, **task.saving)
     if not task.quiet:
         tell_one(router, job, picture, result, upscaled.stats, chosen, task.model)
         click.echo(f"  writing: {time.perf_counter() - start:.2f} s")
@@ -338,8 +338,8 @@ def upscale_one(task: Task, source: Path, target: Path, class_map: Path | None) 
 
 def _stream(job: Job, task: Task) -> None:
     from fastroute.cli._summary import tell_routing
-    from fastroute.streaming.files import check_target
-    from fastroute.streaming.upscale_file import upscale_file
+    from fastroute.files.file_to_file import upscale_file
+    from fastroute.files.writers import check_target
 
     check_target(job.target)
     router, chosen = task.load()

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastroute.arguments import real
+from fastroute._arguments import real
 from fastroute.models.precision import FullPrecision
 
 # Largest difference of two log scores of one patch: what float32 holds above the smallest score that a budget tells apart.

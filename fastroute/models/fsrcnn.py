@@ -121,6 +121,6 @@ class FSRCNN(nn.Module):
         return image + (weights @ biases)[:, :, None, None]
 
     def as_sequential(self) -> nn.Sequential:
-        """The same layers as one sequence, for :func:`fastroute.models.optimize.optimize`."""
+        """The same layers as one sequence, for :func:`fastroute.rewrite.optimize.optimize`."""
         layers = [self.head_conv, self.body_conv]
         return nn.Sequential(*layers) if self.tail_conv is None else nn.Sequential(*layers, self.tail_conv)

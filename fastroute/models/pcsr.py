@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastroute.contexts import on_fake_tensors
+from fastroute._contexts import on_fake_tensors
 from fastroute.models.adapters import inference_copy
 from fastroute.models.carn import CARN, RGB_MEAN
 from fastroute.models.fsrcnn import FSRCNN

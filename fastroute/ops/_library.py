@@ -19,7 +19,7 @@ from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
 from torch._library.autograd import Info, make_autograd_impl
 from torch.autograd import forward_ad
 
-from fastroute import memory
+from fastroute import buffers
 from fastroute.backends import EXTENSION, BackendError, requested, select
 from fastroute.ops import _checks as check
 from fastroute.ops._schemas import digest, read_schemas
@@ -94,7 +94,7 @@ def as_kernel(name: str, reference: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return own(*args, **kwargs)
         except Exception as error:
-            if memory.is_exhausted(error):
+            if buffers.is_exhausted(error):
                 raise exhausted(op, error, next(_tensors((*args, *kwargs.values()))).device) from error
             if op in str(error):
                 raise
@@ -290,7 +290,7 @@ def call(name: str, reference: Callable[..., Any], device: torch.device, *args: 
         raise
     except (MemoryError, RuntimeError) as error:
         # A kernel is not told why a copy failed; of a dense tensor it fails for want of memory alone.
-        if not (memory.is_exhausted(error) or '"aten::contiguous"' in str(error)):
+        if not (buffers.is_exhausted(error) or '"aten::contiguous"' in str(error)):
             raise
         raise exhausted(packet, error, device) from None
 

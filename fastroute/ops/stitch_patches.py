@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastroute import memory
+from fastroute import buffers
 from fastroute.backends import select
 from fastroute.grid import TileGrid, covered_size, tile_count, tile_origins
 from fastroute.ops import _checks as check
@@ -136,7 +136,7 @@ def stitch_patches(
     geometry = (grid.height, grid.width, grid.patch, grid.stride, grid.scale, grid.crop, shuffle)
     if out is None and _reuses_memory(patches):
         try:
-            out = memory.empty(size, target, patches.device)
+            out = buffers.empty(size, target, patches.device)
         except (MemoryError, RuntimeError) as error:
             raise exhausted(op, error, patches.device) from error
     if out is None and region is not None:

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from fastroute.models.cdnsr import CDNSR, CLASSIFIER_LAYERS, annealed, gumbel_softmax, mix
 from fastroute.models.classsr import ClassSR
-from fastroute.streaming.transfer import to_device
+from fastroute.runtime.transfer import to_device
 from fastroute.training import distributed
 from fastroute.training.base import Stage, StepResult, check_settings, class_shares
 from fastroute.training.classsr import BranchRecipe, BranchTrainer

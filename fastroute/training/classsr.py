@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from fastroute.models.classsr import BACKBONES, ClassSR, PatchClassifier
 from fastroute.profiling import count_flops
-from fastroute.streaming.transfer import to_device
+from fastroute.runtime.transfer import to_device
 from fastroute.training.base import BaseTrainer, Stage, StepResult, check_backbone, check_settings, check_widths, class_shares
 from fastroute.training.losses import average_loss, class_loss, routing_loss
 from fastroute.training.optimizers import check_optimizer

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from fastroute import io
-from fastroute.streaming.transfer import to_device
+from fastroute.runtime.transfer import to_device
 from fastroute.training import distributed
 
 NAMED_AT_MOST = 4

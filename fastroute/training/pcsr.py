@@ -15,7 +15,7 @@ from fastroute.models.carn import CARN, RGB_MEAN
 from fastroute.models.fsrcnn import FSRCNN
 from fastroute.models.pcsr import MLP, PCSR
 from fastroute.reference.pixel_mlp import bilinear_reference
-from fastroute.streaming.transfer import to_device
+from fastroute.runtime.transfer import to_device
 from fastroute.training.base import BaseTrainer, Stage, StepResult, check_backbone, check_settings, class_shares
 from fastroute.training.data import downscale, to_uint8
 from fastroute.training.losses import average_loss

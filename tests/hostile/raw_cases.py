@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastroute import memory
+from fastroute import buffers
 from fastroute.ops._library import OPERATORS, public_name
 
 BIG = (2**31 - 1, 2**31, 2**31 + 1, 2**32, 2**62, 2**63 - 1)
@@ -218,7 +218,7 @@ def compare(op: str, given: dict[str, Any], result: Any, wrote: dict[str, Any]) 
         expected = OPERATORS[op].reference(*positional, **keywords)
     except ERRORS as error:
         # It holds more at a time.
-        return "" if memory.is_exhausted(error) else f"the reference refuses: {type(error).__name__} {error}"
+        return "" if buffers.is_exhausted(error) else f"the reference refuses: {type(error).__name__} {error}"
     pairs = [(result, expected)] if isinstance(result, Tensor) else list(zip(result or (), expected or (), strict=True))
     pairs += [(wrote[key], keywords[key]) for key in wrote]
     for actual, wanted in pairs:

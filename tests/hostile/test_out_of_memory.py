@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import fastroute
-from fastroute import TileGrid, memory
+from fastroute import TileGrid, buffers
 
 SIDE = 12_000
 
@@ -51,4 +51,4 @@ CALLS: dict[str, Callable[[], object]] = {
 def test_is_named_and_says_what_to_do(op, asked):
     with fastroute.use_backend(asked), pytest.raises(MemoryError, match=rf"^{op}: out of memory: .*; work on fewer") as error:
         CALLS[op]()
-    assert memory.is_exhausted(error.value)
+    assert buffers.is_exhausted(error.value)

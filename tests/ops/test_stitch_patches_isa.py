@@ -12,7 +12,7 @@ from test_stitch_patches_upsampled import TOLERANCE, layers_of, upsampler
 import fastroute
 from fastroute import TileGrid, make_window, stitch_patches
 from fastroute.models.arm import Bicubic
-from fastroute.models.optimize import interpolation
+from fastroute.rewrite.optimize import interpolation
 
 pytestmark = only_the_cpu_kernels("stitch_patches")
 

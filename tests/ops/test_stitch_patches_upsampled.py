@@ -15,8 +15,8 @@ from fastroute import TileGrid, make_window, stitch_patches
 from fastroute.backends import unsupported_reasons
 from fastroute.models.arm import Bicubic
 from fastroute.models.fsrcnn import FSRCNN
-from fastroute.models.optimize import interpolation, optimize, split_shuffle, split_upsampler
 from fastroute.ops._upsampled import FINISHED, Upsampler, stitch_upsampled
+from fastroute.rewrite.optimize import interpolation, optimize, split_shuffle, split_upsampler
 
 MISSING = "; ".join(unsupported_reasons("stitch_patches", "cpu", torch.device("cpu")))
 needs_kernel = pytest.mark.skipif(bool(MISSING), reason=MISSING)

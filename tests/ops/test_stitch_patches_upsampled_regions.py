@@ -12,9 +12,9 @@ from torch.nn import functional as F
 import fastroute
 from fastroute import TileGrid, group_by_class, make_window, merge_regions, stitch_patches
 from fastroute.models.arm import Bicubic
-from fastroute.models.optimize import interpolation
 from fastroute.ops._upsampled import FINISHED, Upsampler, stitch_upsampled
 from fastroute.reference.stitch_patches import patches_of_regions
+from fastroute.rewrite.optimize import interpolation
 
 GRIDS = [(9, 13, 8, 6), (53, 37, 8, 6), (5, 4, 8, 8), (150, 175, 33, 29), (64, 64, 8, 3)]
 

@@ -1,0 +1,287 @@
+"""Many image files at once: reading and writing beside the computing; :mod:`fastroute.files.jobs` says what is to be done."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+from fastroute import io
+from fastroute.backends import BackendError
+from fastroute.budget.limits import Budget
+from fastroute.files.jobs import Job, check_apart, check_distinct, make_plan, plan_jobs
+from fastroute.files.pictures import upscale_picture
+from fastroute.files.shared_budget import Turn, share
+from fastroute.grid import TileGrid
+from fastroute.io.files import remove_parts, why_not_writable
+from fastroute.io.hidden import fill_hidden
+from fastroute.patch.patch_router import PatchRouter
+from fastroute.pixel.pixel_router import PixelRouter
+from fastroute.runtime.border import EDGE, MARGIN, shown_continued
+from fastroute.runtime.progress import Progress, shown
+from fastroute.runtime.results import RoutingStats, Upscaled
+from fastroute.runtime.transfer import to_device
+from fastroute.visualize import class_overlay
+
+
+def usable_cores() -> int:
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def threads(cores: int) -> tuple[int, int]:
+    """Readers and writers beside a router that is given `cores`: encoding takes longest, and a GPU waits for it."""
+    writers = max(2, min(8, cores // 2))
+    return max(2, writers // 2), writers
+
+
+READERS, WRITERS = threads(usable_cores())
+# Pictures read ahead; results that wait to be written, in number and, where they are large, in bytes.
+AHEAD, BEHIND, BEHIND_BYTES = READERS, WRITERS + 1, 1 << 30
+# What a file is expected to raise where something is wrong with it. Running out of memory on a GPU is a RuntimeError.
+EXPECTED = (ValueError, TypeError, OSError, MemoryError, RuntimeError)
+
+Router = PatchRouter | PixelRouter
+__all__ = ["Job", "Outcome", "check_apart", "check_distinct", "make_plan", "plan_jobs", "run_jobs"]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a job ended.
+
+    Attributes:
+        job: which.
+        error: why its target was not written; empty when it was.
+        skipped: the target was there already.
+        stats: of the routing, where something was done.
+        notes: what was left behind or changed on the way from file to file, in whole sentences.
+    """
+
+    job: Job
+    error: str = ""
+    skipped: bool = False
+    stats: RoutingStats | None = None
+    notes: tuple[str, ...] = ()
+
+
+def run_jobs(
+    router: Router,
+    jobs: Sequence[Job],
+    resume: bool = False,
+    drop_alpha: bool = False,
+    shared_budget: bool = False,
+    quality: int | None = None,
+    reading: Mapping[str, Any] | None = None,
+    since: float = 0.0,
+    progress: Progress = False,
+    **options: Any,
+) -> Iterator[Outcome]:
+    """Do the jobs; files are read and written in threads of their own while the router works.
+
+    A file that fails does not stop the others. Every target is written whole or not at all, its class map before it.
+
+    Args:
+        router: as :func:`fastroute.load` gives it.
+        jobs: see :func:`plan_jobs`.
+        resume: skip jobs whose target exists and is no older than its source, nor than `since`.
+        drop_alpha: leave transparency out.
+        shared_budget: the budget among `options` is that of all images together, see :func:`fastroute.upscale_many`; each is
+            read twice.
+        quality: of JPEG and WebP, 1 to 100.
+        reading: arguments of :func:`fastroute.io.read_picture`, such as `max_pixels`.
+        since: see :func:`fastroute.files.jobs.begin_run`.
+        progress: show a progress bar, or call this function with how many jobs have ended and how many there are. What it
+            raises ends the run, as Ctrl-C does: what is being written becomes whole, and nothing else is begun.
+        options: arguments of the router's `upscale`, such as `budget`.
+
+    Yields:
+        An :class:`Outcome` per job: first those skipped and those that cannot be written, then the others as they end.
+
+    Raises:
+        ValueError: a shared budget that cannot be kept.
+        fastroute.BackendError: the backend asked for cannot run; no other job could.
+    """
+    saving = {} if quality is None else {"quality": quality}
+    outcomes = _run_jobs(router, jobs, resume, drop_alpha, shared_budget, saving, dict(reading or {}), since, options)
+    with closing(outcomes), shown(progress, len(jobs), "image") as bar:
+        for outcome in outcomes:
+            bar.update()
+            yield outcome
+
+
+def _run_jobs(
+    router: Router,
+    jobs: Sequence[Job],
+    resume: bool,
+    drop_alpha: bool,
+    shared_budget: bool,
+    saving: Mapping[str, Any],
+    reading_options: Mapping[str, Any],
+    since: float,
+    options: dict[str, Any],
+) -> Generator[Outcome, None, None]:
+    """See :func:`run_jobs`."""
+    rest: deque[Job] = deque()
+    for job in jobs:
+        if resume and is_done(job, since):
+            yield Outcome(job, skipped=True)
+        elif reason := _blocked(job):
+            yield Outcome(job, reason)
+        else:
+            rest.append(job)
+    remove_parts(path for job in rest for path in (job.target, job.class_map) if path is not None)
+    shared, number = None, 0
+    if shared_budget and rest:
+        limit = Budget(*(options.pop(name, None) for name in ("budget", "budget_flops", "budget_ms")))
+        shared = share(router, limit, len(rest), "upscale", **options)
+        options.pop("memory_limit", None)
+    readers, writers = ThreadPoolExecutor(READERS, "read"), ThreadPoolExecutor(WRITERS, "write")
+    reading: deque[tuple[Job, Future[io.Picture]]] = deque()
+    writing: deque[tuple[Outcome, int, Future[None]]] = deque()
+    try:
+        if shared is not None:
+            seen: list[Job] = []
+            for job, future in _ahead(rest, readers, drop_alpha, reading_options):
+                try:
+                    picture = future.result()
+                    check_target(router, job, picture, **options)
+                    shared.look(to_device(fill_hidden(picture.color, picture.alpha), router.device))
+                except BackendError:
+                    raise
+                except Exception as error:
+                    yield Outcome(job, _reason(job, error))
+                    continue
+                seen.append(job)
+            shared.settle()
+            rest = deque(seen)
+        while rest or reading or writing:
+            while rest and len(reading) < AHEAD + 1:
+                job = rest.popleft()
+                reading.append((job, readers.submit(read_job, job, drop_alpha, **reading_options)))
+            if writing and (writing[0][2].done() or not reading):
+                yield _ended(writing.popleft())
+                continue
+            while len(writing) >= BEHIND or sum(size for _, size, _ in writing) > BEHIND_BYTES:
+                yield _ended(writing.popleft())
+            job, future = reading.popleft()
+            turn = None if shared is None else Turn(shared, number)
+            number += 1
+            try:
+                picture = future.result()
+                check_target(router, job, picture, **options)
+                if turn is not None:
+                    result, upscaled = upscale_picture(cast(Router, turn), picture)
+                else:
+                    result, upscaled = upscale_picture(router, picture, **options)
+            except BackendError:
+                raise
+            except Exception as error:
+                yield Outcome(job, _reason(job, error))
+                continue
+            size = result.color.numel() * result.color.itemsize
+            notes = (*picture.origin.notes, *io.not_kept(job.target, result))
+            write = writers.submit(write_job, router, job, result, upscaled, **saving)
+            writing.append((Outcome(job, stats=upscaled.stats, notes=notes), size, write))
+            # No reference but the writer's: the memory is free as soon as the file is written.
+            del picture, result, upscaled, write, future
+    finally:
+        # What is being written becomes whole; nothing else is begun.
+        readers.shutdown(cancel_futures=True)
+        writers.shutdown(cancel_futures=True)
+
+
+def _ahead(
+    jobs: Sequence[Job], readers: ThreadPoolExecutor, drop_alpha: bool, reading_options: Mapping[str, Any]
+) -> Iterator[tuple[Job, Future[io.Picture]]]:
+    """The pictures of all jobs, read while those before are worked on."""
+    rest, reading = deque(jobs), deque[tuple[Job, Future[io.Picture]]]()
+    while rest or reading:
+        while rest and len(reading) < AHEAD + 1:
+            job = rest.popleft()
+            reading.append((job, readers.submit(read_job, job, drop_alpha, **reading_options)))
+        yield reading.popleft()
+
+
+def is_done(job: Job, since: float = 0.0) -> bool:
+    """Whether the results of a job are there, and no older than its source, nor than `since` in seconds."""
+    try:
+        age = max(job.source.stat().st_mtime_ns, int(since * 1e9))
+        return all(path.stat().st_mtime_ns >= age for path in (job.target, job.class_map) if path is not None)
+    except OSError:
+        return False
+
+
+def _blocked(job: Job) -> str:
+    """Why the results of a job cannot be written; empty where they can."""
+    for path in (job.target, job.class_map):
+        if path is not None and (reason := why_not_writable(path, folders=True)):
+            return f"cannot write {path}: {reason}"
+    return ""
+
+
+def _ended(written: tuple[Outcome, int, Future[None]]) -> Outcome:
+    outcome, _, future = written
+    try:
+        future.result()
+    except Exception as error:
+        return Outcome(outcome.job, _reason(outcome.job, error))
+    return outcome
+
+
+def _reason(job: Job, error: BaseException) -> str:
+    if isinstance(error, io.ImageError):
+        return str(error)
+    lines = str(error).splitlines() or ["out of memory" if isinstance(error, MemoryError) else type(error).__name__]
+    # What nobody foresaw says at least what it is.
+    kind = "" if isinstance(error, EXPECTED) or lines[0] == type(error).__name__ else f"{type(error).__name__}: "
+    return f"cannot upscale {job.source}: {kind}{lines[0]}"
+
+
+def read_job(job: Job, drop_alpha: bool = False, **reading: Any) -> io.Picture:
+    """The picture of a job; `reading` are arguments of :func:`fastroute.io.read_picture`."""
+    picture = io.read_picture(job.source, **reading)
+    return replace(picture, alpha=None) if drop_alpha else picture
+
+
+def check_target(router: Router, job: Job, picture: io.Picture, **options: Any) -> None:
+    """Fail now if the target cannot hold the result.
+
+    Raises:
+        fastroute.io.ImageError: see :func:`fastroute.io.check_holds`.
+    """
+    io.check_holds(job.target, *result_size(router, picture, **options), picture.alpha)
+
+
+def write_job(router: Router, job: Job, result: io.Picture, upscaled: Upscaled, **saving: Any) -> None:
+    """Write what a job made: the class map, then the target; `saving` are arguments of :func:`fastroute.io.write_picture`."""
+    if job.class_map is not None:
+        job.class_map.parent.mkdir(parents=True, exist_ok=True)
+        io.write_image(job.class_map, overlay(router, result, upscaled))
+    job.target.parent.mkdir(parents=True, exist_ok=True)
+    io.write_picture(job.target, result, **saving)
+
+
+def overlay(router: Router, result: io.Picture, upscaled: Upscaled) -> Any:
+    """The picture of the classes, uint8 (3, H, W)."""
+    color = result.as_bits(8).color
+    if not isinstance(router, PatchRouter):
+        return class_overlay(color, upscaled.class_map, None, router.num_classes)
+    scale, margin = router.scale, 0
+    if router.border == EDGE:
+        # The class map is that of the continued image.
+        color, margin = shown_continued(color, scale), MARGIN * scale
+    height, width = color.shape[1] // scale, color.shape[2] // scale
+    shown = class_overlay(color, upscaled.class_map, TileGrid(height, width, router.patch, router.stride, scale),
+                          router.num_classes)  # fmt: skip
+    return shown[:, margin : shown.shape[1] - margin, margin : shown.shape[2] - margin]
+
+
+def result_size(router: Router, picture: io.Picture, **options: Any) -> tuple[int, int]:
+    """Height and width of what `upscale` makes of `picture`."""
+    if isinstance(router, PatchRouter):
+        return picture.height * router.scale, picture.width * router.scale
+    return router.output_size(picture.height, picture.width, options.get("scale"), options.get("size"))

@@ -1,0 +1,396 @@
+"""From a name or a checkpoint to an upscaler."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import warnings
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastroute import buffers
+from fastroute._contexts import levels_to_caller, ordinarily
+from fastroute.catalogue import DEFAULT_MODEL, WEIGHTS, list_models
+from fastroute.engines import ANY, TORCH, check_engine
+from fastroute.grid import usual_stride
+from fastroute.models import arm as arm_models
+from fastroute.models.arm import ARM
+from fastroute.models.carn import CARN, RGB_MEAN
+from fastroute.models.checkpoints import CheckpointError, fitted, read_checkpoint, short, state_dict_of
+from fastroute.models.classsr import ClassSR, PatchClassifier
+from fastroute.models.fsrcnn import FSRCNN
+from fastroute.models.pcsr import PCSR
+from fastroute.models.precision import check_precision
+from fastroute.models.rcan import RCAN
+from fastroute.models.scales import scale_of_flat_images, scale_of_shapes
+from fastroute.models.srresnet import SRResNet
+from fastroute.patch.patch_router import PatchRouter
+from fastroute.pixel.pixel_router import PixelRouter
+from fastroute.runtime.border import ZERO, check_border
+
+# The weight by which a backbone is known; its first size is the width.
+FIRST_LAYERS = {
+    "fsrcnn": "head_conv.0.weight",
+    "carn": "entry.weight",
+    "srresnet": "conv_first.weight",
+    "rcan": "head.0.weight",
+}
+# Beyond any network that has been published: what a file says is not built before it is believed.
+LARGEST = {"scale": 64, "patch": 4096, "stride": 4096}
+MOST_PARTS = 1000
+
+
+@ordinarily
+def load(
+    name_or_path: str | Path = DEFAULT_MODEL,
+    device: str | torch.device = "cpu",
+    scale: float | None = None,
+    patch: int | None = None,
+    stride: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    tune: bool = True,
+    window: str | Tensor | None = None,
+    batch: int | None = None,
+    engine: str = TORCH,
+    border: str = ZERO,
+    merge: int | None = None,
+) -> PatchRouter | PixelRouter:
+    """An upscaler from a shipped model or a checkpoint file.
+
+    Args:
+        name_or_path: a name that :func:`list_models` gives, or a file (.pth, .pt or .safetensors): ClassSR or CDNSR over
+            FSRCNN, CARN, SRResNet or RCAN in their published layout; ARM with its table, as `fastroute train` writes it;
+            PCSR over FSRCNN or CARN as published or as `fastroute train` writes it; or one of those networks alone, or as
+            PCSR's code stores it.
+        device: where to run.
+        scale: upscaling factor. Default: that which the file says, or the shapes of its weights. FSRCNN's are the same at 2, 3
+            and 4, and its published files do not say: the factor is then the one at which flat images stay flat, and 4 where
+            that does not tell; both with a warning where it is not certain. PCSR has any factor; this one is that of calls
+            that give none.
+        patch, stride: LR patch size and distance of patches. Default: what the file says; else 32, and as distance
+            :func:`fastroute.grid.usual_stride`.
+        dtype: in which the networks compute: float32, bfloat16, float16 or float64. Images keep their own type; sums, means
+            and what is added last are float32 in a half network too.
+        tune: find out on the work of calls how the branches run fastest, see :class:`fastroute.PatchRouter`.
+        window, batch, merge: see :class:`fastroute.PatchRouter`; not for PCSR. By default the window is "hann": it hides the
+            grid of the patches, at no cost in time or PSNR. ``window="uniform", merge=1`` is what was published.
+        border: "zero" or "edge", see :class:`fastroute.PatchRouter`.
+        engine: what executes the branches, see :meth:`fastroute.PatchRouter.compile`.
+
+    Returns:
+        :class:`fastroute.PatchRouter`, or for PCSR :class:`fastroute.PixelRouter`; call its `upscale`.
+
+    Raises:
+        ValueError: a device that cannot be used, float16 on a CPU that has no convolutions of it, or a scale, patch or
+            stride that is impossible, or an engine that cannot be used.
+        fastroute.CheckpointError: no such model or file, a damaged file, a model of another scale than asked for, or another
+            architecture (the message names the keys that do not fit).
+
+    Warns:
+        UserWarning: the upscaling factor is not certain.
+    """
+    device = usable_device(device)
+    check_precision("load", dtype, device)
+    asked = _asked(scale, patch, stride)
+    asked |= {name: value for name, value in (("window", window), ("batch", batch), ("merge", merge)) if value is not None}
+    asked["border"] = check_border("load", border)
+    if engine not in (TORCH, ANY):
+        check_engine(engine, device, dtype)
+    router = _load(weights_of(name_or_path), asked).to(device, dtype)
+    if isinstance(router, PatchRouter):
+        router.networks.tune = tune
+    return router if engine == TORCH else router.compile(engine)
+
+
+def _load(path: Path, asked: dict[str, Any]) -> PatchRouter | PixelRouter:
+    """What the file holds, in float32 on the CPU."""
+    content, metadata = read_checkpoint(path)
+    settings = _settings(metadata, path)
+    model = content.get("model")
+    published = isinstance(model, Mapping) and model.get("name") == "pcsr-phase1"
+    if not published and isinstance(model, Mapping) and isinstance(model.get("sd"), Mapping):
+        # PCSR's format names the network beside its weights.
+        arguments = model.get("args")
+        for name in ("upscale", "scale"):
+            if isinstance(arguments, Mapping) and name in arguments:
+                settings["scale"] = _positive(arguments[name], "scale", path)
+        content = model["sd"]
+    try:
+        if published:
+            published_state = state_dict_of(PCSR.published_state(content), path)
+            pcsr = fitted(lambda: PCSR.of_specification(content), published_state, path)
+            return _pixel_router(pcsr, settings, asked)
+        state = state_dict_of(content, path)
+        if "classifier.layers.0.weight" in state:
+            pcsr = fitted(lambda: _pcsr(state, settings.get("mean")), state, path)
+            return _pixel_router(pcsr, settings, asked)
+        return _router(state, path, settings, asked)
+    except CheckpointError:
+        raise
+    except (ValueError, ArithmeticError, LookupError, TypeError, AttributeError, RuntimeError) as error:
+        if buffers.is_exhausted(error):
+            raise
+        raise CheckpointError(f"cannot use {path}{' as PCSR' if published else ''}: {error}") from error
+
+
+def weights_of(name_or_path: str | Path) -> Path:
+    """The file of a shipped model, or the one that is named.
+
+    Raises:
+        fastroute.CheckpointError: neither is there.
+    """
+    if str(name_or_path) in list_models():
+        return WEIGHTS / f"{name_or_path}.safetensors"
+    path = Path(name_or_path)
+    try:
+        exists = path.exists()
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"cannot read {short(path)}: {getattr(error, 'strerror', None) or error}") from error
+    if not exists and not path.suffix:
+        raise CheckpointError(f"no model or file {short(name_or_path)!r}; the models are {', '.join(list_models()) or 'none'}")
+    return path
+
+
+def _asked(scale: float | None, patch: int | None, stride: int | None) -> dict[str, Any]:
+    """What a caller gave, once it is possible."""
+    asked = {name: value for name, value in (("scale", scale), ("patch", patch), ("stride", stride)) if value is not None}
+    for name, value in asked.items():
+        wanted = "positive and finite" if name == "scale" else "a positive whole number"
+        known = isinstance(value, int) or (name == "scale" and isinstance(value, float))
+        if not known or isinstance(value, bool) or not 0 < value < math.inf:
+            raise ValueError(
+                f"load: {name} must be {wanted}; got {value!s:.40}"
+                if known
+                else f"load: {name} must be {wanted}; got {value!r}"
+            )
+        if value > LARGEST[name]:
+            raise ValueError(f"load: {name} must be at most {LARGEST[name]}; got {value!s:.40}")
+    if patch is not None and stride is not None and stride > patch:
+        raise ValueError(f"load: stride must be at most patch ({patch}), or pixels between patches are lost; got {stride}")
+    return asked
+
+
+def usable_device(name: str | torch.device) -> torch.device:
+    """The device `name`, once a tensor could be made there.
+
+    Raises:
+        ValueError: no such device, or none that works; the message says why.
+    """
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        # Torch goes on to list every backend there is.
+        reason = str(error).splitlines()[0].split(". ")[0].split(", ipu")[0]
+        raise ValueError(f"device {str(name)!r} cannot be used: {reason}") from error
+    if device.type == "meta":
+        raise ValueError("device 'meta' cannot be used: its tensors hold no values")
+    return device
+
+
+def _settings(metadata: Mapping[str, str], path: Path) -> dict[str, Any]:
+    """The options in a file's metadata that a router needs."""
+    found: dict[str, Any] = {}
+    for name in ("scale", "patch", "stride", "input_range", "mean"):
+        if name in metadata:
+            try:
+                value = json.loads(metadata[name])
+            except (ValueError, RecursionError) as error:
+                raise CheckpointError(f"cannot use {path}: its {name} is {metadata[name][:80]!r}, not a number") from error
+            found[name] = _numbers(value, name, path) if name in ("input_range", "mean") else _positive(value, name, path)
+    return found
+
+
+def _positive(value: object, name: str, path: Path) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise CheckpointError(f"cannot use {path}: its {name} must be a positive whole number; it is {str(value)[:80]!r}")
+    if value > LARGEST[name]:
+        raise CheckpointError(f"cannot use {path}: its {name} must be at most {LARGEST[name]}; it is {value:.3g}")
+    return value
+
+
+def _numbers(value: object, name: str, path: Path) -> Any:
+    """A finite number, or a list of at most four where several are meant."""
+    values = value if name == "mean" and isinstance(value, list) and 0 < len(value) <= 4 else [value]
+    if not all(isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v) for v in values):
+        raise CheckpointError(f"cannot use {path}: its {name} must be finite numbers; it is {value!r}")
+    return value
+
+
+def _pixel_router(pcsr: PCSR, settings: Mapping[str, Any], asked: Mapping[str, Any]) -> PixelRouter:
+    for name in ("patch", "stride", "window", "batch", "merge"):
+        if name in asked:
+            raise ValueError(f"PCSR routes pixels and has no {name}; leave {name} out")
+    return PixelRouter(pcsr, scale=asked.get("scale", settings.get("scale", 4)), border=asked["border"])
+
+
+def _router(state: dict[str, Tensor], path: Path, settings: Mapping[str, Any], asked: Mapping[str, Any]) -> PatchRouter:
+    patch = asked.get("patch", settings.get("patch", 32))
+    # The stride of a file belongs to its patch.
+    stride = asked.get("stride", settings.get("stride", usual_stride(patch)) if "patch" not in asked else usual_stride(patch))
+    if stride > patch:
+        raise CheckpointError(
+            f"cannot use {path}: its stride of {stride} is above its patch of {patch}, so pixels between them would be lost; "
+            f"say stride={usual_stride(patch)}, on the command line --stride {usual_stride(patch)}"
+        )
+    how = {"window": "hann"} | {name: asked[name] for name in ("window", "batch", "border", "merge") if name in asked}
+    if "classifier.table.psnr" in state:
+        scale = _scale(state, "network.", path, settings, asked)
+        arm = fitted(lambda: _arm(state, scale, patch), state, path)
+        if not arm.table.ready:
+            raise CheckpointError(f"cannot use {path}: its table holds no measurements; train the table on images first")
+        return PatchRouter(arm.branches, arm.classifier, patch, stride, scale, costs=arm.costs(patch), **how)
+    options = {name: settings[name] for name in ("input_range", "mean") if name in settings}
+    for backbone, name in FIRST_LAYERS.items():
+        widths = _widths(state, rf"net(\d+)\.{re.escape(name)}")
+        if widths:
+            scale = _scale(state, f"net{len(widths)}.", path, settings, asked)
+            system = fitted(partial(_classsr, backbone, state, widths, scale, options), state, path)
+            return PatchRouter(system.branches, system.classifier, patch, stride, scale, **how)
+        alone = _widths(state, rf"{re.escape(name)}()")
+        if alone:
+            scale = _scale(state, "", path, settings, asked)
+            network = fitted(partial(_network, backbone, state, "", alone[0], scale, **options), state, path)
+            return PatchRouter([network], None, patch, stride, scale, **how)
+    known = ", ".join(f"{backbone} ({name})" for backbone, name in FIRST_LAYERS.items())
+    raise CheckpointError(
+        f"{path} is of no known architecture; known are ClassSR and CDNSR (classifier.*, net1.*, …), ARM (network.*, "
+        f"classifier.table.*), PCSR, and networks alone: {known}; its keys begin with {', '.join(list(state)[:4])}"
+    )
+
+
+def _classsr(
+    backbone: str, state: Mapping[str, Tensor], widths: Sequence[int], scale: int, options: Mapping[str, Any]
+) -> ClassSR:
+    branches = [_network(backbone, state, f"net{k}.", w, scale, **options) for k, w in enumerate(widths, start=1)]
+    layers = _count(state, "", r"classifier\.CondNet\.(\d+)\.weight")
+    first = state.get("classifier.CondNet.0.weight")
+    width = len(first) if first is not None and first.ndim == 4 and len(first) else 128
+    return ClassSR(branches, PatchClassifier(len(branches), width, layers=max(layers, 2)))
+
+
+def _scale(state: Mapping[str, Tensor], prefix: str, path: Path, settings: Mapping[str, Any], asked: Mapping[str, Any]) -> int:
+    """The factor that was asked for, or that of the file, its shapes or its weights, in this order; they must agree."""
+    widths = {backbone: _widths(state, re.escape(prefix + name) + "()") for backbone, name in FIRST_LAYERS.items()}
+    backbone, width = next(((backbone, found[0]) for backbone, found in widths.items() if found), ("", 0))
+    shaped = scale_of_shapes(backbone, state, prefix, width) if width else None
+    if shaped is not None:
+        shaped = _positive(shaped, "scale", path)
+    known = settings.get("scale", shaped)
+    if "scale" in asked:
+        scale = asked["scale"]
+        if scale != int(scale):
+            raise ValueError(f"its networks upscale by whole factors alone; got scale={scale:g}")
+        if known is not None and scale != known:
+            raise CheckpointError(f"cannot use {path}: it upscales by {known} alone; got scale={scale:g}")
+        return int(scale)
+    if known is not None or not width:
+        return known or 4
+
+    def build(scale: int) -> nn.Module:
+        with torch.device("meta"):
+            network = _network(backbone, state, prefix, width, scale)
+        own = {key.removeprefix(prefix): value.float() for key, value in state.items() if key.startswith(prefix)}
+        network.load_state_dict(own, assign=True)
+        return network
+
+    try:
+        judged = scale_of_flat_images(build)
+    except (RuntimeError, ValueError):
+        # Weights that do not fit are refused by their names, later.
+        judged = None
+    if judged != 4:
+        reason = (
+            "the weights keep flat images flat at no factor from 2 to 4 or at several, so 4 is assumed"
+            if judged is None
+            else f"the weights keep flat images flat at a factor of {judged} alone, so that is taken"
+        )
+        warnings.warn(
+            f"{path} does not say its upscaling factor, and FSRCNN has equal shapes at 2, 3 and 4: {reason}; "
+            "say which it is by scale=N, on the command line --scale N",
+            stacklevel=levels_to_caller(),
+        )
+    return judged or 4
+
+
+def _network(
+    backbone: str,
+    state: Mapping[str, Tensor],
+    prefix: str,
+    width: int,
+    scale: int,
+    input_range: float = 255,
+    mean: Sequence[float] = RGB_MEAN,
+) -> nn.Module:
+    """The network under `prefix`; its depth and layout are read off its keys and shapes, since published ones differ."""
+    entry = state.get(prefix + FIRST_LAYERS[backbone])
+    channels = entry.shape[1] if entry is not None and entry.ndim == 4 else 3
+    if backbone == "fsrcnn":
+        shrink = state.get(f"{prefix}body_conv.0.0.weight")
+        narrow = len(shrink) if shrink is not None and shrink.ndim == 4 and len(shrink) >= channels else 12
+        depth = _count(state, prefix, r"body_conv\.(\d+)\.weight", 4)
+        return FSRCNN(width, scale, narrow, depth, channels)
+    if backbone == "carn":
+        inner = state.get(f"{prefix}upsample.up.body.0.weight")
+        groups = width // inner.shape[1] if inner is not None and inner.ndim == 4 and 0 < inner.shape[1] <= width else 4
+        mean_layers, batch_norm = f"{prefix}sub_mean.weight" in state, f"{prefix}c1.1.weight" in state
+        return CARN(width, scale, groups, channels, True, mean, mean_layers, batch_norm)
+    if backbone == "srresnet":
+        return SRResNet(width, scale, max(1, _count(state, prefix, r"recon_trunk\.(\d+)\.conv1\.weight")), channels)
+    groups = _count(state, prefix, r"body\.(\d+)\.body\.0\.body\.0\.weight")
+    blocks = _count(state, prefix, r"body\.0\.body\.(\d+)\.body\.0\.weight")
+    squeeze = state.get(f"{prefix}body.0.body.0.body.3.conv_du.0.weight")
+    reduction = width // len(squeeze) if squeeze is not None and squeeze.ndim == 4 and 0 < len(squeeze) <= width else 16
+    return RCAN(width, scale, max(1, groups), max(1, blocks), reduction, input_range=input_range)
+
+
+def _arm(state: Mapping[str, Tensor], scale: int, patch: int) -> ARM:
+    for backbone, name in FIRST_LAYERS.items():
+        whole = _widths(state, rf"network\.{re.escape(name)}()")
+        if whole and backbone in arm_models.BACKBONES:
+            widths = state["widths"].flatten().tolist() if "widths" in state else []
+            # Nothing is built before the numbers agree with the weights.
+            if widths[-1:] != whole or not all(isinstance(w, int) and 0 < w <= whole[0] for w in widths):
+                raise ValueError(f"its widths must rise to {whole[0]}, that of its network; they are {widths}")
+            return ARM(backbone, widths, scale, bins=state["classifier.table.psnr"].shape[-1], patch=patch)
+    raise ValueError(
+        "it has a table, but no network of a known architecture; its keys begin with " + ", ".join(list(state)[:4])
+    )
+
+
+def _pcsr(state: Mapping[str, Tensor], mean: Sequence[float] | None = None) -> PCSR:
+    def widths(prefix: str) -> list[int]:
+        """Sizes of the layers of an MLP, its last one included."""
+        pattern = rf"{prefix}\.layers\.(\d{{1,9}})\.weight"
+        found = {int(m[1]): len(v) for k, v in state.items() if v.ndim and (m := re.fullmatch(pattern, k))}
+        return [found[number] for number in sorted(found)]
+
+    for backbone, name in FIRST_LAYERS.items():
+        width = _widths(state, rf"encoder\.{re.escape(name)}()")
+        if width and backbone in ("fsrcnn", "carn"):
+            carn = backbone == "carn"
+            encoder = CARN(width[0], upsample=False) if carn else FSRCNN(width[0], upsample=False)
+            classifier = widths("classifier")
+            # One without layers is free.
+            hidden = [layers[:-1] if (layers := widths(rf"upsamplers\.{k}")) else None for k in range(min(classifier[-1], 256))]
+            return PCSR.build(encoder, hidden, classifier[:-1], mean or (RGB_MEAN if carn else None))
+    raise ValueError(f"it has a pixel classifier, but no known encoder; its keys begin with {', '.join(list(state)[:4])}")
+
+
+def _count(state: Mapping[str, Tensor], prefix: str, pattern: str, dimensions: int | None = None) -> int:
+    """How many different numbers the keys under `prefix` have at the group of `pattern`, of tensors of so many dimensions."""
+    found = {m[1]: value for key, value in state.items() if (m := re.fullmatch(re.escape(prefix) + pattern, key))}
+    if len(found) > MOST_PARTS:
+        raise ValueError(f"it has {len(found)} parts {prefix}{pattern}, where a network has at most {MOST_PARTS}")
+    return sum(dimensions in (None, value.ndim) for value in found.values())
+
+
+def _widths(state: Mapping[str, Tensor], pattern: str) -> list[int]:
+    found = {int(m[1] or 0): v.shape[0] for k, v in state.items() if (m := re.fullmatch(pattern, k)) and v.ndim == 4 and len(v)}
+    return [found[k] for k in sorted(found)]

@@ -1,0 +1,142 @@
+"""All passes of a band through the branches: side by side where that is faster, whatever classes and shapes they have."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fastroute.engines import TORCH
+from fastroute.models.adapters import as_module
+from fastroute.ops.merge_regions import MERGES
+from fastroute.patch.branches import Branches
+from fastroute.profiling import observed
+from fastroute.runtime.memory_plan import LiveBytes
+from fastroute.runtime.results import Stopwatch
+from fastroute.runtime.threads import side_by_side, workers
+
+# Patches along a block where nobody says anything else, and bytes that a region of so many may take in a branch: the same on
+# every machine, since the result depends on it.
+MERGE, REGION_BYTES = 4, 512 << 20
+
+
+@dataclass(frozen=True)
+class Pass:
+    """Some patches of one job, on their way through the branch of class `c`.
+
+    Attributes:
+        number: of the job.
+        c: class.
+        module: what runs.
+        part: (n, C, h, w).
+        given: type of what comes out.
+    """
+
+    number: int
+    c: int
+    module: nn.Module
+    part: Tensor
+    given: torch.dtype
+
+    def run(self) -> tuple[Tensor, float]:
+        """What comes out, and the seconds that it took."""
+        begin = time.perf_counter()
+        return self.module(self.part).to(self.given), time.perf_counter() - begin
+
+
+def run_jobs(networks: Branches, jobs: Sequence[tuple[int, Tensor]], watch: Stopwatch) -> list[list[Tensor]]:
+    """What the branches make of every job, pass by pass, in the order of `jobs`.
+
+    Args:
+        networks: the branches.
+        jobs: a class and patches, or regions of one shape, (N, C, h, w) each.
+        watch: takes the time of each class.
+    """
+    results: list[list[Tensor]] = [[] for _ in jobs]
+    waiting: list[Pass] = []
+    compiled: dict[int, list[int]] = {}  # jobs of classes that another engine runs
+    for number, (c, patches) in enumerate(jobs):
+        setting = networks.setting(c, patches.device)
+        if not networks.settled(c, patches.device):
+            with watch.stage("branches", c):
+                results[number] = networks.run(c, patches)
+        elif setting.engine != TORCH:
+            compiled.setdefault(c, []).append(number)
+        elif setting.parallel:
+            module, parts, given = networks.pieces(c, patches, setting)
+            waiting += [Pass(number, c, module, part, given) for part in parts]
+        else:
+            with watch.stage("branches", c):
+                results[number] = networks.run(c, patches)
+    for c, numbers in compiled.items():
+        with watch.stage("branches", c):
+            found = networks.programmed(c, [jobs[number][1] for number in numbers])
+        for number, result in zip(numbers, found, strict=True):
+            results[number] = result
+    _run_waiting(networks, waiting, results, watch)
+    return results
+
+
+def _run_waiting(networks: Branches, waiting: list[Pass], results: list[list[Tensor]], watch: Stopwatch) -> None:
+    if len(waiting) < workers():
+        # Some threads would have nothing to do: they share the layers instead.
+        for one in waiting:
+            with watch.stage("branches", one.c):
+                results[one.number].append(one.run()[0])
+        return
+    # The longest first, so that the threads end together.
+    order = sorted(range(len(waiting)), key=lambda i: -waiting[i].part.numel() * networks.flops[waiting[i].c])
+    begin = time.perf_counter()
+    with watch.stage("branches"):
+        done = dict(zip(order, side_by_side(lambda i: waiting[i].run(), order), strict=True))
+    wall, seconds = time.perf_counter() - begin, dict.fromkeys((one.c for one in waiting), 0.0)
+    for i, one in enumerate(waiting):
+        results[one.number].append(done[i][0])
+        seconds[one.c] += done[i][1]
+    total = sum(seconds.values()) or 1.0
+    watch.move("branches", "branches", {c: wall * own / total for c, own in seconds.items()})
+
+
+def chosen_merge(networks: Branches, stride: int, asked: int | None) -> int:
+    """The side of a block of patches that may run as one region, see :class:`fastroute.PatchRouter`.
+
+    Raises:
+        ValueError: `asked` is none, or the branches cannot.
+    """
+    if asked is not None and (isinstance(asked, bool) or asked not in MERGES):
+        raise ValueError(f"PatchRouter: merge must be one of {MERGES}, or None; got {asked!r}")
+    takes = asked == 1 or takes_regions(networks, stride)
+    if asked is not None and not takes:
+        raise ValueError(f"PatchRouter: merge must be 1 for branches that take no other size than a patch; got {asked}")
+    if asked is not None or not takes:
+        return asked or 1
+    patch, merge = networks.size[2], MERGE
+    bytes_of_patch = max(networks.pass_bytes(c, networks.device) for c in range(len(networks.modules)))
+    while merge > 1 and bytes_of_patch * ((patch + (merge - 1) * stride) / patch) ** 2 > REGION_BYTES:
+        merge //= 2
+    return merge
+
+
+def takes_regions(networks: Branches, stride: int) -> bool:
+    """Whether all branches map rectangles of several patches, `stride` pixels apart, as they map patches."""
+    height, width = networks.size[2] + stride, networks.size[3] + 3 * stride
+    sizes = (1, networks.channels, height, width)
+    return all(_maps_size(module, sizes, networks.reads(c)) for c, module in enumerate(networks.modules))
+
+
+def _maps_size(module: nn.Module, size: tuple[int, int, int, int], dtype: torch.dtype) -> bool:
+    """Whether `module` takes an input of `size` and gives one of the same proportions, found without running it."""
+    shapes: list[torch.Size] = []
+
+    def note(output: Tensor) -> Tensor:
+        shapes.append(output.shape)
+        return output
+
+    try:
+        observed(nn.Sequential(module, as_module("PatchRouter", "branches", note)), size, dtype, LiveBytes)
+    except Exception:  # whatever a network that wants another size raises
+        return False
+    return len(shapes[-1]) == 4 and shapes[-1][2] * size[3] == shapes[-1][3] * size[2]

@@ -1,0 +1,197 @@
+"""Regions of the patch path: which patches run together, what that costs, and the classes that fit in a budget with it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from fastroute.budget.limits import dearest
+from fastroute.grid import TileGrid
+from fastroute.ops.assign_classes import assign_classes
+from fastroute.ops.group_by_class import group_by_class
+from fastroute.ops.merge_regions import Regions, merge_regions, region_pixels
+from fastroute.patch.bands import Band, band_of_patches
+
+# A budget of merged classes is spent to this share of it, in so many steps at most: each assigns and merges all patches.
+SPENT, STEPS = 0.998, 10
+# Shares of a budget that are tried at once where a step would wait.
+AT_ONCE = 16
+# A step keeps away from the ends of what is left to search, or the search could creep along one of them.
+INSIDE = 0.1
+
+Shape = tuple[int, int]  # height and width in LR pixels
+
+
+@dataclass(frozen=True)
+class Merging:
+    """How a router merges the patches of images of one size.
+
+    Attributes:
+        grid: where the patches lie.
+        merge: side of a block in patches, see :func:`fastroute.merge_regions`; 1 leaves every patch on its own.
+        promote: whether patches may run in a higher class than their own where that costs less.
+    """
+
+    grid: TileGrid
+    merge: int
+    promote: bool = True
+
+    @property
+    def shapes(self) -> list[Shape]:
+        """Height and width of every shape of region, see :meth:`fastroute.TileGrid.region_shapes`."""
+        return self.grid.region_shapes(self.merge)
+
+    @property
+    def sizes(self) -> list[float]:
+        """LR pixels of every shape of region, in patches."""
+        return [height * width / self.grid.patch**2 for height, width in self.shapes]
+
+    def table(self, costs: Sequence[float], device: torch.device) -> Tensor:  # [K, S]
+        """Cost of every class and shape, from the cost of a patch in each class."""
+        # Made on the device: a copy from the host would wait.
+        sizes = region_pixels(self.grid, self.merge, device) / self.grid.patch**2
+        return torch.stack([sizes * float(cost) for cost in costs]).float()
+
+    def regions(self, class_ids: Tensor, costs: Sequence[float]) -> Regions:  # [N]
+        """The regions of `class_ids`, the cheapest where a patch of each class costs `costs`."""
+        return merge_regions(class_ids, self.grid, self.table(costs, class_ids.device), self.merge, self.promote)
+
+    def spent(self, class_ids: Tensor, costs: Sequence[float]) -> Tensor:  # [N] -> []
+        """What `class_ids` cost as regions."""
+        table = self.table(costs, class_ids.device).double().flatten()
+        each = torch.cat([table, table.new_zeros(1)])  # nothing for a patch within a region
+        return each[self.regions(class_ids, costs).group].sum()
+
+    def patches(self) -> float:
+        """LR pixels of an image all of whose patches are of one class, in patches."""
+        return _one_class(self.grid, self.merge)
+
+
+@lru_cache(maxsize=256)
+def _one_class(grid: TileGrid, merge: int) -> float:
+    one_class = torch.zeros(grid.num_patches, dtype=torch.int64, device="cpu")
+    return float(Merging(grid, merge).spent(one_class, [1.0]))
+
+
+def assign_merged(
+    score: Tensor, costs: Sequence[float], allowed: float, spent: Callable[[Tensor], Tensor]
+) -> Tensor:  # [N, K] -> [N]
+    """Classes whose regions cost at most `allowed`; the cheapest class everywhere where that is too little.
+
+    Regions cost less than the sum of their patches. So patches are given more than `allowed`, step by step, as long as what
+    they cost as regions stays within it. On a GPU, which would have to be waited for at every step, a number of shares are
+    tried at once, and the device takes the best.
+
+    Args:
+        score: of all patches.
+        costs: of a patch in each class.
+        allowed: in the unit of `costs`, for all patches.
+        spent: what classes cost as regions.
+    """
+    most, number = max(costs), max(score.shape[0], 1)
+    low, high = min(max(allowed / (number * most), min(costs) / most), 1.0), 1.0
+    if score.device.type != "cpu":
+        shares = [low + (high - low) * n / (AT_ONCE - 1) for n in range(AT_ONCE)]
+        tried = torch.stack([assign_classes(score, costs, budget=share) for share in shares])
+        spending = torch.stack([spent(ids) for ids in tried])
+        fitting = torch.where(spending <= allowed, spending, -1.0)
+        # The first where none fits.
+        return tried.index_select(0, fitting.argmax().view(1))[0]
+    best = assign_classes(score, costs, budget=low)
+    used = float(spent(best))
+    if low == high or used > allowed:
+        return best
+    everywhere = torch.full_like(best, dearest(costs))
+    if (above := float(spent(everywhere))) <= allowed:
+        return everywhere
+    for _ in range(STEPS):
+        if used >= SPENT * allowed or (high - low) * number < 1:
+            break
+        share = (allowed - used) / max(above - used, 1e-300)
+        middle = low + (high - low) * min(max(share, INSIDE), 1 - INSIDE)
+        ids = assign_classes(score, costs, budget=middle)
+        if (cost := float(spent(ids))) <= allowed:
+            low, used, best = middle, cost, ids
+        else:
+            high, above = middle, cost
+    return best
+
+
+@dataclass(frozen=True)
+class SortedRegions:
+    """All regions of a call, sorted by band, class and shape: what is cut out and runs together lies together.
+
+    Attributes:
+        class_ids: (N,), the class in which every patch runs.
+        region: (N,), the first patch of its region; None where each is on its own.
+        order, inverse: (N,), see :class:`fastroute.ClassGroups`; of a band first the patches that begin a region, then others.
+        offsets: where every band, class and shape begins in `order`.
+        shapes: of regions.
+        patches: of each class.
+        work: of each class, LR pixels that it runs on, in patches.
+    """
+
+    class_ids: Tensor
+    region: Tensor | None
+    order: Tensor
+    inverse: Tensor
+    offsets: list[int]
+    shapes: list[Shape]
+    patches: list[int]
+    work: list[float]
+
+    @property
+    def _groups(self) -> int:
+        own = len(self.patches) * len(self.shapes)
+        return own if self.region is None else own + 1
+
+    def of_band(self, number: int) -> Iterator[tuple[int, Shape, Tensor]]:
+        """Class, shape and patches that begin a region, for each class and shape of which band `number` has any."""
+        first = number * self._groups
+        for group in range(len(self.patches) * len(self.shapes)):
+            begin, end = self.offsets[first + group], self.offsets[first + group + 1]
+            if begin < end:
+                yield group // len(self.shapes), self.shapes[group % len(self.shapes)], self.order[begin:end]
+
+    def regions_of(self, number: int) -> int:
+        """Number of regions of band `number`."""
+        first = number * self._groups
+        return self.offsets[first + len(self.patches) * len(self.shapes)] - self.offsets[first]
+
+
+def sort_regions(class_ids: Tensor, costs: Sequence[float], merging: Merging, bands: list[Band]) -> SortedRegions:  # [N]
+    """The regions of `class_ids`, sorted; waits for the device once.
+
+    Args:
+        class_ids: the class of every patch, or one above the last where ids are given and may be wrong.
+        costs: of a patch in each class, by which they are merged.
+        merging: how.
+        bands: what is routed together.
+
+    Raises:
+        ValueError: a class out of range.
+    """
+    classes, device = len(costs), class_ids.device
+    region, shapes, group, groups = None, [(merging.grid.patch, merging.grid.patch)], class_ids, classes
+    if merging.merge > 1:
+        merged = merging.regions(class_ids, costs)
+        class_ids, region, group, shapes = merged.class_ids, merged.region, merged.group, merging.shapes
+        groups = classes * len(shapes) + 1
+    per_class = group_by_class(class_ids, classes).offsets
+    if len(bands) > 1:
+        # Band-major: one sort gives the regions of every band.
+        group = band_of_patches(bands, merging.grid, device) * groups + group
+    sorted_by = group_by_class(group, max(len(bands), 1) * groups)
+    read = torch.cat([per_class, sorted_by.offsets]).tolist()  # the one wait for the device
+    totals, offsets = read[: classes + 1], read[classes + 1 :]
+    sizes, work = [h * w / merging.grid.patch**2 for h, w in shapes], [0.0] * classes
+    for band in range(len(bands)):
+        for number in range(classes * len(shapes)):
+            at = band * groups + number
+            work[number // len(shapes)] += (offsets[at + 1] - offsets[at]) * sizes[number % len(shapes)]
+    patches = [totals[c + 1] - totals[c] for c in range(classes)]
+    return SortedRegions(class_ids, region, sorted_by.order, sorted_by.inverse, offsets, shapes, patches, work)

@@ -1,0 +1,139 @@
+"""Any network over overlapping tiles of an image of any size."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastroute import buffers
+from fastroute._arguments import LARGEST_SPAN, whole
+from fastroute._contexts import ordinarily
+from fastroute.models.adapters import as_module, inference_copy
+from fastroute.models.precision import check_precision, probed_dtype
+from fastroute.patch.branches import guess_channels
+from fastroute.patch.patch_router import PatchRouter
+from fastroute.rewrite.optimize import parameter_dtype
+from fastroute.windows import CROP
+
+
+class Tiled(nn.Module):
+    """A network that runs over overlapping tiles; see :func:`tiled`.
+
+    Attributes:
+        router: does the work, as a :class:`fastroute.PatchRouter` of one class.
+        network: the frozen copy that it runs.
+    """
+
+    def __init__(self, router: PatchRouter) -> None:
+        super().__init__()
+        self.router = router
+        self.network = router.branches[0]
+
+    def forward(self, image: Tensor) -> Tensor:  # [B, C, H, W] or [C, H, W]
+        """The image that the network makes of `image`, of its rank and dtype, without gradients; see :func:`tiled`."""
+        return self.router.upscale(image).image
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Tiled:
+        like = torch.empty(0, dtype=self.router.dtype, device=self.router.device)
+        device, dtype = probed_dtype(fn, like)
+        check_precision("tiled", dtype, device)
+        super()._apply(fn, recurse)
+        # .to, .half and the like have changed the weights that the router runs.
+        self.router.to(device, dtype)
+        return self
+
+    def train(self, mode: bool = True) -> Tiled:
+        """The copy of the network stays as it is, in evaluation mode."""
+        self.training = mode
+        return self
+
+
+@ordinarily
+def tiled(
+    model: nn.Module | Callable[[Tensor], Tensor] | Any,
+    patch: int = 128,
+    stride: int | None = None,
+    overlap: int | None = None,
+    scale: int | None = None,
+    window: str | Tensor = CROP,
+    batch: int | None = None,
+    channels: int | None = None,
+    tune: bool = True,
+    merge: int | None = None,
+) -> Tiled:
+    """A network over overlapping tiles, so that an image of any size takes the memory of a few of them.
+
+    Tiles run in batches, in the memory format and the batch size that are fastest on the device. Up to 4 x 4 neighbouring tiles
+    run as one where the network takes inputs of that size, so that their overlaps are computed once. With the window "crop"
+    the result is that of the whole image, up to the order of sums, when the network sees at most `overlap` / 2 pixels around
+    each pixel: along the edges of the image it pads as it would the whole. A network that sees further, as most do, shows seams
+    with "crop" where the overlap is small; "linear" or "hann" blend them. A smaller image is continued by its edge.
+
+    Args:
+        model: any module from (N, C, p, p) to (N, C, p * scale, p * scale), a spandrel model, or a function; copied.
+        patch: side of a tile in input pixels; such as the network takes, a multiple of its windows for example.
+        stride: distance of two tiles, at most `patch`.
+        overlap: `patch` - `stride`, instead of `stride`; default a quarter of the tile.
+        scale: factor between output and input; default that of a first tile.
+        window: how overlaps are merged, see :func:`fastroute.make_window`.
+        batch: tiles per pass; default by measurement, which is remembered.
+        channels: of the images; default those that the model names or its first convolution reads, else 3.
+        merge: side of a block of tiles, 1, 2, 4 or 8, that runs as one larger tile, whose overlaps are computed once; by
+            default as many as 512 MiB allow, up to 4, and 1 for a network that takes no other size than `patch`.
+        tune: find out on the work of calls how the network runs fastest, see :class:`fastroute.PatchRouter`.
+
+    Returns:
+        A module that maps (B, C, H, W) or (C, H, W), floating in [0, 1], uint8 or uint16, to the same type `scale` times as
+        large. A floating image is not clamped. Its `router` has progress bars, statistics and times.
+
+    Raises:
+        ValueError: impossible sizes, both `stride` and `overlap`, or a model that gives something else than one scaled image
+            per tile.
+        TypeError: `model` cannot be called.
+
+    Example:
+        >>> upscale = fastroute.tiled(model, patch=128, overlap=32)
+        >>> image = upscale(image)
+    """
+    whole("tiled", "patch", patch, LARGEST_SPAN)
+    for name, number in (("overlap", overlap), ("channels", channels)):
+        if number is not None:
+            whole("tiled", name, number, LARGEST_SPAN, least=0 if name == "overlap" else 1)
+    if stride is not None and overlap is not None:
+        raise ValueError(f"tiled: give either stride or overlap; got stride={stride} and overlap={overlap}")
+    if overlap is not None and not 0 <= overlap < patch:
+        raise ValueError(f"tiled: overlap must be at least 0 and less than patch ({patch}); got {overlap}")
+    step = stride if stride is not None else patch - (patch // 4 if overlap is None else overlap)
+    network = as_module("tiled", "model", model)
+    factor = probe_scale(network, patch, channels) if scale is None else scale
+    return Tiled(
+        PatchRouter([network], None, patch, step, factor, window, batch=batch, channels=channels, tune=tune, merge=merge)
+    )
+
+
+@torch.inference_mode()
+def probe_scale(network: nn.Module, patch: int, channels: int | None = None) -> int:
+    """The factor between what `network` gives and a tile.
+
+    Raises:
+        ValueError: it is not the same whole number along both axes, or the channels change.
+    """
+    like = next(network.parameters(), torch.empty(0))
+    size = (1, channels or guess_channels([network]), patch, patch)
+    # On a copy: others may be using the network.
+    probe = inference_copy(network, share=True)
+    try:
+        output = probe(torch.full(size, 0.5, dtype=parameter_dtype(network), device=like.device))
+    except RuntimeError as error:
+        if buffers.is_exhausted(error):
+            raise
+        reason = (str(error).splitlines() or [""])[0][:200]
+        raise ValueError(f"tiled: model takes no tiles {size}: {reason}; give channels, or another patch") from error
+    found = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+    factor = output.shape[-1] // patch if isinstance(output, Tensor) and output.ndim else 0
+    if factor < 1 or found != (*size[:2], patch * factor, patch * factor):
+        raise ValueError(f"tiled: model must map {size} to {size[:2]} and a whole multiple of {patch} x {patch}; got {found}")
+    return factor

@@ -1,0 +1,311 @@
+"""One image on the pixel path, from its rows to those of the result."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from fastroute import buffers
+from fastroute.models.pcsr import relative_coordinates
+from fastroute.models.precision import sums_of
+from fastroute.ops import _checks as check
+from fastroute.ops.adaptive_threshold import adaptive_threshold
+from fastroute.ops.assign_classes import assign_classes
+from fastroute.ops.pixel_mlp import Layers, pixel_mlp
+from fastroute.ops.refine_boundaries import refine_boundaries
+from fastroute.pixel import pixel_rows
+from fastroute.pixel.pixel_budget import Sample
+from fastroute.pixel.pixel_rows import Window, budget_sample, sampled_rows
+from fastroute.pixel.pixel_stats import Work
+from fastroute.pixel.request import Request
+from fastroute.reference.extract_patches import to_float
+from fastroute.rewrite.row_stages import MIN_ROWS, rows_in_bands
+from fastroute.runtime.results import Stopwatch
+from fastroute.runtime.rows import RowStream, Source, TensorSource
+from fastroute.runtime.sinks import Sink
+
+if TYPE_CHECKING:
+    from fastroute.pixel.pixel_router import PixelRouter
+
+
+class PixelImage:
+    """See the module.
+
+    Args:
+        router: its networks.
+        source: where rows come from.
+        number: which of the images.
+        request: what is asked for.
+        keep: all features are kept, so that the image is encoded once.
+        watch: what takes the times.
+
+    Attributes:
+        passes: how often it was encoded.
+    """
+
+    def __init__(
+        self, router: PixelRouter, source: Source, number: int, request: Request, keep: bool, watch: Stopwatch
+    ) -> None:
+        self.router, self.source, self.images = router, source, (number, number + 1)
+        self.grid, self.choice, self.purse = request.grid, request.choice, request.purse
+        self.refine, self.keep, self.watch, self.passes = request.refine, keep, watch, 0
+        self.turn = request.first + number
+        self.started: tuple[RowStream, RowStream] | None = None
+        like = torch.empty(1, dtype=router.dtype, device=router.device).expand(1, 1, *self.grid.lr)
+        self.place = relative_coordinates(like, self.grid.size)
+
+    def look(self, pixels: int, hold: bool) -> Sample:
+        """The scores of about `pixels` pixels, before its turn.
+
+        Args:
+            hold: its features are there when its turn comes.
+        """
+        lr, features = self._start()
+        sample = self._sample(features, pixels)
+        if hold:
+            self.started = lr, features
+        return sample
+
+    def run(
+        self,
+        class_map: Tensor | None,  # [1, H, W]
+        sink: Sink,
+        counts: Tensor,  # [K]
+        done: Callable[[int], object],
+    ) -> None:
+        """Write the result into `sink`, its classes into `class_map` where it is given, and add their numbers to `counts`."""
+        refine = self.refine
+        seen = None if self.purse is None else self.purse.begin(self.turn)
+        # Whether it is encoded after its classes are known.
+        again = self.started is None if seen is not None else self.choice.solved and not self.keep
+        lr, features = self.started or self._start()
+        self.started = None
+        solved = self._solved(features, seen, again)
+        if again and seen is None:
+            lr, features = self._start()
+        classes = RowStream(self._classes(features, solved), class_map)
+        height = self.grid.size[0]
+        bands = self.grid.bands()
+        # The refinement looks one row further.
+        spans = [(max(begin - 1, 0), min(end + 1, height)) if refine else (begin, end) for begin, end in bands]
+        for n, ((begin, end), (top, bottom)) in enumerate(zip(bands, spans, strict=True)):
+            window = self.grid.window(top, bottom)
+            near = classes.rows(top, bottom)
+            with self.watch.stage("assign"):
+                counts += count_classes(near[:, begin - top : end - top], len(counts))
+            held = features.rows(*window.features)  # encodes, outside of the time of what follows
+            with self.watch.stage("upsample"):
+                chosen = near.new_zeros(1, window.height, near.shape[2])
+                chosen[:, slice(*window.within(top, bottom))] = near
+                residual = to_float(lr.rows(*window.features), sums_of(self.router.dtype))
+                band = self._mlp(held, window, self.router.mlps, (top, bottom), chosen, residual)
+            with self.watch.stage("refine"):
+                target = sink.band(self.images, (begin, end))
+                inner = (begin - top, end - top)
+                if target.dtype in (band.dtype, *check.INTEGER_IMAGE):
+                    refine_boundaries(band, near if refine else torch.zeros_like(near), inner, out=target)
+                else:
+                    target.copy_(refine_boundaries(band, near if refine else torch.zeros_like(near), inner))
+                sink.done()
+            # What this band alone needed would otherwise be held while the next one is classified.
+            del held, near, chosen, residual, band, target
+            after = spans[min(n + 1, len(spans) - 1)][0]
+            for rows in (lr, features):
+                rows.release(self.grid.window(after, after + 1).features[0])
+            classes.release(after)
+            done(1)
+
+    def _start(self) -> tuple[RowStream, RowStream]:
+        """The rows of the image and of its features, from the first one on."""
+        height = self.grid.lr[0]
+        self.passes += 1
+        if isinstance(self.source, TensorSource):
+            lr = RowStream((), self.source.get(self.images, (0, height)), height)
+        else:
+            lr = RowStream(self._read())
+        router = self.router
+        if not router.footprint.in_bands:
+            with self.watch.stage("encode"):
+                features = router.encoder(self._normalised(lr.rows(0, height)))
+            return lr, RowStream((), features, height)
+        whole = None
+        if self.keep:
+            size = (1, *self.grid.lr, router.footprint.depth)
+            whole = buffers.empty(size, router.dtype, router.device).permute(0, 3, 1, 2)
+        return lr, RowStream(self._encode(lr), whole)
+
+    def _read(self) -> Iterator[list[Tensor]]:
+        height = self.grid.lr[0]
+        for top in range(0, height, self.source.step):
+            yield [self.source.get(self.images, (top, min(top + self.source.step, height)))]
+
+    def _encode(self, lr: RowStream) -> Iterator[list[Tensor]]:
+        def read(rows: slice, columns: slice) -> Tensor:  # [1, C, n, m]
+            return self._normalised(lr.rows(rows.start, rows.stop)[:, :, :, columns])
+
+        pixels, columns = self.router.footprint.encoder_band(self.grid)
+        bands = rows_in_bands(self.router.encoder, read, *self.grid.lr, pixels, MIN_ROWS, columns)
+        while True:
+            with self.watch.stage("encode"):
+                band = next(bands, None)
+            if band is None:
+                return
+            yield band
+
+    def _normalised(self, lr: Tensor) -> Tensor:  # [1, C, n, m]
+        work = sums_of(self.router.dtype)
+        centred = to_float(lr, work) - self.router.model.get_buffer("mean").to(work)
+        return centred.to(self.router.dtype, memory_format=torch.channels_last)
+
+    def _mlp(
+        self,
+        features: Tensor,  # [1, D, window, w]
+        window: Window,
+        mlps: Sequence[Layers],
+        rows: tuple[int, int],
+        classes: Tensor | None = None,  # [1, window, W]
+        residual: Tensor | None = None,  # [1, C, window, w]
+    ) -> Tensor:  # [1, C, rows, W]
+        """`pixel_mlp` on the features of a window: the numbers are those of the whole."""
+        height, width = self.grid.size
+        place = torch.cat([self.place[slice(*window.output)], self.place[height:]])
+        size = (window.height, width)
+        return upsample(features, mlps, size, classes, residual, window.within(*rows), place)
+
+    def _logits(self, features: RowStream, layers: Layers, begin: int, end: int) -> Tensor:  # [1, K, rows, W]
+        window = self.grid.window(begin, end)
+        held = features.rows(*window.features)  # encodes, outside of the time of what follows
+        with self.watch.stage("classify"):
+            return self._mlp(held, window, [layers], (begin, end))
+
+    def _classes(self, features: RowStream, solved: Tensor | float) -> Iterator[list[Tensor]]:
+        """The classes of all rows, band by band: uint8 [1, rows, W]."""
+        device = self.place.device
+        if isinstance(solved, Tensor) and solved.ndim:
+            yield [solved]
+            return
+        if self.choice.only is not None:
+            for begin, end in self.grid.bands():
+                yield [torch.full((1, end - begin, self.grid.size[1]), self.choice.only, dtype=torch.uint8, device=device)]
+            return
+        layers = self.router.classifier
+        if isinstance(solved, Tensor):
+            layers = odds(layers)
+        else:
+            # argmax of softmax(z) / cost^k is argmax of z - k · log(cost): a change of the last bias.
+            shifts = [solved * math.log(c) for c in self.choice.cost]
+            layers = last_layer(layers, lambda w, b: (w, shifted(b, shifts)))
+        for begin, end in self.grid.bands():
+            pixels = (end - begin) * self.grid.size[1]
+            if self.purse is not None and isinstance(solved, float) and self.purse.tight(pixels):
+                scores = self._logits(features, odds(self.router.classifier), begin, end)
+                with self.watch.stage("assign"):
+                    ids = self.purse.take(scores[0].flatten(1).float(), solved, self.purse.mean)
+                yield [ids.view(1, end - begin, -1)]
+                continue
+            logits = self._logits(features, layers, begin, end)
+            with self.watch.stage("assign"):
+                if isinstance(solved, Tensor):
+                    chosen = (torch.sigmoid(logits[:, 0]) >= solved).to(torch.uint8)
+                else:
+                    chosen = assign_classes(logits, [1.0] * self.router.num_classes, dtype=torch.uint8)
+                if self.purse is not None:
+                    self.purse.spend(chosen)
+            yield [chosen]
+
+    def _solved(self, features: RowStream, seen: Sample | None, again: bool) -> Tensor | float:
+        """The exponent of the cost, all classes [1, H, W], or of 2-means from which score on a pixel is of class 1."""
+        if self.choice.adaptive:
+            return self._two_means(features)
+        if self.purse is None:
+            return self.choice.k
+        (h, w), (height, width) = self.grid.lr, self.grid.size
+        pixels = budget_sample(self.grid)
+        whole = height * width <= pixels or seen is not None
+        sample = seen or self._sample(features, pixels)
+        with self.watch.stage("solve"):
+            todo = Work(
+                pixels=height * width,
+                classified=0 if whole else height * width,
+                encoded=h * w if again else 0,
+            )
+            # Only milliseconds ask what has been taken, and wait for it.
+            elapsed = 0.0 if self.purse.pace is None else 1e3 * self.watch.elapsed()
+            penalty = self.purse.solve(sample, todo, elapsed)
+            if not whole:
+                return penalty
+            return self.purse.take(sample.scores, penalty, min(self.purse.cost)).view(1, height, width)
+
+    def _sample(self, features: RowStream, pixels: int) -> Sample:
+        """The scores of about `pixels` pixels, in rows spread over the image; all of them where it has no more."""
+        bands = list(sampled_rows(self.grid, pixels))
+        (height, width), rows = self.grid.size, sum(end - begin for begin, end in bands)
+        scores = torch.empty(self.router.num_classes - 1, rows, width, dtype=torch.float32, device=self.place.device)
+        top = 0
+        for begin, end in bands:
+            scores[:, top : top + end - begin] = self._logits(features, odds(self.router.classifier), begin, end)[0]
+            top += end - begin
+            self._release(features, begin)
+        return Sample(scores.flatten(1), height / rows)
+
+    def _two_means(self, features: RowStream) -> Tensor:
+        samples = []
+        for begin, end in sampled_rows(self.grid, pixel_rows.ADAPTIVE_SAMPLE):
+            samples.append(torch.sigmoid(self._logits(features, odds(self.router.classifier), begin, end)[:, 0]))
+            self._release(features, begin)
+        with self.watch.stage("assign"):
+            score = torch.cat(samples, dim=1)
+            labels = adaptive_threshold(score, torch.uint8)
+            if score.shape[1] == self.grid.size[0]:
+                return labels
+            # Classes rise with the score.
+            upper = torch.where(labels == 1, score, math.inf)
+            return upper.amin()
+
+    def _release(self, features: RowStream, begin: int) -> None:
+        if not self.keep:
+            features.release(self.grid.window(begin, begin + 1).features[0])
+
+
+def upsample(
+    features: Tensor,  # [B, D, h, w]
+    mlps: Sequence[Layers],
+    size: tuple[int, int],
+    class_map: Tensor | None,  # [B, H, W]
+    residual: Tensor | None,  # [B, C, h, w]
+    rows: tuple[int, int] | None,
+    place: Tensor,  # [H + W]
+) -> Tensor:  # [B, C, rows, W]
+    """:func:`fastroute.pixel_mlp`; what MLPs of a half type find is added to a `residual` of float32, and is float32 then."""
+    if residual is None or residual.dtype == features.dtype:
+        return pixel_mlp(features, mlps, size, class_map, residual, rows, place)
+    image = pixel_mlp(residual, [[]], size, None, residual, rows, place)
+    # Without a layer in any class there is nothing to add, and nobody knows of how many channels.
+    return image.add_(pixel_mlp(features, mlps, size, class_map, None, rows, place)) if any(mlps) else image
+
+
+def count_classes(ids: Tensor, number: int) -> Tensor:  # -> [K]
+    """How many of `ids` are of each of `number` classes, without waiting for the device."""
+    if ids.device.type == "cpu":
+        return torch.bincount(ids.flatten(), minlength=number)
+    # There `bincount` reads the largest id back, to know how many there are.
+    return torch.stack([(ids == c).sum() for c in range(number)])
+
+
+def shifted(bias: Tensor, shifts: Sequence[float]) -> Tensor:  # [K]
+    """`bias` less `shifts`, in float64; each is an argument of a kernel, so that nothing is copied to the device."""
+    return torch.stack([b - shift for b, shift in zip(bias.double(), shifts, strict=True)]).to(bias.dtype)
+
+
+def odds(layers: Layers) -> list[tuple[Tensor, Tensor]]:
+    """The logits of all classes but the first, relative to the first one's."""
+    return last_layer(layers, lambda w, b: (w[1:] - w[:1], b[1:] - b[:1]))
+
+
+def last_layer(layers: Layers, change: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
+    """`layers` with another last one."""
+    return [*layers[:-1], change(*layers[-1])]

@@ -1,0 +1,115 @@
+"""What the pixel path does for an image, in FLOPs, and what is told of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from operator import add
+
+from torch import Tensor
+
+from fastroute.models.pcsr import PCSR
+from fastroute.profiling import RoutedFlops, count_flops, mix_flops
+from fastroute.runtime.results import RoutingStats
+
+Layers = list[tuple[Tensor, Tensor]]
+# Side of the image on which the FLOPs of an encoder are counted.
+SIDE = 16
+
+
+@dataclass(frozen=True)
+class PixelStats(RoutingStats):
+    """What was done for one call of :meth:`PixelRouter.upscale`; its `patches` are output pixels.
+
+    Its stages are encode, classify, solve (under a budget, the search for the exponent of the cost), assign, upsample, refine;
+    and total.
+    """
+
+    @property
+    def pixels_per_class(self) -> list[int]:
+        """Output pixels that went through each upsampler, cheapest first."""
+        return self.patches_per_class
+
+    @property
+    def overhead(self) -> float:
+        """Share of the time spent on anything but networks."""
+        networks = sum(self.seconds[name] for name in ("encode", "classify", "upsample"))
+        return 1 - networks / self.seconds["total"]
+
+    def __str__(self) -> str:
+        return super().__str__().replace("patches", "pixels", 1)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is done for some images, whatever the classes of their pixels.
+
+    Attributes:
+        features: pixels of the images.
+        pixels: pixels of the outputs.
+        encoded: pixels of the images that pass the encoder.
+        classified, products: output pixels that pass the classifier, and features that its first layer is multiplied by.
+    """
+
+    features: int = 0
+    pixels: int = 0
+    encoded: int = 0
+    classified: int = 0
+    products: int = 0
+
+    def __add__(self, other: Work) -> Work:
+        return Work(*map(add, vars(self).values(), vars(other).values()))
+
+
+class PixelFlops:
+    """FLOPs per output pixel and, since a first layer's product is shared by all pixels of a feature, per feature.
+
+    Args:
+        model: whose encoder it is.
+        mlps: the upsamplers.
+        classifier: of pixels.
+    """
+
+    def __init__(self, model: PCSR, mlps: Sequence[Layers], classifier: Layers) -> None:
+        size = (1, int(model.encoder.channels), SIDE, SIDE)  # type: ignore[arg-type]
+        self.encoder, self.encoder_paper = (count_flops(model.encoder, size, name) / SIDE**2 for name in ("true", "paper"))
+        self.pixel, self.feature = [_per_pixel(mlp) for mlp in mlps], [_per_feature(mlp) for mlp in mlps]
+        self.paper = [2 * sum(weight.numel() for weight, _ in mlp) for mlp in mlps]
+        self.classifier = _per_pixel(classifier), _per_feature(classifier)
+        # What counts no operation writes its values all the same.
+        self.costs = [float(flops or size[1]) for flops in self.pixel]
+
+    def all_in(self, number: int, work: Work) -> float:
+        """With all pixels in class `number`, and none classified."""
+        return self.encoder * work.features + self.feature[number] * work.features + self.costs[number] * work.pixels
+
+    def fixed(self, work: Work) -> float:
+        """Of all but the pixels in their upsamplers, every one of which is used."""
+        classifier = self.classifier[0] * work.classified + self.classifier[1] * work.products
+        return self.encoder * work.encoded + sum(self.feature) * work.features + classifier
+
+    def done(self, counts: Sequence[int], work: Work) -> tuple[RoutedFlops, RoutedFlops]:
+        """As done, and as the papers count.
+
+        Args:
+            counts: pixels per class.
+            work: what was done beside.
+        """
+        used = sum(shared for shared, n in zip(self.feature, counts, strict=True) if n)
+        classifier = self.classifier[0] * work.classified + self.classifier[1] * work.products
+        true, paper = mix_flops(self.pixel, counts, classifier), mix_flops(self.paper, counts)
+        routed = true.routed + self.encoder * work.encoded + used * work.features
+        dense = true.dense + self.encoder * work.features + max(self.feature) * work.features
+        encoder = self.encoder_paper * work.features
+        return RoutedFlops(routed, dense, dense), RoutedFlops(paper.routed + encoder, paper.dense + encoder)
+
+
+def _per_pixel(layers: Layers) -> int:
+    """As done, but for the product with the features."""
+    first = layers[0][0].shape if layers else (0, 4)
+    # The row's and the column's part of the first layer are two multiply-adds per unit.
+    return 2 * (sum(weight.numel() for weight, _ in layers) - first[0] * (first[1] - 2))
+
+
+def _per_feature(layers: Layers) -> int:
+    return 2 * layers[0][0].shape[0] * (layers[0][0].shape[1] - 4) if layers else 0

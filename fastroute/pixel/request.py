@@ -1,0 +1,228 @@
+"""What is asked of the pixel path: arguments that were checked, and what follows from them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from fastroute._arguments import LARGEST_IMAGE, real, whole
+from fastroute.budget.limits import Budget, check_possible, dearest, duration, refuse_below
+from fastroute.pixel import pixel_rows
+from fastroute.pixel.pixel_budget import Purse, fixed_ms, only_class
+from fastroute.pixel.pixel_rows import PixelGrid, budget_sample, sampled_rows
+from fastroute.pixel.pixel_stats import Work
+from fastroute.runtime.memory_plan import check_limit
+from fastroute.runtime.progress import Progress
+
+if TYPE_CHECKING:
+    from fastroute.pixel.pixel_router import PixelRouter
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How classes are chosen: by the exponent `k` of their cost, by 2-means, within a budget, or one for all pixels.
+
+    Attributes:
+        cost: of each class, relative to each other.
+        budgeted: the exponent is searched for.
+        only: the class of all pixels, of which none is classified then.
+    """
+
+    cost: list[float]
+    k: float = 0.0
+    adaptive: bool = False
+    budgeted: bool = False
+    only: int | None = None
+
+    @property
+    def solved(self) -> bool:
+        """Whether pixels of the image are looked at first."""
+        return self.adaptive or self.budgeted
+
+    def sampled(self, grid: PixelGrid) -> int:
+        """Bytes of what it is solved on."""
+        pixels = grid.size[0] * grid.size[1]
+        if self.adaptive:
+            return pixel_rows.ADAPTIVE_BYTES * min(pixels, pixel_rows.ADAPTIVE_SAMPLE + grid.size[1])
+        if self.budgeted:
+            return pixel_rows.BUDGET_BYTES * len(self.cost) * min(pixels, budget_sample(grid) + grid.size[1])
+        return 0
+
+    def work(self, grid: PixelGrid) -> Work:
+        """What is done for an image."""
+        (h, w), (height, width) = grid.lr, grid.size
+        work = Work(h * w, height * width, h * w)
+        if self.only is not None:
+            return work
+        work += Work(classified=height * width, products=h * w)
+        if not self.solved:
+            return work
+        looked = looking(grid, pixel_rows.ADAPTIVE_SAMPLE if self.adaptive else budget_sample(grid))
+        # Where the sample is the whole image, it is classified once.
+        return work if looked.classified == height * width else work + looked
+
+
+def looking_ahead(grid: PixelGrid, pixels: int) -> Work:
+    """What it adds that an image is looked at before its turn: nothing where that is all of it."""
+    return Work() if grid.size[0] * grid.size[1] <= pixels else looking(grid, pixels)
+
+
+def looking(grid: PixelGrid, pixels: int) -> Work:
+    """What a sample of about `pixels` pixels takes on features that are there."""
+    rows = sum(end - begin for begin, end in sampled_rows(grid, pixels))
+    return Work(classified=rows * grid.size[1], products=min(rows, grid.lr[0]) * grid.lr[1])
+
+
+@dataclass(frozen=True)
+class Request:
+    """A call whose arguments are checked.
+
+    Attributes:
+        grid: rows of the image and of the output.
+        choice: how classes are chosen.
+        purse: what they may cost, when there is a budget.
+        first: number of the first image, of those under the budget.
+        looked: all of these have been looked at.
+    """
+
+    grid: PixelGrid
+    choice: Choice
+    purse: Purse | None = None
+    refine: bool = True
+    progress: Progress = False
+    memory_limit: int | None = None
+    first: int = 0
+    looked: bool = False
+
+
+def make_grid(
+    lr: Sequence[int], scale: float | None, size: tuple[int, int] | None, device: torch.device, default: float = 4.0
+) -> tuple[PixelGrid, float]:
+    """The rows of an image of height and width `lr` and of its output on `device`, and the factor by which costs are known.
+
+    Raises:
+        ValueError: both a scale and a size, or impossible ones.
+    """
+    op, (h, w) = "upscale", lr
+    if scale is not None and size is not None:
+        raise ValueError(f"{op}: give either scale or size; got scale={scale} and size={size}")
+    if size is None:
+        factor = default if scale is None else real(op, "scale", scale)
+        if not (math.isfinite(factor) and factor > 0):
+            raise ValueError(f"{op}: scale must be positive and finite; got {scale}")
+        if max(h, w) * factor > LARGEST_IMAGE:
+            raise ValueError(f"{op}: scale must give an image of at most {LARGEST_IMAGE:.3g} pixels; got {scale}")
+        size = (round(h * factor), round(w * factor))
+    else:
+        low = -LARGEST_IMAGE
+        size = (whole(op, "size", size[0], LARGEST_IMAGE, low), whole(op, "size", size[1], LARGEST_IMAGE, low))
+        # The published code knows a size by its mean factor, to one decimal.
+        factor = max(round((size[0] / h + size[1] / w) / 2, 1), 0.1)
+    if min(size) < 1:
+        raise ValueError(f"{op}: size must be at least 1 x 1; got {size}")
+    if size[0] * size[1] > LARGEST_IMAGE:
+        raise ValueError(f"{op}: size must be of at most {LARGEST_IMAGE:.3g} pixels; got {size[0]} x {size[1]}")
+    return PixelGrid((h, w), (int(size[0]), int(size[1])), device), factor
+
+
+def make_request(
+    router: PixelRouter,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    limit: Budget,
+    scale: float | None,
+    size: tuple[int, int] | None,
+    k: float = 0.0,
+    adaptive: bool = False,
+    refine: bool = True,
+    progress: Progress = False,
+    memory_limit: int | None = None,
+) -> Request:
+    """The arguments of `PixelRouter.upscale`, checked, for images of `shape` (B, C, h, w).
+
+    Raises:
+        ValueError: see `PixelRouter.upscale`.
+    """
+    op = "upscale"
+    check_limit(op, memory_limit)
+    grid, factor = make_grid(shape[2:], scale, size, router.device, router.scale)
+    if not math.isfinite(real(op, "k", k)):
+        raise ValueError(f"{op}: k must be finite; got {k}")
+    limit.check(op)
+    deciding = [*([f"k={k:g}"] if k else []), *(["adaptive"] if adaptive else []), *limit.given]
+    if len(deciding) > 1:
+        raise ValueError(f"{op}: give one of k, adaptive and a budget; got {', '.join(deciding)}")
+    if adaptive and router.num_classes != 2:
+        raise ValueError(f"{op}: adaptive needs exactly 2 classes; got {router.num_classes}; use k instead")
+    if limit == Budget():
+        cost = router.model.class_cost(factor) if k else [1.0] * router.num_classes
+        return Request(grid, Choice(cost, k, adaptive), None, refine, progress, memory_limit)
+    everything, samples = Work(), Work()
+    for number in range(shape[0]):
+        everything += Choice([], budgeted=True).work(grid)
+        samples += looking_ahead(grid, pixel_rows.waiting_sample(shape[0])) if number else Work()
+    choice, purse = plan(router, op, limit, everything, samples, factor, dtype)
+    return Request(grid, choice, purse, refine, progress, memory_limit)
+
+
+def plan(
+    router: PixelRouter,
+    op: str,
+    limit: Budget,
+    work: Work,
+    samples: Work,
+    factor: float,
+    dtype: torch.dtype,
+    seconds: float | None = None,
+) -> tuple[Choice, Purse | None]:
+    """How classes are chosen within a budget, and what their pixels may cost.
+
+    Args:
+        op: for messages.
+        limit: the budget.
+        work: what is done where pixels are classified.
+        samples: what is done before, to look at images whose turn is yet to come.
+        factor: of the images.
+        dtype: of the images.
+        seconds: that the samples took; None when they have not been taken, and need not be where there is nothing to choose.
+
+    Raises:
+        ValueError: an impossible budget.
+    """
+    pixels, pace, classes = work.pixels, None, range(router.num_classes)
+    if limit.flops is not None:
+        flops, cost = router.flops, router.flops.costs
+        done = 0.0 if seconds is None else flops.fixed(samples)
+        least = min(flops.all_in(c, work) for c in classes) + done
+        refuse_below(op, "budget_flops", limit.flops, least, f"{least:.4g}")
+        most = dearest(cost)
+        unclassified = limit.flops - done - flops.all_in(most, work) + pixels * cost[most]
+        classified = limit.flops - flops.fixed(work + samples)
+    elif limit.ms is not None:
+        pace = router.paces.of(router, dtype, factor_of(work))
+        cost, done = pace.branches, 1e3 * (seconds or 0.0)
+        # By its own cost, not by its time: a small network may have been slow when that was measured.
+        most, bare = dearest(router.model.class_cost(factor)), Work(pixels=pixels, encoded=work.features)
+        unclassified = limit.ms - done - fixed_ms(pace, bare)
+        least = min(fixed_ms(p, bare) + pixels * min(p.branches) for p in (pace, router.paces.measured(pace)))
+        refuse_below(op, "budget_ms", limit.ms, least, f"{duration(least)} on this device")
+        classified = limit.ms - done - fixed_ms(pace, work if seconds is not None else work + samples)
+    else:
+        cost = router.model.class_cost(factor)
+        check_possible(cost, limit.fraction)
+        most, unclassified = dearest(cost), (limit.fraction or 0.0) * max(cost) * pixels
+        classified = unclassified
+    only = only_class(cost, most, pixels, unclassified, classified)
+    if only is not None:
+        return Choice(cost, only=only), None
+    shares = [c / max(cost) for c in cost]
+    return Choice(shares, budgeted=True), Purse(list(cost), classified, pace, limit.ms or 0.0, 1e3 * (seconds or 0.0))
+
+
+def factor_of(work: Work) -> float:
+    """The factor of images, to one decimal, by their pixels: what decides the speed."""
+    return max(round(math.sqrt(work.pixels / max(work.features, 1)), 1), 0.1)

@@ -1,0 +1,273 @@
+"""Bicubic, dense and routed results of one image, measured side by side; :mod:`fastroute.report.comparison_page` shows them."""
+
+from __future__ import annotations
+
+import math
+import re
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fastroute.budget.limits import check_possible
+from fastroute.grid import TileGrid
+from fastroute.loading import load
+from fastroute.patch.patch_router import PatchRouter
+from fastroute.pixel.pixel_router import PixelRouter
+from fastroute.report import evaluation
+from fastroute.runtime.progress import Progress, shown
+from fastroute.runtime.results import RoutingStats, Stopwatch, Upscaled
+from fastroute.runtime.tuning import cpu_name
+from fastroute.training.data import make_pair
+from fastroute.visualize import class_overlay
+
+BICUBIC = "bicubic"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One result and what it cost.
+
+    Attributes:
+        name: "bicubic", "MODEL, dense", "MODEL, routed" or "MODEL, budget B".
+        image: uint8 (3, H, W).
+        seconds: median over the runs, without the measurements of a first call.
+        quality: PSNR and SSIM as :func:`fastroute.report.evaluation.compare` gives them; empty without a reference.
+        stats: of the last run; None for bicubic interpolation.
+        class_map: as :class:`fastroute.Upscaled` has it; None where nothing was routed.
+        classes: its picture, uint8 (3, H, W).
+        dense: the variant of the same model with everything in the dearest class.
+    """
+
+    name: str
+    image: Tensor
+    seconds: float
+    quality: dict[str, float] = field(default_factory=dict)
+    stats: RoutingStats | None = None
+    class_map: Tensor | None = None
+    classes: Tensor | None = None
+    dense: Variant | None = None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All results of one image, bicubic first, then the models in order, each dense and routed.
+
+    Attributes:
+        source: uint8 (3, h, w), what was enlarged.
+        reference: uint8 (3, H, W), what it should have become, if that is known.
+        scale: upscaling factor.
+        runs: how often each time was taken.
+        device: where.
+    """
+
+    source: Tensor
+    reference: Tensor | None
+    scale: float
+    variants: list[Variant]
+    runs: int
+    device: str
+
+
+def compare(
+    image: Tensor,  # [3, h, w]
+    models: Sequence[str | Path],
+    budgets: Sequence[float] = (),
+    reference: Tensor | None = None,  # [3, H, W]
+    downscale: bool = False,
+    scale: float | None = None,
+    device: str | torch.device = "cpu",
+    runs: int = 3,
+    progress: Progress = False,
+    dtype: torch.dtype = torch.float32,
+    tune: bool = True,
+    engine: str = "torch",
+) -> Comparison:
+    """Super-resolve an image by bicubic interpolation and by every model, dense and routed.
+
+    The variants run in turn, round after round, so that whatever slows the machine slows all of them.
+
+    Args:
+        image: uint8 (3, h, w).
+        models: names or files, as :func:`fastroute.load` takes them. A network without classes is dense only.
+        budgets: route within each of these; default: as the model itself decides.
+        reference: uint8 image of the result's size to compare with.
+        downscale: reduce `image` by the factor first; it is then the reference itself, cut to a multiple of the factor.
+        scale: upscaling factor, of models that have any (PCSR) or do not tell theirs; default that of the others.
+        device: where to run.
+        runs: how often to take each time, after a first run that is not counted.
+        progress: show a progress bar, or call this function with how many runs are done and how many there are.
+        dtype: in which the networks compute, see :func:`fastroute.load`.
+        tune: find out on the work how branches run fastest, see :class:`fastroute.PatchRouter`.
+        engine: what executes the branches, see :meth:`fastroute.PatchRouter.compile`.
+
+    Raises:
+        TypeError: an image that is not uint8.
+        ValueError: an image of another shape or too small, no model, models of different factors, an impossible budget, a
+            reference of another size or together with `downscale`, a factor that is not whole with `downscale`, or
+            scikit-image is missing where PSNR is needed.
+        fastroute.CheckpointError: a model that cannot be loaded.
+    """
+    for name, given in (("image", image), ("reference", reference)):
+        if given is None:
+            continue
+        if given.dtype != torch.uint8:
+            raise TypeError(f"compare: {name} must be uint8; got {given.dtype}")
+        if given.ndim != 3 or given.shape[0] != 3 or 0 in given.shape:
+            raise ValueError(f"compare: {name} must be (3, H, W) with at least one pixel; got {tuple(given.shape)}")
+    if not models:
+        raise ValueError("compare: models must name at least one model; got none")
+    if runs < 1:
+        raise ValueError(f"compare: runs must be at least 1; got {runs}")
+    if reference is not None and downscale:
+        raise ValueError("compare: give either reference or downscale; with downscale the image itself is the reference")
+    routers = {
+        name: load(model, device, scale, dtype=dtype, tune=tune, engine=engine)
+        for name, model in zip(labels(models), models, strict=True)
+    }
+    factor = common_scale(routers, scale)
+    if downscale:
+        if factor != int(factor):
+            raise ValueError(f"compare: downscale needs a whole factor; got {factor:g}")
+        if min(image.shape[1:]) < factor:
+            raise ValueError(f"compare: downscale needs an image of at least {factor:g} x {factor:g}; got {size(image)}")
+        image, reference = make_pair(image, int(factor))
+    height, width = (round(side * factor) for side in image.shape[1:])
+    if min(height, width) < 1:
+        raise ValueError(f"compare: scale must leave at least one pixel; {factor:g} makes {width} x {height} of {size(image)}")
+    if reference is not None and tuple(reference.shape[1:]) != (height, width):
+        raise ValueError(f"compare: reference must be {width} x {height}, as the result is; got {size(reference)}")
+    if reference is not None:
+        # Fails now where scikit-image is missing or the image is smaller than SSIM's window.
+        least = evaluation.SSIM_WINDOW + 2 * math.ceil(factor)
+        if min(height, width) < least:
+            raise ValueError(f"compare: PSNR and SSIM need a result of at least {least} x {least}; got {width} x {height}")
+        evaluation.compare(reference, reference, math.ceil(factor))
+
+    lr = image.to(device)
+    calls: dict[str, Callable[[], Upscaled]] = {}
+    for name, router in routers.items():
+        for label, options in choices(router, budgets).items():
+            check_budget(router, options.get("budget"), factor, f"{name}, {label}")
+            calls[f"{name}, {label}"] = caller(router, lr, factor, options, f"{name}, {label}")
+    enlarged = bicubic(lr, (height, width))
+    results = {}
+    seconds: dict[str, list[float]] = {name: [] for name in (BICUBIC, *calls)}
+    with shown(progress, (runs + 1) * len(calls), "run", "compare") as bar:
+        for turn in range(runs + 1):
+            watch = Stopwatch(lr.device)
+            bicubic(lr, (height, width))
+            if turn:
+                seconds[BICUBIC].append(watch.finish()["total"])
+            for name, call in calls.items():
+                results[name] = result = call()
+                if turn:
+                    seconds[name].append(result.stats.seconds["total"] - result.stats.seconds.get("tune", 0.0))
+                bar.update()
+
+    def quality(result: Tensor) -> dict[str, float]:
+        return {} if reference is None else evaluation.compare(result.cpu(), reference, math.ceil(factor))
+
+    variants = [Variant(BICUBIC, enlarged.cpu(), statistics.median(seconds[BICUBIC]), quality(enlarged))]
+    for name, router in routers.items():
+        dense = None
+        for label in choices(router, budgets):
+            key = f"{name}, {label}"
+            result = results.pop(key)
+            picture, median = result.image.cpu(), statistics.median(seconds[key])
+            if dense is None:
+                dense = Variant(key, picture, median, quality(picture), result.stats)
+                variants.append(dense)
+                continue
+            grid = None
+            if isinstance(router, PatchRouter):
+                grid = TileGrid(lr.shape[1], lr.shape[2], router.patch, router.stride, router.scale)
+            class_map = result.class_map.cpu()
+            overlay = class_overlay(picture, class_map, grid, router.num_classes)
+            variants.append(Variant(key, picture, median, quality(picture), result.stats, class_map, overlay, dense))
+    return Comparison(image, reference, factor, variants, runs, machine(torch.device(device)))
+
+
+def labels(models: Sequence[str | Path]) -> list[str]:
+    """A short name for each model: a file's without folder and ending, unless two are alike."""
+    short = [Path(model).stem if Path(model).suffix else str(model) for model in models]
+    names = [name if short.count(name) == 1 else str(model) for name, model in zip(short, models, strict=True)]
+    if len(set(names)) < len(names):
+        raise ValueError(f"compare: models must differ; got {', '.join(names)}")
+    return names
+
+
+def machine(device: torch.device) -> str:
+    """What the times were taken on."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    threads = torch.get_num_threads()
+    return f"{cpu_name() or device.type}, {threads} thread{'s' if threads > 1 else ''}"
+
+
+def size(image: Tensor) -> str:  # [3, H, W]
+    """Width and height for people."""
+    return f"{image.shape[2]} x {image.shape[1]}"
+
+
+def common_scale(routers: dict[str, PatchRouter | PixelRouter], scale: float | None) -> float:
+    """The one factor of all models: theirs, else the one asked for, else what the first was trained for."""
+    if scale is not None and not 0 < scale < math.inf:
+        raise ValueError(f"compare: scale must be positive and finite; got {scale:g}")
+    own = {name: router.scale for name, router in routers.items() if isinstance(router, PatchRouter)}
+    if len({*own.values(), *([] if scale is None else [scale])}) > 1:
+        told = ", ".join(f"{name} {factor}" for name, factor in own.items())
+        asked = "" if scale is None else f"; asked for was {scale:g}"
+        raise ValueError(f"compare: all results must have one size, but the models' factors are {told}{asked}")
+    return float(next(iter(own.values()), next(iter(routers.values())).scale if scale is None else scale))
+
+
+def choices(router: PatchRouter | PixelRouter, budgets: Sequence[float]) -> dict[str, dict[str, Any]]:
+    """The arguments of `upscale` by the name of the variant, dense first."""
+    dense: dict[str, dict[str, Any]] = {"dense": {"budget": 1.0}}
+    if router.num_classes == 1 or (isinstance(router, PatchRouter) and router.classifier is None):
+        return dense
+    return {**dense, **({f"budget {b:g}": {"budget": b} for b in budgets} or {"routed": {}})}
+
+
+def check_budget(router: PatchRouter | PixelRouter, budget: float | None, scale: float, name: str) -> None:
+    """Refuse a budget that `router` cannot keep, before anything runs."""
+    costs = router.costs if isinstance(router, PatchRouter) else router.model.class_cost(scale)
+    with named(name):
+        check_possible(costs, budget)
+
+
+@contextmanager
+def named(name: str) -> Iterator[None]:
+    """Errors say which variant they are of."""
+    try:
+        yield
+    except ValueError as error:
+        # The name of the variant stands for that of the operator that refused.
+        reason = re.sub(r"^[a-z_]+: ", "", str(error))
+        raise ValueError(f"compare: {name}: {reason}") from error
+
+
+def caller(
+    router: PatchRouter | PixelRouter, image: Tensor, scale: float, options: dict[str, Any], name: str
+) -> Callable[[], Upscaled]:
+    """One upscale without arguments, whose errors say which variant they are of."""
+
+    def call() -> Upscaled:
+        with named(name):
+            if isinstance(router, PatchRouter):
+                return router.upscale(image, **options)
+            return router.upscale(image, scale=scale, **options)
+
+    return call
+
+
+def bicubic(image: Tensor, size: tuple[int, int]) -> Tensor:  # [3, h, w] uint8 -> [3, H, W] uint8
+    """Bicubic interpolation, rounded to 8 bits."""
+    return F.interpolate(image[None].float(), size=size, mode="bicubic")[0].clamp(0, 255).round().to(torch.uint8)

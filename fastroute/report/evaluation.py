@@ -1,0 +1,268 @@
+"""How good and how dear a model is on a folder of images: PSNR, SSIM, FLOPs in both conventions, seconds, classes.
+
+PSNR and SSIM are scikit-image's; ``pip install ".[evaluate]"`` in a copy of the source brings it along.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fastroute import io
+from fastroute.io.walk import walk
+from fastroute.patch.patch_router import PatchRouter
+from fastroute.pixel.pixel_router import PixelRouter
+from fastroute.runtime.progress import Progress, shown
+from fastroute.runtime.results import Upscaled
+from fastroute.training.data import make_pair
+
+# Side of SSIM's Gaussian window, 2 · round(3.5 · 1.5) + 1.
+SSIM_WINDOW = 11
+# Y of ITU-R BT.601 in 16 … 235, from RGB in 0 … 255.
+LUMA = (65.481 / 255, 128.553 / 255, 24.966 / 255)
+LUMA_BLACK = 16.0
+# A first call maps memory and reads weights: an image that takes fewer seconds than this is done twice.
+WARM_UP_BELOW = 10.0
+
+
+@dataclass(frozen=True)
+class Row:
+    """One image, or the mean of several.
+
+    Attributes:
+        image: file name.
+        height, width: of the super-resolved image.
+        psnr, psnr_y: in dB, of RGB and of luma; infinite where nothing differs.
+        psnr_bicubic: in dB, of RGB, by bicubic interpolation instead.
+        ssim, ssim_y: structural similarity, of RGB (the mean of its channels) and of luma.
+        counts: patches or pixels of each class, cheapest first.
+        flops, flops_fraction: done, classifier included, and as a fraction of the dearest class everywhere.
+        paper_flops, paper_fraction: the same as the papers count.
+        seconds: of upscaling, without the measurements of a first call.
+    """
+
+    image: str
+    height: float
+    width: float
+    psnr: float
+    psnr_bicubic: float
+    ssim: float
+    psnr_y: float
+    ssim_y: float
+    counts: Sequence[float]
+    flops: float
+    flops_fraction: float
+    paper_flops: float
+    paper_fraction: float
+    seconds: float
+
+
+def evaluate(
+    router: PatchRouter | PixelRouter,
+    images: str | Path,
+    scale: int | None = None,
+    exclude: Sequence[str] = (),
+    progress: Progress = False,
+    errors: list[str] | None = None,
+    notes: list[tuple[Path, str]] | None = None,
+    **options: Any,
+) -> list[Row]:
+    """Super-resolve the bicubic reduction of every image below a folder and compare with the image.
+
+    Images are cut to a multiple of the scale and reduced by antialiased bicubic interpolation, to 8 bits. As the papers do,
+    results are compared in 8 bits without a border of `scale` pixels.
+
+    Args:
+        router: as :func:`fastroute.load` gives it.
+        images: folder of HR images, searched recursively, or one image.
+        scale: whole upscaling factor; default that of the router.
+        exclude: glob patterns of file names to leave out.
+        progress: show a progress bar, or call this function with how many images are done and how many there are.
+        errors: takes what is wrong with each image that cannot be read or is too small; without it the first one is raised.
+        notes: takes files that were left out, or of which a part was, and why.
+        options: arguments of the router's `upscale`, such as `budget`.
+
+    Returns:
+        One row per image, in the order of their paths.
+
+    Raises:
+        ValueError: no images, or none that can be used; one that is too small, without `errors`; a scale that the router does
+            not have, or scikit-image is missing.
+        fastroute.io.ImageError: an image cannot be read, without `errors`.
+    """
+    own = router.scale if isinstance(router, PatchRouter) else None
+    factor = scale or own or round(router.scale)
+    if own is not None and factor != own:
+        raise ValueError(f"evaluate: scale must be {own}, that of the model; got {factor}")
+    if own is None:
+        options = {**options, "scale": factor}
+    folder = Path(images)
+    found, told = [folder], [] if notes is None else notes
+    if not folder.is_file():
+        io.list_images(folder)  # refuses what is no folder, and one without images
+        content = walk(folder)
+        found = content.images
+        told += [*content.others, *((path, f"a folder that cannot be read: {why}") for path, why in content.unreadable)]
+    paths = [p for p in found if not any(fnmatch(p.name, pattern) for pattern in exclude)]
+    if not paths:
+        raise ValueError(f"evaluate: no image is left in {folder}; the patterns exclude {', '.join(exclude)}")
+    # Fails now where scikit-image is missing.
+    _metrics()
+    rows: list[Row] = []
+    with shown(progress, len(paths), "image", "evaluate") as bar:
+        for path in paths:
+            try:
+                lr, hr = _read_pair(path, factor, told)
+            except ValueError as error:
+                if errors is None:
+                    raise
+                errors.append(str(error))
+                bar.update()
+                continue
+            result = router.upscale(lr.to(router.device), **options)
+            if not rows and result.stats.seconds["total"] < WARM_UP_BELOW:
+                result = router.upscale(lr.to(router.device), **options)
+            name = path.name if path == folder else path.relative_to(folder).as_posix()
+            rows.append(_row(name, lr, hr, factor, result))
+            bar.update()
+    if not rows:
+        raise ValueError(f"evaluate: no image can be used: {'; '.join(errors or [])}")
+    return rows
+
+
+def _row(name: str, lr: Tensor, hr: Tensor, factor: int, result: Upscaled) -> Row:  # [3, h, w], [3, H, W]
+    bicubic = F.interpolate(lr[None].float(), scale_factor=factor, mode="bicubic")[0].clamp(0, 255).round().to(torch.uint8)
+    stats = result.stats
+    return Row(
+        image=name,
+        height=hr.shape[1],
+        width=hr.shape[2],
+        **compare(result.image.cpu(), hr, factor),
+        psnr_bicubic=compare(bicubic, hr, factor)["psnr"],
+        counts=list(stats.patches_per_class),
+        flops=float(stats.flops.routed),
+        flops_fraction=stats.flops.fraction,
+        paper_flops=float(stats.paper_flops.routed),
+        paper_fraction=stats.paper_flops.fraction,
+        seconds=stats.seconds["total"] - stats.seconds.get("tune", 0.0),
+    )
+
+
+def _read_pair(path: Path, factor: int, notes: list[tuple[Path, str]]) -> tuple[Tensor, Tensor]:
+    """An image's bicubic reduction and what it is compared with."""
+    picture = io.read_picture(path)
+    notes += [(path, note) for note in picture.origin.notes]
+    image = picture.as_bits(8).color.contiguous()
+    least = SSIM_WINDOW + 3 * factor - 1
+    if min(image.shape[-2:]) < least:
+        height, width = image.shape[-2:]
+        raise ValueError(f"evaluate: images must be at least {least} x {least} pixels; {path} has {width} x {height}")
+    return make_pair(image, factor)
+
+
+def compare(image: Tensor, target: Tensor, border: int) -> dict[str, float]:  # [3, H, W] uint8 twice
+    """PSNR and SSIM of RGB and luma, without `border` pixels on every side.
+
+    SSIM as defined by Wang et al. (2004): a Gaussian window of standard deviation 1.5, no correction for the sample size.
+    """
+    psnr, ssim = _metrics()
+    if image.shape != target.shape:
+        raise ValueError(f"compare: image must be {tuple(target.shape)} as target; got {tuple(image.shape)}")
+    inner = (slice(None), slice(border, image.shape[1] - border), slice(border, image.shape[2] - border))
+    a, b = (x[inner].numpy() for x in (image, target))
+    window = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False, "data_range": 255}
+
+    def decibels(x: np.ndarray, y: np.ndarray) -> float:
+        # scikit-image would divide by zero.
+        return math.inf if np.array_equal(x, y) else float(psnr(y, x, data_range=255))
+
+    ya, yb = (luma(x) for x in (a, b))
+    return {
+        "psnr": decibels(a, b),
+        "ssim": float(ssim(b, a, channel_axis=0, **window)),
+        "psnr_y": decibels(ya, yb),
+        "ssim_y": float(ssim(yb, ya, **window)),
+    }
+
+
+def luma(rgb: np.ndarray) -> np.ndarray:  # [3, H, W] in 0 … 255 -> [H, W]
+    """Y of BT.601, 16 … 235, not rounded."""
+    return np.tensordot(np.array(LUMA), rgb.astype(np.float64), axes=1) + LUMA_BLACK
+
+
+def mean(rows: Sequence[Row]) -> Row:
+    """The mean of every number over the images; seconds, FLOPs and counts too. Fractions are those of the sums."""
+    columns = {
+        name: [getattr(row, name) for row in rows] for name in Row.__dataclass_fields__ if name not in ("image", "counts")
+    }
+    result = {name: float(np.mean(values)) for name, values in columns.items()}
+    for name, fraction in (("flops", "flops_fraction"), ("paper_flops", "paper_fraction")):
+        dense = sum(f / part for f, part in zip(columns[name], columns[fraction], strict=True) if part)
+        result[fraction] = sum(columns[name]) / dense if dense else 1.0
+    counts = [float(np.mean(counts)) for counts in zip(*(row.counts for row in rows), strict=True)]
+    return Row(image="mean", counts=counts, **result)
+
+
+def table(rows: Sequence[Row]) -> str:
+    """The rows and their mean as text with aligned columns."""
+    head = ["image", "size", "bicubic", "PSNR", "SSIM", "PSNR-Y", "SSIM-Y", "GFLOPs", "of dense", "paper G", "of paper dense",
+            "s", "per class"]  # fmt: skip
+    lines = [head]
+    for row in [*rows, mean(rows)]:
+        lines.append([
+            row.image, f"{row.width:.0f} x {row.height:.0f}", f"{row.psnr_bicubic:.3f}", f"{row.psnr:.3f}", f"{row.ssim:.4f}",
+            f"{row.psnr_y:.3f}",
+            f"{row.ssim_y:.4f}", f"{row.flops / 1e9:.1f}", f"{100 * row.flops_fraction:.1f} %", f"{row.paper_flops / 1e9:.1f}",
+            f"{100 * row.paper_fraction:.1f} %", f"{row.seconds:.3f}", " / ".join(f"{n:.0f}" for n in row.counts),
+        ])  # fmt: skip
+    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+    left = (0, len(head) - 1)
+    return "\n".join(
+        "  ".join(cell.ljust(w) if i in left else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True)))
+        .rstrip()
+        for line in lines
+    )  # fmt: skip
+
+
+# What stands below a table.
+LEGEND = """\
+bicubic, PSNR: dB, of RGB, by bicubic enlargement and by the model; PSNR-Y, SSIM-Y: of luma.
+GFLOPs: done, classifier included; paper G: as the papers count, without it; of dense, of paper dense:
+beside the dearest class everywhere, in either count.
+s: seconds of upscaling, without the measurements of a first call; per class: patches or pixels, cheapest class first."""
+
+
+def write_json(path: str | Path, rows: Sequence[Row], **about: object) -> None:
+    """The rows, their mean and what else is said `about` them, as JSON; an infinite PSNR is null. All or nothing."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: plain(item) for name, item in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [plain(item) for item in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    content = {**about, "torch": torch.__version__, "images": [asdict(row) for row in rows], "mean": asdict(mean(rows))}
+    text = json.dumps(plain(content), indent=2, allow_nan=False) + "\n"
+    io.write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def _metrics() -> tuple[Any, Any]:
+    """PSNR and SSIM of scikit-image, which only this module needs."""
+    try:
+        from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+    except ImportError as error:
+        raise ValueError(
+            f'evaluate: PSNR and SSIM need scikit-image ({error}): run pip install ".[evaluate]" in a copy of the source'
+        ) from error
+    return peak_signal_noise_ratio, structural_similarity

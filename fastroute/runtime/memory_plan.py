@@ -1,0 +1,223 @@
+"""How much memory an upscale takes beside its input and output, and how high bands may be within a limit."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastroute import buffers
+from fastroute.grid import TileGrid
+from fastroute.patch.bands import Band, first_covering
+from fastroute.profiling import observed
+from fastroute.runtime.devices import on_device
+from fastroute.runtime.rows import Source
+
+# What a band that is written may take at most: a higher one gains nothing.
+BAND_BYTES = 32 << 20
+# Bytes; None for no limit; of streamed runs by default what suits the device.
+Limit = int | None | Literal["auto"]
+AUTO: Literal["auto"] = "auto"
+DEFAULT_LIMIT = {"cpu": 512 << 20, "cuda": 8 << 30}
+# Bytes that a batch of patches may take in a branch: larger batches gain nothing on a CPU, a GPU needs more to be busy.
+ACTIVATIONS = {"cpu": 256 << 20, "cuda": 2 << 30}
+# Libraries rearrange tensors for their kernels: a pass takes up to this many times its live tensors.
+REARRANGED = 2
+# Bytes per patch of its scores, class, and places in two orders.
+INDEX = 96
+
+
+@dataclass(frozen=True)
+class WorkingSet:
+    """A model of the memory that is held beside input and output.
+
+    Attributes:
+        fixed: bytes that do not depend on the height of the bands in which rows are read and written.
+        row: bytes per output row of such a band; 0 where input and output are worked on in place.
+        block: output rows of the lowest band.
+        height: output rows in all.
+    """
+
+    fixed: int
+    row: int = 0
+    block: int = 1
+    height: int = 1
+
+    def bytes(self, rows: int) -> int:
+        """With bands of `rows` output rows."""
+        return self.fixed + self.row * max(rows, self.block)
+
+    def rows(self, limit: int | None, op: str = "upscale") -> int:
+        """Output rows of a band within `limit` bytes.
+
+        Raises:
+            ValueError: even the lowest band does not fit; says what would.
+        """
+        least = self.bytes(self.block)
+        if limit is not None and limit < least:
+            raise ValueError(f"{op}: memory_limit must be at least {least} bytes ({least / 1e6:.0f} MB) here; got {limit}")
+        if self.row == 0:
+            return self.block
+        rows = max(min(BAND_BYTES // self.row, self.height), self.block)
+        return rows if limit is None else min(rows, (limit - self.fixed) // self.row)
+
+
+def of_patches(
+    grid: TileGrid,
+    bands: Sequence[Band],
+    source: Source,
+    extracted: int,
+    produced: int,
+    batch_bytes: int,
+    classifying: int,
+    streamed: bool,
+    step: int = 1,
+) -> WorkingSet:
+    """The working set of the patch path.
+
+    Args:
+        grid, bands: what is routed together.
+        source: where it comes from.
+        extracted, produced: bytes of a patch before and after its branch.
+        batch_bytes: of the dearest pass through a branch.
+        classifying: bytes that classifying takes, before anything else is there.
+        streamed: rows are read and written in bands of their own, not in place.
+        step: rows that are written together.
+    """
+    held = most = 0
+    waiting: list[Band] = []
+    for band in bands:
+        waiting.append(band)
+        held += band.num_patches(grid)
+        most = max(most, held)
+        needed = first_covering(grid, band.rows[1])
+        while waiting and waiting[0].rows[1] <= needed:
+            held -= waiting.pop(0).num_patches(grid)
+    largest = max((band.num_patches(grid) for band in bands), default=0)
+    index = INDEX * source.shape[0] * grid.num_patches
+    fixed = index + max(most * produced + largest * extracted + batch_bytes, classifying)
+    if not streamed:
+        return WorkingSet(fixed)
+    images = max((band.images[1] - band.images[0] for band in bands), default=1)
+    pixel = images * source.shape[1] * source.dtype.itemsize
+    out_row, row = pixel * grid.output_size[1], pixel * grid.width
+    outputs = [band.output(grid) for band in bands]
+    block = max((end - begin for begin, end in outputs), default=1)
+    read = max((end - begin for begin, end in (band.pixels(grid) for band in bands)), default=1)
+    # Rows are joined to those held; a band is written, in the writer's order, while the next one is computed.
+    return WorkingSet(
+        fixed + 2 * read * row + 3 * step * out_row, 3 * out_row + 2 * row // grid.scale, block, grid.output_size[0]
+    )
+
+
+def limit_on(device: torch.device, limit: Limit) -> int | None:
+    """`limit` in bytes, or None for no limit."""
+    # Anything else is for `check_limit` to judge.
+    return on_device(DEFAULT_LIMIT, device) if isinstance(limit, str) and limit == AUTO else limit
+
+
+def check_limit(op: str, limit: int | None) -> None:
+    """`limit` is a number of bytes.
+
+    Raises:
+        TypeError: it is none.
+        ValueError: it is not positive.
+    """
+    if limit is None:
+        return
+    if isinstance(limit, bool) or not isinstance(limit, int):
+        raise TypeError(f"{op}: memory_limit must be a whole number of bytes; got {limit!r}")
+    if limit < 1:
+        raise ValueError(f"{op}: memory_limit must be positive; got {limit}")
+
+
+@contextmanager
+def advised(op: str, device: torch.device, used: int, streamed: Callable[[], WorkingSet], in_place: bool) -> Iterator[None]:
+    """Out of memory within the block is raised anew with the limit that would fit.
+
+    Args:
+        op: what the user called.
+        device: where it runs.
+        used: bytes of its working set.
+        streamed: the working set of a streamed run.
+        in_place: the run holds input and output where it works on them, which a streamed one does not.
+    """
+    # A GPU is asked for what is free when that is told; then the run has taken some of it.
+    on_gpu = device.type == "cuda"
+    held, free = (torch.cuda.memory_allocated(device), 0) if on_gpu else (0, buffers.available(device, enough=2 * used))
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not buffers.is_exhausted(error):
+            raise
+        if on_gpu:
+            free = buffers.available(device) + torch.cuda.memory_allocated(device) - held
+        least = streamed().bytes(1)
+        fits = max(least, min(used, free) * 4 // 5)
+        if least > free:
+            advice = f"the least that a streamed run needs is {least / 1e6:.0f} MB, and {free / 1e6:.0f} MB were free"
+        elif in_place:
+            advice = f"`stream` and `upscale_file`, which hold neither, fit with memory_limit={fits}"
+        else:
+            advice = f"memory_limit={fits} would fit"
+        beside = " beside input and output" if in_place else ""
+        message = f"{op}: out of memory with a working set of {used / 1e6:.0f} MB{beside}; {advice}"
+        raise (torch.OutOfMemoryError if device.type == "cuda" else MemoryError)(message) from error
+
+
+def pass_bytes(module: nn.Module, size: Sequence[int], dtype: torch.dtype) -> int:
+    """Most bytes of tensors alive at a time while `module` runs over an input of `size`, without running it."""
+    return observed(module, size, dtype, LiveBytes).most
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of tensors that operators give, as long as anybody holds them.
+
+    Attributes:
+        now, most: bytes alive, and most at a time.
+        marked: most bytes alive at a call of `mark`.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.holders: dict[int, int] = {}
+        self.now = self.most = self.marked = 0
+
+    def mark(self) -> None:
+        """Note what is alive now."""
+        self.marked = max(self.marked, self.now)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        given = result if isinstance(result, (tuple, list)) else [result]
+        for x in given:
+            if isinstance(x, Tensor) and not any(x is argument for argument in args):
+                self._add(x)
+        return result
+
+    def _add(self, x: Tensor) -> None:
+        """Count `x` until it is gone."""
+        if x.layout == torch.strided:
+            storage = x.untyped_storage()
+            key, size = storage._cdata, storage.nbytes()
+        else:
+            # What a library has packed, as frozen TorchScript gives it, shows no storage.
+            key, size = id(x), x.numel() * x.element_size()
+        if key not in self.holders:
+            self.holders[key] = 0
+            self.now += size
+            self.most = max(self.most, self.now)
+        self.holders[key] += 1
+        weakref.finalize(x, self._gone, key, size).atexit = False
+
+    def _gone(self, key: int, size: int) -> None:
+        self.holders[key] -= 1
+        if self.holders[key] == 0:
+            del self.holders[key]
+            self.now -= size

@@ -1,0 +1,140 @@
+"""Rows of results on their way from a device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from fastroute.runtime.rows import Span
+from fastroute.runtime.transfer import to_host
+
+Store = Callable[[Span, int, Tensor], None]
+
+
+class Sink(Protocol):
+    """Images that are written by rows, from the top to the bottom of one after the other."""
+
+    def band(self, images: Span, rows: Span) -> Tensor:  # [images, C, rows, W]
+        """Where to write those rows of those images; they follow those of the call before."""
+
+    def done(self) -> None:
+        """What `band` gave is written."""
+
+    def close(self) -> None:
+        """All is written; wait until it is where it shall be."""
+
+    def abort(self) -> None:
+        """Nothing more comes; what was begun is ended."""
+
+
+class TensorSink:
+    """An image in memory on the device of the networks, written in place."""
+
+    def __init__(self, output: Tensor) -> None:  # [B, C, H, W]
+        self.output = output
+
+    def band(self, images: Span, rows: Span) -> Tensor:  # [images, C, rows, W]
+        """See :class:`Sink`."""
+        return self.output[images[0] : images[1], :, rows[0] : rows[1]]
+
+    def done(self) -> None:
+        """See :class:`Sink`."""
+
+    def close(self) -> None:
+        """See :class:`Sink`."""
+
+    def abort(self) -> None:
+        """See :class:`Sink`."""
+
+
+class BandSink:
+    """Bands of rows that are computed in a buffer and stored by a thread meanwhile.
+
+    Args:
+        store: takes the images, the first row and the rows, on the CPU.
+        shape: (B, C, H, W) of the whole.
+        dtype, device: of the rows, and where they are computed.
+        target: rows of a band, about.
+        step: bands begin and, but for the last, end at multiples of it.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        shape: tuple[int, int, int, int],
+        dtype: torch.dtype,
+        device: torch.device,
+        target: int = 1,
+        step: int = 1,
+    ) -> None:
+        self.store, self.shape, self.dtype, self.device = store, shape, dtype, device
+        self.target, self.step = target, step
+        self.images, self.begin, self.end = (0, 0), 0, 0  # what the buffer holds
+        self.buffer = torch.empty(0)
+        self.thread = ThreadPoolExecutor(1, "fastroute-write")
+        self.pending: Future[None] | None = None
+
+    def band(self, images: Span, rows: Span) -> Tensor:  # [images, C, rows, W]
+        """See :class:`Sink`."""
+        if images != self.images or rows[0] != self.end:
+            self.images, self.begin, self.end, self.buffer = images, rows[0], rows[0], torch.empty(0)
+        count = rows[1] - self.begin
+        if self.buffer.ndim != 4 or self.buffer.shape[2] < count:
+            self._make_room(self.buffer[:, :, : self.end - self.begin] if self.buffer.ndim == 4 else None, count)
+        at = self.end - self.begin
+        self.end = rows[1]
+        return self.buffer[:, :, at:count]
+
+    def done(self) -> None:
+        """See :class:`Sink`."""
+        last = self.end == self.shape[2]
+        count = self.end - self.begin
+        whole = count if last else self.end // self.step * self.step - self.begin
+        if whole <= 0 or (count < self.target and not last):
+            return
+        sent, rest = self.buffer[:, :, :whole], self.buffer[:, :, whole:count]
+        self._send(self.images, self.begin, sent)
+        self.begin += whole
+        self.buffer = torch.empty(0)
+        if rest.shape[2]:
+            self._make_room(rest, rest.shape[2])
+
+    def close(self) -> None:
+        """See :class:`Sink`."""
+        try:
+            if self.pending is not None:
+                self.pending.result()
+        finally:
+            self.abort()
+
+    def abort(self) -> None:
+        """See :class:`Sink`."""
+        self.thread.shutdown(wait=True, cancel_futures=True)
+        self.pending, self.buffer = None, torch.empty(0)
+
+    def _make_room(self, kept: Tensor | None, rows: int) -> None:  # [images, C, n, W]
+        """A buffer of at least `rows` rows that begins with `kept`."""
+        # A band, and what is computed beyond its last whole step.
+        rows = max(rows, min(self.target + self.step - 1, self.shape[2] - self.begin))
+        size = (self.images[1] - self.images[0], self.shape[1], rows, self.shape[3])
+        with torch.inference_mode(False):
+            buffer = torch.empty(size, dtype=self.dtype, device=self.device)
+        if kept is not None:
+            buffer[:, :, : kept.shape[2]] = kept
+        self.buffer = buffer
+
+    def _send(self, images: Span, top: int, band: Tensor) -> None:
+        host, ready = to_host(band)
+        # At most one band waits: memory stays bounded, and an error comes up here.
+        if self.pending is not None:
+            self.pending.result()
+
+        def store() -> None:
+            ready()
+            self.store(images, top, host)
+
+        self.pending = self.thread.submit(store)

@@ -1,0 +1,347 @@
+"""How each branch runs fastest on a machine: found on the work of calls, turn by turn, and remembered."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import os
+import platform
+import threading
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastroute.engines import ENGINES, TORCH, engine_of
+from fastroute.runtime.json_cache import JsonCache
+
+logger = logging.getLogger("fastroute")
+
+# Pixels of the image that pass through a branch together: near the caches of a CPU, while a GPU is busy only with many. The
+# first is what runs before anything has been measured.
+PIXELS = (1 << 13, 1 << 12, 1 << 14, 1 << 15)
+# Of passes side by side, each of which has the caches of its own processor.
+PARALLEL_PIXELS = (1 << 12, 1 << 11, 1 << 13, 1 << 14)
+GPU_PIXELS = (1 << 18, 1 << 15, 1 << 16, 1 << 17, 1 << 19, 1 << 20)
+# Pixels of a turn at least: what takes too little time cannot be compared.
+TURN_PIXELS = {"cpu": 1 << 15, "cuda": 1 << 20}
+# Turns of each candidate; more only where those of one disagree, and no more than the second number.
+ROUNDS, MOST_ROUNDS = 3, 6
+# More pixels per pass must earn their memory: what is slower than the fastest by less than this is as good.
+EARNED = 1.02
+# Where the median turn of a candidate exceeds its fastest by more, something else was running.
+STEADY = 1.25
+# What was measured in another way has another key, and is measured again.
+METHOD = 3
+# Turns off all measuring where it is "0".
+SWITCH = "FASTROUTE_TUNE"
+# What is logged when measuring begins.
+MEASURING = "measuring on this image how %s runs fastest; nothing is computed twice"
+
+CACHE = JsonCache("tuning.json")
+
+Shape = tuple[int, int]  # height and width of a patch
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One way to run a branch.
+
+    Attributes:
+        pixels: of the image that pass through it together.
+        channels_last: memory format of its input and weights.
+        engine: what executes it, see :mod:`fastroute.engines`.
+        parallel: passes run side by side, one on each thread of a CPU, where there are as many; else all threads share each.
+    """
+
+    pixels: int
+    channels_last: bool = True
+    parallel: bool = False
+    engine: str = TORCH
+
+    @property
+    def memory_format(self) -> torch.memory_format:
+        """`channels_last` as torch names it."""
+        return torch.channels_last if self.channels_last else torch.contiguous_format
+
+    def batch(self, shape: Sequence[int]) -> int:
+        """Patches of `shape`, height and width last, per pass."""
+        return max(1, self.pixels // (shape[-2] * shape[-1]))
+
+
+def default_setting(device: torch.device, parallel: bool, engine: str = TORCH) -> Setting:
+    """What runs where nothing has been measured."""
+    parallel = parallel and (engine == TORCH or engine_of(engine).PARALLEL)
+    return Setting(sizes_of(device.type == "cpu", parallel)[0], engine == TORCH, parallel, engine)
+
+
+def sizes_of(on_cpu: bool, parallel: bool) -> tuple[int, ...]:
+    """Pixels per pass that are compared; the first ones where nothing else is known."""
+    return (PARALLEL_PIXELS if parallel else PIXELS) if on_cpu else GPU_PIXELS
+
+
+def enabled() -> bool:
+    """Whether the environment lets anything be measured."""
+    return os.environ.get(SWITCH, "1") != "0"
+
+
+class Race:
+    """The search for the fastest setting of one branch.
+
+    Memory formats are compared first, then how many pixels pass together. A turn is part of the work of a call, whose results
+    are kept: nothing is computed to be measured. Turns of patches of one shape are compared with each other alone; what won is
+    taken for all shapes. A search goes on from call to call and from process to process. It ends after `MOST_ROUNDS` turns of
+    each candidate at the latest: if even these disagree, the machine was busy, and what was found holds for this process only.
+
+    Args:
+        key: of the entry in the cache.
+        name: of the branch, for the log.
+        device: where it runs.
+        threads: passes that may run side by side.
+        engines: that may run it; the first one does until more is known.
+
+    Attributes:
+        best: the fastest setting, once it is known.
+        rate: seconds per pixel that it took.
+    """
+
+    def __init__(self, key: str, name: str, device: torch.device, threads: int = 1, engines: Sequence[str] = (TORCH,)) -> None:
+        self.device, self.engines = device, tuple(engines)
+        self.key, self.name, self.on_cpu, self.threads = key, name, device.type == "cpu", threads
+        self.best: Setting | None = None
+        self.rate = math.inf
+        self._turns: dict[Shape, dict[Setting, list[float]]] = {}
+        self._largest: dict[Shape, int] = {}
+        self._given: Counter[tuple[Shape, Setting]] = Counter()  # turns whose time is still to come
+        self._new = self._told = False
+        self._lock = threading.Lock()
+        self._restore(CACHE.read().get(key, {}))
+
+    def turn(self, shape: Shape, largest: int) -> Setting | None:
+        """The setting that the next turn on patches of `shape` should have; None where none is needed now.
+
+        Args:
+            shape: height and width of the patches.
+            largest: of these that may pass together.
+        """
+        with self._lock:
+            # Turns side by side would measure each other.
+            if self.best is not None or (self.on_cpu and self._given):
+                return None
+            self._largest[shape] = largest
+            found = self._next(shape, largest)
+            if found is None:
+                return None
+            if not self._told:
+                self._told = True
+                logger.info(MEASURING, self.name)
+            self._given[shape, found] += 1
+            return found
+
+    def patches(self, shape: Shape, largest: int) -> int:
+        """Of `shape`, in a turn: those of the largest pass, and enough to be timed."""
+        pixels = max(max(sizes_of(self.on_cpu, parallel)) * self._beside(parallel) for parallel in self._ways)
+        fewest = TURN_PIXELS["cpu" if self.on_cpu else "cuda"]
+        return max(min(Setting(pixels).batch(shape), largest), -(-fewest // (shape[0] * shape[1])))
+
+    def add(self, shape: Shape, setting: Setting, seconds: float | None) -> None:
+        """The time per pixel of a turn that :meth:`turn` gave out; None if it failed."""
+        with self._lock:
+            self._given[shape, setting] -= 1
+            self._given += Counter()  # without zeros
+            if seconds is None or self.best is not None:
+                return
+            self._turns.setdefault(shape, {}).setdefault(setting, []).append(seconds)
+            self._new = True
+            # The last turn of a search ends it.
+            self._next(shape, self._largest[shape])
+
+    def remember(self) -> None:
+        """Write to the cache what is new; not what was measured while the machine was busy with something else."""
+        with self._lock:
+            if not self._new:
+                return
+            self._new = False
+            entry: dict[str, Any] = {"best": None, "seconds": None, "turns": []}
+            if self.best is not None:
+                entry.update(best=asdict(self.best), seconds=self.rate)
+            else:
+                entry["turns"] = [
+                    {"shape": list(shape), "setting": asdict(setting), "seconds": times}
+                    for shape, turns in self._turns.items()
+                    for setting, times in turns.items()
+                ]
+        CACHE.remember(self.key, entry)
+
+    @property
+    def _first(self) -> list[Setting]:
+        """What is compared first; engines other than PyTorch have a way and a memory format of their own."""
+        others = [name for name in self.engines if name != TORCH]
+        found = [default_setting(self.device, self.threads > 1, name) for name in others]
+        if TORCH in self.engines:
+            found += [
+                Setting(sizes_of(self.on_cpu, parallel)[0], last, parallel) for parallel in self._ways for last in (True, False)
+            ]
+        return found
+
+    @property
+    def _ways(self) -> tuple[bool, ...]:
+        return (True, False) if self.threads > 1 else (False,)
+
+    def _beside(self, parallel: bool) -> int:
+        return self.threads if parallel else 1
+
+    def _next(self, shape: Shape, largest: int) -> Setting | None:
+        """Which candidate has a turn next; at the end of the search it is settled, and there is none."""
+        turns = self._turns.get(shape, {})
+        candidates = self._first
+        for stage in range(2):
+            counted = {s: len(turns.get(s, ())) + self._given[shape, s] for s in candidates}
+            waiting = any(self._given[shape, s] for s in candidates)
+            steady = all(is_steady(turns.get(s, ())) for s in candidates)
+            rounds = min(counted.values())
+            if rounds < (ROUNDS if steady or waiting else MOST_ROUNDS):
+                return min(candidates, key=counted.__getitem__)
+            if waiting:
+                return None
+            fastest = min(min(turns[s]) for s in candidates)
+            if stage:
+                within = [s for s in candidates if min(turns[s]) <= EARNED * fastest]
+                self._settle(min(within, key=lambda s: s.pixels), fastest, steady)
+                return None
+            winner = min(candidates, key=lambda s: min(turns[s]))
+            # Those that memory cuts to the same number of patches are one.
+            most = max(1, largest // self._beside(winner.parallel))
+            pixels = sorted(sizes_of(self.on_cpu, winner.parallel))
+            sizes = {min(replace(winner, pixels=p).batch(shape), most): p for p in pixels}
+            sizes[min(winner.batch(shape), most)] = winner.pixels
+            candidates = [replace(winner, pixels=p) for p in sizes.values()]
+        return None
+
+    def _settle(self, best: Setting, rate: float, steady: bool) -> None:
+        self.best, self.rate = best, rate
+        self._turns.clear()
+        self._new = steady
+        way = "passes side by side" if best.parallel else "one pass at a time"
+        words = (self.name, best.engine, best.pixels, best.channels_last, way)
+        logger.info("%s runs fastest by %s with %d pixels per pass, channels_last %s, %s", *words)
+        if not steady:
+            logger.info("not remembered: the machine was busy")
+
+    def _restore(self, entry: dict[str, Any]) -> None:
+        """Take over what an entry of the cache says, as far as this version wrote it."""
+        best, rate = read_setting(entry.get("best")), entry.get("seconds")
+        if best is not None and is_time(rate) and best.engine in self.engines:
+            self.best, self.rate = best, float(rate)  # type: ignore[arg-type]
+            return
+        turns = entry.get("turns")
+        for turn in turns if isinstance(turns, list) else []:
+            if not isinstance(turn, dict):
+                continue
+            shape, setting, times = turn.get("shape"), read_setting(turn.get("setting")), turn.get("seconds")
+            if setting is None or not isinstance(shape, list) or not isinstance(times, list):
+                continue
+            if len(shape) == 2 and all(type(n) is int and n > 0 for n in shape) and all(map(is_time, times)):
+                self._turns.setdefault((shape[0], shape[1]), {})[setting] = times[:MOST_ROUNDS]
+
+
+class Turn:
+    """The time of some patches of `shape` in a branch, run with `setting`; on a GPU it is known once the device is done."""
+
+    def __init__(self, race: Race, shape: Shape, setting: Setting, patches: int, device: torch.device) -> None:
+        self.race, self.shape, self.setting, self.patches, self.device = race, shape, setting, patches, device
+        self.begin = self.taken = 0.0
+        self.events: list[torch.cuda.Event] = []
+
+    @property
+    def seconds(self) -> float:
+        """How long it took."""
+        return self.events[0].elapsed_time(self.events[1]) / 1e3 if self.events else self.taken
+
+    def __enter__(self) -> None:
+        self._mark()
+
+    def __exit__(self, kind: type[BaseException] | None, error: object, trace: object) -> None:
+        self._mark()
+        if kind is not None:
+            self.race.add(self.shape, self.setting, None)
+
+    def _mark(self) -> None:
+        if self.device.type == "cuda":
+            with torch.cuda.device(self.device):
+                self.events.append(torch.cuda.Event(enable_timing=True))
+                self.events[-1].record(torch.cuda.current_stream(self.device))
+        else:
+            self.begin, self.taken = time.perf_counter(), time.perf_counter() - self.begin
+
+
+def is_steady(times: Sequence[float]) -> bool:
+    """Whether turns of one candidate agree."""
+    return not times or median(times) <= STEADY * min(times)
+
+
+def is_time(value: object) -> bool:
+    """Whether `value` may be a number of seconds."""
+    return isinstance(value, float) and 0 < value < math.inf
+
+
+def read_setting(value: object) -> Setting | None:
+    """The setting that an entry of the cache holds; None where it is none."""
+    if not isinstance(value, dict) or set(value) != {field.name for field in fields(Setting)}:
+        return None
+    pixels, last, parallel, engine = value["pixels"], value["channels_last"], value["parallel"], value["engine"]
+    whole = type(pixels) is int and pixels > 0 and type(last) is bool and type(parallel) is bool and engine in ENGINES
+    return Setting(pixels, last, parallel, engine) if whole else None
+
+
+# Searches of this process, by the file that holds what they found and their key: routers of the same branch share one.
+_races: dict[tuple[Path, str], Race] = {}
+_races_lock = threading.Lock()
+
+
+def race_of(branch: nn.Module, example: Tensor, threads: int = 1, engines: Sequence[str] = (TORCH,)) -> Race:  # [1, C, p, p]
+    """The search for the fastest setting of `branch` on patches like `example`, and on regions of several.
+
+    Args:
+        threads: passes that may run side by side.
+        engines: that may run it.
+    """
+    key = tuning_key(branch, example) + (f"-{threads}" if threads > 1 else "")
+    if tuple(engines) != (TORCH,):
+        key += "-" + "-".join(engines)
+    with _races_lock:
+        place = (CACHE.path, key)
+        if place not in _races:
+            _races[place] = Race(key, type(branch).__name__, example.device, threads, engines)
+        return _races[place]
+
+
+def tuning_key(branch: nn.Module, example: Tensor) -> str:  # [1, C, p, p]
+    """A name for what decides the speed of `branch` on patches like `example`: device, threads, versions and structure."""
+    if example.is_cuda:
+        device = torch.cuda.get_device_name(example.device)
+    else:
+        device = f"{platform.machine()} {cpu_name()} {torch.get_num_threads()} threads"
+    # Structure and shapes decide the speed, not the values of the weights.
+    shapes = [(name, tuple(p.shape)) for name, p in branch.named_parameters()]
+    facts: list[object] = [METHOD, device, torch.__version__, str(example.dtype), tuple(example.shape), str(branch), shapes]
+    # What others were compared is compared again.
+    facts.append(GPU_PIXELS if example.is_cuda else [PIXELS, PARALLEL_PIXELS])
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:24]
+
+
+def cpu_name() -> str:
+    """The processor as the system names it; empty where it does not."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
