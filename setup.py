@@ -1,7 +1,7 @@
 """Builds the C++ extension; everything else about the package stands in pyproject.toml.
 
     fastroute/_C.*.so   csrc/module.cpp                                        a pybind11 module: what was built
-    fastroute/_ops.so   csrc/library.cpp, csrc/cpu/*.cpp, csrc/cuda/*.cu       the operators, without Python symbols
+    fastroute/_ops.so   csrc/library.cpp, csrc/cpu/**/*.cpp, csrc/cuda/*.cu    the operators, without Python symbols
 
 Sources are found by name; ninja builds them in build/ and rebuilds what an edit, of a header too, makes stale.
 
@@ -198,6 +198,12 @@ class BuildExtension(build_ext):
         write_if_changed(folder / "build_config.h", f"#pragma once\n\n{defines}")
 
 
+def operator_size(source: Path) -> int:
+    """Bytes of an operator's source, and of the headers beside it where it has a folder of its own."""
+    own = source.parent.name == source.stem
+    return sum(path.stat().st_size for path in (source.parent.iterdir() if own else [source]))
+
+
 def ninja_file(folder: Path, module_includes: list[str], torch_folder: Path, nvcc: str | None, archs: list[str]) -> str:
     """The text of the ninja file."""
     includes = [f"-I{CSRC}", f"-I{folder}"]
@@ -230,8 +236,8 @@ def ninja_file(folder: Path, module_includes: list[str], torch_folder: Path, nvc
     rule("cxx", f"{cxx} {quote(*prefix_maps)} $flags -MMD -MF $out.d -c $in -o $out", "compile", depends=True)
     rule("link", f"{link} $in -o $out $libs", "link")
     build("_C.so", "link", build_objects("cxx", [CSRC / "module.cpp"], quote(*module_includes)))
-    # The largest first, so that none is left for the end.
-    sources = [*sorted(CSRC.glob("cpu/*.cpp"), key=lambda path: -path.stat().st_size), CSRC / "library.cpp"]
+    # The largest operators first, so that none is left for the end.
+    sources = [*sorted(CSRC.glob("cpu/**/*.cpp"), key=operator_size, reverse=True), CSRC / "library.cpp"]
     objects = build_objects("cxx", sources, quote(*ops_flags))
     if nvcc:
         host = [flag for flag in CXX_FLAGS if flag.startswith(("-f", "-W"))] + prefix_maps
@@ -276,7 +282,9 @@ setup(
     cmdclass={"build_ext": BuildExtension, "build_py": BuildPython},
     ext_modules=[
         Extension("fastroute._C", relative("module.cpp")),
-        Extension("fastroute._ops", relative("library.cpp", "cpu/*.cpp", "cuda/*.cu"), depends=relative("**/*.h", "**/*.cuh")),
+        Extension(
+            "fastroute._ops", relative("library.cpp", "cpu/**/*.cpp", "cuda/*.cu"), depends=relative("**/*.h", "**/*.cuh")
+        ),
     ]
     if COMPILER
     else [],

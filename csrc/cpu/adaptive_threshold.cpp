@@ -8,7 +8,7 @@
 #include <vector>
 
 #include "common/dispatch.h"
-#include "cpu/eight_doubles.h"
+#include "cpu/adaptive_threshold_doubles.h"
 #include "cpu/isa.h"
 
 namespace fastroute {

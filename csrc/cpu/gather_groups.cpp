@@ -1,7 +1,7 @@
 // gather_groups: row i of the output is row order[i] of the input.
 #include <torch/csrc/stable/library.h>
 
-#include "cpu/rows.h"
+#include "cpu/gather_rows.h"
 
 namespace fastroute {
 namespace {

@@ -1,9 +1,10 @@
 // assign_classes: argmax over classes of score / cost^penalty; with a budget, of log2(score) - penalty · log2(cost) at
-// the smallest penalty whose mean cost fits, which is bisected on the device (budget.cuh). One thread per item.
+// the smallest penalty whose mean cost fits, which is bisected on the device (assign_classes_budget.cuh). One thread
+// per item.
 #include <limits>
 #include <vector>
 
-#include "cuda/budget.cuh"
+#include "cuda/assign_classes_budget.cuh"
 
 namespace fastroute {
 namespace {

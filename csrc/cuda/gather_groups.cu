@@ -1,5 +1,5 @@
 // gather_groups: row i of the output is row order[i] of the input.
-#include "cuda/rows.cuh"
+#include "cuda/gather_rows.cuh"
 
 namespace fastroute {
 namespace {

@@ -4,8 +4,8 @@
 
 #include <cstdint>
 
-#include "common/pixel_axis.h"
 #include "common/pixel_mlp.h"
+#include "common/pixel_mlp_axis.h"
 #include "cuda/launch.h"
 
 namespace fastroute::pixel_mlp {

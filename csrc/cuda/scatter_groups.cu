@@ -1,5 +1,5 @@
 // scatter_groups: row i of the output is row inverse[i] of the input.
-#include "cuda/rows.cuh"
+#include "cuda/gather_rows.cuh"
 
 namespace fastroute {
 namespace {

@@ -79,7 +79,7 @@ def digest(command: Sequence[str | Path], files: Sequence[Path]) -> str:
 
 def headers() -> list[Path]:
     """Every header that a kernel may include."""
-    return sorted([*CSRC.glob("c*/*.h"), *CSRC.glob("cuda/*.cuh"), *HERE.glob("*/*.h")])
+    return sorted([*CSRC.glob("**/*.h"), *CSRC.glob("cuda/*.cuh"), *HERE.glob("*/*.h")])
 
 
 def kept(path: Path, command: Sequence[str | Path]) -> Path:

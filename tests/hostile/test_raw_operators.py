@@ -52,7 +52,7 @@ def sanitized(kernels: list[Path]) -> Path:
     """A library that registers `kernels` of csrc/cpu in the place of those that are built."""
     flags = [flag for flag in builds.SHIM_FLAGS if not flag.endswith("shim")]
     command = [*builds.CXX, *flags, *builds.SANITIZERS["address"], "-DFASTROUTE_PORTABLE", "-c"]
-    headers = sorted([*builds.CSRC.glob("common/*.h"), *builds.CSRC.glob("cpu/*.h")])
+    headers = sorted([*builds.CSRC.glob("common/*.h"), *builds.CSRC.glob("cpu/**/*.h")])
     objects = []
     for source in kernels:
         digest = builds.digest([*command, source], [source, *headers])
@@ -69,7 +69,7 @@ QUICK = ("gather_groups", "group_by_class", "refine_boundaries")
 @pytest.mark.slow
 @pytest.mark.parametrize("ops", [QUICK, pytest.param((), marks=pytest.mark.soak)], ids=["quick", "all"])
 def test_hostile_calls_under_sanitizers(ops):
-    kernels = [path for path in sorted(builds.CSRC.glob("cpu/*.cpp")) if not ops or path.stem in ops]
+    kernels = [path for path in sorted(builds.CSRC.glob("cpu/**/*.cpp")) if not ops or path.stem in ops]
     environment = {
         **os.environ,
         "FASTROUTE_SANITIZED": str(sanitized(kernels)),

@@ -11,8 +11,8 @@
 #include <utility>
 #include <vector>
 
-#include "common/pixel_axis.h"
 #include "common/pixel_mlp.h"
+#include "common/pixel_mlp_axis.h"
 #include "cpu/mlp_layer.h"
 
 namespace fastroute::pixel_mlp {

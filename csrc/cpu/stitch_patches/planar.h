@@ -6,7 +6,7 @@
 #include <optional>
 #include <utility>
 
-#include "cpu/stitch_patches_plan.h"
+#include "cpu/stitch_patches/plan.h"
 
 namespace fastroute {
 namespace {

@@ -7,7 +7,7 @@
 #include <vector>
 
 #include "common/stitch_patches.h"
-#include "cpu/stitch_patches_rows.h"
+#include "cpu/stitch_patches/rows.h"
 
 namespace fastroute {
 namespace {

@@ -12,8 +12,8 @@
 
 #include "common/pixel.h"
 #include "common/stitch_patches.h"
-#include "cpu/stitch_patches_rows.h"
-#include "cpu/stitch_patches_upsampled.h"
+#include "cpu/stitch_patches/kinds.h"
+#include "cpu/stitch_patches/rows.h"
 
 namespace fastroute {
 namespace {

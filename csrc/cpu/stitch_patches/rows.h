@@ -4,7 +4,7 @@
 #include <algorithm>
 #include <cstring>
 
-#include "cpu/stitch_patches_planar.h"
+#include "cpu/stitch_patches/planar.h"
 
 namespace fastroute {
 namespace {

@@ -7,9 +7,9 @@
 
 #include "common/geometry.h"
 #include "cpu/memory.h"
-#include "cpu/pixel_run.h"
-#include "cpu/upsampler.h"
-#include "cpu/wide_runs.h"
+#include "cpu/stitch_patches/pixel_run.h"
+#include "cpu/stitch_patches/upsampler.h"
+#include "cpu/stitch_patches/wide_runs.h"
 
 namespace fastroute {
 namespace {

@@ -9,7 +9,7 @@
 
 #include "cpu/intrinsics.h"
 #include "cpu/isa.h"
-#include "cpu/pixel_mlp_plan.h"
+#include "cpu/pixel_mlp/plan.h"
 
 #if FASTROUTE_X86
 #define FASTROUTE_SIMD FASTROUTE_AVX512_BF16 FASTROUTE_INLINE

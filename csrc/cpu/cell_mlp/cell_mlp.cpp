@@ -13,13 +13,13 @@
 
 #include "common/dispatch.h"
 #include "common/pixel.h"
-#include "cpu/cell_mlp_plan.h"
+#include "cpu/cell_mlp/plan.h"
 #include "cpu/intrinsics.h"
 #include "cpu/isa.h"
 
 namespace fastroute::cell_mlp {
 
-#define FASTROUTE_BODY "cpu/cell_mlp_tile.h"
+#define FASTROUTE_BODY "cpu/cell_mlp/tile.h"
 #include "cpu/each_isa.h"
 
 namespace {

@@ -72,7 +72,7 @@ struct Upsampler {
     }
 };
 
-#define FASTROUTE_BODY "cpu/upsampler_rows.h"
+#define FASTROUTE_BODY "cpu/stitch_patches/upsampler_rows.h"
 #include "cpu/each_isa.h"
 
 // The functions of one instruction set.

@@ -8,17 +8,17 @@
 #include <utility>
 #include <vector>
 
-#include "common/pixel_axis.h"
 #include "common/pixel_mlp.h"
+#include "common/pixel_mlp_axis.h"
 #include "cpu/intrinsics.h"
 #include "cpu/isa.h"
 #include "cpu/memory.h"
-#include "cpu/pixel_mlp_bf16.h"
-#include "cpu/pixel_mlp_plan.h"
+#include "cpu/pixel_mlp/bf16.h"
+#include "cpu/pixel_mlp/plan.h"
 
 namespace fastroute::pixel_mlp {
 
-#define FASTROUTE_BODY "cpu/pixel_mlp_block.h"
+#define FASTROUTE_BODY "cpu/pixel_mlp/block.h"
 #include "cpu/each_isa.h"
 
 namespace {
