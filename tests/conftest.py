@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -79,17 +80,30 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             targets += [("triton", "cpu")]
         if torch.cuda.is_available():
             targets += [("reference", "cuda"), ("triton", "cuda"), ("cuda", "cuda"), (DISPATCHER, "cuda")]
+        # The dispatcher is tested by the backend of each kernel that is registered for the device.
+        ops = operators_of(metafunc.module)
+        kernels = {device for _, device in targets if has_kernel(ops, torch.device(device))}
+        targets = [(name, device) for name, device in targets if name != DISPATCHER or device not in kernels]
+        if not {"operator", "kernel"}.isdisjoint(metafunc.fixturenames):
+            targets = [(name, device) for name, device in targets if name != "reference"]
         metafunc.parametrize("backend", targets, ids=["-".join(t) for t in targets], indirect=True)
+
+
+def operators_of(module: ModuleType) -> tuple[str, ...]:
+    """The operators of a test file: its OPS, else the one in its name."""
+    return getattr(module, "OPS", (module.__name__.removeprefix("test_"),))
+
+
+def has_kernel(ops: tuple[str, ...], device: torch.device) -> bool:
+    return any(not unsupported_reasons(op, name, device) for op in ops for name in BACKENDS if name != "reference")
 
 
 @pytest.fixture
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Backend]:
-    """Each backend that can run the operators of the test file: its OPS, else the one in its name."""
+    """Each backend that can run the operators of the test file."""
     name, device = request.param[0], torch.device(request.param[1])
-    ops = getattr(request.module, "OPS", (request.module.__name__.removeprefix("test_"),))
+    ops = operators_of(request.module)
     if name == DISPATCHER:
-        if any(not unsupported_reasons(op, b, device) for op in ops for b in BACKENDS if b != "reference"):
-            pytest.skip("a kernel is registered for this device: its own backend tests the dispatcher")
         monkeypatch.setattr(_library, "select", lambda op, device: DISPATCHER)
         yield Backend(name, device)
         return
@@ -111,10 +125,14 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.fixture
+def kernel(backend: Backend) -> Backend:
+    """Every backend but the reference, for tests that compare with it."""
+    return backend
+
+
+@pytest.fixture
 def operator(backend: Backend, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Backend:
     """A backend that is a registered operator: opcheck, compilation and registered gradients."""
-    if backend.is_reference:
-        pytest.skip("the reference is plain PyTorch, not an operator")
     if backend.name == "triton":
         # Tests name operators of the main namespace; those of Triton have one of their own.
         monkeypatch.setattr(request.module, "opcheck", opcheck_of_triton, raising=False)

@@ -72,8 +72,8 @@ def test_sweep(backend, shape, dtype):
 
 
 @given(values=st.lists(st.integers(-8, 8), min_size=1, max_size=30))
-def test_whole_numbers_exactly(backend, values):
-    score = torch.tensor([values], dtype=torch.float32, device=backend.device)
+def test_whole_numbers_exactly(kernel, values):
+    score = torch.tensor([values], dtype=torch.float32, device=kernel.device)
     same(adaptive_threshold(score), adaptive_threshold_reference(score))
 
 

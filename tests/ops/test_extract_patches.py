@@ -73,16 +73,16 @@ def test_table_of_conversions(backend):
 
 
 @pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
-def test_sweep_of_geometries(backend, geometry):
+def test_sweep_of_geometries(kernel, geometry):
     height, width, patch, stride, coverage = geometry
     grid = TileGrid(height, width, patch, stride, coverage=coverage)
     for b, c in ((0, 3), (1, 1), (1, 3), (2, 3), (2, 5)):
-        image = random((b, c, height, width), device=backend.device)
+        image = random((b, c, height, width), device=kernel.device)
         n = b * grid.num_patches
         patches = extract_patches(image, grid)
         assert patches.shape == (n, c, patch, patch)
         same(patches, reference(image, grid))
-        order = torch.randperm(n, generator=torch.Generator().manual_seed(1)).to(backend.device)
+        order = torch.randperm(n, generator=torch.Generator().manual_seed(1)).to(kernel.device)
         for some in (order, order[: n // 2], order[n // 3 :: 2], order[:0], order.repeat(2), order[:1].repeat(b * 3)):
             same(extract_patches(image, grid, some), reference(image, grid, some))
 
@@ -97,11 +97,11 @@ def test_reference_is_unfold(coverage):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", FLOATING + INTEGER_IMAGE, ids=str)
-def test_sweep_of_types_and_layouts(backend, dtype, layout):
+def test_sweep_of_types_and_layouts(kernel, dtype, layout):
     grid = TileGrid(11, 9, 4, 3)
-    mean, std = (torch.tensor(v, device=backend.device) for v in STATISTICS)
-    order = torch.tensor([5, 0, 23, 23, 7], device=backend.device)
-    image = in_layout(random((2, 3, 11, 9), dtype, backend.device), layout)
+    mean, std = (torch.tensor(v, device=kernel.device) for v in STATISTICS)
+    order = torch.tensor([5, 0, 23, 23, 7], device=kernel.device)
+    image = in_layout(random((2, 3, 11, 9), dtype, kernel.device), layout)
     for target in (None, *FLOATING):
         for statistics in ((None, None), (mean, None), (None, std), (mean, std.double())):
             if target is None and not dtype.is_floating_point and statistics != (None, None):
@@ -289,11 +289,11 @@ def test_planes_to_pixels_of_large_patches(pixels, statistics):
 # Rows of 128 bytes, as those of 32 float32, and rows that end within 16 bytes.
 @pytest.mark.parametrize("patch", [16, 32, 64, 128, 21])
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.bfloat16, torch.float32, torch.float64], ids=str)
-def test_rows_are_copied(backend, dtype, patch):
+def test_rows_are_copied(kernel, dtype, patch):
     # A part of a larger image, read to its last pixel; 18 patches of two images, some of them twice and some not at all.
-    image = random((2, 3, 2 * patch + 9, 2 * patch + 4), dtype, backend.device)[..., 3:, :-1]
+    image = random((2, 3, 2 * patch + 9, 2 * patch + 4), dtype, kernel.device)[..., 3:, :-1]
     grid = TileGrid(*image.shape[2:], patch, patch - 2)
-    order = torch.tensor([17, 0, 0, 8, 9, 10, 3, 17], device=backend.device)
+    order = torch.tensor([17, 0, 0, 8, 9, 10, 3, 17], device=kernel.device)
     for chosen in few([order, None, order[:1], order[:0]]):
         same(extract_patches(image, grid, chosen), reference(image, grid, chosen))
 
@@ -316,13 +316,13 @@ def test_table_of_regions(backend):
 
 
 @pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
-def test_sweep_of_regions(backend, geometry):
+def test_sweep_of_regions(kernel, geometry):
     """Every shape of region that there is, from any patch on: within the image and beyond it."""
     height, width, patch, stride, coverage = geometry
     grid = TileGrid(height, width, patch, stride, coverage=coverage)
-    image = random((2, 3, height, width), device=backend.device)
+    image = random((2, 3, height, width), device=kernel.device)
     shapes = sorted({size for size in grid.region_shapes(8) if size != (0, 0)})
-    order = torch.randperm(2 * grid.num_patches, generator=torch.Generator().manual_seed(1))[:40].to(backend.device)
+    order = torch.randperm(2 * grid.num_patches, generator=torch.Generator().manual_seed(1))[:40].to(kernel.device)
     for size in few([shapes[:: len(shapes) // 3 + 1], shapes])[-1]:
         for some in few((order, order[:1], order[:0]), size[0]):
             same(extract_patches(image, grid, some, size=size), reference(image, grid, some, size=size))

@@ -112,10 +112,10 @@ def test_reference_is_fold(window):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", FLOATING, ids=str)
-def test_sweep_of_types_and_layouts(backend, dtype, layout):
+def test_sweep_of_types_and_layouts(kernel, dtype, layout):
     grid = TileGrid(7, 9, 4, 3, 2)
-    patches = in_layout(patches_for(grid, 2, 3, dtype, backend.device), layout)
-    inverse = shuffled(len(patches), backend.device)
+    patches = in_layout(patches_for(grid, 2, 3, dtype, kernel.device), layout)
+    inverse = shuffled(len(patches), kernel.device)
     for turn, target in enumerate((None, *FLOATING, *INTEGER_IMAGE)):
         for order in few((None, inverse), turn):
             same(stitch_patches(patches, grid, "hann", order, target), reference(patches, grid, "hann", order, target))

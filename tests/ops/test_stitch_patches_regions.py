@@ -113,8 +113,8 @@ def test_sweep_of_geometries(backend, geometry):
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
 @pytest.mark.parametrize("dtype", FLOATING, ids=str)
-def test_sweep_of_types_and_layouts(backend, dtype, layout):
-    held = Held(TileGrid(19, 23, 6, 4, 2), 2, device=backend.device)
+def test_sweep_of_types_and_layouts(kernel, dtype, layout):
+    held = Held(TileGrid(19, 23, 6, 4, 2), 2, device=kernel.device)
     batches = [in_layout(batch, layout) for batch in held.random(3, dtype)]
     for target in few((None, *FLOATING, *INTEGER_IMAGE), dtype.itemsize):
         same(held.stitch(batches, "hann", dtype=target), held.reference(batches, "hann", target))
@@ -122,8 +122,8 @@ def test_sweep_of_types_and_layouts(backend, dtype, layout):
 
 @pytest.mark.parametrize("last", [False, True])
 @pytest.mark.parametrize(("scale", "shuffle"), [(4, 4), (4, 2), (2, 2), (3, 3), (6, 2)])
-def test_shuffle(backend, scale, shuffle, last):
-    held = Held(TileGrid(21, 30, 8, 6, scale), device=backend.device)
+def test_shuffle(kernel, scale, shuffle, last):
+    held = Held(TileGrid(21, 30, 8, 6, scale), device=kernel.device)
     for dtype in few((torch.float32, torch.float16), scale + last):
         batches = held.random(3, dtype, shuffle, last)
         same(held.stitch(batches, "linear", shuffle=shuffle), held.reference(batches, "linear", shuffle=shuffle))
@@ -177,10 +177,10 @@ def test_single_patches_are_regions(backend):
     same(bits(held.stitch(batches, "gaussian")), bits(plain))
 
 
-def test_many_tensors(backend):
+def test_many_tensors(kernel):
     """One region a tensor, more of them than one launch of a kernel is told of, and empty ones between."""
     grid = TileGrid(76, 82, 4, 3)
-    held = Held(grid, 1, 2, backend.device)
+    held = Held(grid, 1, 2, kernel.device)
     batches = held.random(1)
     single = [part for batch in batches for part in (*batch.split(1), batch[:0])]
     assert len(single) > 130
