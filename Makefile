@@ -5,7 +5,7 @@
 #   make test       run the tests
 #   make soak       the long campaigns that `make test` only samples: hours on two cores
 #   make test-gpu-sanitize  the tests of the CUDA kernels under compute-sanitizer, on a machine with a GPU
-#   make lint       ruff, mypy and clang-format; changes nothing        make format   apply ruff and clang-format
+#   make lint       ruff, mypy, import-linter and clang-format; changes nothing        make format   apply ruff and clang-format
 #   make build      the environment in .venv with the package installed, its extension compiled
 #   make benchmark  the benchmarks and benchmarks/results/<device>/report.md and report.html, in less than half an hour
 #   make benchmark-compare BASE=<commit>  is the working tree, or HEAD=<commit>, slower than BASE? Fails if it is
@@ -26,7 +26,7 @@ CPP_TESTS := $(shell find tests -name '*.cpp' -o -name '*.h')
 SOURCES := pyproject.toml setup.py fastroute/__init__.py $(wildcard fastroute/ops/*.py) $(CPP)
 
 .DELETE_ON_ERROR:
-.PHONY: docs demo test soak test-gpu-sanitize lint lint-ruff lint-format lint-types lint-cpp format build benchmark benchmark-compare wheel clean
+.PHONY: docs demo test soak test-gpu-sanitize lint lint-ruff lint-format lint-types lint-layers lint-cpp format build benchmark benchmark-compare wheel clean
 
 demo: $(VENV)/built
 	mkdir -p demo
@@ -69,7 +69,7 @@ docs: $(VENV)/installed
 	$(RUN) -m sphinx -W -q -b html docs build/docs
 
 # `make -k lint` reports the findings of all tools, not only the first that has any.
-lint: lint-ruff lint-format lint-types lint-cpp
+lint: lint-ruff lint-format lint-types lint-layers lint-cpp
 
 lint-ruff: $(VENV)/dev
 	$(RUN) -m ruff check --output-format concise .
@@ -79,6 +79,10 @@ lint-format: $(VENV)/dev
 
 lint-types: $(VENV)/dev
 	$(RUN) -m mypy fastroute
+
+# The layers of the package, see ARCHITECTURE.md.
+lint-layers: $(VENV)/dev
+	$(VENV)/bin/lint-imports --no-logo
 
 lint-cpp: $(VENV)/dev
 	$(VENV)/bin/clang-format --dry-run -Werror $(CPP) $(CPP_TESTS)

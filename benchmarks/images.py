@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from benchmarks.measure import ROOT
 from fastroute import io
-from fastroute.training.data import make_pair
+from fastroute.degradation import make_pair
 
 SAMPLE = ROOT / "assets" / "sample.png"
 SCALE = 4

@@ -2,7 +2,7 @@
 
 Needs fastroute alone. `SRModel` has the outline of BasicSR's class of that name and of its validation, without the framework,
 so that the example runs anywhere; in a LightningModule the same `net_g` is called in `validation_step`. What a framework needs
-is a `torch.nn.Module` from batch to batch: `fastroute.tiled` gives one, and `Routed` makes one of a router.
+is a `torch.nn.Module` from batch to batch, and a router is one.
 """
 
 from collections.abc import Iterator
@@ -12,21 +12,6 @@ from torch import nn
 from torch.nn import functional as F
 
 import fastroute
-
-
-class Routed(nn.Module):
-    """A router as a module. It is none itself, and follows a buffer that `.to` of this module, or of one around it, moves."""
-
-    def __init__(self, router: fastroute.PatchRouter, budget: float) -> None:
-        super().__init__()
-        self.router, self.budget = router, budget
-        self.register_buffer("place", torch.empty(0, device=router.device), persistent=False)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, 3, H, W) to (B, 3, H * scale, W * scale); the budget is shared by the batch."""
-        if self.router.device != self.place.device:
-            self.router.to(self.place.device)
-        return self.router.upscale(x, budget=self.budget).image
 
 
 class SRModel:
@@ -65,11 +50,8 @@ def loader(batches: int = 2) -> Iterator[dict[str, torch.Tensor]]:
         yield {"lq": F.interpolate(hr, scale_factor=0.25, mode="bicubic", antialias=True).clamp(0, 1), "gt": hr}
 
 
-router = fastroute.load()  # ClassSR over FSRCNN, x4
-networks = {
-    "bicubic": nn.Upsample(scale_factor=4, mode="bicubic"),
-    "largest branch": Routed(router, budget=1),
-    "budget 0.6": Routed(router, budget=0.6),
-}
+dense, routed = fastroute.load(), fastroute.load()  # ClassSR over FSRCNN, x4
+dense.budget, routed.budget = 1, 0.6
+networks = {"bicubic": nn.Upsample(scale_factor=4, mode="bicubic"), "largest branch": dense, "budget 0.6": routed}
 for name, net_g in networks.items():
     print(f"{name}: {SRModel(net_g).validation(loader()):.2f} dB")

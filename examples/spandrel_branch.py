@@ -25,7 +25,7 @@ image = (255 * (0.2 + 0.5 * x + 0.3 * x.square() * torch.rand(3, 192, 256))).rou
 
 # Alone, on tiles: an image of any size in the memory of a few tiles.
 upscale = fastroute.tiled(descriptor, patch=64, overlap=16)
-print(f"{descriptor.architecture.name}, scale {upscale.router.scale}: {tuple(image.shape)} to {tuple(upscale(image).shape)}")
+print(f"{descriptor.architecture.name}, scale {upscale.scale}: {tuple(image.shape)} to {tuple(upscale(image).shape)}")
 
 # Routed: patches whose edges are stronger than the threshold go through the network.
 router = fastroute.PatchRouter(

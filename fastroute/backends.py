@@ -31,19 +31,22 @@ class BackendError(RuntimeError):
 
 
 class Extension:
-    """The compiled operators: loaded once, on first import of the package; compiles nothing.
+    """The compiled operators: loaded once, when an operator is first imported; compiles nothing.
 
     Attributes:
         info: what `_C.build_info()` returns; empty without an extension.
         reasons: why there is no extension; empty when it is loaded.
+        looked_for: whether it has been looked for.
     """
 
     def __init__(self) -> None:
         self.info: dict[str, Any] = {}
         self.reasons: list[str] = []
+        self.looked_for = False
 
     def load(self, schema_digest: str) -> None:
         """Load the compiled operators if they were built from the schemas of this package; a warning where there are none."""
+        self.looked_for = True
         self._load(schema_digest)
         # Whoever asked for the reference knows.
         if self.reasons and os.environ.get(VARIABLE) != "reference":
@@ -83,6 +86,13 @@ class Extension:
 EXTENSION = Extension()
 
 
+def loaded_extension() -> Extension:
+    """The extension, once it has been looked for; the operators' library does so when it is imported."""
+    if not EXTENSION.looked_for:
+        importlib.import_module("fastroute.ops._library")
+    return EXTENSION
+
+
 def unsupported_reasons(op: str, backend: str, device: torch.device) -> list[str]:
     """Why `backend` cannot run `op` on `device`; empty when it can. The one predicate that picks, reports and raises."""
     if backend == "reference":
@@ -90,7 +100,7 @@ def unsupported_reasons(op: str, backend: str, device: torch.device) -> list[str
     if backend == "cpu":
         if device.type != "cpu":
             return [f"the tensors are on {device}"]
-        return EXTENSION.reasons
+        return loaded_extension().reasons
     if device.type != "cuda" and not (backend == "triton" and device.type == "cpu"):
         return [f"the tensors are on {device}"]
     if _is_products(op, backend, device):
@@ -118,13 +128,14 @@ def _triton_reasons(op: str, device_type: str, index: int | None) -> list[str]:
 
 
 def _cuda_reasons(op: str, index: int | None) -> list[str]:
-    if EXTENSION.reasons:
-        return EXTENSION.reasons
-    if not EXTENSION.info["cuda"]:
+    extension = loaded_extension()
+    if extension.reasons:
+        return extension.reasons
+    if not extension.info["cuda"]:
         return ["the C++ extension was built without CUDA kernels (install nvcc and run `pip install .` again)"]
     if not torch._C._dispatch_has_kernel_for_dispatch_key(f"fastroute::{op}", "CUDA"):
         return [f"this version has no cuda kernel of {op}"]
-    built = [(int(arch[:-1]), int(arch[-1])) for arch in EXTENSION.info["cuda_archs"]]
+    built = [(int(arch[:-1]), int(arch[-1])) for arch in extension.info["cuda_archs"]]
     found = torch.cuda.get_device_capability(index)
     # Machine code of one architecture runs on that and on later ones of the same generation; the last is there as PTX too,
     # which the driver translates for all later ones.

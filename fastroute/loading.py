@@ -49,6 +49,7 @@ MOST_PARTS = 1000
 @ordinarily
 def load(
     name_or_path: str | Path = DEFAULT_MODEL,
+    *,
     device: str | torch.device = "cpu",
     scale: float | None = None,
     patch: int | None = None,
@@ -245,19 +246,19 @@ def _router(state: dict[str, Tensor], path: Path, settings: Mapping[str, Any], a
         arm = fitted(lambda: _arm(state, scale, patch), state, path)
         if not arm.table.ready:
             raise CheckpointError(f"cannot use {path}: its table holds no measurements; train the table on images first")
-        return PatchRouter(arm.branches, arm.classifier, patch, stride, scale, costs=arm.costs(patch), **how)
+        return PatchRouter(arm.branches, arm.classifier, patch=patch, stride=stride, scale=scale, costs=arm.costs(patch), **how)
     options = {name: settings[name] for name in ("input_range", "mean") if name in settings}
     for backbone, name in FIRST_LAYERS.items():
         widths = _widths(state, rf"net(\d+)\.{re.escape(name)}")
         if widths:
             scale = _scale(state, f"net{len(widths)}.", path, settings, asked)
             system = fitted(partial(_classsr, backbone, state, widths, scale, options), state, path)
-            return PatchRouter(system.branches, system.classifier, patch, stride, scale, **how)
+            return PatchRouter(system.branches, system.classifier, patch=patch, stride=stride, scale=scale, **how)
         alone = _widths(state, rf"{re.escape(name)}()")
         if alone:
             scale = _scale(state, "", path, settings, asked)
             network = fitted(partial(_network, backbone, state, "", alone[0], scale, **options), state, path)
-            return PatchRouter([network], None, patch, stride, scale, **how)
+            return PatchRouter([network], None, patch=patch, stride=stride, scale=scale, **how)
     known = ", ".join(f"{backbone} ({name})" for backbone, name in FIRST_LAYERS.items())
     raise CheckpointError(
         f"{path} is of no known architecture; known are ClassSR and CDNSR (classifier.*, net1.*, …), ARM (network.*, "

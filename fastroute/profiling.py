@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastroute._arguments import real, whole
 from fastroute._contexts import on_fake_tensors
-from fastroute.models.adapters import inference_copy
+from fastroute._copies import inference_copy
 
 CONVENTIONS = ("true", "paper")
 M = TypeVar("M", bound=TorchDispatchMode)

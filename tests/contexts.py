@@ -35,7 +35,7 @@ def pixels():
 
 def patch_router():
     # Nothing is measured: a batch size that depends on the machine would round differently.
-    return PatchRouter(system().branches, system().classifier, PATCH, STRIDE, SCALE, batch=4)
+    return PatchRouter(system().branches, system().classifier, patch=PATCH, stride=STRIDE, scale=SCALE, batch=4)
 
 
 def pixel_router():
@@ -43,7 +43,7 @@ def pixel_router():
 
 
 def tiled():
-    return fastroute.tiled(system().branches[1], 32, scale=SCALE, batch=4)
+    return fastroute.tiled(system().branches[1], patch=32, scale=SCALE, batch=4)
 
 
 # What is made, and what is then asked of it: the image, and the classes where there are any.
@@ -55,8 +55,8 @@ ROUTERS = {
     "tiled": (tiled, lambda r: (r(IMAGE),)),
 }
 FIXED = {
-    "fixed patches": (lambda: FixedPatchRouter(patch_router(), IMAGE.shape, capacities=[1.0, 1.0]), lambda r: r(IMAGE)),
-    "fixed pixels": (lambda: FixedPixelRouter(pixel_router(), IMAGE.shape, scale=2), lambda r: r(IMAGE)),
+    "fixed patches": (lambda: FixedPatchRouter(patch_router(), IMAGE.shape, capacities=[1.0, 1.0]), lambda r: r.upscale(IMAGE)),
+    "fixed pixels": (lambda: FixedPixelRouter(pixel_router(), IMAGE.shape, scale=2), lambda r: r.upscale(IMAGE)),
 }
 EVERY = {**ROUTERS, **FIXED}
 

@@ -92,17 +92,19 @@ def test_router_of_functions_free_classes_and_a_score():
     )
     result = router.upscale(image)
     assert result.class_map.flatten().tolist() == [sum(s > t for t in thresholds) for s in score.tolist()]
-    assert min(result.stats.patches_per_class) > 0
+    assert min(result.stats.counts_per_class) > 0
     expected = routed_plainly(image, grid, router.branches, result.class_map.flatten())
     torch.testing.assert_close(result.image.double(), expected, rtol=0, atol=1e-5)
     cheap = router.upscale(image, budget=0.2)
-    assert cheap.stats.patches_per_class[2] < result.stats.patches_per_class[2]
+    assert cheap.stats.counts_per_class[2] < result.stats.counts_per_class[2]
 
 
 def test_identity_keeps_a_gray_image():
     image = picture(2, 1, 30, 41)
     classifier = ScoreClassifier(strength, (0.2,))
-    router = PatchRouter([nn.Identity(), nn.Conv2d(1, 1, 3, padding=1).bfloat16()], classifier, 16, 12, scale=1, merge=1)
+    router = PatchRouter(
+        [nn.Identity(), nn.Conv2d(1, 1, 3, padding=1).bfloat16()], classifier, patch=16, stride=12, scale=1, merge=1
+    )
     assert router.channels == 1 and router.dtype == torch.bfloat16
     result = router.upscale(image, class_map=torch.zeros(2, 3, 4, dtype=torch.int64))
     torch.testing.assert_close(result.image, image.bfloat16().float(), rtol=0, atol=2**-8)

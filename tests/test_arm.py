@@ -12,9 +12,9 @@ from networks import picture, randomise
 
 import fastroute
 from fastroute import PatchRouter, TileGrid, io
+from fastroute.degradation import make_pair
 from fastroute.models.arm import ARM, BACKBONES, Bicubic, EdgeClassifier, EdgeTable, budget_scores, edge_score
 from fastroute.models.checkpoints import load_weights, read_checkpoint, save_checkpoint, state_dict_of
-from fastroute.training.data import make_pair
 
 pytestmark = pytest.mark.usefixtures("quick_tuning")
 ETAS = (1e9, 3.33333e8, 1e8, 3.33333e7)
@@ -200,23 +200,23 @@ def test_router(backbone):
     grid = TileGrid(80, 96, 16, 16)
     patches = fastroute.extract_patches(image, grid)
     expected = arm(patches)
-    router = PatchRouter(arm.branches, arm.classifier, 16, 16, 2, costs=arm.costs(16), merge=1)
+    router = PatchRouter(arm.branches, arm.classifier, patch=16, stride=16, scale=2, costs=arm.costs(16), merge=1)
     result = router.upscale(image)
-    assert min(result.stats.patches_per_class) > 0, "a picture without some class proves little"
+    assert min(result.stats.counts_per_class) > 0, "a picture without some class proves little"
     own = fastroute.extract_patches(result.image, TileGrid(160, 192, 32, 32))
     torch.testing.assert_close(own, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_budget():
     arm = random_arm()
-    router = PatchRouter(arm.branches, arm.classifier, 16, 12, 2, costs=arm.costs(16), merge=1)
+    router = PatchRouter(arm.branches, arm.classifier, patch=16, stride=12, scale=2, costs=arm.costs(16), merge=1)
     image = picture(1, 3, 120, 140, 6)
     cost = torch.tensor(router.costs)
     least = float(cost.min() / cost.max())
-    assert router.upscale(image, budget=1).stats.patches_per_class[:3] == [0, 0, 0]
+    assert router.upscale(image, budget=1).stats.counts_per_class[:3] == [0, 0, 0]
     spent = []
     for budget in (least, 0.3, 0.5, 0.7, 0.9):
-        counts = torch.tensor(router.upscale(image, budget=budget).stats.patches_per_class)
+        counts = torch.tensor(router.upscale(image, budget=budget).stats.counts_per_class)
         spent.append(float((counts * cost).sum() / counts.sum() / cost.max()))
         assert spent[-1] <= budget + 1e-6
     assert spent == sorted(spent) and spent[0] == pytest.approx(least)
@@ -243,7 +243,7 @@ def test_saved_and_loaded(tmp_path, backbone, ending):
     router = fastroute.load(path, window="uniform", merge=1)
     assert (router.num_classes, router.patch, router.stride, router.scale) == (4, 16, 12, 2)
     image = picture(1, 3, 50, 60, 7)
-    own = PatchRouter(arm.branches, arm.classifier, 16, 12, 2, costs=arm.costs(16), merge=1).upscale(image)
+    own = PatchRouter(arm.branches, arm.classifier, patch=16, stride=12, scale=2, costs=arm.costs(16), merge=1).upscale(image)
     loaded = router.upscale(image)
     assert torch.equal(loaded.class_map, own.class_map) and router.costs == arm.costs(16)
     torch.testing.assert_close(loaded.image, own.image, rtol=0, atol=1e-5)

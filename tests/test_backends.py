@@ -17,7 +17,7 @@ import torch
 import fastroute
 from fastroute import backends
 from fastroute.backends import BACKENDS, PRODUCTS, VARIABLE, Extension, select, unsupported_reasons
-from fastroute.info import operators
+from fastroute.diagnostics import operators
 
 CPU = torch.device("cpu")
 OP = "extract_patches"
@@ -210,7 +210,7 @@ def test_works_without_the_extension():
                 if name == "fastroute._C":
                     raise ModuleNotFoundError(f"No module named {name!r}", name=name)
         sys.meta_path.insert(0, Hidden())
-        import torch, fastroute
+        import torch, fastroute, fastroute.ops
         from fastroute.backends import select, unsupported_reasons
         cpu = torch.device("cpu")
         print(unsupported_reasons("extract_patches", "cpu", cpu), select("extract_patches", cpu))
@@ -279,7 +279,7 @@ def test_info_tells_whole_reasons(monkeypatch):
     told = str(fastroute.info())
     assert "\n  triton cannot run here: " + unsupported_reasons(OP, "triton", torch.device("cpu"))[0] + "\n" in told + "\n"
     # What names an operator is told once for all of them.
-    module = sys.modules["fastroute.info"]
+    module = sys.modules["fastroute.diagnostics"]
     monkeypatch.setattr(module, "unsupported_reasons", lambda op, backend, device: [f"there is no kernel of {op}"])
     monkeypatch.setattr(module, "select", lambda op, device: "reference")
     assert "\n  cpu cannot run here: there is no kernel\n" in str(fastroute.info())

@@ -142,7 +142,7 @@ def test_an_output_folder_among_the_inputs_is_not_read(model, folder):
         (["in/a.png", "out.png", "--format", "jpg"], ["--format is for an OUT that is a folder"]),
         (["in", "out", "--budget", "0.01"], ["for --budget: budget must lie in ["]),
         (["in", "out", "--scale", "3"], ["--scale", "upscales by 2 alone"]),
-        (["in", "out", "--k", "1"], ["--k", "this option is PCSR's"]),
+        (["in", "out", "--penalty", "1", "--budget", "1"], ["give one of --budget and --penalty"]),
         (["in", "file/out"], ["cannot make the folder file/out"]),
     ],
 )
@@ -185,7 +185,7 @@ def test_failures_of_one_file_stop_no_other(folder, tmp_path, monkeypatch):
     for name in "abcd":
         photo(folder / f"{name}.png", width={"a": 13, "b": 14, "c": 15, "d": 16}[name])
     system = random_classsr((3, 5, 9), 2, 8)
-    router = fastroute.PatchRouter(system.branches, system.classifier, 8, 6, 2)
+    router = fastroute.PatchRouter(system.branches, system.classifier, patch=8, stride=6, scale=2)
     upscale, write = router.upscale, io.write_picture
 
     def failing(image, **options):
@@ -204,14 +204,14 @@ def test_failures_of_one_file_stop_no_other(folder, tmp_path, monkeypatch):
     assert outcomes["b.png"].error == f"cannot upscale {folder / 'b.png'}: out of memory"
     assert outcomes["c.png"].error.endswith("c.png: no space left")
     assert sorted(outcomes) == ["a.png", "b.png", "c.png", "d.png"] and names(tmp_path / "out") == ["a.png", "d.png"]
-    assert outcomes["a.png"].stats is not None and sum(outcomes["a.png"].stats.patches_per_class) > 0
+    assert outcomes["a.png"].stats is not None and sum(outcomes["a.png"].stats.counts_per_class) > 0
 
 
 def test_little_is_read_ahead(folder, tmp_path, monkeypatch):
     for number in range(12):
         photo(folder / f"{number:02}.png")
     system = random_classsr((3, 5, 9), 2, 8)
-    router = fastroute.PatchRouter(system.branches, system.classifier, 8, 6, 2)
+    router = fastroute.PatchRouter(system.branches, system.classifier, patch=8, stride=6, scale=2)
     read, lead = [], []
     original, upscale = io.read_picture, router.upscale
     monkeypatch.setattr(io, "read_picture", lambda path: (read.append(path), original(path))[1])

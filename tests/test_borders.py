@@ -48,13 +48,16 @@ def test_the_window_hides_the_grid():
 def test_edge_is_the_cut_result_of_the_continued_image():
     system = random_classsr((3, 5, 9), 2, 8)
     image = picture(2, 3, 21, 30)
-    edge, plain = (fastroute.PatchRouter(system.branches, system.classifier, 8, 6, 2, border=b) for b in ("edge", "zero"))
+    edge, plain = (
+        fastroute.PatchRouter(system.branches, system.classifier, patch=8, stride=6, scale=2, border=b)
+        for b in ("edge", "zero")
+    )
     result, whole = edge.upscale(image), plain.upscale(continued(image))
     cut = 2 * MARGIN
     assert torch.equal(result.image, whole.image[..., cut:-cut, cut:-cut]) and torch.equal(result.class_map, whole.class_map)
     assert not result.image.is_inference() and torch.equal(edge.upscale(image[0]).image, result.image[0])
     pixels, other = (fastroute.load("pcsr-fsrcnn-x4", scale=2, border=b) for b in ("edge", "zero"))
-    small, large = pixels.upscale(image, k=0.5), other.upscale(continued(image), k=0.5)
+    small, large = pixels.upscale(image, penalty=0.5), other.upscale(continued(image), penalty=0.5)
     assert torch.equal(small.image, large.image[..., cut:-cut, cut:-cut])
     assert torch.equal(small.class_map, large.class_map[..., cut:-cut, cut:-cut])
     with pytest.raises(ValueError, match=r"needs a whole factor; got scale=2\.5"):

@@ -15,9 +15,10 @@ from networks import as_image, picture, random_classsr
 from torch import nn
 
 from fastroute import PatchRouter, ScoreClassifier, io, upscale_many
-from fastroute.budget import limits
-from fastroute.budget.limits import Budget, Pace, assign_within
-from fastroute.patch import assignment
+from fastroute.budget import speed as speeds
+from fastroute.budget.limits import Budget, assign_within
+from fastroute.budget.speed import Speed
+from fastroute.patch import assignment, patch_router
 from fastroute.runtime.protocols import ArrayReader, ArrayWriter
 
 # Threads that wait for each other take long beside another busy process.
@@ -29,13 +30,13 @@ IMAGES = [picture(1, 3, 90, 70, seed=1)[0], picture(1, 3, 40, 101, seed=2)[0], p
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("FASTROUTE_CACHE", str(tmp_path))
-    return tmp_path / "pace.json"
+    return tmp_path / "speed.json"
 
 
 @pytest.fixture(scope="module")
 def router() -> PatchRouter:
     system = random_classsr((3, 12, 40), SCALE, PATCH)
-    return PatchRouter(system.branches, system.classifier, PATCH, STRIDE, SCALE, merge=1)
+    return PatchRouter(system.branches, system.classifier, patch=PATCH, stride=STRIDE, scale=SCALE, merge=1)
 
 
 class Sleep(nn.Module):
@@ -53,18 +54,18 @@ class Sleep(nn.Module):
 
 def sleeper(milliseconds: tuple[float, ...] = (0.2, 3.0)) -> PatchRouter:
     classifier = ScoreClassifier(lambda x: x.std(dim=(1, 2, 3)), [0.1 * k for k in range(1, len(milliseconds))])
-    return PatchRouter([Sleep(ms) for ms in milliseconds], classifier, PATCH, STRIDE, scale=1, merge=1)
+    return PatchRouter([Sleep(ms) for ms in milliseconds], classifier, patch=PATCH, stride=STRIDE, scale=1, merge=1)
 
 
-def pace_of(router: PatchRouter, dtype: torch.dtype = torch.float32) -> Pace:
-    return router.paces.of(router, dtype)
+def pace_of(router: PatchRouter, dtype: torch.dtype = torch.float32) -> Speed:
+    return router.speed(dtype)
 
 
 def test_flops_are_those_of_the_whole_call(router):
     image = picture(2, 3, 90, 70)
     number, each = 2 * 8 * 6, router.branch_flops
     classifier = router.upscale(image, penalty=0.0).stats
-    classifier_flops = classifier.flops.routed - sum(n * f for n, f in zip(classifier.patches_per_class, each, strict=True))
+    classifier_flops = classifier.flops.routed - sum(n * f for n, f in zip(classifier.counts_per_class, each, strict=True))
     assert classifier_flops > 0
     for share in (0.1, 0.5, 0.9):
         least, most = number * min(each) + classifier_flops, number * max(each)
@@ -72,7 +73,7 @@ def test_flops_are_those_of_the_whole_call(router):
         stats = router.upscale(image, budget_flops=budget).stats
         assert budget - max(each) < stats.flops.routed <= budget * (1 + 1e-6)
     stats = router.upscale(image, budget_flops=number * max(each)).stats
-    assert stats.patches_per_class == [0, 0, number]
+    assert stats.counts_per_class == [0, 0, number]
     assert stats.seconds["classify"] == 0
     for below in (number * min(each) - 1, number * min(each) + classifier_flops - 1):
         with pytest.raises(ValueError, match=r"^upscale: budget_flops must be at least [\d.e+]+, with everything .*; got"):
@@ -102,9 +103,9 @@ def test_milliseconds_are_met():
         stats = [router.upscale(image, budget_ms=ms).stats for _ in range(5)]
         taken = median(1e3 * (s.seconds["total"] - s.seconds["tune"]) for s in stats)
         assert abs(taken / ms - 1) < 0.15
-        assert all(min(s.patches_per_class) > 0 for s in stats)
+        assert all(min(s.counts_per_class) > 0 for s in stats)
     stats = router.upscale(image, budget_ms=1e4).stats
-    assert stats.patches_per_class == [0, number] and stats.seconds["classify"] == 0
+    assert stats.counts_per_class == [0, number] and stats.seconds["classify"] == 0
     with pytest.raises(ValueError, match=r"^upscale: budget_ms must be at least [\d.]+ ms on this device, .*; got 3$"):
         router.upscale(image, budget_ms=3)
 
@@ -112,24 +113,24 @@ def test_milliseconds_are_met():
 def test_a_dear_class_that_runs_fast_is_used():
     """Milliseconds go by the clock, not by FLOPs."""
     router = sleeper((2.0, 0.1, 4.0))
-    assert router.upscale(IMAGES[0], budget_ms=45).stats.patches_per_class[0] == 0
+    assert router.upscale(IMAGES[0], budget_ms=45).stats.counts_per_class[0] == 0
 
 
 def test_speed_is_measured_once_and_remembered(cache, monkeypatch):
-    pace = pace_of(sleeper())
-    assert pace.branches == pytest.approx([0.2, 3.0], rel=0.5) and min(pace.classify, pace.rest) > 0
+    speed = pace_of(sleeper())
+    assert speed.branches == pytest.approx([0.2, 3.0], rel=0.5) and min(speed.classify, speed.rest) > 0
     assert json.loads(cache.read_text())
     measured = []
-    monkeypatch.setattr(assignment, "measure_pace", lambda *args: measured.append(args) or Pace([1.0, 2.0], 3.0, 4.0))
-    assert pace_of(sleeper()) == pace
+    monkeypatch.setattr(patch_router, "measure_speed", lambda *args: measured.append(args) or Speed([1.0, 2.0], 3.0, 4.0))
+    assert pace_of(sleeper()) == speed
     assert not measured
     # What decides the speed is measured apart.
     assert pace_of(sleeper(), torch.uint8).rest == 4.0
-    assert pace_of(sleeper((0.2, 3.0, 5.0))) is not pace
+    assert pace_of(sleeper((0.2, 3.0, 5.0))) is not speed
     assert len(measured) == 2
 
 
-GOOD = asdict(Pace([1.0, 2.0], 0.5, 0.0))
+GOOD = asdict(Speed([1.0, 2.0], 0.5, 0.0))
 
 
 @pytest.mark.parametrize(
@@ -146,37 +147,37 @@ GOOD = asdict(Pace([1.0, 2.0], 0.5, 0.0))
 )
 def test_a_damaged_file_is_measured_anew(cache, entry):
     cache.write_text(json.dumps({"key": GOOD}))
-    assert limits.recall("key", 2) is not None
+    assert speeds.recall("key", 2) is not None
     cache.write_text(json.dumps({"key": entry}))
-    assert limits.recall("key", 2) is None
-    pace = limits.remember("key", Pace([1.0, 2.0], 0.5, 0.0))
-    assert limits.recall("key", 2) == pace
+    assert speeds.recall("key", 2) is None
+    speed = speeds.remember("key", Speed([1.0, 2.0], 0.5, 0.0))
+    assert speeds.recall("key", 2) == speed
 
 
 def test_a_folder_that_cannot_be_written(monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("FASTROUTE_CACHE", str(tmp_path / "file"))
-    assert limits.remember("key", Pace([1.0], 0.0, 0.0)).branches == [1.0]
-    assert limits.recall("key", 1) is None
+    assert speeds.remember("key", Speed([1.0], 0.0, 0.0)).branches == [1.0]
+    assert speeds.recall("key", 1) is None
 
 
 def test_learning():
-    pace = Pace([1.0, 2.0, 4.0], 1.0, 0.5)
-    pace.learn([0, 0, 0], [0, 0, 0], 0.1, 0.1)
-    assert pace == Pace([1.0, 2.0, 4.0], 1.0, 0.5)
+    speed = Speed([1.0, 2.0, 4.0], 1.0, 0.5)
+    speed.learn([0, 0, 0], [0, 0, 0], 0.1, 0.1)
+    assert speed == Speed([1.0, 2.0, 4.0], 1.0, 0.5)
     # Everything takes twice as long, a class that was not used too.
-    pace.learn([100, 0, 50], [0.2, 0.0, 0.4], 0.3, 0.15)
-    assert pace.branches == pytest.approx([1.5, 3.0, 6.0]) and pace.classify == 1.5 and pace.rest == 0.75
+    speed.learn([100, 0, 50], [0.2, 0.0, 0.4], 0.3, 0.15)
+    assert speed.branches == pytest.approx([1.5, 3.0, 6.0]) and speed.classify == 1.5 and speed.rest == 0.75
     # One class alone does, and has patches enough to be believed.
-    pace.learn([1600, 0, 1600], [4.8, 0.0, 9.6], None, 2.4)
-    assert pace.branches[0] == pytest.approx(2.25, rel=0.01) and pace.branches[2] == pytest.approx(6.0, rel=0.01)
-    assert 3.0 < pace.branches[1] < 4.5 and pace.classify == 1.5
+    speed.learn([1600, 0, 1600], [4.8, 0.0, 9.6], None, 2.4)
+    assert speed.branches[0] == pytest.approx(2.25, rel=0.01) and speed.branches[2] == pytest.approx(6.0, rel=0.01)
+    assert 3.0 < speed.branches[1] < 4.5 and speed.classify == 1.5
     # What came between is not believed in full; what was faster is.
-    pace = Pace([1.0, 2.0], 1.0, 0.5)
-    pace.learn([100, 100], [30.0, 40.0], 50.0, 60.0)
-    assert pace == Pace([1.5, 3.0], 1.5, 0.75)
-    pace.learn([100, 100], [0.0, 0.0], 0.0, 0.0)
-    assert pace == Pace([0.75, 1.5], 0.75, 0.375)
+    speed = Speed([1.0, 2.0], 1.0, 0.5)
+    speed.learn([100, 100], [30.0, 40.0], 50.0, 60.0)
+    assert speed == Speed([1.5, 3.0], 1.5, 0.75)
+    speed.learn([100, 100], [0.0, 0.0], 0.0, 0.0)
+    assert speed == Speed([0.75, 1.5], 0.75, 0.375)
 
 
 def test_what_is_allowed_is_spent():
@@ -217,7 +218,7 @@ def test_many_images_share_as_a_batch_does(router, budget):
     assert torch.equal(torch.stack([r.class_map for r in results]), together.class_map)
     torch.testing.assert_close(torch.stack([r.image for r in results]), together.image, rtol=0, atol=1e-5)
     assert sum(r.stats.flops.routed for r in results) == together.stats.flops.routed
-    spent = [sum(n * c for n, c in zip(r.stats.patches_per_class, router.costs, strict=True)) for r in results]
+    spent = [sum(n * c for n, c in zip(r.stats.counts_per_class, router.costs, strict=True)) for r in results]
     assert sum(spent) <= budget * together.class_map.numel() * max(router.costs)
     alone = [router.upscale(image, budget=budget).class_map for image in batch]
     assert not torch.equal(torch.stack(alone), together.class_map)
@@ -269,8 +270,8 @@ def test_errors_of_many(router, images, arguments, words):
 
 
 def test_one_class_has_nothing_to_choose():
-    router = PatchRouter([Sleep(1.0)], None, PATCH, STRIDE, scale=1, merge=1)
-    assert router.upscale(IMAGES[2], budget_ms=100).stats.patches_per_class == [1]
+    router = PatchRouter([Sleep(1.0)], None, patch=PATCH, stride=STRIDE, scale=1, merge=1)
+    assert router.upscale(IMAGES[2], budget_ms=100).stats.counts_per_class == [1]
     with pytest.raises(ValueError, match="budget_ms must be at least"):
         router.upscale(IMAGES[0], budget_ms=10)
     assert assignment.affords_all(Budget(1.0), 3.0, 3, [1.0], None)

@@ -59,7 +59,7 @@ def test_routed_through_load(tmp_path, layers):
     own = fastroute.extract_patches(result.image, fastroute.TileGrid(384, 512, 128, 128))
     torch.testing.assert_close(own, system(patches), rtol=0, atol=1e-5)
     within = fastroute.load(tmp_path / "cdnsr.safetensors").upscale(image, budget=0.9).stats
-    counts, cost = torch.tensor(within.patches_per_class), torch.tensor([count_flops(b, PATCH) for b in system.branches])
+    counts, cost = torch.tensor(within.counts_per_class), torch.tensor([count_flops(b, PATCH) for b in system.branches])
     assert (counts * cost).sum() <= 0.9 * counts.sum() * cost.max() and counts[1:].sum() > 0
 
 

@@ -88,10 +88,10 @@ def test_router_on_known_patches(recorded, published, optimized):
     patches, grid = recorded["patches"], TileGrid(96, 128, patch=32, stride=32, scale=4)
     image = merge(patches, TileGrid(96, 128, 32, 32), 1).float()
     expected = stitch_patches(recorded["output"], grid)
-    router = PatchRouter(published.branches, published.classifier, 32, 32, 4, optimized=optimized, merge=1)
+    router = PatchRouter(published.branches, published.classifier, patch=32, stride=32, scale=4, optimized=optimized, merge=1)
     result = router.upscale(image)
     assert result.class_map.flatten().tolist() == recorded["class_ids"].tolist()
-    assert result.stats.patches_per_class == [4, 4, 4]
+    assert result.stats.counts_per_class == [4, 4, 4]
     torch.testing.assert_close(result.image, expected, **TOLERANCE)
 
 
@@ -101,8 +101,8 @@ def test_router_on_overlapping_patches():
     image = picture(2, 3, 45, 61)
     grid = TileGrid(45, 61, patch=16, stride=12, scale=4)
     expected = stitch_patches(system(fastroute.extract_patches(image, grid)), grid)
-    result = PatchRouter(system.branches, system.classifier, 16, 12, 4, merge=1).upscale(image)
-    assert min(result.stats.patches_per_class) > 0
+    result = PatchRouter(system.branches, system.classifier, patch=16, stride=12, scale=4, merge=1).upscale(image)
+    assert min(result.stats.counts_per_class) > 0
     torch.testing.assert_close(result.image, expected, **TOLERANCE)
 
 

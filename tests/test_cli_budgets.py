@@ -12,10 +12,11 @@ from test_pixel_router import make_model
 
 import fastroute
 from fastroute import io
-from fastroute.budget.limits import Budget, Pace
+from fastroute.budget.limits import Budget
+from fastroute.budget.speed import Speed
 from fastroute.cli import main
 from fastroute.files import many_files
-from fastroute.files.shared_budget import share
+from fastroute.files.shared_budget import share_budget
 from fastroute.models.checkpoints import save_checkpoint
 from fastroute.models.fsrcnn import FSRCNN
 from fastroute.models.pcsr import PCSR
@@ -60,7 +61,7 @@ def test_flops_of_one_image(model, folder, tmp_path):
     result = call(source, tmp_path / "big.png", "--model", model, "--budget-flops", allowed)
     assert result.exit_code == 0, result.output
     expected = router.upscale(io.read_image(source), budget_flops=allowed)
-    assert 0 < expected.stats.patches_per_class[-1] < sum(expected.stats.patches_per_class)
+    assert 0 < expected.stats.counts_per_class[-1] < sum(expected.stats.counts_per_class)
     assert torch.equal(io.read_image(tmp_path / "big.png"), expected.image)
 
 
@@ -122,19 +123,19 @@ def test_a_shared_budget_that_is_too_small(model, folder, tmp_path):
 def test_a_shared_budget_of_time():
     """Of milliseconds what earlier images took really counts."""
     router = fastroute.PixelRouter(make_model(hidden=([5], [40, 40])))
-    pace = Pace([10.0, 50.0], 0.0, 0.0, encode=0.0)
-    router.paces.known[(torch.float32, router.device, torch.get_num_threads(), 2.0)] = pace
+    speed = Speed([10.0, 50.0], 0.0, 0.0, encode=0.0)
+    router.speeds.known[(torch.float32, router.device, torch.get_num_threads(), 2.0)] = speed
     image = picture(1, 3, 12, 15)[0]
     pixels = 24 * 30
-    shared = share(router, Budget(ms=2 * pixels * 30), 2, "upscale", scale=2)
+    shared = share_budget(router, Budget(ms=2 * pixels * 30), 2, "upscale", scale=2)
     shared.look(image)
     shared.look(image)
     shared.settle()
     shared.upscale(0, image)
-    before = shared.purse.before
+    before = shared.budget.before
     assert 0 < before < 2000
-    shared.purse.before = 2 * pixels * 30 - pixels * 20
-    counts = shared.upscale(1, image).stats.pixels_per_class
+    shared.budget.before = 2 * pixels * 30 - pixels * 20
+    counts = shared.upscale(1, image).stats.counts_per_class
     assert 0.2 < counts[1] / pixels < 0.27
 
 
@@ -142,7 +143,7 @@ def test_a_shared_budget_of_time():
     ("options", "words"),
     [
         (["--budget", 0.7, "--budget-ms", 40], "give one of --budget and --budget-ms: each decides alone"),
-        (["--budget-flops", 1e9, "--k", 1], "give one of --budget-flops and --k"),
+        (["--budget-flops", 1e9, "--penalty", 1], "give one of --budget-flops and --penalty"),
         (["--budget-ms", 40, "--adaptive"], "give one of --budget-ms and --adaptive"),
         (["--budget-flops", 0], "for --budget-flops: it must be positive and finite; got 0"),
         (["--budget-ms", "nan"], "for --budget-ms: it must be positive and finite; got nan"),

@@ -205,7 +205,7 @@ def test_the_page_holds_everything_itself(models, image):
         assert error.mean() < 8
     for variant in found.variants:
         assert f"{variant.quality['psnr']:.2f} dB" in page and f"{variant.quality['ssim']:.4f}" in page
-    counts = found.variants[2].stats.patches_per_class
+    counts = found.variants[2].stats.counts_per_class
     assert " / ".join(f"{100 * n / sum(counts):.0f}" for n in counts) + " %" in page
 
 

@@ -80,11 +80,10 @@ def test_eight_threads_share_routers_from_their_first_call_on(rounds):
 
 def test_first_calls_that_overlap_know_the_cost_of_classes():
     """The cost was once counted by hooks on the encoder that other threads ran."""
-    wanted = pixel_router().model.class_cost(2.0)
+    wanted = pixel_router().class_cost(2.0)
     for _ in range(6):
         model, found = copy.deepcopy(pixels()), []
-        router = PixelRouter(model)
-        threads = [threading.Thread(target=lambda r=router, f=found: f.append(r.model.class_cost(2.0))) for _ in range(3)]
+        threads = [threading.Thread(target=lambda m=model, f=found: f.append(m.class_cost(2.0))) for _ in range(3)]
         threads += [threading.Thread(target=lambda m=model: m.features(IMAGE[None])) for _ in range(3)]
         for thread in threads:
             thread.start()

@@ -190,7 +190,7 @@ def test_the_site_loads_nothing_from_elsewhere(site):
 
 
 def test_every_operator_is_documented(site):
-    from fastroute.info import operators
+    from fastroute.diagnostics import operators
 
     text = (site / "operators.html").read_text("utf-8")
     for op in operators():

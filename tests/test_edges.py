@@ -28,7 +28,7 @@ def system():
 
 @cache
 def patches():
-    return PatchRouter(system().branches, system().classifier, 16, 12, 4, batch=4)
+    return PatchRouter(system().branches, system().classifier, patch=16, stride=12, scale=4, batch=4)
 
 
 @cache
@@ -62,11 +62,13 @@ CALLS = {
     **{f"upscale {n}": lambda v, n=n: patches().upscale(IMAGE, **{n: v}) for n in ("penalty", "memory_limit")},
     **{f"upscale {n}": lambda v, n=n: patches().upscale(IMAGE, **{n: v}) for n in ("budget", "budget_flops")},
     **{f"stream {n}": lambda v, n=n: patches().stream(Reader(), Writer(), **{n: v}) for n in ("budget", "memory_limit")},
-    **{f"pixels {n}": lambda v, n=n: pixels().upscale(IMAGE, **{n: v}) for n in ("budget", "k", "scale", "budget_flops")},
+    **{f"pixels {n}": lambda v, n=n: pixels().upscale(IMAGE, **{n: v}) for n in ("budget", "penalty", "scale", "budget_flops")},
     "pixels memory_limit": lambda v: pixels().upscale(IMAGE, memory_limit=v),
     "pixels size": lambda v: pixels().upscale(IMAGE, size=(9, v)),
     **{f"PatchRouter {n}": lambda v, n=n: network(**{n: v}) for n in ("patch", "stride", "scale", "batch", "channels")},
-    "PatchRouter cost": lambda v: PatchRouter(system().branches, system().classifier, 16, 12, costs=[1, v]).upscale(IMAGE),
+    "PatchRouter cost": lambda v: PatchRouter(
+        system().branches, system().classifier, patch=16, stride=12, costs=[1, v]
+    ).upscale(IMAGE),
     **{
         f"tiled {n}": lambda v, n=n: fastroute.tiled(system().branches[0], **{"patch": 16, n: v})
         for n in ("patch", "stride", "overlap", "scale", "batch", "channels")
@@ -86,7 +88,7 @@ CALLS = {
     "FixedPatchRouter shape": lambda v: FixedPatchRouter(patches(), (3, v, 24), capacities=[1.0, 1.0]),
     **{
         f"FixedPixelRouter {n}": lambda v, n=n: FixedPixelRouter(pixels(), IMAGE.shape, **{n: v})
-        for n in ("scale", "k", "budget")
+        for n in ("scale", "penalty", "budget")
     },
     "mix_flops": lambda v: mix_flops([1, v], [1, 2]).fraction,
     "thresholds": lambda v: fastroute.ScoreClassifier(lambda p: p.mean((1, 2, 3)), [v]),

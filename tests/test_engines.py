@@ -25,7 +25,7 @@ from fastroute.models.fsrcnn import FSRCNN
 from fastroute.models.pcsr import PCSR
 from fastroute.models.srresnet import SRResNet
 from fastroute.runtime import tuning
-from fastroute.runtime.tuning import Race, Setting
+from fastroute.runtime.tuning import Setting, SettingSearch
 
 CPU = torch.device("cpu")
 BACKBONES = {
@@ -46,7 +46,7 @@ def openvino():
 
 
 def router_of(name: str) -> PatchRouter:
-    return PatchRouter([randomise(b, k) for k, b in enumerate(BACKBONES[name]())], None, 32, 28, 4)
+    return PatchRouter([randomise(b, k) for k, b in enumerate(BACKBONES[name]())], None, patch=32, stride=28, scale=4)
 
 
 @pytest.mark.usefixtures("no_tuning", "openvino")
@@ -213,17 +213,19 @@ def test_tensorrt_is_asked_for_what_it_documents(monkeypatch):
 
 
 def test_auto_compares_those_that_are_there():
-    race = Race("key of engines", "CARN", CPU, 2, ["torch", "openvino"])
+    race = SettingSearch("key of engines", "CARN", CPU, 2, ["torch", "openvino"])
     first = set(race._first)
     assert Setting(tuning.PARALLEL_PIXELS[0], False, True, "openvino") in first
     assert {s.engine for s in first} == {"torch", "openvino"} and len(first) == 5
     for _ in range(100):
-        turn = race.turn((32, 32), 1000)
+        turn = race.trial((32, 32), 1000)
         if turn is None:
             break
         race.add((32, 32), turn, 1.0 if turn.engine == "openvino" and turn.pixels == 1 << 13 else 2.0)
     assert race.best == Setting(1 << 13, False, True, "openvino")
-    assert tuning.race_of(nn.Conv2d(3, 3, 3), torch.rand(1, 3, 8, 8), 1, ["torch", "openvino"]).key.endswith("-torch-openvino")
+    assert tuning.search_of(nn.Conv2d(3, 3, 3), torch.rand(1, 3, 8, 8), 1, ["torch", "openvino"]).key.endswith(
+        "-torch-openvino"
+    )
     assert "torch" in usable_engines(CPU, torch.float32) and engine_of("torch").compile(nn.ReLU(), [], torch.float32, 1)([
         torch.tensor([-1.0])
     ])[0].tolist() == [0.0]  # fmt: skip

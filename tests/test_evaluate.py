@@ -17,11 +17,11 @@ from torch.nn import functional as F
 import fastroute
 from fastroute import PatchRouter, PixelRouter, io
 from fastroute.cli import main
+from fastroute.degradation import make_pair
 from fastroute.models.checkpoints import save_checkpoint
 from fastroute.models.fsrcnn import FSRCNN
 from fastroute.models.pcsr import PCSR
 from fastroute.report import evaluation
-from fastroute.training.data import make_pair
 
 pytest.importorskip("skimage")
 pytestmark = pytest.mark.usefixtures("quick_tuning")
@@ -44,7 +44,7 @@ def system():
 
 @pytest.fixture
 def router(system):
-    return PatchRouter(system.branches, system.classifier, 16, 12, SCALE, merge=1)
+    return PatchRouter(system.branches, system.classifier, patch=16, stride=12, scale=SCALE, merge=1)
 
 
 def noisy(x: Tensor, strength: float, seed: int = 0) -> Tensor:
@@ -109,7 +109,7 @@ def test_rows_are_those_of_the_router(images, router):
         bicubic = torch.nn.functional.interpolate(lr[None] / 255, scale_factor=SCALE, mode="bicubic")[0]
         by_bicubic = (bicubic.clamp(0, 1) * 255).round().to(torch.uint8)
         assert evaluation.compare(by_bicubic, hr, SCALE)["psnr"] == pytest.approx(row.psnr_bicubic, abs=1e-3)
-        assert row.counts == result.stats.patches_per_class
+        assert row.counts == result.stats.counts_per_class
         assert (row.flops, row.flops_fraction) == (result.stats.flops.routed, result.stats.flops.fraction)
         assert (row.paper_flops, row.paper_fraction) == (result.stats.paper_flops.routed, result.stats.paper_flops.fraction)
         assert row.seconds > 0
@@ -139,7 +139,7 @@ def test_mean_by_hand():
 
 def test_pcsr_at_a_scale(images):
     model = randomise(PCSR.build(FSRCNN(4, upsample=False), [None, (4,)], ())).eval()
-    rows = evaluation.evaluate(PixelRouter(model), images, scale=3, k=0.1)
+    rows = evaluation.evaluate(PixelRouter(model), images, scale=3, penalty=0.1)
     assert [(row.height, row.width) for row in rows] == [(69, 81), (63, 39)]
     assert [sum(row.counts) for row in rows] == [69 * 81, 63 * 39]
     assert evaluation.evaluate(PixelRouter(model), images)[0].height == 68  # times 4 by default
@@ -228,7 +228,7 @@ def test_command(images, model, tmp_path):
 
 def test_command_refuses(images, model, tmp_path):
     for options, words in (
-        (["--k", 1], ["--k", "this option is PCSR's"]),
+        (["--penalty", 1, "--budget", 0.9], ["give one of --budget and --penalty"]),
         (["--adaptive"], ["--adaptive", "this option is PCSR's"]),
         (["--no-refine"], ["--refine", "this option is PCSR's"]),
         (["--budget", 0.01], ["budget must lie in ["]),

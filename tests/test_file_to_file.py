@@ -34,7 +34,7 @@ SOME = [
 @pytest.fixture(scope="module")
 def router():
     system = random_classsr((3, 5, 9), 2, 8)
-    return PatchRouter(system.branches, system.classifier, 8, 6, 2)
+    return PatchRouter(system.branches, system.classifier, patch=8, stride=6, scale=2)
 
 
 def both(router, source, folder, ending, **options):

@@ -15,9 +15,9 @@ from fastroute.files import many_files
 from fastroute.models.carn import CARN
 from fastroute.models.fsrcnn import FSRCNN
 from fastroute.models.pcsr import PCSR
-from fastroute.patch import assignment, branches, classify, patch_router
+from fastroute.patch import branches, classify, patch_router, patch_speed
 from fastroute.pixel import pixel_image, pixel_rows, pixel_speed
-from fastroute.pixel.pixel_rows import Footprint, PixelGrid
+from fastroute.pixel.pixel_rows import PixelGrid, PixelMemory
 from fastroute.runtime import memory_plan, tuning
 from fastroute.runtime.protocols import ArrayReader
 from fastroute.runtime.transfer import to_host
@@ -28,12 +28,12 @@ CUDA = torch.device("cuda", 0)
 
 def make_router(**options) -> PatchRouter:
     system = random_classsr((3, 5, 8), 4, 16)
-    return PatchRouter(system.branches, system.classifier, 16, 12, 4, **options)
+    return PatchRouter(system.branches, system.classifier, patch=16, stride=12, scale=4, **options)
 
 
 def gpu_sizes(monkeypatch) -> None:
     """The CPU's sizes become a GPU's, but for the default limit."""
-    for module in (branches, assignment, classify, patch_router, pixel_image, pixel_speed, pixel_rows, memory_plan):
+    for module in (branches, patch_speed, classify, patch_router, pixel_image, pixel_speed, pixel_rows, memory_plan):
         for name, table in list(vars(module).items()):
             if isinstance(table, dict) and set(table) == {"cpu", "cuda"} and name != "DEFAULT_LIMIT":
                 monkeypatch.setattr(module, name, {"cpu": table["cuda"]})
@@ -71,7 +71,7 @@ def test_the_default_limit_suits_a_gpu(monkeypatch, size):
             # The most that may pass together.
             largest = [min(1024, router.networks.largest(c, router.device)) for c in range(router.num_classes)]
             for c, number in enumerate(largest):
-                router.networks._race(c, router.device).best = tuning.Setting(number * 32 * 32)
+                router.networks._search(c, router.device).best = tuning.Setting(number * 32 * 32)
         assert not begins(router, Fake(*size)) or size[0] < 1000
         with monkeypatch.context() as patched:
             patched.setattr(memory_plan, "DEFAULT_LIMIT", {"cpu": memory_plan.DEFAULT_LIMIT["cuda"]})
@@ -85,7 +85,7 @@ def test_the_default_limit_suits_any_scale_on_a_gpu(scale):
         router = PixelRouter(PCSR.build(encoder, hidden, [16]))
         for lr in ((600, 800), (6000, 8000), (700, 90_000)):
             grid = PixelGrid(lr, tuple(round(n * scale) for n in lr), CUDA)
-            used = router.footprint.working_set(grid, grid.overlapping, 0, 4, True)
+            used = router.memory.working_set(grid, grid.overlapping, 0, 4, True)
             fits = memory_plan.limit_on(CUDA, "auto")
             assert used.bytes(used.block) <= fits
 
@@ -103,22 +103,22 @@ def test_limits_on_devices():
 def test_encoder_bands_on_a_gpu(monkeypatch):
     """As large as memory allows, the same for the model of the memory, and no strips but of very wide images."""
     router, calls, rows = PixelRouter(make_model("carn")), [], pixel_image.rows_in_bands
-    footprint, grid, here = router.footprint, PixelGrid((5000, 3000), (5000, 3000), CUDA), PixelGrid((9, 9), (9, 9))
+    memory, grid, here = router.memory, PixelGrid((5000, 3000), (5000, 3000), CUDA), PixelGrid((9, 9), (9, 9))
     for passing, pixels in ((1 << 10, 1 << 21), (1 << 14, 1 << 17), (1 << 30, 16 * 640)):
-        footprint.passing = passing
-        assert footprint.encoder_band(grid) == (pixels, pixels // 16)
-        assert footprint.encoder_band(here) == (1 << 14, 640)
-        whole = footprint.working_set(grid, True, 0, 4, False).fixed
+        memory.passing = passing
+        assert memory.encoder_band(grid) == (pixels, pixels // 16)
+        assert memory.encoder_band(here) == (1 << 14, 640)
+        whole = memory.working_set(grid, True, 0, 4, False).fixed
         with monkeypatch.context() as patched:
-            patched.setattr(Footprint, "encoder_band", lambda self, _: (0, 1))
-            assert whole - footprint.working_set(grid, True, 0, 4, False).fixed == pixels * passing
-    footprint.passing = 1 << 10
+            patched.setattr(PixelMemory, "encoder_band", lambda self, _: (0, 1))
+            assert whole - memory.working_set(grid, True, 0, 4, False).fixed == pixels * passing
+    memory.passing = 1 << 10
     monkeypatch.setattr(pixel_image, "rows_in_bands", lambda *args: calls.append(args[4:]) or rows(*args))
     image = picture(1, 3, 6, 1300)
     strips = router.upscale(image, scale=1)
     assert calls.pop() == (1 << 14, 16, 640)
-    encoder_band = Footprint.encoder_band
-    monkeypatch.setattr(Footprint, "encoder_band", lambda self, _: encoder_band(self, grid))
+    encoder_band = PixelMemory.encoder_band
+    monkeypatch.setattr(PixelMemory, "encoder_band", lambda self, _: encoder_band(self, grid))
     whole = router.upscale(image, scale=1)
     assert calls.pop() == (1 << 21, 16, 1 << 17)
     assert (whole.image - strips.image).abs().max() < 1e-5
@@ -142,12 +142,12 @@ def test_batches_on_a_gpu(monkeypatch, tmp_path):
         is_cuda, device, dtype, shape = True, CUDA, torch.float32, (1, 3, 8, 8)
 
     for largest in (1 << 20, 5000):
-        tuning._races.clear()
-        race, raced = tuning.race_of(nn.Identity(), There()), []
+        tuning._searches.clear()
+        race, raced = tuning.search_of(nn.Identity(), There()), []
         assert race.patches((8, 8), largest) == (1 << 20) // 64
         while race.best is None:
             # All turns of a call are given out before any is timed: nobody waits.
-            while (turn := race.turn((8, 8), largest)) is not None:
+            while (turn := race.trial((8, 8), largest)) is not None:
                 raced.append(turn)
             for turn in raced[-30:]:
                 if race._given[(8, 8), turn]:
@@ -170,11 +170,11 @@ def test_speeds_on_a_gpu_are_measured_on_many_patches(monkeypatch):
         return upscale(image, class_map=class_map)
 
     monkeypatch.setattr(router, "upscale", counted)
-    assignment.measure_pace(router, torch.float32)
+    router._measured_speed(torch.float32)
     assert set(sizes) == {16}
-    monkeypatch.setattr(assignment, "PATCHES", {"cpu": assignment.PATCHES["cuda"]})
+    monkeypatch.setattr(patch_speed, "PATCHES", {"cpu": patch_speed.PATCHES["cuda"]})
     sizes.clear()
-    assignment.measure_pace(router, torch.float32)
+    router._measured_speed(torch.float32)
     assert set(sizes) == {1024}
     # A budget classifies the picture once, or its scores were counted twice.
     height, width = pixel_speed.PICTURE["cuda"]

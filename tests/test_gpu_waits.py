@@ -16,13 +16,14 @@ from torch import Tensor, nn
 from waits import GPU, WaitError, no_waits
 
 from fastroute import Bicubic, PatchRouter, PixelRouter
-from fastroute.budget.limits import Budget, Pace
+from fastroute.budget.limits import Budget
+from fastroute.budget.speed import Speed
 from fastroute.files import shared_budget
-from fastroute.files.shared_budget import share
+from fastroute.files.shared_budget import share_budget
 from fastroute.grid import TileGrid
-from fastroute.patch import assignment, patch_router
+from fastroute.patch import assignment, patch_router, patch_speed
 from fastroute.patch.bands import band_of_patches, plan_bands
-from fastroute.pixel import pixel_image, pixel_router, pixel_rows, pixel_speed
+from fastroute.pixel import pixel_image, pixel_router, pixel_rows
 from fastroute.runtime.results import Stopwatch
 from fastroute.windows import window_on
 
@@ -70,7 +71,7 @@ def clock(monkeypatch) -> Clock:
 @pytest.fixture
 def timed(clock, monkeypatch) -> Clock:
     """Routers on the CPU take their times as on a GPU."""
-    for module in (patch_router, pixel_router, shared_budget, assignment):
+    for module in (patch_router, pixel_router, shared_budget, patch_speed):
         monkeypatch.setattr(module, "Stopwatch", lambda device: Stopwatch(CUDA))
     return clock
 
@@ -120,16 +121,16 @@ def test_patches_are_waited_for_once(timed, monkeypatch, options):
 def test_pixels_are_waited_for_once(timed, monkeypatch):
     monkeypatch.setattr(pixel_rows, "OUTPUT_BAND", {"cpu": 500})
     router, image = PixelRouter(make_model()), picture(1, 3, 30, 20)
-    for number, options in enumerate([{}, {"k": 0.3}, {"budget": 0.9}, {"adaptive": True}], start=1):
+    for number, options in enumerate([{}, {"penalty": 0.3}, {"budget": 0.9}, {"adaptive": True}], start=1):
         router.upscale(image, scale=2, **options)
         assert timed.waits == number
 
 
 def test_a_budget_of_time_waits_for_the_classifier(timed, monkeypatch):
     router, image, asked = make_router(), picture(1, 3, 101, 61), []
-    pace = Pace([1.0, 2.0, 3.0], 1.0, 0.0)
-    monkeypatch.setattr(assignment, "measure_pace", lambda *args: pace)
-    score = assignment.score_patches
+    speed = Speed([1.0, 2.0, 3.0], 1.0, 0.0)
+    monkeypatch.setattr(patch_router, "measure_speed", lambda *args: speed)
+    score = assignment.score_image
 
     def scored(*args):
         found = score(*args)
@@ -140,7 +141,7 @@ def test_a_budget_of_time_waits_for_the_classifier(timed, monkeypatch):
         asked.append((allowed, timed.done == timed.now))
         return torch.zeros(len(score), dtype=torch.int64)
 
-    monkeypatch.setattr(assignment, "score_patches", scored)
+    monkeypatch.setattr(assignment, "score_image", scored)
     monkeypatch.setattr(assignment, "within", within)
     for limit in ({"budget_flops": 30 * max(router.flop_costs)}, {"budget_ms": 80.0}):
         router.upscale(image, **limit)
@@ -150,7 +151,7 @@ def test_a_budget_of_time_waits_for_the_classifier(timed, monkeypatch):
 def test_only_a_budget_of_time_asks_for_the_time(monkeypatch):
     router, image, asked = PixelRouter(make_model()), picture(1, 3, 30, 20), []
     monkeypatch.setattr(Stopwatch, "elapsed", lambda self: asked.append(1) or 1e-3)
-    monkeypatch.setattr(pixel_speed, "measure_pace", lambda *args: Pace([1.0, 2.0], 1e-5, 1e-5, 1e-5))
+    monkeypatch.setattr(pixel_router, "measure_speed", lambda *args: Speed([1.0, 2.0], 1e-5, 1e-5, 1e-5))
     router.upscale(image, scale=2, budget=0.9)
     assert len(asked) == 1  # the total
     router.upscale(image, scale=2, budget_ms=1.5 * 60 * 40)
@@ -159,7 +160,7 @@ def test_only_a_budget_of_time_asks_for_the_time(monkeypatch):
 
 def test_looking_at_a_shared_budget_waits(timed):
     router = make_router()
-    looking = share(router, Budget(fraction=0.9), 1, "upscale_many")
+    looking = share_budget(router, Budget(fraction=0.9), 1, "upscale_many")
     looking.look(picture(1, 3, 40, 40))
     assert timed.waits == 1 and looking.seconds[0] > 0
 
@@ -200,7 +201,7 @@ def test_patches_read_back_once(monkeypatch, cells, options, count):
     system = random_classsr((3, 5, 8), 4, 16)
     classifier = system.classifier if cells else Brightness()
     image, once = picture(count, 3, 100, 64), Once(monkeypatch)
-    router = PatchRouter(system.branches, classifier, 16, 12, 4, batch=8)
+    router = PatchRouter(system.branches, classifier, patch=16, stride=12, scale=4, batch=8)
     if options.get("class_map"):
         options = {"class_map": router.upscale(image).class_map}
         once.values.clear()
@@ -214,7 +215,7 @@ def test_patches_read_back_once(monkeypatch, cells, options, count):
     assert result.image.shape == (count, 3, 400, 256) and once.read == 1 and "stitch_patches" in seen.names
 
 
-@pytest.mark.parametrize("options", [{}, {"k": 0.4}, {"refine": False}, {"budget": 1}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"penalty": 0.4}, {"refine": False}, {"budget": 1}], ids=str)
 def test_pixels_read_back_once(monkeypatch, options):
     monkeypatch.setattr(pixel_rows, "OUTPUT_BAND", {"cpu": 500})
     router, image, once = PixelRouter(make_model()), picture(2, 3, 30, 20), Once(monkeypatch)
@@ -250,6 +251,6 @@ def test_routers_without_weights_stay_where_they_are_moved():
     for function in (Bicubic(4), lambda x: x.repeat(1, 1, 4, 4)):
         router = PatchRouter([function])
         assert router.device == torch.device("cpu")
-        assert router.to("meta").device == GPU and router.to("cpu").device == torch.device("cpu")
+        assert copy.deepcopy(router).to("meta").device == GPU and router.to("cpu").device == torch.device("cpu")
         assert copy.deepcopy(router.to("meta")).device == GPU
     assert make_router().to("meta").device == GPU

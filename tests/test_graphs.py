@@ -122,20 +122,22 @@ def test_examples_must_be_on_a_gpu():
         CudaGraph(torch.sin)
     with pytest.raises(TypeError, match=r"examples must be a .*Tensor; got float"):
         CudaGraph(torch.sin, 1.0)
-    fixed = fastroute.FixedPatchRouter(fastroute.PatchRouter([torch.nn.Identity()], None, 8, 6, 1, batch=8), (3, 9, 9))
+    fixed = fastroute.FixedPatchRouter(
+        fastroute.PatchRouter([torch.nn.Identity()], None, patch=8, stride=6, scale=1, batch=8), (3, 9, 9)
+    )
     with pytest.raises(ValueError, match="on one GPU; got cpu"):
         fixed.capture(torch.zeros(3, 9, 9))
 
 
 def patches(dtype, shape, **options):
     system = random_classsr((3, 5, 8), 4, 16)
-    router = fastroute.PatchRouter(system.branches, system.classifier, 16, 12, 4, batch=8).to("cuda")
-    return fastroute.FixedPatchRouter(router, shape, dtype, [0.5, 0.3, 0.3], **options)
+    router = fastroute.PatchRouter(system.branches, system.classifier, patch=16, stride=12, scale=4, batch=8).to("cuda")
+    return fastroute.FixedPatchRouter(router, shape, dtype=dtype, capacities=[0.5, 0.3, 0.3], **options)
 
 
 def pixels(dtype, shape, **options):
     model = randomise(PCSR.build(FSRCNN(8, upsample=False), [[4], [24, 24]], [4])).to("cuda")
-    return fastroute.FixedPixelRouter(fastroute.PixelRouter(model), shape, dtype, **options)
+    return fastroute.FixedPixelRouter(fastroute.PixelRouter(model), shape, dtype=dtype, **options)
 
 
 @needs_gpu
@@ -143,7 +145,13 @@ def pixels(dtype, shape, **options):
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32], ids=str)
 @pytest.mark.parametrize(
     ("make", "options"),
-    [(patches, {}), (patches, {"budget": 0.9}), (pixels, {"k": 0.3}), (pixels, {"budget": 0.99}), (pixels, {"adaptive": True})],
+    [
+        (patches, {}),
+        (patches, {"budget": 0.9}),
+        (pixels, {"penalty": 0.3}),
+        (pixels, {"budget": 0.99}),
+        (pixels, {"adaptive": True}),
+    ],
     ids=lambda value: getattr(value, "__name__", str(value)),
 )
 @pytest.mark.usefixtures("quick_tuning")
@@ -163,7 +171,7 @@ def test_replays_equal_eager_calls(make, options, dtype, kernels):
         for image in images[1:]:
             torch.cuda.set_sync_debug_mode("error")
             try:
-                replayed, eager = graph(image), fixed(image)
+                replayed, eager = graph(image), fixed.upscale(image)
             finally:
                 torch.cuda.set_sync_debug_mode(before)
             assert all(torch.equal(a, b) for a, b in zip(replayed, eager, strict=True))

@@ -308,7 +308,11 @@ def test_a_callback_counts_and_ends_a_run(model, folder, tmp_path, kind):
 def test_a_callback_ends_a_call(folder, tmp_path, kind, pixels):
     """Of one image: what was there stays, and nothing else is."""
     source = photo(folder / "a.tif", (400, 300))
-    router = fastroute.load("pcsr-fsrcnn-x4") if pixels else fastroute.PatchRouter([FSRCNN(3, 2)], None, 8, 8, 2, batch=8)
+    router = (
+        fastroute.load("pcsr-fsrcnn-x4")
+        if pixels
+        else fastroute.PatchRouter([FSRCNN(3, 2)], None, patch=8, stride=8, scale=2, batch=8)
+    )
     seen: list[tuple[int, int]] = []
     router.upscale(io.read_image(source), progress=lambda *of: seen.append(of))
     assert seen and seen[-1][0] == seen[-1][1] and [done for done, _ in seen] == sorted({done for done, _ in seen})

@@ -25,11 +25,11 @@ def networks(*widths: int) -> list[nn.Module]:
 
 
 def make(branches: list[nn.Module], scale: int = SCALE, **options: object) -> PatchRouter:
-    return PatchRouter(branches, None, PATCH, STRIDE, scale, **options, merge=1)
+    return PatchRouter(branches, None, patch=PATCH, stride=STRIDE, scale=scale, **options, merge=1)
 
 
 def run(router: PatchRouter, image: torch.Tensor) -> fastroute.Upscaled:
-    grid = router._grid((1, *image.shape))
+    grid = router._grid(*image.shape[-2:])
     return router.upscale(image, class_map=torch.arange(grid.num_patches).view(grid.rows, grid.cols) % router.num_classes)
 
 
@@ -71,9 +71,9 @@ def test_some_branches_finish_their_patches(branches, left):
     result = run(ours, image)
     torch.testing.assert_close(result.image, run(plain, image).image, rtol=0, atol=1e-5)
     fixed = FixedPatchRouter(ours, image.shape, capacities=[1.0] * len(branches))
-    assert torch.equal(fixed(image, result.class_map).image, result.image)
+    assert torch.equal(fixed.upscale(image, result.class_map).image, result.image)
     # All patches in one class.
-    grid = ours._grid((1, *image.shape))
+    grid = ours._grid(*image.shape[-2:])
     for c in range(len(branches)):
         only = torch.full((grid.rows, grid.cols), c)
         ours_alone, plain_alone = (router.upscale(image, class_map=only).image for router in (ours, plain))
@@ -138,4 +138,4 @@ def test_a_fixed_router_does_the_same():
     expected = run(router, image)
     fixed = FixedPatchRouter(router, image.shape, capacities=[1.0, 1.0])
     assert len(fixed.upsamplers) == 2
-    assert torch.equal(fixed(image, expected.class_map).image, expected.image)
+    assert torch.equal(fixed.upscale(image, expected.class_map).image, expected.image)

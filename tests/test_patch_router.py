@@ -27,7 +27,7 @@ def system() -> ClassSR:
 
 @pytest.fixture(scope="module")
 def router(system) -> PatchRouter:
-    return PatchRouter(system.branches, system.classifier, PATCH, STRIDE, SCALE, merge=1)
+    return PatchRouter(system.branches, system.classifier, patch=PATCH, stride=STRIDE, scale=SCALE, merge=1)
 
 
 def plainly(system: ClassSR, image: torch.Tensor, grid: TileGrid, window: object = "uniform") -> tuple:
@@ -62,7 +62,7 @@ def test_batches(router, system, batch, size):
 
 def test_the_picture_uses_all_classes(router):
     """Else the comparisons above would prove little."""
-    assert min(router.upscale(picture(1, 3, 101, 101)).stats.patches_per_class) > 3
+    assert min(router.upscale(picture(1, 3, 101, 101)).stats.counts_per_class) > 3
 
 
 @pytest.mark.parametrize("layout", ["channels_last", "sliced", "transposed", "expanded"])
@@ -79,7 +79,7 @@ def test_dtypes_and_ranks(router, system, dtype, rank):
     result = router.upscale(image if rank == 4 else image[0])
     assert result.image.dtype == dtype
     assert result.image.shape == (1, 3, 180, 120)[4 - rank :]
-    assert result.class_map.dtype == torch.int64
+    assert result.class_map.dtype == torch.uint8
     assert torch.equal(result.class_map, ids if rank == 4 else ids[0])
     actual = result.image.view(1, 3, 180, 120)
     if not dtype.is_floating_point:
@@ -107,7 +107,7 @@ def test_bands_change_nothing(router, monkeypatch, per_band, batch, height, widt
     assert sum((b.images[1] - b.images[0]) * (b.rows[1] - b.rows[0]) for b in bands) == batch * grid.rows
     banded = router.upscale(image)
     assert torch.equal(banded.class_map, whole.class_map)
-    assert banded.stats.patches_per_class == whole.stats.patches_per_class
+    assert banded.stats.counts_per_class == whole.stats.counts_per_class
     # The same patches in batches of other sizes.
     torch.testing.assert_close(banded.image, whole.image, **TOLERANCE)
 
@@ -118,7 +118,7 @@ def test_strides(system, monkeypatch, stride, per_band):
     monkeypatch.setattr(patch_router, "PATCHES_PER_BAND", per_band)
     small = ClassSR.fsrcnn((3, 4), 2)
     randomise(small, 3).eval()
-    router = PatchRouter(small.branches, system.classifier, 32, stride, 2, merge=1)
+    router = PatchRouter(small.branches, system.classifier, patch=32, stride=stride, scale=2, merge=1)
     image = picture(1, 3, 50 if stride < 16 else 75, 41, seed=stride)
     grid = TileGrid(*image.shape[2:], 32, stride, 2)
     ids = torch.randint(0, 2, (grid.rows, grid.cols), generator=torch.Generator().manual_seed(stride))
@@ -128,30 +128,30 @@ def test_strides(system, monkeypatch, stride, per_band):
 
 @pytest.mark.parametrize("window", ["uniform", "linear", "hann", "gaussian", torch.linspace(0.1, 2, PATCH * SCALE)])
 def test_windows(system, window):
-    router = PatchRouter(system.branches, system.classifier, PATCH, 7, SCALE, window, merge=1)
+    router = PatchRouter(system.branches, system.classifier, patch=PATCH, stride=7, scale=SCALE, window=window, merge=1)
     check(router, system, picture(1, 3, 35, 41), window)
 
 
 def test_as_written_and_optimized(system):
-    router = PatchRouter(system.branches, system.classifier, PATCH, STRIDE, SCALE, optimized=False, merge=1)
+    router = PatchRouter(system.branches, system.classifier, patch=PATCH, stride=STRIDE, scale=SCALE, optimized=False, merge=1)
     check(router, system, picture(1, 3, 45, 61))
 
 
 def test_single_branch_needs_no_classifier(system):
-    router = PatchRouter([system.net3], None, PATCH, STRIDE, SCALE, merge=1)
+    router = PatchRouter([system.net3], None, patch=PATCH, stride=STRIDE, scale=SCALE, merge=1)
     image = picture(2, 3, 45, 30)
     grid = TileGrid(45, 30, PATCH, STRIDE, SCALE)
     result = router.upscale(image)
     expected = routed_plainly(image, grid, [system.net3], torch.zeros(2 * grid.num_patches, dtype=torch.int64))
     torch.testing.assert_close(result.image.double(), expected, **TOLERANCE)
-    assert result.stats.patches_per_class == [2 * grid.num_patches]
+    assert result.stats.counts_per_class == [2 * grid.num_patches]
     assert result.stats.flops.fraction == result.stats.paper_flops.fraction == 1
 
 
 def test_gray_and_five_channels():
     for channels in (1, 5):
         branches = [randomise(FSRCNN(w, 2, channels=channels), w).eval() for w in (5, 6)]
-        router = PatchRouter(branches, None, 8, 8, 2, merge=1)
+        router = PatchRouter(branches, None, patch=8, stride=8, scale=2, merge=1)
         image = picture(1, channels, 19, 21)
         grid = TileGrid(19, 21, 8, 8, 2)
         ids = torch.arange(grid.num_patches).view(grid.rows, grid.cols) % 2
@@ -161,7 +161,7 @@ def test_gray_and_five_channels():
 
 def test_bicubic_as_free_class(system):
     branches = [nn.Upsample(scale_factor=SCALE, mode="bicubic"), system.net2]
-    router = PatchRouter(branches, Brightness(), PATCH, STRIDE, SCALE, merge=1)
+    router = PatchRouter(branches, Brightness(), patch=PATCH, stride=STRIDE, scale=SCALE, merge=1)
     image = picture(1, 3, 45, 61)
     grid = TileGrid(45, 61, PATCH, STRIDE, SCALE)
     ids = Brightness()(patches_of(image, grid)).argmax(dim=1)
@@ -182,7 +182,7 @@ def test_branches_with_final_shuffles(factors):
         layers = [nn.Conv2d(3, 3 * factor**2, 3, padding=1), nn.PixelShuffle(factor)]
         branch = nn.Sequential(nn.Upsample(scale_factor=4 // factor), *layers[: 2 if factor > 1 else 1])
         branches.append(randomise(branch, number).eval())
-    router = PatchRouter(branches, Brightness(), 16, 12, 4, merge=1)
+    router = PatchRouter(branches, Brightness(), patch=16, stride=12, scale=4, merge=1)
     assert router.shuffle == (factors[0] if factors[0] == factors[1] else 1)
     image = picture(1, 3, 45, 61)
     grid = TileGrid(45, 61, 16, 12, 4)
@@ -202,7 +202,7 @@ class Brightness(nn.Module):
 
 def test_half_precision_networks():
     system = random_classsr((3, 4), 2, 8).to(torch.bfloat16)
-    router = PatchRouter(system.branches, system.classifier, 8, 8, 2, merge=1)
+    router = PatchRouter(system.branches, system.classifier, patch=8, stride=8, scale=2, merge=1)
     image = picture(1, 3, 24, 40).to(torch.bfloat16)
     result = router.upscale(image)
     assert result.image.dtype == torch.bfloat16
@@ -228,7 +228,7 @@ def test_repeats_bit_for_bit(router):
 def test_router_and_result_say_what_they_are(router):
     assert repr(router) == "PatchRouter(3 branches, patch=16, stride=12, scale=4, float32 on cpu)"
     told = repr(router.upscale(picture(1, 3, 20, 30)[0]))
-    assert told.startswith("Upscaled(image: (3, 80, 120) float32 on cpu, class_map: (2, 3) int64 on cpu; 6 patches, ")
+    assert told.startswith("Upscaled(image: (3, 80, 120) float32 on cpu, class_map: (2, 3) uint8 on cpu; 6 patches, ")
 
 
 def test_huge_pages_change_nothing(router, monkeypatch):

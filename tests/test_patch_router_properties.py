@@ -53,7 +53,7 @@ def branches(scale: int, shuffled: bool) -> list[nn.Module]:
 )
 def test_routing_is_the_plain_loop(grid, batch, per_band, shuffled, window, seed):
     networks = branches(grid.scale, shuffled)
-    router = PatchRouter(networks, None, grid.patch, grid.stride, grid.scale, window, merge=1)
+    router = PatchRouter(networks, None, patch=grid.patch, stride=grid.stride, scale=grid.scale, window=window, merge=1)
     assert router.shuffle == (grid.scale if shuffled else 1)
     image = picture(batch, 2, grid.height, grid.width, seed)
     generator = torch.Generator().manual_seed(seed)

@@ -87,8 +87,8 @@ def test_features(model: PCSR, lr: Tensor, fixture: dict[str, Tensor]) -> None:
 @pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize("k", PENALTIES)
 def test_penalised_classes(model: PCSR, lr: Tensor, fixture: dict[str, Tensor], scale: int, k: float) -> None:
-    raw = model(lr, scale=scale, k=k, refine=False)
-    refined = model(lr, scale=scale, k=k)
+    raw = model(lr, scale=scale, penalty=k, refine=False)
+    refined = model(lr, scale=scale, penalty=k)
     assert difference(raw.probability[0, 1], fixture[f"x{scale}_prob_heavy"]) <= 1e-5
 
     price = torch.tensor(model.class_cost(scale)).pow(k)
@@ -257,7 +257,7 @@ def test_reference_is_the_baseline(
     model = small_model(hidden)
     lr = torch.rand(2, 3, *small)
     balance(model, lr, size)
-    got = model(lr, size=size, k=0.3)
+    got = model(lr, size=size, penalty=0.3)
     image, class_map = published.pcsr_published(model, lr, size, k=0.3, chunk=5000)
     differs = class_map != got.class_map
     assert differs.float().mean() < 0.01

@@ -46,7 +46,7 @@ def files(tmp_path_factory):
 @pytest.fixture(scope="module")
 def router():
     system = random_classsr((3, 5, 9), 2, 8)
-    return PatchRouter(system.branches, system.classifier, 8, 6, 2)
+    return PatchRouter(system.branches, system.classifier, patch=8, stride=6, scale=2)
 
 
 def planes(pixels: np.ndarray) -> torch.Tensor:  # [H, W, C] -> [C, H, W]
@@ -298,7 +298,7 @@ def test_upscaling(files, router, name):
     result, upscaled = upscale_picture(router, picture, budget=0.8)
     plain = router.upscale(fill_hidden(picture.color, picture.alpha).contiguous(), budget=0.8).image
     assert (result.kind, result.bits, result.metadata) == (picture.kind, picture.bits, picture.metadata)
-    assert (result.height, result.width) == (2 * picture.height, 2 * picture.width) and sum(upscaled.stats.patches_per_class)
+    assert (result.height, result.width) == (2 * picture.height, 2 * picture.width) and sum(upscaled.stats.counts_per_class)
     if picture.kind == "gray":
         assert close(result.color[0], plain.double().mean(dim=0).round()) <= 0.5 and torch.equal(
             result.color[0], result.color[2]

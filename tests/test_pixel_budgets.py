@@ -16,9 +16,11 @@ from test_pixel_router import make_model
 
 import fastroute
 from fastroute import PixelRouter, io, upscale_many
-from fastroute.budget.limits import Pace
-from fastroute.pixel import pixel_budget, pixel_image, pixel_rows, pixel_speed
-from fastroute.pixel.pixel_budget import Purse, Sample, classes_at, logarithms, solve, spent
+from fastroute.budget import exponent
+from fastroute.budget.exponent import Sample, classes_at, logarithms, solve, spent
+from fastroute.budget.speed import Speed
+from fastroute.pixel import pixel_image, pixel_router, pixel_rows, pixel_speed
+from fastroute.pixel.pixel_budget import PixelBudget
 from fastroute.pixel.pixel_rows import PixelGrid
 from fastroute.pixel.pixel_stats import Work
 from fastroute.runtime.protocols import ArrayReader, ArrayWriter
@@ -31,7 +33,7 @@ PIXELS, FEATURES = 60 * 80, 15 * 20
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("FASTROUTE_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache" / "pace.json"
+    return tmp_path / "cache" / "speed.json"
 
 
 @pytest.fixture(params=[2, 3], ids=["2 classes", "3 classes"])
@@ -47,16 +49,16 @@ def sampled(monkeypatch):
     monkeypatch.setattr(pixel_rows, "OUTPUT_BAND", {"cpu": 500})
 
 
-def with_pace(pace: Pace, dtype: torch.dtype = torch.float32, scale: float = 4.0, hidden=HIDDEN[2]) -> PixelRouter:
+def with_pace(speed: Speed, dtype: torch.dtype = torch.float32, scale: float = 4.0, hidden=HIDDEN[2]) -> PixelRouter:
     router = PixelRouter(make_model(hidden=hidden))
-    router.paces.known[(dtype, router.device, torch.get_num_threads(), scale)] = dataclasses.replace(
-        pace, branches=list(pace.branches)
+    router.speeds.known[(dtype, router.device, torch.get_num_threads(), scale)] = dataclasses.replace(
+        speed, branches=list(speed.branches)
     )
     return router
 
 
 def shares(router: PixelRouter) -> torch.Tensor:
-    cost = torch.tensor(router.model.class_cost(4.0), dtype=torch.float64)
+    cost = torch.tensor(router.class_cost(4.0), dtype=torch.float64)
     return cost / cost.max()
 
 
@@ -118,33 +120,33 @@ def test_a_stream_has_the_same_budgets(router):
 
 @pytest.mark.parametrize("whole", [True, False])
 def test_milliseconds_become_classes(monkeypatch, whole):
-    """A pace that nobody has, so slow that the time of the test itself is next to nothing."""
+    """A speed that nobody has, so slow that the time of the test itself is next to nothing."""
     if not whole:
         monkeypatch.setattr(pixel_rows, "BUDGET_SAMPLE", 4000)
-    pace = Pace([10.0, 50.0], 5.0, 2.0, encode=20.0)
+    speed = Speed([10.0, 50.0], 5.0, 2.0, encode=20.0)
     for share in (0.2, 0.7):
-        budget = PIXELS * (pace.rest + 10 + share * 40) + (0 if whole else PIXELS * pace.classify)
-        least = FEATURES * pace.encode + PIXELS * (pace.rest + 10)
+        budget = PIXELS * (speed.rest + 10 + share * 40) + (0 if whole else PIXELS * speed.classify)
+        least = FEATURES * speed.encode + PIXELS * (speed.rest + 10)
         # What is encoded and classified when the classes are chosen has taken its own time, not the expected one.
         budget = max(budget, least)
-        stats = with_pace(pace).upscale(IMAGE, budget_ms=budget).stats
-        spent = sum(n * ms for n, ms in zip(stats.pixels_per_class, pace.branches, strict=True))
-        expected = budget - PIXELS * pace.rest - (0 if whole else PIXELS * pace.classify)
-        if budget - pace.encode * FEATURES - PIXELS * (pace.classify + pace.rest) < PIXELS * 10:
+        stats = with_pace(speed).upscale(IMAGE, budget_ms=budget).stats
+        spent = sum(n * ms for n, ms in zip(stats.counts_per_class, speed.branches, strict=True))
+        expected = budget - PIXELS * speed.rest - (0 if whole else PIXELS * speed.classify)
+        if budget - speed.encode * FEATURES - PIXELS * (speed.classify + speed.rest) < PIXELS * 10:
             expected = PIXELS * 10
         assert expected - 2000 < spent <= expected
-    enough = FEATURES * pace.encode + PIXELS * (pace.rest + 50)
-    stats = with_pace(pace).upscale(IMAGE, budget_ms=enough).stats
-    assert stats.pixels_per_class == [0, PIXELS] and stats.seconds["classify"] == 0
+    enough = FEATURES * speed.encode + PIXELS * (speed.rest + 50)
+    stats = with_pace(speed).upscale(IMAGE, budget_ms=enough).stats
+    assert stats.counts_per_class == [0, PIXELS] and stats.seconds["classify"] == 0
     with pytest.raises(ValueError, match=r"^upscale: budget_ms must be at least [\d.e+]+ ms on this device, .*; got 1000$"):
-        with_pace(pace).upscale(IMAGE, budget_ms=1000)
+        with_pace(speed).upscale(IMAGE, budget_ms=1000)
 
 
 def test_a_dear_class_that_runs_fast_is_used():
     """Milliseconds go by the clock, not by FLOPs."""
-    pace = Pace([50.0, 1.0, 90.0], 0.5, 0.5)
-    stats = with_pace(pace, hidden=HIDDEN[3]).upscale(IMAGE, budget_ms=PIXELS * 5).stats
-    assert stats.pixels_per_class[1] > 0.9 * PIXELS
+    speed = Speed([50.0, 1.0, 90.0], 0.5, 0.5)
+    stats = with_pace(speed, hidden=HIDDEN[3]).upscale(IMAGE, budget_ms=PIXELS * 5).stats
+    assert stats.counts_per_class[1] > 0.9 * PIXELS
 
 
 def test_milliseconds_are_met(monkeypatch):
@@ -164,38 +166,38 @@ def test_milliseconds_are_met(monkeypatch):
     for ms in (80.0, 120.0, 170.0):
         stats = [router.upscale(IMAGE, budget_ms=ms).stats for _ in range(5)]
         assert abs(median(1e3 * s.seconds["total"] for s in stats) / ms - 1) < 0.15
-        assert all(min(s.pixels_per_class) > 0 for s in stats)
+        assert all(min(s.counts_per_class) > 0 for s in stats)
 
 
 def test_speed_is_measured_once_and_remembered(cache, monkeypatch):
     monkeypatch.setattr(pixel_speed, "PICTURE", {"cpu": (16, 24)})
     router = PixelRouter(make_model())
-    pace = router.paces.of(router, torch.float32, 4.0)
-    assert len(pace.branches) == 2 and min(*pace.branches, pace.classify, pace.rest, pace.encode) > 0
+    speed = router.speeds_at(torch.float32, 4.0)[0]
+    assert len(speed.branches) == 2 and min(*speed.branches, speed.classify, speed.rest, speed.encode) > 0
     assert json.loads(cache.read_text())
     measured = []
-    monkeypatch.setattr(pixel_speed, "measure_pace", lambda *args: measured.append(args) or Pace([1.0, 2.0], 3.0, 4.0, 5.0))
+    monkeypatch.setattr(pixel_router, "measure_speed", lambda *args: measured.append(args) or Speed([1.0, 2.0], 3.0, 4.0, 5.0))
     again = PixelRouter(make_model())
-    assert again.paces.of(again, torch.float32, 4.0) == pace and not measured
+    assert again.speeds_at(torch.float32, 4.0)[0] == speed and not measured
     # What decides the speed is measured apart.
-    assert again.paces.of(again, torch.uint8, 4.0).encode == again.paces.of(again, torch.float32, 2.5).encode == 5.0
+    assert again.speeds_at(torch.uint8, 4.0)[0].encode == again.speeds_at(torch.float32, 2.5)[0].encode == 5.0
     assert len(measured) == 2
 
 
 def test_learning():
-    pace = Pace([1.0, 3.0], 1.0, 0.5, encode=2.0)
+    speed = Speed([1.0, 3.0], 1.0, 0.5, encode=2.0)
     # Both classes together took twice as long as expected; the rest as long, the encoder half.
-    pace.learn([100, 100], 0.8, 0.2, 0.1, encode=0.05, encoded=50)
-    assert pace == Pace([1.5, 4.5], 1.0, 0.5, encode=1.5)
-    pace.learn([100, 0], 0.15, None, 0.05)
-    assert pace == Pace([1.5, 4.5], 1.0, 0.5, encode=1.5)
+    speed.learn([100, 100], 0.8, 0.2, 0.1, encode=0.05, encoded=50)
+    assert speed == Speed([1.5, 4.5], 1.0, 0.5, encode=1.5)
+    speed.learn([100, 0], 0.15, None, 0.05)
+    assert speed == Speed([1.5, 4.5], 1.0, 0.5, encode=1.5)
 
 
 def test_runs_are_learned_from():
-    pace = Pace([10.0, 50.0], 5.0, 2.0, encode=20.0)
-    router = with_pace(pace)
-    router.upscale(IMAGE, k=0.1)
-    [learned] = router.paces.known.values()
+    speed = Speed([10.0, 50.0], 5.0, 2.0, encode=20.0)
+    router = with_pace(speed)
+    router.upscale(IMAGE, penalty=0.1)
+    [learned] = router.speeds.known.values()
     assert 4.9 < learned.branches[0] < 5.1 and 24.5 < learned.branches[1] < 25.5
     assert 2.4 < learned.classify < 2.6 and 0.9 < learned.rest < 1.1 and 9.9 < learned.encode < 10.1
 
@@ -203,7 +205,7 @@ def test_runs_are_learned_from():
 @pytest.mark.parametrize("classes", [2, 3, 4])
 @pytest.mark.parametrize("first", [100, 1 << 15])
 def test_search(monkeypatch, classes, first):
-    monkeypatch.setattr(pixel_budget, "FIRST", first)
+    monkeypatch.setattr(exponent, "FIRST", first)
     generator = torch.Generator().manual_seed(classes)
     logits = 3 * torch.randn(classes, 3000, generator=generator)
     cost = [1.0, 3.0, 2.0, 7.0][:classes]
@@ -223,11 +225,11 @@ def test_search(monkeypatch, classes, first):
 
 def test_a_purse_is_not_overdrawn():
     scores = torch.randn(1, 1000, generator=torch.Generator().manual_seed(0))
-    purse = Purse([1.0, 5.0], left=2000.0, pixels=1000)
+    budget = PixelBudget([1.0, 5.0], left=2000.0, pixels=1000)
     # An exponent at which all would be dear.
-    spent_so_far = [spent(purse.take(part, -100.0, reserve=1.0), purse.cost) for part in scores.split(100, dim=1)]
+    spent_so_far = [spent(budget.take(part, -100.0, reserve=1.0), budget.cost) for part in scores.split(100, dim=1)]
     assert sum(spent_so_far) == 2000.0 and spent_so_far[0] == 500.0 and spent_so_far[-1] == 100.0
-    assert purse.left == 0 and purse.pixels == 0
+    assert budget.left == 0 and budget.pixels == 0
 
 
 def uneven() -> torch.Tensor:
@@ -247,7 +249,7 @@ def test_a_batch_shares_one_budget(router, budget):
     assert used.max() - used.min() > 0.02
     if router.num_classes == 2:
         # No pixel of any image is cheap that would gain more than a dear one of another.
-        chance = router.model(batch, scale=4).probability[:, 1]
+        chance = make_model(hidden=HIDDEN[router.num_classes])(batch, scale=4).probability[:, 1]
         dear = together.class_map == 1
         assert chance[dear].min() >= chance[~dear].max() - 1e-5
         assert used.argsort().tolist() == dear.float().mean(dim=(1, 2)).argsort().tolist()
@@ -260,14 +262,14 @@ def test_features_of_a_batch_are_kept_as_far_as_they_fit(monkeypatch):
     router, runs, rows = PixelRouter(make_model()), [], pixel_image.rows_in_bands
     monkeypatch.setattr(pixel_image, "rows_in_bands", lambda *args: runs.append(1) or rows(*args))
     batch = picture(6, 3, 60, 40)
-    whole = router.upscale(batch, 2, budget=0.8, memory_limit=10**9)
+    whole = router.upscale(batch, scale=2, budget=0.8, memory_limit=10**9)
     assert len(runs) == 6
-    some = whole.stats.working_set - 3 * router.footprint.features(PixelGrid((60, 40), (120, 80)), True)
+    some = whole.stats.working_set - 3 * router.memory.features(PixelGrid((60, 40), (120, 80)), True)
     with pytest.raises(ValueError, match=r"memory_limit must be at least") as error:
-        router.upscale(batch, 2, budget=0.8, memory_limit=10)
+        router.upscale(batch, scale=2, budget=0.8, memory_limit=10)
     for limit, passes in ((None, 6), (some, 9), (int(re.findall(r"least (\d+)", str(error.value))[0]), 12)):
         runs.clear()
-        result = router.upscale(batch, 2, budget=0.8, memory_limit=limit)
+        result = router.upscale(batch, scale=2, budget=0.8, memory_limit=limit)
         assert len(runs) == passes and (limit is None or result.stats.working_set <= limit)
         assert torch.equal(result.image, whole.image)
 
@@ -314,15 +316,15 @@ def test_many_images_of_all_kinds(router, tmp_path, request, small):
 
 
 def test_many_images_within_milliseconds():
-    pace, images = Pace([10.0, 50.0], 5.0, 2.0, encode=20.0), [IMAGE, IMAGE.flip(1), IMAGE.flip(2)]
-    router = with_pace(pace)
-    each = PIXELS * (pace.classify + pace.rest + 30) + FEATURES * pace.encode
+    speed, images = Speed([10.0, 50.0], 5.0, 2.0, encode=20.0), [IMAGE, IMAGE.flip(1), IMAGE.flip(2)]
+    router = with_pace(speed)
+    each = PIXELS * (speed.classify + speed.rest + 30) + FEATURES * speed.encode
     first = next(upscale_many(router, images, budget_ms=3 * each)).stats
-    spent = sum(n * ms for n, ms in zip(first.pixels_per_class, pace.branches, strict=True))
+    spent = sum(n * ms for n, ms in zip(first.counts_per_class, speed.branches, strict=True))
     # A third of what is allowed and of what encoding and classifying the first one did not take.
     assert 0.9 < spent / (PIXELS * 30) < 1.3
     with pytest.raises(ValueError, match=r"^upscale_many: budget_ms must be at least .* on this device"):
-        next(upscale_many(with_pace(pace), images, budget_ms=1000))
+        next(upscale_many(with_pace(speed), images, budget_ms=1000))
 
 
 def test_an_image_that_changes_is_told():
@@ -337,8 +339,8 @@ def test_an_image_that_changes_is_told():
     ("arguments", "words"),
     [
         ({"budget": 0.5, "budget_ms": 10}, "give one of budget, budget_flops and budget_ms; got budget, budget_ms"),
-        ({"budget_flops": 1e9, "k": 0.5}, "give one of k, adaptive and a budget; got k=0.5, budget_flops"),
-        ({"budget_ms": 10, "adaptive": True}, "give one of k, adaptive and a budget; got adaptive, budget_ms"),
+        ({"budget_flops": 1e9, "penalty": 0.5}, "give one of penalty, adaptive and a budget; got penalty=0.5, budget_flops"),
+        ({"budget_ms": 10, "adaptive": True}, "give one of penalty, adaptive and a budget; got adaptive, budget_ms"),
         ({"budget_ms": 0}, "budget_ms must be positive and finite; got 0"),
         ({"budget_flops": float("inf")}, "budget_flops must be positive and finite; got inf"),
         ({"budget_flops": -1.0}, "budget_flops must be positive and finite; got -1"),
@@ -369,6 +371,6 @@ def test_one_class_has_nothing_to_choose(monkeypatch):
     router = PixelRouter(make_model(hidden=([5],)))
     result = router.upscale(IMAGE, budget=1)
     assert not result.class_map.any() and result.stats.seconds["classify"] == 0
-    assert router.upscale(IMAGE, budget_ms=1e6).stats.pixels_per_class == [PIXELS]
+    assert router.upscale(IMAGE, budget_ms=1e6).stats.counts_per_class == [PIXELS]
     with pytest.raises(ValueError, match="budget_ms must be at least"):
         router.upscale(IMAGE, budget_ms=1e-6)

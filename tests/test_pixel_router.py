@@ -67,7 +67,7 @@ def agree(result, model, lr, size, **options):
 @pytest.mark.parametrize("kind", ["fsrcnn", "carn"])
 @pytest.mark.parametrize("hidden", [([5], [7, 9]), (None, [], [4, 4])], ids=str)
 @pytest.mark.parametrize("size", [(36, 44), (20, 31), (5, 8), (1, 1)])
-@pytest.mark.parametrize("options", [{}, {"k": 0.4}, {"refine": False}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"penalty": 0.4}, {"refine": False}], ids=str)
 def test_equals_the_plain_model(backend_name, monkeypatch, kind, hidden, size, options):
     monkeypatch.setattr(pixel_rows, "OUTPUT_BAND", {"cpu": 200})
     monkeypatch.setattr(pixel_rows, "ENCODER_BAND", {"cpu": 33})
@@ -134,7 +134,7 @@ def test_stats():
     router = PixelRouter(make_model())
     result = router.upscale(torch.rand(2, 3, 9, 11), scale=2)
     stats = result.stats
-    assert stats.pixels_per_class == [int((result.class_map == c).sum()) for c in range(2)]
+    assert stats.counts_per_class == [int((result.class_map == c).sum()) for c in range(2)]
     assert set(stats.seconds) == {"encode", "classify", "solve", "assign", "upsample", "refine", "total"}
     assert stats.flops.fraction > 0
     assert stats.paper_flops.fraction < 1
@@ -151,15 +151,16 @@ def test_model_is_left_as_it_was():
 
 @pytest.mark.parametrize("optimized", [True, False])
 def test_to(optimized):
-    router = PixelRouter(make_model(), optimized)
+    router = PixelRouter(make_model(), optimized=optimized)
     lr = torch.rand(3, 5, 6)
     before = router.upscale(lr, scale=2)
     assert router.to("cpu") is router and router.device == torch.device("cpu")
     assert torch.equal(router.upscale(lr, scale=2).image, before.image)
     # A device that every machine has; nothing is computed there.
     router.to("meta")
-    layers = [tensor for mlp in (*router.mlps, router.classifier) for layer in mlp for tensor in layer]
-    weights = [*router.encoder.parameters(), *router.model.parameters(), *layers]
+    networks = router.networks
+    layers = [tensor for mlp in (*networks.mlps, networks.classifier) for layer in mlp for tensor in layer]
+    weights = [*router.parameters(), *router.buffers(), *layers]
     assert all(tensor.is_meta for tensor in weights) and router.device == torch.device("meta")
 
 
@@ -203,9 +204,9 @@ IMAGE = torch.rand(3, 5, 6)
         (ValueError, {"scale": float("inf")}, "scale finite inf"),
         (ValueError, {"scale": 0.01}, "size at least 1 x 1"),
         (ValueError, {"size": (0, 4)}, "size at least 1 x 1"),
-        (ValueError, {"k": float("nan")}, "k finite nan"),
-        (ValueError, {"k": 1.0, "adaptive": True}, "one of k, adaptive and a budget"),
-        (ValueError, {"adaptive": True, "budget": 0.9}, "one of k, adaptive and a budget"),
+        (ValueError, {"penalty": float("nan")}, "penalty finite nan"),
+        (ValueError, {"penalty": 1.0, "adaptive": True}, "one of penalty, adaptive and a budget"),
+        (ValueError, {"adaptive": True, "budget": 0.9}, "one of penalty, adaptive and a budget"),
     ],
 )
 def test_errors(kind, args, words):
@@ -247,7 +248,7 @@ def router(data: Path) -> PixelRouter:
 @pytest.mark.parametrize("mode", [0.0, 0.5, 1.0, "adaptive"])
 def test_published_fixture(backend_name, router, fixture, scale, mode):
     name = f"x{scale}_adaptive" if mode == "adaptive" else f"x{scale}_k{mode}"
-    options = {"adaptive": True} if mode == "adaptive" else {"k": mode}
+    options = {"adaptive": True} if mode == "adaptive" else {"penalty": mode}
     lr = fixture["lr_uint8"].permute(2, 0, 1) / 255
     raw = router.upscale(lr, scale=scale, refine=False, **options)
     differs = raw.class_map.long() != fixture[f"{name}_class_map"].long()

@@ -11,9 +11,9 @@ from torch.nn import functional as F
 
 import fastroute
 from fastroute import io
+from fastroute.degradation import make_pair
 from fastroute.loading import DEFAULT_MODEL, WEIGHTS
 from fastroute.models.checkpoints import read_checkpoint
-from fastroute.training.data import make_pair
 
 FILE = WEIGHTS / f"{DEFAULT_MODEL}.safetensors"
 SAMPLE = Path(__file__).parents[1] / "assets" / "sample.png"

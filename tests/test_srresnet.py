@@ -138,7 +138,7 @@ def test_classsr_through_load(tmp_path, backbone, layers):
     router, image = fastroute.load(path, window="uniform", merge=1), picture(1, 3, 64, 96)
     assert router.num_classes == 2
     result = router.upscale(image)
-    assert min(result.stats.patches_per_class) > 0
+    assert min(result.stats.counts_per_class) > 0
     patches = fastroute.extract_patches(image, TileGrid(64, 96, 32, 32))
     own = fastroute.extract_patches(result.image, TileGrid(256, 384, 128, 128))
     assert torch.equal(result.class_map.flatten(), system.classifier(patches).argmax(dim=1))

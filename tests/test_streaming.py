@@ -16,7 +16,7 @@ from fastroute import PatchRouter, PixelRouter
 from fastroute.patch import patch_router
 from fastroute.pixel import pixel_image, pixel_router, pixel_rows
 from fastroute.runtime import memory_plan
-from fastroute.runtime.input_output import in_bands
+from fastroute.runtime.endpoints import in_bands
 from fastroute.runtime.protocols import ArrayReader, ArrayWriter
 
 pytestmark = pytest.mark.usefixtures("quick_tuning")
@@ -25,7 +25,7 @@ DTYPES = [torch.uint8, torch.uint16, torch.float32, torch.float16]
 
 def make_patch_router(patch=16, stride=12) -> PatchRouter:
     system = random_classsr((3, 5, 8), 4, patch)
-    return PatchRouter(system.branches, system.classifier, patch, stride, 4)
+    return PatchRouter(system.branches, system.classifier, patch=patch, stride=stride, scale=4)
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +68,7 @@ def check(router, image, step=1, **options):
         assert all(y % step == 0 for y, _ in writer.bands)
         streamed = torch.cat([band for _, band in writer.bands], dim=1)
         assert torch.equal(bits(streamed), bits(expected.image))
-        assert result.stats.patches_per_class == expected.stats.patches_per_class
+        assert result.stats.counts_per_class == expected.stats.counts_per_class
         assert limit is None or result.stats.working_set <= limit
         if result.class_map is not None:
             assert torch.equal(result.class_map, expected.class_map)
@@ -102,7 +102,7 @@ def test_classifier_of_another_kind(monkeypatch):
 
     monkeypatch.setattr(patch_router, "PATCHES_PER_BAND", 8)
     system = random_classsr((3, 5), 4, 16)
-    check(PatchRouter(system.branches, Brightness(), 16, 12, 4), picture(1, 3, 101, 61)[0])
+    check(PatchRouter(system.branches, Brightness(), patch=16, stride=12, scale=4), picture(1, 3, 101, 61)[0])
 
 
 def test_given_classes(patches):
@@ -112,7 +112,7 @@ def test_given_classes(patches):
 
 OPTIONS = [
     {},
-    {"k": 0.4, "refine": False},
+    {"penalty": 0.4, "refine": False},
     {"scale": 3, "budget": 0.8},
     {"scale": 2, "adaptive": True},
     {"scale": 1.5},
@@ -155,7 +155,7 @@ def test_sampled_decisions(pixels, monkeypatch, options):
 def test_carn_in_bands(monkeypatch):
     monkeypatch.setattr(pixel_rows, "OUTPUT_BAND", {"cpu": 2000})
     monkeypatch.setattr(pixel_rows, "ENCODER_BAND", {"cpu": 100})
-    check(PixelRouter(make_model("carn")), picture(1, 3, 70, 21)[0], scale=2, k=0.1)
+    check(PixelRouter(make_model("carn")), picture(1, 3, 70, 21)[0], scale=2, penalty=0.1)
 
 
 def test_encoder_that_needs_the_whole_image(monkeypatch):

@@ -115,7 +115,7 @@ def test_a_call_from_another_thread():
 @pytest.mark.parametrize("name", ["carn", "srresnet"])
 def test_bits_do_not_depend_on_the_number_of_threads(name, dtype):
     make = {"carn": lambda: CARN(16, 2), "srresnet": lambda: SRResNet(16, 2, blocks=2)}[name]
-    router = PatchRouter([randomise(make(), 1)], None, 32, 28, 2, batch=2).to(dtype)
+    router = PatchRouter([randomise(make(), 1)], None, patch=32, stride=28, scale=2, batch=2).to(dtype)
     image = picture(1, 3, 150, 130)
     results = []
     for number in (2, 3, 5, 8):

@@ -31,14 +31,14 @@ def test_crop_is_the_whole_image_when_the_overlap_covers_the_reach(height, width
     monkeypatch.setattr(patch_router, "PATCHES_PER_BAND", 7)
     model, image = network(reach, scale), picture(2, 3, height, width, seed=height)
     for overlap in (2 * reach, 2 * reach + 1):
-        result = tiled(model, patch, overlap=overlap)(image)
+        result = tiled(model, patch=patch, overlap=overlap)(image)
         # The same sums by convolutions of another size.
         torch.testing.assert_close(result, model(image), rtol=0, atol=1e-6)
 
 
 @torch.no_grad()
 def test_large_tiles_are_held_in_small_number(monkeypatch):
-    image, router = picture(1, 3, 200, 40), tiled(network(3, 4), 16, overlap=6, batch=8).router
+    image, router = picture(1, 3, 200, 40), tiled(network(3, 4), patch=16, overlap=6, batch=8)
     whole = router.upscale(image)
     monkeypatch.setattr(patch_router, "HELD_BYTES", {"cpu": 8 * router.networks.produced_bytes(image.device)})
     few = router.upscale(image)
@@ -52,19 +52,19 @@ def test_less_overlap_than_the_reach_shows():
     """Else the comparison above would prove little."""
     model, image = network(4, 1), picture(1, 3, 40, 33)
     for overlap in (6, 0):
-        assert (tiled(model, 16, overlap=overlap, merge=1)(image) - model(image)).abs().max() > 1e-4
+        assert (tiled(model, patch=16, overlap=overlap, merge=1)(image) - model(image)).abs().max() > 1e-4
 
 
 @torch.no_grad()
 def test_tiles_run_as_larger_ones_where_memory_allows():
     model, image = network(4, 1), picture(1, 3, 40, 33)
-    upscale = tiled(model, 16, overlap=6)
-    assert upscale.router.merge == 4
+    upscale = tiled(model, patch=16, overlap=6)
+    assert upscale.merge == 4
     torch.testing.assert_close(upscale(image), model(image), rtol=0, atol=1e-5)
-    assert upscale.router.upscale(image).stats.flops.of_one_pass == 1
+    assert upscale.upscale(image).stats.flops.of_one_pass == 1
     # Features of 64 channels at four times the size, of 512 x 512 tiles.
     wide = nn.Sequential(nn.Conv2d(3, 64, 3, padding=1), nn.Upsample(scale_factor=4), nn.Conv2d(64, 3, 3, padding=1))
-    assert [tiled(wide, size, scale=4).router.merge for size in (32, 512)] == [4, 1]
+    assert [tiled(wide, patch=size, scale=4).merge for size in (32, 512)] == [4, 1]
 
 
 @torch.no_grad()
@@ -72,7 +72,7 @@ def test_weighted_windows_come_closer_than_the_mean():
     model, image = network(3, 2), picture(1, 3, 61, 40)
 
     def error(window: object, size: int = 16, overlap: int = 8) -> float:
-        return float((tiled(model, size, overlap=overlap, window=window)(image) - model(image)).abs().mean())
+        return float((tiled(model, patch=size, overlap=overlap, window=window)(image) - model(image)).abs().mean())
 
     assert 1e-4 < error("hann") < error("linear") < error("uniform")
     assert error(torch.ones(32)) == error("uniform")
@@ -81,9 +81,9 @@ def test_weighted_windows_come_closer_than_the_mean():
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float16])
 def test_ranks_dtypes_and_scale(dtype):
     model = network(2, 3, channels=1)
-    upscale = tiled(model, 16, overlap=4, batch=3)
+    upscale = tiled(model, patch=16, overlap=4, batch=3)
     image = as_image(picture(1, 1, 30, 20), dtype)
-    assert upscale.router.scale == 3 and upscale.router.networks.batch_of(0, torch.device("cpu")) == 3
+    assert upscale.scale == 3 and upscale.networks.batch_of(0, torch.device("cpu")) == 3
     result = upscale(image[0])
     assert result.shape == (1, 90, 60) and result.dtype == dtype
     assert torch.equal(upscale(image)[0], result)
@@ -96,7 +96,7 @@ def test_batch_is_what_runs_at_a_time(monkeypatch):
         seen.append(len(x))
         return x
 
-    fastroute.tiled(count, 8, overlap=0, scale=1, batch=3, merge=1)(torch.rand(3, 8, 64))
+    fastroute.tiled(count, patch=8, overlap=0, scale=1, batch=3, merge=1)(torch.rand(3, 8, 64))
     # A pass of no memory counts the operations; then 8 tiles, in parts of nearly equal size.
     assert seen[-3:] == [3, 3, 2] and max(seen) == 3
 
@@ -104,17 +104,17 @@ def test_batch_is_what_runs_at_a_time(monkeypatch):
 @torch.no_grad()
 def test_is_a_module():
     model = network(2, 2)
-    upscale = tiled(model, 16)
+    upscale = tiled(model, patch=16)
     image = picture(1, 3, 30, 30)
     before = upscale(image)
-    assert upscale.router.stride == 12
+    assert upscale.stride == 12
     assert not any(p.requires_grad for p in upscale.parameters())
     upscale.train()
-    assert not any(layer.training for layer in upscale.network.children()) and model[0].weight.requires_grad
-    assert upscale.double().router.dtype == torch.float64
+    assert not any(layer.training for layer in upscale.branches[0].children()) and model[0].weight.requires_grad
+    assert upscale.double().dtype == torch.float64
     torch.testing.assert_close(upscale(image.double()).float(), before, rtol=0, atol=1e-5)
     # In a pipeline of modules.
-    both = nn.Sequential(upscale.float(), tiled(lambda x: 1 - x, 16, scale=1))
+    both = nn.Sequential(upscale.float(), tiled(lambda x: 1 - x, patch=16, scale=1))
     torch.testing.assert_close(both(image), 1 - before, rtol=0, atol=1e-5)
 
 

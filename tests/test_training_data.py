@@ -13,7 +13,8 @@ from PIL import Image
 from torch.nn import functional as F
 
 from fastroute import io
-from fastroute.training.data import Pool, bicubic_psnr, downscale, make_pair, to_uint8
+from fastroute.degradation import downscale, make_pair, to_uint8
+from fastroute.training.data import Pool, bicubic_psnr
 
 SCALE, PATCH, STRIDE = 2, 8, 4
 

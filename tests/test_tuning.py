@@ -19,17 +19,17 @@ from fastroute.models.fsrcnn import FSRCNN
 from fastroute.patch import branches
 from fastroute.patch.branches import Branches, even_parts
 from fastroute.runtime import tuning
-from fastroute.runtime.tuning import Setting, race_of
+from fastroute.runtime.tuning import Setting, search_of
 
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("FASTROUTE_CACHE", str(tmp_path / "of" / "fastroute"))
-    monkeypatch.setattr(tuning, "_races", {})
+    monkeypatch.setattr(tuning, "_searches", {})
     # A patch of 8 x 8 is one unit of 64 pixels.
     monkeypatch.setattr(tuning, "PIXELS", (8 * 64, 4 * 64, 16 * 64, 32 * 64))
     monkeypatch.setattr(branches, "workers", lambda: 1)
-    monkeypatch.setattr(tuning, "TURN_PIXELS", {"cpu": 32 * 64})
+    monkeypatch.setattr(tuning, "TRIAL_PIXELS", {"cpu": 32 * 64})
     return tmp_path / "of" / "fastroute" / "tuning.json"
 
 
@@ -98,14 +98,14 @@ def seconds(b4=1.0, b8=0.9, b16=0.8, b32=0.9, contiguous=2.0):
 
 def settle(call, networks, turns=40):
     for _ in range(turns):
-        if networks._race(0, networks.device).best is not None:
+        if networks._search(0, networks.device).best is not None:
             break
         call(40)
     return networks.setting(0, networks.device)
 
 
 def best(networks):
-    return networks._race(0, networks.device).best
+    return networks._search(0, networks.device).best
 
 
 def test_nothing_is_computed_twice_and_the_fastest_is_found_and_remembered(run, cache):
@@ -116,13 +116,13 @@ def test_nothing_is_computed_twice_and_the_fastest_is_found_and_remembered(run, 
     (entry,) = json.loads(cache.read_text()).values()
     assert (
         entry["best"] == {"pixels": 16 * 64, "channels_last": True, "parallel": False, "engine": "torch"}
-        and entry["turns"] == []
+        and entry["trials"] == []
     )
     assert entry["seconds"] == pytest.approx(0.8 / 64)
     # From then on, here and in the next process.
     written = cache.read_bytes()
     assert {batch for batch, _ in call(48)} == {16}
-    tuning._races.clear()
+    tuning._searches.clear()
     networks, call = run(seconds())
     assert {batch for batch, _ in call(48)} == {16} and cache.read_bytes() == written
 
@@ -137,7 +137,7 @@ def test_a_call_too_small_to_tell_anything_measures_nothing(run, cache):
 def test_a_search_goes_on_in_the_next_process(run, cache):
     turns = Counter()
     for _ in range(60):
-        tuning._races.clear()
+        tuning._searches.clear()
         networks, call = run(seconds())
         if best(networks) is not None:
             break
@@ -193,7 +193,7 @@ def test_what_was_measured_on_a_busy_machine_is_not_written(run, cache, caplog):
     assert sum(passed.values()) < 40 * tuning.MOST_ROUNDS * 5
     entries = json.loads(cache.read_text()) if cache.exists() else {}
     assert all(entry["best"] is None for entry in entries.values())
-    tuning._races.clear()
+    tuning._searches.clear()
     assert best(run(busy)[0]) is None
 
 
@@ -209,7 +209,7 @@ def test_it_can_be_switched_off(run, cache, monkeypatch, way, caplog):
     assert not cache.exists() and not caplog.records
     # What was measured before is used all the same, but where the batch is told.
     if way != "batch":
-        race_of(networks.modules[0], torch.empty(networks.size)).best = Setting(16 * 64, False)
+        search_of(networks.modules[0], torch.empty(networks.size)).best = Setting(16 * 64, False)
         assert call(64) == [(16, False)] * 4
 
 
@@ -250,16 +250,16 @@ def test_no_batch_exceeds_what_memory_allows(run, monkeypatch, most, tried):
 
 def test_one_turn_at_a_time(run):
     networks, _ = run(seconds())
-    race = networks._race(0, networks.device)
-    turn = race.turn((8, 8), 32)
+    search = networks._search(0, networks.device)
+    turn = search.trial((8, 8), 32)
     # Another thread works meanwhile, and measures nothing.
     found = []
-    thread = threading.Thread(target=lambda: found.append(race.turn((8, 8), 32)))
+    thread = threading.Thread(target=lambda: found.append(search.trial((8, 8), 32)))
     thread.start()
     thread.join()
     assert turn is not None and found == [None]
-    race.add((8, 8), turn, None)  # it failed
-    assert race.turn((8, 8), 32) == turn
+    search.add((8, 8), turn, None)  # it failed
+    assert search.trial((8, 8), 32) == turn
 
 
 def test_a_failure_in_a_turn_is_raised_and_forgotten(run):
@@ -292,7 +292,7 @@ class Counting(nn.Module):
         return self.conv(x)
 
 
-@pytest.mark.parametrize("make", [lambda: fastroute.tiled(Counting(), 32), lambda: PatchRouter([Counting()], scale=1)])
+@pytest.mark.parametrize("make", [lambda: fastroute.tiled(Counting(), patch=32), lambda: PatchRouter([Counting()], scale=1)])
 def test_a_first_call_does_what_the_second_does(make, monkeypatch):
     # An image of one tile: nothing is run to be measured, nor a fake patch to count its memory.
     router = make()
@@ -308,17 +308,17 @@ def test_routers_can_be_copied_while_they_measure(run):
     networks, call = run(seconds())
     call(40)
     again = copy.deepcopy(networks)
-    assert again._races == {} and networks._races
-    assert again._race(0, networks.device) is networks._race(0, networks.device)
+    assert again._searches == {} and networks._searches
+    assert again._search(0, networks.device) is networks._search(0, networks.device)
 
 
 def test_routers_measure_on_photographs_too(cache, monkeypatch):
     # Real times: whatever is chosen, the result stays.
     image = picture(1, 3, 120, 160)
-    expected = PatchRouter([FSRCNN(3, 2).eval()], None, 8, 8, 2, tune=False).upscale(image)
+    expected = PatchRouter([FSRCNN(3, 2).eval()], None, patch=8, stride=8, scale=2, tune=False).upscale(image)
     torch.manual_seed(0)
-    router = PatchRouter([FSRCNN(3, 2).eval()], None, 8, 8, 2)
-    router.branches[0].load_state_dict(PatchRouter([FSRCNN(3, 2)], None, 8, 8, 2).branches[0].state_dict())
+    router = PatchRouter([FSRCNN(3, 2).eval()], None, patch=8, stride=8, scale=2)
+    router.branches[0].load_state_dict(PatchRouter([FSRCNN(3, 2)], None, patch=8, stride=8, scale=2).branches[0].state_dict())
     state = torch.get_rng_state()
     for _ in range(10):
         result = router.upscale(image)

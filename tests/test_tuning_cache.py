@@ -10,7 +10,7 @@ import torch
 
 from fastroute.models.fsrcnn import FSRCNN
 from fastroute.runtime import tuning
-from fastroute.runtime.tuning import Setting, race_of
+from fastroute.runtime.tuning import Setting, search_of
 
 EXAMPLE = torch.rand(1, 3, 8, 8)
 
@@ -18,24 +18,24 @@ EXAMPLE = torch.rand(1, 3, 8, 8)
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("FASTROUTE_CACHE", str(tmp_path / "of" / "fastroute"))
-    monkeypatch.setattr(tuning, "_races", {})
+    monkeypatch.setattr(tuning, "_searches", {})
     return tmp_path / "of" / "fastroute" / "tuning.json"
 
 
 def test_what_decides_the_speed_is_measured_apart(cache):
     model, threads = FSRCNN(3, 2), torch.get_num_threads()
-    races = [race_of(model, EXAMPLE)]
+    races = [search_of(model, EXAMPLE)]
     for other, x in ((FSRCNN(4, 2), EXAMPLE), (FSRCNN(3, 3), EXAMPLE), (model, torch.rand(1, 3, 9, 9))):
-        races.append(race_of(other, x))
-    races.append(race_of(FSRCNN(3, 2).double(), EXAMPLE.double()))
+        races.append(search_of(other, x))
+    races.append(search_of(FSRCNN(3, 2).double(), EXAMPLE.double()))
     try:
         torch.set_num_threads(threads + 1)
-        races.append(race_of(model, EXAMPLE))
+        races.append(search_of(model, EXAMPLE))
     finally:
         torch.set_num_threads(threads)
-    assert len(set(map(id, races))) == len(races) == len({race.key for race in races})
+    assert len(set(map(id, races))) == len(races) == len({search.key for search in races})
     # The values of the weights decide nothing.
-    assert race_of(FSRCNN(3, 2), EXAMPLE) is races[0]
+    assert search_of(FSRCNN(3, 2), EXAMPLE) is races[0]
 
 
 GOOD = asdict(Setting(512))
@@ -51,35 +51,42 @@ TURN = {
     [
         {},
         {"batch": 8, "channels_last": True, "milliseconds": 1.0},
-        {"best": None, "seconds": None, "turns": None},
+        {"best": None, "seconds": None, "trials": None},
         {
             "best": GOOD,
             "seconds": float("nan"),
-            "turns": [],
+            "trials": [],
         },
-        {"best": GOOD, "seconds": -1.0, "turns": []},
-        {"best": GOOD, "seconds": "1", "turns": []},
-        {"best": {"pixels": 0, "channels_last": True, "parallel": False, "engine": "torch"}, "seconds": 1.0, "turns": []},
-        {"best": {"pixels": True, "channels_last": True, "parallel": False, "engine": "torch"}, "seconds": 1.0, "turns": []},
-        {"best": {"pixels": 512, "channels_last": 1, "parallel": False, "engine": "torch"}, "seconds": 1.0, "turns": []},
-        {"best": {"pixels": 512}, "seconds": 1.0, "turns": []},
-        {"best": [512, True], "seconds": 1.0, "turns": [3, None, [], {}]},
-        {"turns": [{**TURN, "shape": [8]}, {**TURN, "shape": [8, 0]}, {**TURN, "shape": [8, "8"]}, {**TURN, "shape": 8}]},
-        {"turns": [{**TURN, "setting": {}}, {**TURN, "seconds": [0.0]}, {**TURN, "seconds": 0.5}, {**TURN, "seconds": [True]}]},
+        {"best": GOOD, "seconds": -1.0, "trials": []},
+        {"best": GOOD, "seconds": "1", "trials": []},
+        {"best": {"pixels": 0, "channels_last": True, "parallel": False, "engine": "torch"}, "seconds": 1.0, "trials": []},
+        {"best": {"pixels": True, "channels_last": True, "parallel": False, "engine": "torch"}, "seconds": 1.0, "trials": []},
+        {"best": {"pixels": 512, "channels_last": 1, "parallel": False, "engine": "torch"}, "seconds": 1.0, "trials": []},
+        {"best": {"pixels": 512}, "seconds": 1.0, "trials": []},
+        {"best": [512, True], "seconds": 1.0, "trials": [3, None, [], {}]},
+        {"trials": [{**TURN, "shape": [8]}, {**TURN, "shape": [8, 0]}, {**TURN, "shape": [8, "8"]}, {**TURN, "shape": 8}]},
+        {
+            "trials": [
+                {**TURN, "setting": {}},
+                {**TURN, "seconds": [0.0]},
+                {**TURN, "seconds": 0.5},
+                {**TURN, "seconds": [True]},
+            ]
+        },
     ],
 )
 def test_a_damaged_entry_is_ignored(cache, entry):
-    key = race_of(FSRCNN(3, 2), EXAMPLE).key
-    tuning._races.clear()
+    key = search_of(FSRCNN(3, 2), EXAMPLE).key
+    tuning._searches.clear()
     cache.parent.mkdir(parents=True)
     cache.write_text(json.dumps({key: entry}))
-    race = race_of(FSRCNN(3, 2), EXAMPLE)
-    assert race.best is None and race._turns == {}
+    search = search_of(FSRCNN(3, 2), EXAMPLE)
+    assert search.best is None and search._trials == {}
 
 
 def test_an_entry_of_the_cache_is_used(cache):
-    key = race_of(FSRCNN(3, 2), EXAMPLE).key
-    tuning._races.clear()
+    key = search_of(FSRCNN(3, 2), EXAMPLE).key
+    tuning._searches.clear()
     cache.parent.mkdir(parents=True)
     cache.write_text(
         json.dumps(
@@ -87,12 +94,12 @@ def test_an_entry_of_the_cache_is_used(cache):
                 key: {
                     "best": {"pixels": 320, "channels_last": False, "parallel": False, "engine": "torch"},
                     "seconds": 0.1,
-                    "turns": [],
+                    "trials": [],
                 }
             }
         )
     )
-    assert race_of(FSRCNN(3, 2), EXAMPLE).best == Setting(320, False)
-    tuning._races.clear()
-    cache.write_text(json.dumps({key: {"best": None, "seconds": None, "turns": [TURN]}}))
-    assert race_of(FSRCNN(3, 2), EXAMPLE)._turns == {(8, 8): {Setting(512, True): [0.5]}}
+    assert search_of(FSRCNN(3, 2), EXAMPLE).best == Setting(320, False)
+    tuning._searches.clear()
+    cache.write_text(json.dumps({key: {"best": None, "seconds": None, "trials": [TURN]}}))
+    assert search_of(FSRCNN(3, 2), EXAMPLE)._trials == {(8, 8): {Setting(512, True): [0.5]}}

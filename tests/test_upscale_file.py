@@ -27,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("quick_tuning")
 @pytest.fixture(scope="module")
 def router() -> PatchRouter:
     system = random_classsr((3, 5, 8), 4, 16)
-    return PatchRouter(system.branches, system.classifier, 16, 12, 4)
+    return PatchRouter(system.branches, system.classifier, patch=16, stride=12, scale=4)
 
 
 @pytest.fixture

@@ -155,7 +155,9 @@ def classsr(backbone, optimized=True):
         system = ClassSR([RCAN(8, SCALE, 1, 1, 4), RCAN(8, SCALE, 1, 2, 4)])
     else:
         system = ClassSR.build(backbone, (4, 8), SCALE)
-    return fastroute.PatchRouter(system.branches, system.classifier, PATCH, STRIDE, SCALE, optimized=optimized, batch=8)
+    return fastroute.PatchRouter(
+        system.branches, system.classifier, patch=PATCH, stride=STRIDE, scale=SCALE, optimized=optimized, batch=8
+    )
 
 
 ROUTERS = {
@@ -167,17 +169,17 @@ ROUTERS = {
     "scores": lambda: fastroute.PatchRouter(
         [fastroute.Bicubic(SCALE), FSRCNN(4, SCALE)],
         fastroute.ScoreClassifier(lambda x: x.std(dim=(1, 2, 3)), [0.1]),
-        PATCH,
-        STRIDE,
-        SCALE,
+        patch=PATCH,
+        stride=STRIDE,
+        scale=SCALE,
         batch=8,
     ),
     "edges": lambda: fastroute.PatchRouter(
         [fastroute.Bicubic(SCALE), FSRCNN(4, SCALE)],
         fastroute.ScoreClassifier(edge_score, [20.0]),
-        PATCH,
-        STRIDE,
-        SCALE,
+        patch=PATCH,
+        stride=STRIDE,
+        scale=SCALE,
         batch=8,
     ),
 }
@@ -185,15 +187,17 @@ ROUTERS = {
 
 def fixed_on_gpu(router, size, dtype=torch.uint8, **options):
     shape, share = (2, 3, *size), 0.8 if router.num_classes > 1 else 1.0
-    return on_gpu(fastroute.FixedPatchRouter(router, shape, dtype, [share] * router.num_classes, **options)), shape
+    return on_gpu(
+        fastroute.FixedPatchRouter(router, shape, dtype=dtype, capacities=[share] * router.num_classes, **options)
+    ), shape
 
 
 @pytest.mark.parametrize("name", ROUTERS)
 def test_patch_router(monkeypatch, name):
     fixed, shape = fixed_on_gpu(ROUTERS[name](), (37, 45))
     with no_waits(monkeypatch) as seen:
-        result = fixed(image(*shape, dtype=torch.uint8))
-        fixed(image(*shape, dtype=torch.uint8), image(2, 3, 4, dtype=torch.int64))
+        result = fixed.upscale(image(*shape, dtype=torch.uint8))
+        fixed.upscale(image(*shape, dtype=torch.uint8), image(2, 3, 4, dtype=torch.int64))
     assert result.image.shape == (2, 3, 148, 180) and {x.device for x in result} == {GPU}
     assert {"extract_patches", "assign_classes", "group_by_class", "stitch_patches"} <= set(seen.names)
 
@@ -202,27 +206,29 @@ def test_patch_router(monkeypatch, name):
 def test_patch_router_within_a_budget(monkeypatch, size):
     """Patches on the classifier's cells, off them, and no cells at all; as operators, and as the launchers of Triton."""
     system = random_classsr((3, 5), SCALE, PATCH)
-    router = fastroute.PatchRouter(system.branches, system.classifier, PATCH, STRIDE, SCALE, "hann", batch=8)
+    router = fastroute.PatchRouter(
+        system.branches, system.classifier, patch=PATCH, stride=STRIDE, scale=SCALE, window="hann", batch=8
+    )
     fixed, shape = fixed_on_gpu(router, size, torch.float32, budget=0.95)
     with no_waits(monkeypatch):
-        fixed(image(*shape))
+        fixed.upscale(image(*shape))
         if importlib.util.find_spec("triton") is not None:
             with triton_launchers(monkeypatch) as launched:
-                fixed(image(*shape))
+                fixed.upscale(image(*shape))
             assert "stitch_patches_kernel" in launched and "assign_classes_count_kernel" in launched
 
 
-@pytest.mark.parametrize("options", [{"k": 0.5}, {"budget": 0.95}, {"adaptive": True, "refine": False}], ids=str)
+@pytest.mark.parametrize("options", [{"penalty": 0.5}, {"budget": 0.95}, {"adaptive": True, "refine": False}], ids=str)
 @pytest.mark.parametrize("kind", ["fsrcnn", "carn"])
 def test_pixel_router(monkeypatch, kind, options):
     encoder = FSRCNN(8, upsample=False) if kind == "fsrcnn" else CARN(8, upsample=False)
     router = fastroute.PixelRouter(randomise(PCSR.build(encoder, [[4], [64, 64]], [4])))
-    fixed = on_gpu(fastroute.FixedPixelRouter(router, (2, 3, 9, 11), torch.uint8, **options))
+    fixed = on_gpu(fastroute.FixedPixelRouter(router, (2, 3, 9, 11), dtype=torch.uint8, **options))
     with no_waits(monkeypatch) as seen:
-        result = fixed(image(2, 3, 9, 11, dtype=torch.uint8))
+        result = fixed.upscale(image(2, 3, 9, 11, dtype=torch.uint8))
         if importlib.util.find_spec("triton") is not None:
             with triton_launchers(monkeypatch) as launched:
-                fixed(image(2, 3, 9, 11, dtype=torch.uint8))
+                fixed.upscale(image(2, 3, 9, 11, dtype=torch.uint8))
             assert "refine_boundaries_kernel" in launched
     assert result.image.shape == (2, 3, 36, 44) and {x.device for x in result} == {GPU}
     assert seen.names.count("pixel_mlp") == 2
@@ -235,6 +241,8 @@ def test_a_network_that_waits_is_noticed(monkeypatch):
                 x * x.new_tensor((1.0,)) if SCALE == 1 else nn.functional.interpolate(x * x.new_tensor((1.0,)), scale_factor=4)
             )
 
-    fixed, shape = fixed_on_gpu(fastroute.PatchRouter([Waits()], None, PATCH, STRIDE, SCALE, batch=8), (20, 20))
+    fixed, shape = fixed_on_gpu(
+        fastroute.PatchRouter([Waits()], None, patch=PATCH, stride=STRIDE, scale=SCALE, batch=8), (20, 20)
+    )
     with no_waits(monkeypatch), pytest.raises(WaitError, match="new_tensor"):
-        fixed(image(*shape, dtype=torch.uint8))
+        fixed.upscale(image(*shape, dtype=torch.uint8))

@@ -106,7 +106,7 @@ def on_gpu(value: Any) -> Any:
 @contextmanager
 def triton_launchers(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """Operators run the host code of their Triton kernels, which are not launched; gives the names of those that would be."""
-    from fastroute.info import operators
+    from fastroute.diagnostics import operators
 
     launched: list[str] = []
     modules = {op: importlib.import_module(f"fastroute.triton.{op}") for op in set(operators()) - PRODUCTS}

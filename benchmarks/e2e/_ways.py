@@ -92,7 +92,7 @@ def limit() -> int:
 
 def _upscale(model: str, limited: bool = False) -> Callable[[Path], Run]:
     def prepare(folder: Path) -> Run:
-        router, image = fastroute.load(model, device()), image_of(folder)
+        router, image = fastroute.load(model, device=device()), image_of(folder)
         return lambda: router.upscale(image, memory_limit=limit() if limited else None)
 
     return prepare
@@ -100,7 +100,7 @@ def _upscale(model: str, limited: bool = False) -> Callable[[Path], Run]:
 
 def _upscale_file(model: str, name: str) -> Callable[[Path], Run]:
     def prepare(folder: Path) -> Run:
-        router = fastroute.load(model, device())
+        router = fastroute.load(model, device=device())
         return lambda: fastroute.upscale_file(folder / "image.tif", folder / name, router, memory_limit=limit())
 
     return prepare
@@ -117,12 +117,14 @@ def _denoise(folder: Path) -> Run:
     scores = edge_score(fastroute.extract_patches(image[None], grid, dtype=torch.float32))
     # Half of the patches go through the network.
     classifier = fastroute.ScoreClassifier(edge_score, thresholds=[scores.median().item()])
-    router = fastroute.PatchRouter([mean, denoiser()], classifier, grid.patch, grid.stride, scale=1, window="crop").to(device())
+    router = fastroute.PatchRouter(
+        [mean, denoiser()], classifier, patch=grid.patch, stride=grid.stride, scale=1, window="crop"
+    ).to(device())
     return lambda: router.upscale(image)
 
 
 def _folder(folder: Path) -> Run:
-    router = fastroute.load(DEFAULT_MODEL, device())
+    router = fastroute.load(DEFAULT_MODEL, device=device())
 
     def run() -> list[many_files.Outcome]:
         outcomes = list(many_files.run_jobs(router, many_files.plan_jobs([folder / "pictures"], folder / "upscaled")))

@@ -47,7 +47,7 @@ def run_backbone(backbone: str, size: tuple[int, int], setting: Setting) -> list
     torch.manual_seed(0)
     model = ClassSR.build(backbone, SMOKE_WIDTHS if setting.smoke else None).eval().to(device())
     patch, stride = (SMOKE_PATCH, SMOKE_STRIDE) if setting.smoke else (32, 28)
-    router = fastroute.PatchRouter(model.branches, model.classifier, patch, stride)
+    router = fastroute.PatchRouter(model.branches, model.classifier, patch=patch, stride=stride)
     image = images.low_resolution(images.photographs("test4k")[0], size).to(device())
     grid = TileGrid(*size, patch, stride, scale=4)
     pixels = image.float() / 255

@@ -122,9 +122,9 @@ def prepare(task: Task, precision: torch.dtype, engine: str, setting: Setting) -
         ValueError: the engine cannot run here.
     """
     grid = task.grid
-    router = fastroute.PatchRouter(task.model.branches, task.model.classifier, grid.patch, grid.stride, grid.scale).to(
-        precision
-    )
+    router = fastroute.PatchRouter(
+        task.model.branches, task.model.classifier, patch=grid.patch, stride=grid.stride, scale=grid.scale
+    ).to(precision)
     if engine != own_engines.TORCH:
         router.compile(engine)
     check_agreement(task, precision, router)
@@ -195,7 +195,7 @@ def routed(task: Task, ours: Ours, label: str, share: float | None = None) -> Te
 def one_class(task: Task, ours: Ours, c: int) -> None:
     """All patches in one class: what a pixel takes in its branch, last layers included."""
     stats = ours.router.upscale(task.pixels, class_map=torch.full((task.grid.rows, task.grid.cols), c, device=device())).stats
-    pixels = sum(stats.work_per_class or stats.patches_per_class) * task.grid.patch**2
+    pixels = sum(stats.work_per_class or stats.counts_per_class) * task.grid.patch**2
     ours.rates.setdefault(c, []).append(stats.seconds["branches"] / pixels)
 
 
@@ -303,7 +303,7 @@ def row_of(task: Task, case: Case, timed: dict[str, Timing], fastest_float32: fl
     fastest = min(peers, key=lambda label: peers[label].median)
     base, label, patch = peers[fastest].median, f"{ROUTED}, {case.best.engine}", task.grid.patch
     stats = case.best.stats[label]
-    work = stats.work_per_class or [float(n) for n in stats.patches_per_class]
+    work = stats.work_per_class or [float(n) for n in stats.counts_per_class]
     measured = [ours.rates for ours in case.all_ours if ours.rates]
     rates = [min(statistics.median(one[c]) for one in measured) for c in range(len(work))]
     # The whole image is a region too.
@@ -317,7 +317,7 @@ def row_of(task: Task, case: Case, timed: dict[str, Timing], fastest_float32: fl
         "backbone": task.backbone,
         "precision": case.precision,
         "lr_size": [task.grid.width, task.grid.height],
-        "class_shares": [n / sum(stats.patches_per_class) for n in stats.patches_per_class],
+        "class_shares": [n / sum(stats.counts_per_class) for n in stats.counts_per_class],
         "area_shares": [n / task.one_pass for n in work],
         "engine": case.best.engine,
         "routed": label,

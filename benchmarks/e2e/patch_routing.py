@@ -73,7 +73,7 @@ def run_image(name: str, image: Tensor, setting: Setting) -> dict:
     mean_stages = {k: sum(s[k] for s in stages) / len(stages) for k in stages[0]}
     ratio = ours / times[DENSE].median
     stats = router.upscale(image).stats
-    shares = [n / sum(stats.patches_per_class) for n in stats.patches_per_class]
+    shares = [n / sum(stats.counts_per_class) for n in stats.counts_per_class]
     print(f"\n{name}: {image.shape[3]} x {image.shape[2]}, classes {'/'.join(f'{100 * s:.0f}' for s in shares)} %")
     for label, timing in times.items():
         print(f"  {label:<42} {timing}   {timing.median / ours:6.2f} x routed  {(memory[label] or 0) / 1e6:7.0f} MB")

@@ -117,7 +117,9 @@ def peers(model: PCSR, plain: nn.Module, lr: Tensor, setting: Setting, missing: 
     runs = {
         PUBLISHED: lambda: time_pcsr_published(model, lr, size),
         PLAIN: lambda: plain(lr),
-        f"plain network, tiled, batches of {batch}": lambda: classsr_published.tiled(tiles, lr, grid, batch),
+        f"plain network, tiled, batches of {batch}": lambda: classsr_published.tiled(
+            tiles, patch=lr, stride=grid, overlap=batch
+        ),
     }
     whole = classsr_published.compiled_network(plain, lr, setting)
     if isinstance(whole, str):
@@ -187,7 +189,7 @@ def run_image(name: str, label: str, lr: Tensor, model: PCSR, plain: nn.Module, 
         OURS: kept(lambda: router.upscale(lr, scale=SCALE), our_runs),
         DENSE: lambda: router.upscale(lr, scale=SCALE, budget=1.0),
         f"budget {BUDGET}": lambda: router.upscale(lr, scale=SCALE, budget=BUDGET),
-        **{f"k = {k:g}": lambda k=k: router.upscale(lr, scale=SCALE, k=k) for k in PENALTIES},
+        **{f"k = {k:g}": lambda k=k: router.upscale(lr, scale=SCALE, penalty=k) for k in PENALTIES},
         **others,
         PUBLISHED: kept(others[PUBLISHED], published_runs),
     }

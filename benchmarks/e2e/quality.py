@@ -18,11 +18,12 @@ from benchmarks import images
 from benchmarks.measure import device, synchronise
 from benchmarks.setting import Setting
 from fastroute import io
+from fastroute.degradation import make_pair
 from fastroute.loading import DEFAULT_MODEL
 from fastroute.models.arm import WIDTHS
 from fastroute.runtime.results import Upscaled
 from fastroute.training import arm
-from fastroute.training.data import Pool, make_pair
+from fastroute.training.data import Pool
 from fastroute.training.start import Start
 
 BORDER = 4
@@ -82,7 +83,7 @@ def supernets(setting: Setting) -> dict[str, fastroute.PatchRouter]:
 def variants(title: str, router: fastroute.PatchRouter | fastroute.PixelRouter) -> dict[str, Callable[[Tensor], Upscaled]]:
     """A routed model everywhere dear, by its own choice, and at every budget that it can keep."""
     if isinstance(router, fastroute.PixelRouter):
-        costs: Sequence[float] = router.model.class_cost(images.SCALE)
+        costs: Sequence[float] = router.class_cost(images.SCALE)
     else:
         costs = router.costs
     found = {f"{title}, largest branch everywhere": partial(router.upscale, budget=1.0)}
@@ -100,11 +101,11 @@ def networks(setting: Setting) -> dict[str, Callable[[Tensor], Tensor | Upscaled
     folder = images.data_folder()
     for name, file in PUBLISHED.items():
         if folder is not None and (folder / "weights" / file).exists() and not left_out(file, setting):
-            found[name] = fastroute.load(folder / "weights" / file, device()).upscale
+            found[name] = fastroute.load(folder / "weights" / file, device=device()).upscale
     for name, router in supernets(setting).items():
         found |= {key: run for key, run in variants(name, router).items() if "budget" not in key}
     for model in fastroute.list_models():
-        router = fastroute.load(model, device())
+        router = fastroute.load(model, device=device())
         if getattr(router, "scale", images.SCALE) == images.SCALE:
             found |= variants(TITLES.get(model, model), router)
     return found

@@ -75,7 +75,7 @@ def check_agreement(folder: Path) -> dict[str, str]:
     for first, *others in ((ways.IN_MEMORY, ways.LIMITED, ways.TO_TIFF, ways.TO_ZARR), (ways.PIXELS, ways.PIXELS_TO_TIFF)):
         for name in (name for name in others if name in found):
             check_same(name, found[name], image_of(found[first]))
-    router = fastroute.load(DEFAULT_MODEL, device())
+    router = fastroute.load(DEFAULT_MODEL, device=device())
     for outcome in found[ways.FOLDER]:
         expected = router.upscale(io.read_image(outcome.job.source).to(device())).image
         check_same(ways.FOLDER, io.read_image(outcome.job.target), expected)
@@ -158,7 +158,7 @@ def timed(router: Router, image: Tensor, **budget: float) -> tuple[float, Upscal
 
 def least_budget(router: Router) -> float:
     """The share of the dearest class's cost that is the cheapest's."""
-    costs = router.costs if isinstance(router, fastroute.PatchRouter) else router.model.class_cost(images.SCALE)
+    costs = router.costs if isinstance(router, fastroute.PatchRouter) else router.class_cost(images.SCALE)
     return min(costs) / max(costs)
 
 
@@ -230,7 +230,7 @@ def overall(rows: list[dict]) -> dict:
 def test_time_budgets(kind: str, setting: Setting) -> None:
     """Is `budget_ms` met, on every photograph, and what is the error of the worst?"""
     model = DEFAULT_MODEL if kind == "patches" else PIXEL_MODEL
-    router = fastroute.load(model, device())
+    router = fastroute.load(model, device=device())
     size = SMOKE_CROP if setting.smoke else None if kind == "patches" else CROP
     paths, rows = images.photographs("test4k"), []
     print(f"\n{model}:")

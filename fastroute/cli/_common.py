@@ -21,19 +21,7 @@ if TYPE_CHECKING:
 
 
 # Each says by itself how classes are chosen.
-DECIDING = ("budget", "budget_flops", "budget_ms", "k", "adaptive")
-
-
-class Command(click.Command):
-    """A command that begins with the public names, and torch with them, in place; its help does not wait for them."""
-
-    def invoke(self, ctx: click.Context) -> Any:
-        """Run the command."""
-        from fastroute import _api
-
-        for name in _api.__all__:
-            setattr(fastroute, name, getattr(_api, name))
-        return super().invoke(ctx)
+DECIDING = ("budget", "budget_flops", "budget_ms", "penalty", "adaptive")
 
 
 def device_of(name: str) -> torch.device:
@@ -85,7 +73,8 @@ def load_router(
     with telling_warnings():
         try:
             places: dict[str, Any] = {"scale": scale, "patch": patch, "stride": stride}
-            return fastroute.load(model, where, dtype=dtype, tune=running["tune"], engine=running["engine"], **places, **more)
+            how: dict[str, Any] = {"dtype": dtype, "tune": running["tune"], "engine": running["engine"]}
+            return fastroute.load(model, device=where, **how, **places, **more)
         except ValueError as error:
             words = str(error)
             if words.startswith("compile: "):
@@ -112,11 +101,11 @@ def telling_warnings() -> Iterator[None]:
 
 def tell_measuring() -> None:
     """Say on the terminal when a speed is measured, until the command ends."""
-    from fastroute.budget import limits
+    from fastroute.budget import speed
     from fastroute.runtime import tuning
 
     logger, handler = logging.getLogger("fastroute"), logging.StreamHandler()
-    handler.addFilter(lambda record: record.msg in (limits.MEASURING, tuning.MEASURING))
+    handler.addFilter(lambda record: record.msg in (speed.MEASURING, tuning.MEASURING))
     level = logger.level
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
@@ -180,8 +169,8 @@ def check_routing(router: PatchRouter | PixelRouter, model: str, chosen: dict[st
         refuse_pixel_options(model, chosen)
         costs = router.costs
     else:
-        check_deciding(chosen)
-        costs = router.model.class_cost(float(chosen.get("scale", router.scale)))
+        costs = router.class_cost(float(chosen.get("scale", router.scale)))
+    check_deciding(chosen)
     if "budget" in chosen:
         try:
             check_possible(costs, chosen["budget"])
@@ -192,6 +181,6 @@ def check_routing(router: PatchRouter | PixelRouter, model: str, chosen: dict[st
 
 def refuse_pixel_options(model: str, chosen: dict[str, Any]) -> None:
     """Fail if an option of PCSR was given to a model that routes patches."""
-    for name in ("size", "k", "adaptive", "refine"):
+    for name in ("size", "adaptive", "refine"):
         if name in chosen:
             raise click.BadParameter(f"{model} routes patches; this option is PCSR's", param_hint=f"--{name}")

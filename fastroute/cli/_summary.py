@@ -36,9 +36,9 @@ def tell_one(
 def tell_routing(router: Router, job: Job, stats: RoutingStats, chosen: dict[str, Any]) -> None:
     """Classes, FLOPs and times."""
     unit = "patches" if isinstance(router, PatchRouter) else "pixels"
-    total = max(sum(stats.patches_per_class), 1)
+    total = max(sum(stats.counts_per_class), 1)
     names, colours = colour_names(router.num_classes), class_colours(router.num_classes).tolist()
-    for k, count in enumerate(stats.patches_per_class):
+    for k, count in enumerate(stats.counts_per_class):
         rank = "cheapest" if k == 0 else "dearest" if k == router.num_classes - 1 else ""
         notes = [note for note in (rank, f"{names[k]} in the class map" if job.class_map else "") if note]
         # Shown on a terminal; click leaves colours out of files and pipes.
@@ -91,7 +91,7 @@ def tell_many(plan: Plan, outcomes: Iterable[Outcome], folder: Path, quiet: bool
         stats = [outcome.stats for outcome in written if outcome.stats is not None]
         if stats:
             routed, dense = (sum(getattr(s.flops, name) for s in stats) for name in ("routed", "dense"))
-            counts = [sum(column) for column in zip(*(s.patches_per_class for s in stats), strict=True)]
+            counts = [sum(column) for column in zip(*(s.counts_per_class for s in stats), strict=True)]
             shares = " / ".join(f"{100 * count / max(sum(counts), 1):.0f}" for count in counts)
             click.echo(f"  classes, cheapest first: {shares} %; FLOPs, classifier included: {routed / 1e9:.1f} G, "
                        f"{100 * routed / dense if dense else 100:.0f} % of dense")  # fmt: skip

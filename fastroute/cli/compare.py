@@ -9,7 +9,6 @@ import click
 
 from fastroute.catalogue import DEFAULT_MODEL
 from fastroute.cli._common import (
-    Command,
     device_of,
     precision_of,
     running_of,
@@ -22,7 +21,7 @@ from fastroute.cli._common import (
 LISTS = ("--models", "--budget")
 
 
-class ListCommand(Command):
+class ListCommand(click.Command):
     """Lets ``--models A B`` stand for ``--models A --models B``."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:

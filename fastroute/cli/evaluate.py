@@ -8,7 +8,6 @@ from typing import Any
 import click
 
 from fastroute.cli._common import (
-    Command,
     check_routing,
     load_router,
     model_options,
@@ -18,7 +17,7 @@ from fastroute.cli._common import (
 )
 
 
-@click.command("evaluate", cls=Command, short_help="Measure a model on a folder of images: PSNR, SSIM, FLOPs, time.")
+@click.command("evaluate", short_help="Measure a model on a folder of images: PSNR, SSIM, FLOPs, time.")
 @click.argument("model")
 @click.option("--images", required=True, type=click.Path(path_type=Path),
               help="Folder of high-resolution images, searched recursively, or one image.")  # fmt: skip
@@ -28,8 +27,8 @@ from fastroute.cli._common import (
 @click.option("--scale", type=int, help="Upscaling factor: any whole one for PCSR; needed for other models "
               "whose checkpoint does not tell theirs.")  # fmt: skip
 @model_options
-@click.option("--k", type=float, help="Cost exponent of PCSR's decision.")
-@click.option("--adaptive", is_flag=True, default=None, help="PCSR's adaptive decision (ADM) instead of --k.")
+@click.option("--penalty", type=float, help="Exponent of the cost in the choice of classes.")
+@click.option("--adaptive", is_flag=True, default=None, help="PCSR's adaptive decision (ADM) instead of --penalty.")
 @click.option("--refine/--no-refine", default=None, help="PCSR's refinement of class borders; on by default.")
 @running_options
 @click.option("--json", "target", type=click.Path(path_type=Path), help="Also write every number to this file.")

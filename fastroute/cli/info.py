@@ -2,10 +2,8 @@
 
 import click
 
-from fastroute.cli._common import Command
 
-
-@click.command("info", cls=Command)
+@click.command("info")
 def command() -> None:
     """Show versions, devices, and which backend runs which operator."""
     import fastroute

@@ -2,10 +2,8 @@
 
 import click
 
-from fastroute.cli._common import Command
 
-
-@click.command("models", cls=Command)
+@click.command("models")
 def command() -> None:
     """List the shipped models: task, size, FLOPs and quality."""
     from fastroute.catalogue import DEFAULT_MODEL, WEIGHTS, list_models, read_card

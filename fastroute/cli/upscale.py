@@ -15,7 +15,6 @@ import click
 
 from fastroute.catalogue import DEFAULT_MODEL
 from fastroute.cli._common import (
-    Command,
     check_deciding,
     check_routing,
     load_router,
@@ -59,7 +58,7 @@ class Pixels(click.ParamType):
         return number if number > 0 else self.fail(f"it must be a positive number or none; got {value}", param, ctx)
 
 
-@click.command("upscale", cls=Command)
+@click.command("upscale")
 @click.argument("sources", metavar="IN...", nargs=-1, type=click.Path(path_type=Path))
 @click.argument("out", metavar="OUT", type=click.Path())
 @click.option("--model", metavar="MODEL", default=DEFAULT_MODEL, show_default=True,
@@ -83,8 +82,10 @@ class Pixels(click.ParamType):
 @click.option("--batch", type=click.IntRange(min=1), metavar="N", help="Patches per pass of a branch.  [default: by "
               "measurement, which is remembered]")  # fmt: skip
 @click.option("--size", type=(int, int), metavar="HEIGHT WIDTH", help="Output size instead of a factor (PCSR).")
-@click.option("--k", type=float, help="Cost exponent of PCSR's decision: 0 is best quality, larger is cheaper.")
-@click.option("--adaptive", is_flag=True, help="PCSR's adaptive decision (ADM) instead of --k.")
+@click.option(
+    "--penalty", type=float, help="Exponent of the cost in the choice of classes: 0 is best quality, larger is cheaper."
+)
+@click.option("--adaptive", is_flag=True, help="PCSR's adaptive decision (ADM) instead of --penalty.")
 @click.option("--refine/--no-refine", default=None, help="PCSR's refinement of class borders; on by default.")
 @click.option("--class-map", type=click.Path(path_type=Path),
               help="Also write a picture of the class of every patch or pixel; a folder, where OUT is one.")  # fmt: skip

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastroute._copies import inference_copy
 from fastroute.engines import Compiled
-from fastroute.models.adapters import inference_copy
 
 HINTS = {torch.float32: "f32", torch.bfloat16: "bf16"}
 

@@ -102,7 +102,7 @@ def upscale_file(
     """
     target = Path(target)
     check_target(target)
-    router = model if isinstance(model, (PatchRouter, PixelRouter)) else load(model, device)
+    router = model if isinstance(model, (PatchRouter, PixelRouter)) else load(model, device=device)
     start = time.perf_counter()
     limit = limit_on(router.device, memory_limit)
     with open_twice(source, max_pixels=max_pixels, white=white, memory=limit) as (opened, again):

@@ -8,14 +8,15 @@ from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from functools import partial
+from typing import Any
 
 from fastroute import io
 from fastroute.backends import BackendError
 from fastroute.budget.limits import Budget
 from fastroute.files.jobs import Job, check_apart, check_distinct, make_plan, plan_jobs
-from fastroute.files.pictures import upscale_picture
-from fastroute.files.shared_budget import Turn, share
+from fastroute.files.pictures import upscaled_picture
+from fastroute.files.shared_budget import share_budget
 from fastroute.grid import TileGrid
 from fastroute.io.files import remove_parts, why_not_writable
 from fastroute.io.hidden import fill_hidden
@@ -137,7 +138,7 @@ def _run_jobs(
     shared, number = None, 0
     if shared_budget and rest:
         limit = Budget(*(options.pop(name, None) for name in ("budget", "budget_flops", "budget_ms")))
-        shared = share(router, limit, len(rest), "upscale", **options)
+        shared = share_budget(router, limit, len(rest), "upscale", **options)
         options.pop("memory_limit", None)
     readers, writers = ThreadPoolExecutor(READERS, "read"), ThreadPoolExecutor(WRITERS, "write")
     reading: deque[tuple[Job, Future[io.Picture]]] = deque()
@@ -168,15 +169,12 @@ def _run_jobs(
             while len(writing) >= BEHIND or sum(size for _, size, _ in writing) > BEHIND_BYTES:
                 yield _ended(writing.popleft())
             job, future = reading.popleft()
-            turn = None if shared is None else Turn(shared, number)
+            upscale = partial(router.upscale, **options) if shared is None else partial(shared.upscale, number)
             number += 1
             try:
                 picture = future.result()
                 check_target(router, job, picture, **options)
-                if turn is not None:
-                    result, upscaled = upscale_picture(cast(Router, turn), picture)
-                else:
-                    result, upscaled = upscale_picture(router, picture, **options)
+                result, upscaled = upscaled_picture(picture, router.device, upscale)
             except BackendError:
                 raise
             except Exception as error:
@@ -284,4 +282,4 @@ def result_size(router: Router, picture: io.Picture, **options: Any) -> tuple[in
     """Height and width of what `upscale` makes of `picture`."""
     if isinstance(router, PatchRouter):
         return picture.height * router.scale, picture.width * router.scale
-    return router.output_size(picture.height, picture.width, options.get("scale"), options.get("size"))
+    return router.output_size(picture.height, picture.width, scale=options.get("scale"), size=options.get("size"))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -40,7 +42,12 @@ def upscale_picture(router: PatchRouter | PixelRouter, picture: Picture, **optio
         >>> result, _ = upscale_picture(fastroute.load(), io.read_picture("scan.tif"))
         >>> io.write_picture("scan-x4.tif", result)
     """
-    result = router.upscale(to_device(fill_hidden(picture.color, picture.alpha), router.device), **options)
+    return upscaled_picture(picture, router.device, partial(router.upscale, **options))
+
+
+def upscaled_picture(picture: Picture, device: torch.device, upscale: Callable[[Tensor], Upscaled]) -> tuple[Picture, Upscaled]:
+    """:func:`upscale_picture` by a function of the colours on `device`."""
+    result = upscale(to_device(fill_hidden(picture.color, picture.alpha), device))
     color, arrived = to_host(result.image)
     arrived()
     if picture.kind == "gray":

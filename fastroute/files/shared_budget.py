@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,24 +15,24 @@ from fastroute._contexts import CallLock, ordinarily
 from fastroute.budget.limits import Budget, assign_within, check_possible, duration, refuse_below
 from fastroute.grid import TileGrid
 from fastroute.ops import _checks as check
-from fastroute.patch.assignment import score_patches
+from fastroute.patch.assignment import score_image
 from fastroute.patch.patch_router import PatchRouter
 from fastroute.patch.regions import Merging, assign_merged
-from fastroute.pixel.pixel_budget import Ahead, Purse
+from fastroute.pixel.pixel_budget import PixelBudget, WaitingImage
 from fastroute.pixel.pixel_image import PixelImage
 from fastroute.pixel.pixel_router import PixelRouter
 from fastroute.pixel.pixel_rows import PixelGrid, waiting_sample
 from fastroute.pixel.pixel_stats import Work
-from fastroute.pixel.request import Choice, Request, looking_ahead, make_grid, plan
+from fastroute.pixel.request import ClassRule, Request, looking_ahead, make_grid, plan
 from fastroute.runtime.border import refuse_edge
-from fastroute.runtime.input_output import home
+from fastroute.runtime.endpoints import home
 from fastroute.runtime.memory_plan import check_limit
 from fastroute.runtime.progress import Progress
 from fastroute.runtime.results import Stopwatch, Upscaled
 from fastroute.runtime.rows import TensorSource
 
 
-class Shared(ABC):
+class SharedBudget(ABC):
     """See the module. Call `look` for each image, `settle` once, and `upscale` for each image again, in the same order.
 
     Args:
@@ -64,7 +65,7 @@ class Shared(ABC):
         """The image that was looked at as number `number`, with its part of the budget."""
 
 
-class SharedPatches(Shared):
+class SharedPatchBudget(SharedBudget):
     """For a router of patches: its patches' scores are kept, and all classes known when the first image is upscaled."""
 
     def __init__(self, router: PatchRouter, limit: Budget, op: str, **options: Any) -> None:
@@ -84,18 +85,18 @@ class SharedPatches(Shared):
 
     @property
     def device(self) -> torch.device:
-        """See :class:`Shared`."""
+        """See :class:`SharedBudget`."""
         return self.router.device
 
     @ordinarily
     @torch.inference_mode()
     def look(self, image: Tensor) -> None:
-        """See :class:`Shared`."""
+        """See :class:`SharedBudget`."""
         router = self.router
         pixels = check.images(self.op, image, router.channels, home(image, router.device))
         grid = TileGrid(pixels.shape[2], pixels.shape[3], router.patch, router.stride, router.scale)
         watch = Stopwatch(router.device)
-        found = score_patches(router, TensorSource(pixels, router.device), grid)
+        found = score_image(router.classifier, TensorSource(pixels, router.device), grid, router.num_classes)
         self.seconds.append(watch.finish()["total"])
         self.dtype = image.dtype
         self.sizes.append((pixels.shape[0], grid.rows, grid.cols))
@@ -105,7 +106,7 @@ class SharedPatches(Shared):
 
     @ordinarily
     def settle(self) -> None:
-        """See :class:`Shared`."""
+        """See :class:`SharedBudget`."""
         classes = self._classes(torch.cat(self.scores)) if self.scores else torch.empty(0)
         self.maps = list(classes.split([len(score) for score in self.scores]))
         self.scores = []
@@ -117,12 +118,12 @@ class SharedPatches(Shared):
             refuse_below(self.op, "budget_flops", limit.flops, least, f"{least:.4g}")
             return self._within(score, router.flop_costs, limit.flops - sum(self.flops))
         if limit.ms is not None:
-            pace = router.paces.of(router, self.dtype)
-            fixed = 1e3 * sum(self.seconds) + number * pace.rest
-            paces, whole = (pace, router.paces.measured(pace)), self._dense()
-            least = min(whole * min(p.branches) + number * (p.rest + p.classify) for p in paces)
+            speed = router.speed(self.dtype)
+            fixed = 1e3 * sum(self.seconds) + number * speed.rest
+            speeds, whole = (speed, router.speeds.measured(speed)), self._dense()
+            least = min(whole * min(p.branches) + number * (p.rest + p.classify) for p in speeds)
             refuse_below(self.op, "budget_ms", limit.ms, least, f"{duration(least)} on this device")
-            return self._within(score, pace.branches, limit.ms - fixed)
+            return self._within(score, speed.branches, limit.ms - fixed)
         return self._within(score, router.costs, (limit.fraction or 0.0) * self._dense() * max(router.costs))
 
     def _mergings(self) -> list[Merging]:
@@ -146,7 +147,7 @@ class SharedPatches(Shared):
 
     @ordinarily
     def upscale(self, number: int, image: Tensor) -> Upscaled:
-        """See :class:`Shared`."""
+        """See :class:`SharedBudget`."""
         class_map = self.maps[number].view(self.sizes[number])
         class_map = class_map if image.ndim == 4 else class_map[0]
         result = self.router.upscale(image, class_map=class_map, promote=True, **self.options)
@@ -156,7 +157,7 @@ class SharedPatches(Shared):
         return dataclasses.replace(result, stats=dataclasses.replace(stats, flops=done, seconds=times))
 
 
-class SharedPixels(Shared):
+class SharedPixelBudget(SharedBudget):
     """For a router of pixels: a sample of every image's scores is kept; each image is encoded twice.
 
     Args:
@@ -173,35 +174,35 @@ class SharedPixels(Shared):
         # Of images of any size: refuses an impossible scale before anything is read.
         factor = make_grid((1 << 16, 1 << 16), scale, None, router.device, router.scale)[1]
         if limit.fraction is not None:
-            check_possible(router.model.class_cost(factor), limit.fraction)
+            check_possible(router.class_cost(factor), limit.fraction)
         self.router, self.scale, self.refine, self.factor = router, scale, refine, factor
         self.memory_limit, self.progress, self.sample = memory_limit, progress, waiting_sample(count)
         self.shapes: list[tuple[int, ...]] = []
         self.first: list[int] = []
         self.looks: list[Work] = []
         self.seconds: list[dict[str, float]] = []
-        self.ahead: list[Ahead] = []
-        self.dtype, self.choice = torch.uint8, Choice([1.0], budgeted=True)
-        self.purse: Purse | None = None
+        self.waiting: list[WaitingImage] = []
+        self.dtype, self.rule = torch.uint8, ClassRule([1.0], budgeted=True)
+        self.budget: PixelBudget | None = None
 
     @property
     def device(self) -> torch.device:
-        """See :class:`Shared`."""
+        """See :class:`SharedBudget`."""
         return self.router.device
 
     @ordinarily
     @torch.inference_mode()
     def look(self, image: Tensor) -> None:
-        """See :class:`Shared`."""
+        """See :class:`SharedBudget`."""
         router, watch = self.router, Stopwatch(self.device)
         images = check.images(self.op, image, router.channels, home(image, self.device), "h, w")
         grid = self._grid(images)
-        request, source = Request(grid, self.choice), TensorSource(images, self.device)
-        number, work = len(self.ahead), Work()
+        request, source = Request(grid, self.rule), TensorSource(images, self.device)
+        number, work = len(self.waiting), Work()
         for n in range(images.shape[0]):
-            keep = grid.overlapping or not router.footprint.in_bands
-            sample = PixelImage(router, source, n, request, keep, watch).look(self.sample, hold=False)
-            self.ahead.append(Ahead(number + n, self.choice.work(grid), sample))
+            keep = grid.overlapping or not router.memory.in_bands
+            sample = PixelImage(router.networks, source, n, request, keep, watch).look(self.sample, hold=False)
+            self.waiting.append(WaitingImage(number + n, self.rule.work(grid), sample))
             work += looking_ahead(grid, self.sample) + Work(encoded=grid.lr[0] * grid.lr[1])
         self.seconds.append(watch.finish())
         self.dtype = images.dtype
@@ -211,29 +212,38 @@ class SharedPixels(Shared):
 
     @ordinarily
     def settle(self) -> None:
-        """See :class:`Shared`."""
-        if not self.ahead:
+        """See :class:`SharedBudget`."""
+        if not self.waiting:
             return
-        work = sum((image.work for image in self.ahead), start=Work())
+        work = sum((image.work for image in self.waiting), start=Work())
         looks = sum(self.looks, start=Work())
         taken = sum(seconds["total"] for seconds in self.seconds)
-        self.choice, self.purse = plan(self.router, self.op, self.limit, work, looks, self.factor, self.dtype, taken)
-        if self.purse is not None:
-            self.purse.ahead = self.ahead
+        self.rule, self.budget = plan(
+            self.router.networks,
+            self.op,
+            self.limit,
+            work,
+            looks,
+            self.factor,
+            partial(self.router.speeds_at, self.dtype),
+            taken,
+        )
+        if self.budget is not None:
+            self.budget.waiting = self.waiting
 
     @ordinarily
     def upscale(self, number: int, image: Tensor) -> Upscaled:
-        """See :class:`Shared`."""
+        """See :class:`SharedBudget`."""
         if tuple(image.shape) != self.shapes[number]:
             what = f"{self.shapes[number]} when it was looked at; got {tuple(image.shape)}"
             raise ValueError(f"{self.op}: image {number + 1} was {what}")
         images = check.images(self.op, image, self.router.channels, home(image, self.device), "h, w")
         request = Request(
-            self._grid(images), self.choice, self.purse, self.refine, self.progress, self.memory_limit, self.first[number], True
+            self._grid(images), self.rule, self.budget, self.refine, self.progress, self.memory_limit, self.first[number], True
         )
         result = self.router.answer(images, request)
-        if self.purse is not None:
-            self.purse.before += 1e3 * result.stats.seconds["total"]
+        if self.budget is not None:
+            self.budget.before += 1e3 * result.stats.seconds["total"]
         if image.ndim == 3:
             result = dataclasses.replace(result, image=result.image[0], class_map=result.class_map[0])
         stats, before = result.stats, self.seconds[number]
@@ -245,28 +255,7 @@ class SharedPixels(Shared):
         return make_grid(images.shape[2:], self.scale, None, self.device, self.router.scale)[0]
 
 
-class Turn:
-    """One image of a shared budget, in the place of a router that knows no budget.
-
-    Args:
-        shared: the budget.
-        number: of the image.
-    """
-
-    def __init__(self, shared: Shared, number: int) -> None:
-        self.shared, self.number = shared, number
-
-    @property
-    def device(self) -> torch.device:
-        """Where the networks are."""
-        return self.shared.device
-
-    def upscale(self, image: Tensor) -> Upscaled:  # [C, H, W]
-        """The image with its part of the budget."""
-        return self.shared.upscale(self.number, image)
-
-
-def share(router: PatchRouter | PixelRouter, limit: Budget, count: int, op: str, **options: Any) -> Shared:
+def share_budget(router: PatchRouter | PixelRouter, limit: Budget, count: int, op: str, **options: Any) -> SharedBudget:
     """One budget over several images.
 
     Args:
@@ -284,10 +273,10 @@ def share(router: PatchRouter | PixelRouter, limit: Budget, count: int, op: str,
     if limit == Budget():
         raise ValueError(f"{op}: give one of budget, budget_flops and budget_ms")
     if isinstance(router, PixelRouter):
-        return SharedPixels(router, limit, op, count, **options)
+        return SharedPixelBudget(router, limit, op, count, **options)
     scale = options.pop("scale", None)
     if scale is not None and scale != router.scale:
         raise ValueError(f"{op}: scale must be that of the branches, {router.scale}; got {scale:g}")
     if not options.pop("refine", True):
         raise ValueError(f"{op}: refine is for a router of pixels")
-    return SharedPatches(router, limit, op, **options)
+    return SharedPatchBudget(router, limit, op, **options)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastroute import io
 from fastroute.budget.limits import Budget
-from fastroute.files.shared_budget import Shared, share
+from fastroute.files.shared_budget import SharedBudget, share_budget
 from fastroute.patch.patch_router import PatchRouter
 from fastroute.pixel.pixel_router import PixelRouter
 from fastroute.runtime.progress import Progress, shown
@@ -60,10 +60,10 @@ def upscale_many(
         raise ValueError(f"{op}: images must hold at least one image; got none")
     limit = Budget(budget, budget_flops, budget_ms)
     options = {"scale": scale, "refine": refine, "memory_limit": memory_limit}
-    return _upscale_many(share(router, limit, len(images), op, **options), images, progress)
+    return _upscale_many(share_budget(router, limit, len(images), op, **options), images, progress)
 
 
-def _upscale_many(shared: Shared, images: Sequence[Image], progress: Progress) -> Iterator[Upscaled]:
+def _upscale_many(shared: SharedBudget, images: Sequence[Image], progress: Progress) -> Iterator[Upscaled]:
     with shown(progress, 2 * len(images), "image") as bar:
         for image in images:
             shared.look(_read(image))

@@ -1,0 +1,1 @@
+"""Networks and routing systems, and their checkpoints."""

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -65,36 +63,6 @@ def as_module(op: str, name: str, network: object) -> nn.Module:
     if callable(network) and not isinstance(network, type):
         return Function(network)
     raise TypeError(f"{op}: {name} must be a torch.nn.Module, a spandrel model or a function; got {type(network).__name__}")
-
-
-def inference_copy(module: nn.Module, share: bool = False) -> nn.Module:
-    """A copy in evaluation mode that needs no gradients; the original stays as it is.
-
-    Args:
-        share: weights are not copied, and keep their need of gradients: only what is around them is another's.
-    """
-    memo: dict[int, Any] = {}
-    if share:
-        held = (x for m in module.modules() for x in (*vars(m).values(), *m._parameters.values(), *m._buffers.values()))
-        memo = {id(x): x for x in held if isinstance(x, Tensor)}
-    # TorchScript copies weights as an operation, of which there would be gradients.
-    with torch.no_grad():
-        result = copy.deepcopy(module, memo)
-    # One by one: modules of TorchScript have no `requires_grad_`.
-    for parameter in () if share else result.parameters():
-        parameter.requires_grad_(False)
-    return evaluating(result)
-
-
-def evaluating(module: nn.Module) -> nn.Module:
-    """`module`, set to evaluation mode; of TorchScript too, whose frozen modules have no mode any more."""
-    try:
-        return module.eval()
-    except (AttributeError, RuntimeError):
-        for part in module.modules():
-            if hasattr(part, "training"):
-                part.training = False
-        return module
 
 
 class ScoreClassifier(FullPrecision):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastroute._contexts import on_fake_tensors
-from fastroute.models.adapters import inference_copy
+from fastroute._copies import inference_copy
 from fastroute.models.carn import CARN, RGB_MEAN
 from fastroute.models.fsrcnn import FSRCNN
 from fastroute.models.precision import FullPrecision
@@ -26,6 +27,25 @@ COST_PATCH = 16
 POSITION = 4
 # Layers that a checkpoint may describe.
 MOST_WIDTHS = 256
+
+
+@dataclass(frozen=True)
+class PixelCosts:
+    """What the classes of a :class:`PCSR` cost.
+
+    Attributes:
+        encoder: FLOPs of the encoder on an LR patch of 16 x 16, as the paper counts them.
+        weights: number of weights of each upsampler.
+    """
+
+    encoder: int
+    weights: tuple[int, ...]
+
+    def at(self, scale: float) -> list[float]:
+        """Cost of each class at a factor: FLOPs of the encoder and of its MLP as the paper counts them; they sum to 1."""
+        pixels = round(COST_PATCH * scale) ** 2
+        flops = [self.encoder + 2 * pixels * weights for weights in self.weights]
+        return [f / sum(flops) for f in flops]
 
 
 class PCSROutput(NamedTuple):
@@ -92,7 +112,7 @@ class PCSR(FullPrecision):
         self.classifier = classifier
         colour = torch.tensor(list(mean or [0.0]), dtype=torch.float32).view(1, -1, 1, 1)
         self.register_buffer("mean", colour, persistent=False)
-        self._cost: dict[float, list[float]] = {}
+        self._costs: PixelCosts | None = None
 
     @classmethod
     def build(
@@ -190,23 +210,26 @@ class PCSR(FullPrecision):
         depths, place = [len(ws) for ws, _ in lists], relative_coordinates(features, size)
         return pixel_mlp_reference(features, weights, biases, depths, *size, class_map, lr, relative=place)
 
-    def class_cost(self, scale: float) -> list[float]:
-        """Cost of every class as the paper counts it: FLOPs of the encoder and the class's MLP; they sum to 1."""
-        if scale not in self._cost:
+    @property
+    def costs(self) -> PixelCosts:
+        """What the classes cost."""
+        if self._costs is None:
             channels = int(self.encoder.channels)  # type: ignore[arg-type]
-            pixels = round(COST_PATCH * scale) ** 2
-            shared = paper_flops(self.encoder, (1, channels, COST_PATCH, COST_PATCH))
             lists = [self.parameter_lists(c)[0] for c in range(self.num_classes)]
-            flops = [shared + 2 * pixels * sum(w.numel() for w in weights) for weights in lists]
-            self._cost[scale] = [f / sum(flops) for f in flops]
-        return self._cost[scale]
+            weights = tuple(sum(w.numel() for w in layers) for layers in lists)
+            self._costs = PixelCosts(paper_flops(self.encoder, (1, channels, COST_PATCH, COST_PATCH)), weights)
+        return self._costs
+
+    def class_cost(self, scale: float) -> list[float]:
+        """Cost of every class at a factor as the paper counts it; they sum to 1."""
+        return self.costs.at(scale)
 
     def forward(
         self,
         lr: Tensor,  # [B, C, h, w]
         scale: float | None = None,
         size: tuple[int, int] | None = None,
-        k: float = 0.0,
+        penalty: float = 0.0,
         adaptive: bool = False,
         refine: bool = True,
     ) -> PCSROutput:
@@ -216,7 +239,7 @@ class PCSR(FullPrecision):
             lr: images in [0, 1].
             scale: upscaling factor, an integer or a fraction; the size is rounded.
             size: (H, W) instead of `scale`.
-            k: exponent of the cost in the class decision, argmax of probability / cost^k; 0 is the plain argmax.
+            penalty: exponent k of the cost in the class decision, argmax of probability / cost^k; 0 is the plain argmax.
             adaptive: decide by the 2-means of each image's second probability instead; two classes only.
             refine: smooth cheap pixels beside dearer ones.
         """
@@ -234,13 +257,13 @@ class PCSR(FullPrecision):
             return PCSROutput(mixture, probability.argmax(dim=1), probability)
         if adaptive:
             if self.num_classes != 2:
-                raise ValueError(f"PCSR: adaptive needs exactly 2 classes; got {self.num_classes}; use k instead")
+                raise ValueError(f"PCSR: adaptive needs exactly 2 classes; got {self.num_classes}; use penalty instead")
             class_map = adaptive_threshold_reference(probability[:, 1])
         else:
             # The published code knows a size by its mean factor, to one decimal.
             factor = scale if scale is not None else round((size[0] / h + size[1] / w) / 2, 1)
-            cost = torch.tensor(self.class_cost(factor) if k else [1.0] * self.num_classes, dtype=torch.float32)
-            class_map = penalised_argmax(probability, cost, k)
+            cost = torch.tensor(self.class_cost(factor) if penalty else [1.0] * self.num_classes, dtype=torch.float32)
+            class_map = penalised_argmax(probability, cost, penalty)
         image = self.upsample(features, lr, size, class_map)
         return PCSROutput(refine_boundaries_reference(image, class_map) if refine else image, class_map, probability)
 

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
 
 HALVES = (torch.float16, torch.bfloat16)
 # By the names that the command line has for them.
@@ -34,37 +31,17 @@ class FullPrecision(nn.Module):
         return self
 
 
-class Precisions:
-    """The shorthands of :meth:`torch.nn.Module.to` for types."""
-
-    def to(self, *args: Any, **kwargs: Any) -> Any:
-        """Move the networks to a device, a type, or both."""
-        raise NotImplementedError
-
-    def float(self) -> Self:
-        """Let the networks compute in float32; returns self."""
-        return self.to(torch.float32)
-
-    def half(self) -> Self:
-        """Let the networks compute in float16; returns self."""
-        return self.to(torch.float16)
-
-    def bfloat16(self) -> Self:
-        """Let the networks compute in bfloat16; returns self."""
-        return self.to(torch.bfloat16)
-
-
 def sums_of(dtype: torch.dtype) -> torch.dtype:
     """The type of residuals, means and last additions of a network that computes in `dtype`."""
     return torch.float32 if dtype in HALVES else dtype
 
 
 @torch.no_grad()
-def halve(module: nn.Module, dtype: torch.dtype) -> None:
-    """Let `module` compute in the half type `dtype`.
+def round_weights(module: nn.Module, dtype: torch.dtype) -> None:
+    """Give the convolutions of `module`, which will compute in the half type `dtype`, weights that this type can hold.
 
-    The weights of a convolution are rounded so that their sums over its kernel stay: what rounding takes from one tap the next
-    one gets. Smooth parts of an image, on which rounding to the nearest would be wrong everywhere alike, keep their colours.
+    They are rounded so that their sums over the kernel stay: what rounding takes from one tap the next one gets. Smooth parts
+    of an image, on which rounding to the nearest would be wrong everywhere alike, keep their colours.
     """
     for layer in module.modules():
         if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d) and layer.weight.dtype not in HALVES:
@@ -76,7 +53,6 @@ def halve(module: nn.Module, dtype: torch.dtype) -> None:
                 rounded[number] = wanted.to(dtype).to(wanted.dtype)
                 carried = wanted - rounded[number]
             layer.weight.data = torch.stack(rounded, dim=2).view_as(layer.weight)
-    module.to(dtype)
 
 
 def check_precision(op: str, dtype: torch.dtype, device: torch.device) -> None:
@@ -101,22 +77,6 @@ def has_float16() -> bool:
         return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
     except (AttributeError, RuntimeError):
         return False
-
-
-def parse_to(op: str, now: torch.dtype, where: torch.device, args: Any, kwargs: Any) -> tuple[torch.device, torch.dtype]:
-    """Device and dtype that ``.to(*args, **kwargs)`` asks for, as :meth:`torch.nn.Module.to` takes them.
-
-    Args:
-        op: what the user called.
-        now, where: what holds for what is not named.
-
-    Raises:
-        TypeError, ValueError: see :func:`check_precision`; also what torch raises.
-    """
-    device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
-    device, dtype = device or where, dtype or now
-    check_precision(op, dtype, device)
-    return device, dtype
 
 
 def probed_dtype(fn: Callable[[Tensor], Tensor], like: Tensor) -> tuple[torch.device, torch.dtype]:

@@ -1,0 +1,29 @@
+"""The operators; importing this package registers all of them as ``torch.ops.fastroute.*``."""
+
+from fastroute.ops import (
+    adaptive_threshold,
+    assign_classes,
+    cell_mlp,
+    extract_patches,
+    gather_groups,
+    group_by_class,
+    merge_regions,
+    pixel_mlp,
+    refine_boundaries,
+    scatter_groups,
+    stitch_patches,
+)
+
+__all__ = [
+    "adaptive_threshold",
+    "assign_classes",
+    "cell_mlp",
+    "extract_patches",
+    "gather_groups",
+    "group_by_class",
+    "merge_regions",
+    "pixel_mlp",
+    "refine_boundaries",
+    "scatter_groups",
+    "stitch_patches",
+]

@@ -10,13 +10,25 @@ from torch import Tensor
 
 from fastroute.ops import _checks as check
 from fastroute.ops._library import call, register
-from fastroute.reference.cell_mlp import _cell_mlp_backward_reference, cell_mlp_reference
+from fastroute.reference.cell_mlp import _cell_mlp_backward_reference, cell_mlp_reference, chunk_on
 
 SCHEMAS = [
     "cell_mlp(Tensor image, Tensor[] weights, Tensor[] biases, float slope, int cell, SymInt span, SymInt step) -> Tensor",
     "_cell_mlp_backward(Tensor grad, Tensor image, Tensor[] weights, Tensor[] biases, float slope, int cell, SymInt span, "
     "SymInt step) -> Tensor[]",
 ]
+
+
+def plain_bytes(columns: int, pixels: int, hidden: int, dtype: torch.dtype, device: torch.device) -> int:
+    """What the plain form holds at most beside its input and output, for rows of `columns` cells of `pixels` values.
+
+    Args:
+        columns: cells of a row.
+        pixels: values of a cell.
+        hidden: units of the widest layer.
+        dtype, device: of the layers.
+    """
+    return dtype.itemsize * max(chunk_on(device), columns) * (2 * pixels + 3 * hidden)
 
 
 def cell_mlp(

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastroute._levels import MAXIMUM
 from fastroute.ops import _checks as check
 from fastroute.ops._library import call, register
-from fastroute.reference.extract_patches import MAXIMUM
 from fastroute.reference.refine_boundaries import (
     _refine_boundaries_backward_reference,
     refine_boundaries_reference,

@@ -3,93 +3,147 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from statistics import median
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from fastroute.budget.limits import RUNS, Budget, Pace, Paces, assign_within, dearest, duration, noise, refuse_below
+from fastroute.budget.limits import Budget, assign_within, check_possible, duration, most_expensive, refuse_below
+from fastroute.budget.speed import Speed
 from fastroute.grid import TileGrid
+from fastroute.ops import _checks as check
 from fastroute.ops.assign_classes import assign_classes
 from fastroute.patch.classify import Scores, classify_patches
 from fastroute.patch.regions import Merging, assign_merged
-from fastroute.runtime.devices import on_device
-from fastroute.runtime.results import RoutingStats, Stopwatch
-from fastroute.runtime.rows import Source, TensorSource
-from fastroute.runtime.tuning import tuning_key
-
-if TYPE_CHECKING:
-    from fastroute.patch.patch_router import PatchRouter
-
-# Columns of the picture on which the speed is measured, and patches that it has at least: a GPU is busy with a band of them.
-COLUMNS = 8
-PATCHES = {"cpu": 16, "cuda": 1024}
+from fastroute.runtime.results import Stopwatch
+from fastroute.runtime.rows import Source
 
 
-class PatchPaces(Paces):
-    """The speed of a router of patches for every type of image, device and number of threads."""
+@dataclass(frozen=True)
+class PatchCosts:
+    """What a patch costs in each class.
 
-    def of(self, router: PatchRouter, dtype: torch.dtype) -> Pace:
-        """What a patch of an image of `dtype` takes now; measured on the first call, and remembered."""
+    Attributes:
+        own: in the user's unit, by which fractions and penalties go.
+        flops: in FLOPs.
+    """
 
-        def facts() -> list[object]:
-            example = torch.empty(router.networks.size, dtype=router.dtype, device=router.device)
-            networks = [tuning_key(n, example) for n in (*router.branches, router.classifier) if n is not None]
-            window = router.window if isinstance(router.window, str) else "own"
-            return [*networks, router.stride, router.merge, router.scale, router.shuffle, window, dtype, router.networks.batch]
-
-        place = (dtype, router.device, torch.get_num_threads())
-        return self.find(place, router.num_classes, facts, lambda: measure_pace(router, dtype))
-
-    def learn(self, router: PatchRouter, dtype: torch.dtype, stats: RoutingStats, branches: dict[int, float]) -> None:
-        """What a run says about the speed, once anybody has asked for it.
-
-        Args:
-            branches: seconds in the branch of each class.
-        """
-        pace = self.known.get((dtype, router.device, torch.get_num_threads()))
-        if pace is not None:
-            seconds = stats.seconds
-            rest = seconds["total"] - seconds["tune"] - seconds["classify"] - seconds["branches"]
-            each = [branches.get(c, 0.0) for c in range(router.num_classes)]
-            pace.learn(stats.work_per_class or stats.patches_per_class, each, seconds["classify"] or None, rest,
-                       number=sum(stats.patches_per_class))  # fmt: skip
+    own: list[float]
+    flops: list[float]
 
 
-def choose_classes(
-    router: PatchRouter, source: Source, merging: Merging, limit: Budget, penalty: float, watch: Stopwatch
-) -> tuple[Tensor, Sequence[float], int]:  # [N]
-    """Classes of all patches, what a patch costs in each as far as this limit goes, and the FLOPs of the classifier.
+@dataclass(frozen=True)
+class ClassRequest:
+    """Validated arguments by which a call of :class:`fastroute.PatchRouter` chooses classes.
+
+    Attributes:
+        limit: what the call may spend.
+        penalty: exponent of the cost, where there is no budget.
+        class_map: classes that are given, (B, rows, cols) or (rows, cols); then the others do not count.
+        speed: milliseconds of a patch in each class, where `limit` is in milliseconds.
+    """
+
+    limit: Budget
+    penalty: float = 0.0
+    class_map: Tensor | None = None
+    speed: Speed | None = None
+
+    def unit_costs(self, costs: PatchCosts) -> list[float]:
+        """What a patch costs in each class in the unit of the limit."""
+        if self.speed is not None:
+            # The run corrects the times that it is planned by.
+            return list(self.speed.branches)
+        return costs.own if self.limit.flops is None else costs.flops
+
+
+def check_request(
+    limit: Budget,
+    penalty: float,
+    class_map: Tensor | None,  # [B, rows, cols] or [rows, cols]
+    merging: Merging,
+    images: int,
+    costs: PatchCosts,
+    classifies: bool,
+) -> None:
+    """Refuse arguments of `upscale` that exclude each other or that no classes can keep, before anything runs.
+
+    Args:
+        limit, penalty, class_map: the arguments.
+        merging: the grid and how its patches merge.
+        images: number of images.
+        costs: of a patch in each class.
+        classifies: whether the router has a classifier.
+
+    Raises:
+        ValueError, TypeError: see :meth:`fastroute.PatchRouter.upscale`.
+    """
+    op, grid = "upscale", merging.grid
+    limit.check(op, penalty)
+    if class_map is not None:
+        if limit != Budget() or penalty != 0:
+            raise ValueError(f"{op}: give either class_map or budget and penalty")
+        check.tensor(op, "class_map", class_map)
+        check.dtype(op, "class_map", class_map.dtype, (*check.INDEX, torch.uint8))
+        shape = (images, grid.rows, grid.cols)
+        if tuple(class_map.shape) not in ((shape[1:], shape) if images == 1 else (shape,)):
+            raise ValueError(f"{op}: class_map must be {shape} for this image; got {tuple(class_map.shape)}")
+        return
+    check_possible(costs.own, limit.fraction, penalty)
+    if not classifies and limit.fraction != 1 and len(costs.own) > 1:
+        raise ValueError(f"{op}: this router has no classifier; give a class_map or budget=1")
+    if limit.flops is not None:
+        least = images * merging.patches() * min(costs.flops)
+        refuse_below(op, "budget_flops", limit.flops, least, f"{least:.4g}")
+
+
+def check_least_time(limit_ms: float, speeds: Sequence[Speed], images: int, merging: Merging) -> None:
+    """Refuse milliseconds that are less than the cheapest class takes.
+
+    Args:
+        limit_ms: what was asked for.
+        speeds: of the router, as it is known now and as it was measured.
+        images: number of images.
+        merging: the grid and how its patches merge.
+
+    Raises:
+        ValueError: see above.
+    """
+    number, whole = images * merging.grid.num_patches, images * merging.patches()
+    classify = [s.classify if len(s.branches) > 1 else 0.0 for s in speeds]
+    least = min(whole * min(s.branches) + number * (s.rest + c) for s, c in zip(speeds, classify, strict=True))
+    refuse_below("upscale", "budget_ms", limit_ms, least, f"{duration(least)} on this device")
+
+
+def assign_patches(
+    classifier: nn.Module | None, source: Source, merging: Merging, request: ClassRequest, costs: PatchCosts, watch: Stopwatch
+) -> tuple[Tensor, int]:  # [N]
+    """Classes of all patches, and the FLOPs of the classifier.
 
     Raises:
         ValueError: FLOPs that are less than the classifier and the cheapest class take.
     """
-    grid = merging.grid
-    number, whole = source.shape[0] * grid.num_patches, source.shape[0] * merging.patches()
-    pace = None if limit.ms is None else router.paces.of(router, source.dtype)
-    # A run corrects the times of its pace.
-    costs = list(pace.branches) if pace else router.costs if limit.flops is None else router.flop_costs
-    if router.num_classes == 1 or affords_all(limit, whole, number, costs, pace):
-        # All patches go to the dearest class: nothing to classify.
+    if request.class_map is not None:
+        return request.class_map.reshape(-1).to(source.device, torch.int64), 0
+    limit, speed, unit = request.limit, request.speed, request.unit_costs(costs)
+    number, whole = source.shape[0] * merging.grid.num_patches, source.shape[0] * merging.patches()
+    if len(unit) == 1 or affords_all(limit, whole, number, unit, speed):
         # By its own cost, not by its time: a small network may have been slow when that was measured.
-        own = router.costs if limit.flops is None else costs
-        return torch.full((number,), dearest(own), device=router.device), costs, 0
+        most = most_expensive(costs.own if limit.flops is None else unit)
+        return torch.full((number,), most, dtype=torch.int64, device=source.device), 0
     with watch.stage("classify"):
-        scores = score_patches(router, source, grid)
+        scores = score_image(classifier, source, merging.grid, len(unit))
     with watch.stage("assign"):
-        if pace is not None and limit.ms is not None:
+        if limit.fraction is not None and merging.merge > 1:
+            return within(scores.score, unit, limit.fraction * whole * max(unit), merging), scores.flops
+        if limit.flops is not None:
+            least = whole * min(unit) + scores.flops
+            refuse_below("upscale", "budget_flops", limit.flops, least, f"{least:.4g}")
+            return within(scores.score, unit, limit.flops - scores.flops, merging), scores.flops
+        if limit.ms is not None and speed is not None:
             # The classifier may still be at work.
             spent = 1e3 * (watch.elapsed() - watch.seconds.get("tune", 0.0))
-            return within(scores.score, costs, limit.ms - spent - number * pace.rest, merging), costs, scores.flops
-        if limit.flops is not None:
-            least = whole * min(costs) + scores.flops
-            refuse_below("upscale", "budget_flops", limit.flops, least, f"{least:.4g}")
-            return within(scores.score, costs, limit.flops - scores.flops, merging), costs, scores.flops
-        if limit.fraction is not None and merging.merge > 1:
-            allowed = limit.fraction * whole * max(costs)
-            return within(scores.score, costs, allowed, merging), costs, scores.flops
-        return assign_classes(scores.score, costs, penalty, limit.fraction), costs, scores.flops
+            return within(scores.score, unit, limit.ms - spent - number * speed.rest, merging), scores.flops
+        return assign_classes(scores.score, unit, request.penalty, limit.fraction), scores.flops
 
 
 def within(score: Tensor, costs: Sequence[float], allowed: float, merging: Merging) -> Tensor:  # [N, K] -> [N]
@@ -99,85 +153,33 @@ def within(score: Tensor, costs: Sequence[float], allowed: float, merging: Mergi
     return assign_merged(score, costs, allowed, lambda ids: merging.spent(ids, costs))
 
 
-def score_patches(router: PatchRouter, source: Source, grid: TileGrid) -> Scores:
-    """What the router's classifier says of all patches.
+def score_image(classifier: nn.Module | None, source: Source, grid: TileGrid, num_classes: int) -> Scores:
+    """What `classifier` says of all patches.
 
     Raises:
-        ValueError: it gives another number of scores than there are branches, or there is none.
+        ValueError: it gives another number of scores than `num_classes`, or there is none.
     """
-    if router.classifier is None:
+    if classifier is None:
         raise ValueError("upscale: this router has no classifier; give a class_map or budget=1")
-    scores = classify_patches(router.classifier, source, grid)
-    if scores.score.shape[1:] != (router.num_classes,):
+    scores = classify_patches(classifier, source, grid)
+    if scores.score.shape[1:] != (num_classes,):
         raise ValueError(
-            f"upscale: the classifier must give one score per branch, {router.num_classes}; got {tuple(scores.score.shape[1:])}"
+            f"upscale: the classifier must give one score per branch, {num_classes}; got {tuple(scores.score.shape[1:])}"
         )
     return scores
 
 
-def check_least(router: PatchRouter, limit: Budget, images: int, merging: Merging, dtype: torch.dtype) -> None:
-    """Refuse FLOPs or milliseconds that `images` images of `dtype` need in any case.
-
-    Raises:
-        ValueError: see above; what the classifier adds to the FLOPs is known only when it has run.
-    """
-    if limit.flops is None and limit.ms is None:
-        return
-    number, whole = images * merging.grid.num_patches, images * merging.patches()
-    if limit.flops is not None:
-        least = whole * min(router.flop_costs)
-        refuse_below("upscale", "budget_flops", limit.flops, least, f"{least:.4g}")
-    if limit.ms is not None:
-        pace, classified = router.paces.of(router, dtype), router.num_classes > 1
-        paces = (pace, router.paces.measured(pace))
-        least = min(whole * min(p.branches) + number * (p.rest + (p.classify if classified else 0.0)) for p in paces)
-        refuse_below("upscale", "budget_ms", limit.ms, least, f"{duration(least)} on this device")
-
-
-def affords_all(limit: Budget, whole: float, number: int, costs: Sequence[float], pace: Pace | None) -> bool:
+def affords_all(limit: Budget, whole: float, number: int, costs: Sequence[float], speed: Speed | None) -> bool:
     """Whether every patch may have the most expensive class, so that none need be classified.
 
     Args:
         limit: what may be spent.
         whole: patches as they run in one class, by their area.
         number: of patches.
-        costs, pace: of a patch.
+        costs, speed: of a patch.
     """
     if limit.flops is not None:
         return limit.flops >= whole * max(costs)
-    if limit.ms is not None and pace is not None:
-        return limit.ms >= whole * max(costs) + number * pace.rest
+    if limit.ms is not None and speed is not None:
+        return limit.ms >= whole * max(costs) + number * speed.rest
     return limit.fraction == 1
-
-
-@torch.inference_mode()
-def measure_pace(router: PatchRouter, dtype: torch.dtype) -> Pace:
-    """The speed of every part of `router` on images of `dtype`, from a picture of noise."""
-    device = router.device
-    batch = max(router.networks.batch_of(c, device) for c in range(router.num_classes))
-    rows = -(-max(batch, on_device(PATCHES, device)) // COLUMNS)
-    height, width = (router.patch + (n - 1) * router.stride for n in (rows, COLUMNS))
-    image = noise((1, router.channels, height, width), dtype, device)
-    number = rows * COLUMNS
-    branches: list[list[float]] = [[] for _ in range(router.num_classes)]
-    rest = []
-    # In turn, so that what slows the machine for a while slows all.
-    for run in range(RUNS * router.num_classes):
-        c = run % router.num_classes
-        stats = router.upscale(image, class_map=torch.full((1, rows, COLUMNS), c, device=device)).stats
-        seconds, work = stats.seconds, sum(stats.work_per_class or stats.patches_per_class)
-        branches[c].append(seconds["branches"] * number / work)
-        rest.append(seconds["total"] - seconds["branches"] - seconds["tune"])
-    classify = 0.0
-    if router.classifier is not None and router.num_classes > 1:
-        source, grid = TensorSource(image, device), TileGrid(height, width, router.patch, router.stride, router.scale)
-        times = []
-        for _ in range(RUNS):
-            watch = Stopwatch(device)
-            with watch.stage("classify"):
-                score_patches(router, source, grid)
-            times.append(watch.finish()["classify"])
-        classify = median(times)
-    milliseconds = 1e3 / number
-    each = [max(median(times), 1e-9) * milliseconds for times in branches]
-    return Pace(each, classify * milliseconds, median(rest) * milliseconds)

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastroute._copies import inference_copy
 from fastroute.engines import ANY, TORCH, Compiled, Programs, check_engine, compiled, engine_of, usable_engines
-from fastroute.models.adapters import Function, inference_copy
+from fastroute.models.adapters import Function
 from fastroute.models.carn import CARN
-from fastroute.models.precision import HALVES, halve, sums_of
+from fastroute.models.precision import HALVES, round_weights, sums_of
 from fastroute.models.rcan import RCAN
 from fastroute.models.srresnet import SRResNet
 from fastroute.ops._upsampled import Upsampler, Upsamplers, upsamples
@@ -22,9 +23,11 @@ from fastroute.rewrite.optimize import interpolation, optimize, parameter_dtype,
 from fastroute.runtime.devices import on_device
 from fastroute.runtime.memory_plan import ACTIVATIONS, REARRANGED, pass_bytes
 from fastroute.runtime.threads import side_by_side, workers
-from fastroute.runtime.tuning import Race, Setting, Shape, Turn, default_setting, enabled, race_of, sizes_of
+from fastroute.runtime.tuning import Setting, SettingSearch, Shape, Trial, default_setting, enabled, search_of, sizes_of
 
 logger = logging.getLogger("fastroute")
+
+Modules = Sequence[nn.Module] | nn.ModuleList
 
 # Networks that compute in the type of their weights, but keep what is added last as it is.
 MIXED = (CARN, SRResNet, RCAN)
@@ -69,60 +72,65 @@ class Branches:
         self.size = (1, self.channels, patch, patch)
         self.flops = [count_flops(branch, self.size) for branch in branches]
         self.paper_flops = [count_flops(branch, self.size, "paper") for branch in branches]
-        prepared = [optimize(b) if optimized else frozen_copy(b) for b in branches]
+        prepared = [optimize(b) if optimized else inference_copy(b) for b in branches]
         split = [split_shuffle(branch) for branch in prepared]
         # The stitching undoes a pixel shuffle on the way when all branches end with the same one; regions meet at LR pixels.
         self.shuffle = split[0][1] if len({factor for _, factor in split}) == 1 and scale % split[0][1] == 0 else 1
-        self.modules = [body for body, _ in split] if self.shuffle > 1 else prepared
+        self.modules = nn.ModuleList([body for body, _ in split] if self.shuffle > 1 else prepared)
         self._find_dtype()
         # What may run them: as the user said, of each branch, and what has been compiled.
         self.engine = TORCH
         self._choice: dict[int, list[str]] = {}
         self._programs = Programs()
-        self._device = torch.device("cpu")  # of branches without weights
         # What `split` found in which modules; a new one in its place is looked at anew.
-        self._split: tuple[list[nn.Module], Sequence[nn.Module], Upsamplers] | None = None
+        self._split: tuple[list[nn.Module], Modules, Upsamplers] | None = None
         self._exact: Upsamplers = []  # of half networks, what it was before they were rounded
         self._pass_bytes: dict[tuple[int, bool], int] = {}
-        self._races: dict[tuple[int, torch.device, int, int], Race] = {}
+        self._searches: dict[tuple[int, torch.device, int, int], SettingSearch] = {}
         self._formats: dict[int, bool] = {}  # whether the weights of a branch are channels_last, once they are arranged
         # Of the other memory format, while the two are compared; what of whom.
         self._others: dict[int, tuple[nn.Module, nn.Module]] = {}
-        self._timed: list[Turn] = []  # turns of a GPU whose time is not known yet
+        self._timed: list[Trial] = []  # trials of a GPU whose time is not known yet
         self._count_bytes()
 
     def __getstate__(self) -> dict[str, Any]:
         # What is found or made anew, and belongs to this process.
-        return {**vars(self), "_races": {}, "_timed": [], "_programs": Programs()}
+        return {**vars(self), "_searches": {}, "_timed": [], "_programs": Programs()}
 
     @property
     def device(self) -> torch.device:
         """Where they are."""
-        return next((p.device for branch in self.modules for p in branch.parameters()), self._device)
+        return next((p.device for branch in self.modules for p in branch.parameters()), torch.device("cpu"))
 
-    def to(self, device: str | torch.device, dtype: torch.dtype | None = None) -> None:
-        """Move them, and let them compute in `dtype`."""
-        halved = dtype in HALVES and self.dtype not in HALVES
-        if halved:
-            self._exact = self.cut(self.modules)[1]
-        elif dtype is not None and dtype not in HALVES:
-            self._exact = []
+    @torch.no_grad()
+    def before_halving(self, dtype: torch.dtype) -> None:
+        """The weights are still exact, and will be made `dtype` next."""
+        self._exact = self.cut(self.modules)[1]
         for module in self.modules:
-            if halved:
-                halve(module, dtype)  # type: ignore[arg-type]
-            module.to(device, dtype)
+            round_weights(module, dtype)
+
+    def moved(self) -> None:
+        """They are on another device, or compute in another type."""
         self._find_dtype()
+        if self.dtype not in HALVES:
+            self._exact = []
         self._pass_bytes.clear()
-        # As tensors name it: a GPU by its number.
-        self._device = torch.empty(0, device=device).device
-        self._races.clear()
+        self._searches.clear()
+        self._timed.clear()
+        self._count_bytes()
+        self._renewed()
+
+    def weights_changed(self) -> None:
+        """They have other weights, of the same shapes."""
+        self._exact = self.cut(self.modules)[1] if self.dtype in HALVES else []
+        self._renewed()
+
+    def _renewed(self) -> None:
+        """What was made of the weights is made anew."""
         self._formats.clear()
         self._others.clear()
-        self._timed.clear()
         self._split = None
-        self._count_bytes()
         if self.engine != TORCH:
-            # For the new place and type.
             self.compile(self.engine)
 
     def _find_dtype(self) -> None:
@@ -141,7 +149,7 @@ class Branches:
         weighted = next(self.modules[c].parameters(), None) is not None
         return self.dtype if weighted and not isinstance(self.modules[c], MIXED) else self.taken
 
-    def split(self, device: torch.device) -> tuple[Sequence[nn.Module], Upsamplers]:
+    def split(self, device: torch.device) -> tuple[Modules, Upsamplers]:
         """What of each branch runs on `device` before the stitching, and the last layers that are left to it, if any.
 
         They are where branches end with such as there are kernels for, and as many pixels and channels come out of them, or
@@ -156,7 +164,7 @@ class Branches:
             self._split = list(self.modules), bodies, self._exact or upsamplers
         return self._split[1], self._split[2]
 
-    def cut(self, modules: Sequence[nn.Module]) -> tuple[Sequence[nn.Module], Upsamplers]:
+    def cut(self, modules: Modules) -> tuple[Modules, Upsamplers]:
         """:meth:`split` of `modules`, copies of these, where there are kernels."""
         found = [self._cut(module) for module in modules]
         parts = [part for part in found if part is not None]
@@ -178,7 +186,7 @@ class Branches:
         if self.batch is not None:
             default = default_setting(device, parallel, self._engines(c)[0])
             return replace(default, pixels=self.batch * self.size[2] * self.size[3])
-        return self._race(c, device).best or default_setting(device, parallel, self._engines(c)[0])
+        return self._search(c, device).best or default_setting(device, parallel, self._engines(c)[0])
 
     def compile(self, engine: str) -> None:
         """Let `engine` run them; "auto" lets the search compare those that are installed.
@@ -199,7 +207,7 @@ class Branches:
         except ValueError:
             self.engine, self._choice, self._programs = before
             raise
-        self._races.clear()
+        self._searches.clear()
 
     def _add_engine(self, c: int, name: str) -> None:
         """Let `name` run branch `c`, where it agrees with PyTorch; one without weights has nothing to be compiled."""
@@ -243,56 +251,56 @@ class Branches:
         """What branch `c`, as :meth:`split` cuts it, makes of `patches`, pass by pass.
 
         As long as nobody knows how it runs fastest, some of the work is done in ways that are compared: see
-        :class:`fastroute.runtime.tuning.Race`. Their results are as good as any others.
+        :class:`fastroute.runtime.tuning.SettingSearch`. Their results are as good as any others.
         """
         results: list[Tensor] = []
         left, shape = patches, (patches.shape[2], patches.shape[3])
         while left.shape[0]:
-            turn = self._turn(c, left.shape[0], shape, patches.device)
-            if turn is None:
+            trial = self._trial(c, left.shape[0], shape, patches.device)
+            if trial is None:
                 results += self._passes(c, left, self.setting(c, patches.device))
                 break
-            part, left = left[: turn.patches], left[turn.patches :]
-            with turn:
-                results += self._passes(c, part, turn.setting)
-            self._timed.append(turn)
+            part, left = left[: trial.patches], left[trial.patches :]
+            with trial:
+                results += self._passes(c, part, trial.setting)
+            self._timed.append(trial)
             if patches.device.type == "cpu":
                 self.collect()
         return results
 
     def settled(self, c: int, device: torch.device) -> bool:
         """Whether nothing about branch `c` is measured any more."""
-        return self.batch is not None or not self.tune or not enabled() or self._race(c, device).best is not None
+        return self.batch is not None or not self.tune or not enabled() or self._search(c, device).best is not None
 
     def collect(self) -> None:
-        """Take note of what turns have taken; on a GPU all work must be done."""
+        """Take note of what trials have taken; on a GPU all work must be done."""
         while self._timed:
-            turn = self._timed.pop(0)
-            turn.race.add(turn.shape, turn.setting, turn.seconds / (turn.patches * turn.shape[0] * turn.shape[1]))
+            trial = self._timed.pop(0)
+            trial.search.add(trial.shape, trial.setting, trial.seconds / (trial.patches * trial.shape[0] * trial.shape[1]))
 
     def remember(self) -> None:
         """At the end of a call, whose work on the device is done: keep what has been measured."""
         self.collect()
-        for race in self._races.values():
-            race.remember()
+        for search in self._searches.values():
+            search.remember()
 
-    def _race(self, c: int, device: torch.device) -> Race:
+    def _search(self, c: int, device: torch.device) -> SettingSearch:
         threads = self._workers(c, device)
         key = (c, device, torch.get_num_threads(), threads)
-        if key not in self._races:
+        if key not in self._searches:
             example = torch.empty(self.size, dtype=self.dtype, device=device)
-            self._races[key] = race_of(self.split(device)[0][c], example, threads, self._engines(c))
-        return self._races[key]
+            self._searches[key] = search_of(self.split(device)[0][c], example, threads, self._engines(c))
+        return self._searches[key]
 
-    def _turn(self, c: int, count: int, shape: Shape, device: torch.device) -> Turn | None:
-        """The next turn of the search for how branch `c` runs fastest, where `count` patches are enough for one."""
+    def _trial(self, c: int, count: int, shape: Shape, device: torch.device) -> Trial | None:
+        """The next trial of the search for how branch `c` runs fastest, where `count` patches are enough for one."""
         if self.settled(c, device):
             return None
-        race = self._race(c, device)
+        search = self._search(c, device)
         largest = self.largest(c, device, shape)
-        patches = race.patches(shape, largest)
-        setting = race.turn(shape, largest) if count >= patches else None
-        return None if setting is None else Turn(race, shape, setting, patches, device)
+        patches = search.patches(shape, largest)
+        setting = search.trial(shape, largest) if count >= patches else None
+        return None if setting is None else Trial(search, shape, setting, patches, device)
 
     def _batch(self, c: int, patches: Tensor, setting: Setting) -> int:
         batch = setting.batch(patches.shape)
@@ -342,7 +350,7 @@ class Branches:
         # Weights that are made here must serve outside of inference mode too.
         with torch.inference_mode(False), torch.no_grad():
             if c in self._formats and self.setting(c, device).channels_last != last:
-                # A copy, so that nothing changes but for the turn.
+                # A copy, so that nothing changes but for the trial.
                 if c not in self._others or self._others[c][0] is not module:
                     other = inference_copy(module)
                     self._others[c] = module, other.to(memory_format=setting.memory_format)  # type: ignore[call-overload]
@@ -388,7 +396,7 @@ class Branches:
 
     def _most(self, c: int, device: torch.device) -> int:
         threads = self._workers(c, device)
-        if self.batch is not None or not self.tune or not enabled() or self._race(c, device).best is not None:
+        if self.batch is not None or not self.tune or not enabled() or self._search(c, device).best is not None:
             return self.batch_of(c, device) * (threads if self.setting(c, device).parallel else 1)
         ways = [max(sizes_of(device.type == "cpu", parallel)) * (threads if parallel else 1) for parallel in (True, False)]
         return min(Setting(max(ways)).batch(self.size), self.largest(c, device))
@@ -405,11 +413,6 @@ def even_parts(count: int, batch: int) -> list[int]:
     run at a fraction of the speed."""
     passes = -(-count // batch)
     return [count // passes + (i < count % passes) for i in range(passes)]
-
-
-def frozen_copy(module: nn.Module) -> nn.Module:
-    """A copy for inference; the caller's own stays as it is."""
-    return inference_copy(module)
 
 
 def guess_channels(branches: Sequence[nn.Module]) -> int:

@@ -12,11 +12,10 @@ from torch import Tensor, nn
 from fastroute.grid import TileGrid
 from fastroute.models.classsr import PatchClassifier
 from fastroute.ops._upsampled import bias_of
-from fastroute.ops.cell_mlp import cell_mlp
+from fastroute.ops.cell_mlp import cell_mlp, plain_bytes
 from fastroute.ops.extract_patches import extract_patches
 from fastroute.patch.bands import band_around
 from fastroute.profiling import count_flops
-from fastroute.reference.cell_mlp import chunk_on
 from fastroute.runtime.devices import on_device
 from fastroute.runtime.memory_plan import REARRANGED, pass_bytes
 from fastroute.runtime.rows import Source, TensorSource
@@ -97,9 +96,9 @@ def classifying_bytes(classifier: nn.Module, source: Source, grid: TileGrid) -> 
     cols = -(-grid.width // cell)
     rows = max(1, on_device(CELLS_PER_BAND, source.device) // cols) + 2 * grid.patch // cell
     pixels = source.shape[1] * cell**2
-    chunk = max(chunk_on(source.device), cols)
-    # A band; what the plain form of cell_mlp works on; the averaged rows of cells, joined to others.
-    return dtype.itemsize * (rows * cols * pixels + chunk * (2 * pixels + 3 * hidden) + 2 * rows * grid.cols * hidden)
+    # A band; what cell_mlp works on; the averaged rows of cells, joined to others.
+    held = dtype.itemsize * (rows * cols * pixels + 2 * rows * grid.cols * hidden)
+    return held + plain_bytes(cols, pixels, hidden, dtype, source.device)
 
 
 def patches_per_batch(classifier: nn.Module, size: tuple[int, ...], device: torch.device) -> int:

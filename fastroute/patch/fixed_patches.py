@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from fastroute._arguments import LARGEST_EXPONENT, LARGEST_IMAGE, real, whole
+from fastroute._arguments import LARGEST_EXPONENT, real
 from fastroute._contexts import computing_in_own_type, ordinarily
-from fastroute.budget.limits import check_possible, dearest
+from fastroute._copies import inference_copy
+from fastroute.budget.limits import check_possible, most_expensive
 from fastroute.grid import TileGrid
 from fastroute.models.precision import HALVES
 from fastroute.ops import _checks as check
@@ -19,31 +18,17 @@ from fastroute.ops._library import OPERATORS, call
 from fastroute.ops._upsampled import Upsampler, Upsamplers, stitch_upsampled
 from fastroute.ops.assign_classes import assign_classes
 from fastroute.ops.extract_patches import extract_patches
-from fastroute.patch.branches import even_parts, frozen_copy
+from fastroute.patch.branches import even_parts
 from fastroute.patch.classify import cellwise, classify_patches, patches_per_batch, score_patches
 from fastroute.patch.patch_router import PatchRouter
 from fastroute.patch.slots import Slots, capacities_for, check_capacities
 from fastroute.patch.workspace import Workspace
 from fastroute.runtime.border import refuse_edge
 from fastroute.runtime.cuda_graphs import CudaGraph
+from fastroute.runtime.fixed_size import FixedUpscaled, check_fixed, check_shape
 from fastroute.runtime.rows import TensorSource
 from fastroute.runtime.threads import side_by_side, workers
 from fastroute.windows import make_window
-
-
-class FixedUpscaled(NamedTuple):
-    """What an upscale at a fixed size gives; all tensors, on the device, which may still be at work on them.
-
-    Attributes:
-        image: like the input: rank, dtype and device; `scale` times as high and wide.
-        class_map: the branch of every patch, int64 (B, rows, cols), or of every pixel, uint8 (B, H, W); without B for an
-            unbatched input.
-        overflow: int64 (K,), patches of each class that found no slot of it and ran in another branch; 0 for pixels.
-    """
-
-    image: Tensor
-    class_map: Tensor
-    overflow: Tensor
 
 
 class FixedPatchRouter(nn.Module):
@@ -54,10 +39,10 @@ class FixedPatchRouter(nn.Module):
     (:func:`torch.export.export`) and compiled (``torch.compile(fullgraph=True)``).
 
     Where the classifier wants more patches of a class than there are slots, those that it finds hardest, by what it gives
-    dearer classes less what it gives cheaper ones, move to free slots of the next dearer class that has any. Where no dearer
-    class has, the easiest move to the dearest free slots below. No patch is lost, and `overflow` counts those that moved. Of
-    a `class_map` that is given, the first patches move up and the last ones down. Where all patches fit, the classes are those
-    of :meth:`PatchRouter.upscale` with ``merge=1``, and the image is too, up to what a network rounds differently in batches of
+    higher classes less what it gives lower ones, move to free slots of the next higher class that has any. Where there is
+    none, the easiest move to the highest free slots below. No patch is lost, and `overflow` counts those that moved. Of a
+    `class_map` that is given, the first patches move up and the last ones down. Where all patches fit, the classes are those of
+    :meth:`PatchRouter.upscale` with ``merge=1``, and the image is too, up to what a network rounds differently in batches of
     another size.
 
     Patches are not merged into regions, whatever the `merge` of `router`: a slot has one shape, and a fixed number of slots for
@@ -80,8 +65,8 @@ class FixedPatchRouter(nn.Module):
         TypeError: an unsupported dtype, or no :class:`PatchRouter`.
 
     Shape:
-        images as `shape` says, and optionally a class map (B, rows, cols) or (rows, cols) on the same device, to
-        :class:`FixedUpscaled`.
+        images as `shape` says, and optionally a class map (B, rows, cols) or (rows, cols) on the same device, to images
+        `scale` times as large; :meth:`upscale` gives a :class:`FixedUpscaled`.
 
     Differentiable: no.
     Deterministic: yes, as far as the networks are.
@@ -97,13 +82,14 @@ class FixedPatchRouter(nn.Module):
 
     OP = "FixedPatchRouter"
     window: Tensor  # [P]
-    dearer: Tensor  # [K, K], 1 where the second class is dearer than the first, -1 where it is cheaper
+    higher: Tensor  # [K, K], 1 where the second class is higher than the first, -1 where it is lower
 
     @ordinarily
     def __init__(
         self,
         router: PatchRouter,
         shape: Sequence[int],
+        *,
         dtype: torch.dtype | None = None,
         capacities: Sequence[int | float] | None = None,
         sample: Tensor | None = None,
@@ -128,10 +114,12 @@ class FixedPatchRouter(nn.Module):
         self.number, self.num_classes = batch * self.grid.num_patches, router.num_classes
         self.costs, self.budget, self.penalty = list(router.costs), budget, penalty
         # Then nothing need be classified.
-        self.only = dearest(self.costs) if budget == 1 or self.num_classes == 1 else None
+        self.only = most_expensive(self.costs) if budget == 1 or self.num_classes == 1 else None
         self.classifier = None
         if self.only is None and router.classifier is not None:
-            self.classifier = FixedClassifier(frozen_copy(router.classifier), (batch, *self.shape[-3:]), self.grid, self.device)
+            self.classifier = FixedClassifier(
+                inference_copy(router.classifier), (batch, *self.shape[-3:]), self.grid, self.device
+            )
         self.slots = Slots(self._capacities(router, capacities, sample, slack), self.number, self.device)
 
         # Per branch: how it runs, and patches per pass; nothing that a call could change.
@@ -139,7 +127,7 @@ class FixedPatchRouter(nn.Module):
             (router.networks.setting(c, self.device), router.networks.batch_of(c, self.device)) for c in range(self.num_classes)
         ]
         # Copies, because a graph knows weights by their addresses, and the router may rearrange its own.
-        self.branches = nn.ModuleList(map(frozen_copy, router.branches))
+        self.branches = nn.ModuleList(map(inference_copy, router.branches))
         for branch, (setting, _) in zip(self.branches, self.settings, strict=True):
             branch.to(memory_format=setting.memory_format)  # type: ignore[call-overload]
         self.shuffle = router.shuffle
@@ -160,16 +148,20 @@ class FixedPatchRouter(nn.Module):
         window = make_window(router.window, span, router.stride * router.scale).to(self.device, work)
         self.register_buffer("window", window, persistent=False)
         rising = torch.arange(self.num_classes, device=self.device)
-        self.register_buffer("dearer", (rising - rising[:, None]).sign().float(), persistent=False)
+        self.register_buffer("higher", (rising - rising[:, None]).sign().float(), persistent=False)
 
     @property
     def capacities(self) -> list[int]:
         """Slots of each class."""
         return self.slots.capacities
 
+    def forward(self, image: Tensor, class_map: Tensor | None = None) -> Tensor:
+        """The upscaled image, see :meth:`upscale`."""
+        return self.upscale(image, class_map).image
+
     @computing_in_own_type
     @torch.no_grad()
-    def forward(self, image: Tensor, class_map: Tensor | None = None) -> FixedUpscaled:
+    def upscale(self, image: Tensor, class_map: Tensor | None = None) -> FixedUpscaled:
         """See the class. Floating images are not looked at, and taken as they are."""
         images = check_fixed("upscale", image, self.shape, self.dtype, self.device)
         batch, channels = images.shape[:2]
@@ -190,7 +182,7 @@ class FixedPatchRouter(nn.Module):
             space.put([result.to(self.given) for result in results], c)
         output = torch.empty((batch, channels, *self.grid.output_size), dtype=self.dtype, device=self.device)
         self._stitch(space, placed.places, output)
-        maps = placed.classes.view(batch, self.grid.rows, self.grid.cols)
+        maps = placed.classes.to(torch.uint8).view(batch, self.grid.rows, self.grid.cols)
         if image.ndim == 3:
             output, maps = output[0], maps[0]
         return FixedUpscaled(output, maps, placed.overflow)
@@ -204,7 +196,7 @@ class FixedPatchRouter(nn.Module):
 
     def capture(self, image: Tensor, class_map: Tensor | None = None) -> CudaGraph:
         """This upscale as a CUDA graph, which takes images, and class maps if one is given here, as these are."""
-        return CudaGraph(self, *(x for x in (image, class_map) if x is not None))
+        return CudaGraph(self.upscale, *(x for x in (image, class_map) if x is not None))
 
     def _capacities(
         self, router: PatchRouter, capacities: Sequence[int | float] | None, sample: Tensor | None, slack: float
@@ -252,7 +244,7 @@ class FixedPatchRouter(nn.Module):
                 f"upscale: the classifier must give one score per branch, {self.num_classes}; got {tuple(score.shape[1:])}"
             )
         ids = assign_classes(score, self.costs, self.penalty, self.budget)
-        return ids, (score.float() * self.dearer[ids]).sum(dim=1)
+        return ids, (score.float() * self.higher[ids]).sum(dim=1)
 
     def _stitch(self, space: Workspace, places: Tensor, out: Tensor) -> None:
         """`stitch_patches` with a window that is on the device already: a copy from the host would wait for it."""
@@ -335,35 +327,3 @@ class FixedClassifier(nn.Module):
         full = score.new_empty(self.batch, self.grid.rows, self.grid.cols, score.shape[1])
         full[:, : self.rows, : self.cols] = score.view(self.batch, self.rows, self.cols, -1)
         return full.view(-1, score.shape[1]).index_copy(0, self.numbers, torch.cat(pieces))
-
-
-def check_shape(op: str, shape: Sequence[int], channels: int) -> tuple[int, ...]:
-    """`shape` of images that are to come.
-
-    Raises:
-        ValueError: neither (B, C, H, W) nor (C, H, W), other channels, or a side of 0.
-    """
-    sizes = tuple(whole(op, "shape", n, LARGEST_IMAGE, least=0) for n in shape)
-    if math.prod(sizes) > LARGEST_IMAGE >> 8:
-        raise ValueError(f"{op}: shape must have at most {LARGEST_IMAGE >> 8} values, which are held at once; got {sizes}")
-    if len(sizes) not in (3, 4) or sizes[-3] != channels or min(sizes) < 1:
-        raise ValueError(f"{op}: shape must be (B, {channels}, H, W) or ({channels}, H, W), none 0; got {sizes}")
-    return sizes
-
-
-def check_fixed(op: str, image: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """`image` as a batch (B, C, H, W).
-
-    Raises:
-        ValueError: another shape or device than it was made for.
-        TypeError: another dtype, or no tensor.
-    """
-    check.tensor(op, "image", image)
-    if tuple(image.shape) != shape or image.dtype != dtype or image.device != device:
-        expected, got = (str(d).removeprefix("torch.") for d in (dtype, image.dtype))
-        message = (
-            f"{op}: image must be {expected} {shape} on {device}, as this was made for; "
-            f"got {got} {tuple(image.shape)} on {image.device}"
-        )
-        raise ValueError(message) if image.dtype == dtype else TypeError(message)
-    return image if image.ndim == 4 else image[None]

@@ -5,17 +5,26 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from fastroute.engines import TORCH
+from fastroute.grid import TileGrid
 from fastroute.models.adapters import as_module
+from fastroute.ops.extract_patches import extract_patches
 from fastroute.ops.merge_regions import MERGES
+from fastroute.patch.bands import Band
 from fastroute.patch.branches import Branches
+from fastroute.patch.regions import SortedRegions
+from fastroute.patch.workspace import Workspace
 from fastroute.profiling import observed
 from fastroute.runtime.memory_plan import LiveBytes
+from fastroute.runtime.progress import Progress, shown
 from fastroute.runtime.results import Stopwatch
+from fastroute.runtime.rows import Source
+from fastroute.runtime.sinks import Sink
 from fastroute.runtime.threads import side_by_side, workers
 
 # Patches along a block where nobody says anything else, and bytes that a region of so many may take in a branch: the same on
@@ -45,6 +54,50 @@ class Pass:
         """What comes out, and the seconds that it took."""
         begin = time.perf_counter()
         return self.module(self.part).to(self.given), time.perf_counter() - begin
+
+
+def run_bands(
+    networks: Branches,
+    window: str | Tensor,
+    source: Source,
+    sink: Sink,
+    grid: TileGrid,
+    bands: list[Band],
+    regions: SortedRegions,
+    watch: Stopwatch,
+    progress: Progress,
+) -> None:
+    """Every region through the branch of its class, band by band: cut out, run, stitch.
+
+    Args:
+        networks: the branches.
+        window: weighs overlapping patches, see :func:`fastroute.make_window`.
+        source, sink: where rows come from, and where they go.
+        grid: where the patches lie.
+        bands: what is routed together.
+        regions: of all patches.
+        watch: takes the time of each stage.
+        progress: see :meth:`fastroute.PatchRouter.upscale`.
+    """
+    device = source.device
+    workspace = Workspace(grid, source.shape[1], networks.shuffle, window, networks.split(device)[1])
+    with shown(progress, regions.class_ids.numel(), "patch") as bar:
+        for number, band in enumerate(bands):
+            groups = list(regions.of_band(number))
+            with watch.stage("extract"):
+                pixels, part = band.read(source, grid)
+                extract = partial(extract_patches, pixels, part, dtype=networks.taken)
+                formats = {c: networks.setting(c, device).memory_format for c, _, _ in groups}
+                first = band.first_patch(grid)
+                jobs = [(c, extract(order=order - first, memory_format=formats[c], size=shape)) for c, shape, order in groups]
+            for (c, shape, _), results in zip(groups, run_jobs(networks, jobs, watch), strict=True):
+                workspace.put(results, c, shape)
+            with watch.stage("stitch"):
+                rows = sink.band(band.images, band.output(grid))
+                layers = workspace.stitch(band, regions.inverse, rows, regions.region, regions.regions_of(number))
+                sink.done()
+            watch.move("stitch", "branches", layers)
+            bar.update(band.num_patches(grid))
 
 
 def run_jobs(networks: Branches, jobs: Sequence[tuple[int, Tensor]], watch: Stopwatch) -> list[list[Tensor]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -11,45 +12,72 @@ from torch import Tensor, nn
 
 from fastroute import buffers
 from fastroute._arguments import LARGEST_SPAN, real, whole
-from fastroute._contexts import CallLock, ordinarily
-from fastroute.budget.limits import Budget, check_possible
+from fastroute._contexts import ordinarily
+from fastroute._copies import inference_copy
+from fastroute.budget.limits import Budget
+from fastroute.budget.speed import Speed, Speeds
 from fastroute.engines import ANY
 from fastroute.grid import TileGrid
 from fastroute.models.adapters import as_module
-from fastroute.models.precision import Precisions, parse_to
 from fastroute.ops import _checks as check
-from fastroute.ops.extract_patches import extract_patches
-from fastroute.patch.assignment import PatchPaces, check_least, choose_classes
+from fastroute.patch.assignment import (
+    ClassRequest,
+    PatchCosts,
+    assign_patches,
+    check_least_time,
+    check_request,
+    score_image,
+)
 from fastroute.patch.bands import Band, plan_bands
-from fastroute.patch.branches import Branches, frozen_copy
+from fastroute.patch.branches import Branches
 from fastroute.patch.classify import classifying_bytes
-from fastroute.patch.passes import chosen_merge, run_jobs
+from fastroute.patch.passes import chosen_merge, run_bands
+from fastroute.patch.patch_memory import plan_patches
+from fastroute.patch.patch_speed import Measured, learn, measure_speed
 from fastroute.patch.regions import Merging, SortedRegions, sort_regions
-from fastroute.patch.workspace import Workspace
 from fastroute.profiling import RoutedFlops, mix_flops
 from fastroute.runtime.border import EDGE, ZERO, check_border, continued, cut, refuse_edge
 from fastroute.runtime.devices import on_device
-from fastroute.runtime.input_output import Ends, home, in_memory, output_like, streamed
-from fastroute.runtime.memory_plan import AUTO, Limit, WorkingSet, advised, check_limit, limit_on, of_patches
-from fastroute.runtime.progress import Progress, shown
+from fastroute.runtime.endpoints import Endpoints, home, in_memory, output_like, streamed
+from fastroute.runtime.memory_plan import AUTO, Limit, WorkingSet, advised, check_limit, limit_on
+from fastroute.runtime.progress import Progress
 from fastroute.runtime.protocols import Reader, Writer, check_reader
 from fastroute.runtime.results import RoutingStats, Stopwatch, Streamed, Upscaled
-from fastroute.runtime.rows import Source
-from fastroute.runtime.sinks import Sink
+from fastroute.runtime.router import Router
 from fastroute.runtime.threads import patiently
+from fastroute.runtime.tuning import tuning_key
 from fastroute.windows import make_window
 
 # Patches whose outputs are held at a time: enough for full batches of every class; and fewer of large ones, but for a row of
 # tiles, which are held in any case.
 PATCHES_PER_BAND = 1024
 HELD_BYTES = {"cpu": 64 << 20, "cuda": 1 << 30}
+# Class maps are uint8.
+MOST_CLASSES = 256
 
 
-class PatchRouter(Precisions):
+@dataclass(frozen=True)
+class PatchCall:
+    """Validated arguments of a :class:`PatchRouter` call.
+
+    Attributes:
+        merging: the grid of the images, and how its patches run in regions.
+        classes: how classes are chosen.
+        memory_limit: bytes to hold at most, None for no limit.
+        progress: see :meth:`PatchRouter.upscale`.
+    """
+
+    merging: Merging
+    classes: ClassRequest
+    memory_limit: int | None = None
+    progress: Progress = False
+
+
+class PatchRouter(Router):
     """Super-resolution of whole images by several networks, each patch by the one that its class says.
 
     Args:
-        branches: one network per class, from the cheapest to the dearest; each maps (N, C, p, p) to (N, C, p * scale,
+        branches: one network per class, from the cheapest to the most expensive; each maps (N, C, p, p) to (N, C, p * scale,
             p * scale): modules, models that spandrel loaded, or functions. They are copied, as is the classifier, and
             rewritten by `optimize` unless `optimized` is False. A class that does nothing is ``torch.nn.Identity()`` at
             scale 1, or :class:`fastroute.Bicubic`.
@@ -81,14 +109,17 @@ class PatchRouter(Precisions):
     Example:
         >>> router = fastroute.load("classsr-fsrcnn-x4")
         >>> result = router.upscale(image, budget=0.7)
-        >>> result.image.shape, result.stats.patches_per_class
+        >>> result.image.shape, result.stats.counts_per_class
     """
+
+    scale: int
 
     @ordinarily
     def __init__(
         self,
         branches: Sequence[nn.Module | Callable[[Tensor], Tensor] | Any],
         classifier: nn.Module | Callable[[Tensor], Tensor] | None = None,
+        *,
         patch: int = 32,
         stride: int = 28,
         scale: int = 4,
@@ -101,9 +132,10 @@ class PatchRouter(Precisions):
         border: str = ZERO,
         merge: int | None = None,
     ) -> None:
-        self.lock = CallLock()
-        if not branches:
-            raise ValueError("PatchRouter: branches must hold at least one network; got none")
+        super().__init__()
+        if not 0 < len(branches) <= MOST_CLASSES:
+            found = len(branches) or "none"
+            raise ValueError(f"PatchRouter: branches must hold at least one network, and at most {MOST_CLASSES}; got {found}")
         for name, number in (("batch", batch), ("channels", channels)):
             if number is not None:
                 whole("PatchRouter", name, number, LARGEST_SPAN)
@@ -115,7 +147,7 @@ class PatchRouter(Precisions):
         self.num_classes, self.border = len(branches), check_border("PatchRouter", border)
         if costs is not None and len(costs) != len(branches):
             raise ValueError(f"PatchRouter: costs must have one entry per branch, {len(branches)}; got {len(costs)}")
-        self.classifier = None if classifier is None else frozen_copy(as_module("PatchRouter", "classifier", classifier))
+        self.classifier = None if classifier is None else inference_copy(as_module("PatchRouter", "classifier", classifier))
         modules = [as_module("PatchRouter", "branches", branch) for branch in branches]
         try:
             self.networks = Branches(modules, patch, optimized, channels, batch, scale, tune)
@@ -125,6 +157,8 @@ class PatchRouter(Precisions):
             reason = (str(error).splitlines() or [""])[0][:200]
             raise ValueError(f"PatchRouter: branches take no patches of channels={channels}: {reason}") from error
         self.branches, self.shuffle = self.networks.modules, self.networks.shuffle
+        self.register_buffer("_place", torch.empty(0, device=self.networks.device), persistent=False)
+        self.register_load_state_dict_post_hook(_weights_loaded)
         self.merge = chosen_merge(self.networks, stride, merge)
         self.channels, self.dtype = self.networks.channels, self.networks.dtype
         self.branch_flops, self.paper_flops = self.networks.flops, self.networks.paper_flops
@@ -132,8 +166,7 @@ class PatchRouter(Precisions):
         # What counts no operation writes its values all the same.
         self.flop_costs = [float(f or values) for f in self.branch_flops]
         self.costs = list(costs) if costs is not None else self.flop_costs
-        self.paces = PatchPaces()
-        self._possible: tuple[float | None, ...] = ()  # costs, penalty and budget that were found possible last
+        self.speeds = Speeds()
 
     def __repr__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
@@ -142,33 +175,14 @@ class PatchRouter(Precisions):
             f"{dtype} on {self.device})"
         )
 
-    @property
-    def device(self) -> torch.device:
-        """Where the networks are."""
-        return self.networks.device
+    def _before_halving(self, dtype: torch.dtype) -> None:
+        self.networks.before_halving(dtype)
+
+    def _moved(self) -> None:
+        self.networks.moved()
 
     @ordinarily
-    def to(self, *args: Any, **kwargs: Any) -> PatchRouter:
-        """Move the networks to a device, to a type in which they compute, or both, as :meth:`torch.nn.Module.to` does.
-
-        Images keep their own type. What half networks of this package add to the image, or to a mean, is added in float32.
-
-        Returns:
-            The router.
-
-        Raises:
-            ValueError: float16 on a CPU that has no convolutions of it.
-            TypeError: a dtype that is not floating.
-        """
-        device, dtype = parse_to("PatchRouter.to", self.dtype, self.device, args, kwargs)
-        self.networks.to(device, dtype)
-        if self.classifier is not None:
-            self.classifier.to(device, dtype)
-        self.dtype = self.networks.dtype
-        return self
-
-    @ordinarily
-    def compile(self, engine: str = ANY) -> PatchRouter:
+    def compile(self, engine: str = ANY) -> PatchRouter:  # type: ignore[override]
         """Let another engine than PyTorch run the branches, but for last layers that are computed with the stitching.
 
         Args:
@@ -188,17 +202,18 @@ class PatchRouter(Precisions):
 
     @ordinarily
     @torch.inference_mode()
-    def upscale(
+    def upscale(  # type: ignore[override]
         self,
         image: Tensor,  # [B, C, H, W] or [C, H, W]
+        *,
         budget: float | None = None,
-        penalty: float = 0.0,
-        class_map: Tensor | None = None,  # [B, rows, cols] or [rows, cols]
-        progress: Progress = False,
-        memory_limit: int | None = None,
         budget_flops: float | None = None,
         budget_ms: float | None = None,
+        penalty: float = 0.0,
+        class_map: Tensor | None = None,  # [B, rows, cols] or [rows, cols]
         promote: bool | None = None,
+        progress: Progress = False,
+        memory_limit: int | None = None,
     ) -> Upscaled:
         """Super-resolve an image or a batch of images.
 
@@ -233,31 +248,29 @@ class PatchRouter(Precisions):
         """
         images = check.images("upscale", image, self.channels, home(image, self.device))
         images = continued(images) if self.border == EDGE else images
-        grid = self._grid(images.shape)
         limit = Budget(budget, budget_flops, budget_ms)
-        merging = Merging(grid, self.merge, class_map is None if promote is None else promote)
-        self._check(images.shape[0], images.dtype, merging, memory_limit, limit, penalty, class_map)
-        output = output_like("upscale", images, (*images.shape[:2], *grid.output_size))
-        ends = in_memory(images, output, self.device)
-        maps, stats = self._run(ends, merging, progress, memory_limit, limit, penalty, class_map)
+        call = self._checked(images.shape, images.dtype, limit, penalty, class_map, promote, memory_limit, progress)
+        output = output_like("upscale", images, (*images.shape[:2], *call.merging.grid.output_size))
+        maps, stats = self._run(in_memory(images, output, self.device), call)
         maps = maps.to(images.device)
         result = Upscaled(output, maps, stats) if image.ndim == 4 else Upscaled(output[0], maps[0], stats)
         return cut(result, self.scale, per_pixel=False) if self.border == EDGE else result
 
     @ordinarily
     @torch.inference_mode()
-    def stream(
+    def stream(  # type: ignore[override]
         self,
         reader: Reader,
         writer: Writer,
+        *,
         budget: float | None = None,
-        penalty: float = 0.0,
-        class_map: Tensor | None = None,  # [1, rows, cols] or [rows, cols]
-        progress: Progress = False,
-        memory_limit: Limit = AUTO,
         budget_flops: float | None = None,
         budget_ms: float | None = None,
+        penalty: float = 0.0,
+        class_map: Tensor | None = None,  # [1, rows, cols] or [rows, cols]
         promote: bool | None = None,
+        progress: Progress = False,
+        memory_limit: Limit = AUTO,
     ) -> Streamed:
         """Super-resolve an image that need not fit in memory, and neither need its result.
 
@@ -276,149 +289,121 @@ class PatchRouter(Precisions):
         """
         refuse_edge("stream", self)
         check_reader("stream", reader, self.channels, check.FLOATING + check.INTEGER_IMAGE)
-        memory_limit, grid = limit_on(self.device, memory_limit), self._grid((1, *reader.shape))
-        limit = Budget(budget, budget_flops, budget_ms)
-        merging = Merging(grid, self.merge, class_map is None if promote is None else promote)
-        self._check(1, reader.dtype, merging, memory_limit, limit, penalty, class_map)
-        ends = streamed(reader, writer, grid.output_size, self.device)
-        maps, stats = self._run(ends, merging, progress, memory_limit, limit, penalty, class_map)
+        limit, most = Budget(budget, budget_flops, budget_ms), limit_on(self.device, memory_limit)
+        call = self._checked((1, *reader.shape), reader.dtype, limit, penalty, class_map, promote, most, progress)
+        maps, stats = self._run(streamed(reader, writer, call.merging.grid.output_size, self.device), call)
         return Streamed(maps[0], stats)
 
-    def output_size(self, height: int, width: int) -> tuple[int, int]:
+    def output_size(self, height: int, width: int) -> tuple[int, int]:  # type: ignore[override]
         """Height and width of what an image of that size becomes."""
-        return self._grid((1, self.channels, height, width)).output_size
+        return self._grid(height, width).output_size
 
-    def _run(
+    def _grid(self, height: int, width: int) -> TileGrid:
+        return TileGrid(height, width, self.patch, self.stride, self.scale)
+
+    def _checked(
         self,
-        ends: Ends,
-        merging: Merging,
-        progress: Progress,
-        memory_limit: int | None,
+        shape: Sequence[int],
+        dtype: torch.dtype,
         limit: Budget,
         penalty: float,
         class_map: Tensor | None,
-    ) -> tuple[Tensor, RoutingStats]:
-        """Route from one end to the other; the arguments are checked. Returns the class map (B, rows, cols)."""
-        source = ends.source
-        grid, watch = merging.grid, Stopwatch(self.device)
-        bands = plan_bands(source.shape[0], grid, self._patches_per_band(), self.merge)
-        working = self._working_set(ends, merging, bands, not ends.in_place)
-        rows = working.rows(memory_limit)
-        lowest = partial(self._working_set, ends, merging, bands, True)
+        promote: bool | None,
+        memory_limit: int | None,
+        progress: Progress,
+    ) -> PatchCall:
+        """A call for images of `shape` (B, C, H, W), whose arguments are refused here where they must be."""
+        merging = Merging(self._grid(*shape[2:]), self.merge, class_map is None if promote is None else promote)
+        check_limit("upscale", memory_limit)
+        check_request(limit, penalty, class_map, merging, shape[0], self._costs, self.classifier is not None)
+        speed = None
+        if limit.ms is not None and class_map is None:
+            speed = self.speed(dtype)
+            check_least_time(limit.ms, (speed, self.speeds.measured(speed)), shape[0], merging)
+        return PatchCall(merging, ClassRequest(limit, penalty, class_map, speed), memory_limit, progress)
+
+    @property
+    def _costs(self) -> PatchCosts:
+        return PatchCosts(self.costs, self.flop_costs)
+
+    def _run(self, endpoints: Endpoints, call: PatchCall) -> tuple[Tensor, RoutingStats]:  # [B, rows, cols]
+        """From one end to the other. Returns the class map and what was done."""
+        source, merging, watch = endpoints.source, call.merging, Stopwatch(self.device)
+        bands = plan_bands(source.shape[0], merging.grid, self._patches_per_band(), self.merge)
+        plan = self._memory_plan(endpoints, merging, bands, not endpoints.in_place)
+        rows = plan.rows(call.memory_limit)
+        lowest = partial(self._memory_plan, endpoints, merging, bands, True)
         with (
             patiently(self.device),
-            advised("upscale", self.device, working.bytes(rows), lowest, ends.in_place),
-            ends.opened(max(1, rows // self.scale), rows) as sink,
+            advised("upscale", self.device, plan.bytes(rows), lowest, endpoints.in_place),
+            endpoints.opened(max(1, rows // self.scale), rows) as sink,
         ):
-            if class_map is not None:
-                class_ids, classifier_flops = class_map.reshape(-1).to(self.device, torch.int64), 0
-                costs: Sequence[float] = self.costs
-            else:
-                class_ids, costs, classifier_flops = choose_classes(self, source, merging, limit, penalty, watch)
+            class_ids, flops = assign_patches(self.classifier, source, merging, call.classes, self._costs, watch)
             with watch.stage("assign"):
-                regions = sort_regions(class_ids, costs, merging, bands)
-            self._route(source, sink, grid, bands, regions, watch, progress)
+                regions = sort_regions(class_ids, call.classes.unit_costs(self._costs), merging, bands)
+            run_bands(self.networks, self.window, source, sink, merging.grid, bands, regions, watch, call.progress)
         with torch.inference_mode(False):
-            maps = regions.class_ids.clone().view(source.shape[0], grid.rows, grid.cols)
-        stats = self._stats(source.shape, merging, regions, classifier_flops, watch, working.bytes(rows))
+            maps = regions.class_ids.to(torch.uint8, copy=True).view(source.shape[0], merging.grid.rows, merging.grid.cols)
+        stats = self._stats(source.shape[0], merging, regions, flops, watch, plan.bytes(rows))
         self.networks.remember()
-        self.paces.learn(self, source.dtype, stats, watch.parts)
+        # What nobody has asked for is not kept up to date.
+        if (known := self.speeds.known.get(self._place_of(source.dtype))) is not None:
+            learn(known, stats, watch.parts)
         return maps, stats
+
+    def speed(self, dtype: torch.dtype) -> Speed:
+        """What a patch of an image of `dtype` takes now; measured on the first call, and remembered."""
+        return self.speeds.find(
+            self._place_of(dtype), self.num_classes, partial(self._speed_facts, dtype), partial(self._measured_speed, dtype)
+        )
+
+    def _place_of(self, dtype: torch.dtype) -> tuple[object, ...]:
+        return dtype, self.device, torch.get_num_threads()
+
+    def _speed_facts(self, dtype: torch.dtype) -> list[object]:
+        example = torch.empty(self.networks.size, dtype=self.dtype, device=self.device)
+        networks = [tuning_key(n, example) for n in (*self.branches, self.classifier) if n is not None]
+        window = self.window if isinstance(self.window, str) else "own"
+        return [*networks, self.stride, self.merge, self.scale, self.shuffle, window, dtype, self.networks.batch]
+
+    def _measured_speed(self, dtype: torch.dtype) -> Speed:
+        parts = Measured(
+            run=lambda image, class_map: self.upscale(image, class_map=class_map).stats,
+            classify=partial(score_image, self.classifier, num_classes=self.num_classes)
+            if self.classifier is not None and self.num_classes > 1
+            else None,
+            num_classes=self.num_classes,
+            batch=max(self.networks.batch_of(c, self.device) for c in range(self.num_classes)),
+        )
+        return measure_speed(parts, self.channels, self._grid(self.patch, self.patch), dtype, self.device)
 
     def _patches_per_band(self) -> int:
         most = on_device(HELD_BYTES, self.device)
         return max(1, min(PATCHES_PER_BAND, most // self.networks.produced_bytes(self.device)))
 
-    def _working_set(self, ends: Ends, merging: Merging, bands: list[Band], in_bands: bool) -> WorkingSet:
+    def _memory_plan(self, endpoints: Endpoints, merging: Merging, bands: list[Band], in_bands: bool) -> WorkingSet:
         grid = merging.grid
         extracted = self.channels * self.patch**2 * self.networks.taken.itemsize
-        classifying = 0 if self.classifier is None else classifying_bytes(self.classifier, ends.source, grid)
+        classifying = 0 if self.classifier is None else classifying_bytes(self.classifier, endpoints.source, grid)
         batch = self.networks.batch_bytes(self.device, max(merging.sizes))
         produced = self.networks.produced_bytes(self.device)
-        return of_patches(grid, bands, ends.source, extracted, produced, batch, classifying, in_bands, ends.step)
-
-    def _grid(self, shape: Sequence[int]) -> TileGrid:
-        return TileGrid(shape[2], shape[3], self.patch, self.stride, self.scale)
-
-    def _check(
-        self,
-        batch: int,
-        dtype: torch.dtype,
-        merging: Merging,
-        memory_limit: int | None,
-        limit: Budget,
-        penalty: float,
-        class_map: Tensor | None,
-    ) -> None:
-        op, grid = "upscale", merging.grid
-        check_limit(op, memory_limit)
-        limit.check(op, penalty)
-        if class_map is not None:
-            if limit != Budget() or penalty != 0:
-                raise ValueError(f"{op}: give either class_map or budget and penalty")
-            check.tensor(op, "class_map", class_map)
-            check.dtype(op, "class_map", class_map.dtype, check.INDEX)
-            shape = (batch, grid.rows, grid.cols)
-            if tuple(class_map.shape) not in ((shape[1:], shape) if shape[0] == 1 else (shape,)):
-                raise ValueError(f"{op}: class_map must be {shape} for this image; got {tuple(class_map.shape)}")
-        else:
-            # Refuses impossible costs and budgets, before anything is classified; once for those of many calls.
-            asked = (*self.costs, penalty, limit.fraction)
-            if asked != self._possible:
-                check_possible(self.costs, limit.fraction, penalty)
-                self._possible = asked
-            if self.classifier is None and limit.fraction != 1 and self.num_classes > 1:
-                raise ValueError(f"{op}: this router has no classifier; give a class_map or budget=1")
-            check_least(self, limit, batch, merging, dtype)
-
-    def _route(
-        self,
-        source: Source,
-        sink: Sink,
-        grid: TileGrid,
-        bands: list[Band],
-        regions: SortedRegions,
-        watch: Stopwatch,
-        progress: Progress,
-    ) -> None:
-        """Every region through the branch of its class, band by band."""
-        workspace = Workspace(grid, source.shape[1], self.shuffle, self.window, self.networks.split(source.device)[1])
-        with shown(progress, regions.class_ids.numel(), "patch") as bar:
-            for number, band in enumerate(bands):
-                groups = list(regions.of_band(number))
-                with watch.stage("extract"):
-                    pixels, part = band.read(source, grid)
-                    extract = partial(extract_patches, pixels, part, dtype=self.networks.taken)
-                    formats = {c: self.networks.setting(c, self.device).memory_format for c, _, _ in groups}
-                    first = band.first_patch(grid)
-                    jobs = [
-                        (c, extract(order=order - first, memory_format=formats[c], size=shape)) for c, shape, order in groups
-                    ]
-                for (c, shape, _), results in zip(groups, run_jobs(self.networks, jobs, watch), strict=True):
-                    workspace.put(results, c, shape)
-                with watch.stage("stitch"):
-                    rows = sink.band(band.images, band.output(grid))
-                    layers = workspace.stitch(band, regions.inverse, rows, regions.region, regions.regions_of(number))
-                    sink.done()
-                watch.move("stitch", "branches", layers)
-                bar.update(band.num_patches(grid))
+        return plan_patches(grid, bands, endpoints.source, extracted, produced, batch, classifying, in_bands, endpoints.step)
 
     def _stats(
-        self,
-        shape: Sequence[int],
-        merging: Merging,
-        regions: SortedRegions,
-        classifier_flops: int,
-        watch: Stopwatch,
-        working_set: int,
+        self, images: int, merging: Merging, regions: SortedRegions, classifier_flops: int, watch: Stopwatch, working_set: int
     ) -> RoutingStats:
         stages = ("tune", "classify", "assign", "extract", "branches", "stitch")
         seconds = {**dict.fromkeys(stages, 0.0), **watch.finish()}
-        most = max(self.branch_flops)
+        most, grid = images * max(self.branch_flops), merging.grid
         flops = RoutedFlops(
             mix_flops(self.branch_flops, regions.work, classifier_flops).routed,
-            most * shape[0] * merging.patches(),
-            most * shape[0] * merging.grid.height * merging.grid.width / self.patch**2,
+            most * merging.patches(),
+            most * grid.height * grid.width / self.patch**2,
         )
         paper = mix_flops(self.paper_flops, regions.patches)
         return RoutingStats(regions.patches, flops, paper, seconds, working_set, regions.work)
+
+
+def _weights_loaded(router: nn.Module, _: object) -> None:
+    assert isinstance(router, PatchRouter)
+    router.networks.weights_changed()

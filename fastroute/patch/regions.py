@@ -9,7 +9,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from fastroute.budget.limits import dearest
+from fastroute.budget.limits import most_expensive
 from fastroute.grid import TileGrid
 from fastroute.ops.assign_classes import assign_classes
 from fastroute.ops.group_by_class import group_by_class
@@ -105,7 +105,7 @@ def assign_merged(
     used = float(spent(best))
     if low == high or used > allowed:
         return best
-    everywhere = torch.full_like(best, dearest(costs))
+    everywhere = torch.full_like(best, most_expensive(costs))
     if (above := float(spent(everywhere))) <= allowed:
         return everywhere
     for _ in range(STEPS):

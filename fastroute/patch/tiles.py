@@ -11,49 +11,18 @@ from torch import Tensor, nn
 from fastroute import buffers
 from fastroute._arguments import LARGEST_SPAN, whole
 from fastroute._contexts import ordinarily
-from fastroute.models.adapters import as_module, inference_copy
-from fastroute.models.precision import check_precision, probed_dtype
+from fastroute._copies import inference_copy
+from fastroute.models.adapters import as_module
 from fastroute.patch.branches import guess_channels
 from fastroute.patch.patch_router import PatchRouter
 from fastroute.rewrite.optimize import parameter_dtype
 from fastroute.windows import CROP
 
 
-class Tiled(nn.Module):
-    """A network that runs over overlapping tiles; see :func:`tiled`.
-
-    Attributes:
-        router: does the work, as a :class:`fastroute.PatchRouter` of one class.
-        network: the frozen copy that it runs.
-    """
-
-    def __init__(self, router: PatchRouter) -> None:
-        super().__init__()
-        self.router = router
-        self.network = router.branches[0]
-
-    def forward(self, image: Tensor) -> Tensor:  # [B, C, H, W] or [C, H, W]
-        """The image that the network makes of `image`, of its rank and dtype, without gradients; see :func:`tiled`."""
-        return self.router.upscale(image).image
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Tiled:
-        like = torch.empty(0, dtype=self.router.dtype, device=self.router.device)
-        device, dtype = probed_dtype(fn, like)
-        check_precision("tiled", dtype, device)
-        super()._apply(fn, recurse)
-        # .to, .half and the like have changed the weights that the router runs.
-        self.router.to(device, dtype)
-        return self
-
-    def train(self, mode: bool = True) -> Tiled:
-        """The copy of the network stays as it is, in evaluation mode."""
-        self.training = mode
-        return self
-
-
 @ordinarily
 def tiled(
     model: nn.Module | Callable[[Tensor], Tensor] | Any,
+    *,
     patch: int = 128,
     stride: int | None = None,
     overlap: int | None = None,
@@ -63,7 +32,7 @@ def tiled(
     channels: int | None = None,
     tune: bool = True,
     merge: int | None = None,
-) -> Tiled:
+) -> PatchRouter:
     """A network over overlapping tiles, so that an image of any size takes the memory of a few of them.
 
     Tiles run in batches, in the memory format and the batch size that are fastest on the device. Up to 4 x 4 neighbouring tiles
@@ -86,8 +55,9 @@ def tiled(
         tune: find out on the work of calls how the network runs fastest, see :class:`fastroute.PatchRouter`.
 
     Returns:
-        A module that maps (B, C, H, W) or (C, H, W), floating in [0, 1], uint8 or uint16, to the same type `scale` times as
-        large. A floating image is not clamped. Its `router` has progress bars, statistics and times.
+        A :class:`fastroute.PatchRouter` of one class: a module that maps (B, C, H, W) or (C, H, W), floating in [0, 1], uint8
+        or uint16, to the same type `scale` times as large. A floating image is not clamped. Its `upscale` has progress bars,
+        statistics and times.
 
     Raises:
         ValueError: impossible sizes, both `stride` and `overlap`, or a model that gives something else than one scaled image
@@ -109,9 +79,8 @@ def tiled(
     step = stride if stride is not None else patch - (patch // 4 if overlap is None else overlap)
     network = as_module("tiled", "model", model)
     factor = probe_scale(network, patch, channels) if scale is None else scale
-    return Tiled(
-        PatchRouter([network], None, patch, step, factor, window, batch=batch, channels=channels, tune=tune, merge=merge)
-    )
+    options = {"window": window, "batch": batch, "channels": channels, "tune": tune, "merge": merge}
+    return PatchRouter([network], None, patch=patch, stride=step, scale=factor, **options)  # type: ignore[arg-type]
 
 
 @torch.inference_mode()

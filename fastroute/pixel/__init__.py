@@ -1,0 +1,1 @@
+"""The pixel path: a class for every output pixel. Internal: see `fastroute.PixelRouter`."""

@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 from fastroute._arguments import real
 from fastroute._contexts import computing_in_own_type, ordinarily
-from fastroute.budget.limits import check_possible, dearest
+from fastroute._copies import inference_copy
+from fastroute._levels import quantise, to_float
+from fastroute.budget.limits import check_possible, most_expensive
 from fastroute.models.pcsr import relative_coordinates
 from fastroute.models.precision import sums_of
 from fastroute.ops import _checks as check
@@ -18,14 +20,11 @@ from fastroute.ops.adaptive_threshold import adaptive_threshold
 from fastroute.ops.assign_classes import assign_classes
 from fastroute.ops.pixel_mlp import pixel_mlp
 from fastroute.ops.refine_boundaries import refine_boundaries
-from fastroute.patch.branches import frozen_copy
-from fastroute.patch.fixed_patches import FixedUpscaled, check_fixed, check_shape
 from fastroute.pixel.pixel_image import last_layer, odds, upsample
 from fastroute.pixel.pixel_router import PixelRouter
-from fastroute.reference.extract_patches import to_float
-from fastroute.reference.stitch_patches import quantise
 from fastroute.runtime.border import refuse_edge
 from fastroute.runtime.cuda_graphs import CudaGraph
+from fastroute.runtime.fixed_size import FixedUpscaled, check_fixed, check_shape
 
 
 class FixedPixelRouter(nn.Module):
@@ -40,14 +39,15 @@ class FixedPixelRouter(nn.Module):
         router: its encoder is copied, where it is, and its MLPs are shared.
         shape: of the images, (B, C, h, w) or (C, h, w).
         dtype: of the images: floating in [0, 1], uint8 or uint16.
-        scale, size, k, adaptive, refine, budget: see :meth:`PixelRouter.upscale`.
+        scale, size, penalty, adaptive, refine, budget: see :meth:`PixelRouter.upscale`.
 
     Raises:
         ValueError: a shape, size or budget that cannot be, or arguments that exclude each other.
         TypeError: an unsupported dtype, or no :class:`PixelRouter`.
 
     Shape:
-        images as `shape` says to :class:`fastroute.FixedUpscaled`, its class map uint8 (B, H, W) or (H, W).
+        images as `shape` says to images of the new size; :meth:`upscale` gives a :class:`fastroute.FixedUpscaled`, its class
+        map uint8 (B, H, W) or (H, W).
 
     Differentiable: no.
     Deterministic: yes, as far as the encoder is.
@@ -56,7 +56,7 @@ class FixedPixelRouter(nn.Module):
     Memory layout: any strides; contiguous output. The features and logits of whole images are held at once.
 
     Example:
-        >>> fixed = fastroute.FixedPixelRouter(router, (3, 270, 480), torch.uint8, scale=4, k=0.5)
+        >>> fixed = fastroute.FixedPixelRouter(router, (3, 270, 480), dtype=torch.uint8, scale=4, penalty=0.5)
         >>> graph = fixed.capture(frame)
         >>> result = graph(next_frame)
     """
@@ -70,10 +70,11 @@ class FixedPixelRouter(nn.Module):
         self,
         router: PixelRouter,
         shape: Sequence[int],
+        *,
         dtype: torch.dtype = torch.float32,
         scale: float | None = None,
         size: tuple[int, int] | None = None,
-        k: float = 0.0,
+        penalty: float = 0.0,
         adaptive: bool = False,
         refine: bool = True,
         budget: float | None = None,
@@ -84,42 +85,48 @@ class FixedPixelRouter(nn.Module):
         refuse_edge(self.OP, router)
         self.shape, self.dtype, self.device = check_shape(self.OP, shape, router.channels), dtype, router.device
         check.dtype(self.OP, "dtype", dtype, check.FLOATING + check.INTEGER_IMAGE)
-        if not math.isfinite(real(self.OP, "k", k)):
-            raise ValueError(f"{self.OP}: k must be finite; got {k}")
-        if (k != 0) + adaptive + (budget is not None) > 1:
-            raise ValueError(f"{self.OP}: give one of k, adaptive and budget; got k={k}, adaptive={adaptive}, budget={budget}")
+        if not math.isfinite(real(self.OP, "penalty", penalty)):
+            raise ValueError(f"{self.OP}: penalty must be finite; got {penalty}")
+        if (penalty != 0) + adaptive + (budget is not None) > 1:
+            got = f"penalty={penalty}, adaptive={adaptive}, budget={budget}"
+            raise ValueError(f"{self.OP}: give one of penalty, adaptive and budget; got {got}")
         if adaptive and router.num_classes != 2:
-            raise ValueError(f"{self.OP}: adaptive needs exactly 2 classes; got {router.num_classes}; use k instead")
+            raise ValueError(f"{self.OP}: adaptive needs exactly 2 classes; got {router.num_classes}; use penalty instead")
         h, w = self.shape[-2:]
-        self.size = router.output_size(h, w, scale, size)
+        self.size = router.output_size(h, w, scale=scale, size=size)
         # The published code knows a size by its mean factor, to one decimal.
-        factor = 4.0 if scale is None else float(scale)
+        factor = router.scale if scale is None else float(scale)
         if size is not None:
             factor = max(round((size[0] / h + size[1] / w) / 2, 1), 0.1)
-        self.costs = router.model.class_cost(factor) if k or budget is not None else [1.0] * router.num_classes
+        self.costs = router.class_cost(factor) if penalty or budget is not None else [1.0] * router.num_classes
         self.num_classes, self.adaptive, self.budget, self.refine = router.num_classes, adaptive, budget, refine
         if budget is not None:
             budget = real(self.OP, "budget", budget)
             check_possible(self.costs, budget)
         # Then nothing need be classified.
-        self.only = dearest(self.costs) if budget == 1 else None
+        self.only = most_expensive(self.costs) if budget == 1 else None
 
         # A copy, because a graph knows weights by their addresses, and the router's may be moved.
-        self.encoder, self.compute_dtype, self.mlps = frozen_copy(router.encoder), router.dtype, router.mlps
-        self.classifier = router.classifier
+        networks = router.networks
+        self.encoder, self.compute_dtype, self.mlps = inference_copy(router.encoder), router.dtype, networks.mlps
+        self.classifier = networks.classifier
         if adaptive:
-            self.classifier = odds(router.classifier)
-        elif k:
+            self.classifier = odds(networks.classifier)
+        elif penalty:
             # argmax of softmax(z) / cost^k is argmax of z - k · log(cost): a change of the last bias.
-            shift = torch.tensor([k * math.log(c) for c in self.costs], dtype=torch.float64).to(self.device)
-            self.classifier = last_layer(router.classifier, lambda w, b: (w, (b.double() - shift).to(b.dtype)))
-        self.register_buffer("mean", router.model.get_buffer("mean").to(self.device, sums_of(router.dtype)), persistent=False)
+            shift = torch.tensor([penalty * math.log(c) for c in self.costs], dtype=torch.float64).to(self.device)
+            self.classifier = last_layer(networks.classifier, lambda w, b: (w, (b.double() - shift).to(b.dtype)))
+        self.register_buffer("mean", networks.mean.to(self.device, sums_of(router.dtype)), persistent=False)
         like = torch.empty(1, dtype=router.dtype, device=self.device).expand(1, 1, h, w)
         self.register_buffer("place", relative_coordinates(like, self.size), persistent=False)
 
+    def forward(self, image: Tensor) -> Tensor:
+        """The upscaled image, see :meth:`upscale`."""
+        return self.upscale(image).image
+
     @computing_in_own_type
     @torch.no_grad()
-    def forward(self, image: Tensor) -> FixedUpscaled:
+    def upscale(self, image: Tensor) -> FixedUpscaled:
         """See the class. Floating images are not looked at, and taken as they are."""
         images = check_fixed("upscale", image, self.shape, self.dtype, self.device)
         lr = to_float(images, sums_of(self.compute_dtype))
@@ -142,7 +149,7 @@ class FixedPixelRouter(nn.Module):
 
     def capture(self, image: Tensor) -> CudaGraph:
         """This upscale as a CUDA graph, which takes images as this one is."""
-        return CudaGraph(self, image)
+        return CudaGraph(self.upscale, image)
 
     def _classes(self, features: Tensor) -> Tensor:  # [B, D, h, w] -> uint8 [B, H, W]
         if self.only is not None:

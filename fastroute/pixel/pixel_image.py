@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from fastroute import buffers
+from fastroute._levels import to_float
+from fastroute.budget.exponent import Sample
 from fastroute.models.pcsr import relative_coordinates
 from fastroute.models.precision import sums_of
 from fastroute.ops import _checks as check
@@ -18,25 +19,21 @@ from fastroute.ops.assign_classes import assign_classes
 from fastroute.ops.pixel_mlp import Layers, pixel_mlp
 from fastroute.ops.refine_boundaries import refine_boundaries
 from fastroute.pixel import pixel_rows
-from fastroute.pixel.pixel_budget import Sample
+from fastroute.pixel.pixel_networks import PixelNetworks
 from fastroute.pixel.pixel_rows import Window, budget_sample, sampled_rows
 from fastroute.pixel.pixel_stats import Work
 from fastroute.pixel.request import Request
-from fastroute.reference.extract_patches import to_float
 from fastroute.rewrite.row_stages import MIN_ROWS, rows_in_bands
 from fastroute.runtime.results import Stopwatch
 from fastroute.runtime.rows import RowStream, Source, TensorSource
 from fastroute.runtime.sinks import Sink
-
-if TYPE_CHECKING:
-    from fastroute.pixel.pixel_router import PixelRouter
 
 
 class PixelImage:
     """See the module.
 
     Args:
-        router: its networks.
+        networks: of the router.
         source: where rows come from.
         number: which of the images.
         request: what is asked for.
@@ -48,14 +45,14 @@ class PixelImage:
     """
 
     def __init__(
-        self, router: PixelRouter, source: Source, number: int, request: Request, keep: bool, watch: Stopwatch
+        self, networks: PixelNetworks, source: Source, number: int, request: Request, keep: bool, watch: Stopwatch
     ) -> None:
-        self.router, self.source, self.images = router, source, (number, number + 1)
-        self.grid, self.choice, self.purse = request.grid, request.choice, request.purse
+        self.networks, self.source, self.images = networks, source, (number, number + 1)
+        self.grid, self.rule, self.budget = request.grid, request.rule, request.budget
         self.refine, self.keep, self.watch, self.passes = request.refine, keep, watch, 0
         self.turn = request.first + number
         self.started: tuple[RowStream, RowStream] | None = None
-        like = torch.empty(1, dtype=router.dtype, device=router.device).expand(1, 1, *self.grid.lr)
+        like = torch.empty(1, dtype=networks.dtype, device=networks.device).expand(1, 1, *self.grid.lr)
         self.place = relative_coordinates(like, self.grid.size)
 
     def look(self, pixels: int, hold: bool) -> Sample:
@@ -79,9 +76,9 @@ class PixelImage:
     ) -> None:
         """Write the result into `sink`, its classes into `class_map` where it is given, and add their numbers to `counts`."""
         refine = self.refine
-        seen = None if self.purse is None else self.purse.begin(self.turn)
+        seen = None if self.budget is None else self.budget.begin(self.turn)
         # Whether it is encoded after its classes are known.
-        again = self.started is None if seen is not None else self.choice.solved and not self.keep
+        again = self.started is None if seen is not None else self.rule.solved and not self.keep
         lr, features = self.started or self._start()
         self.started = None
         solved = self._solved(features, seen, again)
@@ -101,8 +98,8 @@ class PixelImage:
             with self.watch.stage("upsample"):
                 chosen = near.new_zeros(1, window.height, near.shape[2])
                 chosen[:, slice(*window.within(top, bottom))] = near
-                residual = to_float(lr.rows(*window.features), sums_of(self.router.dtype))
-                band = self._mlp(held, window, self.router.mlps, (top, bottom), chosen, residual)
+                residual = to_float(lr.rows(*window.features), sums_of(self.networks.dtype))
+                band = self._mlp(held, window, self.networks.mlps, (top, bottom), chosen, residual)
             with self.watch.stage("refine"):
                 target = sink.band(self.images, (begin, end))
                 inner = (begin - top, end - top)
@@ -127,15 +124,15 @@ class PixelImage:
             lr = RowStream((), self.source.get(self.images, (0, height)), height)
         else:
             lr = RowStream(self._read())
-        router = self.router
-        if not router.footprint.in_bands:
+        networks = self.networks
+        if not networks.memory.in_bands:
             with self.watch.stage("encode"):
-                features = router.encoder(self._normalised(lr.rows(0, height)))
+                features = networks.encoder(self._normalised(lr.rows(0, height)))
             return lr, RowStream((), features, height)
         whole = None
         if self.keep:
-            size = (1, *self.grid.lr, router.footprint.depth)
-            whole = buffers.empty(size, router.dtype, router.device).permute(0, 3, 1, 2)
+            size = (1, *self.grid.lr, networks.memory.depth)
+            whole = buffers.empty(size, networks.dtype, networks.device).permute(0, 3, 1, 2)
         return lr, RowStream(self._encode(lr), whole)
 
     def _read(self) -> Iterator[list[Tensor]]:
@@ -147,8 +144,8 @@ class PixelImage:
         def read(rows: slice, columns: slice) -> Tensor:  # [1, C, n, m]
             return self._normalised(lr.rows(rows.start, rows.stop)[:, :, :, columns])
 
-        pixels, columns = self.router.footprint.encoder_band(self.grid)
-        bands = rows_in_bands(self.router.encoder, read, *self.grid.lr, pixels, MIN_ROWS, columns)
+        pixels, columns = self.networks.memory.encoder_band(self.grid)
+        bands = rows_in_bands(self.networks.encoder, read, *self.grid.lr, pixels, MIN_ROWS, columns)
         while True:
             with self.watch.stage("encode"):
                 band = next(bands, None)
@@ -157,9 +154,9 @@ class PixelImage:
             yield band
 
     def _normalised(self, lr: Tensor) -> Tensor:  # [1, C, n, m]
-        work = sums_of(self.router.dtype)
-        centred = to_float(lr, work) - self.router.model.get_buffer("mean").to(work)
-        return centred.to(self.router.dtype, memory_format=torch.channels_last)
+        work = sums_of(self.networks.dtype)
+        centred = to_float(lr, work) - self.networks.mean.to(work)
+        return centred.to(self.networks.dtype, memory_format=torch.channels_last)
 
     def _mlp(
         self,
@@ -188,23 +185,23 @@ class PixelImage:
         if isinstance(solved, Tensor) and solved.ndim:
             yield [solved]
             return
-        if self.choice.only is not None:
+        if self.rule.only is not None:
             for begin, end in self.grid.bands():
-                yield [torch.full((1, end - begin, self.grid.size[1]), self.choice.only, dtype=torch.uint8, device=device)]
+                yield [torch.full((1, end - begin, self.grid.size[1]), self.rule.only, dtype=torch.uint8, device=device)]
             return
-        layers = self.router.classifier
+        layers = self.networks.classifier
         if isinstance(solved, Tensor):
             layers = odds(layers)
         else:
             # argmax of softmax(z) / cost^k is argmax of z - k · log(cost): a change of the last bias.
-            shifts = [solved * math.log(c) for c in self.choice.cost]
+            shifts = [solved * math.log(c) for c in self.rule.cost]
             layers = last_layer(layers, lambda w, b: (w, shifted(b, shifts)))
         for begin, end in self.grid.bands():
             pixels = (end - begin) * self.grid.size[1]
-            if self.purse is not None and isinstance(solved, float) and self.purse.tight(pixels):
-                scores = self._logits(features, odds(self.router.classifier), begin, end)
+            if self.budget is not None and isinstance(solved, float) and self.budget.tight(pixels):
+                scores = self._logits(features, odds(self.networks.classifier), begin, end)
                 with self.watch.stage("assign"):
-                    ids = self.purse.take(scores[0].flatten(1).float(), solved, self.purse.mean)
+                    ids = self.budget.take(scores[0].flatten(1).float(), solved, self.budget.mean)
                 yield [ids.view(1, end - begin, -1)]
                 continue
             logits = self._logits(features, layers, begin, end)
@@ -212,17 +209,17 @@ class PixelImage:
                 if isinstance(solved, Tensor):
                     chosen = (torch.sigmoid(logits[:, 0]) >= solved).to(torch.uint8)
                 else:
-                    chosen = assign_classes(logits, [1.0] * self.router.num_classes, dtype=torch.uint8)
-                if self.purse is not None:
-                    self.purse.spend(chosen)
+                    chosen = assign_classes(logits, [1.0] * self.networks.num_classes, dtype=torch.uint8)
+                if self.budget is not None:
+                    self.budget.spend(chosen)
             yield [chosen]
 
     def _solved(self, features: RowStream, seen: Sample | None, again: bool) -> Tensor | float:
         """The exponent of the cost, all classes [1, H, W], or of 2-means from which score on a pixel is of class 1."""
-        if self.choice.adaptive:
+        if self.rule.adaptive:
             return self._two_means(features)
-        if self.purse is None:
-            return self.choice.k
+        if self.budget is None:
+            return self.rule.penalty
         (h, w), (height, width) = self.grid.lr, self.grid.size
         pixels = budget_sample(self.grid)
         whole = height * width <= pixels or seen is not None
@@ -234,20 +231,20 @@ class PixelImage:
                 encoded=h * w if again else 0,
             )
             # Only milliseconds ask what has been taken, and wait for it.
-            elapsed = 0.0 if self.purse.pace is None else 1e3 * self.watch.elapsed()
-            penalty = self.purse.solve(sample, todo, elapsed)
+            elapsed = 0.0 if self.budget.speed is None else 1e3 * self.watch.elapsed()
+            penalty = self.budget.solve(sample, todo, elapsed)
             if not whole:
                 return penalty
-            return self.purse.take(sample.scores, penalty, min(self.purse.cost)).view(1, height, width)
+            return self.budget.take(sample.scores, penalty, min(self.budget.cost)).view(1, height, width)
 
     def _sample(self, features: RowStream, pixels: int) -> Sample:
         """The scores of about `pixels` pixels, in rows spread over the image; all of them where it has no more."""
         bands = list(sampled_rows(self.grid, pixels))
         (height, width), rows = self.grid.size, sum(end - begin for begin, end in bands)
-        scores = torch.empty(self.router.num_classes - 1, rows, width, dtype=torch.float32, device=self.place.device)
+        scores = torch.empty(self.networks.num_classes - 1, rows, width, dtype=torch.float32, device=self.place.device)
         top = 0
         for begin, end in bands:
-            scores[:, top : top + end - begin] = self._logits(features, odds(self.router.classifier), begin, end)[0]
+            scores[:, top : top + end - begin] = self._logits(features, odds(self.networks.classifier), begin, end)[0]
             top += end - begin
             self._release(features, begin)
         return Sample(scores.flatten(1), height / rows)
@@ -255,7 +252,7 @@ class PixelImage:
     def _two_means(self, features: RowStream) -> Tensor:
         samples = []
         for begin, end in sampled_rows(self.grid, pixel_rows.ADAPTIVE_SAMPLE):
-            samples.append(torch.sigmoid(self._logits(features, odds(self.router.classifier), begin, end)[:, 0]))
+            samples.append(torch.sigmoid(self._logits(features, odds(self.networks.classifier), begin, end)[:, 0]))
             self._release(features, begin)
         with self.watch.stage("assign"):
             score = torch.cat(samples, dim=1)

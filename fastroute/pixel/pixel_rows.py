@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from fastroute.models.pcsr import MLP, PCSR
+from fastroute.ops.pixel_mlp import Layers
 from fastroute.rewrite.row_stages import MAX_COLUMNS, MIN_ROWS, rows_in_bands, unsupported_reasons
 from fastroute.runtime.devices import on_device
 from fastroute.runtime.memory_plan import ACTIVATIONS, REARRANGED, LiveBytes, WorkingSet
@@ -113,21 +113,24 @@ class PixelGrid:
         return [self.window(max(a - 1, 0), min(b + 1, self.size[0])) for a, b in self.bands()]
 
 
-class Footprint:
+class PixelMemory:
     """The memory of the pixel path.
 
     Args:
-        model: whose encoder it is.
         encoder: as it runs.
+        mlps: layers of the upsamplers and of the classifier.
+        channels: of the images.
+        depth: of the features.
+        classes: number of classes.
         dtype: of features.
     """
 
-    def __init__(self, model: PCSR, encoder: nn.Module, dtype: torch.dtype) -> None:
-        self.channels, self.depth = int(model.encoder.channels), int(model.encoder.width)  # type: ignore[arg-type]
-        self.classes, self.itemsize = model.num_classes, dtype.itemsize
+    def __init__(
+        self, encoder: nn.Module, mlps: Sequence[Layers], channels: int, depth: int, classes: int, dtype: torch.dtype
+    ) -> None:
+        self.channels, self.depth, self.classes, self.itemsize = channels, depth, classes, dtype.itemsize
         self.in_bands = not unsupported_reasons(encoder)
-        widths = [w.shape[0] for mlp in [*model.upsamplers, model.classifier] for w in _weights(mlp)]
-        self.units = max(widths, default=1)
+        self.units = max((weight.shape[0] for mlp in mlps for weight, _ in mlp), default=1)
         device = next(encoder.parameters()).device
         x = torch.zeros(1, self.channels, 2 * PROBE, PROBE, dtype=dtype, device=device)
         with torch.no_grad(), LiveBytes() as live:
@@ -221,8 +224,3 @@ def sampled_rows(grid: PixelGrid, pixels: int) -> Iterator[tuple[int, int]]:
         yield from grid.bands()
     else:
         yield from ((y, y + 1) for y in range(step // 2, grid.size[0], step))
-
-
-def _weights(mlp: nn.Module) -> list[Tensor]:
-    assert isinstance(mlp, MLP)
-    return mlp.parameter_lists[0]

@@ -6,13 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from operator import add
 
-from torch import Tensor
+from torch import nn
 
-from fastroute.models.pcsr import PCSR
+from fastroute.ops.pixel_mlp import Layers
 from fastroute.profiling import RoutedFlops, count_flops, mix_flops
 from fastroute.runtime.results import RoutingStats
 
-Layers = list[tuple[Tensor, Tensor]]
 # Side of the image on which the FLOPs of an encoder are counted.
 SIDE = 16
 
@@ -24,11 +23,6 @@ class PixelStats(RoutingStats):
     Its stages are encode, classify, solve (under a budget, the search for the exponent of the cost), assign, upsample, refine;
     and total.
     """
-
-    @property
-    def pixels_per_class(self) -> list[int]:
-        """Output pixels that went through each upsampler, cheapest first."""
-        return self.patches_per_class
 
     @property
     def overhead(self) -> float:
@@ -65,14 +59,15 @@ class PixelFlops:
     """FLOPs per output pixel and, since a first layer's product is shared by all pixels of a feature, per feature.
 
     Args:
-        model: whose encoder it is.
+        encoder: as it was written.
+        channels: of the images.
         mlps: the upsamplers.
         classifier: of pixels.
     """
 
-    def __init__(self, model: PCSR, mlps: Sequence[Layers], classifier: Layers) -> None:
-        size = (1, int(model.encoder.channels), SIDE, SIDE)  # type: ignore[arg-type]
-        self.encoder, self.encoder_paper = (count_flops(model.encoder, size, name) / SIDE**2 for name in ("true", "paper"))
+    def __init__(self, encoder: nn.Module, channels: int, mlps: Sequence[Layers], classifier: Layers) -> None:
+        size = (1, channels, SIDE, SIDE)
+        self.encoder, self.encoder_paper = (count_flops(encoder, size, name) / SIDE**2 for name in ("true", "paper"))
         self.pixel, self.feature = [_per_pixel(mlp) for mlp in mlps], [_per_feature(mlp) for mlp in mlps]
         self.paper = [2 * sum(weight.numel() for weight, _ in mlp) for mlp in mlps]
         self.classifier = _per_pixel(classifier), _per_feature(classifier)

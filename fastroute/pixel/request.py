@@ -1,30 +1,29 @@
-"""What is asked of the pixel path: arguments that were checked, and what follows from them."""
+"""Validated arguments of a :class:`fastroute.PixelRouter` call, and what follows from them."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 
 from fastroute._arguments import LARGEST_IMAGE, real, whole
-from fastroute.budget.limits import Budget, check_possible, dearest, duration, refuse_below
+from fastroute.budget.exponent import only_class
+from fastroute.budget.limits import Budget, check_possible, duration, most_expensive, refuse_below
+from fastroute.budget.speed import Speed
 from fastroute.pixel import pixel_rows
-from fastroute.pixel.pixel_budget import Purse, fixed_ms, only_class
+from fastroute.pixel.pixel_budget import PixelBudget, fixed_ms
+from fastroute.pixel.pixel_networks import PixelNetworks
 from fastroute.pixel.pixel_rows import PixelGrid, budget_sample, sampled_rows
 from fastroute.pixel.pixel_stats import Work
 from fastroute.runtime.memory_plan import check_limit
 from fastroute.runtime.progress import Progress
 
-if TYPE_CHECKING:
-    from fastroute.pixel.pixel_router import PixelRouter
-
 
 @dataclass(frozen=True)
-class Choice:
-    """How classes are chosen: by the exponent `k` of their cost, by 2-means, within a budget, or one for all pixels.
+class ClassRule:
+    """How classes are chosen: by the exponent `penalty` of their cost, by 2-means, within a budget, or one for all pixels.
 
     Attributes:
         cost: of each class, relative to each other.
@@ -33,7 +32,7 @@ class Choice:
     """
 
     cost: list[float]
-    k: float = 0.0
+    penalty: float = 0.0
     adaptive: bool = False
     budgeted: bool = False
     only: int | None = None
@@ -83,15 +82,15 @@ class Request:
 
     Attributes:
         grid: rows of the image and of the output.
-        choice: how classes are chosen.
-        purse: what they may cost, when there is a budget.
+        rule: how classes are chosen.
+        budget: what they may cost, when there is a budget.
         first: number of the first image, of those under the budget.
         looked: all of these have been looked at.
     """
 
     grid: PixelGrid
-    choice: Choice
-    purse: Purse | None = None
+    rule: ClassRule
+    budget: PixelBudget | None = None
     refine: bool = True
     progress: Progress = False
     memory_limit: int | None = None
@@ -129,98 +128,117 @@ def make_grid(
     return PixelGrid((h, w), (int(size[0]), int(size[1])), device), factor
 
 
+@dataclass(frozen=True)
+class PixelOptions:
+    """Options of a call as the user gives them, see :meth:`fastroute.PixelRouter.upscale`."""
+
+    scale: float | None = None
+    size: tuple[int, int] | None = None
+    penalty: float = 0.0
+    adaptive: bool = False
+    refine: bool = True
+    progress: Progress = False
+    memory_limit: int | None = None
+
+
+# The speed of a router at a factor: as it is known now, and as it was measured.
+SpeedsAt = Callable[[float], tuple[Speed, Speed]]
+
+
 def make_request(
-    router: PixelRouter,
-    shape: Sequence[int],
-    dtype: torch.dtype,
-    limit: Budget,
-    scale: float | None,
-    size: tuple[int, int] | None,
-    k: float = 0.0,
-    adaptive: bool = False,
-    refine: bool = True,
-    progress: Progress = False,
-    memory_limit: int | None = None,
+    networks: PixelNetworks, shape: Sequence[int], limit: Budget, options: PixelOptions, default: float, speeds: SpeedsAt
 ) -> Request:
-    """The arguments of `PixelRouter.upscale`, checked, for images of `shape` (B, C, h, w).
+    """Check the arguments of a call for images of `shape` (B, C, h, w).
+
+    Args:
+        networks: of the router.
+        shape: of the images.
+        limit: what the call may spend.
+        options: its other arguments.
+        default: upscaling factor where none is given.
+        speeds: of the router.
 
     Raises:
-        ValueError: see `PixelRouter.upscale`.
+        ValueError: see :meth:`fastroute.PixelRouter.upscale`.
     """
-    op = "upscale"
-    check_limit(op, memory_limit)
-    grid, factor = make_grid(shape[2:], scale, size, router.device, router.scale)
-    if not math.isfinite(real(op, "k", k)):
-        raise ValueError(f"{op}: k must be finite; got {k}")
+    op, penalty, adaptive = "upscale", options.penalty, options.adaptive
+    check_limit(op, options.memory_limit)
+    grid, factor = make_grid(shape[2:], options.scale, options.size, networks.device, default)
+    if not math.isfinite(real(op, "penalty", penalty)):
+        raise ValueError(f"{op}: penalty must be finite; got {penalty}")
     limit.check(op)
-    deciding = [*([f"k={k:g}"] if k else []), *(["adaptive"] if adaptive else []), *limit.given]
+    deciding = [*([f"penalty={penalty:g}"] if penalty else []), *(["adaptive"] if adaptive else []), *limit.given]
     if len(deciding) > 1:
-        raise ValueError(f"{op}: give one of k, adaptive and a budget; got {', '.join(deciding)}")
-    if adaptive and router.num_classes != 2:
-        raise ValueError(f"{op}: adaptive needs exactly 2 classes; got {router.num_classes}; use k instead")
+        raise ValueError(f"{op}: give one of penalty, adaptive and a budget; got {', '.join(deciding)}")
+    if adaptive and networks.num_classes != 2:
+        raise ValueError(f"{op}: adaptive needs exactly 2 classes; got {networks.num_classes}; use penalty instead")
+
+    def asked_for(rule: ClassRule, budget: PixelBudget | None) -> Request:
+        return Request(grid, rule, budget, options.refine, options.progress, options.memory_limit)
+
     if limit == Budget():
-        cost = router.model.class_cost(factor) if k else [1.0] * router.num_classes
-        return Request(grid, Choice(cost, k, adaptive), None, refine, progress, memory_limit)
+        cost = networks.costs.at(factor) if penalty else [1.0] * networks.num_classes
+        return asked_for(ClassRule(cost, penalty, adaptive), None)
     everything, samples = Work(), Work()
     for number in range(shape[0]):
-        everything += Choice([], budgeted=True).work(grid)
+        everything += ClassRule([], budgeted=True).work(grid)
         samples += looking_ahead(grid, pixel_rows.waiting_sample(shape[0])) if number else Work()
-    choice, purse = plan(router, op, limit, everything, samples, factor, dtype)
-    return Request(grid, choice, purse, refine, progress, memory_limit)
+    return asked_for(*plan(networks, op, limit, everything, samples, factor, speeds))
 
 
 def plan(
-    router: PixelRouter,
+    networks: PixelNetworks,
     op: str,
     limit: Budget,
     work: Work,
     samples: Work,
     factor: float,
-    dtype: torch.dtype,
+    speeds: SpeedsAt,
     seconds: float | None = None,
-) -> tuple[Choice, Purse | None]:
+) -> tuple[ClassRule, PixelBudget | None]:
     """How classes are chosen within a budget, and what their pixels may cost.
 
     Args:
+        networks: of the router.
         op: for messages.
         limit: the budget.
         work: what is done where pixels are classified.
         samples: what is done before, to look at images whose turn is yet to come.
         factor: of the images.
-        dtype: of the images.
+        speeds: of the router.
         seconds: that the samples took; None when they have not been taken, and need not be where there is nothing to choose.
 
     Raises:
         ValueError: an impossible budget.
     """
-    pixels, pace, classes = work.pixels, None, range(router.num_classes)
+    pixels, speed, classes = work.pixels, None, range(networks.num_classes)
     if limit.flops is not None:
-        flops, cost = router.flops, router.flops.costs
+        flops, cost = networks.flops, networks.flops.costs
         done = 0.0 if seconds is None else flops.fixed(samples)
         least = min(flops.all_in(c, work) for c in classes) + done
         refuse_below(op, "budget_flops", limit.flops, least, f"{least:.4g}")
-        most = dearest(cost)
+        most = most_expensive(cost)
         unclassified = limit.flops - done - flops.all_in(most, work) + pixels * cost[most]
         classified = limit.flops - flops.fixed(work + samples)
     elif limit.ms is not None:
-        pace = router.paces.of(router, dtype, factor_of(work))
-        cost, done = pace.branches, 1e3 * (seconds or 0.0)
+        speed, measured = speeds(factor_of(work))
+        cost, done = speed.branches, 1e3 * (seconds or 0.0)
         # By its own cost, not by its time: a small network may have been slow when that was measured.
-        most, bare = dearest(router.model.class_cost(factor)), Work(pixels=pixels, encoded=work.features)
-        unclassified = limit.ms - done - fixed_ms(pace, bare)
-        least = min(fixed_ms(p, bare) + pixels * min(p.branches) for p in (pace, router.paces.measured(pace)))
+        most, bare = most_expensive(networks.costs.at(factor)), Work(pixels=pixels, encoded=work.features)
+        unclassified = limit.ms - done - fixed_ms(speed, bare)
+        least = min(fixed_ms(s, bare) + pixels * min(s.branches) for s in (speed, measured))
         refuse_below(op, "budget_ms", limit.ms, least, f"{duration(least)} on this device")
-        classified = limit.ms - done - fixed_ms(pace, work if seconds is not None else work + samples)
+        classified = limit.ms - done - fixed_ms(speed, work if seconds is not None else work + samples)
     else:
-        cost = router.model.class_cost(factor)
+        cost = networks.costs.at(factor)
         check_possible(cost, limit.fraction)
-        most, unclassified = dearest(cost), (limit.fraction or 0.0) * max(cost) * pixels
+        most, unclassified = most_expensive(cost), (limit.fraction or 0.0) * max(cost) * pixels
         classified = unclassified
     only = only_class(cost, most, pixels, unclassified, classified)
     if only is not None:
-        return Choice(cost, only=only), None
+        return ClassRule(cost, only=only), None
     shares = [c / max(cost) for c in cost]
-    return Choice(shares, budgeted=True), Purse(list(cost), classified, pace, limit.ms or 0.0, 1e3 * (seconds or 0.0))
+    return ClassRule(shares, budgeted=True), PixelBudget(list(cost), classified, speed, limit.ms or 0.0, 1e3 * (seconds or 0.0))
 
 
 def factor_of(work: Work) -> float:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastroute.reference.extract_patches import to_float
+from fastroute._levels import to_float
 
 # Cells that go through all layers together on a CPU: 4096 rows of 128 float32 are 2 MiB, which second-level caches hold.
 CHUNK = 4096

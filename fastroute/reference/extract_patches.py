@@ -5,18 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastroute._levels import MAXIMUM
 from fastroute.grid import tile_origins
-
-# Integer images hold [0, 1] in steps of 1 / MAXIMUM.
-MAXIMUM = {torch.uint8: 255, torch.uint16: 65535}
-
-
-def to_float(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Pixels in `dtype`; integers become [0, 1]."""
-    if x.dtype not in MAXIMUM:
-        return x.to(dtype)
-    # 65535 is more than float16 holds.
-    return (x.to(torch.float64 if dtype == torch.float64 else torch.float32) / MAXIMUM[x.dtype]).to(dtype)
 
 
 def extract_patches_reference(

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fastroute._levels import quantise
 from fastroute.grid import covered_size, tile_origins
-from fastroute.reference.extract_patches import MAXIMUM
 
 
 def axis_weights(window: Tensor, size: int, patch: int, stride: int, scale: int, crop: bool) -> Tensor:
@@ -103,15 +103,6 @@ def patches_of_regions(
         if part.shape[1:] == (span, span):
             patches[n] = part
     return patches
-
-
-def quantise(image: Tensor, dtype: torch.dtype) -> Tensor:
-    """Sums to the output type; integers are clamped and rounded half to even. Always contiguous."""
-    if dtype not in MAXIMUM:
-        return image.to(dtype).contiguous()
-    value = (image.clamp(0, 1) * MAXIMUM[dtype]).round().nan_to_num(0)
-    # Casts to uint16 go through int32, the route that every backend of PyTorch implements.
-    return value.to(torch.int32).to(dtype).contiguous()
 
 
 def _stitch_patches_backward_reference(

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastroute.budget.limits import check_possible
+from fastroute.degradation import make_pair
 from fastroute.grid import TileGrid
 from fastroute.loading import load
 from fastroute.patch.patch_router import PatchRouter
@@ -24,7 +25,6 @@ from fastroute.report import evaluation
 from fastroute.runtime.progress import Progress, shown
 from fastroute.runtime.results import RoutingStats, Stopwatch, Upscaled
 from fastroute.runtime.tuning import cpu_name
-from fastroute.training.data import make_pair
 from fastroute.visualize import class_overlay
 
 BICUBIC = "bicubic"
@@ -128,7 +128,7 @@ def compare(
     if reference is not None and downscale:
         raise ValueError("compare: give either reference or downscale; with downscale the image itself is the reference")
     routers = {
-        name: load(model, device, scale, dtype=dtype, tune=tune, engine=engine)
+        name: load(model, device=device, scale=scale, dtype=dtype, tune=tune, engine=engine)
         for name, model in zip(labels(models), models, strict=True)
     }
     factor = common_scale(routers, scale)
@@ -238,7 +238,7 @@ def choices(router: PatchRouter | PixelRouter, budgets: Sequence[float]) -> dict
 
 def check_budget(router: PatchRouter | PixelRouter, budget: float | None, scale: float, name: str) -> None:
     """Refuse a budget that `router` cannot keep, before anything runs."""
-    costs = router.costs if isinstance(router, PatchRouter) else router.model.class_cost(scale)
+    costs = router.costs if isinstance(router, PatchRouter) else router.class_cost(scale)
     with named(name):
         check_possible(costs, budget)
 

@@ -189,7 +189,7 @@ def row(variant: Variant, comparison: Comparison) -> str:
             percent(stats.paper_flops.routed, dense.stats.paper_flops.routed),
             duration(variant.seconds),
             percent(variant.seconds, dense.seconds),
-            "" if variant.class_map is None else shares(stats.patches_per_class),
+            "" if variant.class_map is None else shares(stats.counts_per_class),
         ]
     return f'<tr><th scope="row">{html.escape(variant.name)}</th>{"".join(f"<td>{cell}</td>" for cell in cells)}</tr>'
 
@@ -221,7 +221,7 @@ def maps(comparison: Comparison, box: Box | None) -> str:
     legends, figures = {}, []
     for variant, classes in found:
         assert variant.stats is not None  # there are classes
-        number = len(variant.stats.patches_per_class)
+        number = len(variant.stats.counts_per_class)
         legends[number] = legend(number)
         # The width counts, so that one long image is not larger than another.
         pixels = MAP_WIDTH * max(1, MAP_WIDTH * classes.shape[1] // classes.shape[2])

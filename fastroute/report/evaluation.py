@@ -19,12 +19,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastroute import io
+from fastroute.degradation import make_pair
 from fastroute.io.walk import walk
 from fastroute.patch.patch_router import PatchRouter
 from fastroute.pixel.pixel_router import PixelRouter
 from fastroute.runtime.progress import Progress, shown
 from fastroute.runtime.results import Upscaled
-from fastroute.training.data import make_pair
 
 # Side of SSIM's Gaussian window, 2 · round(3.5 · 1.5) + 1.
 SSIM_WINDOW = 11
@@ -149,7 +149,7 @@ def _row(name: str, lr: Tensor, hr: Tensor, factor: int, result: Upscaled) -> Ro
         width=hr.shape[2],
         **compare(result.image.cpu(), hr, factor),
         psnr_bicubic=compare(bicubic, hr, factor)["psnr"],
-        counts=list(stats.patches_per_class),
+        counts=list(stats.counts_per_class),
         flops=float(stats.flops.routed),
         flops_fraction=stats.flops.fraction,
         paper_flops=float(stats.paper_flops.routed),

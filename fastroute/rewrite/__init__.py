@@ -1,0 +1,1 @@
+"""Exact faster forms of a network. Internal but for `optimize`."""

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from fastroute.models.adapters import evaluating, inference_copy
+from fastroute._copies import evaluating, inference_copy
 from fastroute.models.arm import Bicubic
 from fastroute.models.fsrcnn import TransposedConv2d
 from fastroute.models.precision import sums_of

@@ -1,0 +1,1 @@
+"""What both paths run on: rows of images, memory, threads, tuning, results. Internal."""

@@ -13,11 +13,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastroute import buffers
-from fastroute.grid import TileGrid
-from fastroute.patch.bands import Band, first_covering
 from fastroute.profiling import observed
 from fastroute.runtime.devices import on_device
-from fastroute.runtime.rows import Source
 
 # What a band that is written may take at most: a higher one gains nothing.
 BAND_BYTES = 32 << 20
@@ -29,8 +26,6 @@ DEFAULT_LIMIT = {"cpu": 512 << 20, "cuda": 8 << 30}
 ACTIVATIONS = {"cpu": 256 << 20, "cuda": 2 << 30}
 # Libraries rearrange tensors for their kernels: a pass takes up to this many times its live tensors.
 REARRANGED = 2
-# Bytes per patch of its scores, class, and places in two orders.
-INDEX = 96
 
 
 @dataclass(frozen=True)
@@ -66,54 +61,6 @@ class WorkingSet:
             return self.block
         rows = max(min(BAND_BYTES // self.row, self.height), self.block)
         return rows if limit is None else min(rows, (limit - self.fixed) // self.row)
-
-
-def of_patches(
-    grid: TileGrid,
-    bands: Sequence[Band],
-    source: Source,
-    extracted: int,
-    produced: int,
-    batch_bytes: int,
-    classifying: int,
-    streamed: bool,
-    step: int = 1,
-) -> WorkingSet:
-    """The working set of the patch path.
-
-    Args:
-        grid, bands: what is routed together.
-        source: where it comes from.
-        extracted, produced: bytes of a patch before and after its branch.
-        batch_bytes: of the dearest pass through a branch.
-        classifying: bytes that classifying takes, before anything else is there.
-        streamed: rows are read and written in bands of their own, not in place.
-        step: rows that are written together.
-    """
-    held = most = 0
-    waiting: list[Band] = []
-    for band in bands:
-        waiting.append(band)
-        held += band.num_patches(grid)
-        most = max(most, held)
-        needed = first_covering(grid, band.rows[1])
-        while waiting and waiting[0].rows[1] <= needed:
-            held -= waiting.pop(0).num_patches(grid)
-    largest = max((band.num_patches(grid) for band in bands), default=0)
-    index = INDEX * source.shape[0] * grid.num_patches
-    fixed = index + max(most * produced + largest * extracted + batch_bytes, classifying)
-    if not streamed:
-        return WorkingSet(fixed)
-    images = max((band.images[1] - band.images[0] for band in bands), default=1)
-    pixel = images * source.shape[1] * source.dtype.itemsize
-    out_row, row = pixel * grid.output_size[1], pixel * grid.width
-    outputs = [band.output(grid) for band in bands]
-    block = max((end - begin for begin, end in outputs), default=1)
-    read = max((end - begin for begin, end in (band.pixels(grid) for band in bands)), default=1)
-    # Rows are joined to those held; a band is written, in the writer's order, while the next one is computed.
-    return WorkingSet(
-        fixed + 2 * read * row + 3 * step * out_row, 3 * out_row + 2 * row // grid.scale, block, grid.output_size[0]
-    )
 
 
 def limit_on(device: torch.device, limit: Limit) -> int | None:

@@ -18,8 +18,8 @@ class RoutingStats:
     """What was done for one call of `upscale`.
 
     Attributes:
-        patches_per_class: number of patches that went through each branch, cheapest first.
-        work_per_class: LR pixels that each branch ran on, in patches: less than `patches_per_class` where neighbouring patches
+        counts_per_class: number of patches that went through each branch, cheapest first.
+        work_per_class: LR pixels that each branch ran on, in patches: less than `counts_per_class` where neighbouring patches
             ran as one region, whose overlaps are then computed once. None for a router of pixels.
         flops: true convention: multiply-adds done, classifier included, times two.
         paper_flops: the papers' convention; they leave the classifier out.
@@ -32,7 +32,7 @@ class RoutingStats:
             what is allocated, without the program itself.
     """
 
-    patches_per_class: list[int]
+    counts_per_class: list[int]
     flops: RoutedFlops
     paper_flops: RoutedFlops
     seconds: dict[str, float]
@@ -46,8 +46,8 @@ class RoutingStats:
         return 1 - networks / (self.seconds["total"] - self.seconds["tune"])
 
     def __str__(self) -> str:
-        total = max(sum(self.patches_per_class), 1)
-        shares = " / ".join(f"{100 * n / total:.0f} %" for n in self.patches_per_class)
+        total = max(sum(self.counts_per_class), 1)
+        shares = " / ".join(f"{100 * n / total:.0f} %" for n in self.counts_per_class)
         whole = self.flops.of_one_pass
         one_pass = f", {100 * whole:.0f} % of those of one pass over the image" if whole is not None else ""
         return (

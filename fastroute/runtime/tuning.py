@@ -1,4 +1,4 @@
-"""How each branch runs fastest on a machine: found on the work of calls, turn by turn, and remembered."""
+"""How each branch runs fastest on a machine: found on the work of calls, trial by trial, and remembered."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ PIXELS = (1 << 13, 1 << 12, 1 << 14, 1 << 15)
 # Of passes side by side, each of which has the caches of its own processor.
 PARALLEL_PIXELS = (1 << 12, 1 << 11, 1 << 13, 1 << 14)
 GPU_PIXELS = (1 << 18, 1 << 15, 1 << 16, 1 << 17, 1 << 19, 1 << 20)
-# Pixels of a turn at least: what takes too little time cannot be compared.
-TURN_PIXELS = {"cpu": 1 << 15, "cuda": 1 << 20}
+# Pixels of a trial at least: what takes too little time cannot be compared.
+TRIAL_PIXELS = {"cpu": 1 << 15, "cuda": 1 << 20}
 # Turns of each candidate; more only where those of one disagree, and no more than the second number.
 ROUNDS, MOST_ROUNDS = 3, 6
 # More pixels per pass must earn their memory: what is slower than the fastest by less than this is as good.
 EARNED = 1.02
-# Where the median turn of a candidate exceeds its fastest by more, something else was running.
+# Where the median trial of a candidate exceeds its fastest by more, something else was running.
 STEADY = 1.25
 # What was measured in another way has another key, and is measured again.
 METHOD = 3
@@ -93,12 +93,12 @@ def enabled() -> bool:
     return os.environ.get(SWITCH, "1") != "0"
 
 
-class Race:
+class SettingSearch:
     """The search for the fastest setting of one branch.
 
-    Memory formats are compared first, then how many pixels pass together. A turn is part of the work of a call, whose results
+    Memory formats are compared first, then how many pixels pass together. A trial is part of the work of a call, whose results
     are kept: nothing is computed to be measured. Turns of patches of one shape are compared with each other alone; what won is
-    taken for all shapes. A search goes on from call to call and from process to process. It ends after `MOST_ROUNDS` turns of
+    taken for all shapes. A search goes on from call to call and from process to process. It ends after `MOST_ROUNDS` trials of
     each candidate at the latest: if even these disagree, the machine was busy, and what was found holds for this process only.
 
     Args:
@@ -118,15 +118,15 @@ class Race:
         self.key, self.name, self.on_cpu, self.threads = key, name, device.type == "cpu", threads
         self.best: Setting | None = None
         self.rate = math.inf
-        self._turns: dict[Shape, dict[Setting, list[float]]] = {}
+        self._trials: dict[Shape, dict[Setting, list[float]]] = {}
         self._largest: dict[Shape, int] = {}
-        self._given: Counter[tuple[Shape, Setting]] = Counter()  # turns whose time is still to come
+        self._given: Counter[tuple[Shape, Setting]] = Counter()  # trials whose time is still to come
         self._new = self._told = False
         self._lock = threading.Lock()
         self._restore(CACHE.read().get(key, {}))
 
-    def turn(self, shape: Shape, largest: int) -> Setting | None:
-        """The setting that the next turn on patches of `shape` should have; None where none is needed now.
+    def trial(self, shape: Shape, largest: int) -> Setting | None:
+        """The setting that the next trial on patches of `shape` should have; None where none is needed now.
 
         Args:
             shape: height and width of the patches.
@@ -147,21 +147,21 @@ class Race:
             return found
 
     def patches(self, shape: Shape, largest: int) -> int:
-        """Of `shape`, in a turn: those of the largest pass, and enough to be timed."""
+        """Of `shape`, in a trial: those of the largest pass, and enough to be timed."""
         pixels = max(max(sizes_of(self.on_cpu, parallel)) * self._beside(parallel) for parallel in self._ways)
-        fewest = TURN_PIXELS["cpu" if self.on_cpu else "cuda"]
+        fewest = TRIAL_PIXELS["cpu" if self.on_cpu else "cuda"]
         return max(min(Setting(pixels).batch(shape), largest), -(-fewest // (shape[0] * shape[1])))
 
     def add(self, shape: Shape, setting: Setting, seconds: float | None) -> None:
-        """The time per pixel of a turn that :meth:`turn` gave out; None if it failed."""
+        """The time per pixel of a trial that :meth:`trial` gave out; None if it failed."""
         with self._lock:
             self._given[shape, setting] -= 1
             self._given += Counter()  # without zeros
             if seconds is None or self.best is not None:
                 return
-            self._turns.setdefault(shape, {}).setdefault(setting, []).append(seconds)
+            self._trials.setdefault(shape, {}).setdefault(setting, []).append(seconds)
             self._new = True
-            # The last turn of a search ends it.
+            # The last trial of a search ends it.
             self._next(shape, self._largest[shape])
 
     def remember(self) -> None:
@@ -170,14 +170,14 @@ class Race:
             if not self._new:
                 return
             self._new = False
-            entry: dict[str, Any] = {"best": None, "seconds": None, "turns": []}
+            entry: dict[str, Any] = {"best": None, "seconds": None, "trials": []}
             if self.best is not None:
                 entry.update(best=asdict(self.best), seconds=self.rate)
             else:
-                entry["turns"] = [
+                entry["trials"] = [
                     {"shape": list(shape), "setting": asdict(setting), "seconds": times}
-                    for shape, turns in self._turns.items()
-                    for setting, times in turns.items()
+                    for shape, trials in self._trials.items()
+                    for setting, times in trials.items()
                 ]
         CACHE.remember(self.key, entry)
 
@@ -200,24 +200,24 @@ class Race:
         return self.threads if parallel else 1
 
     def _next(self, shape: Shape, largest: int) -> Setting | None:
-        """Which candidate has a turn next; at the end of the search it is settled, and there is none."""
-        turns = self._turns.get(shape, {})
+        """Which candidate has a trial next; at the end of the search it is settled, and there is none."""
+        trials = self._trials.get(shape, {})
         candidates = self._first
         for stage in range(2):
-            counted = {s: len(turns.get(s, ())) + self._given[shape, s] for s in candidates}
+            counted = {s: len(trials.get(s, ())) + self._given[shape, s] for s in candidates}
             waiting = any(self._given[shape, s] for s in candidates)
-            steady = all(is_steady(turns.get(s, ())) for s in candidates)
+            steady = all(is_steady(trials.get(s, ())) for s in candidates)
             rounds = min(counted.values())
             if rounds < (ROUNDS if steady or waiting else MOST_ROUNDS):
                 return min(candidates, key=counted.__getitem__)
             if waiting:
                 return None
-            fastest = min(min(turns[s]) for s in candidates)
+            fastest = min(min(trials[s]) for s in candidates)
             if stage:
-                within = [s for s in candidates if min(turns[s]) <= EARNED * fastest]
+                within = [s for s in candidates if min(trials[s]) <= EARNED * fastest]
                 self._settle(min(within, key=lambda s: s.pixels), fastest, steady)
                 return None
-            winner = min(candidates, key=lambda s: min(turns[s]))
+            winner = min(candidates, key=lambda s: min(trials[s]))
             # Those that memory cuts to the same number of patches are one.
             most = max(1, largest // self._beside(winner.parallel))
             pixels = sorted(sizes_of(self.on_cpu, winner.parallel))
@@ -228,7 +228,7 @@ class Race:
 
     def _settle(self, best: Setting, rate: float, steady: bool) -> None:
         self.best, self.rate = best, rate
-        self._turns.clear()
+        self._trials.clear()
         self._new = steady
         way = "passes side by side" if best.parallel else "one pass at a time"
         words = (self.name, best.engine, best.pixels, best.channels_last, way)
@@ -242,22 +242,22 @@ class Race:
         if best is not None and is_time(rate) and best.engine in self.engines:
             self.best, self.rate = best, float(rate)  # type: ignore[arg-type]
             return
-        turns = entry.get("turns")
-        for turn in turns if isinstance(turns, list) else []:
-            if not isinstance(turn, dict):
+        trials = entry.get("trials")
+        for trial in trials if isinstance(trials, list) else []:
+            if not isinstance(trial, dict):
                 continue
-            shape, setting, times = turn.get("shape"), read_setting(turn.get("setting")), turn.get("seconds")
+            shape, setting, times = trial.get("shape"), read_setting(trial.get("setting")), trial.get("seconds")
             if setting is None or not isinstance(shape, list) or not isinstance(times, list):
                 continue
             if len(shape) == 2 and all(type(n) is int and n > 0 for n in shape) and all(map(is_time, times)):
-                self._turns.setdefault((shape[0], shape[1]), {})[setting] = times[:MOST_ROUNDS]
+                self._trials.setdefault((shape[0], shape[1]), {})[setting] = times[:MOST_ROUNDS]
 
 
-class Turn:
+class Trial:
     """The time of some patches of `shape` in a branch, run with `setting`; on a GPU it is known once the device is done."""
 
-    def __init__(self, race: Race, shape: Shape, setting: Setting, patches: int, device: torch.device) -> None:
-        self.race, self.shape, self.setting, self.patches, self.device = race, shape, setting, patches, device
+    def __init__(self, search: SettingSearch, shape: Shape, setting: Setting, patches: int, device: torch.device) -> None:
+        self.search, self.shape, self.setting, self.patches, self.device = search, shape, setting, patches, device
         self.begin = self.taken = 0.0
         self.events: list[torch.cuda.Event] = []
 
@@ -272,7 +272,7 @@ class Turn:
     def __exit__(self, kind: type[BaseException] | None, error: object, trace: object) -> None:
         self._mark()
         if kind is not None:
-            self.race.add(self.shape, self.setting, None)
+            self.search.add(self.shape, self.setting, None)
 
     def _mark(self) -> None:
         if self.device.type == "cuda":
@@ -284,7 +284,7 @@ class Turn:
 
 
 def is_steady(times: Sequence[float]) -> bool:
-    """Whether turns of one candidate agree."""
+    """Whether trials of one candidate agree."""
     return not times or median(times) <= STEADY * min(times)
 
 
@@ -303,11 +303,13 @@ def read_setting(value: object) -> Setting | None:
 
 
 # Searches of this process, by the file that holds what they found and their key: routers of the same branch share one.
-_races: dict[tuple[Path, str], Race] = {}
+_searches: dict[tuple[Path, str], SettingSearch] = {}
 _races_lock = threading.Lock()
 
 
-def race_of(branch: nn.Module, example: Tensor, threads: int = 1, engines: Sequence[str] = (TORCH,)) -> Race:  # [1, C, p, p]
+def search_of(
+    branch: nn.Module, example: Tensor, threads: int = 1, engines: Sequence[str] = (TORCH,)
+) -> SettingSearch:  # [1, C, p, p]
     """The search for the fastest setting of `branch` on patches like `example`, and on regions of several.
 
     Args:
@@ -319,9 +321,9 @@ def race_of(branch: nn.Module, example: Tensor, threads: int = 1, engines: Seque
         key += "-" + "-".join(engines)
     with _races_lock:
         place = (CACHE.path, key)
-        if place not in _races:
-            _races[place] = Race(key, type(branch).__name__, example.device, threads, engines)
-        return _races[place]
+        if place not in _searches:
+            _searches[place] = SettingSearch(key, type(branch).__name__, example.device, threads, engines)
+        return _searches[place]
 
 
 def tuning_key(branch: nn.Module, example: Tensor) -> str:  # [1, C, p, p]

@@ -1,0 +1,1 @@
+"""Training of the routing systems, and their losses."""

@@ -22,8 +22,8 @@ from torch.library import opcheck
 from torch.nn import functional as F
 
 from fastroute import cell_mlp
+from fastroute._levels import to_float
 from fastroute.reference.cell_mlp import cell_mlp_reference
-from fastroute.reference.extract_patches import to_float
 
 OP = torch.ops.fastroute.cell_mlp.default
 # Image (B, C, H, W), cell, span, step, units of the layers: odd sizes, windows that end with the row and that do not, gaps

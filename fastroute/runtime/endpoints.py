@@ -22,7 +22,7 @@ from fastroute.runtime.sinks import BandSink, Sink, TensorSink
 
 
 @dataclass(frozen=True)
-class Ends:
+class Endpoints:
     """See the module.
 
     Attributes:
@@ -50,24 +50,24 @@ class Ends:
             raise
 
 
-def in_memory(images: Tensor, output: Tensor, device: torch.device) -> Ends:  # [B, C, h, w], [B, C, H, W]
+def in_memory(images: Tensor, output: Tensor, device: torch.device) -> Endpoints:  # [B, C, h, w], [B, C, H, W]
     """Images and results in memory, on `device` or on the host."""
     if images.device == device:
-        return Ends(TensorSource(images, device), lambda rows: TensorSink(output), True)
+        return Endpoints(TensorSource(images, device), lambda rows: TensorSink(output), True)
     return in_bands(images, output, device)
 
 
-def in_bands(images: Tensor, output: Tensor, device: torch.device) -> Ends:  # [B, C, h, w], [B, C, H, W]
+def in_bands(images: Tensor, output: Tensor, device: torch.device) -> Endpoints:  # [B, C, h, w], [B, C, H, W]
     """Images and results on the host, of which bands go to `device` and come back."""
 
     def store(span: Span, top: int, band: Tensor) -> None:
         output[span[0] : span[1], :, top : top + band.shape[2]] = band
 
     shape: tuple[int, int, int, int] = tuple(output.shape)  # type: ignore[assignment]
-    return Ends(TensorSource(images, device), lambda rows: BandSink(store, shape, output.dtype, device, rows), False)
+    return Endpoints(TensorSource(images, device), lambda rows: BandSink(store, shape, output.dtype, device, rows), False)
 
 
-def streamed(reader: Reader, writer: Writer, size: tuple[int, int], device: torch.device) -> Ends:
+def streamed(reader: Reader, writer: Writer, size: tuple[int, int], device: torch.device) -> Endpoints:
     """From a reader to a writer of `size`."""
     source = ReaderSource(reader, device)
     shape = (1, source.shape[1], *size)
@@ -76,7 +76,7 @@ def streamed(reader: Reader, writer: Writer, size: tuple[int, int], device: torc
     def store(span: Span, top: int, band: Tensor) -> None:
         writer.write(top, 0, band[0])
 
-    return Ends(source, lambda rows: BandSink(store, shape, source.dtype, device, rows, step), False, step)
+    return Endpoints(source, lambda rows: BandSink(store, shape, source.dtype, device, rows, step), False, step)
 
 
 def output_like(op: str, images: Tensor, size: tuple[int, ...]) -> Tensor:

@@ -1,0 +1,61 @@
+"""The memory that the patch path takes beside its input and output."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from fastroute.grid import TileGrid
+from fastroute.patch.bands import Band, first_covering
+from fastroute.runtime.memory_plan import WorkingSet
+from fastroute.runtime.rows import Source
+
+# Bytes per patch of its scores, class, and places in two orders.
+INDEX = 96
+
+
+def plan_patches(
+    grid: TileGrid,
+    bands: Sequence[Band],
+    source: Source,
+    extracted: int,
+    produced: int,
+    batch_bytes: int,
+    classifying: int,
+    streamed: bool,
+    step: int = 1,
+) -> WorkingSet:
+    """The working set of the patch path.
+
+    Args:
+        grid, bands: what is routed together.
+        source: where it comes from.
+        extracted, produced: bytes of a patch before and after its branch.
+        batch_bytes: of the dearest pass through a branch.
+        classifying: bytes that classifying takes, before anything else is there.
+        streamed: rows are read and written in bands of their own, not in place.
+        step: rows that are written together.
+    """
+    held = most = 0
+    waiting: list[Band] = []
+    for band in bands:
+        waiting.append(band)
+        held += band.num_patches(grid)
+        most = max(most, held)
+        needed = first_covering(grid, band.rows[1])
+        while waiting and waiting[0].rows[1] <= needed:
+            held -= waiting.pop(0).num_patches(grid)
+    largest = max((band.num_patches(grid) for band in bands), default=0)
+    index = INDEX * source.shape[0] * grid.num_patches
+    fixed = index + max(most * produced + largest * extracted + batch_bytes, classifying)
+    if not streamed:
+        return WorkingSet(fixed)
+    images = max((band.images[1] - band.images[0] for band in bands), default=1)
+    pixel = images * source.shape[1] * source.dtype.itemsize
+    out_row, row = pixel * grid.output_size[1], pixel * grid.width
+    outputs = [band.output(grid) for band in bands]
+    block = max((end - begin for begin, end in outputs), default=1)
+    read = max((end - begin for begin, end in (band.pixels(grid) for band in bands)), default=1)
+    # Rows are joined to those held; a band is written, in the writer's order, while the next one is computed.
+    return WorkingSet(
+        fixed + 2 * read * row + 3 * step * out_row, 3 * out_row + 2 * row // grid.scale, block, grid.output_size[0]
+    )

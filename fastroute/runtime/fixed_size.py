@@ -1,0 +1,60 @@
+"""What the routers of fixed sizes have in common: what they give, and what they take."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastroute._arguments import LARGEST_IMAGE, whole
+from fastroute.ops import _checks as check
+
+
+class FixedUpscaled(NamedTuple):
+    """What an upscale at a fixed size gives; all tensors, on the device, which may still be at work on them.
+
+    Attributes:
+        image: like the input: rank, dtype and device; `scale` times as high and wide.
+        class_map: the branch of every patch, int64 (B, rows, cols), or of every pixel, uint8 (B, H, W); without B for an
+            unbatched input.
+        overflow: int64 (K,), patches of each class that found no slot of it and ran in another branch; 0 for pixels.
+    """
+
+    image: Tensor
+    class_map: Tensor
+    overflow: Tensor
+
+
+def check_shape(op: str, shape: Sequence[int], channels: int) -> tuple[int, ...]:
+    """`shape` of images that are to come.
+
+    Raises:
+        ValueError: neither (B, C, H, W) nor (C, H, W), other channels, or a side of 0.
+    """
+    sizes = tuple(whole(op, "shape", n, LARGEST_IMAGE, least=0) for n in shape)
+    if math.prod(sizes) > LARGEST_IMAGE >> 8:
+        raise ValueError(f"{op}: shape must have at most {LARGEST_IMAGE >> 8} values, which are held at once; got {sizes}")
+    if len(sizes) not in (3, 4) or sizes[-3] != channels or min(sizes) < 1:
+        raise ValueError(f"{op}: shape must be (B, {channels}, H, W) or ({channels}, H, W), none 0; got {sizes}")
+    return sizes
+
+
+def check_fixed(op: str, image: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """`image` as a batch (B, C, H, W).
+
+    Raises:
+        ValueError: another shape or device than it was made for.
+        TypeError: another dtype, or no tensor.
+    """
+    check.tensor(op, "image", image)
+    if tuple(image.shape) != shape or image.dtype != dtype or image.device != device:
+        expected, got = (str(d).removeprefix("torch.") for d in (dtype, image.dtype))
+        message = (
+            f"{op}: image must be {expected} {shape} on {device}, as this was made for; "
+            f"got {got} {tuple(image.shape)} on {image.device}"
+        )
+        raise ValueError(message) if image.dtype == dtype else TypeError(message)
+    return image if image.ndim == 4 else image[None]

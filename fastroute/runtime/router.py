@@ -1,0 +1,98 @@
+"""What every router is: a frozen module that maps images to images."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from fastroute._contexts import CallLock, ordinary
+from fastroute.engines import ANY
+from fastroute.models.precision import HALVES, FullPrecision, check_precision, probed_dtype
+from fastroute.runtime.protocols import Reader, Writer
+from fastroute.runtime.results import Streamed, Upscaled
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+class Router(FullPrecision, ABC):
+    """Super-resolution of whole images by several networks; what :class:`PatchRouter` and :class:`PixelRouter` have in common.
+
+    It is a module like any other: ``router(image)`` gives the upscaled image, `.to`, `.half`, `.bfloat16` and `.cuda` move its
+    networks to a device or to the type in which they compute, and `state_dict`, `copy.deepcopy` and `pickle` know their
+    weights. Images keep their own type. A router is for inference: its networks are frozen copies in evaluation mode, and
+    there are no gradients through it.
+
+    Attributes:
+        scale: upscaling factor.
+        channels: of the images.
+        num_classes: number of classes, one per network or upsampler.
+        border: what networks see beyond the edge of an image, "zero" or "edge".
+        dtype: in which the networks compute.
+        budget: of :meth:`forward`, as `upscale` takes it; None, the default, leaves the choice to the classifier.
+    """
+
+    scale: float
+    channels: int
+    num_classes: int
+    border: str
+    dtype: torch.dtype
+    _place: Tensor  # where the networks are, also those without weights
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lock = CallLock()
+        self.training = False
+        self.budget: float | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the networks are."""
+        return self._place.device
+
+    def forward(self, image: Tensor) -> Tensor:  # [B, C, H, W] or [C, H, W] -> [..., C, H * scale, W * scale]
+        """The image that :meth:`upscale` makes of `image`, within :attr:`budget`."""
+        return self.upscale(image, budget=self.budget).image
+
+    @abstractmethod
+    def upscale(self, image: Tensor, **options: Any) -> Upscaled:  # [B, C, H, W] or [C, H, W]
+        """Super-resolve an image or a batch of images; the options are keywords."""
+
+    @abstractmethod
+    def stream(self, reader: Reader, writer: Writer, **options: Any) -> Streamed:
+        """Super-resolve an image that need not fit in memory, and neither need its result."""
+
+    @abstractmethod
+    def output_size(self, height: int, width: int, **options: Any) -> tuple[int, int]:
+        """Height and width of what an image of that size becomes."""
+
+    @abstractmethod
+    def compile(self, engine: str = ANY) -> Self:  # type: ignore[override]
+        """Let another engine than PyTorch run the networks."""
+
+    def train(self, mode: bool = True) -> Self:
+        """Sets `training` for whoever asks; the networks are frozen and stay in evaluation mode."""
+        self.training = mode
+        return self
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        op = f"{type(self).__name__}.to"
+        with ordinary(op), self.lock:
+            device, dtype = probed_dtype(fn, torch.empty(0, dtype=self.dtype, device=self.device))
+            check_precision(op, dtype, device)
+            if dtype in HALVES and self.dtype not in HALVES:
+                self._before_halving(dtype)
+            super()._apply(fn, recurse)
+            self.dtype = dtype
+            self._moved()
+        return self
+
+    def _before_halving(self, dtype: torch.dtype) -> None:
+        """The weights are still exact, and will be made half next."""
+
+    def _moved(self) -> None:
+        """The networks have been moved or changed their type."""
