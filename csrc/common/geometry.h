@@ -1,4 +1,5 @@
-// Tile-grid arithmetic, host and device, free of torch: the C++ twin of fastroute/grid.py.
+// Where patches lie, host and device, free of torch: the C++ twin of fastroute/grid.py. Tile i of an axis begins at
+// min(i · stride, max(size - patch, 0)); what follows from that is asked for where it is needed, never stored twice.
 #pragma once
 
 #include <cstdint>
@@ -12,7 +13,7 @@ struct TileRange {
     int64_t last;  // inclusive
 };
 
-// One axis of a TileGrid, in LR pixels.
+// One axis of a Geometry, in LR pixels.
 struct TileAxis {
     int64_t size;
     int64_t patch;
@@ -52,12 +53,19 @@ struct TileAxis {
     }
 };
 
-// Both axes, and the numbering of patches: image-major, rows before columns.
-struct TileGrid {
+// The size of an image, and its patches: both axes in LR pixels, and the factor between them and what is stitched.
+// Patches are numbered image by image, rows before columns.
+struct Geometry {
     TileAxis y;
     TileAxis x;
+    int64_t scale = 1;
 
     FASTROUTE_HOST_DEVICE int64_t num_patches() const { return y.count() * x.count(); }
+
+    // Output pixels along a patch, and those of the stitched image.
+    FASTROUTE_HOST_DEVICE int64_t span() const { return y.patch * scale; }
+    FASTROUTE_HOST_DEVICE int64_t out_height() const { return y.covered() * scale; }
+    FASTROUTE_HOST_DEVICE int64_t out_width() const { return x.covered() * scale; }
 };
 
 }  // namespace fastroute

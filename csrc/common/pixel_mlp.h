@@ -1,4 +1,5 @@
-// What the kernels of pixel_mlp check before they run, and the sizes of a call.
+// pixel_mlp: y = residual + W_n relu(... relu(W_1 [feature | rel | cell] + b_1) ...) + b_n for each output pixel, by
+// the MLP of its class. What every device checks and allocates, and the sizes of a call.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -8,6 +9,7 @@
 #include <vector>
 
 #include "common/dispatch.h"
+#include "common/huge_pages.h"
 
 namespace fastroute::pixel_mlp {
 
@@ -20,6 +22,23 @@ struct Sizes {
     int64_t height, width, row_begin, rows;
     int64_t widest;  // units of any layer, at least 1
 };
+
+// A call, checked but for the values of the class map.
+struct Call {
+    Sizes sizes;
+    Tensor features;                  // [B, D, h, w]
+    std::vector<Tensor> weights;      // [F_out, F_in] each
+    std::vector<Tensor> biases;       // [F_out] each
+    std::vector<int64_t> depths;      // [K]
+    std::optional<Tensor> class_map;  // [B, H, W]
+    std::optional<Tensor> residual;   // [B, C, h, w]
+    std::optional<Tensor> relative;   // [H + W] contiguous
+    bool tf32;                        // products of float32 layers may be made as TF32
+};
+
+// Each device defines the kernel; S is the type of the features. There are pixels.
+template <typename S>
+void run_pixel_mlp(const Call& call, const Tensor& out);  // [B, C, rows, W]
 
 // Sets C and the widest layer.
 void check_layers(const Tensor& features,              // [B, D, h, w]
@@ -70,7 +89,16 @@ Sizes checked_sizes(const Tensor& features,              // [B, D, h, w]
     check_at_least(kOp, "height", height, 0), check_at_least(kOp, "width", width, 0);
     check_rows(kOp, row_begin, row_end, height);
     const int64_t batch = features.size(0), h = features.size(2), w = features.size(3);
-    Sizes sizes{batch, features.size(1), h, w, 0, height, width, row_begin, row_end - row_begin, 1};
+    Sizes sizes{.batch = batch,
+                .dim = features.size(1),
+                .h = h,
+                .w = w,
+                .channels = 0,
+                .height = height,
+                .width = width,
+                .row_begin = row_begin,
+                .rows = row_end - row_begin,
+                .widest = 1};
     if (residual.has_value()) {
         check_same_device(kOp, "residual", *residual, features), check_rank(kOp, "residual", *residual, 4);
         FASTROUTE_CHECK(residual->scalar_type() == features.scalar_type(), kOp,
@@ -114,9 +142,48 @@ std::optional<Tensor> checked_relative(const std::optional<Tensor>& relative,  /
     return as_contiguous(*relative);
 }
 
-Tensor empty_output(const Tensor& features, const Sizes& sizes) {  // [B, C, rows, W]
-    return empty_tensor(kOp, "the image", {sizes.batch, sizes.channels, sizes.rows, sizes.width},
-                        features.scalar_type(), features);
+Tensor run(const Tensor& features, const std::vector<Tensor>& weights, const std::vector<Tensor>& biases,
+           const std::vector<int64_t>& depths, int64_t height, int64_t width, const std::optional<Tensor>& class_map,
+           const std::optional<Tensor>& residual, const std::optional<Tensor>& relative, int64_t row_begin,
+           int64_t row_end, bool tf32) {
+    const Sizes sizes =
+        checked_sizes(features, weights, biases, depths, height, width, class_map, residual, row_begin, row_end);
+    const Call call{.sizes = sizes,
+                    .features = features,
+                    .weights = weights,
+                    .biases = biases,
+                    .depths = depths,
+                    .class_map = class_map,
+                    .residual = residual,
+                    .relative = checked_relative(relative, features, sizes),
+                    .tf32 = tf32};
+    const Tensor out = prefer_huge_pages(empty_tensor(
+        kOp, "the image", {sizes.batch, sizes.channels, sizes.rows, sizes.width}, features.scalar_type(), features));
+    if (out.numel() == 0) return out;
+    dispatch_floating(kOp, features.scalar_type(), [&](auto zero) { run_pixel_mlp<decltype(zero)>(call, out); });
+    return out;
+}
+
+Tensor pixel_mlp(const Tensor& features,              // [B, D, h, w]
+                 const std::vector<Tensor>& weights,  // [F_out, F_in] each
+                 const std::vector<Tensor>& biases,   // [F_out] each
+                 const std::vector<int64_t>& depths,  // [K]
+                 int64_t height, int64_t width,
+                 const std::optional<Tensor>& class_map,  // [B, H, W]
+                 const std::optional<Tensor>& residual,   // [B, C, h, w]
+                 const std::optional<Tensor>& relative,   // [H + W]
+                 int64_t row_begin, int64_t row_end) {
+    return run(features, weights, biases, depths, height, width, class_map, residual, relative, row_begin, row_end,
+               false);
+}
+
+// The products of float32 layers may be made as TF32, where a device has such.
+Tensor pixel_mlp_tf32(const Tensor& features, const std::vector<Tensor>& weights, const std::vector<Tensor>& biases,
+                      const std::vector<int64_t>& depths, int64_t height, int64_t width,
+                      const std::optional<Tensor>& class_map, const std::optional<Tensor>& residual,
+                      const std::optional<Tensor>& relative, int64_t row_begin, int64_t row_end) {
+    return run(features, weights, biases, depths, height, width, class_map, residual, relative, row_begin, row_end,
+               true);
 }
 
 }  // namespace

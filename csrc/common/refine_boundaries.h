@@ -1,13 +1,26 @@
-// What the kernels of refine_boundaries check before they run, and the types that they run for.
+// refine_boundaries: a pixel of class 0 with a dearer neighbour becomes the mean of its 3 x 3 pixels; all others are
+// copied. What every device checks and allocates, and the types that kernels run for.
 #pragma once
 
 #include "common/dispatch.h"
+#include "common/huge_pages.h"
 #include "common/written.h"
 
 namespace fastroute {
 namespace {
 
 constexpr const char* kOp = "refine_boundaries";
+
+// A call, checked: rows [begin, end) are written.
+struct Refinement {
+    Tensor image;      // [B, C, H, W] contiguous
+    Tensor class_map;  // [B, H, W] contiguous
+    int64_t begin, end;
+};
+
+// Each device defines the kernel, for the type of the image's pixels, of the output's, and of the classes.
+template <typename T, typename Out, typename Id>
+void run_refine_boundaries(const Refinement& call, const Tensor& out);  // [B, C, rows, W]
 
 void check_refine(const Tensor& image,      // [B, C, H, W]
                   const Tensor& class_map,  // [B, H, W]
@@ -52,6 +65,39 @@ void dispatch_refine(ScalarType image, ScalarType class_map, ScalarType out, F&&
                 return run(zero);
         }
     });
+}
+
+void refine_into(const Tensor& image, const Tensor& class_map, int64_t begin, int64_t end, const Tensor& out) {
+    if (out.numel() == 0) return;
+    const Refinement call{.image = torch::stable::contiguous(image),
+                          .class_map = torch::stable::contiguous(class_map),
+                          .begin = begin,
+                          .end = end};
+    dispatch_refine(image.scalar_type(), class_map.scalar_type(), out.scalar_type(),
+                    [&](auto pixel, auto written, auto id) {
+                        run_refine_boundaries<decltype(pixel), decltype(written), decltype(id)>(call, out);
+                    });
+}
+
+Tensor refine_boundaries(const Tensor& image,      // [B, C, H, W]
+                         const Tensor& class_map,  // [B, H, W]
+                         int64_t row_begin, int64_t row_end) {
+    check_refine(image, class_map, row_begin, row_end);
+    const Tensor out = prefer_huge_pages(
+        empty_tensor(kOp, "the image", {image.size(0), image.size(1), row_end - row_begin, image.size(3)},
+                     image.scalar_type(), image));
+    refine_into(image, class_map, row_begin, row_end, out);
+    return out;
+}
+
+Tensor refine_boundaries_out(const Tensor& image,      // [B, C, H, W]
+                             const Tensor& class_map,  // [B, H, W]
+                             int64_t row_begin, int64_t row_end,
+                             const Tensor& out) {  // [B, C, rows, W]
+    check_refine(image, class_map, row_begin, row_end);
+    check_refine_out(image, class_map, row_end - row_begin, out);
+    refine_into(image, class_map, row_begin, row_end, out);
+    return out;
 }
 
 }  // namespace

@@ -1,25 +1,21 @@
-// adaptive_threshold: Lloyd's iteration with two centres on one score per pixel, image by image.
+// adaptive_threshold: Lloyd's iteration with two centres on one score per pixel, image by image: threshold = (upper +
+// lower) / 2, the centres being the means of the scores on both sides of the threshold before.
 // Work mapping: chunks of kChunk pixels, each summed on its own and the sums added in order, so that the number of
 // threads changes no bit.
-#include <torch/csrc/stable/library.h>
+#include "common/adaptive_threshold.h"
 
 #include <algorithm>
 #include <limits>
 #include <vector>
 
-#include "common/dispatch.h"
 #include "cpu/adaptive_threshold_doubles.h"
 #include "cpu/isa.h"
 
 namespace fastroute {
 namespace {
 
-constexpr const char* kOp = "adaptive_threshold";
 constexpr int64_t kChunk = 1 << 15;
 constexpr int kLanes = 8;  // sums side by side, the same in every instruction set
-// Of the published iteration: see fastroute/reference/adaptive_threshold.py.
-constexpr int kMaxAssignments = 19;
-constexpr double kTolerance = 1e-4;
 
 struct Sums {
     double upper = 0, lower = 0;
@@ -182,30 +178,17 @@ void threshold_image(const T* score, int64_t count, Id* out) {
     });
 }
 
-Tensor adaptive_threshold_cpu(const Tensor& score,  // [B, ...]
-                              int64_t id_bytes) {
-    const ScalarType dtype = id_type(kOp, id_bytes);
-    FASTROUTE_CHECK(score.dim() >= 2, kOp, ": score must be (B, ...) with at least 2 dimensions; got ", score.dim());
+template <typename T, typename Id>
+void run_adaptive_threshold(const Tensor& score, const Tensor& out) {
     check_cpu(kOp, "score", score);
-    const Tensor dense = torch::stable::contiguous(score);
-    const Tensor out = empty_tensor(kOp, "the classes", dense.sizes(), dtype, dense);
-    if (out.numel() == 0) return out;
-    const int64_t batch = dense.size(0), count = dense.numel() / batch;
-    dispatch_floating(kOp, dense.scalar_type(), [&](auto zero) {
-        using T = decltype(zero);
-        dispatch_index(kOp, dtype, [&](auto id) {
-            using Id = decltype(id);
-            for (int64_t b = 0; b < batch; ++b) {
-                threshold_image(dense.template const_data_ptr<T>() + b * count, count,
-                                out.template mutable_data_ptr<Id>() + b * count);
-            }
-        });
-    });
-    return out;
+    const int64_t batch = score.size(0), count = score.numel() / batch;
+    const T* from = score.const_data_ptr<T>();
+    Id* to = out.mutable_data_ptr<Id>();
+    for (int64_t b = 0; b < batch; ++b) threshold_image(from + b * count, count, to + b * count);
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(fastroute, CPU, m) { FASTROUTE_IMPL(m, "adaptive_threshold", adaptive_threshold_cpu); }
+STABLE_TORCH_LIBRARY_IMPL(fastroute, CPU, m) { FASTROUTE_IMPL(m, "adaptive_threshold", adaptive_threshold); }
 
 }  // namespace fastroute

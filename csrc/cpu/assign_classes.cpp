@@ -2,17 +2,16 @@
 // the smallest penalty whose mean cost fits. The choice of an item moves to cheaper classes as the penalty grows, so
 // bisection needs to look again only at items whose choice differs between its two ends: the work per step halves with
 // the interval. Items are narrowed part by part, by all threads.
-#include <torch/csrc/stable/library.h>
+#include "common/assign_classes.h"
 
 #include <algorithm>
 #include <atomic>
 #include <cmath>
-#include <limits>
 #include <numeric>
 #include <optional>
+#include <utility>
 #include <vector>
 
-#include "common/assign_classes.h"
 #include "cpu/isa.h"
 
 namespace fastroute {
@@ -99,15 +98,8 @@ struct ArgmaxBody {
 template <typename T, typename Id>
 void assign_by_penalty(const T* score, Items items, const std::vector<double>& cost, double penalty, Id* ids) {
     using W = Work<T>;
-    std::vector<W> scale(items.classes, W(1));
-    if (penalty != 0) {
-        // Relative to the class that gains most, so that no unit of cost overflows.
-        double most = -std::numeric_limits<double>::infinity();
-        for (const double c : cost) most = std::max(most, -penalty * std::log(c));
-        for (int64_t k = 0; k < items.classes; ++k) {
-            scale[k] = static_cast<W>(std::exp(-penalty * std::log(cost[k]) - most));
-        }
-    }
+    std::vector<W> scale;
+    for (const double s : penalty_scales(cost, penalty)) scale.push_back(static_cast<W>(s));
     std::atomic<bool> nan{false};
     const int64_t blocks = (items.length + kBlock - 1) / kBlock;
     parallel(items.batch * blocks, 16, [&](int64_t begin, int64_t end) {
@@ -197,18 +189,10 @@ template <typename T>
 void assign_by_budget(const T* score, Items items, const std::vector<double>& cost, double budget,
                       std::vector<uint8_t>& ids) {
     const int64_t total = items.batch * items.length, classes = items.classes;
-    if (total == 0) return;
     const double dearest = *std::max_element(cost.begin(), cost.end());
     std::vector<double> log_cost, share;
     for (double c : cost) log_cost.push_back(std::log2(c)), share.push_back(c / dearest);
-    std::vector<double> sorted = log_cost;
-    std::sort(sorted.begin(), sorted.end());
-    double gap = std::numeric_limits<double>::infinity();
-    for (size_t k = 1; k < sorted.size(); ++k) {
-        if (sorted[k] > sorted[k - 1]) gap = std::min(gap, sorted[k] - sorted[k - 1]);
-    }
-    const double bound = kLargestLog / (std::isfinite(gap) ? gap : 1.0);
-    double low = -bound, high = bound;
+    double high = penalty_bound(cost), low = -high;
 
     const auto price = [&](double penalty) {
         std::vector<double> prices;
@@ -276,8 +260,12 @@ void assign_by_budget(const T* score, Items items, const std::vector<double>& co
 
 // Where the scores of `score` [N, K, ...] lie; nothing where the dimensions behind the classes are no run of items.
 std::optional<Items> items_of(const Tensor& score) {
-    Items items{score.size(0), score.size(1), 1, score.stride(0), score.stride(1), 1};
-    if (score.numel() == 0) return Items{0, items.classes, 0, 0, 0, 1};
+    Items items{.batch = score.size(0),
+                .classes = score.size(1),
+                .length = 1,
+                .batch_step = score.stride(0),
+                .class_step = score.stride(1),
+                .item_step = 1};
     bool first = true;
     for (int64_t d = score.dim() - 1; d >= 2; --d) {
         if (score.size(d) == 1) continue;
@@ -287,42 +275,35 @@ std::optional<Items> items_of(const Tensor& score) {
         first = false;
     }
     // One item each: the runs are items.
-    if (items.length == 1) return Items{1, items.classes, items.batch, 0, items.class_step, items.batch_step};
+    if (items.length == 1) {
+        std::swap(items.batch, items.length);
+        items.item_step = std::exchange(items.batch_step, 0);
+    }
     return items;
 }
 
-Tensor assign_classes_cpu(const Tensor& score,  // [N, K, ...]
-                          const Tensor& cost,   // [K]
-                          double penalty, std::optional<double> budget, int64_t id_bytes) {
-    const ScalarType dtype = id_type(kOp, id_bytes);
-    check_cpu(kOp, "score", score);
-    const std::vector<double> costs = checked_costs(score, cost, penalty, budget);
-    const std::optional<Items> found = items_of(score);
-    const Tensor dense = found.has_value() ? score : torch::stable::contiguous(score);
+template <typename T>
+void run_assign_classes(const Assignment& call, const Tensor& out) {
+    check_cpu(kOp, "score", call.score);
+    const std::optional<Items> found = items_of(call.score);
+    const Tensor dense = found.has_value() ? call.score : torch::stable::contiguous(call.score);
     const Items items = found.has_value() ? *found : *items_of(dense);
-    std::vector<int64_t> size{score.size(0)};
-    for (int64_t d = 2; d < score.dim(); ++d) size.push_back(score.size(d));
-    const int64_t total = items.batch * items.length;
-    const Tensor out = empty_tensor(kOp, "the classes", size, dtype, score);
-    dispatch_floating(kOp, dense.scalar_type(), [&](auto zero) {
-        using T = decltype(zero);
-        const T* data = dense.template const_data_ptr<T>();
-        dispatch_index(kOp, dtype, [&](auto id) {
-            using Id = decltype(id);
-            Id* result = out.template mutable_data_ptr<Id>();
-            if (!budget.has_value()) return assign_by_penalty(data, items, costs, penalty, result);
-            std::vector<uint8_t> ids(total, 0);
-            assign_by_budget(data, items, costs, *budget, ids);
-            parallel(total, grain_for(sizeof(Id)), [&](int64_t begin, int64_t end) {
-                std::copy(ids.begin() + begin, ids.begin() + end, result + begin);
-            });
+    const T* score = dense.const_data_ptr<T>();
+    const int64_t total = out.numel();
+    std::vector<uint8_t> chosen(call.budget.has_value() ? total : 0);
+    if (call.budget.has_value()) assign_by_budget(score, items, call.cost, *call.budget, chosen);
+    dispatch_index(kOp, out.scalar_type(), [&](auto zero) {
+        using Id = decltype(zero);
+        Id* ids = out.mutable_data_ptr<Id>();
+        if (!call.budget.has_value()) return assign_by_penalty(score, items, call.cost, call.penalty, ids);
+        parallel(total, grain_for(sizeof(Id)), [&](int64_t begin, int64_t end) {
+            std::copy(chosen.begin() + begin, chosen.begin() + end, ids + begin);
         });
     });
-    return out;
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(fastroute, CPU, m) { FASTROUTE_IMPL(m, "assign_classes", assign_classes_cpu); }
+STABLE_TORCH_LIBRARY_IMPL(fastroute, CPU, m) { FASTROUTE_IMPL(m, "assign_classes", assign_classes); }
 
 }  // namespace fastroute

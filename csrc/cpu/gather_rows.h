@@ -1,42 +1,40 @@
-// out[i] = x[index[i]], row by row: the one kernel behind gather_groups and scatter_groups.
+// out[i] = x[index[i]], row by row: the one kernel behind gather_groups and scatter_groups. Rows are divided among the
+// threads.
 #pragma once
 
 #include <cstring>
 
-#include "common/checks.h"
+#include "common/gather_rows.h"
 #include "cpu/isa.h"
 
 namespace fastroute {
+namespace {
 
-inline Tensor gather_rows(const char* op, const char* name, const char* index_name, const Tensor& x,  // [N, ...]
-                          const Tensor& index) {                                                      // [N]
-    check_cpu(op, name, x);
-    FASTROUTE_CHECK(x.dim() >= 1, op, ": ", name, " must have at least one dimension");
-    const Tensor places = *checked_index(op, index_name, index, x);
-    const Tensor dense = as_contiguous(x);
-    const int64_t count = dense.size(0);
-    FASTROUTE_CHECK(places.size(0) == count, op, ": ", name, " must have ", places.size(0), " rows; got ", count);
-    const int64_t* from = places.const_data_ptr<int64_t>();
-    check_in_range(op, index_name, from, count, count);
-    const Tensor out = empty_tensor(op, "the rows", dense.sizes(), dense.scalar_type(), dense);
-    const int64_t bytes = count == 0 ? 0 : dense.numel() / count * static_cast<int64_t>(dense.element_size());
-    const char* source = static_cast<const char*>(dense.const_data_ptr());
+void check_on_device(const RowGather& call) {
+    check_cpu(call.op, call.name, call.x);
+    const int64_t count = call.index.size(0);
+    check_in_range(call.op, call.index_name, call.index.const_data_ptr<int64_t>(), count, count);
+}
+
+void run_gather_rows(const RowGather& call, const Tensor& out) {
+    const int64_t bytes = call.row_bytes;
+    const int64_t* from = call.index.const_data_ptr<int64_t>();
+    const char* source = static_cast<const char*>(call.x.const_data_ptr());
     char* target = static_cast<char*>(out.mutable_data_ptr());
     const auto copy = [&](auto row_bytes) {
-        parallel(count, grain_for(2 * bytes), [&](int64_t begin, int64_t end) {
+        parallel(out.size(0), grain_for(2 * bytes), [&](int64_t begin, int64_t end) {
             for (int64_t i = begin; i < end; ++i)
                 std::memcpy(target + i * bytes, source + from[i] * bytes, row_bytes(bytes));
         });
     };
     // A constant length makes memcpy one or two moves.
     switch (bytes) {
-        case 0: break;
-        case 4: copy([](int64_t) { return size_t{4}; }); break;
-        case 8: copy([](int64_t) { return size_t{8}; }); break;
-        case 16: copy([](int64_t) { return size_t{16}; }); break;
-        default: copy([](int64_t n) { return static_cast<size_t>(n); });
+        case 4: return copy([](int64_t) { return size_t{4}; });
+        case 8: return copy([](int64_t) { return size_t{8}; });
+        case 16: return copy([](int64_t) { return size_t{16}; });
+        default: return copy([](int64_t n) { return static_cast<size_t>(n); });
     }
-    return out;
 }
 
+}  // namespace
 }  // namespace fastroute

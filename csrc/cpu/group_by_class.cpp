@@ -1,19 +1,16 @@
 // group_by_class: a stable counting sort. Every thread counts its own stretch of items, a scan over (class, thread)
 // turns the counts into places, and every thread then places its stretch: two passes over the ids, the same result for
 // any thread count.
-#include <torch/csrc/stable/library.h>
+#include "common/group_by_class.h"
 
 #include <algorithm>
-#include <tuple>
 #include <vector>
 
-#include "common/dispatch.h"
 #include "cpu/isa.h"
 
 namespace fastroute {
 namespace {
 
-constexpr const char* kOp = "group_by_class";
 // Below this many items a thread costs more than it saves.
 constexpr int64_t kItemsPerThread = 32768;
 
@@ -29,67 +26,53 @@ void count_classes(const T* ids, int64_t begin, int64_t end, int64_t num_classes
     }
 }
 
-std::tuple<Tensor, Tensor, Tensor> group_by_class_cpu(const Tensor& class_ids,  // [N]
-                                                      int64_t num_classes) {
-    check_rank(kOp, "class_ids", class_ids, 1);
-    check_at_least(kOp, "num_classes", num_classes, 1);
-    // Every thread has its own counts.
-    checked_product(kOp, "num_classes", {num_classes, int64_t{1} << 16});
+template <typename T>
+void run_group_by_class(const Tensor& class_ids, int64_t num_classes, const Groups& out) {
     check_cpu(kOp, "class_ids", class_ids);
-    const Tensor dense = torch::stable::contiguous(class_ids);
-    const int64_t count = dense.size(0);
-    const auto make = [&](int64_t size) {
-        return empty_tensor(kOp, "the indices", {size}, ScalarType::Long, class_ids);
-    };
-    const Tensor order = make(count), inverse = make(count), offsets = make(num_classes + 1);
-    int64_t* place_to_item = order.mutable_data_ptr<int64_t>();
-    int64_t* item_to_place = inverse.mutable_data_ptr<int64_t>();
-    int64_t* offset = offsets.mutable_data_ptr<int64_t>();
+    const T* ids = class_ids.const_data_ptr<T>();
+    int64_t* order = out.order.mutable_data_ptr<int64_t>();
+    int64_t* inverse = out.inverse.mutable_data_ptr<int64_t>();
+    int64_t* offsets = out.offsets.mutable_data_ptr<int64_t>();
 
-    const int64_t threads = torch::stable::get_num_threads();
+    const int64_t count = class_ids.size(0), threads = torch::stable::get_num_threads();
     const int64_t parts = std::clamp<int64_t>(count / kItemsPerThread, 1, threads);
     const auto part_begin = [&](int64_t part) { return count * part / parts; };
     // Rows are padded to a cache line, or the threads would share one.
     const int64_t row = (num_classes + 15) / 8 * 8;
     std::vector<int64_t> counts(parts * row, 0), wrong(parts * 8, -1);
-    dispatch_index(kOp, dense.scalar_type(), [&](auto zero) {
-        using T = decltype(zero);
-        const T* ids = dense.const_data_ptr<T>();
-        parallel(parts, 1, [&](int64_t first, int64_t last) {
-            for (int64_t p = first; p < last; ++p) {
-                count_classes(ids, part_begin(p), part_begin(p + 1), num_classes, &counts[p * row], &wrong[p * 8]);
-            }
-        });
-        for (int64_t p = 0; p < parts; ++p) {
-            if (wrong[p * 8] < 0) continue;
-            fail(kOp, ": class_ids must lie in [0, ", num_classes, "); got ", static_cast<int64_t>(ids[wrong[p * 8]]));
+    parallel(parts, 1, [&](int64_t first, int64_t last) {
+        for (int64_t p = first; p < last; ++p) {
+            count_classes(ids, part_begin(p), part_begin(p + 1), num_classes, &counts[p * row], &wrong[p * 8]);
         }
-        int64_t total = 0;
-        for (int64_t k = 0; k < num_classes; ++k) {
-            offset[k] = total;
-            for (int64_t p = 0; p < parts; ++p) {
-                const int64_t here = counts[p * row + k];
-                counts[p * row + k] = total;
-                total += here;
-            }
-        }
-        offset[num_classes] = total;
-        parallel(parts, 1, [&](int64_t first, int64_t last) {
-            for (int64_t p = first; p < last; ++p) {
-                int64_t* next = &counts[p * row];
-                for (int64_t n = part_begin(p); n < part_begin(p + 1); ++n) {
-                    const int64_t place = next[static_cast<int64_t>(ids[n])]++;
-                    place_to_item[place] = n;
-                    item_to_place[n] = place;
-                }
-            }
-        });
     });
-    return {order, inverse, offsets};
+    for (int64_t p = 0; p < parts; ++p) {
+        if (wrong[p * 8] < 0) continue;
+        fail(kOp, ": class_ids must lie in [0, ", num_classes, "); got ", static_cast<int64_t>(ids[wrong[p * 8]]));
+    }
+    int64_t total = 0;
+    for (int64_t k = 0; k < num_classes; ++k) {
+        offsets[k] = total;
+        for (int64_t p = 0; p < parts; ++p) {
+            const int64_t here = counts[p * row + k];
+            counts[p * row + k] = total;
+            total += here;
+        }
+    }
+    offsets[num_classes] = total;
+    parallel(parts, 1, [&](int64_t first, int64_t last) {
+        for (int64_t p = first; p < last; ++p) {
+            int64_t* next = &counts[p * row];
+            for (int64_t n = part_begin(p); n < part_begin(p + 1); ++n) {
+                const int64_t place = next[static_cast<int64_t>(ids[n])]++;
+                order[place] = n;
+                inverse[n] = place;
+            }
+        }
+    });
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(fastroute, CPU, m) { FASTROUTE_IMPL(m, "group_by_class", group_by_class_cpu); }
+STABLE_TORCH_LIBRARY_IMPL(fastroute, CPU, m) { FASTROUTE_IMPL(m, "group_by_class", group_by_class); }
 
 }  // namespace fastroute

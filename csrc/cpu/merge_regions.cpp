@@ -1,28 +1,23 @@
 // merge_regions: least(r) = min(cost of r as one region, Σ least(halves of r)) for every rectangle r of every block of
 // merge x merge tiles, from single tiles upwards; then every tile goes down from its block to the rectangle that runs
-// whole. Rows of blocks are divided among the threads.
-#include <torch/csrc/stable/library.h>
+// whole. Blocks are divided among the threads.
+#include "common/merge_regions.h"
 
 #include <algorithm>
-#include <tuple>
+#include <limits>
 #include <vector>
 
-#include "common/dispatch.h"
-#include "common/merge_regions.h"
 #include "cpu/isa.h"
 
 namespace fastroute {
 namespace {
 
-using namespace regions;
-
-constexpr const char* kOp = "merge_regions";
 constexpr int64_t kMostRectangles = (2 * kMostMerge - 1) * (2 * kMostMerge - 1);
 // A block of 4 x 4 tiles takes a microsecond.
 constexpr int64_t kBlocksPerThread = 64;
 
 struct Problem {
-    TileGrid grid;
+    Geometry geometry;
     int64_t merge, levels, classes;
     bool promote;
     const float* costs;                     // [K, S]
@@ -31,7 +26,7 @@ struct Problem {
 
     int64_t shapes() const { return 4 * levels * levels; }
     int64_t code(int64_t y, int64_t row, int64_t x, int64_t col) const {
-        return codes_y[y * grid.y.count() + row] * 2 * levels + codes_x[x * grid.x.count() + col];
+        return codes_y[y * geometry.y.count() + row] * 2 * levels + codes_x[x * geometry.x.count() + col];
     }
 };
 
@@ -52,11 +47,11 @@ struct Rectangle {
     Act act;
 };
 
-// The block of image `image` whose first tile is (top, left).
+// The block of tiles of image `image` whose first tile is (top, left).
 template <typename T>
 void merge_block(const Problem& p, const T* ids, int64_t image, int64_t top, int64_t left) {
     Rectangle rectangles[kMostRectangles];
-    const int64_t rows = p.grid.y.count(), cols = p.grid.x.count(), side = stretches(p.merge);
+    const int64_t rows = p.geometry.y.count(), cols = p.geometry.x.count(), side = stretches(p.merge);
     const auto at = [&](int64_t y, int64_t i, int64_t x, int64_t j) -> Rectangle& {
         return rectangles[stretch(p.merge, y, i) * side + stretch(p.merge, x, j)];
     };
@@ -109,55 +104,44 @@ void merge_block(const Problem& p, const T* ids, int64_t image, int64_t top, int
     }
 }
 
-std::tuple<Tensor, Tensor, Tensor> merge_regions_cpu(const Tensor& class_ids,  // [N]
-                                                     const Tensor& costs,      // [K, S]
-                                                     int64_t height, int64_t width, int64_t patch, int64_t stride,
-                                                     bool crop, int64_t merge, bool promote) {
-    const TileGrid grid = checked_grid(kOp, height, width, patch, stride, crop);
-    const int64_t images = checked_blocks(kOp, class_ids, costs, grid, merge);
-    check_cpu(kOp, "class_ids", class_ids);
-    const Tensor dense = as_contiguous(class_ids), table = as_contiguous(costs);
-    const int64_t count = dense.size(0), classes = table.size(0);
-    const float* cost = table.const_data_ptr<float>();
-    for (int64_t i = 0; i < table.numel(); ++i) {
+void check_on_device(const Merging& call) {
+    check_cpu(kOp, "class_ids", call.class_ids);
+    const float* cost = call.costs.const_data_ptr<float>();
+    for (int64_t i = 0; i < call.costs.numel(); ++i) {
         if (!(cost[i] >= 0.0f && cost[i] < std::numeric_limits<float>::infinity())) {
             fail(kOp, ": costs must be finite and at least 0; got ", cost[i]);
         }
     }
-    const auto make = [&] { return empty_tensor(kOp, "the indices", {count}, ScalarType::Long, class_ids); };
-    const Tensor executed = make(), region = make(), group = make();
-    const int64_t levels = levels_of(merge);
-    const Problem problem{.grid = grid,
-                          .merge = merge,
-                          .levels = levels,
-                          .classes = classes,
-                          .promote = promote,
-                          .costs = cost,
-                          .codes_y = codes_of(grid.y, levels),
-                          .codes_x = codes_of(grid.x, levels),
-                          .executed = executed.mutable_data_ptr<int64_t>(),
-                          .region = region.mutable_data_ptr<int64_t>(),
-                          .group = group.mutable_data_ptr<int64_t>()};
-    const int64_t down = (grid.y.count() + merge - 1) / merge, across = (grid.x.count() + merge - 1) / merge;
-    dispatch_index(kOp, dense.scalar_type(), [&](auto zero) {
-        using T = decltype(zero);
-        const T* ids = dense.const_data_ptr<T>();
-        for (int64_t n = 0; n < count; ++n) {
-            const int64_t id = static_cast<int64_t>(ids[n]);
-            if (id < 0 || id >= classes) fail(kOp, ": class_ids must lie in [0, ", classes, "); got ", id);
+}
+
+template <typename T>
+void run_merge_regions(const Merging& call, const Merged& out) {
+    const T* ids = call.class_ids.const_data_ptr<T>();
+    for (int64_t n = 0; n < call.class_ids.size(0); ++n) {
+        const int64_t id = static_cast<int64_t>(ids[n]);
+        if (id < 0 || id >= call.classes) fail(kOp, ": class_ids must lie in [0, ", call.classes, "); got ", id);
+    }
+    const Problem problem{.geometry = call.geometry,
+                          .merge = call.merge,
+                          .levels = call.levels,
+                          .classes = call.classes,
+                          .promote = call.promote,
+                          .costs = call.costs.const_data_ptr<float>(),
+                          .codes_y = codes_of(call.geometry.y, call.levels),
+                          .codes_x = codes_of(call.geometry.x, call.levels),
+                          .executed = out.executed.mutable_data_ptr<int64_t>(),
+                          .region = out.region.mutable_data_ptr<int64_t>(),
+                          .group = out.group.mutable_data_ptr<int64_t>()};
+    parallel(call.blocks(), kBlocksPerThread, [&](int64_t begin, int64_t end) {
+        for (int64_t block = begin; block < end; ++block) {
+            const int64_t row = block / call.across % call.down, col = block % call.across;
+            merge_block(problem, ids, block / call.across / call.down, row * call.merge, col * call.merge);
         }
-        parallel(images * down * across, kBlocksPerThread, [&](int64_t begin, int64_t end) {
-            for (int64_t block = begin; block < end; ++block) {
-                const int64_t row = block / across % down, col = block % across;
-                merge_block(problem, ids, block / across / down, row * merge, col * merge);
-            }
-        });
     });
-    return {executed, region, group};
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(fastroute, CPU, m) { FASTROUTE_IMPL(m, "merge_regions", merge_regions_cpu); }
+STABLE_TORCH_LIBRARY_IMPL(fastroute, CPU, m) { FASTROUTE_IMPL(m, "merge_regions", merge_regions); }
 
 }  // namespace fastroute

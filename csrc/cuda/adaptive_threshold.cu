@@ -1,8 +1,11 @@
-// adaptive_threshold: Lloyd's iteration with two centres on one score per pixel, image by image.
+// adaptive_threshold: Lloyd's iteration with two centres on one score per pixel, image by image: threshold = (upper +
+// lower) / 2, the centres being the means of the scores on both sides of the threshold before.
 // Work mapping: some blocks share an image, each sums a part of it. Every pass is one launch, whose blocks first join
 // the parts of the pass before, all of them alike, and so know the threshold without a word to the host or to each
 // other. An image that is done is not read again. Parts are joined in one order, so the result has the same bits on
 // every run.
+#include "common/adaptive_threshold.h"
+
 #include <cmath>
 #include <utility>
 
@@ -12,13 +15,9 @@
 namespace fastroute {
 namespace {
 
-constexpr const char* kOp = "adaptive_threshold";
 constexpr int kThreads = 256;
 constexpr int64_t kMostParts = kThreads;  // of an image: a block joins them with one thread each
 constexpr int64_t kPacks = 4;             // of 16 bytes, of a thread, unless a part would be too small or too large
-// Of the published iteration: see fastroute/reference/adaptive_threshold.py.
-constexpr int kMaxAssignments = 19;
-constexpr double kTolerance = 1e-4;
 
 struct Sums {
     double upper, lower;
@@ -182,52 +181,38 @@ __global__ void __launch_bounds__(kThreads)
     }
 }
 
-Tensor adaptive_threshold_cuda(const Tensor& score,  // [B, ...]
-                               int64_t id_bytes) {
-    const ScalarType dtype = id_type(kOp, id_bytes);
-    FASTROUTE_CHECK(score.dim() >= 2, kOp, ": score must be (B, ...) with at least 2 dimensions; got ", score.dim());
-    const Tensor dense = torch::stable::contiguous(score);
-    const Tensor out = empty_tensor(kOp, "the classes", dense.sizes(), dtype, dense);
-    if (out.numel() == 0) return out;
-    const Queue queue(kOp, dense);
-    dispatch_floating(kOp, dense.scalar_type(), [&](auto zero) {
-        using T = decltype(zero);
-        Parts p{};
-        p.batch = dense.size(0), p.count = dense.numel() / p.batch;
-        const int64_t wanted = blocks_for(p.count, kThreads * kPacks * kPack<T>);
-        p.parts = std::clamp<int64_t>(std::min(wanted, kMaxBlocks / p.batch), 1, kMostParts);
-        const int64_t blocks = p.batch * p.parts, sums = blocks * static_cast<int64_t>(sizeof(Sums));
-        const int64_t centres = p.batch * static_cast<int64_t>(sizeof(Centres));
-        const int64_t size[1] = {blocks * static_cast<int64_t>(sizeof(Range)) + 2 * sums + 2 * centres};
-        const Tensor memory = torch::stable::empty({size, 1}, ScalarType::Byte, std::nullopt, dense.device());
-        char* at = static_cast<char*>(memory.mutable_data_ptr());
-        const auto take = [&](auto*& pointer, int64_t bytes) {
-            pointer = reinterpret_cast<std::remove_reference_t<decltype(pointer)>>(at);
-            at += bytes;
-        };
-        take(p.sums, sums), take(p.sums_before, sums);
-        take(p.centres, centres), take(p.centres_before, centres);
-        take(p.ranges, 0);
-        const T* data = static_cast<const T*>(dense.const_data_ptr());
-        queue.launch(adaptive_threshold_range_kernel<T>, blocks, kThreads, 0, data, p);
-        // The last assignment needs no sums of its own.
-        for (int pass = 0; pass < kMaxAssignments; ++pass) {
-            queue.launch(adaptive_threshold_sum_kernel<T>, blocks, kThreads, 0, data, p, pass);
-            std::swap(p.sums, p.sums_before), std::swap(p.centres, p.centres_before);
-        }
-        dispatch_index(kOp, dtype, [&](auto id) {
-            using Id = decltype(id);
-            queue.launch(adaptive_threshold_kernel<T, Id>, blocks, kThreads, 0, data, p,
-                         static_cast<Id*>(out.mutable_data_ptr()));
-        });
-    });
-    return out;
+template <typename T, typename Id>
+void run_adaptive_threshold(const Tensor& score, const Tensor& out) {
+    Parts p{};
+    p.batch = score.size(0), p.count = score.numel() / p.batch;
+    const int64_t wanted = blocks_for(p.count, kThreads * kPacks * kPack<T>);
+    p.parts = std::clamp<int64_t>(std::min(wanted, kMaxBlocks / p.batch), 1, kMostParts);
+    const int64_t blocks = p.batch * p.parts, sums = blocks * static_cast<int64_t>(sizeof(Sums));
+    const int64_t centres = p.batch * static_cast<int64_t>(sizeof(Centres));
+    const int64_t size[1] = {blocks * static_cast<int64_t>(sizeof(Range)) + 2 * sums + 2 * centres};
+    const Tensor memory = torch::stable::empty({size, 1}, ScalarType::Byte, std::nullopt, score.device());
+    char* at = static_cast<char*>(memory.mutable_data_ptr());
+    const auto take = [&](auto*& pointer, int64_t bytes) {
+        pointer = reinterpret_cast<std::remove_reference_t<decltype(pointer)>>(at);
+        at += bytes;
+    };
+    take(p.sums, sums), take(p.sums_before, sums);
+    take(p.centres, centres), take(p.centres_before, centres);
+    take(p.ranges, 0);
+    const T* data = static_cast<const T*>(score.const_data_ptr());
+    const Queue queue(kOp, score);
+    queue.launch(adaptive_threshold_range_kernel<T>, blocks, kThreads, 0, data, p);
+    // The last assignment needs no sums of its own.
+    for (int pass = 0; pass < kMaxAssignments; ++pass) {
+        queue.launch(adaptive_threshold_sum_kernel<T>, blocks, kThreads, 0, data, p, pass);
+        std::swap(p.sums, p.sums_before), std::swap(p.centres, p.centres_before);
+    }
+    queue.launch(adaptive_threshold_kernel<T, Id>, blocks, kThreads, 0, data, p,
+                 static_cast<Id*>(out.mutable_data_ptr()));
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(fastroute, FASTROUTE_CUDA, m) {
-    FASTROUTE_IMPL(m, "adaptive_threshold", adaptive_threshold_cuda);
-}
+STABLE_TORCH_LIBRARY_IMPL(fastroute, FASTROUTE_CUDA, m) { FASTROUTE_IMPL(m, "adaptive_threshold", adaptive_threshold); }
 
 }  // namespace fastroute

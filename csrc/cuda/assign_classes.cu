@@ -1,7 +1,9 @@
 // assign_classes: argmax over classes of score / cost^penalty; with a budget, of log2(score) - penalty · log2(cost) at
 // the smallest penalty whose mean cost fits, which is bisected on the device (assign_classes_budget.cuh). One thread
 // per item.
-#include <limits>
+#include "common/assign_classes.h"
+
+#include <algorithm>
 #include <vector>
 
 #include "cuda/assign_classes_budget.cuh"
@@ -60,34 +62,17 @@ __global__ void assign_classes_start_kernel(double bound, int64_t classes, Budge
     if (threadIdx.x == 0) state.intervals[0] = {-bound, bound, 0, 0};
 }
 
-// cost^-penalty, relative to the class that gains most, so that no unit of cost overflows.
-PerClass penalty_scales(const std::vector<double>& cost, double penalty) {
-    PerClass scale{};
-    double most = -std::numeric_limits<double>::infinity();
-    for (const double c : cost) most = std::max(most, -penalty * std::log(c));
-    for (size_t k = 0; k < cost.size(); ++k) {
-        scale.value[k] = penalty == 0 ? 1.0 : std::exp(-penalty * std::log(cost[k]) - most);
-    }
-    return scale;
-}
-
-// Penalties at which every possible score is overruled by the cost lie beyond this, above and below 0.
-double penalty_bound(const std::vector<double>& cost) {
-    std::vector<double> sorted;
-    for (const double c : cost) sorted.push_back(std::log2(c));
-    std::sort(sorted.begin(), sorted.end());
-    double gap = std::numeric_limits<double>::infinity();
-    for (size_t k = 1; k < sorted.size(); ++k) {
-        if (sorted[k] > sorted[k - 1]) gap = std::min(gap, sorted[k] - sorted[k - 1]);
-    }
-    return kLargestLog / (std::isfinite(gap) ? gap : 1.0);
+PerClass per_class(const std::vector<double>& values) {
+    PerClass all{};
+    std::copy(values.begin(), values.end(), all.value);
+    return all;
 }
 
 template <typename T>
 void assign_by_budget(const Queue& queue, const Tensor& score, const Items& items, const std::vector<double>& cost,
                       double allowed, const Ids& ids) {
     const double dearest = *std::max_element(cost.begin(), cost.end());
-    Budget budget{{}, {}, allowed};
+    Budget budget{.log_cost = {}, .share = {}, .allowed = allowed};
     for (size_t k = 0; k < cost.size(); ++k) {
         budget.log_cost.value[k] = std::log2(cost[k]), budget.share.value[k] = cost[k] / dearest;
     }
@@ -108,33 +93,23 @@ void assign_by_budget(const Queue& queue, const Tensor& score, const Items& item
                  static_cast<const Interval*>(state.intervals + (passes + 1) % 2), ids);
 }
 
-Tensor assign_classes_cuda(const Tensor& score,  // [N, K, ...]
-                           const Tensor& cost,   // [K], on the CPU
-                           double penalty, std::optional<double> budget, int64_t id_bytes) {
-    const ScalarType dtype = id_type(kOp, id_bytes);
-    const std::vector<double> costs = checked_costs(score, cost, penalty, budget);
-    const Tensor dense = torch::stable::contiguous(score);
-    Items items{score.size(0), score.size(1), 1};
-    std::vector<int64_t> size{score.size(0)};
-    for (int64_t d = 2; d < score.dim(); ++d) items.length *= score.size(d), size.push_back(score.size(d));
-    const Tensor out = empty_tensor(kOp, "the classes", size, dtype, score);
-    if (items.count() == 0) return out;
-    const Ids ids{out.mutable_data_ptr(), dtype};
-    const Queue queue(kOp, score);
-    dispatch_floating(kOp, dense.scalar_type(), [&](auto zero) {
-        using T = decltype(zero);
-        if (budget.has_value()) {
-            assign_by_budget<T>(queue, dense, items, costs, *budget, ids);
-        } else {
-            queue.launch(assign_classes_kernel<T>, blocks_for(items.count(), kThreads), kThreads, 0,
-                         dense.template const_data_ptr<T>(), items, penalty_scales(costs, penalty), ids);
-        }
-    });
-    return out;
+template <typename T>
+void run_assign_classes(const Assignment& call, const Tensor& out) {
+    const Tensor dense = torch::stable::contiguous(call.score);
+    const int64_t batch = call.score.size(0);
+    const Items items{.batch = batch, .classes = call.score.size(1), .length = out.numel() / batch};
+    const Ids ids{out.mutable_data_ptr(), out.scalar_type()};
+    const Queue queue(kOp, call.score);
+    if (call.budget.has_value()) {
+        assign_by_budget<T>(queue, dense, items, call.cost, *call.budget, ids);
+    } else {
+        queue.launch(assign_classes_kernel<T>, blocks_for(items.count(), kThreads), kThreads, 0,
+                     dense.const_data_ptr<T>(), items, per_class(penalty_scales(call.cost, call.penalty)), ids);
+    }
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(fastroute, FASTROUTE_CUDA, m) { FASTROUTE_IMPL(m, "assign_classes", assign_classes_cuda); }
+STABLE_TORCH_LIBRARY_IMPL(fastroute, FASTROUTE_CUDA, m) { FASTROUTE_IMPL(m, "assign_classes", assign_classes); }
 
 }  // namespace fastroute

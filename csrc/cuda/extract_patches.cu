@@ -4,6 +4,7 @@
 // rows of one patch, a thread 16 bytes of them at a time where the image has them side by side too, and one element
 // otherwise.
 #include "common/extract_patches.h"
+
 #include "cuda/counting_sort.cuh"
 #include "cuda/extract_patches.cuh"
 
@@ -62,53 +63,45 @@ std::optional<Tensor> dense(const std::optional<Tensor>& x) {
     return x.has_value() ? std::optional<Tensor>(torch::stable::contiguous(*x)) : std::nullopt;
 }
 
-Tensor extract_patches_cuda(const Tensor& image,                 // [B, C, H, W]
-                            const std::optional<Tensor>& order,  // [M]
-                            const std::optional<Tensor>& mean,   // [C]
-                            const std::optional<Tensor>& std,    // [C]
-                            int64_t patch, int64_t stride, bool crop, std::optional<ScalarType> dtype,
-                            bool channels_last, int64_t rows, int64_t cols) {
-    check_extent(rows, cols, patch);
-    const Selection selected = checked_selection(image, order, patch, stride, crop);
-    const ScalarType target = dtype.value_or(image.scalar_type());
-    check_conversion(image, target, mean, std);
-    const int64_t channels = image.size(1), count = selected.count, side = std::max(rows, cols);
+void check_on_device(const Extraction& call) {
+    const int64_t channels = call.image.size(1), side = std::max(call.rows, call.cols);
     FASTROUTE_CHECK(channels <= kMaxBlocks / side / 2, kOp, ": C * patch must be below 2^30; got ", channels, " * ",
                     side);
-    const std::optional<Tensor> means = dense(mean), stds = dense(std);
-    FASTROUTE_CHECK(count == 0 || selected.patches > 0, kOp, ": order must be empty where there is no image");
+    FASTROUTE_CHECK(call.selected.count == 0 || call.selected.patches > 0, kOp,
+                    ": order must be empty where there is no image");
+}
 
-    const Tensor out = empty_patches(image, count, rows, cols, target, channels_last);
-    const int64_t lines = channels_last ? rows : channels * rows, length = channels_last ? cols * channels : cols;
-    const int64_t wanted = kThreads * kPacks * 16 / static_cast<int64_t>(out.element_size());
+template <typename In, typename Out>
+void run_extract_patches(const Extraction& call, const Tensor& out) {
+    const Tensor& image = call.image;
+    const std::optional<Tensor> means = dense(call.mean), stds = dense(call.std);
+    const int64_t channels = image.size(1);
+    const int64_t lines = call.channels_last ? call.rows : channels * call.rows;
+    const int64_t length = call.channels_last ? call.cols * channels : call.cols;
+    const int64_t wanted = kThreads * kPacks * 16 / static_cast<int64_t>(sizeof(Out));
     const int64_t group_rows = std::clamp<int64_t>(wanted / length, 1, lines);
-    const ExtractPlan plan{image.stride(0),
-                           image.stride(1),
-                           image.stride(2),
-                           image.stride(3),
-                           selected.grid,
-                           selected.grid.num_patches(),
-                           selected.grid.x.count(),
-                           selected.patches,
-                           blocks_for(lines, group_rows),
-                           selected.numbers(),
-                           static_cast<int>(channels),
-                           static_cast<int>(rows),
-                           static_cast<int>(lines),
-                           static_cast<int>(length),
-                           static_cast<int>(group_rows),
-                           channels_last,
-                           statistic_of(means),
-                           statistic_of(stds)};
+    const ExtractPlan plan{.image_step = image.stride(0),
+                           .c_step = image.stride(1),
+                           .y_step = image.stride(2),
+                           .x_step = image.stride(3),
+                           .geometry = call.selected.geometry,
+                           .tiles = call.selected.geometry.num_patches(),
+                           .cols = call.selected.geometry.x.count(),
+                           .count = call.selected.patches,
+                           .groups = blocks_for(lines, group_rows),
+                           .order = call.selected.numbers(),
+                           .channels = static_cast<int>(channels),
+                           .height = static_cast<int>(call.rows),
+                           .rows = static_cast<int>(lines),
+                           .length = static_cast<int>(length),
+                           .group_rows = static_cast<int>(group_rows),
+                           .channels_last = call.channels_last,
+                           .mean = statistic_of(means),
+                           .std = statistic_of(stds)};
     const Queue queue(kOp, image);
-    dispatch_extract(image.scalar_type(), out.scalar_type(), [&](auto in_zero, auto out_zero) {
-        using In = decltype(in_zero);
-        using Out = decltype(out_zero);
-        const int64_t total = count * plan.groups;
-        queue.launch(extract_patches_kernel<In, Out>, total, kThreads, 0, image.const_data_ptr<In>(), plan, total,
-                     out.mutable_data_ptr<Out>());
-    });
-    return out;
+    const int64_t total = call.selected.count * plan.groups;
+    queue.launch(extract_patches_kernel<In, Out>, total, kThreads, 0, image.const_data_ptr<In>(), plan, total,
+                 out.mutable_data_ptr<Out>());
 }
 
 // The adjoint: image pixel (y, x) sums the gradients of all patch pixels that read it, tile rows before tile columns,
@@ -118,25 +111,26 @@ __global__ void __launch_bounds__(kThreads, 2)
     _extract_patches_backward_kernel(const T* __restrict__ grad,         // [M, C, p, p]
                                      const int64_t* __restrict__ start,  // [B · tiles + 1] or null: patch n is row n
                                      const int64_t* __restrict__ rows,   // [M] by patch number, or null
-                                     TileGrid grid, int64_t channels, int64_t total,
+                                     Geometry geometry, int64_t channels, int64_t total,
                                      T* __restrict__ out) {  // [B, C, H, W]
     using W = Work<T>;
-    const int64_t height = grid.y.size, width = grid.x.size, patch = grid.x.patch, cols = grid.x.count();
+    const int64_t height = geometry.y.size, width = geometry.x.size, patch = geometry.x.patch,
+                  cols = geometry.x.count();
     for (int64_t at = int64_t{blockIdx.x} * kThreads + threadIdx.x; at < total; at += int64_t{gridDim.x} * kThreads) {
         const int64_t x = at % width, y = at / width % height, c = at / width / height % channels;
         const int64_t image = at / width / height / channels;
-        const TileRange range_y = grid.y.covering(y), range_x = grid.x.covering(x);
+        const TileRange range_y = geometry.y.covering(y), range_x = geometry.x.covering(x);
         W sum = W(0);
         for (int64_t i = range_y.first; i <= range_y.last; ++i) {
-            const int64_t top = y - grid.y.origin(i);
+            const int64_t top = y - geometry.y.origin(i);
             if (top >= patch) continue;  // the remainder that "crop" drops
             // Patch rows below a small image read its last row, and columns its last column.
             const int64_t bottom = y == height - 1 && height < patch ? patch - 1 : top;
             for (int64_t j = range_x.first; j <= range_x.last; ++j) {
-                const int64_t left = x - grid.x.origin(j);
+                const int64_t left = x - geometry.x.origin(j);
                 if (left >= patch) continue;
                 const int64_t right = x == width - 1 && width < patch ? patch - 1 : left;
-                const int64_t n = (image * grid.y.count() + i) * cols + j;
+                const int64_t n = (image * geometry.y.count() + i) * cols + j;
                 const int64_t begin = start == nullptr ? n : start[n], end = start == nullptr ? n + 1 : start[n + 1];
                 W folded = W(0);
                 for (int64_t l = left; l <= right; ++l) {
@@ -158,41 +152,35 @@ __global__ void __launch_bounds__(kThreads, 2)
     }
 }
 
-Tensor _extract_patches_backward_cuda(const Tensor& grad,                  // [M, C, p, p]
-                                      const std::optional<Tensor>& order,  // [M]
-                                      int64_t batch, int64_t height, int64_t width, int64_t patch, int64_t stride,
-                                      bool crop) {
-    const Selection selected = checked_gradients(grad, order, batch, height, width, patch, stride, crop);
-    const int64_t tiles = selected.patches, count = selected.count, channels = grad.size(1);
-    const Tensor data = torch::stable::contiguous(grad);
-    const int64_t items[] = {count}, bounds[] = {tiles + 1};
-    const Tensor out = empty_tensor(kOp, "the image", {batch, channels, height, width}, grad.scalar_type(), grad);
-    if (out.numel() == 0) return out;
-    const Queue queue(kOp, grad);
+// A device's indices are not looked at: the sort moves them into range.
+void check_on_device(const ExtractionBackward&) {}
+
+template <typename T>
+void run_extract_patches_backward(const ExtractionBackward& call, const Tensor& out) {
+    const Selection& selected = call.selected;
+    const Queue queue(kOp, call.grad);
     // Rows of `grad` by patch number.
     std::optional<Tensor> start, rows;
     if (selected.order.has_value()) {
-        start = torch::stable::empty({bounds, 1}, ScalarType::Long, std::nullopt, grad.device());
-        rows = torch::stable::empty({items, 1}, ScalarType::Long, std::nullopt, grad.device());
-        counting_sort(queue, grad, selected.numbers(), count, tiles, rows->mutable_data_ptr<int64_t>(),
-                      static_cast<int64_t*>(nullptr), start->mutable_data_ptr<int64_t>());
+        const int64_t items[] = {selected.count}, bounds[] = {selected.patches + 1};
+        start = torch::stable::empty({bounds, 1}, ScalarType::Long, std::nullopt, call.grad.device());
+        rows = torch::stable::empty({items, 1}, ScalarType::Long, std::nullopt, call.grad.device());
+        counting_sort(queue, call.grad, selected.numbers(), selected.count, selected.patches,
+                      rows->mutable_data_ptr<int64_t>(), static_cast<int64_t*>(nullptr),
+                      start->mutable_data_ptr<int64_t>());
     }
-    dispatch_floating(kOp, grad.scalar_type(), [&](auto zero) {
-        using T = decltype(zero);
-        queue.launch(_extract_patches_backward_kernel<T>, blocks_for(out.numel(), kThreads), kThreads, 0,
-                     data.template const_data_ptr<T>(),
-                     start.has_value() ? start->const_data_ptr<int64_t>() : static_cast<const int64_t*>(nullptr),
-                     rows.has_value() ? rows->const_data_ptr<int64_t>() : static_cast<const int64_t*>(nullptr),
-                     selected.grid, channels, out.numel(), out.mutable_data_ptr<T>());
-    });
-    return out;
+    const int64_t* none = nullptr;
+    queue.launch(_extract_patches_backward_kernel<T>, blocks_for(out.numel(), kThreads), kThreads, 0,
+                 call.grad.const_data_ptr<T>(), start.has_value() ? start->const_data_ptr<int64_t>() : none,
+                 rows.has_value() ? rows->const_data_ptr<int64_t>() : none, selected.geometry, out.size(1), out.numel(),
+                 out.mutable_data_ptr<T>());
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(fastroute, FASTROUTE_CUDA, m) {
-    FASTROUTE_IMPL(m, "extract_patches", extract_patches_cuda);
-    FASTROUTE_IMPL(m, "_extract_patches_backward", _extract_patches_backward_cuda);
+    FASTROUTE_IMPL(m, "extract_patches", extract_patches);
+    FASTROUTE_IMPL(m, "_extract_patches_backward", _extract_patches_backward);
 }
 
 }  // namespace fastroute

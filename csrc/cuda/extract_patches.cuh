@@ -1,4 +1,5 @@
-// What extract_patches reads: one patch or region of an image, its pixels converted and normalised.
+// What extract_patches reads: one patch or region of an image, its pixels converted and normalised, (pixel / maximum -
+// mean[c]) / std[c], by each thread for the elements that it writes.
 #pragma once
 
 #include "common/geometry.h"
@@ -26,7 +27,7 @@ struct Statistic {
 
 struct ExtractPlan {
     int64_t image_step, c_step, y_step, x_step;  // of the image, in elements
-    TileGrid grid;
+    Geometry geometry;
     int64_t tiles, cols;           // patches of an image, and of a row of them
     int64_t count, groups;         // patches of all images, and groups of rows of one patch
     const int64_t* order;          // [M] or null
@@ -80,17 +81,17 @@ struct Source {
         }
         const int64_t tile = n % p.tiles;
         image = images + n / p.tiles * p.image_step;
-        y = p.grid.y.origin(tile / p.cols);
-        x = p.grid.x.origin(tile % p.cols);
+        y = p.geometry.y.origin(tile / p.cols);
+        x = p.geometry.x.origin(tile % p.cols);
     }
 
     __device__ __forceinline__ const In* line(int64_t k) const {
-        const int64_t at = y + k, last = plan.grid.y.size - 1;
+        const int64_t at = y + k, last = plan.geometry.y.size - 1;
         return image + (at < last ? at : last) * plan.y_step;
     }
 
     __device__ __forceinline__ int64_t column(int64_t l) const {
-        const int64_t at = x + l, last = plan.grid.x.size - 1;
+        const int64_t at = x + l, last = plan.geometry.x.size - 1;
         return (at < last ? at : last) * plan.x_step;
     }
 
@@ -115,7 +116,7 @@ struct Source {
     template <int N>
     __device__ __forceinline__ bool is_run(int l) const {
         const int64_t pixel = plan.channels_last ? plan.channels : 1;
-        return x * pixel + l + N <= plan.grid.x.size * pixel;
+        return x * pixel + l + N <= plan.geometry.x.size * pixel;
     }
 
     template <int N>

@@ -2,6 +2,7 @@
 // up to 16 bytes; a thread copies kUnroll units, a block apart, so that their reads overlap.
 #pragma once
 
+#include "common/gather_rows.h"
 #include "cuda/launch.h"
 
 namespace fastroute {
@@ -34,34 +35,28 @@ __global__ void __launch_bounds__(kRowThreads)
     }
 }
 
-Tensor gather_rows(const char* op, const char* name, const char* index_name, const Tensor& x,  // [N, ...]
-                   const Tensor& index) {                                                      // [N]
-    FASTROUTE_CHECK(x.dim() >= 1, op, ": ", name, " must have at least one dimension");
-    const Tensor places = *checked_index(op, index_name, index, x);
-    const Tensor dense = torch::stable::contiguous(x);
-    const int64_t count = dense.size(0);
-    FASTROUTE_CHECK(places.size(0) == count, op, ": ", name, " must have ", places.size(0), " rows; got ", count);
-    const Tensor out = empty_tensor(op, "the rows", dense.sizes(), dense.scalar_type(), dense);
-    const int64_t bytes = count == 0 ? 0 : dense.numel() / count * static_cast<int64_t>(dense.element_size());
-    if (bytes == 0) return out;
-    const int64_t alignment = bytes | static_cast<int64_t>(reinterpret_cast<uintptr_t>(dense.const_data_ptr()) |
+// A device's indices are not looked at: the kernel moves them into range.
+void check_on_device(const RowGather&) {}
+
+void run_gather_rows(const RowGather& call, const Tensor& out) {
+    const int64_t count = out.size(0), bytes = call.row_bytes;
+    const int64_t alignment = bytes | static_cast<int64_t>(reinterpret_cast<uintptr_t>(call.x.const_data_ptr()) |
                                                            reinterpret_cast<uintptr_t>(out.const_data_ptr()));
-    const Queue queue(op, dense);
+    const Queue queue(call.op, call.x);
     const auto copy = [&](auto unit) {
         using U = decltype(unit);
         const int64_t units = bytes / static_cast<int64_t>(sizeof(U));
         queue.launch(gather_rows_kernel<U>, blocks_for(count * units, kRowThreads * kUnroll), kRowThreads, 0,
-                     static_cast<const U*>(dense.const_data_ptr()), places.const_data_ptr<int64_t>(), count, units,
+                     static_cast<const U*>(call.x.const_data_ptr()), call.index.const_data_ptr<int64_t>(), count, units,
                      static_cast<U*>(out.mutable_data_ptr()));
     };
     switch (alignment & -alignment & 15) {
-        case 0: copy(uint4{}); break;
-        case 8: copy(uint2{}); break;
-        case 4: copy(uint32_t{}); break;
-        case 2: copy(uint16_t{}); break;
-        default: copy(uint8_t{});
+        case 0: return copy(uint4{});
+        case 8: return copy(uint2{});
+        case 4: return copy(uint32_t{});
+        case 2: return copy(uint16_t{});
+        default: return copy(uint8_t{});
     }
-    return out;
 }
 
 }  // namespace

@@ -2,26 +2,23 @@
 // merge x merge tiles, from single tiles upwards; then every tile goes down from its block to the rectangle that runs
 // whole. A thread stands for a tile; a thread block holds the rectangles of as many blocks of tiles as it has threads
 // for in shared memory, and all of one size, 2^y x 2^x tiles, are found at a time.
-#include <limits>
-#include <tuple>
-
 #include "common/merge_regions.h"
+
+#include <limits>
+
 #include "cuda/launch.h"
 
 namespace fastroute {
 namespace {
 
-using namespace regions;
-
-constexpr const char* kOp = "merge_regions";
 constexpr int kThreads = 64;  // of the largest block: a tile each
 // Rectangles of as many blocks as have kThreads tiles: 225 of one block of 8 x 8, 4 · 49, 16 · 9 or 64 · 1.
 constexpr int kRectangles = (2 * kMostMerge - 1) * (2 * kMostMerge - 1);
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 struct MergePlan {
-    TileGrid grid;
-    int tile_rows, tile_cols;  // of the grid
+    Geometry geometry;
+    int tile_rows, tile_cols;  // of an image
     int down, across;          // blocks of an image
     int64_t blocks;            // of all images
     int levels, classes;
@@ -33,7 +30,7 @@ struct MergePlan {
 
     // Of the rectangle of 2^y x 2^x tiles whose first is (row, col).
     __device__ __forceinline__ int64_t code(int y, int row, int x, int col) const {
-        return side_code(grid.y, row, y) * 2 * levels + side_code(grid.x, col, x);
+        return side_code(geometry.y, row, y) * 2 * levels + side_code(geometry.x, col, x);
     }
 };
 
@@ -131,42 +128,34 @@ __global__ void __launch_bounds__(kThreads) merge_regions_kernel(const T* __rest
     }
 }
 
-std::tuple<Tensor, Tensor, Tensor> merge_regions_cuda(const Tensor& class_ids,  // [N]
-                                                      const Tensor& costs,      // [K, S]
-                                                      int64_t height, int64_t width, int64_t patch, int64_t stride,
-                                                      bool crop, int64_t merge, bool promote) {
-    const TileGrid grid = checked_grid(kOp, height, width, patch, stride, crop);
-    const int64_t images = checked_blocks(kOp, class_ids, costs, grid, merge), classes = costs.size(0);
-    FASTROUTE_CHECK(height < kMaxBlocks / 2 && width < kMaxBlocks / 2 && classes < kMaxBlocks, kOp,
-                    ": the image must be below 2^30 pixels wide, and have fewer than 2^31 classes");
-    const Tensor dense = torch::stable::contiguous(class_ids), table = torch::stable::contiguous(costs);
-    const auto make = [&] { return empty_tensor(kOp, "the indices", {dense.size(0)}, ScalarType::Long, class_ids); };
-    const Tensor executed = make(), region = make(), group = make();
-    const int64_t down = (grid.y.count() + merge - 1) / merge, across = (grid.x.count() + merge - 1) / merge;
-    const MergePlan plan{grid,
-                         static_cast<int>(grid.y.count()),
-                         static_cast<int>(grid.x.count()),
-                         static_cast<int>(down),
-                         static_cast<int>(across),
-                         images * down * across,
-                         static_cast<int>(levels_of(merge)),
-                         static_cast<int>(classes),
-                         promote,
-                         table.const_data_ptr<float>(),
-                         executed.mutable_data_ptr<int64_t>(),
-                         region.mutable_data_ptr<int64_t>(),
-                         group.mutable_data_ptr<int64_t>()};
-    const Queue queue(kOp, class_ids);
-    dispatch_index(kOp, dense.scalar_type(), [&](auto zero) {
-        using T = decltype(zero);
-        queue.launch(merge_regions_kernel<T>, blocks_for(plan.blocks * merge * merge, kThreads), kThreads, 0,
-                     dense.const_data_ptr<T>(), plan);
-    });
-    return {executed, region, group};
+void check_on_device(const Merging& call) {
+    FASTROUTE_CHECK(
+        call.geometry.y.size < kMaxBlocks / 2 && call.geometry.x.size < kMaxBlocks / 2 && call.classes < kMaxBlocks,
+        kOp, ": the image must be below 2^30 pixels wide, and have fewer than 2^31 classes");
+}
+
+template <typename T>
+void run_merge_regions(const Merging& call, const Merged& out) {
+    const MergePlan plan{.geometry = call.geometry,
+                         .tile_rows = static_cast<int>(call.geometry.y.count()),
+                         .tile_cols = static_cast<int>(call.geometry.x.count()),
+                         .down = static_cast<int>(call.down),
+                         .across = static_cast<int>(call.across),
+                         .blocks = call.blocks(),
+                         .levels = static_cast<int>(call.levels),
+                         .classes = static_cast<int>(call.classes),
+                         .promote = call.promote,
+                         .costs = call.costs.const_data_ptr<float>(),
+                         .executed = out.executed.mutable_data_ptr<int64_t>(),
+                         .region = out.region.mutable_data_ptr<int64_t>(),
+                         .group = out.group.mutable_data_ptr<int64_t>()};
+    const Queue queue(kOp, call.class_ids);
+    queue.launch(merge_regions_kernel<T>, blocks_for(plan.blocks * call.merge * call.merge, kThreads), kThreads, 0,
+                 call.class_ids.const_data_ptr<T>(), plan);
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(fastroute, FASTROUTE_CUDA, m) { FASTROUTE_IMPL(m, "merge_regions", merge_regions_cuda); }
+STABLE_TORCH_LIBRARY_IMPL(fastroute, FASTROUTE_CUDA, m) { FASTROUTE_IMPL(m, "merge_regions", merge_regions); }
 
 }  // namespace fastroute

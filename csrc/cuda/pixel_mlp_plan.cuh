@@ -1,4 +1,5 @@
-// What pixel_mlp decides on the host: which kernel runs each class, and where its packed numbers lie.
+// What pixel_mlp decides on the host, class by class: none, one product, layers on tensor cores or without; and where
+// the packed numbers lie that the kernels read.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -97,15 +98,17 @@ void choose_mma(ClassPlan<T>& c, int64_t widest, int32_t channels, int64_t max_s
 }
 
 template <typename T>
-Plan<T> plan_of(const std::vector<Tensor>& weights,  // [F_out, F_in] each
-                const std::vector<Tensor>& biases,   // [F_out] each
-                const std::vector<int64_t>& depths,  // [K]
-                int64_t dim, int64_t channels, double cell_y, double cell_x, bool tf32, int64_t max_shared) {
+Plan<T> plan_of(const Call& call, int64_t max_shared) {
     using W = Work<T>;
+    const Sizes& sizes = call.sizes;
+    const std::vector<Tensor>&weights = call.weights, &biases = call.biases;
+    const auto ratio = [](int64_t small, int64_t large) {
+        return 2.0 * static_cast<double>(small) / static_cast<double>(large);
+    };
     Plan<T> plan;
     const auto offset = [](int64_t bytes) { return reinterpret_cast<void*>(bytes); };
     size_t at = 0;
-    for (const int64_t depth : depths) {
+    for (const int64_t depth : call.depths) {
         ClassPlan<T> c;
         c.depth = static_cast<int32_t>(depth);
         if (depth == 0) {
@@ -121,16 +124,16 @@ Plan<T> plan_of(const std::vector<Tensor>& weights,  // [F_out, F_in] each
         const auto type = std::is_same_v<T, Half>    ? ScalarType::Half
                           : std::is_same_v<T, float> ? ScalarType::Float
                                                      : ScalarType::BFloat16;
-        c.fragments = (sizeof(T) == 2 || (sizeof(T) == 4 && tf32)) && same && weights[at].scalar_type() == type;
+        c.fragments = (sizeof(T) == 2 || (sizeof(T) == 4 && call.tf32)) && same && weights[at].scalar_type() == type;
         c.units = static_cast<int32_t>(weights[at].size(0));
         c.kind = depth == 1 ? Kind::linear : (c.fragments ? Kind::mma : Kind::simt);
         c.padded = static_cast<int32_t>(round_up(c.units, c.fragments ? 16 : kUnits));
         c.widest = static_cast<int32_t>(round_up(widest, kUnits));
-        if (c.kind == Kind::mma) choose_mma(c, widest, static_cast<int32_t>(channels), max_shared);
+        if (c.kind == Kind::mma) choose_mma(c, widest, static_cast<int32_t>(sizes.channels), max_shared);
 
         auto& list = c.fragments ? plan.fragments : plan.plain;
         const int64_t element = c.fragments ? sizeof(T) : sizeof(W);
-        const int64_t padded_in = c.fragments ? round_up(dim, 16) : dim;
+        const int64_t padded_in = c.fragments ? round_up(sizes.dim, 16) : sizes.dim;
         const int64_t vector = c.padded * static_cast<int64_t>(sizeof(W));
         c.first_weight = plan.take(padded_in * c.padded * element), c.constant = plan.take(vector);
         if (c.kind == Kind::mma) {
@@ -139,26 +142,27 @@ Plan<T> plan_of(const std::vector<Tensor>& weights,  // [F_out, F_in] each
         } else {
             c.rel_y = plan.take(vector), c.rel_x = plan.take(vector);
         }
-        list.push_back({numbers_of(weights[at]),
-                        numbers_of(biases[at]),
-                        c.units,
-                        static_cast<int32_t>(dim + 4),
-                        static_cast<int32_t>(dim),
-                        c.padded,
-                        static_cast<int32_t>(padded_in),
-                        c.kind == Kind::mma,
-                        cell_y,
-                        cell_x,
-                        offset(c.first_weight),
-                        offset(c.constant),
-                        {offset(c.rel_y), offset(c.rel_x)},
-                        nullptr});
+        list.push_back({.weight = numbers_of(weights[at]),
+                        .bias = numbers_of(biases[at]),
+                        .out = c.units,
+                        .in = static_cast<int32_t>(sizes.dim + 4),
+                        .dim = static_cast<int32_t>(sizes.dim),
+                        .padded_out = c.padded,
+                        .padded_in = static_cast<int32_t>(padded_in),
+                        .permuted = c.kind == Kind::mma,
+                        .cell_y = ratio(sizes.h, sizes.height),
+                        .cell_x = ratio(sizes.w, sizes.width),
+                        .to = offset(c.first_weight),
+                        .vector = offset(c.constant),
+                        .rel = {offset(c.rel_y), offset(c.rel_x)},
+                        .entry = nullptr});
         if (c.kind == Kind::simt) c.table = plan.take((depth - 1) * sizeof(SimtLayer<W>));
         for (int64_t n = 1; n < depth; ++n) {
             const Tensor &weight = weights[at + n], &bias = biases[at + n];
             const auto out = static_cast<int32_t>(weight.size(0)), in = static_cast<int32_t>(weight.size(1));
-            PackedLayer layer{numbers_of(weight), numbers_of(bias), out, in, -1, 0, 0, false, 0, 0, nullptr, nullptr,
-                              {nullptr, nullptr}, nullptr};
+            PackedLayer layer{};
+            layer.weight = numbers_of(weight), layer.bias = numbers_of(bias);
+            layer.out = out, layer.in = in, layer.dim = -1;
             if (c.kind == Kind::mma) {
                 const auto number = static_cast<int32_t>(n - 1);
                 layer.padded_in = c.padded;

@@ -1,4 +1,6 @@
-// How the kernels of pixel_mlp are launched: what is made once per call, per chunk of output pixels, and per class.
+// How the kernels of pixel_mlp are launched: once per call the packed layers and the coordinates of both axes; per
+// chunk of output pixels the list of each class's pixels; per class W_1 · feature for every feature, then all further
+// layers.
 #pragma once
 
 #include "cuda/pixel_mlp_plan.cuh"
@@ -78,13 +80,14 @@ struct Run {
             const int64_t place = image * m.stride(0) + (row_begin + row) * m.stride(1);
             const bool dense =
                 m.stride(2) == 1 && m.stride(1) == p.width && (images == 1 || m.stride(0) == m.stride(1) * height);
-            map = {static_cast<const char*>(m.const_data_ptr()) + place * static_cast<int64_t>(m.element_size()),
-                   {m.stride(0), m.stride(1), m.stride(2)},
-                   m.scalar_type() == ScalarType::Byte,
-                   dense,
-                   p.height,
-                   p.width,
-                   classes};
+            map = {
+                .data = static_cast<const char*>(m.const_data_ptr()) + place * static_cast<int64_t>(m.element_size()),
+                .stride = {m.stride(0), m.stride(1), m.stride(2)},
+                .bytes = m.scalar_type() == ScalarType::Byte,
+                .linear = dense,
+                .height = p.height,
+                .width = p.width,
+                .classes = classes};
             const int64_t blocks = blocks_for(count, kSortPixels);
             sorted = device_buffer((classes * (blocks + 2) + 1 + count) * sizeof(uint32_t), features);
             uint32_t* const counts = data_at<uint32_t>(sorted);
@@ -132,7 +135,11 @@ struct Run {
                 queue.launch(kernel, blocks_for(f.count(), kFirstTile), kThreads, 0, f);
             }
             if (c.kind == Kind::mma) {
-                const MmaTask<T> task{p, members, first, data_at<char>(packed, c.image), c.layout};
+                const MmaTask<T> task{.pixels = p,
+                                      .members = members,
+                                      .first = first,
+                                      .image = data_at<char>(packed, c.image),
+                                      .layout = c.layout};
                 return c.resident ? launch_mma<true>(c, task, count) : launch_mma<false>(c, task, count);
             }
         }
@@ -140,15 +147,15 @@ struct Run {
         if (!c.fragments) {
             queue.launch(pixel_mlp_first_kernel<T, many>, blocks_for(f.count(), kGroups * many), kThreads, 0, f);
         }
-        const SimtTask<T> task{p,
-                               members,
-                               first,
-                               numbers(c.rel_y),
-                               numbers(c.rel_x),
-                               c.padded,
-                               c.widest,
-                               c.depth - 1,
-                               data_at<SimtLayer<W>>(packed, c.table)};
+        const SimtTask<T> task{.pixels = p,
+                               .members = members,
+                               .first = first,
+                               .rel_y = numbers(c.rel_y),
+                               .rel_x = numbers(c.rel_x),
+                               .units = c.padded,
+                               .widest = c.widest,
+                               .depth = c.depth - 1,
+                               .layers = data_at<SimtLayer<W>>(packed, c.table)};
         const int64_t most = kManyBlocks * queue.multiprocessors();
         if (c.kind == Kind::linear) {
             const int64_t blocks = std::min(blocks_for(count, kThreads), most);

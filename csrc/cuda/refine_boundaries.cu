@@ -1,7 +1,8 @@
 // refine_boundaries: a pixel of class 0 with a dearer neighbour becomes the mean of its 3 x 3 pixels; all others are
 // copied. Work mapping: one thread per 16 bytes of an image row; it finds their boundary pixels once for all channels.
-#include "common/pixel.h"
 #include "common/refine_boundaries.h"
+
+#include "common/pixel.h"
 #include "cuda/pack.cuh"
 
 namespace fastroute {
@@ -87,57 +88,28 @@ __global__ void __launch_bounds__(kThreads, kBlocks) refine_boundaries_kernel(Re
 }
 
 template <typename T, typename Out, typename Id>
-void refine(const Tensor& image, const Tensor& classes, int64_t begin, int64_t end, const Tensor& out) {
-    const int64_t width = image.size(3), rows = end - begin, lines = image.size(0) * rows;
-    const Refine<T, Out, Id> task{static_cast<const T*>(image.const_data_ptr()),
-                                  static_cast<const Id*>(classes.const_data_ptr()),
-                                  image.size(1),
-                                  image.size(2),
-                                  width,
-                                  begin,
-                                  rows,
-                                  lines,
-                                  static_cast<Out*>(out.mutable_data_ptr()),
-                                  {out.stride(0), out.stride(1), out.stride(2)}};
-    const Queue queue(kOp, image);
+void run_refine_boundaries(const Refinement& call, const Tensor& out) {
+    const int64_t width = call.image.size(3), rows = call.end - call.begin, lines = call.image.size(0) * rows;
+    const Refine<T, Out, Id> task{.image = static_cast<const T*>(call.image.const_data_ptr()),
+                                  .classes = static_cast<const Id*>(call.class_map.const_data_ptr()),
+                                  .channels = call.image.size(1),
+                                  .height = call.image.size(2),
+                                  .width = width,
+                                  .begin = call.begin,
+                                  .rows = rows,
+                                  .lines = lines,
+                                  .out = static_cast<Out*>(out.mutable_data_ptr()),
+                                  .stride = {out.stride(0), out.stride(1), out.stride(2)}};
+    const Queue queue(kOp, call.image);
     queue.launch(refine_boundaries_kernel<T, Out, Id>, blocks_for(lines * blocks_for(width, kPack<T>), kThreads),
                  kThreads, 0, task);
-}
-
-void refine_into(const Tensor& image, const Tensor& class_map, int64_t begin, int64_t end, const Tensor& out) {
-    const Tensor dense = torch::stable::contiguous(image), classes = torch::stable::contiguous(class_map);
-    dispatch_refine(dense.scalar_type(), classes.scalar_type(), out.scalar_type(),
-                    [&](auto pixel, auto written, auto id) {
-                        refine<decltype(pixel), decltype(written), decltype(id)>(dense, classes, begin, end, out);
-                    });
-}
-
-Tensor refine_boundaries_cuda(const Tensor& image,      // [B, C, H, W]
-                              const Tensor& class_map,  // [B, H, W]
-                              int64_t row_begin, int64_t row_end) {
-    check_refine(image, class_map, row_begin, row_end);
-    const Tensor out =
-        empty_tensor(kOp, "the image", {image.size(0), image.size(1), row_end - row_begin, image.size(3)},
-                     image.scalar_type(), image);
-    if (out.numel() > 0) refine_into(image, class_map, row_begin, row_end, out);
-    return out;
-}
-
-Tensor refine_boundaries_out_cuda(const Tensor& image,      // [B, C, H, W]
-                                  const Tensor& class_map,  // [B, H, W]
-                                  int64_t row_begin, int64_t row_end,
-                                  const Tensor& out) {  // [B, C, rows, W]
-    check_refine(image, class_map, row_begin, row_end);
-    check_refine_out(image, class_map, row_end - row_begin, out);
-    if (out.numel() > 0) refine_into(image, class_map, row_begin, row_end, out);
-    return out;
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(fastroute, FASTROUTE_CUDA, m) {
-    FASTROUTE_IMPL(m, "refine_boundaries", refine_boundaries_cuda);
-    FASTROUTE_IMPL(m, "refine_boundaries.out", refine_boundaries_out_cuda);
+    FASTROUTE_IMPL(m, "refine_boundaries", refine_boundaries);
+    FASTROUTE_IMPL(m, "refine_boundaries.out", refine_boundaries_out);
 }
 
 }  // namespace fastroute

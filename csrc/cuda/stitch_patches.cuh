@@ -1,5 +1,5 @@
 // What stitch_patches and its adjoint know before they start: the weights of both axes, normalised over the tiles of a
-// pixel, and where in memory a patch lies.
+// pixel, and where in memory a patch lies. Work mapping: one thread per weight, per row of patches, or per patch.
 #pragma once
 
 #include "common/pixel.h"
@@ -25,17 +25,17 @@ struct AxisTables {
     Cover* covers_y;
     Cover* covers_x;
 
-    static int64_t bytes(const TileGrid& grid, int64_t span) {
-        return (grid.y.count() + grid.x.count()) * span * static_cast<int64_t>(sizeof(W)) +
-               (grid.y.size + grid.x.size) * static_cast<int64_t>(sizeof(Cover)) + 16;
+    static int64_t bytes(const Geometry& geometry) {
+        return (geometry.y.count() + geometry.x.count()) * geometry.span() * static_cast<int64_t>(sizeof(W)) +
+               (geometry.y.size + geometry.x.size) * static_cast<int64_t>(sizeof(Cover)) + 16;
     }
 
-    AxisTables(void* memory, const TileGrid& grid, int64_t span) {
+    AxisTables(void* memory, const Geometry& geometry) {
         weights_y = static_cast<W*>(memory);
-        weights_x = weights_y + grid.y.count() * span;
-        uintptr_t end = reinterpret_cast<uintptr_t>(weights_x + grid.x.count() * span);
+        weights_x = weights_y + geometry.y.count() * geometry.span();
+        uintptr_t end = reinterpret_cast<uintptr_t>(weights_x + geometry.x.count() * geometry.span());
         covers_y = reinterpret_cast<Cover*>((end + 7) / 8 * 8);
-        covers_x = covers_y + grid.y.size;
+        covers_x = covers_y + geometry.y.size;
     }
 };
 
@@ -51,22 +51,21 @@ __device__ W axis_weight(const W* window, const TileAxis& axis, int64_t scale, i
 }
 
 template <typename W>
-__global__ void __launch_bounds__(kThreads, 2)
-    stitch_patches_tables_kernel(const W* __restrict__ window,  // [P]
-                                 TileGrid grid, int64_t scale, AxisTables<W> tables) {
-    const int64_t span = grid.y.patch * scale;
-    const int64_t weights_y = grid.y.count() * span, weights = weights_y + grid.x.count() * span;
-    const int64_t covers_y = weights + grid.y.size, total = covers_y + grid.x.size;
+__global__ void __launch_bounds__(kThreads, 2) stitch_patches_tables_kernel(const W* __restrict__ window,  // [P]
+                                                                            Geometry geometry, AxisTables<W> tables) {
+    const int64_t span = geometry.span(), scale = geometry.scale;
+    const int64_t weights_y = geometry.y.count() * span, weights = weights_y + geometry.x.count() * span;
+    const int64_t covers_y = weights + geometry.y.size, total = covers_y + geometry.x.size;
     const int64_t step = int64_t{gridDim.x} * kThreads;
     for (int64_t n = int64_t{blockIdx.x} * kThreads + threadIdx.x; n < total; n += step) {
         if (n < weights_y) {
-            tables.weights_y[n] = axis_weight(window, grid.y, scale, n / span, n % span);
+            tables.weights_y[n] = axis_weight(window, geometry.y, scale, n / span, n % span);
         } else if (n < weights) {
             const int64_t at = n - weights_y;
-            tables.weights_x[at] = axis_weight(window, grid.x, scale, at / span, at % span);
+            tables.weights_x[at] = axis_weight(window, geometry.x, scale, at / span, at % span);
         } else {
             const int64_t at = n < covers_y ? n - weights : n - covers_y;
-            const TileRange range = n < covers_y ? grid.y.covering(at) : grid.x.covering(at);
+            const TileRange range = n < covers_y ? geometry.y.covering(at) : geometry.x.covering(at);
             (n < covers_y ? tables.covers_y : tables.covers_x)[at] = {static_cast<int>(range.first),
                                                                       static_cast<int>(range.last)};
         }
@@ -118,13 +117,14 @@ __device__ __forceinline__ int64_t clamped(int64_t value, int64_t last) {
 
 // Places of the patches that these tensors hold. Nothing can raise here: a row out of range becomes the nearest, and a
 // patch that its region does not hold is moved into it.
-__global__ void __launch_bounds__(kThreads) stitch_patches_regions_kernel(RegionList list, RegionFormat format,
-                                                                          const int64_t* __restrict__ inverse,  // [N]
-                                                                          const int64_t* __restrict__ region,   // [N]
-                                                                          int64_t patches, int64_t count, TileGrid grid,
-                                                                          RegionPlace* __restrict__ places) {  // [N]
-    const int64_t step = int64_t{gridDim.x} * kThreads, tiles = grid.num_patches(), cols = grid.x.count();
-    const int64_t span = grid.y.patch * format.factor;
+__global__ void __launch_bounds__(kThreads)
+    stitch_patches_regions_kernel(RegionList list, RegionFormat format,
+                                  const int64_t* __restrict__ inverse,  // [N]
+                                  const int64_t* __restrict__ region,   // [N]
+                                  int64_t patches, int64_t count, Geometry geometry,
+                                  RegionPlace* __restrict__ places) {  // [N]
+    const int64_t step = int64_t{gridDim.x} * kThreads, tiles = geometry.num_patches(), cols = geometry.x.count();
+    const int64_t span = geometry.y.patch * format.factor;
     for (int64_t n = int64_t{blockIdx.x} * kThreads + threadIdx.x; n < patches; n += step) {
         const int64_t row = clamped(inverse[n], count - 1) - list.first;
         if (row < 0 || row >= list.rows) continue;
@@ -132,8 +132,8 @@ __global__ void __launch_bounds__(kThreads) stitch_patches_regions_kernel(Region
         while (row >= list.end[batch]) ++batch;
         const int64_t height = list.height[batch], width = list.width[batch];
         const int64_t tile = n % tiles, corner = clamped(region[n], patches - 1) % tiles;
-        const int64_t down = grid.y.origin(tile / cols) - grid.y.origin(corner / cols);
-        const int64_t across = grid.x.origin(tile % cols) - grid.x.origin(corner % cols);
+        const int64_t down = geometry.y.origin(tile / cols) - geometry.y.origin(corner / cols);
+        const int64_t across = geometry.x.origin(tile % cols) - geometry.x.origin(corner % cols);
         const int64_t y = clamped(down * format.factor, height - span),
                       x = clamped(across * format.factor, width - span);
         const int64_t number = row - (batch == 0 ? 0 : list.end[batch - 1]);
@@ -145,14 +145,12 @@ __global__ void __launch_bounds__(kThreads) stitch_patches_regions_kernel(Region
 }
 
 template <typename W>
-AxisTables<W> make_tables(const Queue& queue, const Tensor& window, const TileGrid& grid, int64_t scale,
-                          const Tensor& memory) {
-    const int64_t span = grid.y.patch * scale;
+AxisTables<W> make_tables(const Queue& queue, const Tensor& window, const Geometry& geometry, const Tensor& memory) {
+    const int64_t span = geometry.span();
     const W* weights = checked_window<W>(window, span);
-    const AxisTables<W> tables(memory.mutable_data_ptr(), grid, span);
-    const int64_t items = (grid.y.count() + grid.x.count()) * span + grid.y.size + grid.x.size;
-    queue.launch(stitch_patches_tables_kernel<W>, blocks_for(items, kThreads), kThreads, 0, weights, grid, scale,
-                 tables);
+    const AxisTables<W> tables(memory.mutable_data_ptr(), geometry);
+    const int64_t items = (geometry.y.count() + geometry.x.count()) * span + geometry.y.size + geometry.x.size;
+    queue.launch(stitch_patches_tables_kernel<W>, blocks_for(items, kThreads), kThreads, 0, weights, geometry, tables);
     return tables;
 }
 

@@ -2,8 +2,6 @@
 // start_j = min(j · step, cols - span), f a chain of layers with a leaky rectifier behind each.
 // Work mapping: one item per block of rows of cells; tiles of cells go through all layers inside the caches, across the
 // ends of rows, and are added to their windows from the left to the right.
-#include <torch/csrc/stable/library.h>
-
 #include <algorithm>
 #include <atomic>
 #include <cmath>
@@ -118,10 +116,10 @@ void run_blocks(const Problem<T>& p, const Kernels<T>& kernels, const Tensor& im
     });
 }
 
-Tensor cell_mlp_cpu(const Tensor& image,                 // [B, C, H, W]
-                    const std::vector<Tensor>& weights,  // [F_out, F_in] each
-                    const std::vector<Tensor>& biases,   // [F_out] each
-                    double slope, int64_t cell, int64_t span, int64_t step) {
+Tensor cell_mlp(const Tensor& image,                 // [B, C, H, W]
+                const std::vector<Tensor>& weights,  // [F_out, F_in] each
+                const std::vector<Tensor>& biases,   // [F_out] each
+                double slope, int64_t cell, int64_t span, int64_t step) {
     check(image, weights, biases, slope, cell, span, step);
     const int64_t rows = image.size(2) / cell, cols = image.size(3) / cell;
     // A step beyond the last window is one to it.
@@ -133,9 +131,20 @@ Tensor cell_mlp_cpu(const Tensor& image,                 // [B, C, H, W]
 
     dispatch_floating(kOp, weights[0].scalar_type(), [&](auto zero) {
         using T = Work<decltype(zero)>;
-        Problem<T> p{
-            image.size(1),         cell, span, rows, cols, windows, padded<T>(units), image.size(1) * cell * cell,
-            static_cast<T>(slope), {},   {},   {},   {},   nullptr};
+        Problem<T> p{.channels = image.size(1),
+                     .cell = cell,
+                     .span = span,
+                     .rows = rows,
+                     .cols = cols,
+                     .windows = windows,
+                     .padded = padded<T>(units),
+                     .widest = image.size(1) * cell * cell,
+                     .slope = static_cast<T>(slope),
+                     .layers = {},
+                     .first = {},
+                     .last = {},
+                     .stride = {image.stride(0), image.stride(1), image.stride(2), image.stride(3)},
+                     .read = nullptr};
         std::vector<std::vector<T>> memory;
         for (size_t n = 0; n < weights.size(); ++n) {
             const int64_t fan_out = weights[n].size(0), fan_in = weights[n].size(1);
@@ -153,7 +162,6 @@ Tensor cell_mlp_cpu(const Tensor& image,                 // [B, C, H, W]
             while (last < windows && start(last) <= x) ++last;
             p.first.push_back(first), p.last.push_back(last);
         }
-        for (int64_t d = 0; d < 4; ++d) p.stride[d] = image.stride(d);
         dispatch_image(kOp, image.scalar_type(), [&](auto pixel) {
             const auto kernels = Kernels<T>::template active<decltype(pixel)>();
             p.read = kernels.read;
@@ -168,6 +176,6 @@ Tensor cell_mlp_cpu(const Tensor& image,                 // [B, C, H, W]
 
 namespace fastroute {
 
-STABLE_TORCH_LIBRARY_IMPL(fastroute, CPU, m) { FASTROUTE_IMPL(m, "cell_mlp", cell_mlp::cell_mlp_cpu); }
+STABLE_TORCH_LIBRARY_IMPL(fastroute, CPU, m) { FASTROUTE_IMPL(m, "cell_mlp", cell_mlp::cell_mlp); }
 
 }  // namespace fastroute

@@ -1,4 +1,5 @@
-// What cell_mlp prepares once per call.
+// What cell_mlp prepares once per call: packed layers, the windows of each column of cells, and the buffers of a
+// thread.
 #pragma once
 
 #include <cstdint>

@@ -1,4 +1,6 @@
-// Tiles of cells through the layers, and their sums over windows. Included once per instruction set, like simd.h.
+// A block of cells, in one instruction set: x_{n+1} = leaky(W_n x_n + b_n) for kTile cells at a time, side by side as
+// [numbers][kTile], then the sums over the windows that a cell lies in, from the left to the right. Included once per
+// instruction set, like simd.h.
 
 #include "cpu/mlp_layer_tile.h"
 

@@ -1,18 +1,17 @@
-// pixel_mlp: each output pixel's MLP, with the first layer's product with the features made once per feature.
-// Work mapping: one item per block of output pixels, cut at borders of features; a thread takes the next block when it
-// is done with one, because the classes of pixels make some blocks many times dearer than others.
-#include <torch/csrc/stable/library.h>
+// pixel_mlp: y = residual + W_n relu(... relu(W_1 [feature | rel | cell] + b_1) ...) + b_n for each output pixel, by
+// the MLP of its class, with W_1 · feature made once per feature. Work mapping: one item per block of output pixels,
+// cut at borders of features; a thread takes the next block when it is done with one, because the classes of pixels
+// make some blocks many times dearer than others.
+#include "common/pixel_mlp.h"
 
 #include <algorithm>
 #include <atomic>
 #include <utility>
 #include <vector>
 
-#include "common/pixel_mlp.h"
 #include "common/pixel_mlp_axis.h"
 #include "cpu/intrinsics.h"
 #include "cpu/isa.h"
-#include "cpu/memory.h"
 #include "cpu/pixel_mlp/bf16.h"
 #include "cpu/pixel_mlp/plan.h"
 
@@ -110,7 +109,11 @@ void run_blocks(const Problem<T>& p, int64_t batch, const std::optional<Tensor>&
         std::vector<int64_t> counts(p.mlps.size());
         for (int64_t item = next++; item < blocks; item = next++) {
             const int64_t row = item / across % down, col = item % across;
-            const Block block{item / across / down, p.y.cuts[row], p.y.cuts[row + 1], p.x.cuts[col], p.x.cuts[col + 1]};
+            const Block block{.image = item / across / down,
+                              .y0 = p.y.cuts[row],
+                              .y1 = p.y.cuts[row + 1],
+                              .x0 = p.x.cuts[col],
+                              .x1 = p.x.cuts[col + 1]};
             if (!class_map.has_value()) {
                 counts[0] = (block.y1 - block.y0) * (block.x1 - block.x0);
             } else {
@@ -124,50 +127,39 @@ void run_blocks(const Problem<T>& p, int64_t batch, const std::optional<Tensor>&
     if (!good) fail(kOp, ": class_map must lie in [0, ", p.mlps.size(), "), one class per MLP");
 }
 
-Tensor pixel_mlp_cpu(const Tensor& features,              // [B, D, h, w]
-                     const std::vector<Tensor>& weights,  // [F_out, F_in] each
-                     const std::vector<Tensor>& biases,   // [F_out] each
-                     const std::vector<int64_t>& depths,  // [K]
-                     int64_t height, int64_t width,
-                     const std::optional<Tensor>& class_map,  // [B, H, W]
-                     const std::optional<Tensor>& residual,   // [B, C, h, w]
-                     const std::optional<Tensor>& relative,   // [H + W]
-                     int64_t row_begin, int64_t row_end) {
-    check_cpu(kOp, "features", features);
-    const Sizes sizes =
-        checked_sizes(features, weights, biases, depths, height, width, class_map, residual, row_begin, row_end);
-    const std::optional<Tensor> given = checked_relative(relative, features, sizes);
-    const Tensor out = empty_output(features, sizes);
-    if (out.numel() == 0) return out;
-    prefer_huge_pages(out.mutable_data_ptr(), out.numel() * static_cast<int64_t>(out.element_size()));
-
-    dispatch_floating(kOp, features.scalar_type(), [&](auto zero) {
-        using S = decltype(zero);
-        using T = Work<S>;
-        const int64_t cols = std::min(kBlockColumns, width);
-        std::vector<std::vector<T>> memory;
-        Problem<T> p{sizes.dim,  sizes.channels,
-                     width,      row_begin,
-                     sizes.rows, round_up(sizes.widest, kPad<T>),
-                     {},         {},
-                     {},         {},
-                     {},         static_cast<char*>(out.mutable_data_ptr()),
-                     sizeof(S),  store_as<S, T>};
-        const T* rel_y = given.has_value() ? given->const_data_ptr<T>() : nullptr;
-        const T* rel_x = given.has_value() ? rel_y + height : nullptr;
-        p.y = axis_of<T>(sizes.h, height, row_begin, row_end, std::max<int64_t>(kBlockPixels / cols, 1), rel_y);
-        p.x = axis_of<T>(sizes.w, width, 0, width, cols, rel_x);
-        const auto ratio = [](int64_t small, int64_t large) {
-            return 2.0 * static_cast<double>(small) / static_cast<double>(large);
-        };
-        const bool bf16 = std::is_same_v<S, BFloat16> && active_bf16();
-        p.mlps =
-            pack<T>(weights, biases, depths, sizes.dim, ratio(sizes.h, height), ratio(sizes.w, width), bf16, memory);
-        p.features = source_of<T>("features", features);
-        if (residual.has_value()) p.residual = source_of<T>("residual", *residual);
-        run_blocks(p, sizes.batch, class_map);
-    });
-    return out;
+template <typename S>
+void run_pixel_mlp(const Call& call, const Tensor& out) {
+    using T = Work<S>;
+    check_cpu(kOp, "features", call.features);
+    const Sizes& sizes = call.sizes;
+    const int64_t cols = std::min(kBlockColumns, sizes.width);
+    const T* rel_y = call.relative.has_value() ? call.relative->const_data_ptr<T>() : nullptr;
+    const T* rel_x = rel_y != nullptr ? rel_y + sizes.height : nullptr;
+    const auto ratio = [](int64_t small, int64_t large) {
+        return 2.0 * static_cast<double>(small) / static_cast<double>(large);
+    };
+    const Packing packing{.dim = sizes.dim,
+                          .cell_y = ratio(sizes.h, sizes.height),
+                          .cell_x = ratio(sizes.w, sizes.width),
+                          .bf16 = std::is_same_v<S, BFloat16> && active_bf16()};
+    std::vector<std::vector<T>> memory;
+    const Problem<T> problem{
+        .dim = sizes.dim,
+        .channels = sizes.channels,
+        .width = sizes.width,
+        .row_begin = sizes.row_begin,
+        .rows = sizes.rows,
+        .widest = round_up(sizes.widest, kPad<T>),
+        .y = axis_of<T>(sizes.h, sizes.height, sizes.row_begin, sizes.row_begin + sizes.rows,
+                        std::max<int64_t>(kBlockPixels / cols, 1), rel_y),
+        .x = axis_of<T>(sizes.w, sizes.width, 0, sizes.width, cols, rel_x),
+        .mlps = pack<T>(call.weights, call.biases, call.depths, packing, memory),
+        .features = source_of<T>("features", call.features),
+        .residual = call.residual.has_value() ? source_of<T>("residual", *call.residual) : Source<T>{},
+        .out = static_cast<char*>(out.mutable_data_ptr()),
+        .out_bytes = sizeof(S),
+        .store = store_as<S, T>};
+    run_blocks(problem, sizes.batch, call.class_map);
 }
 
 }  // namespace
@@ -176,9 +168,9 @@ Tensor pixel_mlp_cpu(const Tensor& features,              // [B, D, h, w]
 namespace fastroute {
 
 STABLE_TORCH_LIBRARY_IMPL(fastroute, CPU, m) {
-    FASTROUTE_IMPL(m, "pixel_mlp", pixel_mlp::pixel_mlp_cpu);
-    // A processor has no such products.
-    FASTROUTE_IMPL(m, "pixel_mlp.tf32", pixel_mlp::pixel_mlp_cpu);
+    FASTROUTE_IMPL(m, "pixel_mlp", pixel_mlp::pixel_mlp);
+    // A processor has no such products: the same numbers.
+    FASTROUTE_IMPL(m, "pixel_mlp.tf32", pixel_mlp::pixel_mlp_tf32);
 }
 
 }  // namespace fastroute

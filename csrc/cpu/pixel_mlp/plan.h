@@ -167,11 +167,20 @@ Axis<T> axis_of(int64_t size, int64_t out, int64_t begin, int64_t end, int64_t l
     return result;
 }
 
+// What becomes of the layers: features of a first one, the cell that it is given, and whether products may be of
+// bfloat16.
+struct Packing {
+    int64_t dim;
+    double cell_y, cell_x;
+    bool bf16;
+};
+
 // The MLPs as the kernel reads them, in bfloat16 those whose weights are; `memory` holds the numbers.
 template <typename T>
 std::vector<Mlp<T>> pack(const std::vector<Tensor>& weights, const std::vector<Tensor>& biases,
-                         const std::vector<int64_t>& depths, int64_t dim, double cell_y, double cell_x, bool bf16,
+                         const std::vector<int64_t>& depths, const Packing& packing,
                          std::vector<std::vector<T>>& memory) {
+    const int64_t dim = packing.dim;
     const auto keep = [&](int64_t count) {
         memory.emplace_back(count, T(0));
         return memory.back().data();
@@ -189,7 +198,7 @@ std::vector<Mlp<T>> pack(const std::vector<Tensor>& weights, const std::vector<T
     size_t at = 0;
     for (const int64_t depth : depths) {
         Mlp<T> mlp;
-        mlp.bf16 = bf16;
+        mlp.bf16 = packing.bf16;
         for (size_t n = at; n < at + static_cast<size_t>(depth); ++n) {
             mlp.bf16 &= weights[n].scalar_type() == ScalarType::BFloat16;
         }
@@ -210,7 +219,7 @@ std::vector<Mlp<T>> pack(const std::vector<Tensor>& weights, const std::vector<T
                 const T* row = weight + u * in;
                 for (int64_t d = 0; d < dim; ++d) feature[d * mlp.padded + u] = row[d];
                 rel_y[u] = row[dim], rel_x[u] = row[dim + 1];
-                constant[u] = static_cast<T>(row[dim + 2] * cell_y + row[dim + 3] * cell_x + bias[u]);
+                constant[u] = static_cast<T>(row[dim + 2] * packing.cell_y + row[dim + 3] * packing.cell_x + bias[u]);
             }
         }
         mlps.push_back(std::move(mlp));

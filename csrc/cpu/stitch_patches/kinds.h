@@ -2,12 +2,11 @@
 #pragma once
 
 #include <algorithm>
-#include <mutex>
 #include <utility>
 #include <vector>
 
 #include "common/stitch_patches.h"
-#include "cpu/stitch_patches/rows.h"
+#include "cpu/stitch_patches/upsampler_pack.h"
 
 namespace fastroute {
 namespace {
@@ -69,31 +68,40 @@ void check_kind(const Kind& kind, int64_t span, int64_t shuffle, int64_t channel
                     shuffle);
 }
 
-// Checks batches and layers: of each kind, features [M, F, p, p] of one memory format; of kind -1, finished patches
-// [M, C, P, P], side by side. With `regions` these are regions.
-Target checked_kinds(const Batches& batches, const std::vector<int64_t>& kinds, const Batches& layers,
-                     const Tensor& spent, const std::optional<Tensor>& inverse, const TileGrid& grid, int64_t scale,
-                     int64_t shuffle, int64_t row_begin, int64_t row_end, bool regions) {
-    check_shuffle(grid.y.patch * scale, shuffle);
-    FASTROUTE_CHECK(!batches.empty() && kinds.size() == batches.size(), kOp, ": kinds must have one entry per batch");
-    FASTROUTE_CHECK(!layers.empty() && layers.size() % kLayers == 0, kOp, ": layers must hold five tensors per kind");
-    const int64_t number = static_cast<int64_t>(layers.size() / kLayers), span = grid.y.patch * scale;
-    check_cpu(kOp, "spent", spent);
-    FASTROUTE_CHECK(spent.dim() == 1 && spent.size(0) == number + 1 && spent.scalar_type() == ScalarType::Double &&
-                        spent.is_contiguous(),
-                    kOp, ": spent must be ", number + 1, " numbers of float64 side by side");
-    std::vector<Batches> sorted(number + 1);  // those of kind -1 last
+// Batches by kind, those of finished patches, kind -1, last.
+std::vector<Batches> sorted_batches(const Batches& batches, const std::vector<int64_t>& kinds, int64_t number) {
+    std::vector<Batches> sorted(number + 1);
     for (size_t i = 0; i < batches.size(); ++i) {
         FASTROUTE_CHECK(kinds[i] >= -1 && kinds[i] < number, kOp, ": kinds must lie in [-1, ", number, "); got ",
                         kinds[i]);
         FASTROUTE_CHECK(batches[i].scalar_type() == ScalarType::Float, kOp, ": upsampled patches must be float32");
         sorted[kinds[i] < 0 ? number : kinds[i]].push_back(batches[i]);
     }
+    return sorted;
+}
+
+// Checks batches and layers: of each kind, features [M, F, p, p] of one memory format; of kind -1, finished patches
+// [M, C, P, P], side by side. A call of regions has regions instead.
+Target checked_kinds(const Stitching& call, const std::vector<int64_t>& kinds, const Batches& layers,
+                     const Tensor& spent) {
+    const Geometry& geometry = call.geometry;
+    const int64_t span = geometry.span(), shuffle = call.shuffle;
+    check_shuffle(span, shuffle);
+    FASTROUTE_CHECK(!call.batches.empty() && kinds.size() == call.batches.size(), kOp,
+                    ": kinds must have one entry per batch");
+    FASTROUTE_CHECK(!layers.empty() && layers.size() % kLayers == 0, kOp, ": layers must hold five tensors per kind");
+    const int64_t number = static_cast<int64_t>(layers.size() / kLayers);
+    check_cpu(kOp, "spent", spent);
+    FASTROUTE_CHECK(spent.dim() == 1 && spent.size(0) == number + 1 && spent.scalar_type() == ScalarType::Double &&
+                        spent.is_contiguous(),
+                    kOp, ": spent must be ", number + 1, " numbers of float64 side by side");
+    const std::vector<Batches> sorted = sorted_batches(call.batches, kinds, number);
     const int64_t channels = Kind(layers, 0).channels(shuffle);
     check_at_least(kOp, "the number of channels", channels, 1);
     for (int64_t k = 0; k < number; ++k) check_kind(Kind(layers, k), span, shuffle, channels);
     const auto used = std::count_if(sorted.begin(), sorted.end(), [](const Batches& some) { return !some.empty(); });
-    FASTROUTE_CHECK(inverse.has_value() || used == 1, kOp, ": inverse must be given for patches of several kinds");
+    FASTROUTE_CHECK(call.places.inverse.has_value() || used == 1, kOp,
+                    ": inverse must be given for patches of several kinds");
     Target target{};
     int64_t count = 0;
     for (int64_t k = 0; k <= number; ++k) {
@@ -103,8 +111,7 @@ Target checked_kinds(const Batches& batches, const std::vector<int64_t>& kinds, 
         const int64_t features = finished ? channels : Kind(layers, k).features();
         FASTROUTE_CHECK(first.dim() == 4 && first.size(1) == features, kOp, ": patches of kind ", finished ? -1 : k,
                         " must have ", features, " features");
-        target = checked_target(sorted[k], inverse, grid, scale, finished ? 1 : shuffle, row_begin, row_end,
-                                finished ? 0 : channels, regions);
+        target = checked_target(call, sorted[k], finished ? 1 : shuffle, finished ? 0 : channels);
         count += target.count;
         FASTROUTE_CHECK(!finished || first.is_contiguous(), kOp, ": finished patches must be ", channels, " x ", span,
                         " x ", span, ", side by side");
@@ -143,21 +150,6 @@ std::vector<upsampler::Upsampler> packed_upsamplers(const Batches& layers, int64
     }
     return packed;
 }
-
-// What the threads measured: ticks in the layers of each kind, and in everything else.
-struct Spent {
-    std::mutex lock;
-    std::vector<int64_t> ticks;  // [kinds + 1]
-
-    void add(const std::vector<int64_t>& layers, int64_t all) {
-        const std::lock_guard guard(lock);
-        for (size_t kind = 0; kind < layers.size(); ++kind) {
-            ticks[kind] += layers[kind];
-            all -= layers[kind];
-        }
-        ticks.back() += all;
-    }
-};
 
 }  // namespace
 }  // namespace fastroute

@@ -1,4 +1,5 @@
-// What one call of `stitch_patches` works on: where patches lie and what they weigh, and the buffers of a thread.
+// What one call of `stitch_patches` works on: where patches lie and what they weigh, how much of the output an item of
+// work is, and the buffers of a thread.
 #pragma once
 
 #include <algorithm>
@@ -93,17 +94,17 @@ struct StitchPlan {
     PatchLayout layout;    // of the first batch; only c and y of others may differ
     const W* weights_y;    // [rows, span]
     const W* weights_x;    // [cols, span]
-    TileGrid grid;
-    int64_t scale, span, width;  // width in output pixels
-    int64_t channels;            // of one item of work: 1, or all of them
-    bool wide;                   // see `covers_twice`
-    int64_t rows;                // output rows per item of work
+    Geometry geometry;
+    int64_t span, width;  // of a patch and of the image, in output pixels
+    int64_t channels;     // of one item of work: 1, or all of them
+    bool wide;            // see `covers_twice`
+    int64_t rows;         // output rows per item of work
     const Upsampling* upsampling;
     PatchLayout tile;  // of some rows of the channels of an item: computed, or unpacked to runs of sums
 
     // Whether all phases and channels of an LR pixel of a patch lie side by side, and tiles meet between LR pixels.
     FASTROUTE_INLINE bool side_by_side() const {
-        return layout.shuffle > 1 && layout.shuffle <= 4 && layout.c == 1 && scale % layout.shuffle == 0;
+        return layout.shuffle > 1 && layout.shuffle <= 4 && layout.c == 1 && geometry.scale % layout.shuffle == 0;
     }
 
     // Whether the rows of a patch are runs of sums as they lie.
@@ -119,23 +120,27 @@ struct StitchPlan {
     // Whether they are so in the end.
     FASTROUTE_INLINE bool planar() const { return upsampling != nullptr || in_place() || unpacked(); }
 
+    // The first output row of tile row i, and the first column of tile column j.
+    FASTROUTE_INLINE int64_t origin_y(int64_t i) const { return geometry.y.origin(i) * geometry.scale; }
+    FASTROUTE_INLINE int64_t origin_x(int64_t j) const { return geometry.x.origin(j) * geometry.scale; }
+
     // Columns of tile column j that the next one does not reach.
     FASTROUTE_INLINE int64_t finished(int64_t j) const {
-        return (j + 1 < grid.x.count() ? grid.x.origin(j + 1) * scale : width) - grid.x.origin(j) * scale;
+        return (j + 1 < geometry.x.count() ? origin_x(j + 1) : width) - origin_x(j);
     }
 
     // Whether no output column lies in more than two tile columns.
     bool covers_twice() const {
         int64_t shared = 0;
-        for (int64_t j = 0; j < grid.x.count(); ++j) {
+        for (int64_t j = 0; j < geometry.x.count(); ++j) {
             if (finished(j) < shared) return false;
-            shared = std::min(span, width - grid.x.origin(j) * scale) - finished(j);
+            shared = std::min(span, width - origin_x(j)) - finished(j);
         }
         return true;
     }
 
     FASTROUTE_INLINE const Held<T>& held(int64_t image, int64_t i, int64_t j) const {
-        return table[(image * (read.last - read.first + 1) + i - read.first) * grid.x.count() + j];
+        return table[(image * (read.last - read.first + 1) + i - read.first) * geometry.x.count() + j];
     }
     FASTROUTE_INLINE PatchLayout layout_of(const Held<T>& patch) const {
         return {patch.c, patch.y, layout.x, layout.shuffle};

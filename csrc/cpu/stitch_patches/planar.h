@@ -2,23 +2,14 @@
 // pixels whose channels lie side by side, or computed by the last layers of the patch's branch.
 #pragma once
 
-#include <chrono>
 #include <optional>
 #include <utility>
 
 #include "cpu/stitch_patches/plan.h"
+#include "cpu/stitch_patches/spent.h"
 
 namespace fastroute {
 namespace {
-
-// A clock that may be read often; what it counts is of no matter, only ratios are.
-inline int64_t ticks() {
-#if FASTROUTE_X86
-    return static_cast<int64_t>(__rdtsc());
-#else
-    return std::chrono::steady_clock::now().time_since_epoch().count();
-#endif
-}
 
 #if FASTROUTE_X86
 // Eight at a time by an instruction that the compiler makes no use of by itself.
@@ -112,7 +103,7 @@ class PlanarPatch {
             const Upsampling& from = *plan.upsampling;
             const bool region = held.height > from.size || held.width > from.size;
             if (region && find(held.row, k)) return;
-            const int64_t first = region ? k + held.down * plan.scale : k;
+            const int64_t first = region ? k + held.down * plan.geometry.scale : k;
             upsampled.emplace(from.kinds[held.kind], held.data, upsampler::FeatureStep{held.c, held.y, held.x},
                               held.height, held.width, first, &scratch->layers);
             if (region) compute(first, all, k, slot);
@@ -170,7 +161,7 @@ class PlanarPatch {
     void use(const std::vector<W>& rows, int64_t k) {
         const int64_t step = computed_columns(held.width, plan.upsampling->shuffle);
         layout = {plan.rows * step, step, 1, 1};
-        ready = rows.data() + held.across * plan.scale, ready_from = k;
+        ready = rows.data() + held.across * plan.geometry.scale, ready_from = k;
     }
 
     const StitchPlan<T>& plan;

@@ -1,4 +1,5 @@
-// The rows of one item of work of `stitch_patches`: weighed, summed over the tiles, written once.
+// The rows of one item of work of `stitch_patches`: tile row by tile row, in each tile column by tile column, patches
+// are weighed by wx into a window, which is weighed by wy into the sum, and written once.
 #pragma once
 
 #include <algorithm>
@@ -128,30 +129,30 @@ struct StitchBody {
     // each other, so that what one leaves for the other stays in the caches.
     static void run_wide(const StitchPlan<T>& plan, int64_t image, int64_t c, int64_t at, TileRange range, bool direct,
                          Scratch<W>* scratch, Rows<Out> out) {
-        const int64_t cols = plan.grid.x.count(), span = plan.span, rows = out.count;
+        const int64_t cols = plan.geometry.x.count(), span = plan.span, rows = out.count;
         const int64_t held = plan.channels * rows * span;
         int64_t shared = 0;  // columns of this tile that the window holds the beginning of
         for (int64_t j = 0; j < cols; ++j) {
-            const int64_t x0 = plan.grid.x.origin(j) * plan.scale, finished = plan.finished(j);
+            const int64_t x0 = plan.origin_x(j), finished = plan.finished(j);
             const int64_t kept = std::min(span, plan.width - x0);
             for (int64_t i = range.first; i <= range.last; ++i) {
-                const int64_t k = at - plan.grid.y.origin(i) * plan.scale;
+                const int64_t k = at - plan.origin_y(i);
                 const Held<T>& tile = plan.held(image, i, j);
                 const Runs mode = direct ? Runs::put : i < range.last ? Runs::begin : Runs::finish;
                 W* window = scratch->window.data() + (i - range.first) * held;
                 const auto target = [&](int64_t r, int64_t begin) {
-                    return RunTarget<Out>{plan.weights_x + j * span + begin,
-                                          plan.weights_y + i * span + k + r,
-                                          window + r * span,
-                                          scratch->window.data() + 2 * held + r * span + begin,
-                                          out.data + r * out.row_step + x0 + begin,
-                                          rows * span,
-                                          span,
-                                          rows * span,
-                                          span,
-                                          out.channel_step,
-                                          out.row_step,
-                                          out.stream};
+                    return RunTarget<Out>{.weight_x = plan.weights_x + j * span + begin,
+                                          .weight_y = plan.weights_y + i * span + k + r,
+                                          .window = window + r * span,
+                                          .sum = scratch->window.data() + 2 * held + r * span + begin,
+                                          .out = out.data + r * out.row_step + x0 + begin,
+                                          .window_channel = rows * span,
+                                          .window_row = span,
+                                          .sum_channel = rows * span,
+                                          .sum_row = span,
+                                          .out_channel = out.channel_step,
+                                          .out_row = out.row_step,
+                                          .stream = out.stream};
                 };
                 if (plan.planar()) {
                     PlanarPatch<T> patch(plan, tile, k, rows, i - range.first, scratch);
@@ -166,7 +167,12 @@ struct StitchBody {
                             expect(out.data + r * out.row_step + x0, finished, plan.channels, count, out);
                         }
                         const W* values = patch.next(c, k + r, count);
-                        const PlanarRows some{values, patch.layout.c, patch.layout.y, plan.channels, count, kept};
+                        const PlanarRows some{.pixels = values,
+                                              .channel_step = patch.layout.c,
+                                              .row_step = patch.layout.y,
+                                              .channels = plan.channels,
+                                              .rows = count,
+                                              .count = kept};
                         each_planar_row(mode, unit, some, shared, finished, target(r, 0));
                     }
                     continue;
@@ -178,8 +184,11 @@ struct StitchBody {
                         const int64_t lr_row = (k + r) / 4 * tile.y;
                         const auto runs = [&](int64_t begin, int64_t end, Runs to, bool joined) {
                             const int64_t offset = c * 16 + lr_row + begin / 4 * plan.layout.x;
-                            const ShuffledRow from{patch + offset, ahead + offset, plan.layout.x, (end - begin) / 4,
-                                                   plan.channels};
+                            const ShuffledRow from{.pixels = patch + offset,
+                                                   .ahead = ahead + offset,
+                                                   .step = plan.layout.x,
+                                                   .count = (end - begin) / 4,
+                                                   .channels = plan.channels};
                             each_shuffled_run(to, joined, from, target(r, begin));
                         };
                         runs(0, shared, mode, true);
@@ -199,9 +208,9 @@ struct StitchBody {
                                      Scratch<W>* scratch, Rows<Out> out) {
         W* window = scratch->window.data();
         for (auto& computed : scratch->computed) computed.region = -1;
-        const int64_t cols = plan.grid.x.count(), span = plan.span, width = plan.width, rows = out.count;
+        const int64_t cols = plan.geometry.x.count(), span = plan.span, width = plan.width, rows = out.count;
         const int64_t channels = plan.channels, factor = plan.layout.shuffle;
-        const W* top = plan.weights_y + range.first * span + at - plan.grid.y.origin(range.first) * plan.scale;
+        const W* top = plan.weights_y + range.first * span + at - plan.origin_y(range.first);
         // One tile row of weight 1, as almost everywhere under a uniform window: nothing to sum over tile rows.
         bool direct = range.first == range.last;
         for (int64_t r = 0; r < rows; ++r) direct = direct && top[r] == W(1);
@@ -215,7 +224,7 @@ struct StitchBody {
         scratch->sum.resize(channels * plan.rows * width);
         W* sum = scratch->sum.data();
         for (int64_t i = range.first; i <= range.last; ++i) {
-            const int64_t k = at - plan.grid.y.origin(i) * plan.scale;
+            const int64_t k = at - plan.origin_y(i);
             int64_t shared = 0;  // columns at the front of the window that earlier tiles began
             for (int64_t j = 0; j < cols; ++j) {
                 const Held<T>& held = plan.held(image, i, j);
@@ -223,7 +232,7 @@ struct StitchBody {
                 const T* patch = held.data;
                 const T* ahead = j + 1 < cols ? plan.held(image, i, j + 1).data : patch;
                 const W* weight = plan.weights_x + j * span;
-                const int64_t x0 = plan.grid.x.origin(j) * plan.scale, kept = std::min(span, width - x0);
+                const int64_t x0 = plan.origin_x(j), kept = std::min(span, width - x0);
                 if (whole && k % factor == 0 && factor == 4) {
                     weigh_shuffled<4>(patch + c * 16, ahead + c * 16, layout, channels, k, rows, span, shared, kept,
                                       weight, window);

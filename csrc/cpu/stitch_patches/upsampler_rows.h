@@ -1,4 +1,7 @@
-// Rows of an upsampled patch, in one instruction set. Included once per instruction set, as simd.h is.
+// Rows of an upsampled patch, in one instruction set: out[c, x · R + r] = bias[c, r] + Σ_t Σ_d Σ_k weight[c, r, d, t,
+// k] · row_t[d, x + k - K / 2] over the rows t of the kernel, units d and columns k; an expansion, unit by unit, before
+// it; or an interpolation, rows before columns. A block of registers holds all channels and phases of one or two
+// vectors of LR pixels. Included once per instruction set, as simd.h is.
 
 #include "cpu/simd.h"
 

@@ -2,6 +2,6 @@
 #include "tensors.h"
 
 int main() {
-    fastroute::adaptive_threshold_cuda(floats({2, 700}), 1);
-    fastroute::adaptive_threshold_cuda(floats({1, 5}), 8);
+    fastroute::adaptive_threshold(floats({2, 700}), 1);
+    fastroute::adaptive_threshold(floats({1, 5}), 8);
 }

@@ -3,6 +3,6 @@
 
 int main() {
     const Tensor order = integers(131, 5, 131), inverse = integers(131, 105, 131);
-    fastroute::gather_groups_cuda(floats({131, 3, 5}), order, inverse);
-    fastroute::gather_groups_cuda(floats({131, 16}), order, inverse);
+    fastroute::gather_groups(floats({131, 3, 5}), order, inverse);
+    fastroute::gather_groups(floats({131, 16}), order, inverse);
 }

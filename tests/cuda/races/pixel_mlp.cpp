@@ -15,9 +15,9 @@ void run(ScalarType type, int64_t width, bool tf32 = false) {
     const Tensor map = tensor<uint8_t>({1, 14, 18}, ScalarType::Byte, [](int64_t n) { return n % 3; });
     const Tensor features = of({1, 16, 7, 9}), residual = of({1, 3, 7, 9});
     if (tf32) {
-        pixel_mlp_tf32_cuda(features, weights, biases, {3, 1, 0}, 14, 18, map, residual, relative, 0, 14);
+        pixel_mlp_tf32(features, weights, biases, {3, 1, 0}, 14, 18, map, residual, relative, 0, 14);
     } else {
-        pixel_mlp_cuda(features, weights, biases, {3, 1, 0}, 14, 18, map, residual, relative, 0, 14);
+        pixel_mlp(features, weights, biases, {3, 1, 0}, 14, 18, map, residual, relative, 0, 14);
     }
 }
 
