@@ -121,7 +121,7 @@ def test_speed_is_measured_once_and_remembered(cache, monkeypatch):
     assert speed.branches == pytest.approx([0.2, 3.0], rel=0.5) and min(speed.classify, speed.rest) > 0
     assert json.loads(cache.read_text())
     measured = []
-    monkeypatch.setattr(patch_router, "measure_speed", lambda *args: measured.append(args) or Speed([1.0, 2.0], 3.0, 4.0))
+    monkeypatch.setattr(patch_router, "measure_patch_speed", lambda *args: measured.append(args) or Speed([1.0, 2.0], 3.0, 4.0))
     assert pace_of(sleeper()) == speed
     assert not measured
     # What decides the speed is measured apart.

@@ -129,7 +129,7 @@ def test_pixels_are_waited_for_once(timed, monkeypatch):
 def test_a_budget_of_time_waits_for_the_classifier(timed, monkeypatch):
     router, image, asked = make_router(), picture(1, 3, 101, 61), []
     speed = Speed([1.0, 2.0, 3.0], 1.0, 0.0)
-    monkeypatch.setattr(patch_router, "measure_speed", lambda *args: speed)
+    monkeypatch.setattr(patch_router, "measure_patch_speed", lambda *args: speed)
     score = assignment.score_image
 
     def scored(*args):
@@ -151,7 +151,7 @@ def test_a_budget_of_time_waits_for_the_classifier(timed, monkeypatch):
 def test_only_a_budget_of_time_asks_for_the_time(monkeypatch):
     router, image, asked = PixelRouter(make_model()), picture(1, 3, 30, 20), []
     monkeypatch.setattr(Stopwatch, "elapsed", lambda self: asked.append(1) or 1e-3)
-    monkeypatch.setattr(pixel_router, "measure_speed", lambda *args: Speed([1.0, 2.0], 1e-5, 1e-5, 1e-5))
+    monkeypatch.setattr(pixel_router, "measure_pixel_speed", lambda *args: Speed([1.0, 2.0], 1e-5, 1e-5, 1e-5))
     router.upscale(image, scale=2, budget=0.9)
     assert len(asked) == 1  # the total
     router.upscale(image, scale=2, budget_ms=1.5 * 60 * 40)

@@ -176,7 +176,9 @@ def test_speed_is_measured_once_and_remembered(cache, monkeypatch):
     assert len(speed.branches) == 2 and min(*speed.branches, speed.classify, speed.rest, speed.encode) > 0
     assert json.loads(cache.read_text())
     measured = []
-    monkeypatch.setattr(pixel_router, "measure_speed", lambda *args: measured.append(args) or Speed([1.0, 2.0], 3.0, 4.0, 5.0))
+    monkeypatch.setattr(
+        pixel_router, "measure_pixel_speed", lambda *args: measured.append(args) or Speed([1.0, 2.0], 3.0, 4.0, 5.0)
+    )
     again = PixelRouter(make_model())
     assert again.speeds_at(torch.float32, 4.0)[0] == speed and not measured
     # What decides the speed is measured apart.

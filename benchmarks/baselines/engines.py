@@ -20,7 +20,7 @@ from benchmarks.baselines.packages import find
 from benchmarks.measure import device
 from benchmarks.setting import Setting
 from fastroute.engines import AGREEMENT
-from fastroute.patch.branches import MIXED
+from fastroute.patch.prepared_networks import MIXED
 
 Run = Callable[[], Tensor]
 

@@ -323,7 +323,7 @@ def upscale_one(task: Task, source: Path, target: Path, class_map: Path | None) 
     # A file that cannot be read is told before the model is loaded.
     picture = many_files.read_job(job, task.drop_alpha, **task.reading)
     router, chosen = task.load()
-    many_files.check_target(router, job, picture, **chosen)
+    many_files.check_result_fits(router, job, picture, **chosen)
     result, upscaled = upscale_picture(router, picture, progress=not task.quiet, **chosen, **task.limit)
     start = time.perf_counter()
     if not task.quiet and result.height * result.width > SLOW_TO_WRITE:

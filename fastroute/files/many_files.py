@@ -149,7 +149,7 @@ def _run_jobs(
             for job, future in _ahead(rest, readers, drop_alpha, reading_options):
                 try:
                     picture = future.result()
-                    check_target(router, job, picture, **options)
+                    check_result_fits(router, job, picture, **options)
                     shared.look(to_device(fill_hidden(picture.color, picture.alpha), router.device))
                 except BackendError:
                     raise
@@ -173,7 +173,7 @@ def _run_jobs(
             number += 1
             try:
                 picture = future.result()
-                check_target(router, job, picture, **options)
+                check_result_fits(router, job, picture, **options)
                 result, upscaled = upscaled_picture(picture, router.device, upscale)
             except BackendError:
                 raise
@@ -245,7 +245,7 @@ def read_job(job: Job, drop_alpha: bool = False, **reading: Any) -> io.Picture:
     return replace(picture, alpha=None) if drop_alpha else picture
 
 
-def check_target(router: Router, job: Job, picture: io.Picture, **options: Any) -> None:
+def check_result_fits(router: Router, job: Job, picture: io.Picture, **options: Any) -> None:
     """Fail now if the target cannot hold the result.
 
     Raises:

@@ -13,6 +13,7 @@ from fastroute import buffers
 from fastroute.backends import select
 from fastroute.grid import TileGrid, covered_size, tile_count, tile_origins
 from fastroute.ops import _checks as check
+from fastroute.ops._batches import checked_batches, checked_regions
 from fastroute.ops._library import call, exhausted, is_transformed, register
 from fastroute.reference.stitch_patches import (
     _stitch_patches_backward_reference,
@@ -92,10 +93,10 @@ def stitch_patches(
     op = "stitch_patches"
     batches: list[Tensor] = []
     if region is not None:
-        batches = _checked_regions(patches, inverse, region, grid, shuffle)
+        batches = checked_regions(patches, inverse, region, grid, shuffle)
         patches = batches[0]
     elif not isinstance(patches, Tensor):
-        batches = _checked_batches(patches, out)
+        batches = checked_batches(patches, out)
         patches = batches[0]
     check.rank(op, "patches", patches, "(M, C, P, P)", 4)
     check.dtype(op, "patches", patches.dtype, check.FLOATING)
@@ -157,69 +158,6 @@ def _reuses_memory(patches: Tensor) -> bool:
     plain = not tracked and not torch.compiler.is_compiling() and type(patches) is Tensor and not is_transformed([patches])
     # The other backends allocate their results anyway, and would have to copy them.
     return plain and select("stitch_patches", patches.device) == "cpu"
-
-
-def _list_of(patches: Sequence[Tensor]) -> list[Tensor]:
-    op = "stitch_patches"
-    if not (isinstance(patches, (list, tuple)) and all(isinstance(batch, Tensor) for batch in patches)):
-        raise TypeError(f"{op}: patches must be a torch.Tensor or a list of them; got {type(patches).__name__}")
-    if not patches:
-        raise ValueError(f"{op}: patches must hold at least one tensor; got none")
-    return list(patches)
-
-
-def _checked_batches(patches: Sequence[Tensor], out: Tensor | None) -> list[Tensor]:
-    """`patches` as a list of tensors that differ in their number of patches alone."""
-    op = "stitch_patches"
-    batches = _list_of(patches)
-    first = batches[0]
-    check.rank(op, "patches", first, "(M, C, P, P)", 4)
-    device, dtype, shape, strides = first.device, first.dtype, first.shape[1:], first.stride()[1:]
-    for batch in batches:
-        # There may be hundreds, nearly always alike.
-        if batch.dtype == dtype and batch.shape[1:] == shape and batch.stride()[1:] == strides and batch.device == device:
-            continue
-        check.rank(op, "patches", batch, "(M, C, P, P)", 4)
-        check.same_device(op, "patches", first, "patches", batch)
-        if batch.dtype != dtype:
-            raise TypeError(f"{op}: patches must have one dtype; got {dtype} and {batch.dtype}")
-        if batch.shape[1:] != shape:
-            raise ValueError(f"{op}: patches must have one shape; got {tuple(first.shape)} and {tuple(batch.shape)}")
-        raise ValueError(f"{op}: patches must have one memory format")
-    if out is None:
-        raise ValueError(f"{op}: patches in several tensors need `out`")
-    return batches
-
-
-def _checked_regions(
-    patches: Tensor | Sequence[Tensor], inverse: Tensor | None, region: Tensor, grid: TileGrid, shuffle: int
-) -> list[Tensor]:
-    """`patches` as a list of tensors of regions, which may differ in their height and width too."""
-    op = "stitch_patches"
-    batches = [patches] if isinstance(patches, Tensor) else _list_of(patches)
-    first = batches[0]
-    if inverse is None:
-        raise ValueError(f"{op}: region needs `inverse`, the row of `patches` that holds the region of each patch")
-    check.index(op, "region", region, inverse.shape[0] if isinstance(inverse, Tensor) and inverse.ndim == 1 else None)
-    check.same_device(op, "patches", first, "region", region)
-    if shuffle >= 1 and grid.scale % shuffle:
-        raise ValueError(f"{op}: shuffle must divide the scale, {grid.scale}, for regions; got {shuffle}")
-    least = grid.patch * grid.scale // max(shuffle, 1)
-    for batch in batches:
-        check.rank(op, "patches", batch, "(M, C, h, w)", 4)
-        check.same_device(op, "patches", first, "patches", batch)
-        if batch.dtype != first.dtype:
-            raise TypeError(f"{op}: patches must have one dtype; got {first.dtype} and {batch.dtype}")
-        if batch.shape[1] != first.shape[1] or min(batch.shape[2:]) < least:
-            raise ValueError(
-                f"{op}: regions must have {first.shape[1]} channels and at least {least} x {least} pixels; "
-                f"got {tuple(batch.shape)}"
-            )
-    # One memory format for all, which the kernels read: that of the first.
-    layout = torch.contiguous_format
-    if not first.is_contiguous() and first.is_contiguous(memory_format=torch.channels_last):
-        layout = torch.channels_last
-    return [batch.contiguous(memory_format=layout) for batch in batches]
 
 
 def _is_seen(x: Tensor) -> bool:

@@ -15,6 +15,7 @@ from fastroute.ops import _checks as check
 from fastroute.ops.assign_classes import assign_classes
 from fastroute.patch.classify import Scores, classify_patches
 from fastroute.patch.regions import Merging, assign_merged
+from fastroute.runtime.progress import Progress
 from fastroute.runtime.results import Stopwatch
 from fastroute.runtime.rows import Source
 
@@ -54,6 +55,23 @@ class ClassRequest:
             # The run corrects the times that it is planned by.
             return list(self.speed.branches)
         return costs.own if self.limit.flops is None else costs.flops
+
+
+@dataclass(frozen=True)
+class PatchCall:
+    """Validated arguments of a :class:`PatchRouter` call.
+
+    Attributes:
+        merging: the grid of the images, and how its patches run in regions.
+        classes: how classes are chosen.
+        memory_limit: bytes to hold at most, None for no limit.
+        progress: see :meth:`PatchRouter.upscale`.
+    """
+
+    merging: Merging
+    classes: ClassRequest
+    memory_limit: int | None = None
+    progress: Progress = False
 
 
 def check_request(

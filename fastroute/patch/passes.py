@@ -90,7 +90,7 @@ def run_bands(
                 formats = {c: networks.setting(c, device).memory_format for c, _, _ in groups}
                 first = band.first_patch(grid)
                 jobs = [(c, extract(order=order - first, memory_format=formats[c], size=shape)) for c, shape, order in groups]
-            for (c, shape, _), results in zip(groups, run_jobs(networks, jobs, watch), strict=True):
+            for (c, shape, _), results in zip(groups, run_regions(networks, jobs, watch), strict=True):
                 workspace.put(results, c, shape)
             with watch.stage("stitch"):
                 rows = sink.band(band.images, band.output(grid))
@@ -100,7 +100,7 @@ def run_bands(
             bar.update(band.num_patches(grid))
 
 
-def run_jobs(networks: Branches, jobs: Sequence[tuple[int, Tensor]], watch: Stopwatch) -> list[list[Tensor]]:
+def run_regions(networks: Branches, jobs: Sequence[tuple[int, Tensor]], watch: Stopwatch) -> list[list[Tensor]]:
     """What the branches make of every job, pass by pass, in the order of `jobs`.
 
     Args:

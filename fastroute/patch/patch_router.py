@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -22,6 +21,7 @@ from fastroute.models.adapters import as_module
 from fastroute.ops import _checks as check
 from fastroute.patch.assignment import (
     ClassRequest,
+    PatchCall,
     PatchCosts,
     assign_patches,
     check_least_time,
@@ -33,7 +33,7 @@ from fastroute.patch.branches import Branches
 from fastroute.patch.classify import classifying_bytes
 from fastroute.patch.passes import chosen_merge, run_bands
 from fastroute.patch.patch_memory import plan_patches
-from fastroute.patch.patch_speed import Measured, learn, measure_speed
+from fastroute.patch.patch_speed import Measured, learn_patch_speed, measure_patch_speed
 from fastroute.patch.regions import Merging, SortedRegions, sort_regions
 from fastroute.profiling import RoutedFlops, mix_flops
 from fastroute.runtime.border import EDGE, ZERO, check_border, continued, cut, refuse_edge
@@ -54,23 +54,6 @@ PATCHES_PER_BAND = 1024
 HELD_BYTES = {"cpu": 64 << 20, "cuda": 1 << 30}
 # Class maps are uint8.
 MOST_CLASSES = 256
-
-
-@dataclass(frozen=True)
-class PatchCall:
-    """Validated arguments of a :class:`PatchRouter` call.
-
-    Attributes:
-        merging: the grid of the images, and how its patches run in regions.
-        classes: how classes are chosen.
-        memory_limit: bytes to hold at most, None for no limit.
-        progress: see :meth:`PatchRouter.upscale`.
-    """
-
-    merging: Merging
-    classes: ClassRequest
-    memory_limit: int | None = None
-    progress: Progress = False
 
 
 class PatchRouter(Router):
@@ -348,7 +331,7 @@ class PatchRouter(Router):
         self.networks.remember()
         # What nobody has asked for is not kept up to date.
         if (known := self.speeds.known.get(self._place_of(source.dtype))) is not None:
-            learn(known, stats, watch.parts)
+            learn_patch_speed(known, stats, watch.parts)
         return maps, stats
 
     def speed(self, dtype: torch.dtype) -> Speed:
@@ -375,7 +358,7 @@ class PatchRouter(Router):
             num_classes=self.num_classes,
             batch=max(self.networks.batch_of(c, self.device) for c in range(self.num_classes)),
         )
-        return measure_speed(parts, self.channels, self._grid(self.patch, self.patch), dtype, self.device)
+        return measure_patch_speed(parts, self.channels, self._grid(self.patch, self.patch), dtype, self.device)
 
     def _patches_per_band(self) -> int:
         most = on_device(HELD_BYTES, self.device)

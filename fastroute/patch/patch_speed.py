@@ -38,7 +38,7 @@ class Measured:
 
 
 @torch.inference_mode()
-def measure_speed(parts: Measured, channels: int, tile: TileGrid, dtype: torch.dtype, device: torch.device) -> Speed:
+def measure_patch_speed(parts: Measured, channels: int, tile: TileGrid, dtype: torch.dtype, device: torch.device) -> Speed:
     """The speed of every part of a router on images of `dtype`.
 
     Args:
@@ -75,7 +75,7 @@ def measure_speed(parts: Measured, channels: int, tile: TileGrid, dtype: torch.d
     return Speed(each, classify * milliseconds, median(rest) * milliseconds)
 
 
-def learn(speed: Speed, stats: RoutingStats, branches: Mapping[int, float]) -> None:
+def learn_patch_speed(speed: Speed, stats: RoutingStats, branches: Mapping[int, float]) -> None:
     """Let `speed` know what a run has taken.
 
     Args:

@@ -13,8 +13,8 @@ from fastroute._arguments import LARGEST_SPAN, whole
 from fastroute._contexts import ordinarily
 from fastroute._copies import inference_copy
 from fastroute.models.adapters import as_module
-from fastroute.patch.branches import guess_channels
 from fastroute.patch.patch_router import PatchRouter
+from fastroute.patch.prepared_networks import guess_channels
 from fastroute.rewrite.optimize import parameter_dtype
 from fastroute.windows import CROP
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fastroute import buffers
 from fastroute._contexts import ordinarily
-from fastroute._copies import inference_copy
+from fastroute._copies import evaluating, inference_copy
 from fastroute.budget.limits import Budget
 from fastroute.budget.speed import Speed, Speeds
 from fastroute.engines import ANY, TORCH, engine_of
@@ -23,7 +23,7 @@ from fastroute.pixel.pixel_budget import WaitingImage
 from fastroute.pixel.pixel_image import PixelImage
 from fastroute.pixel.pixel_networks import PixelNetworks, layers_of
 from fastroute.pixel.pixel_rows import BUDGET_BYTES, PixelMemory, waiting_sample
-from fastroute.pixel.pixel_speed import learn, measure_speed
+from fastroute.pixel.pixel_speed import learn_pixel_speed, measure_pixel_speed
 from fastroute.pixel.pixel_stats import PixelFlops, PixelStats, Work
 from fastroute.pixel.request import PixelOptions, Request, factor_of, looking_ahead, make_grid, make_request
 from fastroute.rewrite.optimize import optimize, parameter_dtype
@@ -90,6 +90,7 @@ class PixelRouter(Router):
         if optimized:
             self.encoder = optimize(model.encoder).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.upsamplers = nn.ModuleList(map(inference_copy, model.upsamplers))
+        evaluating(self.upsamplers)
         self.classifier = inference_copy(model.classifier)
         self.register_buffer("mean", model.get_buffer("mean").clone(), persistent=False)
         self.register_buffer("_place", torch.empty(0, device=self.mean.device), persistent=False)
@@ -267,7 +268,9 @@ class PixelRouter(Router):
         return [*(tuning_key(part, example) for part in (self.encoder, self.upsamplers, self.classifier)), dtype, factor]
 
     def _measured_speed(self, dtype: torch.dtype, factor: float) -> Speed:
-        return measure_speed(self.networks, dtype, factor, lambda image, request: self.answer(image, request).stats.seconds)
+        return measure_pixel_speed(
+            self.networks, dtype, factor, lambda image, request: self.answer(image, request).stats.seconds
+        )
 
     @ordinarily
     @torch.inference_mode()
@@ -309,7 +312,7 @@ class PixelRouter(Router):
             encoded = sum(image.passes for image in images) * grid.lr[0] * grid.lr[1]
             searched = 0 if request.budget is None else request.budget.searched - before
             done = dataclasses.replace(done, encoded=encoded)
-            learn(known, request, searched, done, stats.counts_per_class, stats.seconds)
+            learn_pixel_speed(known, request, searched, done, stats.counts_per_class, stats.seconds)
         return stats
 
     def _plan(self, endpoints: Endpoints, request: Request, number: int) -> PixelPlan:

@@ -21,7 +21,7 @@ PICTURE = {"cpu": (256, 256), "cuda": (512, 512)}
 
 
 @torch.inference_mode()
-def measure_speed(
+def measure_pixel_speed(
     networks: PixelNetworks, dtype: torch.dtype, factor: float, run: Callable[[Tensor, Request], dict[str, float]]
 ) -> Speed:
     """The speed of every part of a router.
@@ -56,7 +56,9 @@ def measure_speed(
     return Speed(upsamplers, classify * each, rest * each, 1e3 * encode / (lr[0] * lr[1]), 1e3 * solve)
 
 
-def learn(speed: Speed, request: Request, searched: int, work: Work, counts: Sequence[int], seconds: dict[str, float]) -> None:
+def learn_pixel_speed(
+    speed: Speed, request: Request, searched: int, work: Work, counts: Sequence[int], seconds: dict[str, float]
+) -> None:
     """Let `speed` know what a run has taken.
 
     Args:

@@ -136,13 +136,15 @@ def compare(
         if factor != int(factor):
             raise ValueError(f"compare: downscale needs a whole factor; got {factor:g}")
         if min(image.shape[1:]) < factor:
-            raise ValueError(f"compare: downscale needs an image of at least {factor:g} x {factor:g}; got {size(image)}")
+            raise ValueError(f"compare: downscale needs an image of at least {factor:g} x {factor:g}; got {shown_size(image)}")
         image, reference = make_pair(image, int(factor))
     height, width = (round(side * factor) for side in image.shape[1:])
     if min(height, width) < 1:
-        raise ValueError(f"compare: scale must leave at least one pixel; {factor:g} makes {width} x {height} of {size(image)}")
+        raise ValueError(
+            f"compare: scale must leave at least one pixel; {factor:g} makes {width} x {height} of {shown_size(image)}"
+        )
     if reference is not None and tuple(reference.shape[1:]) != (height, width):
-        raise ValueError(f"compare: reference must be {width} x {height}, as the result is; got {size(reference)}")
+        raise ValueError(f"compare: reference must be {width} x {height}, as the result is; got {shown_size(reference)}")
     if reference is not None:
         # Fails now where scikit-image is missing or the image is smaller than SSIM's window.
         least = evaluation.SSIM_WINDOW + 2 * math.ceil(factor)
@@ -211,7 +213,7 @@ def machine(device: torch.device) -> str:
     return f"{cpu_name() or device.type}, {threads} thread{'s' if threads > 1 else ''}"
 
 
-def size(image: Tensor) -> str:  # [3, H, W]
+def shown_size(image: Tensor) -> str:  # [3, H, W]
     """Width and height for people."""
     return f"{image.shape[2]} x {image.shape[1]}"
 

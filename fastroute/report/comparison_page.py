@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastroute import __version__, io
-from fastroute.report.comparison import BICUBIC, Comparison, Variant, size
+from fastroute.report.comparison import BICUBIC, Comparison, Variant, shown_size
 from fastroute.visualize import class_colours, colour_names
 
 # Pixels of a picture under the slider, and width of a class map: a page of ten pictures stays below some 10 MB.
@@ -86,7 +86,9 @@ def render(comparison: Comparison, name: str, detail: Box | None = None) -> str:
     scale = comparison.scale
     return template.substitute(
         title=html.escape(f"{name}, enlarged {scale:g} times"),
-        subtitle=html.escape(f"{size(comparison.source)} pixels become {size(first.image)}. {told_reference(comparison)}"),
+        subtitle=html.escape(
+            f"{shown_size(comparison.source)} pixels become {shown_size(first.image)}. {told_reference(comparison)}"
+        ),
         width=shown[BICUBIC][1][0],
         height=shown[BICUBIC][1][1],
         options="".join(f'<option value="{ids[name]}">{html.escape(name)}</option>' for name in pictures),
@@ -181,13 +183,13 @@ def row(variant: Variant, comparison: Comparison) -> str:
         cells += [f"{psnr:.2f} dB" if math.isfinite(psnr) else "identical", f"{variant.quality['ssim']:.4f}"]
     stats, dense = variant.stats, variant.dense or variant
     if stats is None or dense.stats is None:
-        cells += ["", "", "", duration(variant.seconds), "", ""]
+        cells += ["", "", "", shown_seconds(variant.seconds), "", ""]
     else:
         cells += [
             f"{stats.flops.routed / 1e9:,.1f} G",
             percent(stats.flops.routed, dense.stats.flops.routed),
             percent(stats.paper_flops.routed, dense.stats.paper_flops.routed),
-            duration(variant.seconds),
+            shown_seconds(variant.seconds),
             percent(variant.seconds, dense.seconds),
             "" if variant.class_map is None else shares(stats.counts_per_class),
         ]
@@ -199,7 +201,7 @@ def percent(part: float, whole: float) -> str:
     return f"{100 * part / whole:.0f} %" if whole else ""
 
 
-def duration(seconds: float) -> str:
+def shown_seconds(seconds: float) -> str:
     """Milliseconds up to ten seconds, which is what one compares."""
     return f"{1000 * seconds:,.0f} ms" if seconds < 10 else f"{seconds:,.1f} s"
 

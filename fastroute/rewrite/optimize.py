@@ -17,6 +17,21 @@ from fastroute.models.subpixel import SubpixelPlan, dense_equivalent
 from fastroute.ops._upsampled import SIZES, Upsampler, bias_of
 
 
+class OneSlope(nn.LeakyReLU):
+    """A PReLU of one slope, in place; the slope is a number, and a state dict holds it all the same."""
+
+    def __init__(self, slope: float) -> None:
+        super().__init__(slope, inplace=True)
+
+    def get_extra_state(self) -> Tensor:
+        """The slope."""
+        return torch.tensor(self.negative_slope, dtype=torch.float64, device="cpu")
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Take another slope."""
+        self.negative_slope = float(state)
+
+
 def optimize(branch: nn.Module) -> nn.Module:
     """A frozen copy of `branch` that computes the same numbers in less time.
 
@@ -60,7 +75,8 @@ def split_upsampler(branch: nn.Module, shuffle: int) -> tuple[nn.Module, Upsampl
         return None
     empty = last.weight.new_empty(0)
     expand, expand_bias, slope = empty.view(0, 0), empty, empty
-    if len(layers) > 1 and type(rectifier := layers[-1]) is nn.LeakyReLU:
+    rectifier = layers[-1] if len(layers) > 1 else None
+    if isinstance(rectifier, nn.LeakyReLU) and type(rectifier) in (nn.LeakyReLU, OneSlope):
         first = _convolution(layers[-2])
         if first is not None and first.kernel_size == (1, 1):
             del layers[-2:]
@@ -130,7 +146,7 @@ def _rewrite_sequence(sequence: nn.Sequential) -> nn.Sequential:
             layers[-1] = fuse_conv_bn_eval(previous, layer).requires_grad_(False)
         elif type(layer) is nn.PReLU and layer.num_parameters == 1 and type(previous) is nn.Conv2d:
             # Nothing else reads what the convolution wrote.
-            layers.append(nn.LeakyReLU(float(layer.weight), inplace=True))
+            layers.append(OneSlope(float(layer.weight)))
         elif type(layer) is nn.Identity:
             continue
         else:

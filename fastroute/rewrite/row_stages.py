@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from fastroute.models.carn import CARN, CascadingBlock, EfficientResidualBlock
 
 
-class Stage(ABC):
+class LayerStage(ABC):
     """Part of a network that takes consecutive rows of an image and gives those rows of its output that are complete.
 
     Attributes:
@@ -31,30 +31,30 @@ class Stage(ABC):
         """Take the next rows; `last` says that none follow."""
 
 
-class Pointwise(Stage):
+class Pointwise(LayerStage):
     """A layer that reads one pixel at a time."""
 
     def __init__(self, layer: nn.Module) -> None:
         self.layer = layer
 
     def push(self, x: Tensor, last: bool) -> Tensor:
-        """See :class:`Stage`."""
+        """See :class:`LayerStage`."""
         return self.layer(x) if x.shape[2] else self.layer(x.new_zeros(x.shape[0], x.shape[1], 1, x.shape[3]))[:, :, :0]
 
 
-class Product(Stage):
+class Product(LayerStage):
     """A 1 x 1 convolution as a matrix product, which is the faster of the two on channels_last rows."""
 
     def __init__(self, layer: nn.Conv2d) -> None:
         self.layer = layer
 
     def push(self, x: Tensor, last: bool) -> Tensor:
-        """See :class:`Stage`."""
+        """See :class:`LayerStage`."""
         weight = self.layer.weight.flatten(1)
         return F.linear(x.permute(0, 2, 3, 1), weight, self.layer.bias).permute(0, 3, 1, 2)
 
 
-class RowConvolution(Stage):
+class RowConvolution(LayerStage):
     """A convolution of odd kernel that keeps the size of its input."""
 
     def __init__(self, layer: nn.Conv2d) -> None:
@@ -63,7 +63,7 @@ class RowConvolution(Stage):
         self.held: Tensor | None = None
 
     def push(self, x: Tensor, last: bool) -> Tensor:
-        """See :class:`Stage`."""
+        """See :class:`LayerStage`."""
         b, c, _, w = x.shape
         edge = x.new_zeros(b, c, self.pad, w).contiguous(memory_format=torch.channels_last)
         pieces = [edge if self.held is None else self.held, x, *([edge] if last else [])]
@@ -76,15 +76,15 @@ class RowConvolution(Stage):
         return F.conv2d(rows, layer.weight, layer.bias, padding=(0, self.pad), groups=layer.groups)
 
 
-class Chain(Stage):
+class Chain(LayerStage):
     """Stages one after the other."""
 
-    def __init__(self, stages: Iterable[Stage]) -> None:
+    def __init__(self, stages: Iterable[LayerStage]) -> None:
         self.stages = list(stages)
         self.reach = sum(stage.reach for stage in self.stages)
 
     def push(self, x: Tensor, last: bool) -> Tensor:
-        """See :class:`Stage`."""
+        """See :class:`LayerStage`."""
         for stage in self.stages:
             x = stage.push(x, last)
         return x
@@ -103,15 +103,15 @@ class Waiting:
         return rows[:, :, :count]
 
 
-class Residual(Stage):
+class Residual(LayerStage):
     """relu(body(x) + x)."""
 
-    def __init__(self, body: Stage) -> None:
+    def __init__(self, body: LayerStage) -> None:
         self.body, self.shortcut = body, Waiting()
         self.reach = body.reach
 
     def push(self, x: Tensor, last: bool) -> Tensor:
-        """See :class:`Stage`."""
+        """See :class:`LayerStage`."""
         y = self.body.push(x, last)
         return F.relu_(y.add_(self.shortcut.take(x, y.shape[2])))
 
@@ -138,16 +138,16 @@ class Merge:
         return self.rest.push(total.view(b, n, w, self.first.out_channels).permute(0, 3, 1, 2), last)
 
 
-class Cascade(Stage):
+class Cascade(LayerStage):
     """CARN's cascade: each merge sees the input and the outputs of all blocks so far."""
 
-    def __init__(self, blocks: Sequence[Stage], merges: Sequence[Merge]) -> None:
+    def __init__(self, blocks: Sequence[LayerStage], merges: Sequence[Merge]) -> None:
         self.steps = list(zip(blocks, merges, strict=True))
         self.reach = sum(block.reach for block in blocks)
         self.waiting = [[Waiting() for _ in range(n + 1)] for n in range(len(self.steps))]
 
     def push(self, x: Tensor, last: bool) -> Tensor:
-        """See :class:`Stage`."""
+        """See :class:`LayerStage`."""
         parts = [x]
         for (block, merge), waiting in zip(self.steps, self.waiting, strict=True):
             y = block.push(x, last)
@@ -172,7 +172,7 @@ def unsupported_reasons(module: nn.Module) -> list[str]:
     return [f"{type(module).__name__} is unknown"]
 
 
-def make_stage(module: nn.Module) -> Stage:
+def make_stage(module: nn.Module) -> LayerStage:
     """`module` in bands, ready for the first row of an image."""
     if isinstance(module, CARN):
         # The blocks keep their state, so each use of a shared block is a stage of its own.

@@ -31,6 +31,17 @@ def test_table_of_inverse_shuffle_rows(backend):
     assert band.tolist() == [[[[3, 4]], [[7, 8]]]]
 
 
+def test_patches_of_one_pixel_have_either_memory_format(backend):
+    grid = TileGrid(1, 3, patch=1, stride=1)
+    planes = torch.tensor([[1.0, 2.0], [3.0, 4.0]], device=backend.device).view(2, 2, 1, 1)
+    pixels = torch.tensor([[5.0, 6.0]], device=backend.device).view(1, 2, 1, 1).contiguous(memory_format=torch.channels_last)
+    pixels = pixels.as_strided((1, 2, 1, 1), (2, 1, 2, 2))
+    for batches in ([planes, pixels], [planes[:1], pixels, planes[1:]]):
+        out = torch.empty(1, 2, 1, 3, device=backend.device)
+        stitch_patches(batches, grid, out=out)
+        assert torch.equal(out[0, :, 0].t(), torch.cat(batches).flatten(1))
+
+
 @pytest.mark.parametrize(
     ("dtype", "maximum", "ties"),
     [(torch.uint8, 255, {0.5: 0, 1.5: 2, 2.5: 2, 127.5: 128}), (torch.uint16, 65535, {0.5: 0, 2.5: 2, 32767.5: 32768})],
