@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from functools import cache
@@ -108,3 +109,12 @@ def test_refused_by_name_or_right(name, values):
         else:
             image = getattr(result, "image", None)
             assert image is None or bool(image.isfinite().all()), value
+
+
+@pytest.mark.parametrize("router", [patches, pixels])
+def test_a_value_that_is_too_large_is_found_wherever_it_lies(router):
+    for image, (row, column) in itertools.product(range(2), ((0, 0), (1, 131), (69, 140), (68, 77))):
+        x = torch.zeros(2, 3, 70, 141)
+        x[image, 2, row, column] = 3.0
+        with pytest.raises(ValueError, match=r"upscale: a floating image must lie in about .* like 3: divide by 255"):
+            router().upscale(x)

@@ -182,7 +182,10 @@ def index(op: str, name: str, x: Tensor | None, length: int | None) -> None:
 
 
 def images(op: str, image: Tensor, channels: int, device: torch.device, sides: str = "H, W") -> Tensor:  # [B, C, H, W]
-    """`image` as a batch: (B, C, H, W) or (C, H, W) of `channels` channels, not empty, on `device`."""
+    """`image` as a batch: (B, C, H, W) or (C, H, W) of `channels` channels, not empty, on `device`.
+
+    Of a floating image on the CPU no value exceeds 2, wherever it lies; on a GPU none is looked at.
+    """
     tensor(op, "image", image)
     if image.ndim not in (3, 4):
         raise ValueError(f"{op}: image must be (B, C, {sides}) or (C, {sides}); got {tuple(image.shape)}")
@@ -194,9 +197,11 @@ def images(op: str, image: Tensor, channels: int, device: torch.device, sides: s
         raise ValueError(f"{op}: image must have at least one pixel; got {tuple(image.shape)}")
     if batch.device != device:
         raise ValueError(f"{op}: image must be on {device}, where the networks are; got {batch.device}")
-    # A look at some pixels finds an image in 0 … 255; a GPU would have to be waited for.
-    if batch.is_floating_point() and batch.device.type == "cpu":
-        some = batch[:1, :, :: batch.shape[2] // 64 + 1, :: batch.shape[3] // 64 + 1]
-        if some.numel() and (largest := some.max().item()) > 2:
-            raise ValueError(f"{op}: a floating image must lie in about [0, 1]; it has values like {largest:g}: divide by 255?")
+    # All of it, so that where a value lies makes no difference; a GPU would have to be waited for, so none of it there.
+    if batch.is_floating_point() and looks_at(batch):
+        # What is expanded repeats itself; `amax` copies nothing.
+        own = batch[tuple(slice(0, None if stride else 1) for stride in batch.stride())]
+        if (largest := own.amax().item()) > 2:
+            wanted = f"a floating image must lie in about [0, 1]; it has values like {largest:g}"
+            raise ValueError(f"{op}: {wanted}: divide by 255?")
     return batch

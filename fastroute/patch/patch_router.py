@@ -226,7 +226,7 @@ class PatchRouter(Router):
         Raises:
             ValueError: a wrong rank, number of channels, empty image, another device, an impossible budget, a class map of
                 another shape or with ids out of range, or a limit below the least that is needed, which the message names.
-                Nothing has been computed then.
+                Nothing has been computed then. So is a floating image with a value above 2; on a GPU none is looked at.
             TypeError: an unsupported dtype.
         """
         images = check.images("upscale", image, self.channels, home(image, self.device))
@@ -274,6 +274,8 @@ class PatchRouter(Router):
         check_reader("stream", reader, self.channels, check.FLOATING + check.INTEGER_IMAGE)
         limit, most = Budget(budget, budget_flops, budget_ms), limit_on(self.device, memory_limit)
         call = self._checked((1, *reader.shape), reader.dtype, limit, penalty, class_map, promote, most, progress)
+        if most is not None:
+            buffers.give_back()
         maps, stats = self._run(streamed(reader, writer, call.merging.grid.output_size, self.device), call)
         return Streamed(maps[0], stats)
 

@@ -62,7 +62,7 @@ class PixelImage:
             hold: its features are there when its turn comes.
         """
         lr, features = self._start()
-        sample = self._sample(features, pixels)
+        sample = self._sample(lr, features, pixels)
         if hold:
             self.started = lr, features
         return sample
@@ -81,7 +81,7 @@ class PixelImage:
         again = self.started is None if seen is not None else self.rule.solved and not self.keep
         lr, features = self.started or self._start()
         self.started = None
-        solved = self._solved(features, seen, again)
+        solved = self._solved(lr, features, seen, again)
         if again and seen is None:
             lr, features = self._start()
         classes = RowStream(self._classes(features, solved), class_map)
@@ -133,7 +133,7 @@ class PixelImage:
         if self.keep:
             size = (1, *self.grid.lr, networks.memory.depth)
             whole = buffers.empty(size, networks.dtype, networks.device).permute(0, 3, 1, 2)
-        return lr, RowStream(self._encode(lr), whole)
+        return lr, RowStream(self._encode(lr), whole, room=networks.memory.rows_held(self.grid))
 
     def _read(self) -> Iterator[list[Tensor]]:
         height = self.grid.lr[0]
@@ -214,16 +214,16 @@ class PixelImage:
                     self.budget.spend(chosen)
             yield [chosen]
 
-    def _solved(self, features: RowStream, seen: Sample | None, again: bool) -> Tensor | float:
+    def _solved(self, lr: RowStream, features: RowStream, seen: Sample | None, again: bool) -> Tensor | float:
         """The exponent of the cost, all classes [1, H, W], or of 2-means from which score on a pixel is of class 1."""
         if self.rule.adaptive:
-            return self._two_means(features)
+            return self._two_means(lr, features)
         if self.budget is None:
             return self.rule.penalty
         (h, w), (height, width) = self.grid.lr, self.grid.size
         pixels = budget_sample(self.grid)
         whole = height * width <= pixels or seen is not None
-        sample = seen or self._sample(features, pixels)
+        sample = seen or self._sample(lr, features, pixels)
         with self.watch.stage("solve"):
             todo = Work(
                 pixels=height * width,
@@ -237,7 +237,7 @@ class PixelImage:
                 return penalty
             return self.budget.take(sample.scores, penalty, min(self.budget.cost)).view(1, height, width)
 
-    def _sample(self, features: RowStream, pixels: int) -> Sample:
+    def _sample(self, lr: RowStream, features: RowStream, pixels: int) -> Sample:
         """The scores of about `pixels` pixels, in rows spread over the image; all of them where it has no more."""
         bands = list(sampled_rows(self.grid, pixels))
         (height, width), rows = self.grid.size, sum(end - begin for begin, end in bands)
@@ -246,14 +246,14 @@ class PixelImage:
         for begin, end in bands:
             scores[:, top : top + end - begin] = self._logits(features, odds(self.networks.classifier), begin, end)[0]
             top += end - begin
-            self._release(features, begin)
+            self._release(lr, features, begin)
         return Sample(scores.flatten(1), height / rows)
 
-    def _two_means(self, features: RowStream) -> Tensor:
+    def _two_means(self, lr: RowStream, features: RowStream) -> Tensor:
         samples = []
         for begin, end in sampled_rows(self.grid, pixel_rows.ADAPTIVE_SAMPLE):
             samples.append(torch.sigmoid(self._logits(features, odds(self.networks.classifier), begin, end)[:, 0]))
-            self._release(features, begin)
+            self._release(lr, features, begin)
         with self.watch.stage("assign"):
             score = torch.cat(samples, dim=1)
             labels = adaptive_threshold(score, torch.uint8)
@@ -263,9 +263,10 @@ class PixelImage:
             upper = torch.where(labels == 1, score, math.inf)
             return upper.amin()
 
-    def _release(self, features: RowStream, begin: int) -> None:
+    def _release(self, lr: RowStream, features: RowStream, begin: int) -> None:
         if not self.keep:
-            features.release(self.grid.window(begin, begin + 1).features[0])
+            for rows in (lr, features):
+                rows.release(self.grid.window(begin, begin + 1).features[0])
 
 
 def upsample(

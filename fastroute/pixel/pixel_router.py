@@ -185,7 +185,7 @@ class PixelRouter(Router):
         Raises:
             ValueError: a wrong rank, number of channels, empty image or size, another device, arguments that exclude each
                 other, an impossible budget, or a limit below the least that is needed, which the message names. Nothing has
-                been computed then.
+                been computed then. So is a floating image with a value above 2; on a GPU none is looked at.
             TypeError: an unsupported dtype.
         """
         images = check.images("upscale", image, self.channels, home(image, self.device), "h, w")
@@ -242,6 +242,8 @@ class PixelRouter(Router):
         most = limit_on(self.device, memory_limit)
         options = PixelOptions(scale, size, penalty, adaptive, refine, progress, most)
         request = self._request((1, *reader.shape), reader.dtype, Budget(budget, budget_flops, budget_ms), options)
+        if most is not None:
+            buffers.give_back()
         endpoints = streamed(reader, writer, request.grid.size, self.device)
         return Streamed(None, self._run(endpoints, request, None))
 

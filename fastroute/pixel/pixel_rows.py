@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from fastroute.ops.pixel_mlp import Layers
-from fastroute.rewrite.row_stages import MAX_COLUMNS, MIN_ROWS, rows_in_bands, unsupported_reasons
+from fastroute.rewrite.row_stages import MAX_COLUMNS, MIN_ROWS, make_stage, rows_in_bands, unsupported_reasons
 from fastroute.runtime.devices import on_device
 from fastroute.runtime.memory_plan import ACTIVATIONS, REARRANGED, LiveBytes, WorkingSet
 
@@ -32,8 +32,9 @@ BUDGET_BYTES, ADAPTIVE_BYTES = 14, 20
 # Rows of a band, and columns, on which the memory of an encoder is counted.
 PROBE = 16
 
-# Of as many bytes the C library maps memory of its own, which leaves no gaps.
-HEAP_PIECE = 32 << 20
+# What comes and goes with each band lies in the C library's heap, which takes up to so many times as much: once large blocks
+# have been freed, all but the largest share it, and what lies between two of them is a gap for anything larger.
+HEAP = {"cpu": 2, "cuda": 1}
 
 HOST = torch.device("cpu")
 
@@ -130,6 +131,7 @@ class PixelMemory:
     ) -> None:
         self.channels, self.depth, self.classes, self.itemsize = channels, depth, classes, dtype.itemsize
         self.in_bands = not unsupported_reasons(encoder)
+        self.reach = make_stage(encoder).reach if self.in_bands else 0
         self.units = max((weight.shape[0] for mlp in mlps for weight, _ in mlp), default=1)
         device = next(encoder.parameters()).device
         x = torch.zeros(1, self.channels, 2 * PROBE, PROBE, dtype=dtype, device=device)
@@ -154,25 +156,22 @@ class PixelMemory:
 
     def features(self, grid: PixelGrid, keep: bool) -> int:
         """Bytes of the features that are held."""
-        row = grid.lr[1] * self.depth * self.itemsize
-        if keep:
-            return grid.lr[0] * row
-        # Those of a band that is classified and of the one before, which is upsampled, in pieces; and joined for the kernel.
-        return 3 * row * self._rows(grid)
+        return grid.lr[1] * self.depth * self.itemsize * (grid.lr[0] if keep else self.rows_held(grid))
 
-    def newest(self, grid: PixelGrid) -> int:
-        """Bytes of the features that the encoder has just made: no band ends with them.
+    def rows_held(self, grid: PixelGrid) -> int:
+        """Rows of the features that are held where not all are: of a band that is upsampled, and of one that is classified."""
+        windows = [w.features for w in grid.widest]
+        most = max(b[1] - a[0] for a, b in zip(windows, [*windows[1:], windows[-1]], strict=True))
+        return min(most + self._newest(grid), grid.lr[0])
 
-        Small pieces count twice more, for the gaps that they leave in the heap; of large ones no more than a band needs.
-        """
-        row = grid.lr[1] * self.depth * self.itemsize
-        pixels, columns = self.encoder_band(grid)
-        piece = row * min(max(MIN_ROWS, pixels // min(columns, grid.lr[1])), grid.lr[0]) if self.in_bands else 0
-        return 3 * piece if piece < HEAP_PIECE else min(piece, row * self._rows(grid))
-
-    def _rows(self, grid: PixelGrid) -> int:
-        """Rows of the features that a band reads at most."""
-        return max(w.features[1] - w.features[0] for w in grid.widest)
+    def _newest(self, grid: PixelGrid) -> int:
+        """Rows of the features that the encoder makes at a time."""
+        if not self.in_bands:
+            return 0
+        (height, width), (pixels, columns) = grid.lr, self.encoder_band(grid)
+        strip = width // -(-width // columns)
+        # With the last ones come those that waited for rows below.
+        return min(max(MIN_ROWS, pixels // strip) + self.reach, height)
 
     def working_set(
         self, grid: PixelGrid, keep: bool, sampled: int, itemsize: int, streamed: bool, step: int = 1
@@ -195,15 +194,17 @@ class PixelMemory:
             passing = min(passing, h * w)
             # A GPU makes those of an MLP's first layer for all features of a band, in float32.
             products = lr_rows * w * self.units * 4
-        band = passing * self.passing + w * self.kept if self.in_bands else h * w * self.passing
         values = max(self.classes + 1, 2 * self.channels) * self.itemsize + 3
-        fixed = self.features(grid, keep) + (0 if keep else self.newest(grid)) + band + products + sampled
-        fixed += tallest * width * values
-        fixed += 2 * lr_rows * w * self.channels * self.itemsize + max(window.height for window in grid.widest) * width
+        moving = passing * self.passing + w * self.kept if self.in_bands else 0
+        moving += (0 if keep else self._newest(grid)) * w * self.depth * self.itemsize + tallest * width * values
+        moving += 2 * lr_rows * w * self.channels * self.itemsize + max(window.height for window in grid.widest) * width
+        fixed = self.features(grid, keep) + on_device(HEAP, grid.device) * moving + products + sampled
+        fixed += 0 if self.in_bands else h * w * self.passing
         if not streamed:
             return WorkingSet(fixed)
         out_row, row = self.channels * itemsize * width, self.channels * itemsize * w
-        fixed += 3 * lr_rows * row + 3 * step * out_row
+        # Of an image that is read once all rows are kept where its features are.
+        fixed += (h if keep else 0) * row + 3 * lr_rows * row + 3 * step * out_row
         return WorkingSet(fixed, 3 * out_row + 2 * row * h // height, tallest, height)
 
 

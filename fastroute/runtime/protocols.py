@@ -15,7 +15,7 @@ class Reader(Protocol):
 
     Attributes:
         shape: (C, H, W).
-        dtype: of what `read` gives: floating in [0, 1], uint8 or uint16.
+        dtype: of what `read` gives: floating in [0, 1], which nobody checks, uint8 or uint16.
     """
 
     @property

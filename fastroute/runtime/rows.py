@@ -8,6 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from fastroute import buffers
 from fastroute.runtime.protocols import Reader
 from fastroute.runtime.transfer import to_device
 
@@ -85,51 +86,69 @@ class ReaderSource:
 class RowStream:
     """Rows that are made from top to bottom, in chunks, when they are asked for.
 
+    Rows that are not released lie side by side in one buffer, in which they move up when it is full. Pieces that outlive the
+    tensors made between them would leave gaps in the heap that nothing else fits into.
+
     Args:
         chunks: each some tensors (..., n, w) side by side, whose rows follow those of the chunk before.
         whole: (..., H, W) to keep all rows in; without it, those that were released are let go.
         end: rows that are in `whole` already.
+        room: rows that are held at a time, about, where `whole` is not given; a buffer that is too small is replaced.
     """
 
-    def __init__(self, chunks: Iterable[Sequence[Tensor]], whole: Tensor | None = None, end: int = 0) -> None:
+    def __init__(self, chunks: Iterable[Sequence[Tensor]], whole: Tensor | None = None, end: int = 0, room: int = 0) -> None:
         self.chunks: Iterator[Sequence[Tensor]] = iter(chunks)
-        self.whole, self.end = whole, end
-        self.held: list[tuple[int, Sequence[Tensor]]] = []
+        self.buffer, self.end, self.room = whole, end, room
+        self.owned = True  # what is not was given, and is not written to
+        self.begin = self.needed = 0  # row of the first one in the buffer, and of the first one that may be asked for
 
     def rows(self, begin: int, end: int) -> Tensor:  # [..., end - begin, w]
-        """Rows `begin` to `end`, the last one excluded."""
+        """Rows `begin` to `end`, the last one excluded; they may move when more are asked for."""
         while self.end < end:
-            chunk = next(self.chunks)
-            count = chunk[0].shape[-2]
-            if self.whole is None:
-                self.held.append((self.end, chunk))
-            else:
-                left = 0
-                for part in chunk:
-                    self.whole[..., self.end : self.end + count, left : left + part.shape[-1]] = part
-                    left += part.shape[-1]
-            self.end += count
-        if self.whole is not None:
-            return self.whole[..., begin:end, :]
-        pieces = [
-            (top, [part[..., max(begin - top, 0) : end - top, :] for part in chunk]) for top, chunk in self.held if top < end
-        ]
-        lines = [(max(top, begin) - begin, parts) for top, parts in pieces if parts[0].shape[-2]]
-        if len(lines) == 1 and len(lines[0][1]) == 1:
-            return lines[0][1][0]
-        # Straight into place: joined side by side first, they would be held once more.
-        first = lines[0][1]
-        size = (*first[0].shape[:-2], end - begin, sum(part.shape[-1] for part in first))
-        # As they are: in channels_last a pixel's values lie side by side.
-        layout = torch.channels_last if first[0].ndim == 4 and first[0].stride(1) == 1 else torch.contiguous_format
-        joined = torch.empty(size, dtype=first[0].dtype, device=first[0].device, memory_format=layout)
-        for top, parts in lines:
-            left = 0
-            for part in parts:
-                joined[..., top : top + part.shape[-2], left : left + part.shape[-1]] = part
-                left += part.shape[-1]
-        return joined
+            self._add(next(self.chunks))
+        assert self.buffer is not None
+        return self.buffer[..., begin - self.begin : end - self.begin, :]
 
     def release(self, before: int) -> None:
         """Rows before `before` are not asked for any more."""
-        self.held = [(top, chunk) for top, chunk in self.held if top + chunk[0].shape[-2] > before]
+        self.needed = max(self.needed, before)
+
+    def _add(self, chunk: Sequence[Tensor]) -> None:
+        first, count = chunk[0], chunk[0].shape[-2]
+        if self.buffer is None and len(chunk) == 1:
+            self.buffer, self.owned, self.begin, self.end = first, False, self.end, self.end + count
+            return
+        at = self.end - self.begin
+        if self.buffer is None or not self.owned or at + count > self.buffer.shape[-2]:
+            at = self._make_room(first, sum(part.shape[-1] for part in chunk), count)
+        left = 0
+        assert self.buffer is not None
+        for part in chunk:
+            self.buffer[..., at : at + count, left : left + part.shape[-1]] = part
+            left += part.shape[-1]
+        self.end += count
+
+    def _make_room(self, like: Tensor, width: int, count: int) -> int:
+        """Let `count` more rows fit behind those that are needed; where they go."""
+        kept = max(self.end - max(self.needed, self.begin), 0)
+        old, first = self.buffer, self.end - kept - self.begin
+        if old is None or not self.owned or kept + count > old.shape[-2]:
+            self.buffer = _rows_like(like, max(kept + count, self.room), width)
+            if old is not None:
+                self.buffer[..., :kept, :] = old[..., first : first + kept, :]
+            self.owned = True
+        else:
+            # By as many rows at a time as lie between, which do not overlap.
+            for top in range(0, kept, first):
+                rows = min(first, kept - top)
+                old[..., top : top + rows, :] = old[..., first + top : first + top + rows, :]
+        self.begin = self.end - kept
+        return kept
+
+
+def _rows_like(x: Tensor, rows: int, width: int) -> Tensor:  # [..., n, w] -> [..., rows, width]
+    """Memory for rows laid out as those of `x`: in channels_last a pixel's values lie side by side."""
+    if x.ndim == 4 and x.stride(1) == 1:
+        b, c = x.shape[:2]
+        return buffers.empty((b, rows, width, c), x.dtype, x.device).permute(0, 3, 1, 2)
+    return buffers.empty((*x.shape[:-2], rows, width), x.dtype, x.device)
