@@ -82,7 +82,7 @@ def test_openvino_agrees(name, dtype, error, threads):
 
 @pytest.mark.usefixtures("no_tuning", "openvino")
 def test_copies_and_changes_of_type_compile_anew():
-    router, image = router_of("fsrcnn").compile("openvino"), picture(1, 3, 60, 60)
+    router, image = router_of("carn").compile("openvino"), picture(1, 3, 60, 60)
     expected = router.upscale(image, budget=1).image
     assert torch.equal(copy.deepcopy(router).upscale(image, budget=1).image, expected)
     assert pickle.loads(pickle.dumps(Programs({(0, "x"): print}))) == {}

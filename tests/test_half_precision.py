@@ -44,7 +44,8 @@ def test_half_networks_come_close(name, dtype, monkeypatch):
     assert result.dtype == image.dtype
     # Of the size of one rounding of what the layers find, which is not of the size of the image.
     assert (result - expected).abs().max() < 32 * torch.finfo(dtype).eps * expected.abs().max()
-    assert not torch.equal(result, expected)
+    # In bfloat16 FSRCNN would lose too much.
+    assert torch.equal(result, expected) == (name == "fsrcnn" and dtype == torch.bfloat16)
     for kind in (torch.uint8, torch.uint16, torch.float16):
         converted = picture(1, 3, 20, 16).to(kind) if kind.is_floating_point else torch.ones(1, 3, 20, 16, dtype=kind)
         assert router.upscale(converted).image.dtype == kind
@@ -90,7 +91,7 @@ def test_fixed_routers_do_the_same(name):
 
 
 def test_types_are_changed_as_modules_change_theirs():
-    router = router_of("fsrcnn")
+    router = router_of("carn")
     image = picture(1, 3, 20, 16)
     before = router.upscale(image).image
     assert router.to("cpu", torch.bfloat16).dtype == torch.bfloat16 == router.to(device="cpu").dtype
@@ -144,8 +145,26 @@ def test_rounding_keeps_the_sum_of_each_kernel():
     assert ((layer.weight.float() - before).abs() <= 2**-7 * before.abs().amax()).all()
 
 
+def test_fsrcnn_stays_float32_beside_other_networks_in_bfloat16(monkeypatch):
+    monkeypatch.setattr(precision, "has_float16", lambda: True)
+    networks = [randomise(BACKBONES[name](), 1) for name in ("fsrcnn", "carn")]
+    router = PatchRouter(networks, None, patch=16, stride=12, scale=4, merge=1)
+    image = picture(1, 3, 40, 31)
+    first = torch.zeros(1, *router.upscale(image, budget=1).class_map.shape[1:], dtype=torch.uint8)
+    exact, rounded = (router.upscale(image, class_map=first + c).image for c in range(2))
+    router.bfloat16()
+    fsrcnn, carn = ({p.dtype for p in branch.parameters()} for branch in router.branches)
+    assert fsrcnn == {torch.float32} and torch.bfloat16 in carn
+    assert torch.equal(router.upscale(image, class_map=first).image, exact)
+    assert not torch.equal(router.upscale(image, class_map=first + 1).image, rounded)
+    router.half()
+    assert {p.dtype for p in router.branches[0].parameters()} == {torch.float16}
+    assert all(p.dtype == torch.float32 for p in router.float().parameters())
+
+
 @pytest.mark.parametrize("name", ["classsr-fsrcnn-x4", "arm-fsrcnn-x4", "cdnsr-fsrcnn-x4", "pcsr-fsrcnn-x4"])
 def test_shipped_models_lose_little(name):
+    """Beside a photograph 30 dB from its upscaling, noise of 55 dB costs 0.014 dB."""
     image = fastroute.load(name).upscale(picture(1, 3, 40, 48)).image.clamp(0, 1)
     half = fastroute.load(name, dtype=torch.bfloat16).upscale(picture(1, 3, 40, 48)).image.clamp(0, 1)
-    assert 10 * torch.log10(1 / ((image - half) ** 2).mean()) > 45  # dB
+    assert ((image - half) ** 2).mean() < 10**-5.5

@@ -138,7 +138,7 @@ class FixedPatchRouter(nn.Module):
         networks = router.networks
         left = networks.split(self.device)[1]
         bodies, upsamplers = networks.cut(list(self.branches)) if left else ((), [])
-        if router.dtype in HALVES:
+        if networks.dtype in HALVES:
             upsamplers = left
         # Not registered once more: their layers are those of `branches`.
         self.bodies = tuple(bodies)

@@ -161,6 +161,9 @@ class PatchRouter(Router):
     def _before_halving(self, dtype: torch.dtype) -> None:
         self.networks.before_halving(dtype)
 
+    def _exact_in(self, dtype: torch.dtype) -> list[Tensor]:
+        return self.networks.exact_in(dtype)
+
     def _moved(self) -> None:
         self.networks.moved()
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fastroute._copies import evaluating, inference_copy
 from fastroute.models.carn import CARN
+from fastroute.models.fsrcnn import FSRCNN
 from fastroute.models.precision import HALVES, round_weights, sums_of
 from fastroute.models.rcan import RCAN
 from fastroute.models.srresnet import SRResNet
@@ -21,6 +22,9 @@ Modules = Sequence[nn.Module] | nn.ModuleList
 
 # Networks that compute in the type of their weights, but keep what is added last as it is.
 MIXED = (CARN, SRResNet, RCAN)
+# Networks that add nothing to an image at their end, so that all of it is rounded: in bfloat16, whose numbers have 8 bits, they
+# lose tenths of a decibel and gain little, and stay float32.
+WHOLLY_ROUNDED = (FSRCNN,)
 
 
 class PreparedNetworks:
@@ -48,6 +52,7 @@ class PreparedNetworks:
         self.size = (1, self.channels, patch, patch)
         self.flops = [count_flops(branch, self.size) for branch in branches]
         self.paper_flops = [count_flops(branch, self.size, "paper") for branch in branches]
+        self._wholly_rounded = [any(isinstance(m, WHOLLY_ROUNDED) for m in branch.modules()) for branch in branches]
         prepared = [optimize(b) if optimized else inference_copy(b) for b in branches]
         split = [split_shuffle(branch) for branch in prepared]
         # The stitching undoes a pixel shuffle on the way when all branches end with the same one; regions meet at LR pixels.
@@ -66,12 +71,20 @@ class PreparedNetworks:
         """Where they are."""
         return next((p.device for branch in self.modules for p in branch.parameters()), torch.device("cpu"))
 
+    def exact_in(self, dtype: torch.dtype) -> list[Tensor]:
+        """Weights that stay float32 where the others are `dtype`."""
+        kept = [module for module, whole in zip(self.modules, self._wholly_rounded, strict=True) if whole]
+        tensors = [x for module in kept for x in (*module.parameters(), *module.buffers())]
+        return tensors if dtype == torch.bfloat16 and self.dtype == torch.float32 else []
+
     @torch.no_grad()
     def before_halving(self, dtype: torch.dtype) -> None:
         """The weights are still exact, and will be made `dtype` next."""
         self._exact = self.cut(self.modules)[1]
+        spared = {id(x) for x in self.exact_in(dtype)}
         for module in self.modules:
-            round_weights(module, dtype)
+            if not any(id(p) in spared for p in module.parameters()):
+                round_weights(module, dtype)
 
     def moved(self) -> None:
         """They are on another device, or compute in another type."""
@@ -90,9 +103,12 @@ class PreparedNetworks:
     def _find_dtype(self) -> None:
         # A class without weights computes in the type of the others.
         weighted = [branch for branch in self.modules if next(branch.parameters(), None) is not None]
-        self.dtype = parameter_dtype([*weighted, *self.modules][0])
+        types = [parameter_dtype(branch) for branch in [*weighted, *self.modules][: max(len(weighted), 1)]]
+        self.dtype = next((dtype for dtype in types if dtype in HALVES), types[0])
         self.taken = sums_of(self.dtype)
-        self._mixed = bool(weighted) and all(isinstance(branch, MIXED) for branch in weighted)
+        # Whether all give what they were given, or more exact numbers than they compute in.
+        exact = [isinstance(branch, MIXED) or dtype == self.taken for branch, dtype in zip(weighted, types, strict=False)]
+        self._mixed = self.dtype in HALVES and bool(exact) and all(exact)
 
     def given(self, device: torch.device) -> torch.dtype:
         """Type of what they give on `device`: float32 where last layers or sums are left to be done in it."""
@@ -101,7 +117,7 @@ class PreparedNetworks:
     def reads(self, c: int) -> torch.dtype:
         """Type in which branch `c` reads patches."""
         weighted = next(self.modules[c].parameters(), None) is not None
-        return self.dtype if weighted and not isinstance(self.modules[c], MIXED) else self.taken
+        return parameter_dtype(self.modules[c]) if weighted and not isinstance(self.modules[c], MIXED) else self.taken
 
     def split(self, device: torch.device) -> tuple[Modules, Upsamplers]:
         """What of each branch runs on `device` before the stitching, and the last layers that are left to it, if any.

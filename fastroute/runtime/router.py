@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -32,7 +32,7 @@ class Router(FullPrecision, ABC):
         channels: of the images.
         num_classes: number of classes, one per network or upsampler.
         border: what networks see beyond the edge of an image, "zero" or "edge".
-        dtype: in which the networks compute.
+        dtype: in which the networks compute, but for those that would lose too much by it.
         budget: of :meth:`forward`, as `upscale` takes it; None, the default, leaves the choice to the classifier.
     """
 
@@ -86,7 +86,7 @@ class Router(FullPrecision, ABC):
             check_precision(op, dtype, device)
             if dtype in HALVES and self.dtype not in HALVES:
                 self._before_halving(dtype)
-            super()._apply(fn, recurse)
+            super()._apply(_sparing(fn, self._exact_in(dtype)), recurse)
             self.dtype = dtype
             self._moved()
         return self
@@ -94,5 +94,20 @@ class Router(FullPrecision, ABC):
     def _before_halving(self, dtype: torch.dtype) -> None:
         """The weights are still exact, and will be made half next."""
 
+    def _exact_in(self, dtype: torch.dtype) -> Iterable[Tensor]:
+        """Weights and buffers that stay float32 in a router of `dtype`."""
+        return ()
+
     def _moved(self) -> None:
         """The networks have been moved or changed their type."""
+
+
+def _sparing(fn: Callable[[Tensor], Tensor], kept: Iterable[Tensor]) -> Callable[[Tensor], Tensor]:
+    """`fn`, which leaves those of `kept` in their type."""
+    spared = {id(x) for x in kept}
+
+    def apply(x: Tensor) -> Tensor:
+        made = fn(x)
+        return x.to(made.device) if id(x) in spared and made.dtype in HALVES else made
+
+    return apply if spared else fn
