@@ -6,7 +6,7 @@ import json
 import math
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,35 +15,25 @@ import torch
 from torch import Tensor, nn
 
 from fastroute import buffers
+from fastroute._arguments import real
 from fastroute._contexts import levels_to_caller, ordinarily
 from fastroute.catalogue import DEFAULT_MODEL, WEIGHTS, list_models
 from fastroute.engines import ANY, TORCH, check_engine
 from fastroute.grid import usual_stride
 from fastroute.models import arm as arm_models
-from fastroute.models.arm import ARM
-from fastroute.models.carn import CARN, RGB_MEAN
+from fastroute.models.architectures import FIRST_LAYERS, arm_of, classsr_of, network_of, pcsr_of, widths_of
+from fastroute.models.arm import ARM, EdgeClassifier
+from fastroute.models.arm_tables import read_table
 from fastroute.models.checkpoints import CheckpointError, fitted, read_checkpoint, short, state_dict_of
-from fastroute.models.classsr import ClassSR, PatchClassifier
-from fastroute.models.fsrcnn import FSRCNN
-from fastroute.models.pcsr import PCSR
+from fastroute.models.pcsr import PCSR, PUBLISHED
 from fastroute.models.precision import check_precision
-from fastroute.models.rcan import RCAN
 from fastroute.models.scales import scale_of_flat_images, scale_of_shapes
-from fastroute.models.srresnet import SRResNet
 from fastroute.patch.patch_router import PatchRouter
 from fastroute.pixel.pixel_router import PixelRouter
 from fastroute.runtime.border import ZERO, check_border
 
-# The weight by which a backbone is known; its first size is the width.
-FIRST_LAYERS = {
-    "fsrcnn": "head_conv.0.weight",
-    "carn": "entry.weight",
-    "srresnet": "conv_first.weight",
-    "rcan": "head.0.weight",
-}
 # Beyond any network that has been published: what a file says is not built before it is believed.
 LARGEST = {"scale": 64, "patch": 4096, "stride": 4096}
-MOST_PARTS = 1000
 
 
 @ordinarily
@@ -61,6 +51,8 @@ def load(
     engine: str = TORCH,
     border: str = ZERO,
     merge: int | None = None,
+    table: str | Path | None = None,
+    eta: float | None = None,
 ) -> PatchRouter | PixelRouter:
     """An upscaler from a shipped model or a checkpoint file.
 
@@ -83,6 +75,10 @@ def load(
             grid of the patches, at no cost in time or PSNR. ``window="uniform", merge=1`` is what was published.
         border: "zero" or "edge", see :class:`fastroute.PatchRouter`.
         engine: what executes the branches, see :meth:`fastroute.PatchRouter.compile`.
+        table: the table that ARM's code stored beside its weights (.state): `name_or_path` is then the supernet of an ARM, as
+            published, whose file is that of a plain network. Without a table it runs as that network, densely.
+        eta: choose classes as ARM's code does, argmax of PSNR - cost / eta with the PSNR of the table's nearest bin; for ARM
+            alone. By default the table is interpolated, which is better at every cost.
 
     Returns:
         :class:`fastroute.PatchRouter`, or for PCSR :class:`fastroute.PixelRouter`; call its `upscale`.
@@ -101,6 +97,9 @@ def load(
     asked = _asked(scale, patch, stride)
     asked |= {name: value for name, value in (("window", window), ("batch", batch), ("merge", merge)) if value is not None}
     asked["border"] = check_border("load", border)
+    if eta is not None and not real("load", "eta", eta) > 0:
+        raise ValueError(f"load: eta must be positive; got {eta}")
+    asked |= {name: value for name, value in (("table", table), ("eta", eta)) if value is not None}
     if engine not in (TORCH, ANY):
         check_engine(engine, device, dtype)
     router = _load(weights_of(name_or_path), asked).to(device, dtype)
@@ -114,7 +113,7 @@ def _load(path: Path, asked: dict[str, Any]) -> PatchRouter | PixelRouter:
     content, metadata = read_checkpoint(path)
     settings = _settings(metadata, path)
     model = content.get("model")
-    published = isinstance(model, Mapping) and model.get("name") == "pcsr-phase1"
+    published = isinstance(model, Mapping) and model.get("name") in PUBLISHED
     if not published and isinstance(model, Mapping) and isinstance(model.get("sd"), Mapping):
         # PCSR's format names the network beside its weights.
         arguments = model.get("args")
@@ -129,7 +128,7 @@ def _load(path: Path, asked: dict[str, Any]) -> PatchRouter | PixelRouter:
             return _pixel_router(pcsr, settings, asked)
         state = state_dict_of(content, path)
         if "classifier.layers.0.weight" in state:
-            pcsr = fitted(lambda: _pcsr(state, settings.get("mean")), state, path)
+            pcsr = fitted(lambda: pcsr_of(state, settings.get("mean")), state, path)
             return _pixel_router(pcsr, settings, asked)
         return _router(state, path, settings, asked)
     except CheckpointError:
@@ -225,7 +224,7 @@ def _numbers(value: object, name: str, path: Path) -> Any:
 
 
 def _pixel_router(pcsr: PCSR, settings: Mapping[str, Any], asked: Mapping[str, Any]) -> PixelRouter:
-    for name in ("patch", "stride", "window", "batch", "merge"):
+    for name in ("patch", "stride", "window", "batch", "merge", "table", "eta"):
         if name in asked:
             raise ValueError(f"PCSR routes pixels and has no {name}; leave {name} out")
     return PixelRouter(pcsr, scale=asked.get("scale", settings.get("scale", 4)), border=asked["border"])
@@ -243,21 +242,26 @@ def _router(state: dict[str, Tensor], path: Path, settings: Mapping[str, Any], a
     how = {"window": "hann"} | {name: asked[name] for name in ("window", "batch", "border", "merge") if name in asked}
     if "classifier.table.psnr" in state:
         scale = _scale(state, "network.", path, settings, asked)
-        arm = fitted(lambda: _arm(state, scale, patch), state, path)
+        arm = fitted(lambda: arm_of(state, scale, patch), state, path)
         if not arm.table.ready:
             raise CheckpointError(f"cannot use {path}: its table holds no measurements; train the table on images first")
-        return PatchRouter(arm.branches, arm.classifier, patch=patch, stride=stride, scale=scale, costs=arm.costs(patch), **how)
+        return _arm_router(arm, asked, patch=patch, stride=stride, scale=scale, **how)
+    if "table" in asked:
+        arm = _arm_with_table(state, path, settings, asked, patch)
+        return _arm_router(arm, asked, patch=patch, stride=stride, scale=arm.scale, **how)
+    if "eta" in asked:
+        raise ValueError("eta is for ARM, whose table says what each class is worth; give the table, or leave eta out")
     options = {name: settings[name] for name in ("input_range", "mean") if name in settings}
     for backbone, name in FIRST_LAYERS.items():
-        widths = _widths(state, rf"net(\d+)\.{re.escape(name)}")
+        widths = widths_of(state, rf"net(\d+)\.{re.escape(name)}")
         if widths:
             scale = _scale(state, f"net{len(widths)}.", path, settings, asked)
-            system = fitted(partial(_classsr, backbone, state, widths, scale, options), state, path)
+            system = fitted(partial(classsr_of, backbone, state, widths, scale, options), state, path)
             return PatchRouter(system.branches, system.classifier, patch=patch, stride=stride, scale=scale, **how)
-        alone = _widths(state, rf"{re.escape(name)}()")
+        alone = widths_of(state, rf"{re.escape(name)}()")
         if alone:
             scale = _scale(state, "", path, settings, asked)
-            network = fitted(partial(_network, backbone, state, "", alone[0], scale, **options), state, path)
+            network = fitted(partial(network_of, backbone, state, "", alone[0], scale, **options), state, path)
             return PatchRouter([network], None, patch=patch, stride=stride, scale=scale, **how)
     known = ", ".join(f"{backbone} ({name})" for backbone, name in FIRST_LAYERS.items())
     raise CheckpointError(
@@ -266,19 +270,39 @@ def _router(state: dict[str, Tensor], path: Path, settings: Mapping[str, Any], a
     )
 
 
-def _classsr(
-    backbone: str, state: Mapping[str, Tensor], widths: Sequence[int], scale: int, options: Mapping[str, Any]
-) -> ClassSR:
-    branches = [_network(backbone, state, f"net{k}.", w, scale, **options) for k, w in enumerate(widths, start=1)]
-    layers = _count(state, "", r"classifier\.CondNet\.(\d+)\.weight")
-    first = state.get("classifier.CondNet.0.weight")
-    width = len(first) if first is not None and first.ndim == 4 and len(first) else 128
-    return ClassSR(branches, PatchClassifier(len(branches), width, layers=max(layers, 2)))
+def _arm_router(arm: ARM, asked: Mapping[str, Any], *, patch: int, **how: Any) -> PatchRouter:
+    classifier = arm.classifier
+    if "eta" in asked:
+        classifier = EdgeClassifier(arm.table, classifier.cost, asked["eta"], classifier.spent, published=True)
+    return PatchRouter(arm.branches, classifier, patch=patch, costs=arm.costs(patch), **how)
+
+
+def _arm_with_table(
+    state: Mapping[str, Tensor], path: Path, settings: Mapping[str, Any], asked: Mapping[str, Any], patch: int
+) -> ARM:
+    """A published supernet, whose weights are those of its widest network, with its table."""
+    found = read_table(asked["table"])
+    for backbone, name in FIRST_LAYERS.items():
+        width = widths_of(state, rf"{re.escape(name)}()")
+        if not width or backbone not in arm_models.BACKBONES:
+            continue
+        widths = arm_models.WIDTHS[backbone]
+        if widths[-1] != width[0] or len(found.cost) != len(widths) + 1:
+            raise CheckpointError(
+                f"cannot use {path} with {asked['table']}: ARM over {backbone} has widths {widths} and interpolation; the file "
+                f"has width {width[0]} and the table {len(found.cost)} classes"
+            )
+        scale = _scale(state, "", path, settings, asked)
+        system = ARM(backbone, None, scale, len(found.score), patch).eval()
+        system.network = fitted(partial(arm_models.BACKBONES[backbone], width[0], scale), state, path).eval()
+        found.fill(system.table)
+        return system
+    raise CheckpointError(f"cannot use {path} with a table of ARM: it is none of {', '.join(arm_models.BACKBONES)}")
 
 
 def _scale(state: Mapping[str, Tensor], prefix: str, path: Path, settings: Mapping[str, Any], asked: Mapping[str, Any]) -> int:
     """The factor that was asked for, or that of the file, its shapes or its weights, in this order; they must agree."""
-    widths = {backbone: _widths(state, re.escape(prefix + name) + "()") for backbone, name in FIRST_LAYERS.items()}
+    widths = {backbone: widths_of(state, re.escape(prefix + name) + "()") for backbone, name in FIRST_LAYERS.items()}
     backbone, width = next(((backbone, found[0]) for backbone, found in widths.items() if found), ("", 0))
     shaped = scale_of_shapes(backbone, state, prefix, width) if width else None
     if shaped is not None:
@@ -296,7 +320,7 @@ def _scale(state: Mapping[str, Tensor], prefix: str, path: Path, settings: Mappi
 
     def build(scale: int) -> nn.Module:
         with torch.device("meta"):
-            network = _network(backbone, state, prefix, width, scale)
+            network = network_of(backbone, state, prefix, width, scale)
         own = {key.removeprefix(prefix): value.float() for key, value in state.items() if key.startswith(prefix)}
         network.load_state_dict(own, assign=True)
         return network
@@ -318,80 +342,3 @@ def _scale(state: Mapping[str, Tensor], prefix: str, path: Path, settings: Mappi
             stacklevel=levels_to_caller(),
         )
     return judged or 4
-
-
-def _network(
-    backbone: str,
-    state: Mapping[str, Tensor],
-    prefix: str,
-    width: int,
-    scale: int,
-    input_range: float = 255,
-    mean: Sequence[float] = RGB_MEAN,
-) -> nn.Module:
-    """The network under `prefix`; its depth and layout are read off its keys and shapes, since published ones differ."""
-    entry = state.get(prefix + FIRST_LAYERS[backbone])
-    channels = entry.shape[1] if entry is not None and entry.ndim == 4 else 3
-    if backbone == "fsrcnn":
-        shrink = state.get(f"{prefix}body_conv.0.0.weight")
-        narrow = len(shrink) if shrink is not None and shrink.ndim == 4 and len(shrink) >= channels else 12
-        depth = _count(state, prefix, r"body_conv\.(\d+)\.weight", 4)
-        return FSRCNN(width, scale, narrow, depth, channels)
-    if backbone == "carn":
-        inner = state.get(f"{prefix}upsample.up.body.0.weight")
-        groups = width // inner.shape[1] if inner is not None and inner.ndim == 4 and 0 < inner.shape[1] <= width else 4
-        mean_layers, batch_norm = f"{prefix}sub_mean.weight" in state, f"{prefix}c1.1.weight" in state
-        return CARN(width, scale, groups, channels, True, mean, mean_layers, batch_norm)
-    if backbone == "srresnet":
-        return SRResNet(width, scale, max(1, _count(state, prefix, r"recon_trunk\.(\d+)\.conv1\.weight")), channels)
-    groups = _count(state, prefix, r"body\.(\d+)\.body\.0\.body\.0\.weight")
-    blocks = _count(state, prefix, r"body\.0\.body\.(\d+)\.body\.0\.weight")
-    squeeze = state.get(f"{prefix}body.0.body.0.body.3.conv_du.0.weight")
-    reduction = width // len(squeeze) if squeeze is not None and squeeze.ndim == 4 and 0 < len(squeeze) <= width else 16
-    return RCAN(width, scale, max(1, groups), max(1, blocks), reduction, input_range=input_range)
-
-
-def _arm(state: Mapping[str, Tensor], scale: int, patch: int) -> ARM:
-    for backbone, name in FIRST_LAYERS.items():
-        whole = _widths(state, rf"network\.{re.escape(name)}()")
-        if whole and backbone in arm_models.BACKBONES:
-            widths = state["widths"].flatten().tolist() if "widths" in state else []
-            # Nothing is built before the numbers agree with the weights.
-            if widths[-1:] != whole or not all(isinstance(w, int) and 0 < w <= whole[0] for w in widths):
-                raise ValueError(f"its widths must rise to {whole[0]}, that of its network; they are {widths}")
-            return ARM(backbone, widths, scale, bins=state["classifier.table.psnr"].shape[-1], patch=patch)
-    raise ValueError(
-        "it has a table, but no network of a known architecture; its keys begin with " + ", ".join(list(state)[:4])
-    )
-
-
-def _pcsr(state: Mapping[str, Tensor], mean: Sequence[float] | None = None) -> PCSR:
-    def widths(prefix: str) -> list[int]:
-        """Sizes of the layers of an MLP, its last one included."""
-        pattern = rf"{prefix}\.layers\.(\d{{1,9}})\.weight"
-        found = {int(m[1]): len(v) for k, v in state.items() if v.ndim and (m := re.fullmatch(pattern, k))}
-        return [found[number] for number in sorted(found)]
-
-    for backbone, name in FIRST_LAYERS.items():
-        width = _widths(state, rf"encoder\.{re.escape(name)}()")
-        if width and backbone in ("fsrcnn", "carn"):
-            carn = backbone == "carn"
-            encoder = CARN(width[0], upsample=False) if carn else FSRCNN(width[0], upsample=False)
-            classifier = widths("classifier")
-            # One without layers is free.
-            hidden = [layers[:-1] if (layers := widths(rf"upsamplers\.{k}")) else None for k in range(min(classifier[-1], 256))]
-            return PCSR.build(encoder, hidden, classifier[:-1], mean or (RGB_MEAN if carn else None))
-    raise ValueError(f"it has a pixel classifier, but no known encoder; its keys begin with {', '.join(list(state)[:4])}")
-
-
-def _count(state: Mapping[str, Tensor], prefix: str, pattern: str, dimensions: int | None = None) -> int:
-    """How many different numbers the keys under `prefix` have at the group of `pattern`, of tensors of so many dimensions."""
-    found = {m[1]: value for key, value in state.items() if (m := re.fullmatch(re.escape(prefix) + pattern, key))}
-    if len(found) > MOST_PARTS:
-        raise ValueError(f"it has {len(found)} parts {prefix}{pattern}, where a network has at most {MOST_PARTS}")
-    return sum(dimensions in (None, value.ndim) for value in found.values())
-
-
-def _widths(state: Mapping[str, Tensor], pattern: str) -> list[int]:
-    found = {int(m[1] or 0): v.shape[0] for k, v in state.items() if (m := re.fullmatch(pattern, k)) and v.ndim == 4 and len(v)}
-    return [found[k] for k in sorted(found)]

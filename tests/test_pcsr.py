@@ -172,9 +172,9 @@ def test_another_checkpoint_is_refused(data: Path, field: str) -> None:
     spec = state["model"]
     error: type[Exception] = RuntimeError
     if field == "name":
-        spec["name"], error = "pcsr-phase0", ValueError
+        spec["name"], error = "pcsr-phase2", ValueError
     elif field == "encoder":
-        spec["args"]["encoder_spec"]["name"], error = "srresnet", ValueError
+        spec["args"]["encoder_spec"]["name"], error = "edsr", ValueError
     elif field == "missing":
         del spec["sd"]["classifier.imnet.layers.0.bias"]
     else:

@@ -7,6 +7,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -57,7 +58,11 @@ def model_options(command: Callable[..., Any]) -> Callable[..., Any]:
                          help="Side of a patch in input pixels.  [default: what the checkpoint says, or 32]")  # fmt: skip
     stride = click.option("--stride", type=click.IntRange(min=1), metavar="N",
                           help="Distance of patches.  [default: what the checkpoint says, or the patch less 4]")  # fmt: skip
-    return patch(stride(command))
+    table = click.option("--table", type=click.Path(exists=True, dir_okay=False, path_type=Path), metavar="FILE",
+                         help="ARM: the table (.state) that its code stored beside the weights of MODEL.")  # fmt: skip
+    eta = click.option("--eta", type=float, metavar="ETA", help="ARM: choose classes as its code does, by PSNR - cost / ETA; "
+                       "larger is better and slower.  [default: the best expected PSNR]")  # fmt: skip
+    return patch(stride(table(eta(command))))
 
 
 def load_router(
@@ -79,7 +84,7 @@ def load_router(
             words = str(error)
             if words.startswith("compile: "):
                 raise click.BadParameter(words.removeprefix("compile: "), param_hint="--engine") from error
-            for name, given in (("scale", scale), ("patch", patch), ("stride", stride)):
+            for name, given in (*places.items(), *more.items()):
                 if given is not None and words.startswith(f"load: {name} "):
                     raise click.BadParameter(words.removeprefix(f"load: {name} "), param_hint=f"--{name}") from error
             if scale is not None and words.endswith(f"alone; got scale={scale:g}"):

@@ -152,6 +152,8 @@ class EdgeClassifier(FullPrecision):
         cost: (K,), of each class.
         eta: cost that one decibel is worth; infinite for the best expected PSNR.
         spent: (K,), what a budget counts for each class, all positive; default `cost`.
+        published: decide as the published code does: by the PSNR of the bin, not by what lies between the centres of two.
+            Scores are then the softmax of PSNR - cost / eta.
 
     Shape:
         (N, 3, p, p) in [0, 1] to (N, K).
@@ -167,9 +169,10 @@ class EdgeClassifier(FullPrecision):
         cost: Sequence[float] | Tensor,
         eta: float = math.inf,
         spent: Sequence[float] | Tensor | None = None,
+        published: bool = False,
     ) -> None:
         super().__init__()
-        self.table = table
+        self.table, self.published = table, published
         self.register_buffer("cost", torch.as_tensor(cost, dtype=torch.float64))
         self.register_buffer("eta", torch.tensor(float(eta), dtype=torch.float64))
         counted = torch.as_tensor(cost if spent is None else spent, dtype=torch.float64)
@@ -182,6 +185,8 @@ class EdgeClassifier(FullPrecision):
 
     def forward(self, patches: Tensor) -> Tensor:  # [N, 3, p, p] -> [N, K]
         """See the class."""
+        if self.published:
+            return torch.softmax(self.utility(patches, between=False).double(), dim=1)
         return budget_scores(self.utility(patches), self.spent)
 
 

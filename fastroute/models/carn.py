@@ -37,10 +37,10 @@ class EfficientResidualBlock(nn.Module):
 class CascadingBlock(nn.Module):
     """Three passes through one residual block, each followed by a 1 x 1 convolution over all that came before."""
 
-    def __init__(self, width: int, groups: int, batch_norm: bool) -> None:
+    def __init__(self, width: int, groups: int, batch_norm: bool, merge_bias: bool = True) -> None:
         super().__init__()
         self.b1 = EfficientResidualBlock(width, groups)
-        self.c1, self.c2, self.c3 = (merge(n * width, width, batch_norm) for n in (2, 3, 4))
+        self.c1, self.c2, self.c3 = (merge(n * width, width, batch_norm, merge_bias) for n in (2, 3, 4))
 
     def forward(self, x: Tensor) -> Tensor:  # [B, C, h, w]
         """See the class."""
@@ -60,7 +60,8 @@ class CARN(nn.Module):
         mean: colour taken off the input and put back on the output, one number per channel.
         mean_layers: keep that mean in two 1 x 1 convolutions, `sub_mean` and `add_mean`, as checkpoints of ClassSR and
             ARM do; those of PCSR have none.
-        batch_norm: normalise after each 1 x 1 merge; ARM's checkpoints have a bias instead.
+        batch_norm: normalise after each 1 x 1 merge; ARM's checkpoints have a bias instead, CDNSR's neither.
+        merge_bias: a bias in each merge that is not normalised.
 
     Shape:
         (B, channels, H, W) in [0, 1] to (B, channels, H * scale, W * scale).
@@ -76,6 +77,7 @@ class CARN(nn.Module):
         mean: Sequence[float] = RGB_MEAN,
         mean_layers: bool = False,
         batch_norm: bool = True,
+        merge_bias: bool = True,
     ) -> None:
         super().__init__()
         if width % groups:
@@ -89,8 +91,8 @@ class CARN(nn.Module):
             kind = MeanConvolution if mean_layers else MeanShift
             self.sub_mean, self.add_mean = kind([-m for m in mean]), kind(mean)
         self.entry = nn.Conv2d(channels, width, 3, padding=1)
-        self.b1, self.b2, self.b3 = (CascadingBlock(width, groups, batch_norm) for _ in range(3))
-        self.c1, self.c2, self.c3 = (merge(n * width, width, batch_norm) for n in (2, 3, 4))
+        self.b1, self.b2, self.b3 = (CascadingBlock(width, groups, batch_norm, merge_bias) for _ in range(3))
+        self.c1, self.c2, self.c3 = (merge(n * width, width, batch_norm, merge_bias) for n in (2, 3, 4))
         self.upsample: nn.Module | None = None
         self.exit: nn.Module | None = None
         if upsample:
@@ -143,9 +145,9 @@ def cascade(x: Tensor, blocks: Iterable[nn.Module], merges: Iterable[nn.Module])
     return x
 
 
-def merge(channels: int, width: int, batch_norm: bool) -> nn.Sequential:
+def merge(channels: int, width: int, batch_norm: bool, bias: bool = True) -> nn.Sequential:
     """The 1 x 1 convolution of a cascade, its normalisation and activation."""
-    layers: list[nn.Module] = [nn.Conv2d(channels, width, 1, bias=not batch_norm)]
+    layers: list[nn.Module] = [nn.Conv2d(channels, width, 1, bias=bias and not batch_norm)]
     if batch_norm:
         layers.append(nn.BatchNorm2d(width))
     return nn.Sequential(*layers, nn.ReLU())

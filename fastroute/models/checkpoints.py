@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import safetensors
 import torch
 from safetensors.torch import save as save_safetensors
@@ -50,13 +51,14 @@ class CheckpointError(ValueError):
     """A checkpoint that cannot be read or does not fit; the message names the file and the reason."""
 
 
-def read_checkpoint(path: str | Path) -> tuple[dict[str, Any], dict[str, str]]:
+def read_checkpoint(path: str | Path, arrays: bool = False) -> tuple[dict[str, Any], dict[str, str]]:
     """What a checkpoint file holds: the object in it and its metadata.
 
     Pickled files are read with ``weights_only=True``: a file that would run code is refused.
 
     Args:
         path: a .safetensors file, or one that torch.save wrote.
+        arrays: let it hold NumPy arrays of numbers too.
 
     Returns:
         The dictionary stored, tensors on the CPU, and the metadata, values as JSON; {} where there are none.
@@ -76,7 +78,8 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, Any], dict[str, str]]:
                 _refuse_many(len(names), path)
                 return {name: file.get_tensor(name) for name in names}, dict(file.metadata() or {})
         _check_archive(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(_array_parts() if arrays else []):
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except CheckpointError:
         raise
     except PermissionError as error:
@@ -118,6 +121,15 @@ def state_dict_of(content: Mapping[str, Any], path: str | Path) -> dict[str, Ten
         if reason := _unusable(tensor, name):
             raise CheckpointError(f"cannot use {path}: {name[:60]} {reason}; weights must be plain floating tensors")
     return without_prefixes(tensors)
+
+
+def _array_parts() -> list[Any]:
+    """What a pickled NumPy array of numbers is made of; arrays of objects need more, and stay refused."""
+    # NumPy 2 has moved the function, which files name as it was.
+    rebuild = (np._core if hasattr(np, "_core") else np.core).multiarray._reconstruct
+    names = [f"numpy.{folder}.multiarray._reconstruct" for folder in ("core", "_core")]
+    kinds = [type(np.dtype(kind)) for kind in (np.float64, np.float32, np.int64, np.int32)]
+    return [*((rebuild, name) for name in names), np.ndarray, np.dtype, *kinds]
 
 
 def _refuse_many(number: int, path: str | Path) -> None:

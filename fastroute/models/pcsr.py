@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -16,6 +16,7 @@ from fastroute._copies import inference_copy
 from fastroute.models.carn import CARN, RGB_MEAN
 from fastroute.models.fsrcnn import FSRCNN
 from fastroute.models.precision import FullPrecision
+from fastroute.models.srresnet import SRResNet
 from fastroute.reference.adaptive_threshold import adaptive_threshold_reference
 from fastroute.reference.assign_classes import penalised_argmax
 from fastroute.reference.pixel_mlp import pixel_mlp_reference
@@ -27,6 +28,14 @@ COST_PATCH = 16
 POSITION = 4
 # Layers that a checkpoint may describe.
 MOST_WIDTHS = 256
+# Models of the published code: of its first phase, which trains one MLP, and of its second.
+DENSE, PUBLISHED = "pcsr-phase0", ("pcsr-phase0", "pcsr-phase1")
+# Options of the published encoders, and the arguments that they are here.
+ENCODERS = {
+    "fsrcnn": {"d": "width", "s": "shrink", "m": "depth"},
+    "carn": {"nf": "width", "group": "groups"},
+    "srresnet": {"nf": "width", "nb": "blocks"},
+}
 
 
 @dataclass(frozen=True)
@@ -129,7 +138,7 @@ class PCSR(FullPrecision):
 
     @classmethod
     def from_published(cls, checkpoint: Mapping[str, Any]) -> PCSR:
-        """The network in a checkpoint of PCSR's second training phase, as `torch.load` gives it.
+        """The network in a checkpoint of PCSR's code, as `torch.load` gives it; one of its first phase has a single class.
 
         Raises:
             ValueError: the checkpoint is of another kind.
@@ -148,31 +157,41 @@ class PCSR(FullPrecision):
             ValueError: the checkpoint is of another kind, or describes no network.
         """
         spec = checkpoint.get("model", {})
-        if spec.get("name") != "pcsr-phase1":
-            raise ValueError(f"PCSR: checkpoint must hold a model named 'pcsr-phase1'; got {spec.get('name')!r}")
+        if spec.get("name") not in PUBLISHED:
+            raise ValueError(
+                f"PCSR: checkpoint must hold a model named one of {', '.join(PUBLISHED)}; got {spec.get('name')!r}"
+            )
         args = spec["args"]
-        name, options = args["encoder_spec"]["name"], args["encoder_spec"]["args"]
-        light, heavy, classifier = (
-            args[f"{part}_spec"]["args"]["imnet_spec"]["args"]["hidden_list"]
-            for part in ("light_sampler", "heavy_sampler", "classifier")
-        )
-        widths = [options.get("d", 56), options.get("nf", 64), *light, *heavy, *classifier]
+        name, options = args["encoder_spec"]["name"], args["encoder_spec"].get("args") or {}
+        if name not in ENCODERS:
+            raise ValueError(f"PCSR: encoder must be one of {', '.join(ENCODERS)}; got {name!r}")
+        samplers = [part for part in ("light_sampler", "heavy_sampler") if f"{part}_spec" in args]
+        hidden = [args[f"{part}_spec"]["args"]["imnet_spec"]["args"]["hidden_list"] for part in samplers]
+        deciding: list[int] = []
+        if "classifier_spec" in args:
+            deciding = args["classifier_spec"]["args"]["imnet_spec"]["args"]["hidden_list"]
+        sizes = [options[key] for key in ENCODERS[name] if key in options]
+        widths = [*sizes, *(width for widths in hidden for width in widths), *deciding]
         if len(widths) > MOST_WIDTHS or not all(isinstance(w, int) and w > 0 for w in widths):
             raise ValueError(f"PCSR: widths must be at most {MOST_WIDTHS} positive whole numbers; got {str(widths)[:100]}")
-        encoder: nn.Module
-        mean: Sequence[float] | None = None
-        if name == "fsrcnn":
-            encoder = FSRCNN(options.get("d", 56), upsample=False)
-        elif name == "carn":
-            encoder, mean = CARN(options.get("nf", 64), upsample=False), RGB_MEAN
-        else:
-            raise ValueError(f"PCSR: encoder must be 'fsrcnn' or 'carn'; got {name!r}")
-        return cls.build(encoder, [light, heavy], classifier, mean)
+        known = {argument: options[key] for key, argument in ENCODERS[name].items() if key in options}
+        # What the published code takes where a configuration says nothing.
+        known.setdefault("width", 56 if name == "fsrcnn" else 64)
+        return cls.build(encoder_of(name, **known), hidden, deciding, RGB_MEAN if name == "carn" else None)
 
     @staticmethod
     def published_state(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
-        """The weights in such a checkpoint, by their names here."""
-        return {rename_published(str(key)): value for key, value in checkpoint["model"]["sd"].items()}
+        """The weights in such a checkpoint, by their names here; of the first phase with a classifier of one class."""
+        state = {rename_published(str(key)): value for key, value in checkpoint["model"]["sd"].items()}
+        if checkpoint["model"].get("name") == DENSE:
+            first = state.get("upsamplers.1.layers.0.weight")
+            state = {key.replace("upsamplers.1.", "upsamplers.0.", 1): value for key, value in state.items()}
+            if isinstance(first, Tensor) and first.ndim == 2:
+                state |= {
+                    "classifier.layers.0.weight": first.new_zeros(1, first.shape[1]),
+                    "classifier.layers.0.bias": first.new_zeros(1),
+                }
+        return state
 
     @property
     def num_classes(self) -> int:
@@ -266,6 +285,12 @@ class PCSR(FullPrecision):
             class_map = penalised_argmax(probability, cost, penalty)
         image = self.upsample(features, lr, size, class_map)
         return PCSROutput(refine_boundaries_reference(image, class_map) if refine else image, class_map, probability)
+
+
+def encoder_of(name: str, **options: int) -> nn.Module:
+    """The network `name` without its upsampler, as an encoder."""
+    backbones: dict[str, Callable[..., nn.Module]] = {"fsrcnn": FSRCNN, "carn": CARN, "srresnet": SRResNet}
+    return backbones[name](**options, upsample=False)
 
 
 def relative_coordinates(features: Tensor, size: tuple[int, int]) -> Tensor:  # [B, D, h, w] -> [H + W]

@@ -32,26 +32,33 @@ class SRResNet(nn.Module):
         scale: upscaling factor, 2, 3 or 4.
         blocks: residual blocks.
         channels: image channels.
+        upsample: with False the network ends after the residual blocks and returns features (B, width, H, W), as PCSR uses
+            it for an encoder.
 
     Shape:
         (B, channels, H, W) in [0, 1] to (B, channels, H * scale, W * scale): what the layers find is added to the bilinear
         image.
     """
 
-    def __init__(self, width: int = 64, scale: int = 4, blocks: int = 16, channels: int = 3) -> None:
+    def __init__(self, width: int = 64, scale: int = 4, blocks: int = 16, channels: int = 3, upsample: bool = True) -> None:
         super().__init__()
         if scale not in (2, 3, 4):
             raise ValueError(f"SRResNet: scale must be 2, 3 or 4; got {scale}")
         if width < 1 or blocks < 1:
             raise ValueError(f"SRResNet: width and blocks must be at least 1; got {width} and {blocks}")
-        self.width, self.scale, self.channels = width, scale, channels
+        self.width, self.scale, self.channels = width, scale if upsample else 1, channels
         self.factor = 3 if scale == 3 else 2
         self.conv_first = nn.Conv2d(channels, width, 3, padding=1)
         self.recon_trunk = nn.Sequential(*(ResidualBlock(width) for _ in range(blocks)))
-        self.upconv1 = nn.Conv2d(width, width * self.factor**2, 3, padding=1)
-        self.upconv2 = nn.Conv2d(width, width * self.factor**2, 3, padding=1) if scale == 4 else None
-        self.HRconv = nn.Conv2d(width, width, 3, padding=1)
-        self.conv_last = nn.Conv2d(width, channels, 3, padding=1)
+        self.upconv1: nn.Module | None = None
+        self.upconv2: nn.Module | None = None
+        self.HRconv: nn.Module | None = None
+        self.conv_last: nn.Module | None = None
+        if upsample:
+            self.upconv1 = nn.Conv2d(width, width * self.factor**2, 3, padding=1)
+            self.upconv2 = nn.Conv2d(width, width * self.factor**2, 3, padding=1) if scale == 4 else None
+            self.HRconv = nn.Conv2d(width, width, 3, padding=1)
+            self.conv_last = nn.Conv2d(width, channels, 3, padding=1)
         self.reset_parameters()
 
     @torch.no_grad()
@@ -66,6 +73,8 @@ class SRResNet(nn.Module):
         """See the class."""
         dtype = self.conv_first.weight.dtype
         features = self.recon_trunk(F.leaky_relu_(self.conv_first(x.to(dtype)), SLOPE))
+        if self.HRconv is None or self.conv_last is None:
+            return features
         for layer in (self.upconv1, self.upconv2):
             if layer is not None:
                 # The activation is the same before the shuffle, where it can be done in place.

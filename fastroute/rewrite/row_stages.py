@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastroute.models.carn import CARN, CascadingBlock, EfficientResidualBlock
+from fastroute.models.srresnet import SLOPE, ResidualBlock, SRResNet
 
 
 class LayerStage(ABC):
@@ -104,16 +105,21 @@ class Waiting:
 
 
 class Residual(LayerStage):
-    """relu(body(x) + x)."""
+    """body(x) + x, and what follows it in place.
 
-    def __init__(self, body: LayerStage) -> None:
-        self.body, self.shortcut = body, Waiting()
+    Args:
+        body: the layers.
+        last: of the sum.
+    """
+
+    def __init__(self, body: LayerStage, last: Callable[[Tensor], Tensor] = F.relu_) -> None:
+        self.body, self.shortcut, self.last = body, Waiting(), last
         self.reach = body.reach
 
     def push(self, x: Tensor, last: bool) -> Tensor:
         """See :class:`LayerStage`."""
         y = self.body.push(x, last)
-        return F.relu_(y.add_(self.shortcut.take(x, y.shape[2])))
+        return self.last(y.add_(self.shortcut.take(x, y.shape[2])))
 
 
 class Merge:
@@ -160,7 +166,9 @@ def unsupported_reasons(module: nn.Module) -> list[str]:
     """Why `module` cannot run in bands; empty when it can."""
     if isinstance(module, CARN) and module.upsample is not None:
         return ["it changes the size of its input"]
-    if isinstance(module, nn.Sequential | CARN | CascadingBlock | EfficientResidualBlock):
+    if isinstance(module, SRResNet) and module.HRconv is not None:
+        return ["it changes the size of its input"]
+    if isinstance(module, nn.Sequential | CARN | CascadingBlock | EfficientResidualBlock | SRResNet | ResidualBlock):
         return [reason for child in module.children() for reason in unsupported_reasons(child)]
     if isinstance(module, nn.Conv2d):
         kernel = module.kernel_size
@@ -184,6 +192,12 @@ def make_stage(module: nn.Module) -> LayerStage:
         return Cascade([make_stage(module.b1) for _ in merges], merges)
     if isinstance(module, EfficientResidualBlock):
         return Residual(make_stage(module.body))
+    if isinstance(module, SRResNet):
+        first = [make_stage(module.conv_first), Pointwise(nn.LeakyReLU(SLOPE, inplace=True))]
+        return Chain([*first, make_stage(module.recon_trunk)])
+    if isinstance(module, ResidualBlock):
+        body = [make_stage(module.conv1), Pointwise(nn.ReLU(inplace=True)), make_stage(module.conv2)]
+        return Residual(Chain(body), last=lambda y: y)
     if isinstance(module, nn.Sequential):
         return Chain(make_stage(child) for child in module)
     if isinstance(module, nn.Conv2d):
