@@ -3,6 +3,7 @@
 #
 #   make demo       upscale assets/sample.png, write demo/, and tell the PSNR beside bicubic interpolation
 #   make test       run the tests
+#   make test-fast  those that take no minutes: see below what it leaves out
 #   make soak       the long campaigns that `make test` only samples: hours on two cores
 #   make test-gpu-sanitize  the tests of the CUDA kernels under compute-sanitizer, on a machine with a GPU
 #   make lint       ruff, mypy, import-linter and clang-format; changes nothing        make format   apply ruff and clang-format
@@ -26,7 +27,7 @@ CPP_TESTS := $(shell find tests -name '*.cpp' -o -name '*.h')
 SOURCES := pyproject.toml setup.py fastroute/__init__.py $(wildcard fastroute/ops/*.py) $(CPP)
 
 .DELETE_ON_ERROR:
-.PHONY: docs demo test soak test-gpu-sanitize lint lint-ruff lint-format lint-types lint-layers lint-cpp format build benchmark benchmark-compare wheel clean
+.PHONY: docs demo test test-fast soak test-gpu-sanitize lint lint-ruff lint-format lint-types lint-layers lint-cpp format build benchmark benchmark-compare wheel clean
 
 demo: $(VENV)/built
 	mkdir -p demo
@@ -36,8 +37,16 @@ demo: $(VENV)/built
 
 # Processes of one thread each take file after file, those that take minutes first.
 WORKERS ?= 2
+TEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -q tests -p no:benchmark -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 test: $(VENV)/installed
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -q tests -p no:benchmark -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+	$(TEST)
+
+# For the time between two edits: all tests but those marked `slow`.
+LEFT_OUT := Triton's interpreter and compiler, nvcc and the emulated GPU, sanitizers, Inductor, browsers, training, and the \
+	examples of the documentation
+test-fast: $(VENV)/installed
+	$(TEST) -m "not soak and not slow"
+	@echo "Left out, for \`make test\` to run: $(LEFT_OUT)."
 
 # All of them, or those whose names match: make soak ONLY=orders
 soak: $(VENV)/installed

@@ -62,8 +62,15 @@ def pytest_configure(config: pytest.Config) -> None:
         prepare()
 
 
-# Files that take minutes.
-LONGEST = ("test_interpreter.py", "test_emulated.py", "test_races.py")
+# Files that take a minute or more, the longest first.
+LONGEST = (
+    "test_interpreter.py",
+    "test_emulated.py",
+    "test_races.py",
+    "test_pixel_widths.py",
+    "test_compiled.py",
+    "test_compile.py",
+)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

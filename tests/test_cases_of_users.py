@@ -13,6 +13,7 @@ from click.testing import CliRunner
 from networks import random_classsr
 from PIL import ImageCms
 
+import fastroute
 from fastroute import io
 from fastroute.cli import main
 from fastroute.files.file_to_file import upscale_file
@@ -79,6 +80,17 @@ def model(tmp_path_factory):
     return path
 
 
+@pytest.fixture(scope="module")
+def router(model):
+    return fastroute.load(model, tune=False)
+
+
+@pytest.fixture(autouse=True)
+def loaded_once(monkeypatch, router):
+    """Files are read a hundred times here, the model once."""
+    monkeypatch.setattr(fastroute, "load", lambda *args, **options: router)
+
+
 def upscale(source, target, model, *options):
     return CliRunner().invoke(main, ["upscale", str(source), str(target), "--model", str(model), "--quiet", *options])
 
@@ -103,11 +115,11 @@ def test_reading_and_streaming(name):
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_refused(name, model, tmp_path):
+def test_refused(name, model, router, tmp_path):
     with pytest.raises(io.ImageError, match=f"{name}.*" if name.endswith("heic") else f"{name}: .*{REFUSED[name]}"):
         io.read_picture(CASES / name)
     with pytest.raises(io.ImageError, match="cannot read"):
-        upscale_file(CASES / name, tmp_path / "out.tif", model)
+        upscale_file(CASES / name, tmp_path / "out.tif", router)
     for limit in ((), ("--memory-limit", "500")):
         result = upscale(CASES / name, tmp_path / "out.tif", model, *limit)
         assert result.exit_code != 0 and "cannot read" in result.output and isinstance(result.exception, SystemExit)
@@ -134,9 +146,9 @@ def test_folder_jobs(model, tmp_path, group):
 
 
 @pytest.mark.parametrize("name", READ)
-def test_single_files(model, tmp_path, name):
+def test_single_files(model, router, tmp_path, name):
     """A file on the command line, with and without a memory limit, and `upscale_file` give the same picture."""
-    upscale_file(CASES / name, tmp_path / "one.tif", model)
+    upscale_file(CASES / name, tmp_path / "one.tif", router)
     assert upscale(CASES / name, tmp_path / "two.tif", model).exit_code == 0
     assert upscale(CASES / name, tmp_path / "three.tif", model, "--memory-limit", "500").exit_code == 0
     pictures = [io.read_picture(tmp_path / f"{which}.tif") for which in ("one", "two", "three")]
@@ -145,9 +157,9 @@ def test_single_files(model, tmp_path, name):
         assert other.metadata == pictures[0].metadata
 
 
-def test_visible_edges_do_not_depend_on_hidden_colours(model, tmp_path):
+def test_visible_edges_do_not_depend_on_hidden_colours(router, tmp_path):
     for name in ("disc", "disc-full"):
-        upscale_file(CASES / "alpha" / f"{name}.png", tmp_path / f"{name}.png", model)
+        upscale_file(CASES / "alpha" / f"{name}.png", tmp_path / f"{name}.png", router)
     one, other = io.read_picture(tmp_path / "disc.png"), io.read_picture(tmp_path / "disc-full.png")
     assert torch.equal(one.color, other.color) and torch.equal(one.alpha, other.alpha)
 

@@ -243,6 +243,7 @@ def right_edge(page) -> float:
     return float(re.fullmatch(r"inset\(0(?:px)? 0(?:px)? 0(?:px)? ([\d.]+)%\)", clip)[1])
 
 
+@pytest.mark.slow
 def test_the_slider_in_a_browser(browser, page):
     with visit(browser, page) as seen:
         assert images_loaded(seen.page) == 8 + 2
@@ -268,6 +269,7 @@ def test_the_slider_in_a_browser(browser, page):
         assert handle["x"] + 1 == pytest.approx(box["x"] + box["width"] * right_edge(seen.page) / 100, abs=2)
 
 
+@pytest.mark.slow
 def test_the_choice_of_pictures_in_a_browser(browser, page):
     with visit(browser, page) as seen:
         seen.page.select_option("#left", label="reference")
@@ -280,6 +282,7 @@ def test_the_choice_of_pictures_in_a_browser(browser, page):
         assert seen.page.locator("#stage img.left").bounding_box()["width"] == 160
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [320, 390])
 def test_the_page_on_a_phone(browser, page, width):
     with visit(browser, page, width=width) as seen:
@@ -289,6 +292,7 @@ def test_the_page_on_a_phone(browser, page, width):
             assert seen.page.locator(name).is_visible()
 
 
+@pytest.mark.slow
 def test_the_browser_notices_errors(browser, tmp_path):
     """Pages that break each rule are refused."""
     (tmp_path / "a.html").write_text('<img alt="" src="http://example.invalid/a.png">')

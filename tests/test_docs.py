@@ -106,6 +106,7 @@ def test_there_are_examples():
     assert number["README.md"] >= 3 and number["index.md"] >= 3 and sum(number.values()) >= 30
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("folder", "quick_tuning")
 @pytest.mark.parametrize("page", [page for page in PAGES if examples(page)], ids=lambda page: page.stem)
 def test_examples_run(page, monkeypatch):
@@ -204,6 +205,7 @@ def browser():
         yield found
 
 
+@pytest.mark.slow
 def test_the_site_in_a_browser(browser, site):
     """Every page: no complaint, no stray request, all images; and no wider than a phone."""
     pictures = 0
@@ -216,6 +218,7 @@ def test_the_site_in_a_browser(browser, site):
     assert pictures >= 5
 
 
+@pytest.mark.slow
 def test_the_search_of_the_site(browser, site):
     with visit(browser, site / "search.html", site) as seen:
         seen.page.goto((site / "search.html").as_uri() + "?q=stitch_patches")

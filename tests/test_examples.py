@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-pytestmark = pytest.mark.usefixtures("quick_tuning")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_tuning")]
 EXAMPLES = Path(__file__).parents[1] / "examples"
 TESTED = {"denoise", "spandrel_branch", "basicsr_pipeline"}
 

@@ -18,7 +18,7 @@ from fastroute.training.data import Pool
 from fastroute.training.recipes import RECIPES, configure
 from fastroute.training.start import Start
 
-pytestmark = pytest.mark.usefixtures("quick_tuning", "one_thread")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_tuning", "one_thread")]
 
 CDNSR = cdnsr.Recipe(
     widths=(3, 4), scale=2, patch=8, branch_steps=(2, 3), classifier_steps=3, joint_steps=3, distill_steps=3, batch=4,

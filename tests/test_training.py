@@ -26,7 +26,7 @@ from fastroute.training.start import Start
 RECIPE = Recipe(
     widths=(3, 4), scale=2, patch=8, branch_steps=(3, 5), classifier_steps=4, joint_steps=3, routing_steps=2, batch=4
 )
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 OPTIONS = ["--branch-steps", "1,2,1", "--classifier-steps", "2", "--joint-steps", "1", "--routing-steps", "1", "--batch", "2"]
 
 

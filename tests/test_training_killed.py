@@ -19,7 +19,11 @@ from fastroute.models.checkpoints import read_checkpoint
 from fastroute.training.classsr import Recipe, Trainer
 from fastroute.training.data import Pool
 
-pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork"),
+]
 RECIPE = Recipe(
     widths=(3, 4), scale=2, patch=8, branch_steps=(3, 3), classifier_steps=3, joint_steps=3, routing_steps=3, batch=2
 )

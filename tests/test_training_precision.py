@@ -15,7 +15,7 @@ from fastroute.training import arm, cdnsr, classsr, pcsr
 from fastroute.training.data import Pool
 from fastroute.training.losses import average_loss, class_loss, routing_loss
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 CASES = {
     "classsr": (
         classsr.Trainer,

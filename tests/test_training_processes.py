@@ -19,7 +19,7 @@ from fastroute.models.checkpoints import read_checkpoint
 from fastroute.training import classsr, distributed
 from fastroute.training.data import Pool
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 NAMES = tuple(training_processes.RECIPES)
 
 

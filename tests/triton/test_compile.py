@@ -16,6 +16,7 @@ SHARED = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
 ARCHS = [int(arch) for arch in os.environ.get("FASTROUTE_TEST_ARCHS", "80 90 100").split()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize("op", OPS)
 def test_compiles_without_spills(op, arch):

@@ -64,23 +64,69 @@ class Barrier {
 
 namespace shim {
 
-// Runs the kernel on every thread of the grid.
+// A thread of the system that runs one task after another. To begin one it takes what whoever gives it has done, and to
+// wait for its end what it has done, as creating and joining a thread would: nothing else is ordered by it.
+class Worker {
+  public:
+    Worker() : thread_([this] { work(); }) {}
+
+    ~Worker() {
+        begin(nullptr);
+        thread_.join();
+    }
+
+    void begin(std::function<void()> task) {
+        const std::lock_guard<std::mutex> guard(lock_);
+        task_ = std::move(task), busy_ = true;
+        changed_.notify_all();
+    }
+
+    void end() {
+        std::unique_lock<std::mutex> guard(lock_);
+        changed_.wait(guard, [&] { return !busy_; });
+    }
+
+  private:
+    void work() {
+        std::unique_lock<std::mutex> guard(lock_);
+        for (;;) {
+            changed_.wait(guard, [&] { return busy_; });
+            if (!task_) return;
+            guard.unlock();
+            task_();
+            guard.lock();
+            busy_ = false;
+            changed_.notify_all();
+        }
+    }
+
+    std::mutex lock_;
+    std::condition_variable changed_;
+    std::function<void()> task_;
+    bool busy_ = false;
+    std::thread thread_;  // begins when the others are there
+};
+
+// Runs the kernel on every thread of the grid. Under the sanitizer a thread takes a millisecond to create: those of one
+// grid serve the next.
 inline void run_grid(const Shape& shape, const std::function<void()>& body) {
-    constexpr int64_t kLive = 2048;  // threads of the system at a time
+    constexpr size_t kLive = 2048;  // threads of the system at a time
+    static std::vector<std::unique_ptr<Worker>> workers;
     std::vector<std::unique_ptr<Arena>> arenas;
     std::vector<std::unique_ptr<Block>> blocks;
-    std::vector<std::thread> threads;
+    size_t live = 0;
+    const auto end = [&] {
+        for (; live > 0; --live) workers[live - 1]->end();
+    };
     for (int64_t index = 0; index < shape.grid.x; ++index) {
         arenas.push_back(std::make_unique<Arena>());
         blocks.push_back(std::make_unique<Block>(shape, static_cast<unsigned>(index), arenas.back().get()));
         Block* block = blocks.back().get();
-        if (static_cast<int64_t>(threads.size()) + block->threads() > kLive) {
-            // Joining orders all earlier blocks before later ones; small grids never come here.
-            for (std::thread& thread : threads) thread.join();
-            threads.clear();
-        }
-        for (int linear = 0; linear < block->threads(); ++linear) {
-            threads.emplace_back([block, linear, &body] {
+        // Waiting orders all earlier blocks before later ones; small grids never come here.
+        if (live + static_cast<size_t>(block->threads()) > kLive) end();
+        for (int linear = 0; linear < block->threads(); ++linear, ++live) {
+            if (live == workers.size()) workers.push_back(std::make_unique<Worker>());
+            workers[live]->begin([block, linear, &body] {
                 Thread thread = thread_of(block, linear);
                 self = &thread;
                 body();
@@ -88,7 +134,7 @@ inline void run_grid(const Shape& shape, const std::function<void()>& body) {
             });
         }
     }
-    for (std::thread& thread : threads) thread.join();
+    end();
 }
 
 }  // namespace shim
