@@ -1,4 +1,5 @@
-"""Builds what these tests run: the kernels of csrc/cuda for the CPU, under a sanitizer, and for GPUs, by nvcc.
+"""Builds what these tests run: the kernels of csrc/cuda for the CPU, under a sanitizer, and for GPUs, by nvcc; and, for
+tests/hostile, those of csrc/cpu under a sanitizer.
 
 Objects are kept in build/cuda-tests under a digest of all that they are made of.
 """
@@ -120,6 +121,22 @@ def shim_link(name: str, sources: Sequence[Path], sanitizer: str, *flags: str) -
 def shim_library(sanitizer: str, kernels: Sequence[Path] = KERNELS) -> Path:
     """A library that registers the kernels of csrc/cuda in the place of those of csrc/cpu."""
     return shim_link("shim.so", [*kernels, HERE / "launches.cpp"], sanitizer, "-shared")
+
+
+def cpu_object(source: Path, sanitizer: str, *flags: str) -> Path:
+    """One source of csrc/cpu, or one that includes such, compiled under a sanitizer."""
+    plain = [flag for flag in SHIM_FLAGS if not flag.endswith("shim")]
+    command = [*CXX, *plain, *SANITIZERS[sanitizer], f"-I{HERE}", *flags, "-c", source]
+    # Programs include the kernels of their names.
+    made_of = sorted({source, *CSRC.glob(f"cpu/**/{source.stem}.cpp"), *CSRC.glob("c[op]*/**/*.h"), *source.parent.glob("*.h")})
+    return kept(CACHE / f"cpu-{source.stem}-{sanitizer}-{digest([*command, *made_of], made_of)}.o", command)
+
+
+def cpu_link(name: str, sources: Sequence[Path], sanitizer: str, compile_flags: Sequence[str], *flags: str) -> Path:
+    """A library or program of such sources."""
+    objects = [cpu_object(source, sanitizer, *compile_flags) for source in sources]
+    command = [*CXX, *SANITIZERS[sanitizer], *flags, *objects, *LIBRARIES]
+    return kept(CACHE / f"{name}-{sanitizer}-{digest(command, objects)}", command)
 
 
 def runtime(sanitizer: str) -> str:

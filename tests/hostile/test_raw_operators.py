@@ -50,15 +50,7 @@ def test_hostile_calls(number):
 
 def sanitized(kernels: list[Path]) -> Path:
     """A library that registers `kernels` of csrc/cpu in the place of those that are built."""
-    flags = [flag for flag in builds.SHIM_FLAGS if not flag.endswith("shim")]
-    command = [*builds.CXX, *flags, *builds.SANITIZERS["address"], "-DFASTROUTE_PORTABLE", "-c"]
-    headers = sorted([*builds.CSRC.glob("common/*.h"), *builds.CSRC.glob("cpu/**/*.h")])
-    objects = []
-    for source in kernels:
-        digest = builds.digest([*command, source], [source, *headers])
-        objects.append(builds.kept(builds.CACHE / f"cpu-{source.stem}-{digest}.o", [*command, source]))
-    link = [*builds.CXX, *builds.SANITIZERS["address"], "-shared", *objects, *builds.LIBRARIES]
-    return builds.kept(builds.CACHE / f"cpu-{builds.digest(link, objects)}.so", link)
+    return builds.cpu_link("cpu.so", kernels, "address", ["-DFASTROUTE_PORTABLE"], "-shared")
 
 
 # Those that compile in seconds; the others belong to the long run.
