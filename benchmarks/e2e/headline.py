@@ -36,7 +36,7 @@ from fastroute.patch.classify import classify_patches
 from fastroute.patch.regions import Merging
 from fastroute.rewrite.optimize import optimize
 from fastroute.runtime.results import RoutingStats
-from fastroute.runtime.tuning import GPU_PIXELS, PARALLEL_PIXELS, TURN_PIXELS
+from fastroute.runtime.tuning import GPU_PIXELS, PARALLEL_PIXELS, TRIAL_PIXELS
 
 # LR height and width.
 SIZES = {"carn": (270, 480), "srresnet": (270, 480), "fsrcnn": (540, 960)}
@@ -163,7 +163,7 @@ def settle(router: fastroute.PatchRouter, setting: Setting) -> bool:
         return all(networks.settled(c, place) for c in range(router.num_classes))
     side = router.patch + (router.merge - 1) * router.stride
     at_once = max(GPU_PIXELS) if place.type == "cuda" else max(PARALLEL_PIXELS) * torch.get_num_threads()
-    count = -(-max(at_once, TURN_PIXELS[place.type]) // side**2)
+    count = -(-max(at_once, TRIAL_PIXELS[place.type]) // side**2)
     regions = torch.rand(count, router.channels, side, side, device=place)
     for c in range(router.num_classes):
         calls = 0
