@@ -121,7 +121,7 @@ def test_plain_ways_agree_at_given_classes():
     torch.testing.assert_close(looped, batched)
     dearest = [2] * grid.num_patches
     expected = classsr_published.loop_over_patches(model, image, grid, dearest)
-    torch.testing.assert_close(classsr_published.tiled(model.branches[2], patch=image, stride=grid, overlap=5), expected)
+    torch.testing.assert_close(classsr_published.tiled(model.branches[2], image, grid, 5), expected)
     assert (looped - expected).abs().max() > 1e-3
 
 
@@ -210,9 +210,7 @@ def test_photographs_without_a_data_folder(monkeypatch: pytest.MonkeyPatch):
 
 def test_tiles_are_mirrored():
     image = torch.arange(6).view(1, 2, 3)
-    assert images.tiled(image, patch=3, stride=7).tolist() == [
-        [[0, 1, 2, 2, 1, 0, 0], [3, 4, 5, 5, 4, 3, 3], [3, 4, 5, 5, 4, 3, 3]]
-    ]
+    assert images.tiled(image, 3, 7).tolist() == [[[0, 1, 2, 2, 1, 0, 0], [3, 4, 5, 5, 4, 3, 3], [3, 4, 5, 5, 4, 3, 3]]]
 
 
 def test_fits_find_slopes():

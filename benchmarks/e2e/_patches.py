@@ -84,15 +84,11 @@ def dense_runs(
     """
     largest = copy.deepcopy(model.branches[-1]).to(memory_format=torch.channels_last)
     batch = plain.best_batch(largest, pixels, grid)
-    runs: dict[str, Run | str] = {
-        f"tiled dense, batches of {batch}": lambda: plain.tiled(largest, patch=pixels, stride=grid, overlap=batch)
-    }
+    runs: dict[str, Run | str] = {f"tiled dense, batches of {batch}": lambda: plain.tiled(largest, pixels, grid, batch)}
     window = sliding_window(largest, grid, batch)
     foreign: dict[str, Run | str] = {"MONAI sliding window": window if isinstance(window, str) else lambda: window(pixels)}
     quick = plain.compiled_network(largest, plain.cut(pixels, grid)[:batch], setting)
-    foreign["tiled dense, compiled"] = (
-        quick if isinstance(quick, str) else lambda: plain.tiled(quick, patch=pixels, stride=grid, overlap=batch)
-    )
+    foreign["tiled dense, compiled"] = quick if isinstance(quick, str) else lambda: plain.tiled(quick, pixels, grid, batch)
     kept = agreeing(runs, expected, missing, memory) | agreeing(foreign, expected, missing, memory, foreign=True)
     one, label = model.branches[-1], "largest branch, one pass"
     begun = first(lambda: one(pixels))
