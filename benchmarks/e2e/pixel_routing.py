@@ -117,9 +117,7 @@ def peers(model: PCSR, plain: nn.Module, lr: Tensor, setting: Setting, missing: 
     runs = {
         PUBLISHED: lambda: time_pcsr_published(model, lr, size),
         PLAIN: lambda: plain(lr),
-        f"plain network, tiled, batches of {batch}": lambda: classsr_published.tiled(
-            tiles, patch=lr, stride=grid, overlap=batch
-        ),
+        f"plain network, tiled, batches of {batch}": lambda: classsr_published.tiled(tiles, lr, grid, batch),
     }
     whole = classsr_published.compiled_network(plain, lr, setting)
     if isinstance(whole, str):
