@@ -32,6 +32,8 @@ from fastroute.patch.patch_router import PatchRouter
 from fastroute.pixel.pixel_router import PixelRouter
 from fastroute.runtime.border import ZERO, check_border
 
+# Arguments of a router of patches.
+ROUTING = ("window", "batch", "border", "merge", "coverage", "rounded")
 # Beyond any network that has been published: what a file says is not built before it is believed.
 LARGEST = {"scale": 64, "patch": 4096, "stride": 4096}
 
@@ -53,6 +55,7 @@ def load(
     merge: int | None = None,
     table: str | Path | None = None,
     eta: float | None = None,
+    published: bool = False,
 ) -> PatchRouter | PixelRouter:
     """An upscaler from a shipped model or a checkpoint file.
 
@@ -79,6 +82,8 @@ def load(
             published, whose file is that of a plain network. Without a table it runs as that network, densely.
         eta: choose classes as ARM's code does, argmax of PSNR - cost / eta with the PSNR of the table's nearest bin; for ARM
             alone. By default the table is interpolated, which is better at every cost.
+        published: what routes patches does so as its published code: without the remainder beyond the last whole stride, each
+            patch on its own, clamped and rounded to 8 bits before overlaps are averaged.
 
     Returns:
         :class:`fastroute.PatchRouter`, or for PCSR :class:`fastroute.PixelRouter`; call its `upscale`.
@@ -100,6 +105,11 @@ def load(
     if eta is not None and not real("load", "eta", eta) > 0:
         raise ValueError(f"load: eta must be positive; got {eta}")
     asked |= {name: value for name, value in (("table", table), ("eta", eta)) if value is not None}
+    if published:
+        given = [name for name in ("window", "merge") if name in asked] + (["border"] if border != ZERO else [])
+        if given:
+            raise ValueError(f"load: published=True decides {given[0]}; leave one of them out")
+        asked |= {"published": True, "window": "uniform", "merge": 1, "coverage": "crop", "rounded": True}
     if engine not in (TORCH, ANY):
         check_engine(engine, device, dtype)
     router = _load(weights_of(name_or_path), asked).to(device, dtype)
@@ -225,7 +235,8 @@ def _numbers(value: object, name: str, path: Path) -> Any:
 
 def _pixel_router(pcsr: PCSR, settings: Mapping[str, Any], asked: Mapping[str, Any]) -> PixelRouter:
     for name in ("patch", "stride", "window", "batch", "merge", "table", "eta"):
-        if name in asked:
+        # As PCSR was published it is routed in any case.
+        if name in asked and not ("published" in asked and name in ("window", "merge")):
             raise ValueError(f"PCSR routes pixels and has no {name}; leave {name} out")
     return PixelRouter(pcsr, scale=asked.get("scale", settings.get("scale", 4)), border=asked["border"])
 
@@ -239,7 +250,7 @@ def _router(state: dict[str, Tensor], path: Path, settings: Mapping[str, Any], a
             f"cannot use {path}: its stride of {stride} is above its patch of {patch}, so pixels between them would be lost; "
             f"say stride={usual_stride(patch)}, on the command line --stride {usual_stride(patch)}"
         )
-    how = {"window": "hann"} | {name: asked[name] for name in ("window", "batch", "border", "merge") if name in asked}
+    how = {"window": "hann"} | {name: asked[name] for name in ROUTING if name in asked}
     if "classifier.table.psnr" in state:
         scale = _scale(state, "network.", path, settings, asked)
         arm = fitted(lambda: arm_of(state, scale, patch), state, path)

@@ -29,7 +29,7 @@ def make(branches: list[nn.Module], scale: int = SCALE, **options: object) -> Pa
 
 
 def run(router: PatchRouter, image: torch.Tensor) -> fastroute.Upscaled:
-    grid = router._grid(*image.shape[-2:])
+    grid = router.grid(*image.shape[-2:])
     return router.upscale(image, class_map=torch.arange(grid.num_patches).view(grid.rows, grid.cols) % router.num_classes)
 
 
@@ -73,7 +73,7 @@ def test_some_branches_finish_their_patches(branches, left):
     fixed = FixedPatchRouter(ours, image.shape, capacities=[1.0] * len(branches))
     assert torch.equal(fixed.upscale(image, result.class_map).image, result.image)
     # All patches in one class.
-    grid = ours._grid(*image.shape[-2:])
+    grid = ours.grid(*image.shape[-2:])
     for c in range(len(branches)):
         only = torch.full((grid.rows, grid.cols), c)
         ours_alone, plain_alone = (router.upscale(image, class_map=only).image for router in (ours, plain))

@@ -37,7 +37,7 @@ def clustered(grid: TileGrid, images: int, classes: int, seed: int) -> Tensor:  
 
 def by_region(router: PatchRouter, branches: list[nn.Module], image: Tensor, class_map: Tensor, promote: bool) -> Tensor:
     """Region by region: cut out, through the branch as it was given, and the patches of each region stitched."""
-    grid = router._grid(*image.shape[-2:])
+    grid = router.grid(*image.shape[-2:])
     merged = merge_regions(class_map.flatten(), grid, router.costs, router.merge, promote)
     shapes, tiles = grid.region_shapes(router.merge), grid.num_patches
     rows, cols = grid.row_origins, grid.col_origins
@@ -62,7 +62,7 @@ def test_equals_region_by_region(merge, size):
     system = random_classsr((3, 8, 16), SCALE, PATCH)
     router = PatchRouter(system.branches, None, patch=PATCH, stride=STRIDE, scale=SCALE, merge=merge)
     image = IMAGE[:, :, : size[0], : size[1]]
-    grid = router._grid(*image.shape[-2:])
+    grid = router.grid(*image.shape[-2:])
     for promote in (False, True):
         class_map = clustered(grid, 2, 3, seed=merge)
         result = router.upscale(image, class_map=class_map, promote=promote)
@@ -76,7 +76,7 @@ def test_a_free_class_and_other_last_layers():
     plain = nn.Sequential(nn.Conv2d(3, 48, 3, padding=1), nn.PixelShuffle(4), nn.Tanh()).eval()
     branches = [Bicubic(SCALE), *system.branches, plain]
     router = PatchRouter(branches, None, patch=PATCH, stride=STRIDE, scale=SCALE, costs=[1, 2, 3, 4])
-    class_map = clustered(router._grid(*IMAGE.shape[-2:]), 2, 4, seed=1)
+    class_map = clustered(router.grid(*IMAGE.shape[-2:]), 2, 4, seed=1)
     result = router.upscale(IMAGE, class_map=class_map)
     torch.testing.assert_close(result.image, by_region(router, branches, IMAGE, class_map, False), rtol=0, atol=1e-5)
 
@@ -97,7 +97,7 @@ def test_bands_and_streams_change_nothing(router, monkeypatch, per_band):
 
 def test_statistics_count_what_ran(router):
     result = router.upscale(IMAGE)
-    stats, grid = result.stats, router._grid(*IMAGE.shape[-2:])
+    stats, grid = result.stats, router.grid(*IMAGE.shape[-2:])
     merged = merge_regions(result.class_map.flatten(), grid, router.costs, 4, False)
     shapes = grid.region_shapes(4)
     work = [0.0] * 3
@@ -161,7 +161,7 @@ class OnlyPatches(nn.Module):
 def test_branches_that_take_nothing_but_patches():
     router = PatchRouter([OnlyPatches(), nn.Identity()], None, patch=PATCH, stride=STRIDE, scale=1)
     assert router.merge == 1
-    class_map = clustered(router._grid(*IMAGE.shape[-2:]), 2, 2, seed=5)
+    class_map = clustered(router.grid(*IMAGE.shape[-2:]), 2, 2, seed=5)
     torch.testing.assert_close(router.upscale(IMAGE, class_map=class_map).image, IMAGE, rtol=0, atol=1e-6)
     with pytest.raises(ValueError, match="merge must be 1 for branches that take no other size than a patch; got 4"):
         PatchRouter([OnlyPatches()], None, patch=PATCH, stride=STRIDE, scale=1, merge=4)
@@ -175,7 +175,7 @@ def test_identity_of_every_merge_is_the_image():
         router = PatchRouter([nn.Identity()] * 3, None, patch=PATCH, stride=STRIDE, scale=1, merge=merge, window="hann")
         for size in [(133, 101), (90, 20), (3, 50)]:
             image = IMAGE[:, :, : size[0], : size[1]]
-            class_map = clustered(router._grid(*image.shape[-2:]), 2, 3, seed=merge)
+            class_map = clustered(router.grid(*image.shape[-2:]), 2, 3, seed=merge)
             assert (router.upscale(image, class_map=class_map).image - image).abs().max() < 1e-6
 
 

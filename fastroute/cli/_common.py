@@ -62,7 +62,9 @@ def model_options(command: Callable[..., Any]) -> Callable[..., Any]:
                          help="ARM: the table (.state) that its code stored beside the weights of MODEL.")  # fmt: skip
     eta = click.option("--eta", type=float, metavar="ETA", help="ARM: choose classes as its code does, by PSNR - cost / ETA; "
                        "larger is better and slower.  [default: the best expected PSNR]")  # fmt: skip
-    return patch(stride(table(eta(command))))
+    published = click.option("--as-published", "published", is_flag=True, help="Route patches as the published code does: no "
+                             "regions, means of patches of 8 bits, nothing beyond the last stride.")  # fmt: skip
+    return patch(stride(table(eta(published(command)))))
 
 
 def load_router(

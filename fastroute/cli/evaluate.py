@@ -35,7 +35,7 @@ from fastroute.cli._common import (
 @click.option("--quiet", is_flag=True, help="No progress bar.")
 def command(
     model: str, images: Path, exclude: tuple[str, ...], scale: int | None, patch: int | None, stride: int | None,
-    table: Path | None, eta: float | None,
+    table: Path | None, eta: float | None, published: bool,
     target: Path | None, quiet: bool,
     **options: Any,
 ) -> None:  # fmt: skip
@@ -54,7 +54,7 @@ def command(
     chosen = {name: value for name, value in options.items() if value is not None}
     if not quiet:
         tell_measuring()
-    router = load_router(model, running, scale, patch, stride, table=table, eta=eta)
+    router = load_router(model, running, scale, patch, stride, table=table, eta=eta, published=published)
     chosen = check_routing(router, model, chosen)
     errors: list[str] = []
     notes: list[tuple[Path, str]] = []

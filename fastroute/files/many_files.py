@@ -17,7 +17,6 @@ from fastroute.budget.limits import Budget
 from fastroute.files.jobs import Job, check_apart, check_distinct, make_plan, plan_jobs
 from fastroute.files.pictures import upscaled_picture
 from fastroute.files.shared_budget import share_budget
-from fastroute.grid import TileGrid
 from fastroute.io.files import remove_parts, why_not_writable
 from fastroute.io.hidden import fill_hidden
 from fastroute.patch.patch_router import PatchRouter
@@ -273,13 +272,12 @@ def overlay(router: Router, result: io.Picture, upscaled: Upscaled) -> Any:
         # The class map is that of the continued image.
         color, margin = shown_continued(color, scale), MARGIN * scale
     height, width = color.shape[1] // scale, color.shape[2] // scale
-    shown = class_overlay(color, upscaled.class_map, TileGrid(height, width, router.patch, router.stride, scale),
-                          router.num_classes)  # fmt: skip
+    shown = class_overlay(color, upscaled.class_map, router.grid(height, width), router.num_classes)
     return shown[:, margin : shown.shape[1] - margin, margin : shown.shape[2] - margin]
 
 
 def result_size(router: Router, picture: io.Picture, **options: Any) -> tuple[int, int]:
     """Height and width of what `upscale` makes of `picture`."""
     if isinstance(router, PatchRouter):
-        return picture.height * router.scale, picture.width * router.scale
+        return router.output_size(picture.height, picture.width)
     return router.output_size(picture.height, picture.width, scale=options.get("scale"), size=options.get("size"))

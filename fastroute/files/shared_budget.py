@@ -94,7 +94,7 @@ class SharedPatchBudget(SharedBudget):
         """See :class:`SharedBudget`."""
         router = self.router
         pixels = check.images(self.op, image, router.channels, home(image, router.device))
-        grid = TileGrid(pixels.shape[2], pixels.shape[3], router.patch, router.stride, router.scale)
+        grid = router.grid(*pixels.shape[2:])
         watch = Stopwatch(router.device)
         found = score_image(router.classifier, TensorSource(pixels, router.device), grid, router.num_classes)
         self.seconds.append(watch.finish()["total"])

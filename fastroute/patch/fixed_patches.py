@@ -101,6 +101,8 @@ class FixedPatchRouter(nn.Module):
         if not isinstance(router, PatchRouter):
             raise TypeError(f"{self.OP}: router must be a PatchRouter; got {type(router).__name__}")
         refuse_edge(self.OP, router)
+        if router.rounded:
+            raise ValueError(f"{self.OP}: a router whose patches are rounded has no fixed form; load it without published=True")
         if dtype is None:
             dtype = sample.dtype if isinstance(sample, Tensor) else torch.float32
         self.shape, self.dtype, self.device = check_shape(self.OP, shape, router.channels), dtype, router.device
@@ -110,7 +112,7 @@ class FixedPatchRouter(nn.Module):
             budget = real(self.OP, "budget", budget)
         check_possible(router.costs, budget, penalty)
         batch, _, height, width = [1, *self.shape][-4:]
-        self.grid = TileGrid(height, width, router.patch, router.stride, router.scale)
+        self.grid = router.grid(height, width)
         self.number, self.num_classes = batch * self.grid.num_patches, router.num_classes
         self.costs, self.budget, self.penalty = list(router.costs), budget, penalty
         # Then nothing need be classified.
@@ -215,7 +217,7 @@ class FixedPatchRouter(nn.Module):
     def _counts(self, router: PatchRouter, sample: Tensor) -> list[list[int]]:
         """Patches of each class in each call of a sample."""
         images = check.images(self.OP, sample, router.channels, sample.device).to(self.device)
-        grid = TileGrid(images.shape[2], images.shape[3], router.patch, router.stride, router.scale)
+        grid = router.grid(*images.shape[2:])
         if self.only is not None:
             return [[int(c == self.only) for c in range(self.num_classes)]]
         if router.classifier is None:

@@ -10,6 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from fastroute._levels import MAXIMUM
 from fastroute.engines import TORCH
 from fastroute.grid import TileGrid
 from fastroute.models.adapters import as_module
@@ -59,6 +60,7 @@ class Pass:
 def run_bands(
     networks: Branches,
     window: str | Tensor,
+    rounded: bool,
     source: Source,
     sink: Sink,
     grid: TileGrid,
@@ -72,6 +74,7 @@ def run_bands(
     Args:
         networks: the branches.
         window: weighs overlapping patches, see :func:`fastroute.make_window`.
+        rounded: patches are rounded to 8 bits before they are merged.
         source, sink: where rows come from, and where they go.
         grid: where the patches lie.
         bands: what is routed together.
@@ -91,13 +94,31 @@ def run_bands(
                 first = band.first_patch(grid)
                 jobs = [(c, extract(order=order - first, memory_format=formats[c], size=shape)) for c, shape, order in groups]
             for (c, shape, _), results in zip(groups, run_regions(networks, jobs, watch), strict=True):
-                workspace.put(results, c, shape)
+                workspace.put([in_levels(result) for result in results] if rounded else results, c, shape)
             with watch.stage("stitch"):
                 rows = sink.band(band.images, band.output(grid))
-                layers = workspace.stitch(band, regions.inverse, rows, regions.region, regions.regions_of(number))
+                # Means of whole levels are exact in float32, so that halves are rounded as they should be.
+                merged = torch.empty(rows.shape, dtype=torch.float32, device=rows.device) if rounded else rows
+                layers = workspace.stitch(band, regions.inverse, merged, regions.region, regions.regions_of(number))
+                if rounded:
+                    store_levels(merged, rows)
                 sink.done()
             watch.move("stitch", "branches", layers)
             bar.update(band.num_patches(grid))
+
+
+def in_levels(patches: Tensor) -> Tensor:  # [N, C, P, P], or before a pixel shuffle
+    """Numbers in [0, 1] as levels 0 … 255, rounded half to even, in float32."""
+    return patches.float().clamp(0, 1).mul_(255).round_()
+
+
+def store_levels(levels: Tensor, out: Tensor) -> None:  # [B, C, rows, W] twice
+    """Write means of levels into `out`, in the unit of its type; integers are rounded half to even."""
+    if out.dtype.is_floating_point:
+        out.copy_(levels.div_(255))
+    else:
+        factor = MAXIMUM[out.dtype] // 255
+        out.copy_(levels.mul_(factor).round_().to(torch.int32))
 
 
 def run_regions(networks: Branches, jobs: Sequence[tuple[int, Tensor]], watch: Stopwatch) -> list[list[Tensor]]:

@@ -3,14 +3,53 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+
+from torch import nn
 
 from fastroute.grid import TileGrid
 from fastroute.patch.bands import Band, first_covering
+from fastroute.patch.branches import Branches
+from fastroute.patch.classify import classifying_bytes
+from fastroute.patch.regions import Merging
+from fastroute.runtime.endpoints import Endpoints
 from fastroute.runtime.memory_plan import WorkingSet
 from fastroute.runtime.rows import Source
 
 # Bytes per patch of its scores, class, and places in two orders.
 INDEX = 96
+
+
+def plan_memory(
+    networks: Branches,
+    classifier: nn.Module | None,
+    rounded: bool,
+    endpoints: Endpoints,
+    merging: Merging,
+    bands: list[Band],
+    in_bands: bool,
+) -> WorkingSet:
+    """The working set of a call.
+
+    Args:
+        networks, classifier: of the router.
+        rounded: patches are rounded before they are merged.
+        endpoints: where rows come from and where they go.
+        merging: the grid, and how its patches merge.
+        bands: what is routed together.
+        in_bands: rows are read and written in bands of their own, not in place.
+    """
+    grid, device, channels = merging.grid, endpoints.source.device, endpoints.source.shape[1]
+    extracted = channels * grid.patch**2 * networks.taken.itemsize
+    classifying = 0 if classifier is None else classifying_bytes(classifier, endpoints.source, grid)
+    batch, produced = networks.batch_bytes(device, max(merging.sizes)), networks.produced_bytes(device)
+    plan = plan_patches(grid, bands, endpoints.source, extracted, produced, batch, classifying, in_bands, endpoints.step)
+    if not rounded:
+        return plan
+    # Rounded patches are merged in a band of their own, in float32.
+    rows = max((end - begin for begin, end in (band.output(grid) for band in bands)), default=0)
+    images = max((band.images[1] - band.images[0] for band in bands), default=1)
+    return replace(plan, fixed=plan.fixed + 4 * images * channels * rows * grid.output_size[1])
 
 
 def plan_patches(

@@ -30,9 +30,8 @@ from fastroute.patch.assignment import (
 )
 from fastroute.patch.bands import Band, plan_bands
 from fastroute.patch.branches import Branches
-from fastroute.patch.classify import classifying_bytes
 from fastroute.patch.passes import chosen_merge, run_bands
-from fastroute.patch.patch_memory import plan_patches
+from fastroute.patch.patch_memory import plan_memory
 from fastroute.patch.patch_speed import Measured, learn_patch_speed, measure_patch_speed
 from fastroute.patch.regions import Merging, SortedRegions, sort_regions
 from fastroute.profiling import RoutedFlops, mix_flops
@@ -84,6 +83,9 @@ class PatchRouter(Router):
             it, or with FASTROUTE_TUNE=0, what is remembered from before is used, else what suits most networks.
         border: what branches see beyond the edge of an image: "zero" padding, as they were trained, or 4 more pixels like those
             of its "edge", which keeps flat borders flat. Class maps are then those of the image so continued.
+        coverage: "full", or "crop" without what lies beyond the last whole stride, see :class:`fastroute.TileGrid`: the result
+            is then smaller.
+        rounded: clamp every patch to [0, 1] and round it to 8 bits before patches are merged, as published code does.
 
     Raises:
         ValueError: no branches, impossible sizes, or a `merge` above 1 for branches that take nothing but patches.
@@ -114,6 +116,8 @@ class PatchRouter(Router):
         tune: bool = True,
         border: str = ZERO,
         merge: int | None = None,
+        coverage: str = "full",
+        rounded: bool = False,
     ) -> None:
         super().__init__()
         if not 0 < len(branches) <= MOST_CLASSES:
@@ -122,7 +126,8 @@ class PatchRouter(Router):
         for name, number in (("batch", batch), ("channels", channels)):
             if number is not None:
                 whole("PatchRouter", name, number, LARGEST_SPAN)
-        TileGrid(patch, patch, patch, stride, scale)  # raises for impossible sizes
+        TileGrid(patch, patch, patch, stride, scale, coverage)  # raises for impossible sizes
+        self.coverage, self.rounded = coverage, rounded
         whole("PatchRouter", "patch * scale", patch * scale, LARGEST_SPAN)
         costs = None if costs is None else [real("PatchRouter", "costs", cost) for cost in costs]
         make_window(window, patch * scale, stride * scale)
@@ -139,15 +144,15 @@ class PatchRouter(Router):
                 raise
             reason = (str(error).splitlines() or [""])[0][:200]
             raise ValueError(f"PatchRouter: branches take no patches of channels={channels}: {reason}") from error
+        self.networks.finishes = rounded
         self.branches, self.shuffle = self.networks.modules, self.networks.shuffle
         self.register_buffer("_place", torch.empty(0, device=self.networks.device), persistent=False)
         self.register_load_state_dict_post_hook(_weights_loaded)
         self.merge = chosen_merge(self.networks, stride, merge)
         self.channels, self.dtype = self.networks.channels, self.networks.dtype
         self.branch_flops, self.paper_flops = self.networks.flops, self.networks.paper_flops
-        values = self.channels * (patch * scale) ** 2
         # What counts no operation writes its values all the same.
-        self.flop_costs = [float(f or values) for f in self.branch_flops]
+        self.flop_costs = [float(f or self.channels * (patch * scale) ** 2) for f in self.branch_flops]
         self.costs = list(costs) if costs is not None else self.flop_costs
         self.speeds = Speeds()
 
@@ -284,10 +289,11 @@ class PatchRouter(Router):
 
     def output_size(self, height: int, width: int) -> tuple[int, int]:  # type: ignore[override]
         """Height and width of what an image of that size becomes."""
-        return self._grid(height, width).output_size
+        return self.grid(height, width).output_size
 
-    def _grid(self, height: int, width: int) -> TileGrid:
-        return TileGrid(height, width, self.patch, self.stride, self.scale)
+    def grid(self, height: int, width: int) -> TileGrid:
+        """Where the patches of an image of that size lie."""
+        return TileGrid(height, width, self.patch, self.stride, self.scale, self.coverage)
 
     def _checked(
         self,
@@ -301,7 +307,7 @@ class PatchRouter(Router):
         progress: Progress,
     ) -> PatchCall:
         """A call for images of `shape` (B, C, H, W), whose arguments are refused here where they must be."""
-        merging = Merging(self._grid(*shape[2:]), self.merge, class_map is None if promote is None else promote)
+        merging = Merging(self.grid(*shape[2:]), self.merge, class_map is None if promote is None else promote)
         check_limit("upscale", memory_limit)
         check_request(limit, penalty, class_map, merging, shape[0], self._costs, self.classifier is not None)
         speed = None
@@ -310,9 +316,7 @@ class PatchRouter(Router):
             check_least_time(limit.ms, (speed, self.speeds.measured(speed)), shape[0], merging)
         return PatchCall(merging, ClassRequest(limit, penalty, class_map, speed), memory_limit, progress)
 
-    @property
-    def _costs(self) -> PatchCosts:
-        return PatchCosts(self.costs, self.flop_costs)
+    _costs = property(lambda self: PatchCosts(self.costs, self.flop_costs))
 
     def _run(self, endpoints: Endpoints, call: PatchCall) -> tuple[Tensor, RoutingStats]:  # [B, rows, cols]
         """From one end to the other. Returns the class map and what was done."""
@@ -329,7 +333,9 @@ class PatchRouter(Router):
             class_ids, flops = assign_patches(self.classifier, source, merging, call.classes, self._costs, watch)
             with watch.stage("assign"):
                 regions = sort_regions(class_ids, call.classes.unit_costs(self._costs), merging, bands)
-            run_bands(self.networks, self.window, source, sink, merging.grid, bands, regions, watch, call.progress)
+            run_bands(
+                self.networks, self.window, self.rounded, source, sink, merging.grid, bands, regions, watch, call.progress
+            )
         with torch.inference_mode(False):
             maps = regions.class_ids.to(torch.uint8, copy=True).view(source.shape[0], merging.grid.rows, merging.grid.cols)
         stats = self._stats(source.shape[0], merging, regions, flops, watch, plan.bytes(rows))
@@ -363,19 +369,14 @@ class PatchRouter(Router):
             num_classes=self.num_classes,
             batch=max(self.networks.batch_of(c, self.device) for c in range(self.num_classes)),
         )
-        return measure_patch_speed(parts, self.channels, self._grid(self.patch, self.patch), dtype, self.device)
+        return measure_patch_speed(parts, self.channels, self.grid(self.patch, self.patch), dtype, self.device)
 
     def _patches_per_band(self) -> int:
         most = on_device(HELD_BYTES, self.device)
         return max(1, min(PATCHES_PER_BAND, most // self.networks.produced_bytes(self.device)))
 
     def _memory_plan(self, endpoints: Endpoints, merging: Merging, bands: list[Band], in_bands: bool) -> WorkingSet:
-        grid = merging.grid
-        extracted = self.channels * self.patch**2 * self.networks.taken.itemsize
-        classifying = 0 if self.classifier is None else classifying_bytes(self.classifier, endpoints.source, grid)
-        batch = self.networks.batch_bytes(self.device, max(merging.sizes))
-        produced = self.networks.produced_bytes(self.device)
-        return plan_patches(grid, bands, endpoints.source, extracted, produced, batch, classifying, in_bands, endpoints.step)
+        return plan_memory(self.networks, self.classifier, self.rounded, endpoints, merging, bands, in_bands)
 
     def _stats(
         self, images: int, merging: Merging, regions: SortedRegions, classifier_flops: int, watch: Stopwatch, working_set: int

@@ -59,6 +59,7 @@ class PreparedNetworks:
         self.shuffle = split[0][1] if len({factor for _, factor in split}) == 1 and scale % split[0][1] == 0 else 1
         self.modules = nn.ModuleList([body for body, _ in split] if self.shuffle > 1 else prepared)
         evaluating(self.modules)
+        self.finishes = False  # whether all patches are finished before they are stitched
         # What `split` found in which modules; a new one in its place is looked at anew.
         self._split: tuple[list[nn.Module], Modules, Upsamplers] | None = None
         self._exact: Upsamplers = []  # the last layers of half networks before they were rounded
@@ -126,7 +127,7 @@ class PreparedNetworks:
         interpolate. A branch that ends otherwise finishes its patches; but if all end with a pixel shuffle, all are left at
         that.
         """
-        if not self.optimized or self.taken != torch.float32 or self.scale < 2 or not upsamples(device):
+        if self.finishes or not self.optimized or self.taken != torch.float32 or self.scale < 2 or not upsamples(device):
             return self.modules, []
         if self._split is None or any(a is not b for a, b in zip(self._split[0], self.modules, strict=True)):
             bodies, upsamplers = self.cut(self.modules)

@@ -17,7 +17,6 @@ from torch.nn import functional as F
 
 from fastroute.budget.limits import check_possible
 from fastroute.degradation import make_pair
-from fastroute.grid import TileGrid
 from fastroute.loading import load
 from fastroute.patch.patch_router import PatchRouter
 from fastroute.pixel.pixel_router import PixelRouter
@@ -189,7 +188,7 @@ def compare(
                 continue
             grid = None
             if isinstance(router, PatchRouter):
-                grid = TileGrid(lr.shape[1], lr.shape[2], router.patch, router.stride, router.scale)
+                grid = router.grid(*lr.shape[1:])
             class_map = result.class_map.cpu()
             overlay = class_overlay(picture, class_map, grid, router.num_classes)
             variants.append(Variant(key, picture, median, quality(picture), result.stats, class_map, overlay, dense))

@@ -142,6 +142,9 @@ def evaluate(
 
 def _row(name: str, lr: Tensor, hr: Tensor, factor: int, result: Upscaled) -> Row:  # [3, h, w], [3, H, W]
     bicubic = F.interpolate(lr[None].float(), scale_factor=factor, mode="bicubic")[0].clamp(0, 255).round().to(torch.uint8)
+    # A router may leave out what lies beyond the last whole stride.
+    height, width = result.image.shape[-2:]
+    hr, bicubic = (image[:, :height, :width].contiguous() for image in (hr, bicubic))
     stats = result.stats
     return Row(
         image=name,
