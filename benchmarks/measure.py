@@ -239,7 +239,8 @@ def commit() -> str:
         found = subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=ROOT, check=False)
         return found.stdout.strip()
 
-    changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results", ":!README.md")
+    written = [f":!{path}" for path in ("benchmarks/results", "README.md", "docs/benchmarks.md")]
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", *written)
     return (git("describe", "--always") or "unknown") + ("-dirty" if changed else "")
 
 

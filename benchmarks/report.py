@@ -1,4 +1,4 @@
-"""Writes the measured tables of README.md from committed results: ``python -m benchmarks.report [--check]``."""
+"""Writes the measured tables of the README and the docs from committed results: ``python -m benchmarks.report [--check]``."""
 
 from __future__ import annotations
 
@@ -9,14 +9,23 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from benchmarks.measure import RESULTS
+from benchmarks.measure import RESULTS, ROOT
 from fastroute import io
 
-README = Path(__file__).parent.parent / "README.md"
-SECTIONS = ("operators", "patch_routing", "quality")
-# Those that the README may leave out.
-OPTIONAL = ("headline", "class_mixes", "pixel_routing")
-# Results of the operators, in the order of the table; of those that are not named here in full the least size and the largest.
+# The sections that each page has, and has once.
+PAGES = {
+    ROOT / "README.md": ("headline",),
+    ROOT / "docs" / "benchmarks.md": (
+        "operators",
+        "headline_details",
+        "patch_routing",
+        "class_mixes",
+        "pixel_routing",
+        "quality",
+    ),
+}
+# Results of the operators, in the order of the table. Those in full have a row per size, the others only the smallest and the
+# largest one.
 IN_FULL = ("extract_patches", "stitch_patches", "group_by_class")
 OPERATORS = (
     *IN_FULL,
@@ -31,21 +40,21 @@ OPERATORS = (
     "adaptive_threshold",
     "refine_boundaries",
 )
-# The types of which the table tells; the others, formats and batches are in the report of the device.
-TOLD = ("float32", "int64")
+# The types that the table shows. Other types, memory formats and batches are in the report of the device.
+SHOWN = ("float32", "int64")
 FLOOR = "copy of the same bytes"
-# What stands beside fastroute in an operator's result and is no peer.
+# Entries of an operator's result that are not peers of fastroute.
 NO_PEERS = (FLOOR, "copy to a new tensor")
 # Parts of the names of rows in the result of the quality benchmark.
 BUDGET, OWN = ", budget ", "routed by its classifier"
-CURVES = README.parent / "assets" / "budgets.svg"
+CURVES = ROOT / "assets" / "budgets.svg"
 
 
 def results(folder: Path, names: Iterable[str], prefix: str = "") -> dict[str, dict]:
-    """Those of the results that there are, by their names without `prefix`.
+    """The results that exist, by their names without `prefix`.
 
     Raises:
-        FileNotFoundError: there is none.
+        FileNotFoundError: none of them exists.
     """
     paths = {name.removeprefix(prefix): folder / f"{name}.json" for name in names}
     found = {name: json.loads(path.read_text()) for name, path in paths.items() if path.exists()}
@@ -55,7 +64,7 @@ def results(folder: Path, names: Iterable[str], prefix: str = "") -> dict[str, d
 
 
 def milliseconds(timing: dict) -> str:
-    """A median as people read it."""
+    """A median, rounded for people to read."""
     value = 1e3 * timing["median"]
     return f"{value:.0f} ms" if value >= 100 else f"{value:.1f} ms" if value >= 1 else f"{value:.2f} ms"
 
@@ -68,7 +77,7 @@ def footer(content: dict) -> str:
 def footers(contents: Mapping[str, dict]) -> str:
     """Where the numbers of several results come from, by the names that the table has for them.
 
-    What was measured alike is told once; what differs is told of each by name.
+    What all results have in common is stated once, and what differs is stated for each by name.
     """
     runs: dict[tuple[str, str], dict[str, list[str]]] = {}
     for name, content in contents.items():
@@ -86,16 +95,16 @@ def footers(contents: Mapping[str, dict]) -> str:
 
 
 def peers(times: dict[str, dict]) -> dict[str, float]:
-    """Medians of all others that do the same job."""
+    """The medians of all other implementations of the same operation."""
     return {name: t["median"] for name, t in times.items() if not name.startswith("fastroute") and name not in NO_PEERS}
 
 
 def representative(name: str, rows: Sequence[dict]) -> list[dict]:
-    """Those rows of an operator of which the table tells."""
+    """The rows of an operator that the table shows."""
     chosen = [
         row
         for row in rows
-        if row.get("dtype", TOLD[0]) in TOLD and row.get("batch", 1) == 1 and not row.get("channels_last")
+        if row.get("dtype", SHOWN[0]) in SHOWN and row.get("batch", 1) == 1 and not row.get("channels_last")
         if row.get("mlp", "mixed") == "mixed"
     ]
     if name in IN_FULL:
@@ -107,7 +116,7 @@ def representative(name: str, rows: Sequence[dict]) -> list[dict]:
 
 
 def operators(folder: Path) -> str:
-    """Every operator beside a copy of its bytes, the usual way and the fastest of all others."""
+    """Every operator beside a copy of its bytes, the usual way and the fastest alternative."""
     lines = [
         "| operation | fastroute | copy of the same bytes | usual way | faster | fastest other | faster |",
         "| --- | --- | --- | --- | --- | --- | --- |",
@@ -125,16 +134,43 @@ def operators(folder: Path) -> str:
     return "\n".join(lines) + "\n" + footers(contents)
 
 
+def headline_rows(folder: Path) -> tuple[list[dict], str]:
+    """The rows of all headline results, and where they come from."""
+    contents = results(folder, sorted(path.stem for path in folder.glob("headline_*.json")), "headline_")
+    return [row for content in contents.values() for row in content["rows"]], footers(contents)
+
+
 def headline(folder: Path) -> str:
     """Routed whole images beside the fastest dense engine, which runs the most expensive branch in one pass."""
+    rows, origin = headline_rows(folder)
+    lines = [
+        "| network, precision (LR size) | fastest dense engine | fastroute, routed | **routed / dense, time** | routed / dense, "
+        "FLOPs of one pass |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for row in rows:
+        times, routed = row["times"], row["routed"]
+        cells = [
+            f"{row['backbone'].upper()}, {row['precision']} ({row['lr_size'][0]} x {row['lr_size'][1]})",
+            f"{row['fastest_dense']}: {milliseconds(times[row['fastest_dense']])}",
+            f"{row['engine']}: {milliseconds(times[routed])}",
+            f"**{row['of_fastest_dense'][routed]:.2f}**",
+            f"{row['flops_of_one_pass'][routed]:.2f}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n" + origin
+
+
+def headline_details(folder: Path) -> str:
+    """The headline with what explains it: the dense router, the floor, float32 and a budget of half of one pass."""
+    rows, origin = headline_rows(folder)
     lines = [
         "| branches, precision (LR size) | fastest dense engine | fastroute, dense | fastroute, routed | **routed / fastest "
         "dense** | FLOPs of one pass | floor / fastest dense | routed / floor | routed / fastest dense in float32 | half "
         "of one pass / fastest dense |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
-    contents = results(folder, sorted(path.stem for path in folder.glob("headline_*.json")), "headline_")
-    for row in (row for content in contents.values() for row in content["rows"]):
+    for row in rows:
         times, ratios, routed = row["times"], row["of_fastest_dense"], row["routed"]
         dense = next(name for name in times if name.startswith("fastroute dense"))
         half = next((f"{ratio:.2f}" for name, ratio in ratios.items() if name.endswith("of one pass")), "")
@@ -151,7 +187,7 @@ def headline(folder: Path) -> str:
             half,
         ]
         lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n" + footers(contents)
+    return "\n".join(lines) + "\n" + origin
 
 
 def patch_routing(folder: Path) -> str:
@@ -206,7 +242,7 @@ def class_mixes(folder: Path) -> str:
 def pixel_routing(folder: Path) -> str:
     """PCSR per photograph, beside its published formulation and the plain network."""
     lines = [
-        "| encoder, photograph (LR size) | dear pixels | FLOPs, true | **time, realised** | routed | dense | plain network, "
+        "| encoder, photograph (LR size) | expensive pixels | FLOPs, true | **time, realised** | routed | dense | plain network, "
         "one pass | published formulation | routed, after the encoder | faster than published |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
@@ -264,9 +300,9 @@ def draw_budgets(folder: Path, target: Path) -> None:
         io.write_atomically(target, lambda file: figure.savefig(file, format="svg", metadata={"Date": None}))
 
 
-def render(text: str, folder: Path) -> str:
-    """`text` with every generated section made anew."""
-    for name in (*SECTIONS, *(name for name in OPTIONAL if f"<!-- generated: {name} -->" in text)):
+def render(text: str, folder: Path, sections: Sequence[str], page: str) -> str:
+    """`text`, the page named `page`, with all its generated sections made anew."""
+    for name in sections:
         try:
             table = globals()[name](folder)
         except FileNotFoundError:
@@ -274,20 +310,24 @@ def render(text: str, folder: Path) -> str:
         pattern = rf"(<!-- generated: {name} -->\n).*?(<!-- end: {name} -->)"
         text, count = re.subn(pattern, lambda m, table=table: f"{m[1]}\n{table}\n{m[2]}", text, flags=re.DOTALL)
         if count != 1:
-            raise SystemExit(f"README.md must have one section {name}; it has {count}")
+            raise SystemExit(f"{page} must have one section {name}; it has {count}")
     return text
 
 
 def main() -> None:
-    """Rewrite README.md; with --check, only fail when it is out of date."""
+    """Rewrite the pages. With --check, change nothing and fail if a page is out of date."""
     folders = sorted(path for path in RESULTS.iterdir() if any(path.glob("*.json")))
     if not folders:
         raise SystemExit(f"no results in {RESULTS}: run the benchmarks with --save first")
-    text = README.read_text()
-    made = render(text, folders[0])
+    for path, sections in PAGES.items():
+        text = path.read_text()
+        made = render(text, folders[0], sections, path.name)
+        if "--check" not in sys.argv:
+            io.write_atomically(path, lambda file, made=made: file.write(made.encode()))
+        elif made != text:
+            sys.exit(f"{path.name} is out of date: python -m benchmarks.report")
     if "--check" in sys.argv:
-        sys.exit("README.md is out of date: python -m benchmarks.report" if made != text else 0)
-    io.write_atomically(README, lambda file: file.write(made.encode()))
+        sys.exit(0)
     if not (folders[0] / "quality.json").exists():
         return
     if importlib.util.find_spec("matplotlib") is None:

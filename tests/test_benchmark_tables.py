@@ -137,8 +137,16 @@ def test_every_operator_has_its_place():
     assert {re.sub("_(penalty|budget|upsampled)$", "", name) for name in report.OPERATORS} == ops
 
 
-def test_the_documentation_shows_sections_of_the_readme():
-    readme = (measure.ROOT / "README.md").read_text()
-    wanted = re.findall(r':(?:start-after|end-before): "(<!--.*?-->)"', (measure.ROOT / "docs" / "benchmarks.md").read_text())
-    assert wanted and all(readme.count(marker) == 1 for marker in wanted)
-    assert all(readme.count(f"<!-- generated: {name} -->") == 1 for name in (*report.SECTIONS, *report.OPTIONAL))
+def test_every_page_has_its_sections():
+    for path, sections in report.PAGES.items():
+        markers = re.findall(r"<!-- generated: (\w+) -->", path.read_text())
+        assert sorted(markers) == sorted(sections), path.name
+    sections = [name for names in report.PAGES.values() for name in names]
+    assert len(sections) == len(set(sections)) and all(callable(getattr(report, name)) for name in sections)
+
+
+def test_the_committed_tables_are_those_of_the_committed_results(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("sys.argv", ["report", "--check"])
+    with pytest.raises(SystemExit) as end:
+        report.main()
+    assert end.value.code == 0

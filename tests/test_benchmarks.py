@@ -14,7 +14,15 @@ from benchmarks import device_report, measure, report
 from benchmarks.measure import Timing
 from benchmarks.ops._common import FLOOR, OURS
 
-PAGE = "# Title\n" + "".join(f"<!-- generated: {name} -->\nold\n<!-- end: {name} -->\ntext\n" for name in report.SECTIONS)
+SECTIONS = ("operators", "patch_routing", "quality")
+
+
+def page_of(*sections: str) -> str:
+    """A page with a place for each section."""
+    return "# Title\n" + "".join(f"<!-- generated: {name} -->\nold\n<!-- end: {name} -->\ntext\n" for name in sections)
+
+
+PAGE = page_of(*SECTIONS)
 FACTS = {"device": "Some CPU, 2 threads", "torch": "2.13.0", "commit": "abc", "command": "python -m pytest benchmarks"}
 
 
@@ -91,10 +99,10 @@ def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     }
     for name, rows in contents.items():
         (folder / f"{name}.json").write_text(json.dumps({"facts": FACTS, "notes": "made up", "rows": rows}))
-    readme = tmp_path / "README.md"
-    readme.write_text(PAGE)
+    page = tmp_path / "page.md"
+    page.write_text(PAGE)
     monkeypatch.setattr(report, "RESULTS", folder.parent)
-    monkeypatch.setattr(report, "README", readme)
+    monkeypatch.setattr(report, "PAGES", {page: SECTIONS})
     monkeypatch.setattr(report, "CURVES", tmp_path / "budgets.svg")
     monkeypatch.setattr(device_report, "RESULTS", folder.parent)
     return folder
@@ -110,9 +118,15 @@ def run_report(monkeypatch: pytest.MonkeyPatch, *options: str) -> object:
     return None
 
 
+def written() -> str:
+    """The page that the report writes."""
+    (page,) = report.PAGES
+    return page.read_text()
+
+
 def test_check_fails_until_the_report_is_written(results: Path, monkeypatch: pytest.MonkeyPatch):
-    assert "out of date" in str(run_report(monkeypatch, "--check"))
-    assert report.README.read_text() == PAGE
+    assert "page.md is out of date" in str(run_report(monkeypatch, "--check"))
+    assert written() == PAGE
     assert run_report(monkeypatch) is None
     assert run_report(monkeypatch, "--check") == 0
     path = results / "extract_patches.json"
@@ -122,12 +136,12 @@ def test_check_fails_until_the_report_is_written(results: Path, monkeypatch: pyt
 
 def test_tables_hold_the_numbers(results: Path, monkeypatch: pytest.MonkeyPatch):
     run_report(monkeypatch)
-    text = report.README.read_text()
+    text = written()
     assert (
         "| extract_patches, 2000000 pixels, float32 | 2.0 ms | 1.0 ms | usual: 10.0 ms | 5.0 x | usual: 10.0 ms | 5.0 x |"
         in text
     )
-    assert text.count("| group_by_class, 10,000 items |") == 1, "of several types of ids the README names one"
+    assert text.count("| group_by_class, 10,000 items |") == 1, "several types of ids were measured, and the table shows one"
     assert text.count("Not measured yet") == 1
     assert text.startswith("# Title\n") and text.endswith("text\n")
     assert "| Some-SR, routed by its classifier | 31.90 dB |" in text
@@ -147,28 +161,28 @@ def test_the_curves_are_drawn(results: Path, monkeypatch: pytest.MonkeyPatch):
     assert report.CURVES.read_bytes() != first
 
 
-def test_mixes_are_written_where_the_readme_has_a_place(results: Path):
-    place = "<!-- generated: class_mixes -->\n<!-- end: class_mixes -->\n"
-    text = report.render(PAGE + place, results)
+def test_mixes_are_written(results: Path):
+    place = page_of("class_mixes")
+    text = report.render(place, results, ["class_mixes"], "page.md")
     assert "| carn | test2k | 50 / 25 / 25 % | 60 % | 66 % | **65 %** | 86 % |" in text
     for path in results.glob("class_mixes_*.json"):
         path.unlink()
-    assert "Not measured yet" in report.render(PAGE + place, results).split("generated: class_mixes")[1]
+    assert "Not measured yet" in report.render(place, results, ["class_mixes"], "page.md")
 
 
-def test_pixel_routing_is_written_where_the_readme_has_a_place(results: Path):
+def test_pixel_routing_is_written(results: Path):
     labels = ("fastroute", "dense, same machinery", "plain network, one pass", "published formulation")
     row = {"model": "carn", "image": "a", "lr_size": [8, 6], "heavy_share": 0.3, "flops_ratio": 0.6, "time_ratio": 0.7}
     row |= {"times": {label: timing(0.2 * (n + 1)) for n, label in enumerate(labels)}, "speedup": 4.0}
     row |= {"rest": 0.05, "rest_speedup": 9.0}
     content = {"facts": FACTS, "notes": "made up", "rows": [row]}
     (results / "pixel_routing_carn.json").write_text(json.dumps(content))
-    text = report.render(PAGE + "<!-- generated: pixel_routing -->\n<!-- end: pixel_routing -->\n", results)
+    text = report.render(page_of("pixel_routing"), results, ["pixel_routing"], "page.md")
     cells = "30 % | 60 % | **70 %** | 200 ms | 400 ms | 600 ms | 800 ms (4.0 x) | 50.0 ms | 9.0 x"
     assert f"| CARN, a (8 x 6) | {cells} |" in text
 
 
-def test_the_headline_is_written_where_the_readme_has_a_place(results: Path):
+def test_the_headline_is_written(results: Path):
     labels = ("OpenVINO, LATENCY", "ONNX Runtime", "fastroute dense, torch", "fastroute routed, torch")
     row = {"backbone": "carn", "precision": "bfloat16", "lr_size": [8, 6], "engine": "torch", "routed": labels[3]}
     row |= {"times": {label: timing(0.2 * (n + 1)) for n, label in enumerate(labels)}, "fastest_dense": labels[0]}
@@ -179,14 +193,16 @@ def test_the_headline_is_written_where_the_readme_has_a_place(results: Path):
     row |= {"flops_of_one_pass": {labels[3]: 0.62}, "floor_of_fastest_dense": 0.64, "over_floor": 1.07}
     content = {"facts": FACTS, "notes": "made up", "rows": [row]}
     (results / "headline_carn.json").write_text(json.dumps(content))
-    text = report.render(PAGE + "<!-- generated: headline -->\n<!-- end: headline -->\n", results)
+    both = ("headline", "headline_details")
+    text = report.render(page_of(*both), results, both, "page.md")
+    assert "| CARN, bfloat16 (8 x 6) | OpenVINO, LATENCY: 200 ms | torch: 800 ms | **4.00** | 0.62 |" in text
     cells = "OpenVINO, LATENCY: 200 ms | 600 ms | torch: 800 ms | **4.00** | 0.62 | 0.64 | 1.07 | 2.50 | 0.55"
     assert f"| carn, bfloat16 (8 x 6) | {cells} |" in text
 
 
 def test_a_missing_section_is_an_error(results: Path):
-    with pytest.raises(SystemExit, match="one section operators; it has 0"):
-        report.render("# Title\n", results)
+    with pytest.raises(SystemExit, match=r"page\.md must have one section operators; it has 0"):
+        report.render("# Title\n", results, SECTIONS, "page.md")
 
 
 def test_milliseconds():

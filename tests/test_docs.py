@@ -134,6 +134,14 @@ def test_examples_that_fail_are_noticed(folder, monkeypatch):
         run_command(examples(page)[2].text)
 
 
+def test_the_readme_is_short():
+    """Its generated table counts, HTML comments do not."""
+    text = re.sub(r"<!--.*?-->", "", (ROOT / "README.md").read_text("utf-8"), flags=re.DOTALL)
+    assert len(text.split()) <= 1500
+    code = [example.text for example in examples(ROOT / "README.md") if example.language == "python"]
+    assert 1 <= sum(len(text.splitlines()) for text in code) <= 20
+
+
 def test_what_the_pages_name_exists():
     """Links between pages and to files."""
     for page in PAGES:
