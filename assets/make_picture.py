@@ -57,7 +57,7 @@ def main() -> None:
     pictures = [
         ("bicubic", enlarged.crop(box)),
         (f"fastroute, {100 * result.stats.flops.fraction:.0f} % of the FLOPs", to_pillow(result.image).crop(box)),
-        ("classes of the patches, green cheap to red dear", classes),
+        ("class of every patch, green cheap to red expensive", classes),
     ]
     sheet = Image.new("RGB", (sum(p.width + GAP for _, p in pictures) - GAP, down + LABEL), "white")
     draw = ImageDraw.Draw(sheet)

@@ -24,7 +24,7 @@ STYLE = (
     "table{border-collapse:collapse;font-size:85%}td,th{border:1px solid #bbb;padding:.2rem .5rem;text-align:left}"
     "img{max-width:100%}small{color:#555}"
 )
-PANELS = {"growth_patches": "patches", "growth_classes": "classes", "growth_dear_share": "share of dear patches"}
+PANELS = {"growth_patches": "patches", "growth_classes": "classes", "growth_expensive_share": "share of expensive patches"}
 RULES = (
     "Every variant is checked against the others before it is timed; what disagrees or cannot run is named with the reason. "
     "Variants run in turn after a warm-up, the device being waited for before and after each run; times are medians and "
@@ -57,7 +57,7 @@ def sections(results: dict[str, Result]) -> Iterator[tuple[str, Table, str]]:
     """Title, table and origin: what matters most first, then every result in full."""
     quality, whole = (footer(results[name]).strip() if name in results else "" for name in ("quality", "whole_images"))
     summaries = [
-        ("Realised saving", tables.saving_table(results), "Dense: every patch or pixel in the dearest class, same machinery."),
+        ("Realised saving", tables.saving_table(results), "Dense: everything in the most expensive class, same machinery."),
         ("Operators beside their peers", tables.peers_table(results), "The fastest of all others that give the same result."),
         ("Whole images", tables.whole_table(results), whole),
         ("Time budgets", tables.budgets_table(results), "The error is the median call's; of all budgets, without its sign."),

@@ -134,11 +134,11 @@ def whole_table(results: dict[str, Result]) -> Table:
 
 def budgets_table(results: dict[str, Result]) -> Table:
     """Time budgets: what was asked for, what it took, and by how much it was missed; all together in the last line of each."""
-    head = ["result", "image (LR size)", "cheapest to dearest", "asked", "taken", "error", "worst single call"]
+    head = ["result", "image (LR size)", "cheapest to most expensive", "asked", "taken", "error", "worst single call"]
     lines = [head]
     for name, result in results.items():
         for row in (row for row in result["rows"] if "asked" in row):
-            ends = " to ".join(milliseconds({"median": row[end]}) for end in ("cheapest", "dearest"))
+            ends = " to ".join(milliseconds({"median": row[end]}) for end in ("cheapest", "most_expensive"))
             label = f"{row['image']} ({row['lr_size'][0]} x {row['lr_size'][1]})"
             cells = [name, label, ends, milliseconds({"median": row["asked"]})]
             for timing in row["times"].values():

@@ -144,7 +144,7 @@ def budget_curves(curves: dict[str, list[tuple[float, float]]], own: dict[str, t
     """PSNR against FLOPs: what every model makes of a budget, and as stars what its classifier chooses by itself.
 
     Args:
-        curves: model to FLOPs as a share of its dearest branch everywhere, and PSNR in dB, for every budget.
+        curves: model to FLOPs as a share of its most expensive branch everywhere, and PSNR in dB, for every budget.
         own: model to the same of its own choice.
     """
     figure = Figure(figsize=(7.6, 4.2), layout="constrained")
@@ -155,7 +155,7 @@ def budget_curves(curves: dict[str, list[tuple[float, float]]], own: dict[str, t
         flops, psnr = own[name]
         axes.plot([100 * flops], [psnr], linestyle="none", color=style["color"], zorder=3, **star)
     axes.plot([], [], linestyle="none", color="0.7", label="own choice", **star)
-    axes.set(xlabel="FLOPs with the classifier, % of the dearest branch everywhere", ylabel="PSNR (RGB), dB")
+    axes.set(xlabel="FLOPs with the classifier, % of the most expensive branch everywhere", ylabel="PSNR (RGB), dB")
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small", loc="lower right")
     return figure

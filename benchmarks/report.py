@@ -144,8 +144,8 @@ def headline(folder: Path) -> str:
     """Routed whole images beside the fastest dense engine, which runs the most expensive branch in one pass."""
     rows, origin = headline_rows(folder)
     lines = [
-        "| network, precision (LR size) | fastest dense engine | fastroute, routed | **routed / dense, time** | routed / dense, "
-        "FLOPs of one pass |",
+        "| network, precision (LR size) | fastest dense engine | fastroute, routed | **routed / dense, time** | "
+        "routed / dense, FLOPs of one pass |",
         "| --- | --- | --- | --- | --- |",
     ]
     for row in rows:
@@ -242,8 +242,8 @@ def class_mixes(folder: Path) -> str:
 def pixel_routing(folder: Path) -> str:
     """PCSR per photograph, beside its published formulation and the plain network."""
     lines = [
-        "| encoder, photograph (LR size) | expensive pixels | FLOPs, true | **time, realised** | routed | dense | plain network, "
-        "one pass | published formulation | routed, after the encoder | faster than published |",
+        "| encoder, photograph (LR size) | expensive pixels | FLOPs, true | **time, realised** | routed | dense | "
+        "plain network, one pass | published formulation | routed, after the encoder | faster than published |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     found = sorted((path.stem for path in folder.glob("pixel_routing_*.json")), reverse=True)

@@ -87,7 +87,7 @@ def patch_path() -> None:
         d.arrow((x, 40), (x + 20, 40))
     d.box(160, 144, 130, "extract_patches\nin class order")
     for number, (y, fill) in enumerate(((92, GREEN), (144, YELLOW), (196, RED)), start=1):
-        d.box(415, y, 130, f"branch {number}\n{('cheapest', '', 'dearest')[number - 1]}".strip(), "#fff", 46)
+        d.box(415, y, 130, f"branch {number}\n{('cheapest', '', 'most expensive')[number - 1]}".strip(), "#fff", 46)
         d.rect(415, y, 10, 46, fill)
         d.arrow((290, 170), (352, 170), (352, y + 23), (415, y + 23))
         d.arrow((545, y + 23), (607, y + 23), (607, 170), (670, 170))

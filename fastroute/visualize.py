@@ -13,7 +13,7 @@ OPACITY = 0.42
 
 
 def class_colours(num_classes: int) -> Tensor:
-    """One RGB colour per class, uint8 (K, 3): green for the cheapest over yellow to red for the dearest."""
+    """One RGB colour per class, uint8 (K, 3): green for the cheapest over yellow to red for the most expensive."""
     stops = torch.tensor([GREEN, YELLOW, RED], dtype=torch.float32)
     at = torch.linspace(0, 2, num_classes) if num_classes > 1 else torch.zeros(1)
     low = at.floor().clamp(max=1).long()

@@ -162,7 +162,7 @@ def test_classifier_scores():
     table = EdgeTable(2, bins=1)
     table.fit(torch.ones(1), torch.tensor([[30.0, 33.0]]))
     x = torch.rand(5, 3, 8, 8)
-    # 3 dB at four fifths of the dearest cost; the score rises by the ratio of the costs to log(1 + slope).
+    # 3 dB at four fifths of the most expensive cost; the score rises by the ratio of the costs to log(1 + slope).
     best = EdgeClassifier(table, [1.0, 5.0])(x)
     torch.testing.assert_close(best, torch.tensor([[5 ** -math.log(1 + 3.75), 1.0]]).expand(5, 2))
     # A decibel is worth 1: the second class costs 4 more and gains 3. A budget may count otherwise.

@@ -119,8 +119,8 @@ def test_plain_ways_agree_at_given_classes():
     batched = classsr_published.batch_per_class(model, image, grid, torch.tensor(ids), batch=4)
     assert sum(calls) == 2 * grid.num_patches, "the classifier's time belongs to routing"
     torch.testing.assert_close(looped, batched)
-    dearest = [2] * grid.num_patches
-    expected = classsr_published.loop_over_patches(model, image, grid, dearest)
+    most_expensive = [2] * grid.num_patches
+    expected = classsr_published.loop_over_patches(model, image, grid, most_expensive)
     torch.testing.assert_close(classsr_published.tiled(model.branches[2], image, grid, 5), expected)
     assert (looped - expected).abs().max() > 1e-3
 
@@ -157,10 +157,10 @@ def test_class_ids_have_their_shares():
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("which", ["mixed", "dear"])
+@pytest.mark.parametrize("which", ["mixed", "expensive"])
 def test_layouts_of_mlps_agree(which: str):
     torch.manual_seed(0)
-    mlps = [pixel_mlp.make_layers(8, hidden, 3) for hidden in ([6, 5], [10, 9, 7])][which == "dear" :]
+    mlps = [pixel_mlp.make_layers(8, hidden, 3) for hidden in ([6, 5], [10, 9, 7])][which == "expensive" :]
     features, residual = torch.randn(1, 8, 5, 6), torch.rand(1, 3, 5, 6)
     size = (20, 24)
     class_map = (torch.rand(1, *size) < 0.4).to(torch.uint8) if which == "mixed" else None

@@ -47,7 +47,7 @@ def test_whole_images_in_a_table():
 
 
 def budget_rows() -> list[dict]:
-    bounds = {"cheapest": Timing(0.1, 0.1, 0.1, 5), "dearest": Timing(0.3, 0.3, 0.3, 5)}
+    bounds = {"cheapest": Timing(0.1, 0.1, 0.1, 5), "most_expensive": Timing(0.3, 0.3, 0.3, 5)}
     image = torch.zeros(1, 3, 6, 8)
     taken = [([0.2, 0.21, 0.24], None), ([0.15, 0.15, 0.12], "too little"), ([], "far too little")]
     asked = (0.2, 0.15, 0.125)
@@ -105,7 +105,7 @@ def test_all_operators_stand_in_one_table(tmp_path: Path):
         {**operator_row("pixel_mlp", n, 1e-3), "op": f"pixel_mlp, {mlp}, {setup}, {n}", "setup": setup, "mlp": mlp}
         for setup in ("FSRCNN", "CARN")
         for n in sizes[:2]
-        for mlp in ("dear", "mixed")
+        for mlp in ("expensive", "mixed")
     ]
     contents = {
         "extract_patches": result(*(operator_row("extract_patches", n, 1e-3) for n in sizes)),
@@ -126,7 +126,7 @@ def test_all_operators_stand_in_one_table(tmp_path: Path):
         ("refine_boundaries", "1000"),
     ]
     assert "| pixel_mlp, mixed, FSRCNN, 2000 |" in text and "| pixel_mlp, mixed, CARN, 2000 |" in text
-    assert "half" not in text and "dear" not in text
+    assert "half" not in text and "expensive" not in text
     assert "extract_patches, pixel_mlp, refine_boundaries: made up. gather_groups: others." in text
     with pytest.raises(FileNotFoundError):
         report.operators(tmp_path / "none")

@@ -110,7 +110,7 @@ def test_milliseconds_are_met():
         router.upscale(image, budget_ms=3)
 
 
-def test_a_dear_class_that_runs_fast_is_used():
+def test_an_expensive_class_that_runs_fast_is_used():
     """Milliseconds go by the clock, not by FLOPs."""
     router = sleeper((2.0, 0.1, 4.0))
     assert router.upscale(IMAGES[0], budget_ms=45).stats.counts_per_class[0] == 0

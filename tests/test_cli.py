@@ -88,10 +88,10 @@ def test_upscale(model, source, out):
 def test_upscale_quietly_with_a_budget(model, source, out):
     result = call("upscale", source, out / "a.jpg", "--model", model, "--budget", 1, "--quiet")
     assert (result.exit_code, result.output) == (0, "")
-    dearest = fastroute.load(model).upscale(io.read_image(source), budget=1)
-    assert set(dearest.class_map.flatten().tolist()) == {2}
+    most_expensive = fastroute.load(model).upscale(io.read_image(source), budget=1)
+    assert set(most_expensive.class_map.flatten().tolist()) == {2}
     # JPEG keeps noise within some levels on average.
-    assert (io.read_image(out / "a.jpg").int() - dearest.image.int()).abs().float().mean() < 12
+    assert (io.read_image(out / "a.jpg").int() - most_expensive.image.int()).abs().float().mean() < 12
 
 
 def test_in_place(model, source):

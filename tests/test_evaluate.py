@@ -116,9 +116,9 @@ def test_rows_are_those_of_the_router(images, router):
 
 
 def test_budget_reaches_the_router(images, router):
-    dear, cheap = evaluation.evaluate(router, images, budget=1), evaluation.evaluate(router, images, budget=0.8)
-    assert all(row.counts[:2] == [0, 0] for row in dear)
-    assert all(row.flops < other.flops and row.counts[2] < other.counts[2] for row, other in zip(cheap, dear, strict=True))
+    expensive, cheap = evaluation.evaluate(router, images, budget=1), evaluation.evaluate(router, images, budget=0.8)
+    assert all(row.counts[:2] == [0, 0] for row in expensive)
+    assert all(row.flops < other.flops and row.counts[2] < other.counts[2] for row, other in zip(cheap, expensive, strict=True))
 
 
 def test_mean_by_hand():

@@ -93,7 +93,7 @@ def test_overflow(capacities, options):
 
 
 def test_the_hardest_move_up():
-    """Of the patches of a class those move to a dearer branch for which the classifier gives dearer classes most."""
+    """The patches that move up are those to which the classifier gives the highest scores for more expensive classes."""
     router, image = make_router(), picture(2, 3, 64, 76, seed=5)
     wanted = router.upscale(image)
     counts = wanted.stats.counts_per_class

@@ -54,7 +54,7 @@ def test_budget_holds_and_is_spent(router):
         result = router.upscale(image, budget=budget)
         used = share[result.class_map.long()].mean().item()
         assert used <= budget + 1e-9
-        # What is left does not pay for one more patch of the dearest class.
+        # What is left does not pay for one more patch of the most expensive class.
         assert used > budget - (1 - share[0]) / grid.num_patches
         assert result.stats.flops.dense == max(router.branch_flops) * grid.num_patches
         if previous is not None:
@@ -82,7 +82,7 @@ def test_full_budget_does_not_classify(router, monkeypatch):
     assert result.stats.flops.fraction == 1 and result.stats.seconds["classify"] == 0
 
 
-def test_full_budget_takes_the_dearest_branch_wherever_it_stands(system):
+def test_full_budget_takes_the_most_expensive_branch_wherever_it_stands(system):
     router = PatchRouter([system.net3, system.net1], None, patch=PATCH, stride=STRIDE, scale=SCALE, merge=1)
     assert (router.upscale(picture(1, 3, 20, 24), budget=1).class_map == 0).all()
 
@@ -90,7 +90,7 @@ def test_full_budget_takes_the_dearest_branch_wherever_it_stands(system):
 def test_penalty_moves_patches_to_cheaper_branches(router):
     image = picture(1, 3, 64, 64, seed=1)
     maps = [router.upscale(image, penalty=k).class_map for k in (-100, -0.5, 0, 0.5, 100)]
-    assert all((dearer >= cheaper).all() for dearer, cheaper in pairwise(maps))
+    assert all((expensive >= cheaper).all() for expensive, cheaper in pairwise(maps))
     assert (maps[0] == 2).all() and (maps[-1] == 0).all()
     assert torch.equal(maps[2], router.upscale(image).class_map)
 

@@ -63,7 +63,7 @@ def shares(router: PixelRouter) -> torch.Tensor:
 
 
 def flops_between(router: PixelRouter, share: float, images: int = 1) -> float:
-    """From everything in the cheapest class to everything in the dearest, classified."""
+    """From everything in the cheapest class to everything in the most expensive, classified."""
     work = Work(FEATURES, PIXELS, FEATURES, PIXELS, FEATURES)
     fixed, costs = router.flops.fixed(work), router.flops.costs
     return images * (fixed + PIXELS * (min(costs) + share * (max(costs) - min(costs))))
@@ -91,11 +91,11 @@ def test_a_sample_never_overdraws(router, share):
 
 
 def test_nothing_is_classified_where_there_is_nothing_to_choose(router):
-    dearest = router.upscale(IMAGE, budget=1)
+    most_expensive = router.upscale(IMAGE, budget=1)
     work = Work(FEATURES, PIXELS)
     enough = router.flops.all_in(router.num_classes - 1, work)
-    assert enough == dearest.stats.flops.dense == dearest.stats.flops.routed
-    for result in (dearest, router.upscale(IMAGE, budget_flops=enough)):
+    assert enough == most_expensive.stats.flops.dense == most_expensive.stats.flops.routed
+    for result in (most_expensive, router.upscale(IMAGE, budget_flops=enough)):
         assert (result.class_map == router.num_classes - 1).all() and result.stats.seconds["classify"] == 0
     least = router.flops.all_in(0, work)
     cheapest = router.upscale(IMAGE, budget_flops=least)
@@ -142,7 +142,7 @@ def test_milliseconds_become_classes(monkeypatch, whole):
         with_pace(speed).upscale(IMAGE, budget_ms=1000)
 
 
-def test_a_dear_class_that_runs_fast_is_used():
+def test_an_expensive_class_that_runs_fast_is_used():
     """Milliseconds go by the clock, not by FLOPs."""
     speed = Speed([50.0, 1.0, 90.0], 0.5, 0.5)
     stats = with_pace(speed, hidden=HIDDEN[3]).upscale(IMAGE, budget_ms=PIXELS * 5).stats
@@ -156,8 +156,8 @@ def test_milliseconds_are_met(monkeypatch):
     def slow(features, mlps, size, classes=None, *rest):
         result = mlp(features, mlps, size, classes, *rest)
         if classes is not None:
-            dear = int((classes == 1).sum())
-            time.sleep(4e-6 * (classes.numel() - dear) + 4e-5 * dear)
+            expensive = int((classes == 1).sum())
+            time.sleep(4e-6 * (classes.numel() - expensive) + 4e-5 * expensive)
         return result
 
     monkeypatch.setattr(pixel_image, "pixel_mlp", slow)
@@ -228,7 +228,7 @@ def test_search(monkeypatch, classes, first):
 def test_a_purse_is_not_overdrawn():
     scores = torch.randn(1, 1000, generator=torch.Generator().manual_seed(0))
     budget = PixelBudget([1.0, 5.0], left=2000.0, pixels=1000)
-    # An exponent at which all would be dear.
+    # An exponent at which all would be expensive.
     spent_so_far = [spent(budget.take(part, -100.0, reserve=1.0), budget.cost) for part in scores.split(100, dim=1)]
     assert sum(spent_so_far) == 2000.0 and spent_so_far[0] == 500.0 and spent_so_far[-1] == 100.0
     assert budget.left == 0 and budget.pixels == 0
@@ -250,11 +250,11 @@ def test_a_batch_shares_one_budget(router, budget):
     assert (shares(router)[alone.long()].mean(dim=(1, 2)) - budget).abs().max() < 0.01
     assert used.max() - used.min() > 0.02
     if router.num_classes == 2:
-        # No pixel of any image is cheap that would gain more than a dear one of another.
+        # No pixel of any image is cheap that would gain more than a expensive one of another.
         chance = make_model(hidden=HIDDEN[router.num_classes])(batch, scale=4).probability[:, 1]
-        dear = together.class_map == 1
-        assert chance[dear].min() >= chance[~dear].max() - 1e-5
-        assert used.argsort().tolist() == dear.float().mean(dim=(1, 2)).argsort().tolist()
+        expensive = together.class_map == 1
+        assert chance[expensive].min() >= chance[~expensive].max() - 1e-5
+        assert used.argsort().tolist() == expensive.float().mean(dim=(1, 2)).argsort().tolist()
         assert chance[alone == 1].min() < chance[alone == 0].max() - 1e-3
 
 

@@ -133,7 +133,7 @@ def test_training_lowers_the_error(pools, tmp_path, name, changes):
 
 
 def test_cdnsr_moves_towards_its_target(pools, tmp_path):
-    """A heavy price on FLOPs empties the dear class; none does not."""
+    """A heavy price on FLOPs empties the expensive class; none does not."""
     steps = {"classifier_steps": 60, "classifier_rate": 0.02, "joint_steps": 1, "distill_steps": 1, "batch": 8, "alpha": 0.01}
     used = []
     for price in (1e4, 0.0):

@@ -57,7 +57,7 @@ def test_shipped_model_beats_bicubic_and_uses_all_classes():
     routed = router.upscale(lr)
     dense = router.upscale(lr, budget=1)
     assert min(psnr(routed.image), psnr(dense.image)) > psnr(bicubic) + 0.1
-    cheap, dear = (router.upscale(lr, budget=b).stats.flops.fraction for b in (0.6, 0.9))
-    assert cheap < dear
+    cheap, expensive = (router.upscale(lr, budget=b).stats.flops.fraction for b in (0.6, 0.9))
+    assert cheap < expensive
     # Smooth and detailed parts differ on this photograph: more than one branch is in use when the budget asks for a choice.
     assert len(router.upscale(lr, budget=0.7).class_map.unique()) > 1

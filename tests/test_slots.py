@@ -46,7 +46,7 @@ def place_plainly(ids, capacities, hardness):
         ([0, 0, 0], [1, 1, 1], [0.1, 0.9, 0.5], [0, 2, 1]),
         # Nowhere to move up to: the easiest moves down.
         ([1, 1, 1], [2, 2], [0.3, 0.1, 0.2], [1, 0, 1]),
-        # Both overflow, and the dearer one chooses first.
+        # Both overflow, and the more expensive one chooses first.
         ([1, 1, 2, 2], [1, 1, 1, 1], None, [1, 0, 3, 2]),
         # No slots at all in a class.
         ([1, 1, 0], [1, 0, 2], [0.2, 0.8, 0.5], [2, 2, 0]),

@@ -66,7 +66,7 @@ def test_cdnsr_goes_on_from_cdnsr(pool, tmp_path):
 
 @pytest.mark.parametrize("backbone", ["fsrcnn", "carn", "srresnet"])
 @torch.no_grad()
-def test_arm_takes_the_dearest_branch(pool, tmp_path, backbone):
+def test_arm_takes_the_most_expensive_branch(pool, tmp_path, backbone):
     other = classsr(backbone)
     x = picture(2, 3, 16, 16)
     for state in (other.state_dict(), other.branches[-1].state_dict()):

@@ -197,7 +197,7 @@ def main(print_line: Callable[[str], object] = print) -> None:
     runs = [time_pcsr_published(model, lr, size, args.k) for _ in range(args.runs + 1)][1:]
     run = sorted(runs, key=lambda r: r.encoder_seconds + r.rest_seconds)[len(runs) // 2]
     heavy = run.class_map.float().mean().item()
-    print_line(f"encoder {run.encoder_seconds:.4f} s, rest {run.rest_seconds:.4f} s, dearer pixels {heavy:.1%}")
+    print_line(f"encoder {run.encoder_seconds:.4f} s, rest {run.rest_seconds:.4f} s, expensive pixels {heavy:.1%}")
 
 
 if __name__ == "__main__":

@@ -111,7 +111,7 @@ def test_pixels(setting: Setting) -> None:
         results[megapixels] = 3 * 16 * height * width
         points[megapixels] = {
             "routed patches": lambda lr=lr: router.upscale(lr),
-            "all patches dear": lambda lr=lr: router.upscale(lr, budget=1.0),
+            "all patches expensive": lambda lr=lr: router.upscale(lr, budget=1.0),
             "routed pixels": lambda lr=lr: pixel_router.upscale(lr),
             WHOLE: lambda lr=lr: as_uint8(largest(lr.float() / 255)),
         }
@@ -129,7 +129,7 @@ def as_uint8(image: Tensor) -> Tensor:
     return image.clamp(0, 1).mul(255).round().to(torch.uint8)
 
 
-@pytest.mark.parametrize("kind", ["patches", "classes", "dear_share"])
+@pytest.mark.parametrize("kind", ["patches", "classes", "expensive_share"])
 def test_growth(kind: str, setting: Setting) -> None:
     """One thing grows, the image stays."""
     torch.manual_seed(0)
@@ -156,7 +156,7 @@ def test_growth(kind: str, setting: Setting) -> None:
             mix = classes(grid, [1 / count] * count).to(device())
             points[count] = {"routed patches": lambda r=router, m=mix: r.upscale(lr, class_map=m)}
     else:
-        unit, what = "whole image", "share of the patches in the dearest of three branches, the rest in the cheapest"
+        unit, what = "whole image", "share of the patches in the most expensive of three branches, the rest in the cheapest"
         grid = TileGrid(height, width)
         router = fastroute.PatchRouter(branches)
         for share in DEAR_SHARES:

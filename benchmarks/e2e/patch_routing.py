@@ -1,7 +1,7 @@
 """The shipped model end to end on photographs: is the FLOPs saving a saving of time?
 
 The headline is the realised saving: routed time over dense time beside routed FLOPs over dense FLOPs. Dense is every patch in
-the dearest branch, by the same machinery.
+the most expensive branch, by the same machinery.
 """
 
 from __future__ import annotations

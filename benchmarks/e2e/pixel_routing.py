@@ -2,7 +2,7 @@
 
 `rest` is everything after the encoder: classifier, decision, upsamplers, refinement. The published formulation times its two
 parts itself; fastroute's are stages of its own stopwatch. Weights are the published ones where the data folder has them, else
-random ones with as many dear pixels as cheap ones.
+random ones with as many expensive pixels as cheap ones.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ SLOW_SECONDS = 2.0
 PHOTOGRAPHS = {"fsrcnn": 2, "carn": 1}
 # LR height and width of the corner that CARN gets of its photograph then: the whole takes it 12 s in one pass.
 CORNER = (240, 360)
-# Hidden widths as published: of the cheap and the dear upsampler, and of the classifier.
+# Hidden widths as published: of the cheap and the expensive upsampler, and of the classifier.
 WIDTHS = {"fsrcnn": ([10] * 3, [58] * 4, []), "carn": ([20] * 3, [74] * 4, [10] * 2)}
-# Exponents of the cost, from mostly dear to mostly cheap, and a budget, for which the exponent is searched.
+# Exponents of the cost, from mostly expensive to mostly cheap, and a budget, for which the exponent is searched.
 PENALTIES = (-2.0, -1.0, 1.0, 2.0)
 BUDGET = 0.75
 # Against the reference model, whose coordinates are exact: sums of a few dozen float32 products in another order.
@@ -267,7 +267,7 @@ def test_pixel_routing(name: str, setting: Setting) -> None:
         for key in ("rest_speedup", "speedup", "over_plain"):
             values = sorted(row[key] for row in rows)
             print(f"{key}: least {values[0]:.2f}, median {statistics.median(values):.2f}, most {values[-1]:.2f}")
-    weights = "published weights" if weights_file(f"pcsr-{name}-x4.pth") else "random weights, half of the pixels dear"
+    weights = "published weights" if weights_file(f"pcsr-{name}-x4.pth") else "random weights, half of the pixels expensive"
     notes = f"PCSR-{name.upper()} x4, float32, {weights}, {len(rows)} of {images.source('test2k')}"
     notes += f", a corner of {size[1]} x {size[0]}" if size else ""
     setting.save(f"pixel_routing_{name}", rows, f"{notes}; medians of alternating runs, or one above {SLOW_SECONDS:g} s")

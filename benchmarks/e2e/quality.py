@@ -81,7 +81,7 @@ def supernets(setting: Setting) -> dict[str, fastroute.PatchRouter]:
 
 
 def variants(title: str, router: fastroute.PatchRouter | fastroute.PixelRouter) -> dict[str, Callable[[Tensor], Upscaled]]:
-    """A routed model everywhere dear, by its own choice, and at every budget that it can keep."""
+    """A routed model everywhere expensive, by its own choice, and at every budget that it can keep."""
     if isinstance(router, fastroute.PixelRouter):
         costs: Sequence[float] = router.class_cost(images.SCALE)
     else:

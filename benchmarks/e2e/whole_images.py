@@ -32,7 +32,7 @@ SIZE, SMOKE_SIZE = (1280, 2048), (160, 192)
 CORNER, SMOKE_CORNER = 256, 144
 PICTURES, SMOKE_PICTURES = (8, 256), (2, 48)
 ROUNDS = 3
-# LR height and width of the pixel path's crops, and where a time budget lies between the cheapest and the dearest time.
+# LR height and width of the pixel path's crops, and where a time budget lies between the cheapest and the most expensive time.
 CROP, SMOKE_CROP = (240, 320), (120, 160)
 SHARES, SMOKE_SHARES = (0.25, 0.5, 0.75), (0.5,)
 BUDGET_ROUNDS = 5
@@ -157,15 +157,15 @@ def timed(router: Router, image: Tensor, **budget: float) -> tuple[float, Upscal
 
 
 def least_budget(router: Router) -> float:
-    """The share of the dearest class's cost that is the cheapest's."""
+    """The share of the most expensive class's cost that is the cheapest's."""
     costs = router.costs if isinstance(router, fastroute.PatchRouter) else router.class_cost(images.SCALE)
     return min(costs) / max(costs)
 
 
 def ask(router: Router, name: str, image: Tensor, setting: Setting) -> list[dict]:  # [1, 3, h, w]
-    """One row per time budget between the image's cheapest and dearest time; each is asked for in turn, like everything."""
+    """One row per time budget between the image's cheapest and most expensive time; the budgets take turns."""
     rounds = 1 if setting.smoke else BUDGET_ROUNDS
-    ends = {"cheapest": least_budget(router), "dearest": 1.0}
+    ends = {"cheapest": least_budget(router), "most_expensive": 1.0}
     bounds = alternate({end: lambda b=b: router.upscale(image, budget=b) for end, b in ends.items()}, rounds, warm_up=2)
     low, high = (bounds[end].median for end in ends)
     shares = SMOKE_SHARES if setting.smoke else SHARES
@@ -204,7 +204,7 @@ def row_of(
     """What one budget came to."""
     label = f"budget {1e3 * asked:.1f} ms"
     row = {"image": name, "lr_size": [image.shape[3], image.shape[2]], "share": share, "asked": asked}
-    row |= {"cheapest": bounds["cheapest"].median, "dearest": bounds["dearest"].median, "times": {}, "missing": {}}
+    row |= {name: timing.median for name, timing in bounds.items()} | {"times": {}, "missing": {}}
     if refused is not None:
         row["missing"] = {label: refused}
         print(f"  {name}, {label}: {refused}")
@@ -244,6 +244,6 @@ def test_time_budgets(kind: str, setting: Setting) -> None:
         f"time_budgets_{kind}",
         [*rows, met],
         f"{model} on {images.source('test4k')}{'' if kind == 'patches' else f', corners of {CROP[1]} x {CROP[0]}'}; budgets "
-        f"between the time of the cheapest class everywhere and of the dearest; each asked for {BUDGET_ROUNDS} times in turn, "
-        "after once untimed",
+        f"between the time of the cheapest class everywhere and of the most expensive; each asked for {BUDGET_ROUNDS} times in "
+        "turn, after once untimed",
     )

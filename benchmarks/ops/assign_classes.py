@@ -12,7 +12,7 @@ from benchmarks.ops._common import OURS, SCALE, Case, Variant, cases, compare, c
 from benchmarks.setting import Setting
 from fastroute.reference.assign_classes import assign_classes_reference
 
-# The dear upsampler of PCSR-FSRCNN costs about this much more than the cheap one.
+# The expensive upsampler of PCSR-FSRCNN costs about this much more than the cheap one.
 COST = (1.0, 4.0)
 PENALTY, BUDGET = 0.5, 0.6
 DTYPES = (torch.float32, torch.float16)
@@ -27,7 +27,7 @@ def by_argmax(score: Tensor) -> Tensor:  # [B, 2, H, W] -> [B, H, W]
 
 
 def by_sort(score: Tensor) -> Tensor:  # [B, 2, H, W] -> [B, H, W]
-    """With two classes: as many of those that gain most are dear as the budget pays for."""
+    """With two classes: as many of those that gain most are expensive as the budget pays for."""
     gain = (score[:, 1].float().log2() - score[:, 0].float().log2()).flatten()
     share = (BUDGET * COST[1] - COST[0]) / (COST[1] - COST[0])
     classes = torch.zeros_like(gain, dtype=torch.uint8)

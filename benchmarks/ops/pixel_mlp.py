@@ -17,11 +17,11 @@ from benchmarks.ops._common import OURS, SCALE, SIZES, Variant, close, compare, 
 from benchmarks.setting import Setting
 from fastroute.reference.pixel_mlp import pixel_mlp_reference
 
-# Feature width, then the hidden widths of the dear and of the cheap upsampler: FSRCNN-PCSR and CARN-PCSR, as published.
+# Feature width, then the hidden widths of the expensive and of the cheap upsampler: FSRCNN-PCSR and CARN-PCSR, as published.
 SETUPS = {"FSRCNN": (48, [58] * 4, [10] * 3), "CARN": (52, [74] * 4, [20] * 3)}
 SMOKE_SIZE = (16, 24)
 PEER = "plain PyTorch"
-# Share of the pixels whose MLP is the dear one; classes are constant over squares of this many pixels.
+# Share of the pixels whose MLP is the expensive one; classes are constant over squares of this many pixels.
 SHARE, SQUARE = 0.33, 16
 # A product of a hundred and more terms, several layers deep, summed in another order; of bfloat16 rounded after every layer.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1}
@@ -50,7 +50,7 @@ def plain(features: Tensor, mlps: list[Layers], size: tuple[int, int], class_map
 
 
 def run_case(setup: str, which: str, name: str, h: int, w: int, dtype: torch.dtype, setting: Setting) -> dict:
-    """One image's features through the dear MLP, the cheap one, or each pixel through its own."""
+    """One image's features through the expensive MLP, the cheap one, or each pixel through its own."""
     torch.manual_seed(0)
     width, heavy, light = SETUPS[setup]
     size = (h * SCALE, w * SCALE)
@@ -58,7 +58,7 @@ def run_case(setup: str, which: str, name: str, h: int, w: int, dtype: torch.dty
     residual = torch.rand(1, 3, h, w).to(device(), dtype)
     both = [make_layers(width, hidden, 3) for hidden in (light, heavy)]
     both = [[(weight.to(dtype), bias.to(dtype)) for weight, bias in layers] for layers in both]
-    class_map, mlps, pixels = None, [both[which == "dear"]], [size[0] * size[1]]
+    class_map, mlps, pixels = None, [both[which == "expensive"]], [size[0] * size[1]]
     if which == "mixed":
         blocks = (torch.rand(1, -(-size[0] // SQUARE), -(-size[1] // SQUARE)) < SHARE).to(torch.uint8)
         class_map = blocks.repeat_interleave(SQUARE, 1).repeat_interleave(SQUARE, 2)[:, : size[0], : size[1]]
@@ -91,7 +91,7 @@ def run_case(setup: str, which: str, name: str, h: int, w: int, dtype: torch.dty
 
 
 def test_pixel_mlp(setting: Setting) -> None:
-    """The dearer upsampler everywhere, the cheaper one everywhere, and a third of the pixels dear."""
+    """The expensive upsampler everywhere, the cheap one everywhere, and a third of the pixels in the expensive one."""
     sizes = {"smoke": SMOKE_SIZE} if setting.smoke else SIZES
     rows = []
     for setup in SETUPS:
@@ -99,8 +99,8 @@ def test_pixel_mlp(setting: Setting) -> None:
             # Plain PyTorch takes half a minute for 33 million pixels on two cores.
             if name == "8K" and not setting.full and measure.device().type == "cpu":
                 continue
-            for which in ("mixed",) if name == "4K" and measure.device().type == "cpu" else ("dear", "cheap", "mixed"):
+            for which in ("mixed",) if name == "4K" and measure.device().type == "cpu" else ("expensive", "cheap", "mixed"):
                 rows.append(run_case(setup, which, name, h, w, torch.float32, setting))
         name, (h, w) = next(iter(sizes.items()))
         rows.append(run_case(setup, "mixed", name, h, w, torch.bfloat16, setting))
-    setting.save("pixel_mlp", rows, "channels_last features, x4; a third of the pixels dear where mixed; medians, warm")
+    setting.save("pixel_mlp", rows, "channels_last features, x4; a third of the pixels expensive where mixed; medians, warm")

@@ -1,5 +1,5 @@
-// merge_regions: the rectangles of tiles of one class, or of a dearer one, that run as one region. The codes of their
-// sides, and what every device checks and allocates.
+// merge_regions: the rectangles of tiles of one class, or of a more expensive one, that run as one region. The codes of
+// their sides, and what every device checks and allocates.
 #pragma once
 
 #include <cstdint>

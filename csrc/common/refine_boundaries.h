@@ -1,5 +1,5 @@
-// refine_boundaries: a pixel of class 0 with a dearer neighbour becomes the mean of its 3 x 3 pixels; all others are
-// copied. What every device checks and allocates, and the types that kernels run for.
+// refine_boundaries: a pixel of class 0 with a more expensive neighbour becomes the mean of its 3 x 3 pixels; all
+// others are copied. What every device checks and allocates, and the types that kernels run for.
 #pragma once
 
 #include "common/dispatch.h"

@@ -131,9 +131,9 @@ uint8_t choose(const double* log_score, const std::vector<double>& price) {
 
 // Some of the items in a bisection. Open are those whose class differs at its two ends.
 struct Part {
-    std::vector<int32_t> item;               // counted from the part's first
-    std::vector<double> log_score;           // [items, K]
-    std::vector<uint8_t> dear, cheap, here;  // classes at both ends and in the middle
+    std::vector<int32_t> item;                    // counted from the part's first
+    std::vector<double> log_score;                // [items, K]
+    std::vector<uint8_t> expensive, cheap, here;  // classes at both ends and in the middle
     std::vector<int64_t> settled, counts;  // [K]: classes of items that are not open; of those that are, in the middle
 
     // Drops the items whose class is the same at both ends, and so between, and looks at the others at the prices of
@@ -141,7 +141,7 @@ struct Part {
     void narrow(const std::vector<double>& price, uint8_t* ids) {
         const size_t classes = price.size();
         size_t gone = 0, kept = item.size();
-        for (size_t n = 0; n < kept; ++n) gone += static_cast<size_t>(dear[n] == cheap[n]);
+        for (size_t n = 0; n < kept; ++n) gone += static_cast<size_t>(expensive[n] == cheap[n]);
         if (gone > 0) kept = drop(ids, classes);
         std::fill(counts.begin(), counts.end(), 0);
         here.resize(kept);
@@ -165,16 +165,16 @@ struct Part {
     size_t drop(uint8_t* ids, size_t classes) {
         size_t kept = 0;
         for (size_t n = 0; n < item.size(); ++n) {
-            if (dear[n] == cheap[n]) {
+            if (expensive[n] == cheap[n]) {
                 ids[item[n]] = cheap[n];
                 ++settled[cheap[n]];
                 continue;
             }
-            item[kept] = item[n], dear[kept] = dear[n], cheap[kept] = cheap[n];
+            item[kept] = item[n], expensive[kept] = expensive[n], cheap[kept] = cheap[n];
             std::copy_n(&log_score[n * classes], classes, &log_score[kept * classes]);
             ++kept;
         }
-        item.resize(kept), dear.resize(kept), cheap.resize(kept);
+        item.resize(kept), expensive.resize(kept), cheap.resize(kept);
         return kept;
     }
 };
@@ -189,9 +189,9 @@ template <typename T>
 void assign_by_budget(const T* score, Items items, const std::vector<double>& cost, double budget,
                       std::vector<uint8_t>& ids) {
     const int64_t total = items.batch * items.length, classes = items.classes;
-    const double dearest = *std::max_element(cost.begin(), cost.end());
+    const double most_expensive = *std::max_element(cost.begin(), cost.end());
     std::vector<double> log_cost, share;
-    for (double c : cost) log_cost.push_back(std::log2(c)), share.push_back(c / dearest);
+    for (double c : cost) log_cost.push_back(std::log2(c)), share.push_back(c / most_expensive);
     double high = penalty_bound(cost), low = -high;
 
     const auto price = [&](double penalty) {
@@ -208,7 +208,7 @@ void assign_by_budget(const T* score, Items items, const std::vector<double>& co
             const int64_t first = p * kPart, size = std::min(kPart, total - first);
             Part part;
             part.item.resize(size), part.log_score.resize(size * classes);
-            part.dear.resize(size), part.cheap.resize(size);
+            part.expensive.resize(size), part.cheap.resize(size);
             part.settled.resize(classes), part.counts.resize(classes);
             bool bad = false;
             for (int64_t n = 0; n < size; ++n) {
@@ -221,9 +221,9 @@ void assign_by_budget(const T* score, Items items, const std::vector<double>& co
                     log_score[k] = std::min(std::log2(std::max(s, kSmallest)), kMostLog);
                 }
                 part.item[n] = static_cast<int32_t>(n);
-                part.dear[n] = choose(log_score, least);
+                part.expensive[n] = choose(log_score, least);
                 part.cheap[n] = choose(log_score, most);
-                ++part.counts[part.dear[n]];
+                ++part.counts[part.expensive[n]];
             }
             if (bad) nan = true;
             parts[p] = std::move(part);
@@ -244,7 +244,7 @@ void assign_by_budget(const T* score, Items items, const std::vector<double>& co
             for (size_t n = 0; n < part.item.size(); ++n) ids[p * kPart + part.item[n]] = (part.*choice)[n];
         }
     };
-    if (fits()) return finish(&Part::dear);
+    if (fits()) return finish(&Part::expensive);
     for (double middle; (middle = 0.5 * (low + high)) != low && middle != high;) {
         const std::vector<double> prices = price(middle);
         parallel(count, 1, [&](int64_t begin, int64_t end) {
@@ -253,7 +253,7 @@ void assign_by_budget(const T* score, Items items, const std::vector<double>& co
         if (std::all_of(parts.begin(), parts.end(), [](const Part& part) { return part.item.empty(); })) return;
         const bool enough = fits();
         (enough ? high : low) = middle;
-        for (Part& part : parts) std::swap(enough ? part.cheap : part.dear, part.here);
+        for (Part& part : parts) std::swap(enough ? part.cheap : part.expensive, part.here);
     }
     finish(&Part::cheap);
 }

@@ -1,5 +1,5 @@
-// refine_boundaries: a pixel of class 0 with a dearer neighbour becomes the mean of its 3 x 3 pixels; all others are
-// copied. Work mapping: one item per output row; its boundary pixels are found once for all channels.
+// refine_boundaries: a pixel of class 0 with a more expensive neighbour becomes the mean of its 3 x 3 pixels; all
+// others are copied. Work mapping: one item per output row; its boundary pixels are found once for all channels.
 #include "common/refine_boundaries.h"
 
 #include <algorithm>
@@ -12,11 +12,11 @@
 namespace fastroute {
 namespace {
 
-// dearer[x] |= class[x] != 0.
+// expensive[x] |= class[x] != 0.
 template <typename Id>
-struct DearerBody {
-    FASTROUTE_INLINE static void run(const Id* classes, int64_t count, uint8_t* dearer) {
-        for (int64_t x = 0; x < count; ++x) dearer[x] |= classes[x] != 0;
+struct ExpensiveBody {
+    FASTROUTE_INLINE static void run(const Id* classes, int64_t count, uint8_t* expensive) {
+        for (int64_t x = 0; x < count; ++x) expensive[x] |= classes[x] != 0;
     }
 };
 
@@ -29,14 +29,15 @@ struct CopyBody {
 
 // Columns of row y of `classes` [H, W] whose pixel is refined.
 template <typename Id>
-void find_boundary(const Id* classes, int64_t width, int64_t y, std::vector<uint8_t>& dearer,
+void find_boundary(const Id* classes, int64_t width, int64_t y, std::vector<uint8_t>& expensive,
                    std::vector<int64_t>& found) {
     found.clear();
-    std::fill(dearer.begin(), dearer.end(), uint8_t{0});
-    for (int64_t row = y - 1; row <= y + 1; ++row) run_isa<DearerBody<Id>>(classes + row * width, width, dearer.data());
+    std::fill(expensive.begin(), expensive.end(), uint8_t{0});
+    for (int64_t row = y - 1; row <= y + 1; ++row)
+        run_isa<ExpensiveBody<Id>>(classes + row * width, width, expensive.data());
     const Id* here = classes + y * width;
     for (int64_t x = 1; x + 1 < width; ++x) {
-        if ((dearer[x - 1] | dearer[x] | dearer[x + 1]) != 0 && here[x] == 0) found.push_back(x);
+        if ((expensive[x - 1] | expensive[x] | expensive[x + 1]) != 0 && here[x] == 0) found.push_back(x);
     }
 }
 
@@ -59,12 +60,12 @@ void run_refine_boundaries(const Refinement& call, const Tensor& out) {
     const Id* classes = call.class_map.const_data_ptr<Id>();
     Out* target = out.mutable_data_ptr<Out>();
     const auto run_rows = [&](int64_t first, int64_t last) {
-        std::vector<uint8_t> dearer(width);
+        std::vector<uint8_t> expensive(width);
         std::vector<int64_t> found;
         for (int64_t item = first; item < last; ++item) {
             const int64_t b = item / rows, row = item % rows, y = call.begin + row;
             found.clear();
-            if (y > 0 && y + 1 < height) find_boundary(classes + b * height * width, width, y, dearer, found);
+            if (y > 0 && y + 1 < height) find_boundary(classes + b * height * width, width, y, expensive, found);
             for (int64_t c = 0; c < channels; ++c) {
                 const T* from = pixels + ((b * channels + c) * height + y) * width;
                 Out* to = target + b * out.stride(0) + c * out.stride(1) + row * out.stride(2);

@@ -71,10 +71,10 @@ PerClass per_class(const std::vector<double>& values) {
 template <typename T>
 void assign_by_budget(const Queue& queue, const Tensor& score, const Items& items, const std::vector<double>& cost,
                       double allowed, const Ids& ids) {
-    const double dearest = *std::max_element(cost.begin(), cost.end());
+    const double most_expensive = *std::max_element(cost.begin(), cost.end());
     Budget budget{.log_cost = {}, .share = {}, .allowed = allowed};
     for (size_t k = 0; k < cost.size(); ++k) {
-        budget.log_cost.value[k] = std::log2(cost[k]), budget.share.value[k] = cost[k] / dearest;
+        budget.log_cost.value[k] = std::log2(cost[k]), budget.share.value[k] = cost[k] / most_expensive;
     }
     const int64_t bytes[] = {BudgetState::bytes(items.classes)};
     const Tensor memory = torch::stable::empty({bytes, 1}, ScalarType::Byte, std::nullopt, score.device());

@@ -40,7 +40,7 @@ struct PerClass {
 };
 
 struct Budget {
-    PerClass log_cost, share;  // log2 of the cost, and its fraction of the dearest
+    PerClass log_cost, share;  // log2 of the cost, and its fraction of the most expensive
     double allowed;            // of the mean share
 };
 
@@ -183,10 +183,10 @@ __device__ void count_items(const T* score, const Items& items, const Budget& bu
     __syncthreads();
     for (int64_t n = first; n < items.count(); n += step) {
         const T* own = score + n / items.length * items.classes * items.length + n % items.length;
-        const int dear = choose(own, items, budget, penalty[0]);
+        const int expensive = choose(own, items, budget, penalty[0]);
         const int cheap = choose(own, items, budget, penalty[kPenalties]);
-        atomicAdd(&counts[dear], 1u);
-        if (dear == cheap) continue;
+        atomicAdd(&counts[expensive], 1u);
+        if (expensive == cheap) continue;
         atomicAdd(&counts[kPenalties * items.classes], 1u);
         const auto change = [&](int at, int from, int to) {
             if (from == to || at == kPenalties) return;
@@ -195,8 +195,8 @@ __device__ void count_items(const T* score, const Items& items, const Budget& bu
         };
         // Halvings are tried towards 0, until the class is that at 0. Of five steps all are: where ties are near,
         // rounding may turn the order of classes back.
-        const int goal = down ? dear : cheap;
-        int here = down ? cheap : dear;
+        const int goal = down ? expensive : cheap;
+        int here = down ? cheap : expensive;
         for (int tried = 1; tried <= tries && (here != goal || cut == Cut::five_steps); ++tried) {
             const int p = down ? kPenalties - tried : tried;
             const int next = choose(own, items, budget, penalty[p]);
@@ -207,7 +207,7 @@ __device__ void count_items(const T* score, const Items& items, const Budget& bu
             }
             here = next;
         }
-        if (down) change(1, dear, here);
+        if (down) change(1, expensive, here);
     }
 }
 

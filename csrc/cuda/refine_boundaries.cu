@@ -1,5 +1,6 @@
-// refine_boundaries: a pixel of class 0 with a dearer neighbour becomes the mean of its 3 x 3 pixels; all others are
-// copied. Work mapping: one thread per 16 bytes of an image row; it finds their boundary pixels once for all channels.
+// refine_boundaries: a pixel of class 0 with a more expensive neighbour becomes the mean of its 3 x 3 pixels; all
+// others are copied. Work mapping: one thread per 16 bytes of an image row; it finds their boundary pixels once for all
+// channels.
 #include "common/refine_boundaries.h"
 
 #include "common/pixel.h"
@@ -14,7 +15,7 @@ constexpr int kBlocks = 4;
 
 // Bit 1 + i: pixel `x + i` of a row of classes is not of class 0; bits 0 and N + 1 are those beside them, 0 outside.
 template <int N, typename Id>
-__device__ __forceinline__ unsigned dearer_pixels(const Id* row, int64_t x, int64_t width) {
+__device__ __forceinline__ unsigned expensive_pixels(const Id* row, int64_t x, int64_t width) {
     const Id* const at = row + x;
     unsigned bits = 0;
     if (x + N < width) {
@@ -51,9 +52,9 @@ __global__ void __launch_bounds__(kThreads, kBlocks) refine_boundaries_kernel(Re
         unsigned refined = 0;
         if (y > 0 && y + 1 < r.height) {
             const Id* const classes = r.classes + (b * r.height + y) * width;
-            const unsigned own = dearer_pixels<N>(classes, x, width);
+            const unsigned own = expensive_pixels<N>(classes, x, width);
             const unsigned near =
-                own | dearer_pixels<N>(classes - width, x, width) | dearer_pixels<N>(classes + width, x, width);
+                own | expensive_pixels<N>(classes - width, x, width) | expensive_pixels<N>(classes + width, x, width);
             refined = (near | near >> 1 | near >> 2) & ~(own >> 1) & ((1u << count) - 1);
             // The first and the last column stay.
             if (x == 0) refined &= ~1u;

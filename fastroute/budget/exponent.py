@@ -29,11 +29,11 @@ class Sample(NamedTuple):
 
 
 def only_class(costs: Sequence[float], most: int, pixels: int, unclassified: float, classified: float) -> int | None:
-    """The class of all pixels where there is nothing to choose: the dearest where all may have any, the cheapest where
+    """The class of all pixels where there is nothing to choose: the most expensive where all may have any, the cheapest where
     classifying leaves too little for more; else None.
 
     Args:
-        most: the dearest class.
+        most: the most expensive class.
         unclassified, classified: what the pixels may cost where they are not classified, and where they are.
     """
     cheapest = min(range(len(costs)), key=costs.__getitem__)
@@ -83,7 +83,7 @@ def solve(samples: Sequence[Sample], cost: Sequence[float], allowed: float) -> t
         # An odd distance, so that columns of an image take turns.
         step = number // FIRST | 1
         few = [Sample(s.scores[:, ::step], s.weight * s.scores.shape[1] / -(-s.scores.shape[1] // step)) for s in samples]
-        # Where a hundredth of the pixels more or fewer were dear; most likely the exponent lies between.
+        # Where a hundredth of the pixels more or fewer were expensive; most likely the exponent lies between.
         margin = 0.01 * (max(cost) - min(cost)) * sum(s.weight * s.scores.shape[1] for s in samples)
         low, high = (_narrow(few, cost, limit + sign * margin, -bound, bound, bound)[0] for sign in (1, -1))
     return _narrow(samples, cost, limit, low, high, bound)

@@ -18,7 +18,7 @@ class Budget:
     """What the classes of one call may cost; at most one of the three.
 
     Attributes:
-        fraction: mean cost as a fraction of the dearest class's.
+        fraction: mean cost as a fraction of the most expensive class's.
         flops: floating-point operations of the whole call, classifier included.
         ms: milliseconds of the whole call.
     """
@@ -82,7 +82,7 @@ def check_possible(costs: Sequence[float], fraction: float | None, penalty: floa
 
 
 def most_expensive(costs: Sequence[float]) -> int:
-    """The class that costs most; of several alike the last, since classes go from the cheapest to the dearest."""
+    """The class that costs most; of several alike the last, since classes go from the cheapest to the most expensive."""
     return max(range(len(costs)), key=lambda c: (costs[c], c))
 
 

@@ -39,14 +39,14 @@ def tell_routing(router: Router, job: Job, stats: RoutingStats, chosen: dict[str
     total = max(sum(stats.counts_per_class), 1)
     names, colours = colour_names(router.num_classes), class_colours(router.num_classes).tolist()
     for k, count in enumerate(stats.counts_per_class):
-        rank = "cheapest" if k == 0 else "dearest" if k == router.num_classes - 1 else ""
+        rank = "cheapest" if k == 0 else "most expensive" if k == router.num_classes - 1 else ""
         notes = [note for note in (rank, f"{names[k]} in the class map" if job.class_map else "") if note]
         # Shown on a terminal; click leaves colours out of files and pipes.
         swatch = click.style("  ", bg=tuple(colours[k])) if job.class_map and sys.stdout.isatty() else ""
         click.echo(f"  class {k + 1}: {count:9,d} {unit}, {100 * count / total:5.1f} %  {swatch} {', '.join(notes)}".rstrip())
     flops, paper = stats.flops, stats.paper_flops
     click.echo(f"  FLOPs: {flops.routed / 1e9:.1f} G, classifier included: {100 * flops.fraction:.0f} % of the dense "
-               f"{flops.dense / 1e9:.1f} G, which all {unit} in the dearest class take")  # fmt: skip
+               f"{flops.dense / 1e9:.1f} G, which all {unit} in the most expensive class take")  # fmt: skip
     click.echo(f"         as the papers count, without the classifier: {100 * paper.fraction:.0f} %")
     if "budget" in chosen:
         click.echo(f"         the budget of {chosen['budget']:g} bounds the branches alone, without the classifier")

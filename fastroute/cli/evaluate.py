@@ -1,4 +1,4 @@
-"""`fastroute evaluate`: how good and how dear a model is."""
+"""`fastroute evaluate`: how good and how expensive a model is."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ RECIPE_NAMES = tuple(
               "resumes, and the result.  [default: runs/RECIPE]")  # fmt: skip
 @click.option("--exclude", multiple=True, metavar="PATTERN", help="File names to leave out, say '*-x4.png'; may be repeated.")
 @click.option("--init", type=click.Path(path_type=Path), help="Start from the weights of this checkpoint: of the same recipe, "
-              "of a ClassSR (cdnsr takes its branches, arm and pcsr the dearest), or one network (arm, pcsr).")  # fmt: skip
+              "of a ClassSR (cdnsr takes its branches, arm and pcsr the largest), or of one network (arm, pcsr).")  # fmt: skip
 @click.option("--config", type=click.Path(path_type=Path), help="YAML file of settings, NAME: VALUE; the options below and "
               "--set overrule it. Every run writes one beside its result.")  # fmt: skip
 @click.option("--set", "assignments", multiple=True, metavar="NAME=VALUE",

@@ -194,11 +194,11 @@ def budget_scores(utility: Tensor, cost: Tensor) -> Tensor:  # [N, K], [K] -> [N
     """Scores by which argmax of score / cost^penalty is, at every penalty, argmax of utility - price * cost at some price.
 
     The utility summed over all patches is then the largest at its cost. `assign_classes` weighs the logarithm of the cost, and
-    with PSNR itself for logarithm of a score the first step, from nearly nothing to the narrowest network, would count for more
-    than all others. As the price falls, a patch moves up the concave hull of its utility over cost, along each edge at the
-    price that is its slope. So the score rises along an edge by the ratio of the costs to f(slope), with one rising f for all
-    patches, and f(0) = 0: here a logarithm, of slopes per cost of the dearest class, so that no gain leaves the range of a
-    float. Classes below the hull are never best. No two costs may be alike.
+    if the logarithm of a score were PSNR itself, the first step, from nearly nothing to the narrowest network, would count for
+    more than all others. As the price falls, a patch moves up the concave hull of its utility over cost, along each edge at the
+    price that equals its slope. So the score rises along an edge by the ratio of the costs to f(slope), with one increasing f
+    for all patches and f(0) = 0. Here f is a logarithm of slopes per cost of the most expensive class, so that no gain leaves
+    the range of a float. Classes below the hull are never best. No two costs may be equal.
     """
     cost, order = cost.sort()
     value = utility[:, order].double()
@@ -207,7 +207,7 @@ def budget_scores(utility: Tensor, cost: Tensor) -> Tensor:  # [N, K], [K] -> [N
     logarithm = torch.full_like(value, UNWANTED)
     logarithm[:, 0] = 0
     for _ in range(last):
-        # Edges from the present vertex of each patch to all dearer classes; those behind it are out of the question.
+        # Edges from the present vertex of each patch to all more expensive classes; those behind it are out of the question.
         run = (cost - cost[current, None]) / cost[last]
         slope = (value - value[rows, current, None]) / run.clamp(min=1e-9)
         slope[torch.arange(last + 1, device=value.device) <= current[:, None]] = -math.inf

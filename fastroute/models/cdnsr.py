@@ -21,7 +21,7 @@ class CDNSR(ClassSR):
     The state dict has ClassSR's layout, and evaluation is ClassSR's: each patch goes through its most probable branch.
 
     Args:
-        branches: one network per class, from the cheapest to the dearest; the last teaches the others.
+        branches: one network per class, from the cheapest to the most expensive; the last teaches the others.
         classifier: maps patches (N, C, p, p) to probabilities (N, K), and has their `logits`.
 
     Attributes:

@@ -62,7 +62,7 @@ class ClassSR(nn.Module):
     """A classifier and one branch per class, in the published state-dict layout (`classifier`, `net1`, `net2`, …).
 
     Args:
-        branches: one network per class, from the cheapest to the dearest.
+        branches: one network per class, from the cheapest to the most expensive.
         classifier: maps patches (N, C, p, p) to probabilities (N, K).
 
     Shape:

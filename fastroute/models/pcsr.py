@@ -95,7 +95,7 @@ class PCSR(FullPrecision):
 
     Args:
         encoder: maps (B, C, h, w) to features (B, D, h, w); says C as `channels` and D as `width`.
-        upsamplers: one :class:`MLP` per class, from the cheapest to the dearest, each from D + 4 to C numbers; at most
+        upsamplers: one :class:`MLP` per class, from the cheapest to the most expensive, each from D + 4 to C numbers; at most
             an empty one for a class that is plain bilinear interpolation.
         classifier: an :class:`MLP` from D + 4 numbers to one score per class.
         mean: colour taken off the input before the encoder; None for none.
@@ -260,7 +260,7 @@ class PCSR(FullPrecision):
             size: (H, W) instead of `scale`.
             penalty: exponent k of the cost in the class decision, argmax of probability / cost^k; 0 is the plain argmax.
             adaptive: decide by the 2-means of each image's second probability instead; two classes only.
-            refine: smooth cheap pixels beside dearer ones.
+            refine: smooth cheap pixels beside more expensive ones.
         """
         if (scale is None) == (size is None):
             raise ValueError(f"PCSR: give either scale or size; got scale={scale} and size={size}")

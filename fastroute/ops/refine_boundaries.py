@@ -1,4 +1,4 @@
-"""`refine_boundaries`: the seams between cheap and dear pixels smoothed."""
+"""`refine_boundaries`: smooths the seams between cheap and expensive pixels."""
 
 from __future__ import annotations
 

@@ -69,7 +69,7 @@ def plan_patches(
         grid, bands: what is routed together.
         source: where it comes from.
         extracted, produced: bytes of a patch before and after its branch.
-        batch_bytes: of the dearest pass through a branch.
+        batch_bytes: of the most expensive pass through a branch.
         classifying: bytes that classifying takes, before anything else is there.
         streamed: rows are read and written in bands of their own, not in place.
         step: rows that are written together.

@@ -1,6 +1,6 @@
-"""A fixed number of slots per class, and which patch goes to which of them: decided on the device, without a word to the host.
+"""A fixed number of slots per class, and which patch goes to which slot, decided on the device without involving the host.
 
-Between two calls only values change: every tensor keeps its size, so that a graph which was captured once can be replayed.
+From call to call only values change. Every tensor keeps its size, so that a graph captured once can be replayed.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from fastroute.ops.group_by_class import group_by_class
 
 
 class Placed(NamedTuple):
-    """Where the patches of one call are.
+    """The places of the patches of one call.
 
     Attributes:
         patches: int64 (S,), the patch in each slot; an unused slot holds patch 0, whose result nobody reads.
         places: int64 (N,), the slot of each patch.
         classes: int64 (N,), the class of that slot.
-        overflow: int64 (K,), patches of each class that found no slot of it.
+        overflow: int64 (K,), patches of each class that found no slot of their class.
     """
 
     patches: Tensor
@@ -35,15 +35,15 @@ class Placed(NamedTuple):
 class Slots(nn.Module):
     """Slots for the patches of each class, those of the cheapest class first.
 
-    A class that has more patches than slots keeps as many as it has. The others go to free slots of the next dearer class
-    that has any, and where no dearer class has, to free slots of the cheaper ones, the dearest of those first. Where several
-    classes overflow, the dearest chooses first. Of the patches of a class those that come first are the hardest: they are
-    the ones that move up, the hardest furthest, and the last ones are those that move down.
+    A class with more patches than slots fills its slots. The other patches go to free slots of the next more expensive class
+    that has any. If no such class has any, they go to free slots of the cheaper classes, the most expensive of these first. If
+    several classes overflow, the most expensive one chooses first. The patches of a class are ordered from the hardest to the
+    easiest: the hardest ones move up, the very hardest furthest, and the easiest ones move down.
 
     Args:
         capacities: slots of each class; at least as many as patches in all.
         number: of patches N.
-        device: where it decides.
+        device: where the decision is made.
     """
 
     capacity: Tensor  # [K]
@@ -61,7 +61,7 @@ class Slots(nn.Module):
 
         Args:
             class_ids: the class of each patch.
-            hardness: ranks the patches of a class, the hardest first, those alike by their number; default by number alone.
+            hardness: ranks the patches of a class, the hardest first, equal ones by their number. Default: by number alone.
         """
         number, last = self.number, len(self.capacities) - 1
         if hardness is None:
@@ -95,7 +95,7 @@ class Slots(nn.Module):
         above = kept[higher] + before[own, higher] + climb - (taken - flow)[own, higher]
 
         spare = free - flow.sum(0)
-        left = spare.flip(0).cumsum(0).flip(0)  # in a class and all dearer ones
+        left = spare.flip(0).cumsum(0).flip(0)  # in a class and all the more expensive ones
         fall = rank - (up + kept - (down.flip(0).cumsum(0).flip(0) - down))[own]
         lower = ((fall[:, None] < left).sum(1) - 1).clamp(min=0)
         below = (self.capacity - left)[lower] + fall
@@ -110,11 +110,11 @@ class Slots(nn.Module):
 
 
 def check_capacities(op: str, capacities: Sequence[int | float], num_classes: int, number: int) -> list[int]:
-    """Slots of each class, of counts or of fractions of all `number` patches.
+    """The slots of each class, given as counts or as fractions of all `number` patches.
 
     Raises:
-        ValueError: not one per class, negative, a fraction above 1, or too few in all.
-        TypeError: neither whole numbers nor fractions.
+        ValueError: there is not one entry per class, an entry is negative or a fraction above 1, or there are too few slots.
+        TypeError: an entry is neither a whole number nor a fraction.
     """
     given = list(capacities)
     if len(given) != num_classes:
@@ -136,7 +136,7 @@ def check_capacities(op: str, capacities: Sequence[int | float], num_classes: in
 
 
 def capacities_for(counts: Sequence[Sequence[int]], number: int, slack: float) -> list[int]:
-    """Slots of `number` patches for the largest share that each class has in any call of a sample, and a reserve.
+    """The slots of `number` patches for the largest share that each class has in any call of a sample, plus a reserve.
 
     Args:
         counts: patches of each class in each call.
@@ -144,11 +144,11 @@ def capacities_for(counts: Sequence[Sequence[int]], number: int, slack: float) -
         slack: the reserve, as a fraction of the slots.
 
     Raises:
-        ValueError: a slack that is negative or not finite.
+        ValueError: `slack` is negative or not finite.
     """
     if not 0 <= real("FixedPatchRouter", "slack", slack) < math.inf:
         raise ValueError(f"FixedPatchRouter: slack must be at least 0 and finite; got {slack}")
-    # More than all patches is all patches.
+    # More slots than patches are of no use.
     slack = min(slack, float(number))
     shares = [[count / max(sum(call), 1) for count in call] for call in counts]
     largest = map(max, zip(*shares, strict=True))

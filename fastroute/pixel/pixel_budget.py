@@ -90,7 +90,7 @@ class PixelBudget:
         return penalty
 
     def tight(self, pixels: int) -> bool:
-        """Whether so many pixels more, at their dearest, would leave too little for the others at their cheapest."""
+        """Whether so many pixels more, at their most expensive, would leave too little for the others at their cheapest."""
         return self.left - pixels * max(self.cost) < (self.pixels - pixels) * min(self.cost)
 
     def take(self, scores: Tensor, penalty: float, reserve: float) -> Tensor:  # [K - 1, n] -> uint8 [n]

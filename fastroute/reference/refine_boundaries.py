@@ -1,4 +1,4 @@
-"""Reference of `refine_boundaries`: light pixels beside dearer ones become the mean of their neighbourhood."""
+"""Reference of `refine_boundaries`: cheap pixels beside more expensive ones become the mean of their neighbourhood."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ def refine_boundaries_reference(
 
 def boundary(class_map: Tensor) -> Tensor:  # [B, H, W] -> [B, 1, H - 2, W - 2]
     """Which inner pixels are refined."""
-    dearer = (class_map != 0)[:, None]
-    beside_dearer = F.max_pool2d(dearer.to(torch.float32), 3, stride=1) > 0
-    return ~dearer[:, :, 1:-1, 1:-1] & beside_dearer
+    expensive = (class_map != 0)[:, None]
+    beside_expensive = F.max_pool2d(expensive.to(torch.float32), 3, stride=1) > 0
+    return ~expensive[:, :, 1:-1, 1:-1] & beside_expensive
 
 
 def _refine_boundaries_backward_reference(

@@ -41,7 +41,7 @@ class Variant:
         stats: of the last run; None for bicubic interpolation.
         class_map: as :class:`fastroute.Upscaled` has it; None where nothing was routed.
         classes: its picture, uint8 (3, H, W).
-        dense: the variant of the same model with everything in the dearest class.
+        dense: the variant of the same model with everything in the most expensive class.
     """
 
     name: str

@@ -99,7 +99,7 @@ def render(comparison: Comparison, name: str, detail: Box | None = None) -> str:
         right=ids[next((v for v in reversed(others) if v.class_map is not None), others[-1]).name],
         shown=html.escape(told_detail(box, whole, shown[BICUBIC][1])),
         caption=html.escape(
-            "FLOPs: two for each multiply-add done, classifiers included; dense: everything in the dearest class. Time: "
+            "FLOPs: two for each multiply-add done, classifiers included; dense: everything in the most expensive class. Time: "
             f"median of {comparison.runs} run{'s' if comparison.runs > 1 else ''} in turn on {comparison.device}."
         ),
         columns=columns(comparison),
@@ -238,7 +238,7 @@ def maps(comparison: Comparison, box: Box | None) -> str:
 
 def legend(number: int) -> str:
     """The colours of so many classes."""
-    remarks = {0: ", cheapest", number - 1: ", dearest"} if number > 1 else {}
+    remarks = {0: ", cheapest", number - 1: ", most expensive"} if number > 1 else {}
     items = "".join(
         f'<li><i style="background:rgb{tuple(colour)}"></i>class {k + 1} of {number}{remarks.get(k, "")}: {name}</li>'
         for k, (colour, name) in enumerate(zip(class_colours(number).tolist(), colour_names(number), strict=True))

@@ -1,4 +1,4 @@
-"""How good and how dear a model is on a folder of images: PSNR, SSIM, FLOPs in both conventions, seconds, classes.
+"""How good and how expensive a model is on a folder of images: PSNR, SSIM, FLOPs in both conventions, seconds, classes.
 
 PSNR and SSIM are scikit-image's; ``pip install ".[evaluate]"`` in a copy of the source brings it along.
 """
@@ -46,7 +46,7 @@ class Row:
         psnr_bicubic: in dB, of RGB, by bicubic interpolation instead.
         ssim, ssim_y: structural similarity, of RGB (the mean of its channels) and of luma.
         counts: patches or pixels of each class, cheapest first.
-        flops, flops_fraction: done, classifier included, and as a fraction of the dearest class everywhere.
+        flops, flops_fraction: done, classifier included, and as a fraction of the most expensive class everywhere.
         paper_flops, paper_fraction: the same as the papers count.
         seconds: of upscaling, without the measurements of a first call.
     """
@@ -241,7 +241,7 @@ def table(rows: Sequence[Row]) -> str:
 LEGEND = """\
 bicubic, PSNR: dB, of RGB, by bicubic enlargement and by the model; PSNR-Y, SSIM-Y: of luma.
 GFLOPs: done, classifier included; paper G: as the papers count, without it; of dense, of paper dense:
-beside the dearest class everywhere, in either count.
+beside the most expensive class everywhere, in either count.
 s: seconds of upscaling, without the measurements of a first call; per class: patches or pixels, cheapest class first."""
 
 

@@ -31,7 +31,7 @@ class Recipe:
         optimizer: "adam" or "soap", of all stages; see :func:`fastroute.training.optimizers.make_optimizer`.
         bins: of the table.
         table_patches: patches on which the table is measured, spread evenly from the easiest to the hardest.
-        eta: what a decibel is worth, in units of the dearest class's FLOPs; the published code tries 0.5 to 32.
+        eta: what a decibel is worth, in units of the most expensive class's FLOPs; the published code tries 0.5 to 32.
         seed: fixes initial weights, widths and batches.
     """
 
@@ -60,8 +60,9 @@ class Recipe:
 class Trainer(BaseTrainer):
     """Runs a :class:`Recipe` with progress and exact resume; see :class:`BaseTrainer` for the arguments.
 
-    `init` may also be one network of the largest width, such as a published supernet, which has no table; of a ClassSR or CDNSR
-    it takes the dearest branch. The narrower networks are then its first channels, as they always are, and learn to be used.
+    `init` may also be one network of the largest width, such as a published supernet, which has no table. Of a ClassSR or CDNSR
+    model it takes the most expensive branch. The narrower networks are the first channels of this network, as always, and are
+    trained from there.
     """
 
     def _build(self) -> nn.Module:

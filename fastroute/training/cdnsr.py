@@ -20,7 +20,7 @@ from fastroute.training.distillation import ContrastiveLoss, small_features
 from fastroute.training.losses import at_least_single, cdnsr_loss
 from fastroute.training.start import Start, start_branches
 
-# Target FLOPs of the variants, as a fraction of the dearest branch: near the full network, medium, small.
+# Target FLOPs of the variants, as a fraction of the most expensive branch: near the full network, medium, small.
 VARIANTS = {"r": 0.85, "m": 0.65, "s": 0.5}
 
 
@@ -30,12 +30,12 @@ class Recipe(BranchRecipe):
 
     Attributes:
         variant: "r", "m" or "s", by which `alpha` goes.
-        alpha: FLOPs to aim at, as a fraction of the dearest branch's; 0 takes that of the variant.
+        alpha: FLOPs to aim at, as a fraction of the most expensive branch's; 0 takes that of the variant.
         lambda_reg: weight of the FLOPs beside `image_weight`.
         layers: convolutions of the classifier, 3 to 6.
         classifier_steps: step 2, the classifier alone, the branches frozen.
         joint_steps: step 3, classifier and branches together.
-        distill_steps: step 4, the branches alone under the trained classifier, the dearest teaching the others.
+        distill_steps: step 4, the branches alone under the trained classifier, the most expensive teaching the others.
         classifier_rate, joint_rate, distill_rate: peak rates of these steps.
         image_weight: of the absolute error.
         contrast_weight: of the contrastive loss in step 4.

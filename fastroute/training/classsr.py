@@ -79,7 +79,7 @@ class Recipe(BranchRecipe):
         classifier_steps: steps of the classifier alone, the branches frozen.
         joint_steps: steps of classifier and branches together.
         routing_steps: steps of the classifier alone at the end, by what each choice costs: see :func:`routing_loss`.
-        routing_price: squared error (per pixel, of images in [0, 1]) that the dearest branch must save to be worth its cost.
+        routing_price: squared error (per pixel, of images in [0, 1]) that the most expensive branch must save to be worthwhile.
         classifier_rate, joint_rate, routing_rate: peak rates of these stages.
         image_weight, class_weight, average_weight: loss weights of the classifier and joint stages (1000, 0.5 and 3 as
             published).

@@ -1,4 +1,4 @@
-"""CDNSR's contrastive distillation: the dearest branch teaches the others in the space of some feature network."""
+"""CDNSR's contrastive distillation: the most expensive branch teaches the others in the space of some feature network."""
 
 from __future__ import annotations
 

@@ -55,7 +55,7 @@ def routing_loss(probability: Tensor, errors: Tensor, cost: Tensor, price: float
     Args:
         probability: (N, K), rows summing to 1.
         errors: (N, K), mean squared error of every branch on every patch.
-        cost: (K,), cost of every class as a fraction of the dearest.
+        cost: (K,), cost of every class as a fraction of the most expensive.
         price: squared error that a cost of 1 must save.
 
     Returns:
@@ -76,7 +76,7 @@ def routing_loss(probability: Tensor, errors: Tensor, cost: Tensor, price: float
 
 
 def expected_cost(probability: Tensor, cost: Tensor) -> Tensor:  # [N, K], [K]
-    """Mean cost of the choices as a fraction of the dearest class's: CDNSR, equation 3."""
+    """Mean cost of the choices as a fraction of the most expensive class's: CDNSR, equation 3."""
     probability = _checked(probability, "expected_cost")
     # On a GPU the numbers could only be looked at by waiting for all work before.
     if cost.shape != probability.shape[1:] or (cost.device.type == "cpu" and not bool((cost > 0).all())):
@@ -93,7 +93,7 @@ def flops_loss(probability: Tensor, cost: Tensor, alpha: float) -> Tensor:  # [N
     Args:
         probability: (N, K), rows summing to 1; in training those of the Gumbel softmax.
         cost: (K,), FLOPs of each branch, in any unit.
-        alpha: target, as a fraction of the dearest branch, in [0, 1].
+        alpha: target, as a fraction of the most expensive branch, in [0, 1].
 
     Returns:
         A scalar tensor.

@@ -1,4 +1,4 @@
-"""The PCSR recipe in its two phases: encoder and dearest upsampler, then the other upsamplers and the classifier."""
+"""The PCSR recipe in its two phases: encoder and most expensive upsampler, then the other upsamplers and the classifier."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Recipe:
         classifier: hidden widths of the classifier's MLP.
         scales: whole upscaling factors; every batch has one of them, drawn evenly.
         patch: LR patch size.
-        heavy_steps: phase 1, encoder and dearest upsampler.
+        heavy_steps: phase 1, encoder and most expensive upsampler.
         light_steps: phase 2, the other upsamplers and the classifier, all else frozen.
         batch: patches per step.
         pixels: output pixels of every LR pixel at which a step evaluates classifier and upsamplers, drawn anew for each step
@@ -84,8 +84,8 @@ class Recipe:
 class Trainer(BaseTrainer):
     """Runs a :class:`Recipe` with progress and exact resume; see :class:`BaseTrainer` for the arguments.
 
-    `init` may also be one network of the encoder's backbone and width, or a ClassSR with such a network for its dearest branch:
-    the encoder takes its layers up to the features.
+    `init` may also be one network of the encoder's backbone and width, or a ClassSR model whose most expensive branch is such a
+    network. The encoder takes its layers up to the features.
     """
 
     def _build(self) -> nn.Module:
@@ -103,7 +103,7 @@ class Trainer(BaseTrainer):
     def _plan(self) -> list[Stage]:
         r = self.recipe
         return [
-            Stage("encoder and dearest upsampler", r.heavy_steps, r.learning_rate, "heavy"),
+            Stage("encoder and most expensive upsampler", r.heavy_steps, r.learning_rate, "heavy"),
             Stage("other upsamplers and classifier", r.light_steps, r.light_rate, "light"),
         ]
 

@@ -52,7 +52,7 @@ class Start(NamedTuple):
 
     @property
     def network(self) -> Start:
-        """The one network that it is, ARM's supernet, or the dearest branch of ClassSR and CDNSR."""
+        """The one network that it is, ARM's supernet, or the most expensive branch of ClassSR and CDNSR."""
         if branches := self.branches:
             return branches[-1]
         return self.part("network.") if any(key.startswith("network.") for key in self.state) else self

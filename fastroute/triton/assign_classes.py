@@ -142,7 +142,7 @@ def interval(state, totals, share, low, high, threshold, total, classes, step, K
 @triton.jit(do_not_specialize=["low", "high", "threshold", "total", "classes", "step"])
 def assign_classes_count_kernel(
     logs,  # [K, N]
-    prices,  # [2, K] log2 of the costs, and the costs as fractions of the dearest
+    prices,  # [2, K] log2 of the costs, and the costs as fractions of the most expensive
     state,  # [PASSES + 1, 2]
     totals,  # [PASSES, CUTS, K2], zeros
     low: tl.int64,

@@ -1,4 +1,4 @@
-"""refine_boundaries: a pixel of class 0 with a dearer neighbour becomes the mean of its 3 x 3 pixels; all others are copied."""
+"""refine_boundaries: pixels of class 0 beside a more expensive one become the mean of their 3 x 3 pixels; others are copied."""
 
 from __future__ import annotations
 
@@ -68,12 +68,12 @@ def refine_boundaries_kernel(
 
     known = class_map + b * map_b + y * map_y + x * map_x
     light = inner & (tl.load(known, mask=inner, other=1) == 0)
-    dearer = tl.full((BLOCK,), 0, tl.int32)
+    expensive = tl.full((BLOCK,), 0, tl.int32)
     for dy in tl.static_range(-1, 2):
         for dx in tl.static_range(-1, 2):
             if dy != 0 or dx != 0:
-                dearer |= (tl.load(known + dy * map_y + dx * map_x, mask=light, other=0) != 0).to(tl.int32)
-    refined = light & (dearer != 0)
+                expensive |= (tl.load(known + dy * map_y + dx * map_x, mask=light, other=0) != 0).to(tl.int32)
+    refined = light & (expensive != 0)
 
     at = image + b * image_b + y * image_y + x * image_x
     to = out + b * out_b + row * out_y + x

@@ -150,7 +150,7 @@ def spend(score: Tensor) -> Tensor:
     return assign_classes(score, [1.0, 3.0], budget=0.7, dtype=torch.uint8)
 
 
-# Half of ten items in the dearer class cost 2 / 3 of it: twelve decimals are a little less, and allowed.
+# Half of ten items in the more expensive class cost 2 / 3 of it: twelve decimals are a little less, and allowed.
 def spend_nearly(score: Tensor) -> Tensor:
     return assign_classes(score, [1.0, 3.0], budget=0.666666666666)
 

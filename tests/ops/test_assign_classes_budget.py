@@ -18,7 +18,7 @@ MANY = {2: [1.0, 4.0], 3: [304.0, 141.0, 468.0], 4: [8.0, 1.0, 2.0, 4.0], 5: COS
 
 
 def share(ids: Tensor, cost: list[float]) -> float:
-    """Mean cost of the chosen classes, as a fraction of the dearest."""
+    """Mean cost of the chosen classes, as a fraction of the most expensive."""
     value = torch.tensor(cost, dtype=torch.float64, device=ids.device)
     return (value[ids.long()].mean() / value.max()).item()
 
@@ -51,21 +51,21 @@ def brute_force(score: Tensor, cost: list[float], budget: float) -> Tensor:
 
 
 def test_table(backend):
-    # Item n prefers the dear class by log2 of 8, 4, 2, 1, 1/2: as the money runs out, the last ones leave it first.
+    # Item n prefers the expensive class by log2 of 8, 4, 2, 1, 1/2: as the money runs out, the last ones leave it first.
     gain = torch.tensor([8.0, 4.0, 2.0, 1.0, 0.5], device=backend.device)
     score = torch.stack([torch.ones_like(gain), gain], dim=1)
-    # n dear items of 5 cost (5 - n + 2 n) / 10 of all in the dear class.
-    for dear in range(6):
-        expected = [1] * dear + [0] * (5 - dear)
-        assert assign_classes(score, [1.0, 2.0], budget=(5 + dear) / 10).tolist() == expected
-        if dear < 5:
-            assert assign_classes(score, [1.0, 2.0], budget=(5 + dear) / 10 + 0.099).tolist() == expected
+    # n expensive items of 5 cost (5 - n + 2 n) / 10 of all in the expensive class.
+    for expensive in range(6):
+        expected = [1] * expensive + [0] * (5 - expensive)
+        assert assign_classes(score, [1.0, 2.0], budget=(5 + expensive) / 10).tolist() == expected
+        if expensive < 5:
+            assert assign_classes(score, [1.0, 2.0], budget=(5 + expensive) / 10 + 0.099).tolist() == expected
 
 
 @pytest.mark.parametrize("classes", MANY)
 def test_budget_holds_and_use_is_monotone(backend, classes):
     cost = MANY[classes]
-    dearest, cheapest = cost.index(max(cost)), cost.index(min(cost))
+    most_expensive, cheapest = cost.index(max(cost)), cost.index(min(cost))
     for seed, n in ((0, 1), (1, 2), (2, 37), (3, 1000)):
         score = probabilities(n, classes, device=backend.device, seed=seed)
         before = None
@@ -73,12 +73,12 @@ def test_budget_holds_and_use_is_monotone(backend, classes):
             ids = assign_classes(score, cost, budget=budget)
             assert share(ids, cost) <= budget + SLACK
             if before is not None:
-                assert (ids == dearest).sum() >= (before == dearest).sum()
+                assert (ids == most_expensive).sum() >= (before == most_expensive).sum()
                 assert (ids == cheapest).sum() <= (before == cheapest).sum()
-            # One item at a time may be too dear, but no more than that stays unspent.
+            # One item at a time may be too expensive, but no more than that stays unspent.
             assert share(ids, cost) > budget - (1 - min(cost) / max(cost)) / n - SLACK
             before = ids
-        assert (before == dearest).all()
+        assert (before == most_expensive).all()
 
 
 @pytest.mark.parametrize("classes", MANY)
@@ -125,14 +125,14 @@ def test_pixels_share_one_budget(backend):
 @pytest.mark.parametrize("classes", MANY)
 def test_both_ends(backend, classes):
     cost = MANY[classes]
-    dearest, cheapest = cost.index(max(cost)), cost.index(min(cost))
+    most_expensive, cheapest = cost.index(max(cost)), cost.index(min(cost))
     score = probabilities(50, classes, dtype=torch.float64, device=backend.device)
     # Even where the classifier is as sure as numbers go.
     score[0], score[1] = 0.0, 0.0
-    score[0, cheapest], score[1, dearest], score[2] = 1.0, 1.0, 0.0
+    score[0, cheapest], score[1, most_expensive], score[2] = 1.0, 1.0, 0.0
     least = min(cost) / max(cost)
     for slack in (0.0, 5e-10):
-        assert (assign_classes(score, cost, budget=1.0 + slack) == dearest).all()
+        assert (assign_classes(score, cost, budget=1.0 + slack) == most_expensive).all()
         assert (assign_classes(score, cost, budget=least - slack) == cheapest).all()
 
 

@@ -19,8 +19,8 @@ SHAPES = [(2, 3, 17, 22), (1, 1, 3, 3), (1, 2, 1, 9), (1, 2, 9, 2), (0, 3, 5, 5)
 def classes(shape, share=0.1, device="cpu", dtype=torch.uint8, seed=0):
     generator = torch.Generator().manual_seed(seed)
     size = (shape[0], *shape[2:])
-    dear = torch.rand(size, generator=generator) < share
-    return (dear * torch.randint(1, 4, size, generator=generator)).to(dtype).to(device)
+    expensive = torch.rand(size, generator=generator) < share
+    return (expensive * torch.randint(1, 4, size, generator=generator)).to(dtype).to(device)
 
 
 def close(actual, image, class_map):

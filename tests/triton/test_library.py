@@ -220,7 +220,7 @@ def test_every_kernel_is_registered_with_the_guard(monkeypatch):
 
 @pytest.mark.parametrize("rows", range(1, 9))
 def test_tables_of_any_length_are_aligned(monkeypatch, rows):
-    """Else the kernels of `pixel_mlp`, the dearest to compile, are compiled again for bands of other heights."""
+    """Else the kernels of `pixel_mlp`, the most expensive to compile, are compiled again for bands of other heights."""
     from fastroute.triton import _pixel_prepare
 
     monkeypatch.setattr(_pixel_prepare, "launch", lambda *args, **kwargs: None)

@@ -1,7 +1,7 @@
 // pixel_mlp: y = residual + W_n relu(... relu(W_1 [feature | rel | cell] + b_1) ...) + b_n for each output pixel, by
 // the MLP of its class, with W_1 · feature made once per feature. Work mapping: one item per block of output pixels,
 // cut at borders of features; a thread takes the next block when it is done with one, because the classes of pixels
-// make some blocks many times dearer than others.
+// make some blocks many times more expensive than others.
 #include "common/pixel_mlp.h"
 
 #include <algorithm>
