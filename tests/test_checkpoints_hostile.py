@@ -258,7 +258,7 @@ def test_places_that_are_no_files(tmp_path, refused):
     os.symlink("itself.pth", "itself.pth")
     os.mkdir("folder.pth")
     for name in ("pipe.pth", "endless.pth"):
-        refused(name, "no regular file")
+        refused(name, "not a regular file")
     refused("folder.pth", "folder")
     for name in ("itself.pth", "a\0b.pth", "a" * 5000 + ".pth", "a" * 5000, "../../etc/passwd", "../weights/classsr-fsrcnn-x4"):
         refused(name)

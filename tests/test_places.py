@@ -72,9 +72,9 @@ def test_what_is_no_file_is_not_replaced(tmp_path):
     (tmp_path / "link.png").symlink_to("pipe.png")
     (tmp_path / "round.png").symlink_to("round.png")
     for name in ("pipe.png", "link.png", "round.png"):
-        with pytest.raises(OSError, match="no regular file"):
+        with pytest.raises(OSError, match="not a regular file"):
             write(tmp_path / name)
-        with pytest.raises(ImageError, match=r"no regular file|symbolic links"):
+        with pytest.raises(ImageError, match=r"not a regular file|symbolic links"):
             io.check_writable(tmp_path / name)
     assert stat.S_ISFIFO((tmp_path / "pipe.png").stat().st_mode)
     assert sorted(os.listdir(tmp_path)) == ["link.png", "pipe.png", "round.png"]
@@ -87,7 +87,7 @@ def test_why_not_writable(tmp_path, monkeypatch):
     assert why_not_writable(tmp_path / "new" / "er" / "a.png", folders=True) == ""
     assert "new does not exist" in why_not_writable(tmp_path / "new" / "a.png")
     assert "file is a file" in why_not_writable(tmp_path / "file" / "a.png", folders=True)
-    assert why_not_writable(tmp_path / "pipe.png") == "it is no regular file"
+    assert why_not_writable(tmp_path / "pipe.png") == "it is not a regular file"
     assert why_not_writable(tmp_path) == "it is a folder"
     # Root may write anywhere, so that permissions are told, not set.
     monkeypatch.setattr(os, "access", lambda path, mode: not mode & os.W_OK)

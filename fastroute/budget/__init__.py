@@ -1,1 +1,1 @@
-"""Budgets: what classes cost, and the exponent of the cost that fits. It knows scores and costs, no router. Internal."""
+"""Budgets: the cost of classes, and the exponent of the cost that fits. It knows scores and costs, but no router. Internal."""

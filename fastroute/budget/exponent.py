@@ -1,4 +1,4 @@
-"""The exponent of the cost at which pixels keep a budget: argmax of probability / cost^exponent costs less as it grows."""
+"""The exponent at which pixels keep a budget: the classes argmax(probability / cost^exponent) cost less as it grows."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastroute.ops.assign_classes import BUDGET_SLACK
 
-# Pixels on which the exponent is searched first, so that of all others only those near it are looked at more than twice.
+# The number of pixels on which the exponent is searched first. Most of the others are then classified only twice.
 FIRST = 1 << 15
 
 
@@ -21,7 +21,7 @@ class Sample(NamedTuple):
 
     Attributes:
         scores: [K - 1, n] float32, logits of all classes but the first, relative to the first one's.
-        weight: pixels of the output that each stands for.
+        weight: number of output pixels that each of them stands for.
     """
 
     scores: Tensor
@@ -29,12 +29,16 @@ class Sample(NamedTuple):
 
 
 def only_class(costs: Sequence[float], most: int, pixels: int, unclassified: float, classified: float) -> int | None:
-    """The class of all pixels where there is nothing to choose: the most expensive where all may have any, the cheapest where
-    classifying leaves too little for more; else None.
+    """The class of all pixels if there is nothing to choose, else None.
+
+    It is the most expensive class if the budget suffices for it everywhere, and the cheapest class if classifying leaves too
+    little for any other.
 
     Args:
+        costs: cost of a pixel in each class.
         most: the most expensive class.
-        unclassified, classified: what the pixels may cost where they are not classified, and where they are.
+        pixels: number of pixels.
+        unclassified, classified: what all pixels together may cost if they are not classified, and if they are.
     """
     cheapest = min(range(len(costs)), key=costs.__getitem__)
     if len(costs) == 1 or unclassified >= pixels * max(costs) * (1 - BUDGET_SLACK):
@@ -48,9 +52,9 @@ def logarithms(cost: Sequence[float]) -> list[float]:
 
 
 def classes_at(scores: Tensor, penalty: float, logs: Sequence[float]) -> Tensor:  # [K - 1, n] -> uint8 [n]
-    """argmax of probability / cost^penalty, the lowest class on a tie."""
+    """The classes argmax(probability / cost^penalty); the lowest class wins a tie."""
     if len(logs) == 2:
-        # So a pixel changes once as the exponent grows, whatever is rounded.
+        # In this order a pixel changes its class once as the exponent grows, whatever is rounded.
         return (scores[0] > penalty * logs[1]).view(torch.uint8)
     ids = torch.zeros(scores.shape[1], dtype=torch.uint8, device=scores.device)
     best = torch.zeros_like(scores[0])
@@ -62,19 +66,19 @@ def classes_at(scores: Tensor, penalty: float, logs: Sequence[float]) -> Tensor:
 
 
 def spent(ids: Tensor, cost: Sequence[float]) -> float:
-    """What pixels of these classes cost."""
+    """The cost of all pixels with the classes `ids`."""
     counts = [int(torch.count_nonzero(ids if len(cost) == 2 else ids == c)) for c in range(1, len(cost))]
     return (ids.numel() - sum(counts)) * cost[0] + sum(n * c for n, c in zip(counts, cost[1:], strict=True))
 
 
 def solve(samples: Sequence[Sample], cost: Sequence[float], allowed: float) -> tuple[float, float]:
-    """The smallest exponent at which the pixels cost at most `allowed` together, and what they cost then.
+    """The smallest exponent at which all pixels together cost at most `allowed`, and what they cost at this exponent.
 
-    Where not even the cheapest class is so cheap, the exponent that sends everything there.
+    If even the cheapest class costs more, this is the exponent that sends everything to it.
     """
     gaps = [b - a for a, b in pairwise(sorted(set(logarithms(cost)))) if b > a]
     spread = 2 * max((max(map(abs, map(float, s.scores.aminmax()))) for s in samples), default=0.0) + 1
-    # Exponents at which no score counts any more.
+    # Beyond this exponent scores no longer matter.
     bound = spread / min(gaps) if gaps else 1.0
     limit = allowed * (1 + BUDGET_SLACK)
     low, high = -bound, bound
@@ -83,7 +87,7 @@ def solve(samples: Sequence[Sample], cost: Sequence[float], allowed: float) -> t
         # An odd distance, so that columns of an image take turns.
         step = number // FIRST | 1
         few = [Sample(s.scores[:, ::step], s.weight * s.scores.shape[1] / -(-s.scores.shape[1] // step)) for s in samples]
-        # Where a hundredth of the pixels more or fewer were expensive; most likely the exponent lies between.
+        # The exponents at which one percent more or fewer of the pixels are expensive. The solution most likely lies between.
         margin = 0.01 * (max(cost) - min(cost)) * sum(s.weight * s.scores.shape[1] for s in samples)
         low, high = (_narrow(few, cost, limit + sign * margin, -bound, bound, bound)[0] for sign in (1, -1))
     return _narrow(samples, cost, limit, low, high, bound)
@@ -92,7 +96,7 @@ def solve(samples: Sequence[Sample], cost: Sequence[float], allowed: float) -> t
 def _narrow(
     samples: Sequence[Sample], cost: Sequence[float], limit: float, low: float, high: float, bound: float
 ) -> tuple[float, float]:
-    """See `solve`; the exponent lies in [-bound, bound], and most likely in [low, high]."""
+    """Solve as :func:`solve` does, for an exponent in [-bound, bound] that most likely lies in [low, high]."""
     logs = logarithms(cost)
 
     def at(parts: Sequence[Sample], penalty: float) -> tuple[list[Tensor], float]:
@@ -115,7 +119,7 @@ def _narrow(
         return high, at_high[1]
     ids_low, (ids_high, cost_high) = at_low[0], at_high
     while (middle := 0.5 * (low + high)) not in (low, high) and high - low > 1e-9 * bound:
-        # The cost of a pixel falls as the exponent grows: where both ends agree, it is settled.
+        # The cost of a pixel falls as the exponent grows, so pixels whose class is the same at both ends are settled.
         differs = [a != b for a, b in zip(ids_low, ids_high, strict=True)]
         samples = [Sample(s.scores[:, d], s.weight) for s, d in zip(samples, differs, strict=True)]
         ids_low, ids_high = ([i[d] for i, d in zip(ids, differs, strict=True)] for ids in (ids_low, ids_high))

@@ -1,4 +1,4 @@
-"""Budgets in shares of cost, FLOPs and milliseconds: what a call may spend, and the classes that fit."""
+"""Budgets as a fraction, in FLOPs and in milliseconds: what a call may spend, and the classes that fit."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fastroute.ops.assign_classes import assign_classes
 
 @dataclass(frozen=True)
 class Budget:
-    """What the classes of one call may cost; at most one of the three.
+    """What the classes of one call may cost. At most one of the three is given.
 
     Attributes:
         fraction: mean cost as a fraction of the most expensive class's.
@@ -28,22 +28,22 @@ class Budget:
     ms: float | None = None
 
     def __post_init__(self) -> None:
-        # An integer may be larger than any float, of which messages and products are made.
+        # An integer may be larger than any float, but messages and products need floats.
         for name, value in vars(self).items():
             if isinstance(value, int) and not isinstance(value, bool) and abs(value) > 2**1000:
                 object.__setattr__(self, name, math.inf if value > 0 else -math.inf)
 
     @property
     def given(self) -> list[str]:
-        """The names of those that are given."""
+        """The names of the limits that are given."""
         values = {"budget": self.fraction, "budget_flops": self.flops, "budget_ms": self.ms}
         return [name for name, value in values.items() if value is not None]
 
     def check(self, op: str, penalty: float = 0.0) -> None:
-        """At most one is given, FLOPs and milliseconds positive.
+        """Check that at most one limit is given, and that FLOPs and milliseconds are positive.
 
         Raises:
-            ValueError: otherwise.
+            ValueError: this does not hold.
         """
         given = {"budget": self.fraction, "budget_flops": self.flops, "budget_ms": self.ms}
         used = {name: real(op, name, value) for name, value in given.items() if value is not None}
@@ -58,41 +58,43 @@ class Budget:
 
 
 def refuse_below(op: str, name: str, asked: float, least: float, text: str) -> None:
-    """An impossible budget.
+    """Refuse a budget that cannot be kept.
 
     Args:
-        asked: what was asked for.
+        op: the function that the user called.
+        name: name of the argument.
+        asked: the budget.
         least: what everything in the cheapest class takes.
         text: `least` with its unit.
 
     Raises:
-        ValueError: `asked` is less.
+        ValueError: `asked` is less than `least`.
     """
     if asked < least:
         raise ValueError(f"{op}: {name} must be at least {text}, with everything in the cheapest class; got {asked:g}")
 
 
 def check_possible(costs: Sequence[float], fraction: float | None, penalty: float = 0.0) -> None:
-    """Refuse costs, a budget or a penalty that no classes can keep, before anything is classified.
+    """Refuse invalid costs, and a budget or penalty that cannot be kept, before anything is classified.
 
     Raises:
-        ValueError: as :func:`fastroute.assign_classes` says.
+        ValueError: see :func:`fastroute.assign_classes`.
     """
     assign_classes(torch.ones(1, len(costs), dtype=torch.float32), costs, penalty, fraction)
 
 
 def most_expensive(costs: Sequence[float]) -> int:
-    """The class that costs most; of several alike the last, since classes go from the cheapest to the most expensive."""
+    """The most expensive class; the last one of several that cost the same, because classes are ordered by cost."""
     return max(range(len(costs)), key=lambda c: (costs[c], c))
 
 
 def assign_within(score: Tensor, costs: Sequence[float], allowed: float) -> Tensor:  # [N, K] -> [N]
-    """Classes whose costs sum to at most `allowed`, spent where the scores gain most; the cheapest where that is too little."""
+    """Classes that together cost at most `allowed`, spent where scores gain most; all the cheapest if that is too little."""
     most, number = max(costs), max(score.shape[0], 1)
     share = min(max(allowed / (number * most), min(costs) / most), 1.0)
     return assign_classes(score, costs, budget=share)
 
 
 def duration(ms: float) -> str:
-    """Milliseconds as messages name them."""
+    """Milliseconds as text for messages."""
     return f"{ms:.0f} ms" if ms >= 100 else f"{ms:.3g} ms"

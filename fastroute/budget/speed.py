@@ -1,4 +1,4 @@
-"""How fast a router is on a device: measured once, remembered, and corrected by what later calls take."""
+"""The speed of a router on a device: measured once, remembered, and corrected by the times of later calls."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from fastroute.runtime.json_cache import JsonCache
 
 logger = logging.getLogger("fastroute")
 
-# Share of the newest run in what is known of the speed: the machine may have become slower or faster.
+# Weight of the newest run in the estimate of the speed, because the machine may have become slower or faster.
 NEWEST = 0.5
-# Told before a speed is measured, which takes seconds, or minutes on a slow device.
+# Logged before a speed is measured, which takes seconds, or minutes on a slow device.
 MEASURING = "measuring how fast this device is, once for each model and type of image"
-# Runs of which the median counts, where a speed is measured.
+# Number of runs in a measurement, of which the median counts.
 RUNS = 3
-# Times that a run may take as long as expected before the excess is ignored: what else the machine does only adds time.
+# A run counts as at most this many times as long as expected: other work on the machine only ever adds time.
 SLOWEST = 2.0
-# Patches of a class from which its own time counts for more than that of all classes.
+# From this many patches on, the time of a class itself counts for more than the time of all classes.
 FEW = 16
-# Milliseconds per patch or pixel of which no machine takes less, or more.
+# No machine takes less or more milliseconds per patch or pixel than these.
 PLAUSIBLE = (1e-15, 1e9)
 
 CACHE = JsonCache("speed.json")
@@ -33,14 +33,14 @@ CACHE = JsonCache("speed.json")
 
 @dataclass
 class Speed:
-    """Milliseconds of one patch, or of one output pixel, by what is done with it.
+    """The milliseconds that one patch or output pixel takes in each part of the work.
 
     Attributes:
-        branches: in each branch or upsampler.
-        classify: in the classifier.
-        rest: in everything else: cutting, sorting, merging.
-        encode: of one pixel of the image, in the encoder of a pixel router.
-        solve: of one pixel of a sample, to find the exponent of the cost.
+        branches: time in each branch or upsampler.
+        classify: time in the classifier.
+        rest: time in everything else: cutting, sorting, merging.
+        encode: time of one pixel of the image in the encoder of a pixel router.
+        solve: time of one pixel of a sample in the search for the exponent of the cost.
     """
 
     branches: list[float]
@@ -50,25 +50,25 @@ class Speed:
     solve: float = 0.0
 
     def fixed(self, number: int) -> float:
-        """Of `number` patches, whatever their classes."""
+        """The milliseconds of `number` patches that do not depend on their classes."""
         return number * (self.classify + self.rest)
 
     def learn(
         self, counts: Sequence[float], branches: Sequence[float] | float, classify: float | None, rest: float,
         encode: float = 0.0, encoded: int = 0, solve: float = 0.0, searched: int = 0, number: int | None = None,
     ) -> None:  # fmt: skip
-        """Move towards a run that was measured.
+        """Move the estimate towards a measured run.
 
         Args:
-            counts: patches or pixels per class; regions of patches count by their area.
-            branches: seconds in each branch, or in all together.
-            classify: seconds in the classifier; None when it did not run.
+            counts: number of patches or pixels per class. Regions of patches count by their area.
+            branches: seconds in each branch, or in all of them together.
+            classify: seconds in the classifier, or None if it did not run.
             rest: seconds in everything else.
             encode: seconds in the encoder.
-            encoded: pixels that passed it.
-            solve: seconds that the exponent took.
-            searched: pixels on which it was found.
-            number: of patches, where `counts` do not tell.
+            encoded: number of pixels that passed the encoder.
+            solve: seconds of the search for the exponent.
+            searched: number of pixels on which the exponent was found.
+            number: number of patches, if it is not the sum of `counts`.
         """
         total, expected = number or sum(counts), sum(n * ms for n, ms in zip(counts, self.branches, strict=True))
         if not total:
@@ -81,7 +81,7 @@ class Speed:
         apart = None if isinstance(branches, float) else branches
         overall = 1e3 * (branches if isinstance(branches, float) else sum(branches)) / expected
         for c, count in enumerate(counts):
-            # A class of a few patches says little about its own speed: then that of all classes counts.
+            # A few patches of a class say little about its speed, so the time of all classes counts instead.
             trust = count / (count + FEW) if apart is not None else 0.0
             own = 1e3 * apart[c] / (count * self.branches[c]) if apart is not None and count else 0.0
             self.branches[c] *= 1 - NEWEST + NEWEST * min(trust * own + (1 - trust) * overall, SLOWEST)
@@ -95,7 +95,7 @@ class Speed:
 
 
 class Speeds:
-    """The speed of a router at every place that it has met: what decides it, and may differ from call to call."""
+    """The speeds of a router, one for every combination of what decides the speed and may differ from call to call."""
 
     def __init__(self) -> None:
         self.known: dict[tuple[object, ...], Speed] = {}
@@ -104,10 +104,13 @@ class Speeds:
     def find(
         self, place: tuple[object, ...], num_classes: int, facts: Callable[[], Sequence[object]], measure: Callable[[], Speed]
     ) -> Speed:
-        """The speed at `place`; on the first call what is remembered of such a router, else measured and then remembered.
+        """The speed at `place`. The first call takes it from the cache, or measures it and stores it there.
 
         Args:
-            facts: what decides the speed, by which it is remembered.
+            place: the combination.
+            num_classes: number of classes of the router.
+            facts: returns everything that decides the speed, which makes the key in the cache.
+            measure: measures the speed.
         """
         if place not in self.known:
             key = speed_key(facts())
@@ -120,12 +123,12 @@ class Speeds:
         return self.known[place]
 
     def measured(self, speed: Speed) -> Speed:
-        """What `speed` was before it learned: one slow run must not make the next ones impossible."""
+        """The measured `speed`, before it was corrected: one slow run must not make the next ones impossible."""
         return self._measured.get(id(speed), speed)
 
 
 def noise(size: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A picture of noise of `dtype`, on which speeds are measured."""
+    """A picture of noise with type `dtype`, on which speeds are measured."""
     image = torch.rand(size, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
     if not dtype.is_floating_point:
         image = (image * (255 if dtype == torch.uint8 else 65535)).int()
@@ -133,12 +136,12 @@ def noise(size: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Te
 
 
 def speed_key(facts: Sequence[object]) -> str:
-    """A name for what decides the speed: networks, sizes, device."""
+    """A key for everything that decides the speed: networks, sizes, device."""
     return hashlib.sha256(json.dumps([torch.__version__, *map(str, facts)]).encode()).hexdigest()[:24]
 
 
 def recall(key: str, num_classes: int) -> Speed | None:
-    """What is remembered of this machine under `key`."""
+    """The speed that the cache of this machine holds under `key`, if any."""
     entry = CACHE.read().get(key)
     if entry is None or set(entry) != set(Speed.__dataclass_fields__) or not isinstance(entry["branches"], list):
         return None
@@ -148,11 +151,11 @@ def recall(key: str, num_classes: int) -> Speed | None:
 
 
 def _is_time(value: object) -> bool:
-    """Whether these can be milliseconds per patch or pixel; sums and products of them are then finite numbers too."""
+    """Whether `value` can be milliseconds per patch or pixel, so that sums and products of such values are finite too."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and PLAUSIBLE[0] <= value <= PLAUSIBLE[1]
 
 
 def remember(key: str, speed: Speed) -> Speed:
-    """Keep `speed` for later processes; returns it."""
+    """Store `speed` for later processes and return it."""
     CACHE.remember(key, asdict(speed))
     return speed

@@ -72,7 +72,7 @@ def why_not_writable(path: str | Path, folders: bool = False) -> str:
     if os.path.isdir(real):
         return "it is a folder"
     if os.path.lexists(real) and not os.path.isfile(real):
-        return "it is no regular file"
+        return "it is not a regular file"
     parent = real.parent
     while folders and not os.path.lexists(parent):
         parent = parent.parent
@@ -104,7 +104,7 @@ def written_atomically(path: str | Path, follow: bool = True) -> Iterator[Binary
     path = target_of(path) if follow else Path(path)
     if follow and os.path.lexists(path) and not path.is_file():
         # A device or a pipe would be lost, not written.
-        raise OSError(errno.EINVAL, "it is no regular file", str(path))
+        raise OSError(errno.EINVAL, "it is not a regular file", str(path))
     handle, part = _open_nameless(path.parent), None
     if handle is None:
         handle, part = _open_part(path)

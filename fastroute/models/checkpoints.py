@@ -70,7 +70,7 @@ def read_checkpoint(path: str | Path, arrays: bool = False) -> tuple[dict[str, A
     try:
         # A pipe or a device may have no end.
         if not path.is_file():
-            reason = "it is a folder" if path.is_dir() else "it is no regular file" if path.exists() else "no such file"
+            reason = "it is a folder" if path.is_dir() else "it is not a regular file" if path.exists() else "no such file"
             raise CheckpointError(f"cannot read {short(path)}: {reason}")
         if path.suffix == ".safetensors":
             with safetensors.safe_open(path, framework="pt") as file:

@@ -1,1 +1,1 @@
-"""The patch path: a class for every patch; neighbours of one class run as one region. Internal: see `fastroute.PatchRouter`."""
+"""The patch path: every patch has a class, and neighbours of one class run as one region. Internal."""

@@ -1,4 +1,4 @@
-"""Which class every patch gets: by the classifier alone, or within a budget of cost, FLOPs or time."""
+"""The class of every patch: by the classifier alone, or within a budget of cost, FLOPs or time."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from fastroute.runtime.rows import Source
 
 @dataclass(frozen=True)
 class PatchCosts:
-    """What a patch costs in each class.
+    """The cost of a patch in each class.
 
     Attributes:
-        own: in the user's unit, by which fractions and penalties go.
-        flops: in FLOPs.
+        own: cost in the user's unit, which fractions and penalties refer to.
+        flops: cost in FLOPs.
     """
 
     own: list[float]
@@ -39,9 +39,9 @@ class ClassRequest:
 
     Attributes:
         limit: what the call may spend.
-        penalty: exponent of the cost, where there is no budget.
-        class_map: classes that are given, (B, rows, cols) or (rows, cols); then the others do not count.
-        speed: milliseconds of a patch in each class, where `limit` is in milliseconds.
+        penalty: exponent of the cost, if there is no budget.
+        class_map: given classes, (B, rows, cols) or (rows, cols), which overrule the others.
+        speed: milliseconds of a patch in each class, if `limit` is in milliseconds.
     """
 
     limit: Budget
@@ -50,9 +50,9 @@ class ClassRequest:
     speed: Speed | None = None
 
     def unit_costs(self, costs: PatchCosts) -> list[float]:
-        """What a patch costs in each class in the unit of the limit."""
+        """The cost of a patch in each class, in the unit of the limit."""
         if self.speed is not None:
-            # The run corrects the times that it is planned by.
+            # The run will correct the times, but is planned by the present ones.
             return list(self.speed.branches)
         return costs.own if self.limit.flops is None else costs.flops
 
@@ -64,7 +64,7 @@ class PatchCall:
     Attributes:
         merging: the grid of the images, and how its patches run in regions.
         classes: how classes are chosen.
-        memory_limit: bytes to hold at most, None for no limit.
+        memory_limit: the largest number of bytes to hold, or None for no limit.
         progress: see :meth:`PatchRouter.upscale`.
     """
 
@@ -83,13 +83,13 @@ def check_request(
     costs: PatchCosts,
     classifies: bool,
 ) -> None:
-    """Refuse arguments of `upscale` that exclude each other or that no classes can keep, before anything runs.
+    """Refuse arguments of `upscale` that exclude each other or cannot be kept, before anything runs.
 
     Args:
         limit, penalty, class_map: the arguments.
         merging: the grid and how its patches merge.
         images: number of images.
-        costs: of a patch in each class.
+        costs: cost of a patch in each class.
         classifies: whether the router has a classifier.
 
     Raises:
@@ -115,16 +115,16 @@ def check_request(
 
 
 def check_least_time(limit_ms: float, speeds: Sequence[Speed], images: int, merging: Merging) -> None:
-    """Refuse milliseconds that are less than the cheapest class takes.
+    """Refuse a budget of milliseconds that is less than the cheapest class takes.
 
     Args:
-        limit_ms: what was asked for.
-        speeds: of the router, as it is known now and as it was measured.
+        limit_ms: the budget.
+        speeds: speed of the router as it is estimated now, and as it was measured.
         images: number of images.
         merging: the grid and how its patches merge.
 
     Raises:
-        ValueError: see above.
+        ValueError: the budget is too small.
     """
     number, whole = images * merging.grid.num_patches, images * merging.patches()
     classify = [s.classify if len(s.branches) > 1 else 0.0 for s in speeds]
@@ -138,14 +138,14 @@ def assign_patches(
     """Classes of all patches, and the FLOPs of the classifier.
 
     Raises:
-        ValueError: FLOPs that are less than the classifier and the cheapest class take.
+        ValueError: the budget of FLOPs is less than the classifier and the cheapest class take.
     """
     if request.class_map is not None:
         return request.class_map.reshape(-1).to(source.device, torch.int64), 0
     limit, speed, unit = request.limit, request.speed, request.unit_costs(costs)
     number, whole = source.shape[0] * merging.grid.num_patches, source.shape[0] * merging.patches()
     if len(unit) == 1 or affords_all(limit, whole, number, unit, speed):
-        # By its own cost, not by its time: a small network may have been slow when that was measured.
+        # Decided by the user's cost, not by time: a small network may have been slow when it was measured.
         most = most_expensive(costs.own if limit.flops is None else unit)
         return torch.full((number,), most, dtype=torch.int64, device=source.device), 0
     with watch.stage("classify"):
@@ -158,24 +158,24 @@ def assign_patches(
             refuse_below("upscale", "budget_flops", limit.flops, least, f"{least:.4g}")
             return within(scores.score, unit, limit.flops - scores.flops, merging), scores.flops
         if limit.ms is not None and speed is not None:
-            # The classifier may still be at work.
+            # The classifier may still be running.
             spent = 1e3 * (watch.elapsed() - watch.seconds.get("tune", 0.0))
             return within(scores.score, unit, limit.ms - spent - number * speed.rest, merging), scores.flops
         return assign_classes(scores.score, unit, request.penalty, limit.fraction), scores.flops
 
 
 def within(score: Tensor, costs: Sequence[float], allowed: float, merging: Merging) -> Tensor:  # [N, K] -> [N]
-    """Classes that cost at most `allowed` as they run."""
+    """Classes that cost at most `allowed` as they run, in regions."""
     if merging.merge == 1:
         return assign_within(score, costs, allowed)
     return assign_merged(score, costs, allowed, lambda ids: merging.spent(ids, costs))
 
 
 def score_image(classifier: nn.Module | None, source: Source, grid: TileGrid, num_classes: int) -> Scores:
-    """What `classifier` says of all patches.
+    """The scores that `classifier` gives all patches.
 
     Raises:
-        ValueError: it gives another number of scores than `num_classes`, or there is none.
+        ValueError: there is no classifier, or the number of its scores is not `num_classes`.
     """
     if classifier is None:
         raise ValueError("upscale: this router has no classifier; give a class_map or budget=1")
@@ -188,13 +188,13 @@ def score_image(classifier: nn.Module | None, source: Source, grid: TileGrid, nu
 
 
 def affords_all(limit: Budget, whole: float, number: int, costs: Sequence[float], speed: Speed | None) -> bool:
-    """Whether every patch may have the most expensive class, so that none need be classified.
+    """Whether every patch may have the most expensive class, so that none needs to be classified.
 
     Args:
         limit: what may be spent.
-        whole: patches as they run in one class, by their area.
-        number: of patches.
-        costs, speed: of a patch.
+        whole: area of all patches as they run in one class, in patches.
+        number: number of patches.
+        costs, speed: cost and speed of a patch.
     """
     if limit.flops is not None:
         return limit.flops >= whole * max(costs)

@@ -1,4 +1,4 @@
-"""Bands of tile rows: what is routed together, and the rows of the image that it needs."""
+"""Bands of tile rows that are routed together, and the rows of the image that they need."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Band:
     """Consecutive tile rows of some images, routed together.
 
     Attributes:
-        images: first image and one past the last; several only when the band holds them whole.
+        images: first image and one past the last. There are several only if the band holds them as a whole.
         rows: first tile row and one past the last.
     """
 
@@ -25,32 +25,32 @@ class Band:
     rows: tuple[int, int]
 
     def first_patch(self, grid: TileGrid) -> int:
-        """Number of its first patch."""
+        """The number of the first patch."""
         return self.images[0] * grid.num_patches + self.rows[0] * grid.cols
 
     def num_patches(self, grid: TileGrid) -> int:
-        """Number of its patches."""
+        """How many patches the band has."""
         return (self.images[1] - self.images[0]) * (self.rows[1] - self.rows[0]) * grid.cols
 
     def pixels(self, grid: TileGrid) -> tuple[int, int]:
-        """Rows of the image that its patches cover."""
+        """The rows of the image that the patches cover."""
         origins = grid.row_origins
         return origins[self.rows[0]], min(origins[self.rows[1] - 1] + grid.patch, grid.height)
 
     def output(self, grid: TileGrid) -> tuple[int, int]:
-        """Output rows that are complete with it, and were not before."""
+        """The output rows that this band completes."""
         top, bottom = self.rows
         end = grid.row_origins[bottom] * grid.scale if bottom < grid.rows else grid.output_size[0]
         return (grid.row_origins[top] * grid.scale if top else 0), end
 
     def read(self, source: Source, grid: TileGrid) -> tuple[Tensor, TileGrid]:
-        """Its pixels, and the grid of its patches on them: patch n is `first_patch` + n of the whole."""
+        """The pixels of the band and the grid of its patches, whose patch n is patch `first_patch` + n of the whole."""
         top, bottom = self.pixels(grid)
         return source.get(self.images, (top, bottom)), replace(grid, height=bottom - top)
 
 
 def plan_bands(batch: int, grid: TileGrid, patches: int, merge: int = 1) -> list[Band]:
-    """Whole images while they fit in one band of about `patches` patches, else bands of tile rows of one image.
+    """Bands of whole images if several fit in about `patches` patches, else bands of tile rows of one image.
 
     Every band but the last of an image has a multiple of `merge` tile rows, so that no region lies in two.
     """
@@ -58,7 +58,7 @@ def plan_bands(batch: int, grid: TileGrid, patches: int, merge: int = 1) -> list
         per_band = max(1, patches // grid.num_patches)
         return [Band((i, min(i + per_band, batch)), (0, grid.rows)) for i in range(0, batch, per_band)]
     count = -(-grid.num_patches // patches)
-    # Bands of equal height, so that none is left with one row.
+    # The bands have equal heights, so that none is left with a single row.
     edges = sorted({min(round(grid.rows * i / count / merge) * merge, grid.rows) for i in range(count)} | {grid.rows})
     return [Band((b, b + 1), rows) for b in range(batch) for rows in pairwise(edges)]
 
@@ -72,7 +72,7 @@ def band_around(numbers: Tensor, grid: TileGrid) -> Band:  # [n], rising, on the
 
 
 def first_covering(grid: TileGrid, row: int) -> int:
-    """First tile row that covers the first pixel of tile row `row`; all rows are done with after the last."""
+    """The first tile row that covers the first pixel of tile row `row`. After the last row, no tile row is needed any more."""
     if row >= grid.rows:
         return row
     at = grid.row_origins[row]
@@ -80,7 +80,7 @@ def first_covering(grid: TileGrid, row: int) -> int:
 
 
 def band_of_patches(bands: list[Band], grid: TileGrid, device: torch.device) -> Tensor:  # [N]
-    """The band of every patch, made on `device`: nothing is copied there."""
+    """The band of every patch, computed on `device` without a copy from the host."""
     numbers = torch.empty(sum(band.num_patches(grid) for band in bands), dtype=torch.int64, device=device)
     for number, band in enumerate(bands):
         first = band.first_patch(grid)

@@ -1,4 +1,4 @@
-"""How the networks of a patch router run: engines, batches, memory formats and threads, found on the work of calls."""
+"""The execution of the networks of a patch router: engines, batches, memory formats and threads, tuned on the work of calls."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ logger = logging.getLogger("fastroute")
 
 
 class Branches(PreparedNetworks):
-    """The prepared networks, and how each runs fastest.
+    """The prepared networks and the fastest way to run each of them.
 
     Args:
         branches, patch, optimized, channels, scale: see :class:`PreparedNetworks`.
-        batch: patches per pass; default by measurement.
-        tune: find out on the work of calls how they run fastest.
+        batch: patches per pass. Default: by measurement.
+        tune: find out on the work of calls how the networks run fastest.
     """
 
     def __init__(
@@ -46,41 +46,41 @@ class Branches(PreparedNetworks):
                 raise ValueError(f"PatchRouter: {name} must be at least 1; got {number}")
         super().__init__(branches, patch, optimized, channels, scale)
         self.batch, self.tune = batch, tune
-        # What may run them: as the user said, of each branch, and what has been compiled.
+        # The engine that the user chose, the engines that may run each branch, and the compiled programs.
         self.engine = TORCH
         self._choice: dict[int, list[str]] = {}
         self._programs = Programs()
         self._searches: dict[tuple[int, torch.device, int, int], SettingSearch] = {}
         self._formats: dict[int, bool] = {}  # whether the weights of a branch are channels_last, once they are arranged
-        # While two memory formats are compared: a branch, and its copy in the other format.
+        # While two memory formats are compared, a branch and its copy in the other format.
         self._others: dict[int, tuple[nn.Module, nn.Module]] = {}
         self._timed: list[Trial] = []  # trials of a GPU whose time is not known yet
 
     def __getstate__(self) -> dict[str, Any]:
-        # What is found or made anew, and belongs to this process.
+        # What belongs to this process, and is found or made again in another one.
         return {**vars(self), "_searches": {}, "_timed": [], "_programs": Programs()}
 
     def moved(self) -> None:
-        """They are on another device, or compute in another type."""
+        """Called after the networks have moved to another device or changed their type."""
         super().moved()
         self._searches.clear()
         self._timed.clear()
         self._renewed()
 
     def weights_changed(self) -> None:
-        """They have other weights, of the same shapes."""
+        """Called after the networks have got other weights of the same shapes."""
         super().weights_changed()
         self._renewed()
 
     def _renewed(self) -> None:
-        """What was made of the weights is made anew."""
+        """Drop everything that was made from the weights."""
         self._formats.clear()
         self._others.clear()
         if self.engine != TORCH:
             self.compile(self.engine)
 
     def setting(self, c: int, device: torch.device) -> Setting:
-        """How branch `c` runs on `device` for all that is known now."""
+        """The best known way to run branch `c` on `device`."""
         parallel = self._workers(c, device) > 1
         if self.batch is not None:
             default = default_setting(device, parallel, self._engines(c)[0])
@@ -88,10 +88,10 @@ class Branches(PreparedNetworks):
         return self._search(c, device).best or default_setting(device, parallel, self._engines(c)[0])
 
     def compile(self, engine: str) -> None:
-        """Let `engine` run them; "auto" lets the search compare those that are installed.
+        """Let `engine` run the networks. With "auto" the search compares the installed engines.
 
         Raises:
-            ValueError: it cannot run here, cannot compile a branch, or computes something else than PyTorch.
+            ValueError: the engine cannot run here, cannot compile a branch, or computes something else than PyTorch.
         """
         if engine != ANY:
             check_engine(engine, self.device, self.dtype)
@@ -109,7 +109,7 @@ class Branches(PreparedNetworks):
         self._searches.clear()
 
     def _add_engine(self, c: int, name: str) -> None:
-        """Let `name` run branch `c`, where it agrees with PyTorch; one without weights has nothing to be compiled."""
+        """Let engine `name` run branch `c` if it agrees with PyTorch. A branch without weights is not compiled."""
         weightless = next(self.split(self.device)[0][c].parameters(), None) is None
         if name == TORCH or weightless:
             if TORCH not in self._choice[c]:
@@ -128,7 +128,7 @@ class Branches(PreparedNetworks):
         return self._choice.get(c) or [TORCH]
 
     def _program(self, c: int, name: str) -> Compiled:
-        """Branch `c` compiled by the engine `name`."""
+        """Branch `c`, compiled by the engine `name`."""
         if (c, name) not in self._programs:
             with torch.inference_mode(False):
                 module = self.split(self.device)[0][c]
@@ -136,21 +136,21 @@ class Branches(PreparedNetworks):
         return self._programs[c, name]
 
     def _workers(self, c: int, device: torch.device) -> int:
-        """Passes of branch `c` that may run side by side; a function may have a state, and is called by one thread."""
+        """How many passes of branch `c` may run side by side. A function may have a state, so only one thread calls it."""
         alone = device.type != "cpu" or any(isinstance(module, Function) for module in self.modules[c].modules())
         return 1 if alone else workers()
 
     def batch_of(self, c: int, device: torch.device) -> int:
-        """Patches of the router's own size that pass together through branch `c` on `device`."""
+        """How many patches of the router's own size pass together through branch `c` on `device`."""
         setting = self.setting(c, device)
         batch = setting.batch(self.size)
         return batch if self.batch is not None else min(batch, self._most_together(c, device, setting))
 
     def run(self, c: int, patches: Tensor) -> list[Tensor]:  # [N, C, h, w] -> [n, ...] each
-        """What branch `c`, as :meth:`split` cuts it, makes of `patches`, pass by pass.
+        """The outputs of branch `c`, as :meth:`split` cuts it, for `patches`, pass by pass.
 
-        As long as nobody knows how it runs fastest, some of the work is done in ways that are compared: see
-        :class:`fastroute.runtime.tuning.SettingSearch`. Their results are as good as any others.
+        Until it is known how the branch runs fastest, some of the work is done in several ways that are compared: see
+        :class:`fastroute.runtime.tuning.SettingSearch`. The results of all ways are equally good.
         """
         results: list[Tensor] = []
         left, shape = patches, (patches.shape[2], patches.shape[3])
@@ -168,17 +168,17 @@ class Branches(PreparedNetworks):
         return results
 
     def settled(self, c: int, device: torch.device) -> bool:
-        """Whether nothing about branch `c` is measured any more."""
+        """Whether the measurements of branch `c` are complete."""
         return self.batch is not None or not self.tune or not enabled() or self._search(c, device).best is not None
 
     def collect(self) -> None:
-        """Take note of what trials have taken; on a GPU all work must be done."""
+        """Record the times of the trials. On a GPU, all work must be done."""
         while self._timed:
             trial = self._timed.pop(0)
             trial.search.add(trial.shape, trial.setting, trial.seconds / (trial.patches * trial.shape[0] * trial.shape[1]))
 
     def remember(self) -> None:
-        """At the end of a call, whose work on the device is done: keep what has been measured."""
+        """Store the measurements at the end of a call, when its work on the device is done."""
         self.collect()
         for search in self._searches.values():
             search.remember()
@@ -192,7 +192,7 @@ class Branches(PreparedNetworks):
         return self._searches[key]
 
     def _trial(self, c: int, count: int, shape: Shape, device: torch.device) -> Trial | None:
-        """The next trial of the search for how branch `c` runs fastest, where `count` patches are enough for one."""
+        """The next trial of the search for the fastest way to run branch `c`, if `count` patches are enough for one."""
         if self.settled(c, device):
             return None
         search = self._search(c, device)
@@ -208,7 +208,7 @@ class Branches(PreparedNetworks):
         return min(batch, self._most_together(c, patches.device, setting, (patches.shape[2], patches.shape[3])))
 
     def pieces(self, c: int, patches: Tensor, setting: Setting) -> tuple[nn.Module, Sequence[Tensor], torch.dtype]:
-        """PyTorch's module of branch `c`, the patches of each of its passes, and the type of what they give."""
+        """PyTorch's module of branch `c`, the patches of each of its passes, and the type of the outputs."""
         module = self._arranged(c, patches.device, setting)
         batch = self._batch(c, patches, setting)
         patches = patches.to(self.reads(c)).contiguous(memory_format=setting.memory_format)
@@ -222,14 +222,16 @@ class Branches(PreparedNetworks):
         def run(part: Tensor) -> Tensor:
             return module(part).to(given)
 
-        # With fewer passes than threads some would have nothing to do.
+        # With fewer passes than threads, some threads would have nothing to do.
         if setting.parallel and len(parts) >= self._workers(c, patches.device):
             return side_by_side(run, parts)
         return [run(part) for part in parts]
 
     def programmed(self, c: int, jobs: Sequence[Tensor], setting: Setting | None = None) -> list[list[Tensor]]:
-        """What another engine than PyTorch makes of `jobs`, (N, C, h, w) each, by passes: all in one go, since it may run
-        several at a time."""
+        """The outputs of another engine than PyTorch for `jobs`, (N, C, h, w) each, by passes.
+
+        All jobs are handed over at once, because the engine may run several at a time.
+        """
         device = jobs[0].device
         setting = setting or self.setting(c, device)
         reads = self.taken if engine_of(setting.engine).FLOAT32_ENDS else self.reads(c)
@@ -246,10 +248,10 @@ class Branches(PreparedNetworks):
         module, last = self.split(device)[0][c], setting.channels_last
         if self._formats.get(c) == last:
             return module
-        # Weights that are made here must serve outside of inference mode too.
+        # Weights that are made here must also be usable outside of inference mode.
         with torch.inference_mode(False), torch.no_grad():
             if c in self._formats and self.setting(c, device).channels_last != last:
-                # A copy, so that nothing changes but for the trial.
+                # A copy, so that nothing changes outside the trial.
                 if c not in self._others or self._others[c][0] is not module:
                     other = inference_copy(module)
                     self._others[c] = module, other.to(memory_format=setting.memory_format)  # type: ignore[call-overload]
@@ -259,21 +261,21 @@ class Branches(PreparedNetworks):
             return module.to(memory_format=setting.memory_format)  # type: ignore[call-overload]
 
     def largest(self, c: int, device: torch.device, shape: Shape | None = None) -> int:
-        """Patches that may pass together, of the router's own size unless told otherwise."""
+        """How many patches may pass together, by default of the router's own size."""
         height, width = shape or (self.size[2], self.size[3])
         each = self.pass_bytes(c, device) * height * width // (self.size[2] * self.size[3])
         return max(1, on_device(ACTIVATIONS, device) // max(each, 1))
 
     def _most_together(self, c: int, device: torch.device, setting: Setting, shape: Shape | None = None) -> int:
-        """Patches per pass that memory allows."""
+        """How many patches per pass memory allows."""
         return max(1, self.largest(c, device, shape) // (self._workers(c, device) if setting.parallel else 1))
 
     def batch_bytes(self, device: torch.device, region: float = 1.0) -> int:
-        """What the batch that takes most holds on its way through a branch, in whichever way it may run.
+        """The bytes that the largest batch holds on its way through a branch, in whichever way it runs.
 
         Args:
-            device: where.
-            region: the largest region, in patches, one of which every thread may run.
+            device: the device on which it runs.
+            region: the largest region, in patches. Every thread may run one.
         """
         passes = (
             (self.pass_bytes(c, device), self._most(c, device), self._workers(c, device)) for c in range(len(self.modules))
@@ -289,7 +291,9 @@ class Branches(PreparedNetworks):
 
 
 def even_parts(count: int, batch: int) -> list[int]:
-    """Sizes of the passes of `count` patches, at most `batch` each: even, so that the last is not left with a few, which
-    run at a fraction of the speed."""
+    """The sizes of the passes of `count` patches, at most `batch` each.
+
+    They are even, so that the last pass is not left with a few patches, which run at a fraction of the speed.
+    """
     passes = -(-count // batch)
     return [count // passes + (i < count % passes) for i in range(passes)]

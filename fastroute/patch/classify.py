@@ -1,4 +1,4 @@
-"""Class scores of every patch of an image, without extracting the patches where that is possible."""
+"""The class scores of every patch of an image, if possible without extracting the patches."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from fastroute.runtime.memory_plan import REARRANGED, pass_bytes
 from fastroute.runtime.rows import Source, TensorSource
 from fastroute.runtime.transfer import to_device
 
-# Cells per band of the image, one 960 pixels wide as a whole: what is read at once from a file, and shared by the threads.
+# Cells per band of the image, which is read from a file at once and shared by the threads: a whole image 960 pixels wide.
 CELLS_PER_BAND = {"cpu": 32768, "cuda": 1 << 20}
-# Bytes that a batch of extracted patches may take in a classifier: more leaves a CPU's caches, a GPU needs more to be busy.
+# Bytes that a batch of extracted patches may take in a classifier. More does not fit a CPU's caches; a GPU needs more work.
 BATCH_BYTES = {"cpu": 16 << 20, "cuda": 256 << 20}
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Class scores and what they cost.
+    """Class scores and their cost.
 
     Attributes:
-        score: (N, K) as the classifier gives them.
+        score: (N, K), the output of the classifier.
         flops: multiply-adds done, times two.
     """
 
@@ -41,17 +41,17 @@ class Scores:
 
 
 def classify_patches(classifier: nn.Module, image: Tensor | Source, grid: TileGrid) -> Scores:  # [B, C, H, W]
-    """Scores of all patches of `grid`.
+    """The scores of all patches of `grid`.
 
-    ClassSR's classifier is run once per 4 x 4 cell of the image instead of once per patch when patch and stride are
-    multiples of 4: the features of a cell are the same for every patch that covers it. The last convolution and the linear
-    layer commute with the average and become one product per patch. Patches off the cell grid, the shifted last row and
-    column when the image is not a multiple of 4 beyond a patch, are classified on their own. Any other classifier gets the
-    extracted patches in batches. Rows of the image are read from the top to the bottom, once or twice.
+    ClassSR's classifier runs once per 4 x 4 cell of the image instead of once per patch if patch and stride are multiples of 4,
+    because the features of a cell are the same for every patch that covers it. The last convolution and the linear layer
+    commute with the average and become one product per patch. Patches off the cell grid are classified on their own: those of
+    the shifted last row and column if the image is not a patch plus a multiple of 4 wide or high. Any other classifier gets
+    the extracted patches in batches. Rows of the image are read from top to bottom, once or twice.
 
     Args:
         classifier: maps patches (N, C, p, p) to scores (N, K).
-        image: (B, C, H, W), floating or uint8 / uint16; or where its rows come from.
+        image: (B, C, H, W), floating or uint8 / uint16, or the source of its rows.
         grid: where the patches lie.
 
     Raises:
@@ -83,7 +83,7 @@ def classify_patches(classifier: nn.Module, image: Tensor | Source, grid: TileGr
 
 
 def classifying_bytes(classifier: nn.Module, source: Source, grid: TileGrid) -> int:
-    """What :func:`classify_patches` holds at most beside the image and the scores."""
+    """The largest number of bytes that :func:`classify_patches` holds beside the image and the scores."""
     dtype = next((p.dtype for p in classifier.parameters()), torch.float32)
     if not cellwise(classifier, grid):
         size = (1, source.shape[1], grid.patch, grid.patch)
@@ -96,13 +96,13 @@ def classifying_bytes(classifier: nn.Module, source: Source, grid: TileGrid) -> 
     cols = -(-grid.width // cell)
     rows = max(1, on_device(CELLS_PER_BAND, source.device) // cols) + 2 * grid.patch // cell
     pixels = source.shape[1] * cell**2
-    # A band; what cell_mlp works on; the averaged rows of cells, joined to others.
+    # A band, the memory that cell_mlp works in, and the averaged rows of cells, joined to others.
     held = dtype.itemsize * (rows * cols * pixels + 2 * rows * grid.cols * hidden)
     return held + plain_bytes(cols, pixels, hidden, dtype, source.device)
 
 
 def patches_per_batch(classifier: nn.Module, size: tuple[int, ...], device: torch.device) -> int:
-    """Extracted patches of `size`, (1, C, p, p), that `classifier` is given at a time."""
+    """How many extracted patches of `size`, (1, C, p, p), `classifier` gets at a time."""
     return max(1, on_device(BATCH_BYTES, device) // _patch_bytes(classifier, size))
 
 
@@ -113,13 +113,13 @@ def cellwise(classifier: nn.Module, grid: TileGrid) -> bool:
 
 
 def _has_cells(classifier: nn.Module, patch: int) -> TypeGuard[PatchClassifier]:
-    """Whether a patch of this size is a mean over cells to `classifier`."""
-    # A subclass may have a forward of its own.
+    """Whether `classifier` computes a mean over cells for a patch of this size."""
+    # A subclass may override forward.
     return type(classifier) is PatchClassifier and patch % classifier.CELL == 0
 
 
 class _Layers:
-    """The layers of a PatchClassifier: those that run per cell, and the last two, which follow the average, as one."""
+    """The layers of a PatchClassifier that run per cell, and its last two layers, which follow the average, as a single one."""
 
     def __init__(self, classifier: PatchClassifier) -> None:
         *inner, last = (layer for layer in classifier.CondNet if isinstance(layer, nn.Conv2d))
@@ -131,7 +131,7 @@ class _Layers:
         self.per_patch = self.weight.numel()
 
     def score(self, patches: Tensor) -> Tensor:  # [n, C, p, p] -> [n, K]
-        """Of patches one by one."""
+        """The scores of patches that are classified one by one."""
         rows = cell_mlp(patches, self.inner, PatchClassifier.CELL, patches.shape[-1] // PatchClassifier.CELL, 1)
         return torch.softmax(torch.addmm(self.bias, rows[:, :, 0].mean(dim=1), self.weight.t()), dim=-1)
 
@@ -157,17 +157,17 @@ def _by_cell(
             held = torch.cat([held, means]) if len(held) else means
             while row < len(rows) and row_cells[row] + span <= bottom:
                 average = held[row_cells[row] - begin :][:span].mean(dim=0)
-                # One tile row after the other: the numbers do not depend on how many rows the image has.
+                # Tile rows are computed one after the other, so that the numbers do not depend on how many rows the image has.
                 torch.addmm(layers.bias, average, layers.weight.t(), out=logits[b, row])
                 row += 1
             if row < len(rows):
                 held, begin = held[row_cells[row] - begin :], row_cells[row]
-    # The averages are counted as the product that stands for them.
+    # The averages are counted as the product that computes them.
     products = height * width * layers.per_cell + len(rows) * len(cols) * layers.per_patch
     return torch.softmax(logits, dim=-1), 2 * batch * products
 
 
-# By the size of an input: counting takes longer than classifying.
+# Kept by the size of an input, because counting takes longer than classifying.
 _FLOPS: WeakKeyDictionary[nn.Module, dict[tuple[int, ...], int]] = WeakKeyDictionary()
 _BYTES: WeakKeyDictionary[nn.Module, dict[tuple[int, ...], int]] = WeakKeyDictionary()
 
@@ -191,14 +191,14 @@ def _patch_bytes(classifier: nn.Module, size: tuple[int, ...]) -> int:
 
 
 def score_patches(classifier: nn.Module, patches: Tensor) -> Tensor:  # [n, C, p, p] -> [n, K]
-    """Scores of patches one by one; ClassSR's classifier by its cells."""
+    """The scores of single patches; ClassSR's classifier computes them by cells."""
     if _has_cells(classifier, patches.shape[-1]):
         return _Layers(classifier).score(patches)
     return classifier(patches)
 
 
 def _by_patch(classifier: nn.Module, source: Source, grid: TileGrid, numbers: Tensor, places: Tensor) -> Scores:  # [n], [n]
-    """Scores of the patches `numbers`, which rise, on the CPU; `places` are the same on the source's device."""
+    """The scores of the patches `numbers`, ascending and on the CPU. `places` are the same numbers on the source's device."""
     dtype = next((p.dtype for p in classifier.parameters()), torch.float32)
     size = (1, source.shape[1], grid.patch, grid.patch)
     pieces: list[Tensor] = []
@@ -215,6 +215,6 @@ def _by_patch(classifier: nn.Module, source: Source, grid: TileGrid, numbers: Te
         pieces.append(piece)
     flops = _patch_flops(classifier, size) * numbers.shape[0]
     if not pieces:
-        # No patch: one throw-away patch tells the number of classes.
+        # Without any patch, a dummy patch shows the number of classes.
         return Scores(classifier(torch.zeros(size, dtype=dtype, device=source.device))[:0], 0)
     return Scores(torch.cat(pieces), flops)

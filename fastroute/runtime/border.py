@@ -1,7 +1,7 @@
-"""What networks see beyond the edge of an image: nothing, as most were trained, or its edge repeated.
+"""What networks see beyond the edge of an image: zeros, as most were trained, or the repeated edge.
 
-Networks pad with zeros, which makes a flat white image up to 11 levels darker along its border. Repeating the edge first takes
-that away. Photographs lose a hundredth of a decibel by it, since the networks learned to see their border, and some time.
+Networks pad with zeros, which makes a flat white image up to 11 levels darker along its border. Repeating the edge first avoids
+this. It costs photographs a hundredth of a decibel, because the networks learned to recognise the border, and some time.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from fastroute.runtime.results import Upscaled
 
 ZERO, EDGE = "zero", "edge"
 BORDERS = (ZERO, EDGE)
-# Input pixels by which an image is continued: about what the networks see around a pixel.
+# Input pixels by which an image is extended: about as many as the networks see around a pixel.
 MARGIN = 4
 
 
 def check_border(op: str, border: str) -> str:
-    """`border`, if it is known.
+    """Return `border` if it is a known one.
 
     Raises:
-        ValueError: it is not.
+        ValueError: it is unknown.
     """
     if border not in BORDERS:
         raise ValueError(f"{op}: border must be one of {', '.join(BORDERS)}; got {border!r}")
@@ -33,7 +33,7 @@ def check_border(op: str, border: str) -> str:
 
 
 def refuse_edge(op: str, router: Any) -> None:
-    """Raise a ValueError if `router` continues images by their edge, which `op` cannot."""
+    """Raise a ValueError if `router` repeats the edge of images, which `op` cannot do."""
     if router.border == EDGE:
         raise ValueError(f"{op}: a router with border='edge' needs the whole image in one call of upscale; load it with 'zero'")
 
@@ -45,7 +45,7 @@ def continued(image: Tensor) -> Tensor:  # [..., H, W] -> [..., H + 2 * MARGIN, 
 
 
 def cut(result: Upscaled, scale: int, per_pixel: bool) -> Upscaled:
-    """What belongs to the image itself; a class map of patches remains that of the continued image."""
+    """Crop a result to the image itself. A class map of patches remains that of the extended image."""
     inner = slice(MARGIN * scale, -MARGIN * scale)
     # Results are ordinary tensors.
     with torch.inference_mode(False), torch.no_grad():
@@ -57,6 +57,6 @@ def cut(result: Upscaled, scale: int, per_pixel: bool) -> Upscaled:
 
 
 def shown_continued(image: Tensor, scale: int) -> Tensor:  # [3, H, W] uint8 -> with its edge repeated
-    """A result as its continued image would show it, for the picture of its classes."""
+    """The result extended like its input was, for the picture of its classes."""
     margin = MARGIN * scale
     return F.pad(image[None].float(), (margin,) * 4, mode="replicate")[0].to(image.dtype)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastroute.ops import _checks as check
 
-# Calls before the capture: libraries choose their kernels and allocate, Triton compiles.
+# Calls before the capture, in which libraries choose their kernels and allocate, and Triton compiles.
 WARMUP = 3
 
 
@@ -19,20 +19,20 @@ class CudaGraph:
 
     The function must not wait for the device, and neither its shapes nor what it does may depend on values:
     :class:`fastroute.FixedPatchRouter`, :class:`fastroute.FixedPixelRouter`, or a function of operators whose documentation
-    calls them safe. It is called three times on a stream of its own, then captured. What it reads beside its arguments, such
-    as weights, is read again in every call, where it was: change it in place or not at all.
+    calls them safe. It is called three times on a stream of its own, then captured. Whatever else it reads, such as weights, is
+    read from the same memory in every call: change it in place or not at all.
 
     Args:
-        function: of tensors, returns tensors or a tuple of them.
-        examples: its arguments, on one GPU; later ones have their shapes, strides aside, and dtypes.
+        function: takes tensors and returns a tensor or a tuple of tensors.
+        examples: its arguments, on one GPU. Later arguments must have the same shapes and dtypes; strides may differ.
 
     Attributes:
-        inputs: what the graph reads: write into them yourself, and :meth:`replay`, to spare a copy.
-        outputs: what it writes.
+        inputs: the tensors that the graph reads. To avoid a copy, write into them yourself and call :meth:`replay`.
+        outputs: the tensors that it writes.
 
     Raises:
-        ValueError: no examples, or not all on one GPU.
-        RuntimeError: something in the function waits, or cannot be captured.
+        ValueError: there are no examples, or they are not all on one GPU.
+        RuntimeError: something in the function waits for the device or cannot be captured.
 
     Example:
         >>> graph = fastroute.CudaGraph(fixed, frame)
@@ -50,7 +50,7 @@ class CudaGraph:
                     function(*self.inputs)
             torch.cuda.current_stream(device).wait_stream(stream)
             self.graph = torch.cuda.CUDAGraph()
-            # Libraries that warmed up on this stream find their workspaces there.
+            # Libraries find the workspaces that they set up on this stream.
             with torch.cuda.graph(self.graph, stream=stream):
                 self.outputs = function(*self.inputs)
 
@@ -58,14 +58,14 @@ class CudaGraph:
         """Copy the arguments and replay, on the current stream.
 
         Args:
-            arguments: as the examples; on the GPU or on the host. One in pinned memory is copied when its turn comes: leave
-                it as it is until then.
+            arguments: like the examples, on the GPU or on the host. An argument in pinned memory is copied asynchronously: do
+                not change it until the copy is done.
 
         Returns:
-            `outputs`: the same tensors every time, which the next call overwrites. Clone what is to stay.
+            `outputs`: the same tensors every time, which the next call overwrites. Clone what you want to keep.
 
         Raises:
-            ValueError, TypeError: another number of arguments, shape or dtype. Nothing has been copied then.
+            ValueError, TypeError: the number of arguments, a shape or a dtype differs. Nothing has been copied then.
         """
         op = "CudaGraph"
         if len(arguments) != len(self.inputs):
@@ -81,13 +81,13 @@ class CudaGraph:
         return self.replay()
 
     def replay(self) -> Any:
-        """Run on what `inputs` hold; returns `outputs`."""
+        """Run on the content of `inputs` and return `outputs`."""
         self.graph.replay()
         return self.outputs
 
 
 def common_gpu(examples: Sequence[Tensor]) -> torch.device:
-    """Where all of them are.
+    """The GPU that holds all `examples`.
 
     Raises:
         ValueError: see :class:`CudaGraph`.

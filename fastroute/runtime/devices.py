@@ -1,4 +1,4 @@
-"""What differs between kinds of devices: sizes that stay near the caches of a CPU leave a GPU idle."""
+"""Constants that differ between kinds of devices: sizes that fit the caches of a CPU leave a GPU idle."""
 
 from __future__ import annotations
 
@@ -11,5 +11,5 @@ T = TypeVar("T")
 
 
 def on_device(table: Mapping[str, T], device: torch.device) -> T:
-    """The entry of `table` for the kind of `device`; a kind that has none is taken for a CPU."""
+    """The entry of `table` for the kind of `device`. Kinds without an entry are treated like a CPU."""
     return table.get(device.type, table["cpu"])

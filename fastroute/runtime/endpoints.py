@@ -1,8 +1,8 @@
 """The two ends of an upscale, for both routers: where rows come from and where they go.
 
-An image in memory on the router's device is read and written in place. Any other passes in bands: a thread writes a band while
-the next one is computed, and a GPU copies beside its kernels. The rows that are computed together are the same in either case,
-and so are the results, bit for bit.
+An image in memory on the router's device is read and written in place. Any other image passes through in bands: a thread writes
+one band while the next is computed, and a GPU copies while its kernels run. The same rows are computed together in either case,
+so the results are the same, bit for bit.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from fastroute.runtime.sinks import BandSink, Sink, TensorSink
 
 @dataclass(frozen=True)
 class Endpoints:
-    """See the module.
+    """The source and the destination of one call.
 
     Attributes:
         source: where the rows come from.
-        make_sink: where bands of so many output rows go.
-        in_place: input and output are worked on where they lie.
-        step: output rows that are written together.
+        make_sink: makes the destination for bands of a given number of output rows.
+        in_place: whether input and output are read and written where they lie.
+        step: number of output rows that are written together.
     """
 
     source: Source
@@ -39,7 +39,7 @@ class Endpoints:
 
     @contextmanager
     def opened(self, rows_in: int, rows_out: int) -> Iterator[Sink]:
-        """The sink, for bands of so many rows of input and output; all is written when the block ends."""
+        """The sink, for bands of a given number of input and output rows. Everything is written when the block ends."""
         self.source.step = rows_in
         sink = self.make_sink(rows_out)
         try:
@@ -58,7 +58,7 @@ def in_memory(images: Tensor, output: Tensor, device: torch.device) -> Endpoints
 
 
 def in_bands(images: Tensor, output: Tensor, device: torch.device) -> Endpoints:  # [B, C, h, w], [B, C, H, W]
-    """Images and results on the host, of which bands go to `device` and come back."""
+    """Images and results on the host; their bands are copied to `device` and back."""
 
     def store(span: Span, top: int, band: Tensor) -> None:
         output[span[0] : span[1], :, top : top + band.shape[2]] = band
@@ -80,10 +80,10 @@ def streamed(reader: Reader, writer: Writer, size: tuple[int, int], device: torc
 
 
 def output_like(op: str, images: Tensor, size: tuple[int, ...]) -> Tensor:
-    """Uninitialised memory for a result: an ordinary tensor, which may be changed in place, where `images` are.
+    """Uninitialised memory for a result on the device of `images`: an ordinary tensor, which may be changed in place.
 
     Raises:
-        MemoryError, torch.OutOfMemoryError: there is not so much.
+        MemoryError, torch.OutOfMemoryError: there is not enough memory.
     """
     try:
         with torch.inference_mode(False):
@@ -100,6 +100,6 @@ def output_like(op: str, images: Tensor, size: tuple[int, ...]) -> Tensor:
 
 
 def home(image: object, device: torch.device) -> torch.device:
-    """Where an image for a router on `device` may lie: there or on the host."""
+    """The devices on which an image for a router on `device` may lie: that device or the host."""
     on_host = isinstance(image, Tensor) and image.device.type == "cpu"
     return torch.device("cpu") if on_host else device

@@ -1,4 +1,4 @@
-"""What the routers of fixed sizes have in common: what they give, and what they take."""
+"""Arguments and results that the routers of fixed sizes have in common."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from fastroute.ops import _checks as check
 
 
 class FixedUpscaled(NamedTuple):
-    """What an upscale at a fixed size gives; all tensors, on the device, which may still be at work on them.
+    """The result of an upscale at a fixed size: tensors on the device, which may still be computing them.
 
     Attributes:
         image: like the input: rank, dtype and device; `scale` times as high and wide.
         class_map: the branch of every patch, int64 (B, rows, cols), or of every pixel, uint8 (B, H, W); without B for an
             unbatched input.
-        overflow: int64 (K,), patches of each class that found no slot of it and ran in another branch; 0 for pixels.
+        overflow: int64 (K,), patches of each class that found no slot of their class and ran in another branch; 0 for pixels.
     """
 
     image: Tensor
@@ -29,10 +29,10 @@ class FixedUpscaled(NamedTuple):
 
 
 def check_shape(op: str, shape: Sequence[int], channels: int) -> tuple[int, ...]:
-    """`shape` of images that are to come.
+    """The shape of the images to come, once it has been checked.
 
     Raises:
-        ValueError: neither (B, C, H, W) nor (C, H, W), other channels, or a side of 0.
+        ValueError: `shape` is neither (B, C, H, W) nor (C, H, W), has another number of channels, or has a side of 0.
     """
     sizes = tuple(whole(op, "shape", n, LARGEST_IMAGE, least=0) for n in shape)
     if math.prod(sizes) > LARGEST_IMAGE >> 8:
@@ -46,8 +46,8 @@ def check_fixed(op: str, image: Tensor, shape: tuple[int, ...], dtype: torch.dty
     """`image` as a batch (B, C, H, W).
 
     Raises:
-        ValueError: another shape or device than it was made for.
-        TypeError: another dtype, or no tensor.
+        ValueError: `image` has another shape or device than the upscaler was made for.
+        TypeError: `image` has another dtype or is not a tensor.
     """
     check.tensor(op, "image", image)
     if tuple(image.shape) != shape or image.dtype != dtype or image.device != device:

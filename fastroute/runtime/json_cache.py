@@ -17,23 +17,23 @@ from fastroute import io
 
 logger = logging.getLogger("fastroute")
 
-# A file of more bytes was not written here; the oldest entries beyond this number go.
+# A file of more bytes was not written by this package. The oldest entries beyond this number are dropped.
 LARGEST_FILE, MOST_ENTRIES = 16 << 20, 16384
-# Levels of lists and dictionaries within an entry.
+# Levels of nested lists and dictionaries in an entry.
 DEEPEST = 8
-# Seconds to wait for other processes, each of which holds the lock for milliseconds, and between two tries.
+# Seconds to wait for other processes, each of which holds the lock for milliseconds, and seconds between two attempts.
 PATIENCE, PAUSE = 10.0, 0.005
 
-# Files that were complained of.
+# Files that a warning has named already.
 _warned: set[Path] = set()
 
 
 class JsonCache:
-    """The file `name` in the cache folder: entries, dictionaries, by key.
+    """The file `name` in the cache folder, which maps keys to entries, each a dictionary.
 
-    A cache can always be measured again, so nothing that is wrong with it is an error. A file that cannot be read, that is
-    no regular file or holds something else is taken for an empty one, with one warning in a process. A file is only ever
-    replaced as a whole, so readers need no lock; writers take one, since each adds to what the others have written.
+    The content of a cache can always be measured again, so nothing that is wrong with it is an error. A file that cannot be
+    read, is not a regular file or holds something else counts as empty, with one warning per process. A file is only ever
+    replaced as a whole, so readers need no lock. Writers take one, because each adds to what the others have written.
     """
 
     def __init__(self, name: str) -> None:
@@ -41,11 +41,11 @@ class JsonCache:
 
     @property
     def path(self) -> Path:
-        """Where the file lies now: in FASTROUTE_CACHE, or the user's cache folder."""
+        """The path of the file now: in FASTROUTE_CACHE, or in the user's cache folder."""
         return cache_folder() / self.name
 
     def read(self) -> dict[str, dict[str, Any]]:
-        """All entries; their content is whatever the file says."""
+        """All entries. Their content has not been checked."""
         path = self.path
         try:
             table = json.loads(_text(path))
@@ -58,7 +58,7 @@ class JsonCache:
         return {key: entry for key, entry in table.items() if isinstance(entry, dict) and _is_shallow(entry, DEEPEST)}
 
     def remember(self, key: str, entry: Mapping[str, Any]) -> bool:
-        """Add `entry`, or replace the one of that key; whether the file holds it now."""
+        """Add `entry` or replace the one under `key`. Returns whether the file holds it now."""
         path = self.path
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -70,7 +70,7 @@ class JsonCache:
                 text = json.dumps(latest, indent=1)
                 io.write_atomically(path, lambda file: file.write(text.encode()), follow=False)
         except (OSError, NotImplementedError) as error:
-            # A read-only home costs a second of measuring next time, nothing else.
+            # A read-only home only costs a second of measuring next time.
             logger.info("not remembered in %s: %s", path, error)
             return False
         return True
@@ -79,15 +79,15 @@ class JsonCache:
     def _ignored(path: Path, reason: str) -> dict[str, dict[str, Any]]:
         if path not in _warned:
             _warned.add(path)
-            logger.warning("ignoring the measurements in %s, which are made anew: %s", path, reason)
+            logger.warning("ignoring the measurements in %s, which will be repeated: %s", path, reason)
         return {}
 
 
 def cache_folder() -> Path:
-    """Where measurements are remembered: FASTROUTE_CACHE, or the user's cache folder, or without a home a temporary one."""
+    """The folder for measurements: FASTROUTE_CACHE, the user's cache folder or, without a home, a temporary folder."""
     if folder := os.environ.get("FASTROUTE_CACHE"):
         return Path(folder)
-    # As its specification says, what is no absolute path counts for nothing.
+    # Its specification says that a relative path is to be ignored.
     for folder in (os.environ.get("XDG_CACHE_HOME", ""), os.path.expanduser("~/.cache")):
         if os.path.isabs(folder):
             return Path(folder) / "fastroute"
@@ -98,15 +98,15 @@ def _text(path: Path) -> str:
     """The text of a regular file.
 
     Raises:
-        OSError: there is none, it cannot be read, or something else has its name: a pipe or a device may have no end.
-        ValueError: too large, or no text.
+        OSError: the file does not exist, cannot be read, or is not a regular file: a pipe or a device may never end.
+        ValueError: the file is too large or is not text.
     """
     # Opening a pipe would otherwise wait for its other end.
     handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
     with os.fdopen(handle, "rb") as file:
         status = os.fstat(handle)
         if not stat.S_ISREG(status.st_mode):
-            raise OSError("it is no regular file")
+            raise OSError("it is not a regular file")
         content = file.read(LARGEST_FILE + 1)
     if len(content) > LARGEST_FILE:
         raise ValueError(f"it has more than {LARGEST_FILE >> 20} MiB")
@@ -114,7 +114,7 @@ def _text(path: Path) -> str:
 
 
 def _is_shallow(value: object, levels: int) -> bool:
-    """Whether lists and dictionaries lie at most `levels` deep: what can be read must also be writable."""
+    """Whether lists and dictionaries are nested at most `levels` deep, so that what was read can also be written."""
     if not isinstance(value, (list, dict)):
         return True
     inner = value.values() if isinstance(value, dict) else value

@@ -16,15 +16,15 @@ from fastroute import buffers
 from fastroute.profiling import observed
 from fastroute.runtime.devices import on_device
 
-# What a band that is written may take at most: a higher one gains nothing.
+# Bytes that a band that is written may take at most. Higher bands gain nothing.
 BAND_BYTES = 32 << 20
-# Bytes; None for no limit; of streamed runs by default what suits the device.
+# In bytes, or None for no limit. By default, streamed runs have a limit that suits the device.
 Limit = int | None | Literal["auto"]
 AUTO: Literal["auto"] = "auto"
 DEFAULT_LIMIT = {"cpu": 512 << 20, "cuda": 8 << 30}
-# Bytes that a batch of patches may take in a branch: larger batches gain nothing on a CPU, a GPU needs more to be busy.
+# Bytes that a batch of patches may take in a branch. Larger batches gain nothing on a CPU; a GPU needs more work at a time.
 ACTIVATIONS = {"cpu": 256 << 20, "cuda": 2 << 30}
-# Libraries rearrange tensors for their kernels: a pass takes up to this many times its live tensors.
+# Libraries rearrange tensors for their kernels, so a pass takes up to this many times the bytes of its live tensors.
 REARRANGED = 2
 
 
@@ -34,9 +34,9 @@ class WorkingSet:
 
     Attributes:
         fixed: bytes that do not depend on the height of the bands in which rows are read and written.
-        row: bytes per output row of such a band; 0 where input and output are worked on in place.
-        block: output rows of the lowest band.
-        height: output rows in all.
+        row: bytes per output row of such a band; 0 where input and output are read and written in place.
+        block: output rows of the lowest possible band.
+        height: number of output rows.
     """
 
     fixed: int
@@ -45,14 +45,14 @@ class WorkingSet:
     height: int = 1
 
     def bytes(self, rows: int) -> int:
-        """With bands of `rows` output rows."""
+        """The bytes held with bands of `rows` output rows."""
         return self.fixed + self.row * max(rows, self.block)
 
     def rows(self, limit: int | None, op: str = "upscale") -> int:
-        """Output rows of a band within `limit` bytes.
+        """The number of output rows of a band within `limit` bytes.
 
         Raises:
-            ValueError: even the lowest band does not fit; says what would.
+            ValueError: even the lowest band does not fit. The message says which limit would.
         """
         least = self.bytes(self.block)
         if limit is not None and limit < least:
@@ -65,16 +65,16 @@ class WorkingSet:
 
 def limit_on(device: torch.device, limit: Limit) -> int | None:
     """`limit` in bytes, or None for no limit."""
-    # Anything else is for `check_limit` to judge.
+    # `check_limit` judges anything else.
     return on_device(DEFAULT_LIMIT, device) if isinstance(limit, str) and limit == AUTO else limit
 
 
 def check_limit(op: str, limit: int | None) -> None:
-    """`limit` is a number of bytes.
+    """Check that `limit` is a positive number of bytes.
 
     Raises:
-        TypeError: it is none.
-        ValueError: it is not positive.
+        TypeError: `limit` is not a whole number.
+        ValueError: `limit` is not positive.
     """
     if limit is None:
         return
@@ -86,16 +86,16 @@ def check_limit(op: str, limit: int | None) -> None:
 
 @contextmanager
 def advised(op: str, device: torch.device, used: int, streamed: Callable[[], WorkingSet], in_place: bool) -> Iterator[None]:
-    """Out of memory within the block is raised anew with the limit that would fit.
+    """Add the limit that would fit to the message when the block runs out of memory.
 
     Args:
-        op: what the user called.
-        device: where it runs.
-        used: bytes of its working set.
+        op: the function that the user called.
+        device: the device of the run.
+        used: bytes of the working set of the run.
         streamed: the working set of a streamed run.
-        in_place: the run holds input and output where it works on them, which a streamed one does not.
+        in_place: whether the run holds all of its input and output, which a streamed one does not.
     """
-    # A GPU is asked for what is free when that is told; then the run has taken some of it.
+    # The free memory of a GPU is read when the message is written, by when the run has taken some of it.
     on_gpu = device.type == "cuda"
     held, free = (torch.cuda.memory_allocated(device), 0) if on_gpu else (0, buffers.available(device, enough=2 * used))
     try:
@@ -119,16 +119,16 @@ def advised(op: str, device: torch.device, used: int, streamed: Callable[[], Wor
 
 
 def pass_bytes(module: nn.Module, size: Sequence[int], dtype: torch.dtype) -> int:
-    """Most bytes of tensors alive at a time while `module` runs over an input of `size`, without running it."""
+    """The largest number of bytes alive at a time while `module` processes an input of `size`, found without running it."""
     return observed(module, size, dtype, LiveBytes).most
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of tensors that operators give, as long as anybody holds them.
+    """Counts the bytes of the tensors that operators return for as long as anybody holds them.
 
     Attributes:
-        now, most: bytes alive, and most at a time.
-        marked: most bytes alive at a call of `mark`.
+        now, most: bytes alive now, and the maximum so far.
+        marked: the largest number of bytes alive at a call of `mark`.
     """
 
     def __init__(self) -> None:
@@ -137,7 +137,7 @@ class LiveBytes(TorchDispatchMode):
         self.now = self.most = self.marked = 0
 
     def mark(self) -> None:
-        """Note what is alive now."""
+        """Record the number of bytes alive now."""
         self.marked = max(self.marked, self.now)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -149,12 +149,12 @@ class LiveBytes(TorchDispatchMode):
         return result
 
     def _add(self, x: Tensor) -> None:
-        """Count `x` until it is gone."""
+        """Count `x` until it is freed."""
         if x.layout == torch.strided:
             storage = x.untyped_storage()
             key, size = storage._cdata, storage.nbytes()
         else:
-            # What a library has packed, as frozen TorchScript gives it, shows no storage.
+            # Tensors that a library has packed, as frozen TorchScript returns them, show no storage.
             key, size = id(x), x.numel() * x.element_size()
         if key not in self.holders:
             self.holders[key] = 0

@@ -1,4 +1,4 @@
-"""How far a call is: a bar on the terminal, or a function of the caller's, which may also end the call by raising."""
+"""Progress of a call: a bar on the terminal, or a function of the caller's, which can also end the call by raising."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from typing import Protocol
 
 from tqdm import tqdm
 
-# True shows a bar. A function is given how much is done and how much there is, in patches, bands or files; what it raises
-# ends the call, which leaves nothing half done.
+# True shows a bar. A function is called with how much is done and how much there is, in patches, bands or files. If it raises,
+# the call ends and leaves nothing half done.
 Progress = bool | Callable[[int, int], object]
 
 
 class Bar(Protocol):
-    """What is told of every step."""
+    """The object that is notified of every step."""
 
     def update(self, n: int = 1) -> object:
-        """`n` more are done."""
+        """Report that `n` more steps are done."""
 
 
 class Calls:
-    """Calls a function with what is done so far and the total."""
+    """Calls a function with the number of steps done so far and the total."""
 
     def __init__(self, function: Callable[[int, int], object], total: int) -> None:
         self.function, self.total, self.done = function, total, 0
@@ -34,7 +34,7 @@ class Calls:
 
 @contextmanager
 def shown(progress: Progress, total: int, unit: str, desc: str = "upscale") -> Iterator[Bar]:
-    """A bar for `total` steps, or calls of the function that `progress` is."""
+    """A bar for `total` steps or, if `progress` is a function, an object that calls it."""
     if callable(progress):
         yield Calls(progress, total)
         return

@@ -1,4 +1,4 @@
-"""Where a streamed image comes from and goes to: two small protocols, and the arrays that fit them at once."""
+"""The source and the destination of a streamed image: two small protocols, and adapters for arrays."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Reader(Protocol):
 
     Attributes:
         shape: (C, H, W).
-        dtype: of what `read` gives: floating in [0, 1], which nobody checks, uint8 or uint16.
+        dtype: type of the pixels that `read` returns: uint8, uint16, or floating in [0, 1], which is not checked.
     """
 
     @property
@@ -25,26 +25,27 @@ class Reader(Protocol):
     def dtype(self) -> torch.dtype: ...  # noqa: D102
 
     def read(self, y0: int, y1: int, x0: int, x1: int) -> Tensor:  # [C, y1 - y0, x1 - x0]
-        """The pixels of rows y0 to y1 and columns x0 to x1, the last ones excluded."""
+        """The pixels of rows y0 to y1 and columns x0 to x1, excluding y1 and x1."""
 
 
 @runtime_checkable
 class Writer(Protocol):
-    """An image that is written in bands of rows from top to bottom, by one thread that is not the caller's.
+    """An image that is written in bands of rows from top to bottom, by a single thread other than the caller's.
 
-    An attribute `row_step` asks for bands that begin and, but for the last, end at a multiple of it: the height of a tile.
+    An attribute `row_step`, such as the height of a tile, requests bands that begin and end at a multiple of it, except for the
+    end of the last one.
     """
 
     def write(self, y: int, x: int, pixels: Tensor) -> None:  # [C, h, w]
-        """Keep `pixels`, on the CPU, whose top left corner lies at (y, x); they change after the call."""
+        """Store `pixels`, on the CPU, with their top left corner at (y, x). The tensor is overwritten after the call."""
 
 
 class ArrayReader:
-    """A NumPy or zarr array, a memory map, or whatever is indexed like them, as a :class:`Reader`.
+    """A NumPy or zarr array, a memory map, or anything indexed like them, as a :class:`Reader`.
 
     Args:
         array: (H, W, C), (H, W), or with `channels_first` (C, H, W); anything with a shape, a dtype and slices.
-        channels_first: the order of its dimensions.
+        channels_first: whether the channels are the first dimension.
     """
 
     def __init__(self, array: Any, channels_first: bool = False) -> None:
@@ -68,12 +69,12 @@ class ArrayReader:
 
 
 class ArrayWriter:
-    """Slices of a NumPy or zarr array or a memory map as a :class:`Writer`.
+    """A NumPy or zarr array or a memory map as a :class:`Writer`.
 
     Args:
         array: (H, W, C), (H, W), or with `channels_first` (C, H, W).
-        channels_first: the order of its dimensions.
-        row_step: rows that are stored together, such as the height of a zarr array's chunks.
+        channels_first: whether the channels are the first dimension.
+        row_step: number of rows that are stored together, such as the height of a zarr array's chunks.
     """
 
     def __init__(self, array: Any, channels_first: bool = False, row_step: int = 1) -> None:
@@ -91,11 +92,11 @@ class ArrayWriter:
 
 
 def check_reader(op: str, reader: Reader, channels: int, dtypes: tuple[torch.dtype, ...]) -> None:
-    """`reader` gives images that a router takes.
+    """Check that `reader` has images that a router takes.
 
     Raises:
-        TypeError: it lacks a part of :class:`Reader`, or its dtype is another.
-        ValueError: another number of channels, or no pixel.
+        TypeError: `reader` lacks a part of :class:`Reader`, or has an unsupported dtype.
+        ValueError: the image has another number of channels or no pixel.
     """
     if not isinstance(reader, Reader):
         raise TypeError(f"{op}: reader must have shape, dtype and read(y0, y1, x0, x1); got {type(reader).__name__}")

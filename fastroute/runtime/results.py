@@ -1,4 +1,4 @@
-"""What a routed upscale returns, and how its time is taken."""
+"""The result of a routed upscale, and how its time is measured."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from fastroute.profiling import RoutedFlops
 
 @dataclass(frozen=True)
 class RoutingStats:
-    """What was done for one call of `upscale`.
+    """Statistics of one call of `upscale`.
 
     Attributes:
         counts_per_class: number of patches that went through each branch, cheapest first.
-        work_per_class: LR pixels that each branch ran on, in patches: less than `counts_per_class` where neighbouring patches
-            ran as one region, whose overlaps are then computed once. None for a router of pixels.
-        flops: true convention: multiply-adds done, classifier included, times two.
-        paper_flops: the papers' convention; they leave the classifier out.
-        seconds: wall time of each stage: classify, assign, extract, branches, stitch; and total. A stage "tune" is 0: how
-            branches run fastest is found by their own work, and an engine prepares them when it is asked for. Where the last
-            layers of the branches are computed while their patches are stitched, the time of the threads that do so is divided
-            between the two. On a GPU a stage is the time that the device took for it; in the rest of the total it waited for
-            the host.
-        working_set: bytes held at most beside the image and the result, or for a streamed run beside nothing: a model of
-            what is allocated, without the program itself.
+        work_per_class: area that each branch ran on, in patches. It is less than `counts_per_class` where neighbouring patches
+            ran as one region, whose overlaps are computed once. None for a router of pixels.
+        flops: FLOPs in the true convention: multiply-adds done, classifier included, times two.
+        paper_flops: FLOPs in the papers' convention, which leaves the classifier out.
+        seconds: wall time of each stage (classify, assign, extract, branches, stitch) and the total. The stage "tune" is always
+            0: calls find out how branches run fastest on their own work, and an engine prepares them when it is requested.
+            Where the last layers of the branches are computed while their patches are stitched, the time of the threads is
+            divided between the two stages. On a GPU a stage is the time that the device took for it; during the rest of the
+            total the device waited for the host.
+        working_set: the largest number of bytes held beside the image and the result; for a streamed run, the largest number
+            held at all. It is a model of what is allocated, without the program itself.
     """
 
     counts_per_class: list[int]
@@ -41,7 +41,7 @@ class RoutingStats:
 
     @property
     def overhead(self) -> float:
-        """Share of the time spent on anything but networks (classifier and branches)."""
+        """The share of the time that is spent outside the networks (classifier and branches)."""
         networks = self.seconds["classify"] + self.seconds["branches"]
         return 1 - networks / (self.seconds["total"] - self.seconds["tune"])
 
@@ -59,10 +59,10 @@ class RoutingStats:
 
 @dataclass(frozen=True)
 class Upscaled:
-    """A super-resolved image and how it came about.
+    """A super-resolved image, its class map and statistics.
 
     Attributes:
-        image: like the input: rank, dtype and device; `scale` times as high and wide.
+        image: the result, with the rank, dtype and device of the input and `scale` times its height and width.
         class_map: int64 (B, rows, cols), or (rows, cols) for an unbatched input: the branch of every patch, 0 the cheapest.
         stats: counts, FLOPs and times.
     """
@@ -79,7 +79,7 @@ class Upscaled:
 
 @dataclass(frozen=True)
 class Streamed:
-    """What a streamed upscale did; its image is where the writer put it.
+    """The class map and statistics of a streamed upscale. The image is wherever the writer put it.
 
     Attributes:
         class_map: int64 (rows, cols), the branch of every patch, 0 the cheapest; None for a router of pixels, whose map is
@@ -95,8 +95,8 @@ class Streamed:
 class Stopwatch:
     """Wall time by stage.
 
-    On a GPU a stage lasts from one event of the current stream to another, for which nobody waits: `seconds` and `parts` know
-    it from :meth:`finish` on.
+    On a GPU a stage lasts from one event of the current stream to another. Nothing waits for the events, so `seconds` and
+    `parts` include the stage only after :meth:`finish`.
     """
 
     device: torch.device
@@ -119,26 +119,26 @@ class Stopwatch:
 
     @contextmanager
     def waited(self, name: str) -> Iterator[None]:
-        """:meth:`stage` for what waits for the device anyway: its time is known when the block ends."""
+        """:meth:`stage` for a block that waits for the device anyway, so that its time is known when the block ends."""
         begin = self.elapsed()
         yield
         self._add(name, None, self.elapsed() - begin)
 
     def move(self, stage: str, to: str, seconds: Mapping[int, float]) -> None:
-        """Count `seconds` of `stage`, by class, as spent in stage `to`."""
+        """Move `seconds` per class from `stage` to the stage `to`."""
         for part, taken in seconds.items():
             self.seconds[stage] = self.seconds.get(stage, 0.0) - taken
             self.seconds[to] = self.seconds.get(to, 0.0) + taken
             self.parts[part] = self.parts.get(part, 0.0) + taken
 
     def elapsed(self) -> float:
-        """Seconds since the start, all that the device was given being done."""
+        """The seconds since the start, once the device has finished its work."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return time.perf_counter() - self.start
 
     def finish(self) -> dict[str, float]:
-        """All stages and the total."""
+        """The seconds of all stages, and the total."""
         total = self.elapsed()
         for name, part, begin, end in self.pending:
             self._add(name, part, begin.elapsed_time(end) / 1e3)

@@ -1,4 +1,4 @@
-"""What every router is: a frozen module that maps images to images."""
+"""The base class of all routers: a frozen module that maps images to images."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ if TYPE_CHECKING:
 
 
 class Router(FullPrecision, ABC):
-    """Super-resolution of whole images by several networks; what :class:`PatchRouter` and :class:`PixelRouter` have in common.
+    """Super-resolution of whole images by several networks: the base of :class:`PatchRouter` and :class:`PixelRouter`.
 
-    It is a module like any other: ``router(image)`` gives the upscaled image, `.to`, `.half`, `.bfloat16` and `.cuda` move its
-    networks to a device or to the type in which they compute, and `state_dict`, `copy.deepcopy` and `pickle` know their
-    weights. Images keep their own type. A router is for inference: its networks are frozen copies in evaluation mode, and
-    there are no gradients through it.
+    A router is a module like any other. ``router(image)`` returns the upscaled image; `.to`, `.half`, `.bfloat16` and `.cuda`
+    move its networks to a device or change the type in which they compute; `state_dict`, `copy.deepcopy` and `pickle` include
+    their weights. Images keep their own type. A router is for inference: its networks are frozen copies in evaluation mode, and
+    no gradients flow through it.
 
     Attributes:
         scale: upscaling factor.
-        channels: of the images.
+        channels: number of channels of the images.
         num_classes: number of classes, one per network or upsampler.
         border: what networks see beyond the edge of an image, "zero" or "edge".
-        dtype: in which the networks compute, but for those that would lose too much by it.
-        budget: of :meth:`forward`, as `upscale` takes it; None, the default, leaves the choice to the classifier.
+        dtype: type in which the networks compute, except for those that would lose too much quality.
+        budget: budget of :meth:`forward`, as `upscale` takes it. None, the default, leaves the choice to the classifier.
     """
 
     scale: float
@@ -51,31 +51,31 @@ class Router(FullPrecision, ABC):
 
     @property
     def device(self) -> torch.device:
-        """Where the networks are."""
+        """The device of the networks."""
         return self._place.device
 
     def forward(self, image: Tensor) -> Tensor:  # [B, C, H, W] or [C, H, W] -> [..., C, H * scale, W * scale]
-        """The image that :meth:`upscale` makes of `image`, within :attr:`budget`."""
+        """The upscaled image that :meth:`upscale` returns for `image` within :attr:`budget`."""
         return self.upscale(image, budget=self.budget).image
 
     @abstractmethod
     def upscale(self, image: Tensor, **options: Any) -> Upscaled:  # [B, C, H, W] or [C, H, W]
-        """Super-resolve an image or a batch of images; the options are keywords."""
+        """Super-resolve an image or a batch of images. All options are keywords."""
 
     @abstractmethod
     def stream(self, reader: Reader, writer: Writer, **options: Any) -> Streamed:
-        """Super-resolve an image that need not fit in memory, and neither need its result."""
+        """Super-resolve an image without holding it or its result in memory as a whole."""
 
     @abstractmethod
     def output_size(self, height: int, width: int, **options: Any) -> tuple[int, int]:
-        """Height and width of what an image of that size becomes."""
+        """Height and width of the result for an image of the given size."""
 
     @abstractmethod
     def compile(self, engine: str = ANY) -> Self:  # type: ignore[override]
         """Let another engine than PyTorch run the networks."""
 
     def train(self, mode: bool = True) -> Self:
-        """Sets `training` for whoever asks; the networks are frozen and stay in evaluation mode."""
+        """Set the flag `training`. The networks are frozen and stay in evaluation mode."""
         self.training = mode
         return self
 
@@ -92,18 +92,18 @@ class Router(FullPrecision, ABC):
         return self
 
     def _before_halving(self, dtype: torch.dtype) -> None:
-        """The weights are still exact, and will be made half next."""
+        """Called while the weights are still exact, before they are converted to a half type."""
 
     def _exact_in(self, dtype: torch.dtype) -> Iterable[Tensor]:
         """Weights and buffers that stay float32 in a router of `dtype`."""
         return ()
 
     def _moved(self) -> None:
-        """The networks have been moved or changed their type."""
+        """Called after the networks have moved or changed their type."""
 
 
 def _sparing(fn: Callable[[Tensor], Tensor], kept: Iterable[Tensor]) -> Callable[[Tensor], Tensor]:
-    """`fn`, which leaves those of `kept` in their type."""
+    """`fn`, except that tensors in `kept` keep their type."""
     spared = {id(x) for x in kept}
 
     def apply(x: Tensor) -> Tensor:

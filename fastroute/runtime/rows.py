@@ -16,12 +16,12 @@ Span = tuple[int, int]
 
 
 class Source(Protocol):
-    """Images that are read by rows, from the top to the bottom of one after the other; a step back starts anew.
+    """Images that are read by rows, one image after the other, each from top to bottom. A step back starts again.
 
     Attributes:
         shape: (B, C, H, W).
-        dtype, device: of the rows that it gives.
-        step: rows that are read at a time, about, where they are not in memory.
+        dtype, device: dtype and device of the rows that are returned.
+        step: approximate number of rows that are read at a time if they are not in memory.
     """
 
     shape: tuple[int, int, int, int]
@@ -30,7 +30,7 @@ class Source(Protocol):
     step: int
 
     def get(self, images: Span, rows: Span) -> Tensor:  # [images, C, rows, W]
-        """Those rows of those images, on `device`."""
+        """The requested rows of the requested images, on `device`."""
 
 
 class TensorSource:
@@ -46,11 +46,11 @@ class TensorSource:
 
 
 class ReaderSource:
-    """The image of a reader; the rows asked for last are kept.
+    """The image of a reader. The rows requested last are kept.
 
     Args:
-        reader: what is read.
-        device: where the rows are wanted.
+        reader: source of the image.
+        device: device to which the rows are copied.
     """
 
     def __init__(self, reader: Reader, device: torch.device) -> None:
@@ -84,16 +84,16 @@ class ReaderSource:
 
 
 class RowStream:
-    """Rows that are made from top to bottom, in chunks, when they are asked for.
+    """Rows that are made in chunks from top to bottom when they are requested.
 
-    Rows that are not released lie side by side in one buffer, in which they move up when it is full. Pieces that outlive the
-    tensors made between them would leave gaps in the heap that nothing else fits into.
+    Rows that are not released lie side by side in one buffer and move up when it is full. Separate tensors that outlive the
+    ones made between them would leave gaps in the heap that nothing else fits into.
 
     Args:
-        chunks: each some tensors (..., n, w) side by side, whose rows follow those of the chunk before.
-        whole: (..., H, W) to keep all rows in; without it, those that were released are let go.
-        end: rows that are in `whole` already.
-        room: rows that are held at a time, about, where `whole` is not given; a buffer that is too small is replaced.
+        chunks: yields one or several tensors (..., n, w) side by side, whose rows follow those of the chunk before.
+        whole: (..., H, W), a tensor in which all rows are kept. Without it, released rows are freed.
+        end: number of rows that are in `whole` already.
+        room: approximate number of rows held at a time without `whole`. A buffer that is too small is replaced.
     """
 
     def __init__(self, chunks: Iterable[Sequence[Tensor]], whole: Tensor | None = None, end: int = 0, room: int = 0) -> None:
@@ -103,14 +103,14 @@ class RowStream:
         self.begin = self.needed = 0  # row of the first one in the buffer, and of the first one that may be asked for
 
     def rows(self, begin: int, end: int) -> Tensor:  # [..., end - begin, w]
-        """Rows `begin` to `end`, the last one excluded; they may move when more are asked for."""
+        """Rows `begin` to `end`, excluding `end`. They may move when more rows are requested."""
         while self.end < end:
             self._add(next(self.chunks))
         assert self.buffer is not None
         return self.buffer[..., begin - self.begin : end - self.begin, :]
 
     def release(self, before: int) -> None:
-        """Rows before `before` are not asked for any more."""
+        """Release the rows before `before`, which will not be requested any more."""
         self.needed = max(self.needed, before)
 
     def _add(self, chunk: Sequence[Tensor]) -> None:
@@ -129,7 +129,7 @@ class RowStream:
         self.end += count
 
     def _make_room(self, like: Tensor, width: int, count: int) -> int:
-        """Let `count` more rows fit behind those that are needed; where they go."""
+        """Make room for `count` more rows behind those that are still needed, and return their place."""
         kept = max(self.end - max(self.needed, self.begin), 0)
         old, first = self.buffer, self.end - kept - self.begin
         if old is None or not self.owned or kept + count > old.shape[-2]:
@@ -147,7 +147,7 @@ class RowStream:
 
 
 def _rows_like(x: Tensor, rows: int, width: int) -> Tensor:  # [..., n, w] -> [..., rows, width]
-    """Memory for rows laid out as those of `x`: in channels_last a pixel's values lie side by side."""
+    """Memory for rows in the memory format of `x`: in channels_last, the values of a pixel lie side by side."""
     if x.ndim == 4 and x.stride(1) == 1:
         b, c = x.shape[:2]
         return buffers.empty((b, rows, width, c), x.dtype, x.device).permute(0, 3, 1, 2)

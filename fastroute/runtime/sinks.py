@@ -1,4 +1,4 @@
-"""Rows of results on their way from a device."""
+"""Rows of results on their way from the device to their destination."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ Store = Callable[[Span, int, Tensor], None]
 
 
 class Sink(Protocol):
-    """Images that are written by rows, from the top to the bottom of one after the other."""
+    """Images that are written by rows, one image after the other, each from top to bottom."""
 
     def band(self, images: Span, rows: Span) -> Tensor:  # [images, C, rows, W]
-        """Where to write those rows of those images; they follow those of the call before."""
+        """The memory for the given rows of the given images. They must follow those of the previous call."""
 
     def done(self) -> None:
-        """What `band` gave is written."""
+        """Report that the memory which `band` returned has been filled."""
 
     def close(self) -> None:
-        """All is written; wait until it is where it shall be."""
+        """Report that everything has been written, and wait until it has been stored."""
 
     def abort(self) -> None:
-        """Nothing more comes; what was begun is ended."""
+        """Release the sink after its last band, whether or not everything was written."""
 
 
 class TensorSink:
@@ -53,14 +53,14 @@ class TensorSink:
 
 
 class BandSink:
-    """Bands of rows that are computed in a buffer and stored by a thread meanwhile.
+    """Bands of rows that are computed in a buffer, while a thread stores the previous band.
 
     Args:
-        store: takes the images, the first row and the rows, on the CPU.
-        shape: (B, C, H, W) of the whole.
-        dtype, device: of the rows, and where they are computed.
-        target: rows of a band, about.
-        step: bands begin and, but for the last, end at multiples of it.
+        store: is called with the images, the first row and the rows, on the CPU.
+        shape: (B, C, H, W) of the whole result.
+        dtype, device: type of the rows, and the device on which they are computed.
+        target: approximate number of rows of a band.
+        step: bands begin and end at multiples of this, except for the end of the last one.
     """
 
     def __init__(

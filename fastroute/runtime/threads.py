@@ -1,7 +1,8 @@
-"""Threads of a CPU: passes side by side, each on one thread, and threads that wait without burning a busy machine's time.
+"""Threads of a CPU: passes that run side by side, each on one thread, and threads that do not spin on a busy machine.
 
-Torch shares every layer among its threads, which then wait for each other, spinning, at the end of each. Where another process
-wants the processor too, the one that is late is late at every layer. Passes side by side wait once, at their end.
+Torch shares every layer among its threads, which wait for each other, spinning, at the end of each layer. If another process
+wants the processor too, a thread is late at every layer, and all others wait for it. Passes side by side wait only once, at
+their end.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ _Region = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 @cache
 def openmp() -> Any:
-    """The OpenMP library that torch has loaded, if it can be asked to run functions; else None."""
+    """The OpenMP library that torch has loaded, or None if it cannot be asked to run functions."""
     names = ("libgomp", "libomp", "libiomp5")
     found = list(Path(torch.__file__).parent.glob("lib/*"))
     with suppress(OSError):
@@ -45,7 +46,7 @@ def openmp() -> Any:
 
 
 def workers() -> int:
-    """Threads that may run side by side now; 1 where torch is observed or traced, which other threads would escape."""
+    """The number of threads that may run side by side now: 1 while torch is observed or traced, which covers one thread."""
     observed = torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack()
     if _forked or observed or torch.compiler.is_compiling() or torch.get_num_threads() < 2 or openmp() is None:
         return 1
@@ -53,10 +54,10 @@ def workers() -> int:
 
 
 def side_by_side(function: Callable[[T], R], items: Sequence[T]) -> list[R]:
-    """``[function(item) for item in items]``, each thread of torch taking the next item; operators within are not shared.
+    """``[function(item) for item in items]``, where each thread of torch takes the next item and runs it alone.
 
-    They run in a parallel region of torch's own threads. Gradient and inference mode, and context variables such as the
-    backend, are those of the caller. The first exception is raised when all threads have ended what they were at.
+    The items run in a parallel region of torch's own threads. Gradient and inference mode, and context variables such as the
+    backend, are those of the caller. The first exception is raised once all threads have finished their current item.
     """
     threads = min(workers(), len(items))
     if threads < 2:
@@ -71,7 +72,7 @@ def side_by_side(function: Callable[[T], R], items: Sequence[T]) -> list[R]:
     def take() -> None:
         asked = use_backend(backend) if backend is not None else nullcontext()
         with torch.inference_mode(inference), torch.set_grad_enabled(gradients), asked:
-            # One step of an iterator belongs to one thread.
+            # Only one thread at a time may advance an iterator.
             for n in queue:
                 if failed:
                     return
@@ -94,11 +95,11 @@ def side_by_side(function: Callable[[T], R], items: Sequence[T]) -> list[R]:
 
 @contextmanager
 def patiently(device: torch.device) -> Iterator[None]:
-    """Where others want the processor, threads that wait within the block give it up soon instead of spinning.
+    """Within the block, on a busy machine, threads that wait soon give up the processor instead of spinning.
 
-    GNU's OpenMP does so by itself where it manages more threads than there are processors. So a few that only sleep are
-    enough: they are there from the first call on a busy machine to the first on a quiet one. Who has set OMP_WAIT_POLICY or
-    GOMP_SPINCOUNT has decided.
+    GNU's OpenMP does so by itself when it manages more threads than there are processors. A few threads that only sleep are
+    therefore enough: they exist from the first call on a busy machine until the first one on a quiet machine. If
+    OMP_WAIT_POLICY or GOMP_SPINCOUNT is set, nothing is changed.
     """
     if device.type == "cpu" and sys.platform == "linux" and "libgomp" in str(getattr(openmp(), "_name", "")):
         decided = "OMP_WAIT_POLICY" in os.environ or "GOMP_SPINCOUNT" in os.environ
@@ -107,7 +108,7 @@ def patiently(device: torch.device) -> Iterator[None]:
 
 
 def is_busy() -> bool:
-    """Whether more threads want to run now than there are processors, once ours do."""
+    """Whether more threads than processors would want to run, counting ours."""
     try:
         running = int(Path("/proc/loadavg").read_text().split()[3].split("/")[0])
     except (OSError, ValueError, IndexError):
@@ -116,12 +117,12 @@ def is_busy() -> bool:
 
 
 def processors() -> int:
-    """Those that this process may use."""
+    """The processors that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class _Sleepers:
-    """A thread that holds threads of OpenMP which have nothing to do."""
+    """A thread that holds idle threads of OpenMP."""
 
     def __init__(self) -> None:
         self._lock, self._end = threading.Lock(), None
@@ -129,7 +130,7 @@ class _Sleepers:
     _end: threading.Event | None
 
     def wanted(self, wanted: bool) -> None:
-        """Have them, or let them go."""
+        """Start the idle threads or end them."""
         with self._lock:
             if wanted == (self._end is not None):
                 return
@@ -156,7 +157,7 @@ _forked = False
 
 
 def _in_child() -> None:
-    # Threads of OpenMP do not survive a fork; whoever asks for them then waits forever.
+    # Threads of OpenMP do not survive a fork, and a process that asks for them afterwards waits forever.
     global _forked, _sleepers
     _forked, _sleepers = True, _Sleepers()
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def to_device(x: Tensor, device: torch.device) -> Tensor:
-    """`x` on `device`; to a GPU on a stream of its own, so that the copy waits for no kernel."""
+    """Copy `x` to `device`. A copy to a GPU has a stream of its own, so that it does not wait for kernels."""
     if x.device == device or device.type != "cuda":
         return x.to(device)
     stream = _copy_stream(device)
@@ -22,7 +22,7 @@ def to_device(x: Tensor, device: torch.device) -> Tensor:
 
 
 def to_host(x: Tensor) -> tuple[Tensor, Callable[[], None]]:
-    """`x` on the CPU, and what to call before it is read: the copy from a GPU goes on meanwhile."""
+    """Copy `x` to the CPU and return it with a function to call before it is read: a copy from a GPU runs asynchronously."""
     if x.device.type != "cuda":
         return x.cpu(), _nothing
     stream = _copy_stream(x.device)

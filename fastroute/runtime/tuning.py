@@ -1,4 +1,4 @@
-"""How each branch runs fastest on a machine: found on the work of calls, trial by trial, and remembered."""
+"""The search for the fastest way to run each branch on a machine: done on the work of calls, trial by trial, and remembered."""
 
 from __future__ import annotations
 
@@ -25,25 +25,25 @@ from fastroute.runtime.json_cache import JsonCache
 
 logger = logging.getLogger("fastroute")
 
-# Pixels of the image that pass through a branch together: near the caches of a CPU, while a GPU is busy only with many. The
-# first is what runs before anything has been measured.
+# Pixels of the image that pass through a branch together: about what fits the caches of a CPU, and more for a GPU, which needs
+# many to be busy. The first number is used before anything has been measured.
 PIXELS = (1 << 13, 1 << 12, 1 << 14, 1 << 15)
-# Of passes side by side, each of which has the caches of its own processor.
+# The same for passes side by side, each of which has the caches of its own processor.
 PARALLEL_PIXELS = (1 << 12, 1 << 11, 1 << 13, 1 << 14)
 GPU_PIXELS = (1 << 18, 1 << 15, 1 << 16, 1 << 17, 1 << 19, 1 << 20)
-# Pixels of a trial at least: what takes too little time cannot be compared.
+# The least number of pixels of a trial: times that are too short cannot be compared.
 TRIAL_PIXELS = {"cpu": 1 << 15, "cuda": 1 << 20}
-# Turns of each candidate; more only where those of one disagree, and no more than the second number.
+# Trials of each candidate, and the most trials if those of one candidate disagree.
 ROUNDS, MOST_ROUNDS = 3, 6
-# More pixels per pass must earn their memory: what is slower than the fastest by less than this is as good.
+# More pixels per pass must be worth their memory: a candidate that is slower than the fastest by less than this is as good.
 EARNED = 1.02
-# Where the median trial of a candidate exceeds its fastest by more, something else was running.
+# If the median trial of a candidate exceeds its fastest one by more than this, something else was running.
 STEADY = 1.25
-# What was measured in another way has another key, and is measured again.
+# Part of every key: results that were measured in another way are measured again.
 METHOD = 3
-# Turns off all measuring where it is "0".
+# The environment variable that turns off all measuring if it is "0".
 SWITCH = "FASTROUTE_TUNE"
-# What is logged when measuring begins.
+# Logged when measuring begins.
 MEASURING = "measuring on this image how %s runs fastest; nothing is computed twice"
 
 CACHE = JsonCache("tuning.json")
@@ -56,10 +56,11 @@ class Setting:
     """One way to run a branch.
 
     Attributes:
-        pixels: of the image that pass through it together.
+        pixels: number of pixels of the image that pass through the branch together.
         channels_last: memory format of its input and weights.
-        engine: what executes it, see :mod:`fastroute.engines`.
-        parallel: passes run side by side, one on each thread of a CPU, where there are as many; else all threads share each.
+        engine: engine that executes it, see :mod:`fastroute.engines`.
+        parallel: whether passes run side by side, one on each thread of a CPU, if there are enough of them. Otherwise all
+            threads share each pass.
     """
 
     pixels: int
@@ -73,23 +74,23 @@ class Setting:
         return torch.channels_last if self.channels_last else torch.contiguous_format
 
     def batch(self, shape: Sequence[int]) -> int:
-        """Patches of `shape`, height and width last, per pass."""
+        """The number of patches of `shape` per pass. Height and width are its last two entries."""
         return max(1, self.pixels // (shape[-2] * shape[-1]))
 
 
 def default_setting(device: torch.device, parallel: bool, engine: str = TORCH) -> Setting:
-    """What runs where nothing has been measured."""
+    """The setting that is used before anything has been measured."""
     parallel = parallel and (engine == TORCH or engine_of(engine).PARALLEL)
     return Setting(sizes_of(device.type == "cpu", parallel)[0], engine == TORCH, parallel, engine)
 
 
 def sizes_of(on_cpu: bool, parallel: bool) -> tuple[int, ...]:
-    """Pixels per pass that are compared; the first ones where nothing else is known."""
+    """The numbers of pixels per pass that are compared. The first one is used before anything has been measured."""
     return (PARALLEL_PIXELS if parallel else PIXELS) if on_cpu else GPU_PIXELS
 
 
 def enabled() -> bool:
-    """Whether the environment lets anything be measured."""
+    """Whether the environment allows measuring."""
     return os.environ.get(SWITCH, "1") != "0"
 
 
@@ -97,20 +98,21 @@ class SettingSearch:
     """The search for the fastest setting of one branch.
 
     Memory formats are compared first, then how many pixels pass together. A trial is part of the work of a call, whose results
-    are kept: nothing is computed to be measured. Turns of patches of one shape are compared with each other alone; what won is
-    taken for all shapes. A search goes on from call to call and from process to process. It ends after `MOST_ROUNDS` trials of
-    each candidate at the latest: if even these disagree, the machine was busy, and what was found holds for this process only.
+    are kept: nothing is computed only to be measured. Trials on patches of one shape are compared only with each other; the
+    winner is used for all shapes. A search continues from call to call and from process to process. It ends after
+    `MOST_ROUNDS` trials of each candidate at the latest: if even these disagree, the machine was busy, and the result holds for
+    this process only.
 
     Args:
-        key: of the entry in the cache.
-        name: of the branch, for the log.
-        device: where it runs.
-        threads: passes that may run side by side.
-        engines: that may run it; the first one does until more is known.
+        key: key of the entry in the cache.
+        name: name of the branch, for the log.
+        device: device on which it runs.
+        threads: number of passes that may run side by side.
+        engines: engines that may run it. The first one does so until more is known.
 
     Attributes:
         best: the fastest setting, once it is known.
-        rate: seconds per pixel that it took.
+        rate: seconds per pixel with that setting.
     """
 
     def __init__(self, key: str, name: str, device: torch.device, threads: int = 1, engines: Sequence[str] = (TORCH,)) -> None:
@@ -120,20 +122,20 @@ class SettingSearch:
         self.rate = math.inf
         self._trials: dict[Shape, dict[Setting, list[float]]] = {}
         self._largest: dict[Shape, int] = {}
-        self._given: Counter[tuple[Shape, Setting]] = Counter()  # trials whose time is still to come
+        self._given: Counter[tuple[Shape, Setting]] = Counter()  # trials that have no time yet
         self._new = self._told = False
         self._lock = threading.Lock()
         self._restore(CACHE.read().get(key, {}))
 
     def trial(self, shape: Shape, largest: int) -> Setting | None:
-        """The setting that the next trial on patches of `shape` should have; None where none is needed now.
+        """The setting for the next trial on patches of `shape`, or None if no trial is needed now.
 
         Args:
             shape: height and width of the patches.
-            largest: of these that may pass together.
+            largest: the largest number of these patches that may pass together.
         """
         with self._lock:
-            # Turns side by side would measure each other.
+            # Trials that run side by side would disturb each other.
             if self.best is not None or (self.on_cpu and self._given):
                 return None
             self._largest[shape] = largest
@@ -147,13 +149,13 @@ class SettingSearch:
             return found
 
     def patches(self, shape: Shape, largest: int) -> int:
-        """Of `shape`, in a trial: those of the largest pass, and enough to be timed."""
+        """The number of patches of `shape` in a trial: as many as in the largest pass, and enough to be timed."""
         pixels = max(max(sizes_of(self.on_cpu, parallel)) * self._beside(parallel) for parallel in self._ways)
         fewest = TRIAL_PIXELS["cpu" if self.on_cpu else "cuda"]
         return max(min(Setting(pixels).batch(shape), largest), -(-fewest // (shape[0] * shape[1])))
 
     def add(self, shape: Shape, setting: Setting, seconds: float | None) -> None:
-        """The time per pixel of a trial that :meth:`trial` gave out; None if it failed."""
+        """Report the seconds per pixel of a trial that :meth:`trial` returned, or None if it failed."""
         with self._lock:
             self._given[shape, setting] -= 1
             self._given += Counter()  # without zeros
@@ -161,11 +163,11 @@ class SettingSearch:
                 return
             self._trials.setdefault(shape, {}).setdefault(setting, []).append(seconds)
             self._new = True
-            # The last trial of a search ends it.
+            # The last trial ends the search.
             self._next(shape, self._largest[shape])
 
     def remember(self) -> None:
-        """Write to the cache what is new; not what was measured while the machine was busy with something else."""
+        """Write new results to the cache, except those that were measured while the machine was busy with something else."""
         with self._lock:
             if not self._new:
                 return
@@ -183,7 +185,7 @@ class SettingSearch:
 
     @property
     def _first(self) -> list[Setting]:
-        """What is compared first; engines other than PyTorch have a way and a memory format of their own."""
+        """The settings that are compared first. Other engines than PyTorch have their own memory format and threads."""
         others = [name for name in self.engines if name != TORCH]
         found = [default_setting(self.device, self.threads > 1, name) for name in others]
         if TORCH in self.engines:
@@ -200,7 +202,7 @@ class SettingSearch:
         return self.threads if parallel else 1
 
     def _next(self, shape: Shape, largest: int) -> Setting | None:
-        """Which candidate has a trial next; at the end of the search it is settled, and there is none."""
+        """The candidate that has the next trial, or None when the search is settled."""
         trials = self._trials.get(shape, {})
         candidates = self._first
         for stage in range(2):
@@ -218,7 +220,7 @@ class SettingSearch:
                 self._settle(min(within, key=lambda s: s.pixels), fastest, steady)
                 return None
             winner = min(candidates, key=lambda s: min(trials[s]))
-            # Those that memory cuts to the same number of patches are one.
+            # Candidates that memory limits to the same number of patches count as one.
             most = max(1, largest // self._beside(winner.parallel))
             pixels = sorted(sizes_of(self.on_cpu, winner.parallel))
             sizes = {min(replace(winner, pixels=p).batch(shape), most): p for p in pixels}
@@ -237,7 +239,7 @@ class SettingSearch:
             logger.info("not remembered: the machine was busy")
 
     def _restore(self, entry: dict[str, Any]) -> None:
-        """Take over what an entry of the cache says, as far as this version wrote it."""
+        """Take over an entry of the cache, as far as this version wrote it."""
         best, rate = read_setting(entry.get("best")), entry.get("seconds")
         if best is not None and is_time(rate) and best.engine in self.engines:
             self.best, self.rate = best, float(rate)  # type: ignore[arg-type]
@@ -254,7 +256,7 @@ class SettingSearch:
 
 
 class Trial:
-    """The time of some patches of `shape` in a branch, run with `setting`; on a GPU it is known once the device is done."""
+    """The time of some patches of `shape` in a branch, run with `setting`. On a GPU it is known once the device is done."""
 
     def __init__(self, search: SettingSearch, shape: Shape, setting: Setting, patches: int, device: torch.device) -> None:
         self.search, self.shape, self.setting, self.patches, self.device = search, shape, setting, patches, device
@@ -263,7 +265,7 @@ class Trial:
 
     @property
     def seconds(self) -> float:
-        """How long it took."""
+        """The seconds that the trial took."""
         return self.events[0].elapsed_time(self.events[1]) / 1e3 if self.events else self.taken
 
     def __enter__(self) -> None:
@@ -294,7 +296,7 @@ def is_time(value: object) -> bool:
 
 
 def read_setting(value: object) -> Setting | None:
-    """The setting that an entry of the cache holds; None where it is none."""
+    """The setting that an entry of the cache holds, or None if it does not hold one."""
     if not isinstance(value, dict) or set(value) != {field.name for field in fields(Setting)}:
         return None
     pixels, last, parallel, engine = value["pixels"], value["channels_last"], value["parallel"], value["engine"]
@@ -302,7 +304,7 @@ def read_setting(value: object) -> Setting | None:
     return Setting(pixels, last, parallel, engine) if whole else None
 
 
-# Searches of this process, by the file that holds what they found and their key: routers of the same branch share one.
+# The searches of this process, by the file of their results and their key. Routers with the same branch share one.
 _searches: dict[tuple[Path, str], SettingSearch] = {}
 _races_lock = threading.Lock()
 
@@ -310,11 +312,13 @@ _races_lock = threading.Lock()
 def search_of(
     branch: nn.Module, example: Tensor, threads: int = 1, engines: Sequence[str] = (TORCH,)
 ) -> SettingSearch:  # [1, C, p, p]
-    """The search for the fastest setting of `branch` on patches like `example`, and on regions of several.
+    """The search for the fastest setting of `branch` on patches like `example`, and on regions of several patches.
 
     Args:
-        threads: passes that may run side by side.
-        engines: that may run it.
+        branch: the branch.
+        example: a patch.
+        threads: number of passes that may run side by side.
+        engines: engines that may run it.
     """
     key = tuning_key(branch, example) + (f"-{threads}" if threads > 1 else "")
     if tuple(engines) != (TORCH,):
@@ -327,7 +331,7 @@ def search_of(
 
 
 def tuning_key(branch: nn.Module, example: Tensor) -> str:  # [1, C, p, p]
-    """A name for what decides the speed of `branch` on patches like `example`: device, threads, versions and structure."""
+    """A key for everything that decides the speed of `branch` on such patches: device, threads, versions and structure."""
     if example.is_cuda:
         device = torch.cuda.get_device_name(example.device)
     else:
@@ -335,13 +339,13 @@ def tuning_key(branch: nn.Module, example: Tensor) -> str:  # [1, C, p, p]
     # Structure and shapes decide the speed, not the values of the weights.
     shapes = [(name, tuple(p.shape)) for name, p in branch.named_parameters()]
     facts: list[object] = [METHOD, device, torch.__version__, str(example.dtype), tuple(example.shape), str(branch), shapes]
-    # What others were compared is compared again.
+    # If other engines are compared, the search is repeated.
     facts.append(GPU_PIXELS if example.is_cuda else [PIXELS, PARALLEL_PIXELS])
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:24]
 
 
 def cpu_name() -> str:
-    """The processor as the system names it; empty where it does not."""
+    """The name of the processor, or "" if the system does not tell."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
