@@ -34,35 +34,35 @@ from fastroute.windows import make_window
 class FixedPatchRouter(nn.Module):
     """:meth:`PatchRouter.upscale` for images of one size, with a fixed number of slots for the patches of each class.
 
-    Every call runs every slot, used or not, so it takes the same time for every image: that of `capacities`. Shapes never
-    depend on values and nothing is read back, so that a call can be captured in a CUDA graph (:meth:`capture`), exported
-    (:func:`torch.export.export`) and compiled (``torch.compile(fullgraph=True)``).
+    Every call runs every slot, whether it is used or not, so `capacities` decide the time, which is the same for every image.
+    Shapes never depend on values and nothing is read back, so a call can be captured in a CUDA graph (:meth:`capture`),
+    exported (:func:`torch.export.export`) and compiled (``torch.compile(fullgraph=True)``).
 
-    Where the classifier wants more patches of a class than there are slots, those that it finds hardest, by what it gives
-    higher classes less what it gives lower ones, move to free slots of the next higher class that has any. Where there is
-    none, the easiest move to the highest free slots below. No patch is lost, and `overflow` counts those that moved. Of a
-    `class_map` that is given, the first patches move up and the last ones down. Where all patches fit, the classes are those of
-    :meth:`PatchRouter.upscale` with ``merge=1``, and the image is too, up to what a network rounds differently in batches of
-    another size.
+    If the classifier wants more patches of a class than there are slots, the hardest ones move to free slots of the next higher
+    class that has any. How hard a patch is follows from its scores of higher classes minus its scores of lower ones. If no
+    higher class has a free slot, the easiest patches move to the highest free slots below. No patch is lost, and `overflow`
+    counts those that moved. With a given `class_map`, the first patches move up and the last ones down. If all patches fit, the
+    classes are those of :meth:`PatchRouter.upscale` with ``merge=1``, and so is the image, up to what a network rounds
+    differently in batches of another size.
 
-    Patches are not merged into regions, whatever the `merge` of `router`: a slot has one shape, and a fixed number of slots for
+    Patches are not merged into regions, whatever the router's `merge` is: a slot has one shape, and a fixed number of slots for
     each class and each of up to 36 shapes of regions would reserve many times the work.
 
     Args:
-        router: its networks are copied, where they are.
-        shape: of the images, (B, C, H, W) or (C, H, W).
-        dtype: of the images: floating in [0, 1], uint8 or uint16; default that of `sample`, else float32.
-        capacities: slots of each class, cheapest first: numbers of patches, or floats, fractions of all patches. Together
+        router: the router whose networks are copied, on their device.
+        shape: shape of the images, (B, C, H, W) or (C, H, W).
+        dtype: type of the images: floating in [0, 1], uint8 or uint16. Default: the type of `sample`, else float32.
+        capacities: slots of each class, cheapest first, as numbers of patches or as fractions (floats) of all patches. Together
             they must hold all patches.
-        sample: instead: images like those to come, (B, C, H, W) or (C, H, W), of any size and number. They are taken as calls
-            of as many images as `shape` says, and each meets the budget on its own; a class gets the largest share of patches
-            that it has in any of them.
-        slack: with `sample`, slots beyond those, as a fraction of them.
-        budget, penalty: see :meth:`PatchRouter.upscale`; a batch shares its budget.
+        sample: instead of `capacities`, images like those to come, (B, C, H, W) or (C, H, W), of any size and number. They are
+            split into calls of as many images as `shape` has, each of which meets the budget on its own. A class gets the
+            largest share of patches that it has in any of these calls.
+        slack: with `sample`, additional slots as a fraction of those.
+        budget, penalty: see :meth:`PatchRouter.upscale`. The images of a batch share one budget.
 
     Raises:
-        ValueError: a shape, budget or capacities that cannot be, or none of the latter where there are several classes.
-        TypeError: an unsupported dtype, or no :class:`PatchRouter`.
+        ValueError: an invalid shape, budget or capacities, or no capacities for several classes.
+        TypeError: an unsupported dtype, or `router` is not a :class:`PatchRouter`.
 
     Shape:
         images as `shape` says, and optionally a class map (B, rows, cols) or (rows, cols) on the same device, to images
@@ -71,7 +71,7 @@ class FixedPatchRouter(nn.Module):
     Differentiable: no.
     Deterministic: yes, as far as the networks are.
     Synchronises: no; making one does.
-    CUDA-graph safe: yes with the kernels of a GPU, and networks that are.
+    CUDA-graph safe: yes with the kernels of a GPU, if the networks are.
     Memory layout: any strides; contiguous output. Outputs of all slots are held at once, not in bands.
 
     Example:
@@ -115,7 +115,7 @@ class FixedPatchRouter(nn.Module):
         self.grid = router.grid(height, width)
         self.number, self.num_classes = batch * self.grid.num_patches, router.num_classes
         self.costs, self.budget, self.penalty = list(router.costs), budget, penalty
-        # Then nothing need be classified.
+        # Then nothing needs to be classified.
         self.only = most_expensive(self.costs) if budget == 1 or self.num_classes == 1 else None
         self.classifier = None
         if self.only is None and router.classifier is not None:
@@ -164,7 +164,7 @@ class FixedPatchRouter(nn.Module):
     @computing_in_own_type
     @torch.no_grad()
     def upscale(self, image: Tensor, class_map: Tensor | None = None) -> FixedUpscaled:
-        """See the class. Floating images are not looked at, and taken as they are."""
+        """Super-resolve images of the fixed size, see the class. The values of floating images are not checked."""
         images = check_fixed("upscale", image, self.shape, self.dtype, self.device)
         batch, channels = images.shape[:2]
         placed = self.slots(*self._classes(images, class_map))
@@ -197,7 +197,7 @@ class FixedPatchRouter(nn.Module):
         return [self.upsamplers[name]() if name in self.upsamplers else None for name in names]
 
     def capture(self, image: Tensor, class_map: Tensor | None = None) -> CudaGraph:
-        """This upscale as a CUDA graph, which takes images, and class maps if one is given here, as these are."""
+        """Capture this upscale in a CUDA graph that takes images like `image`, and class maps if one is given here."""
         return CudaGraph(self.upscale, *(x for x in (image, class_map) if x is not None))
 
     def _capacities(
@@ -215,7 +215,7 @@ class FixedPatchRouter(nn.Module):
 
     @torch.no_grad()
     def _counts(self, router: PatchRouter, sample: Tensor) -> list[list[int]]:
-        """Patches of each class in each call of a sample."""
+        """The number of patches of each class in each call of a sample."""
         images = check.images(self.OP, sample, router.channels, sample.device).to(self.device)
         grid = router.grid(*images.shape[2:])
         if self.only is not None:
@@ -281,7 +281,7 @@ class UpsamplerLayers(nn.Module):
 
 
 class FixedClassifier(nn.Module):
-    """:func:`fastroute.patch.classify.classify_patches` for images of one size, the numbers of patches on the device.
+    """:func:`fastroute.patch.classify.classify_patches` for images of one size, with all indices on the device.
 
     Args:
         classifier: maps patches (N, C, p, p) to scores (N, K).
@@ -306,7 +306,7 @@ class FixedClassifier(nn.Module):
             cell: int = classifier.CELL  # type: ignore[assignment]
             aligned = [[x for x in origins if x % cell == 0] for origins in (grid.row_origins, grid.col_origins)]
             self.rows, self.cols = map(len, aligned)
-            # The image without what only patches off the cells cover.
+            # The image without the part that only patches off the cells cover.
             height, width = (origins[-1] + grid.patch for origins in aligned)
             self.cells = TileGrid(height, width, grid.patch, grid.stride, grid.scale)
         alone = torch.ones(shape[0], grid.rows, grid.cols, dtype=torch.bool)
@@ -314,7 +314,7 @@ class FixedClassifier(nn.Module):
         self.register_buffer("numbers", alone.flatten().nonzero().squeeze(1).to(device), persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:  # [B, C, H, W] -> [N, K]
-        """See the class."""
+        """The scores of all patches."""
         pieces = [
             score_patches(self.classifier, extract_patches(images, self.grid, order=order, dtype=self.scored))
             # Older versions of torch cannot export the split of nothing.

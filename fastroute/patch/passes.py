@@ -1,4 +1,4 @@
-"""All passes of a band through the branches: side by side where that is faster, whatever classes and shapes they have."""
+"""All passes of a band through the branches, side by side if that is faster, whatever their classes and shapes."""
 
 from __future__ import annotations
 
@@ -28,21 +28,21 @@ from fastroute.runtime.rows import Source
 from fastroute.runtime.sinks import Sink
 from fastroute.runtime.threads import side_by_side, workers
 
-# Patches along a block where nobody says anything else, and bytes that a region of so many may take in a branch: the same on
-# every machine, since the result depends on it.
+# The default side of a block in patches, and the bytes that a region of this size may take in a branch. The result depends on
+# both, so they are the same on every machine.
 MERGE, REGION_BYTES = 4, 512 << 20
 
 
 @dataclass(frozen=True)
 class Pass:
-    """Some patches of one job, on their way through the branch of class `c`.
+    """Some patches of one job on their way through the branch of class `c`.
 
     Attributes:
-        number: of the job.
+        number: number of the job.
         c: class.
-        module: what runs.
-        part: (n, C, h, w).
-        given: type of what comes out.
+        module: module that runs.
+        part: (n, C, h, w), the patches.
+        given: type of the output.
     """
 
     number: int
@@ -52,7 +52,7 @@ class Pass:
     given: torch.dtype
 
     def run(self) -> tuple[Tensor, float]:
-        """What comes out, and the seconds that it took."""
+        """Run the pass. Returns its output and the seconds that it took."""
         begin = time.perf_counter()
         return self.module(self.part).to(self.given), time.perf_counter() - begin
 
@@ -69,17 +69,17 @@ def run_bands(
     watch: Stopwatch,
     progress: Progress,
 ) -> None:
-    """Every region through the branch of its class, band by band: cut out, run, stitch.
+    """Send every region through the branch of its class, band by band: cut it out, run it, stitch it.
 
     Args:
         networks: the branches.
         window: weighs overlapping patches, see :func:`fastroute.make_window`.
-        rounded: patches are rounded to 8 bits before they are merged.
+        rounded: whether patches are rounded to 8 bits before they are merged.
         source, sink: where rows come from, and where they go.
         grid: where the patches lie.
-        bands: what is routed together.
-        regions: of all patches.
-        watch: takes the time of each stage.
+        bands: the bands that are routed together.
+        regions: the regions of all patches.
+        watch: measures the time of each stage.
         progress: see :meth:`fastroute.PatchRouter.upscale`.
     """
     device = source.device
@@ -108,12 +108,12 @@ def run_bands(
 
 
 def in_levels(patches: Tensor) -> Tensor:  # [N, C, P, P], or before a pixel shuffle
-    """Numbers in [0, 1] as levels 0 … 255, rounded half to even, in float32."""
+    """Convert numbers in [0, 1] to levels 0 … 255 in float32, rounded half to even."""
     return patches.float().clamp(0, 1).mul_(255).round_()
 
 
 def store_levels(levels: Tensor, out: Tensor) -> None:  # [B, C, rows, W] twice
-    """Write means of levels into `out`, in the unit of its type; integers are rounded half to even."""
+    """Write means of levels into `out`, in the unit of its type. Integers are rounded half to even."""
     if out.dtype.is_floating_point:
         out.copy_(levels.div_(255))
     else:
@@ -122,12 +122,12 @@ def store_levels(levels: Tensor, out: Tensor) -> None:  # [B, C, rows, W] twice
 
 
 def run_regions(networks: Branches, jobs: Sequence[tuple[int, Tensor]], watch: Stopwatch) -> list[list[Tensor]]:
-    """What the branches make of every job, pass by pass, in the order of `jobs`.
+    """The outputs of the branches for every job, pass by pass, in the order of `jobs`.
 
     Args:
         networks: the branches.
         jobs: a class and patches, or regions of one shape, (N, C, h, w) each.
-        watch: takes the time of each class.
+        watch: measures the time of each class.
     """
     results: list[list[Tensor]] = [[] for _ in jobs]
     waiting: list[Pass] = []
@@ -156,12 +156,12 @@ def run_regions(networks: Branches, jobs: Sequence[tuple[int, Tensor]], watch: S
 
 def _run_waiting(networks: Branches, waiting: list[Pass], results: list[list[Tensor]], watch: Stopwatch) -> None:
     if len(waiting) < workers():
-        # Some threads would have nothing to do: they share the layers instead.
+        # Some threads would have nothing to do, so all threads share each layer instead.
         for one in waiting:
             with watch.stage("branches", one.c):
                 results[one.number].append(one.run()[0])
         return
-    # The longest first, so that the threads end together.
+    # The longest passes come first, so that the threads end at about the same time.
     order = sorted(range(len(waiting)), key=lambda i: -waiting[i].part.numel() * networks.flops[waiting[i].c])
     begin = time.perf_counter()
     with watch.stage("branches"):
@@ -178,7 +178,7 @@ def chosen_merge(networks: Branches, stride: int, asked: int | None) -> int:
     """The side of a block of patches that may run as one region, see :class:`fastroute.PatchRouter`.
 
     Raises:
-        ValueError: `asked` is none, or the branches cannot.
+        ValueError: `asked` is not such a side, or the branches cannot run regions.
     """
     if asked is not None and (isinstance(asked, bool) or asked not in MERGES):
         raise ValueError(f"PatchRouter: merge must be one of {MERGES}, or None; got {asked!r}")
@@ -211,6 +211,6 @@ def _maps_size(module: nn.Module, size: tuple[int, int, int, int], dtype: torch.
 
     try:
         observed(nn.Sequential(module, as_module("PatchRouter", "branches", note)), size, dtype, LiveBytes)
-    except Exception:  # whatever a network that wants another size raises
+    except Exception:  # a network that needs another size may raise anything
         return False
     return len(shapes[-1]) == 4 and shapes[-1][2] * size[3] == shapes[-1][3] * size[2]

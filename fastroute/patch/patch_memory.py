@@ -1,4 +1,4 @@
-"""The memory that the patch path takes beside its input and output."""
+"""The memory that the patch path needs beside its input and output."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fastroute.runtime.endpoints import Endpoints
 from fastroute.runtime.memory_plan import WorkingSet
 from fastroute.runtime.rows import Source
 
-# Bytes per patch of its scores, class, and places in two orders.
+# Bytes per patch for its scores, its class, and its place in two orders.
 INDEX = 96
 
 
@@ -66,13 +66,13 @@ def plan_patches(
     """The working set of the patch path.
 
     Args:
-        grid, bands: what is routed together.
-        source: where it comes from.
+        grid, bands: the grid, and the bands that are routed together.
+        source: source of the rows.
         extracted, produced: bytes of a patch before and after its branch.
-        batch_bytes: of the most expensive pass through a branch.
-        classifying: bytes that classifying takes, before anything else is there.
-        streamed: rows are read and written in bands of their own, not in place.
-        step: rows that are written together.
+        batch_bytes: bytes of the largest pass through a branch.
+        classifying: bytes needed for classifying, before anything else is allocated.
+        streamed: whether rows are read and written in bands of their own, not in place.
+        step: number of rows that are written together.
     """
     held = most = 0
     waiting: list[Band] = []
@@ -94,7 +94,7 @@ def plan_patches(
     outputs = [band.output(grid) for band in bands]
     block = max((end - begin for begin, end in outputs), default=1)
     read = max((end - begin for begin, end in (band.pixels(grid) for band in bands)), default=1)
-    # Rows are joined to those held; a band is written, in the writer's order, while the next one is computed.
+    # New rows are joined to those held, and a band is written, in the writer's order, while the next one is computed.
     return WorkingSet(
         fixed + 2 * read * row + 3 * step * out_row, 3 * out_row + 2 * row // grid.scale, block, grid.output_size[0]
     )

@@ -1,4 +1,4 @@
-"""The patch path: classify, assign, group, extract in class order, one batched branch per class, stitch."""
+"""The patch path: classify, assign, group, extract in class order, run one batched branch per class, stitch."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ from fastroute.runtime.threads import patiently
 from fastroute.runtime.tuning import tuning_key
 from fastroute.windows import make_window
 
-# Patches whose outputs are held at a time: enough for full batches of every class; and fewer of large ones, but for a row of
-# tiles, which are held in any case.
+# Patches whose outputs are held at a time: enough for full batches of every class. Of large patches fewer are held, but always
+# a whole row of tiles.
 PATCHES_PER_BAND = 1024
 HELD_BYTES = {"cpu": 64 << 20, "cuda": 1 << 30}
 # Class maps are uint8.
@@ -56,40 +56,40 @@ MOST_CLASSES = 256
 
 
 class PatchRouter(Router):
-    """Super-resolution of whole images by several networks, each patch by the one that its class says.
+    """Super-resolution of whole images by several networks, where every patch runs through the network of its class.
 
     Args:
-        branches: one network per class, from the cheapest to the most expensive; each maps (N, C, p, p) to (N, C, p * scale,
-            p * scale): modules, models that spandrel loaded, or functions. They are copied, as is the classifier, and
-            rewritten by `optimize` unless `optimized` is False. A class that does nothing is ``torch.nn.Identity()`` at
-            scale 1, or :class:`fastroute.Bicubic`.
-        classifier: a module or function from patches (N, C, p, p) to class scores (N, K); :class:`fastroute.ScoreClassifier`
-            makes one of a single number per patch. Without one, several branches need a `class_map` or ``budget=1`` in every
-            call.
+        branches: one network per class, from the cheapest to the most expensive, each mapping (N, C, p, p) to (N, C, p * scale,
+            p * scale). A network is a module, a model loaded by spandrel, or a function. Branches and classifier are copied,
+            and branches are rewritten by `optimize` unless `optimized` is False. A class that does nothing is
+            ``torch.nn.Identity()`` at scale 1, or :class:`fastroute.Bicubic`.
+        classifier: a module or function from patches (N, C, p, p) to class scores (N, K). :class:`fastroute.ScoreClassifier`
+            turns a single number per patch into scores. Without a classifier, several branches need a `class_map` or
+            ``budget=1`` in every call.
         patch, stride: LR patch size and distance; the published ClassSR uses 32 and 28.
         scale: upscaling factor of the branches.
         window: how overlaps are merged, see :func:`fastroute.make_window`; published code averages ("uniform").
-        optimized: run the branches in their fastest exact form.
-        costs: cost of each branch per patch, by which `budget` and `penalty` go, in any unit. Default: its FLOPs, and for a
-            branch that has none, such as an interpolation, one per output value.
-        batch: patches per pass of a branch; default by measurement, which is remembered.
-        channels: of the images; default those that a branch names or its first convolution reads, else 3.
+        optimized: whether the branches run in their fastest exact form.
+        costs: cost of each branch per patch, in any unit, which `budget` and `penalty` refer to. Default: its FLOPs, or one per
+            output value for a branch that has none, such as an interpolation.
+        batch: patches per pass of a branch. Default: by measurement, which is remembered.
+        channels: number of channels of the images. Default: what a branch names or its first convolution reads, else 3.
         merge: side of a block of patches, 1, 2, 4 or 8: neighbouring patches of one class within it run as one region, whose
-            overlaps are computed once and have no seams, see :func:`fastroute.merge_regions`. 1 runs every patch on its own,
-            as published code does. Default: 4, or as much of it as a region takes no more than 512 MiB on its way through a
-            branch; 1 for branches that take no other size than a patch.
-        tune: find out, on the work of calls, which batches and memory format are fastest. It computes nothing twice, ends
-            after some images and is remembered; until then results may differ in their last bits from call to call. Without
-            it, or with FASTROUTE_TUNE=0, what is remembered from before is used, else what suits most networks.
-        border: what branches see beyond the edge of an image: "zero" padding, as they were trained, or 4 more pixels like those
-            of its "edge", which keeps flat borders flat. Class maps are then those of the image so continued.
-        coverage: "full", or "crop" without what lies beyond the last whole stride, see :class:`fastroute.TileGrid`: the result
+            overlaps are computed once and have no seams, see :func:`fastroute.merge_regions`. 1 runs every patch on its own, as
+            published code does. Default: the largest side up to 4 for which a region takes no more than 512 MiB on its way
+            through a branch; 1 for branches that take no other size than a patch.
+        tune: find out, on the work of calls, which batches and memory format are fastest. This computes nothing twice, ends
+            after some images and is remembered. Until then results may differ in their last bits from call to call. Without
+            it, or with FASTROUTE_TUNE=0, a remembered outcome is used, else what suits most networks.
+        border: what branches see beyond the edge of an image: "zero" padding, as they were trained, or 4 more pixels repeating
+            the "edge", which keeps flat borders flat. Class maps are then those of the extended image.
+        coverage: "full", or "crop" to drop what lies beyond the last whole stride, see :class:`fastroute.TileGrid`. The result
             is then smaller.
         rounded: clamp every patch to [0, 1] and round it to 8 bits before patches are merged, as published code does.
 
     Raises:
-        ValueError: no branches, impossible sizes, or a `merge` above 1 for branches that take nothing but patches.
-        TypeError: a branch or classifier that cannot be called.
+        ValueError: no branches, impossible sizes, or a `merge` above 1 for branches that take no other size than a patch.
+        TypeError: a branch or classifier cannot be called.
 
     Example:
         >>> router = fastroute.load("classsr-fsrcnn-x4")
@@ -151,7 +151,7 @@ class PatchRouter(Router):
         self.merge = chosen_merge(self.networks, stride, merge)
         self.channels, self.dtype = self.networks.channels, self.networks.dtype
         self.branch_flops, self.paper_flops = self.networks.flops, self.networks.paper_flops
-        # What counts no operation writes its values all the same.
+        # A network without counted operations still writes its values.
         self.flop_costs = [float(f or self.channels * (patch * scale) ** 2) for f in self.branch_flops]
         self.costs = list(costs) if costs is not None else self.flop_costs
         self.speeds = Speeds()
@@ -174,19 +174,19 @@ class PatchRouter(Router):
 
     @ordinarily
     def compile(self, engine: str = ANY) -> PatchRouter:  # type: ignore[override]
-        """Let another engine than PyTorch run the branches, but for last layers that are computed with the stitching.
+        """Let another engine than PyTorch run the branches, except for last layers that are computed with the stitching.
 
         Args:
-            engine: "torch" (PyTorch as it is), "torch.compile", "openvino" (on CPUs; the extra `openvino`), "tensorrt" (on
-                NVIDIA GPUs; the extra `tensorrt`), or "auto": those that are installed are compared on the work of calls,
-                where the router may measure (`tune`). It is compiled now; after :meth:`to`, anew.
+            engine: "torch" (plain PyTorch), "torch.compile", "openvino" (on CPUs; needs the extra `openvino`), "tensorrt" (on
+                NVIDIA GPUs; needs the extra `tensorrt`), or "auto", which compares the installed engines on the work of calls
+                if the router may measure (`tune`). Branches are compiled now, and again after :meth:`to`.
 
         Returns:
             The router.
 
         Raises:
-            ValueError: no such engine; one that is not installed or cannot run here; a branch that it cannot compile, or for
-                which it computes something else than PyTorch. The router stays as it was. "auto" leaves such an engine out.
+            ValueError: the engine is unknown, is not installed or cannot run here, or it cannot compile a branch or computes
+                something else than PyTorch for it. The router stays as it was. "auto" leaves such an engine out.
         """
         self.networks.compile(engine)
         return self
@@ -209,32 +209,32 @@ class PatchRouter(Router):
         """Super-resolve an image or a batch of images.
 
         Args:
-            image: (B, C, H, W) or (C, H, W), floating in [0, 1], uint8 or uint16; any size from one pixel on. On the device
-                of the networks, or on the CPU: bands of it are then copied there and back, and the result is on the CPU.
+            image: (B, C, H, W) or (C, H, W), floating in [0, 1], uint8 or uint16; any size from one pixel on. It lies on the
+                device of the networks, or on the CPU: then bands of it are copied there and back, and the result is on the CPU.
             budget: FLOPs of the branches as a fraction of what the most expensive branch takes for all patches, both as they
-                run in regions; 1 sends every patch to the most expensive branch. Default: the classifier's own choice. A
-                batch shares one budget, as a folder does under :func:`fastroute.upscale_many`: it is spent where it helps
-                most.
-            penalty: exponent k of score / cost^k, when there is no budget.
-            class_map: use these classes instead of classifying, for example those of the previous video frame.
-            progress: show a progress bar, or call this function with how many patches are done and how many there are; what it
-                raises ends the call.
-            memory_limit: bytes to hold at most beside `image` and the result. It changes no bit of them.
-            budget_flops: instead of `budget`: FLOPs of the whole call, branches and classifier, as `stats.flops` counts them.
-            budget_ms: instead of `budget`: milliseconds of the whole call on this device, by what a patch takes in each branch
-                and around it. That is measured before the first such call, remembered, and follows the calls that come after;
-                what else the machine does is not foreseen. The classes, and so the result, depend on it.
-            promote: let patches run in a higher class than their own where one region costs less than several do. Default: yes,
+                run in regions. 1 sends every patch to the most expensive branch. Default: the classifier's own choice. Images
+                of a batch share one budget, as images of a folder do under :func:`fastroute.upscale_many`: it is spent where
+                it helps most.
+            penalty: exponent k of score / cost^k, if there is no budget.
+            class_map: classes to use instead of classifying, for example those of the previous video frame.
+            progress: show a progress bar, or call this function with the number of patches done and the number of all patches.
+                If it raises, the call ends.
+            memory_limit: the largest number of bytes to hold beside `image` and the result. It does not change the result.
+            budget_flops: instead of `budget`, FLOPs of the whole call, branches and classifier, as `stats.flops` counts them.
+            budget_ms: instead of `budget`, milliseconds of the whole call on this device, estimated from what a patch takes in
+                each branch and around it. These times are measured before the first such call, remembered, and updated by
+                later calls. Other load on the machine is not foreseen. The classes, and so the result, depend on the times.
+            promote: let patches run in a higher class than their own where one region costs less than several. Default: yes,
                 but not with a `class_map`, whose classes are kept.
 
         Returns:
-            :class:`Upscaled`, with the classes in which patches ran. A floating image is not clamped; an integer one is, and
-            rounded half to even.
+            :class:`Upscaled`, with the classes in which patches ran. A floating result is not clamped; an integer one is
+            clamped and rounded half to even.
 
         Raises:
-            ValueError: a wrong rank, number of channels, empty image, another device, an impossible budget, a class map of
-                another shape or with ids out of range, or a limit below the least that is needed, which the message names.
-                Nothing has been computed then. So is a floating image with a value above 2; on a GPU none is looked at.
+            ValueError: a wrong rank, number of channels or device, an empty image, an impossible budget, a class map of
+                another shape or with ids out of range, a limit below the least that is needed, which the message names, or, on
+                the CPU, a floating image with a value above 2. Nothing has been computed then.
             TypeError: an unsupported dtype.
         """
         images = check.images("upscale", image, self.channels, home(image, self.device))
@@ -263,20 +263,20 @@ class PatchRouter(Router):
         progress: Progress = False,
         memory_limit: Limit = AUTO,
     ) -> Streamed:
-        """Super-resolve an image that need not fit in memory, and neither need its result.
+        """Super-resolve an image without holding it or its result in memory as a whole.
 
         Args:
-            reader: gives rectangles of the image, see :class:`fastroute.Reader`; its rows are read once or twice to classify
-                and once to upscale.
-            writer: takes bands of the result, see :class:`fastroute.Writer`, of the type that the reader gives.
-            budget, penalty, class_map, progress, budget_flops, budget_ms, promote: see :meth:`upscale`. Reading and
-                writing count where the computation waits for them.
-            memory_limit: bytes to hold at most, None for no limit. By default, "auto", it is 512 MiB, and on a GPU, whose
-                bands and batches are larger, 8 GiB. It changes no bit of the result, which is that of :meth:`upscale`.
+            reader: source of the image, see :class:`fastroute.Reader`. Rows are read once or twice to classify them and once to
+                upscale them.
+            writer: destination of the result, see :class:`fastroute.Writer`. Pixels have the type that the reader returns.
+            budget, penalty, class_map, progress, budget_flops, budget_ms, promote: see :meth:`upscale`. Reading and writing
+                count towards the time where the computation waits for them.
+            memory_limit: the largest number of bytes to hold, or None for no limit. By default, "auto", it is 512 MiB, or 8 GiB
+                on a GPU, whose bands and batches are larger. It does not change the result, which is that of :meth:`upscale`.
 
         Raises:
             ValueError, TypeError: see :meth:`upscale`. Nothing has been read or written then.
-            MemoryError, torch.OutOfMemoryError: memory ran out; the message names a limit that would fit.
+            MemoryError, torch.OutOfMemoryError: memory ran out. The message names a limit that would fit.
         """
         refuse_edge("stream", self)
         check_reader("stream", reader, self.channels, check.FLOATING + check.INTEGER_IMAGE)
@@ -288,11 +288,11 @@ class PatchRouter(Router):
         return Streamed(maps[0], stats)
 
     def output_size(self, height: int, width: int) -> tuple[int, int]:  # type: ignore[override]
-        """Height and width of what an image of that size becomes."""
+        """Height and width of the result for an image of the given size."""
         return self.grid(height, width).output_size
 
     def grid(self, height: int, width: int) -> TileGrid:
-        """Where the patches of an image of that size lie."""
+        """The grid of the patches of an image of the given size."""
         return TileGrid(height, width, self.patch, self.stride, self.scale, self.coverage)
 
     def _checked(
@@ -306,7 +306,7 @@ class PatchRouter(Router):
         memory_limit: int | None,
         progress: Progress,
     ) -> PatchCall:
-        """A call for images of `shape` (B, C, H, W), whose arguments are refused here where they must be."""
+        """The validated arguments of a call for images of `shape` (B, C, H, W)."""
         merging = Merging(self.grid(*shape[2:]), self.merge, class_map is None if promote is None else promote)
         check_limit("upscale", memory_limit)
         check_request(limit, penalty, class_map, merging, shape[0], self._costs, self.classifier is not None)
@@ -319,7 +319,7 @@ class PatchRouter(Router):
     _costs = property(lambda self: PatchCosts(self.costs, self.flop_costs))
 
     def _run(self, endpoints: Endpoints, call: PatchCall) -> tuple[Tensor, RoutingStats]:  # [B, rows, cols]
-        """From one end to the other. Returns the class map and what was done."""
+        """Upscale the images from their source to their sink. Returns the class map and statistics."""
         source, merging, watch = endpoints.source, call.merging, Stopwatch(self.device)
         bands = plan_bands(source.shape[0], merging.grid, self._patches_per_band(), self.merge)
         plan = self._memory_plan(endpoints, merging, bands, not endpoints.in_place)
@@ -340,13 +340,13 @@ class PatchRouter(Router):
             maps = regions.class_ids.to(torch.uint8, copy=True).view(source.shape[0], merging.grid.rows, merging.grid.cols)
         stats = self._stats(source.shape[0], merging, regions, flops, watch, plan.bytes(rows))
         self.networks.remember()
-        # What nobody has asked for is not kept up to date.
+        # A speed that nobody has asked for is not kept up to date.
         if (known := self.speeds.known.get(self._place_of(source.dtype))) is not None:
             learn_patch_speed(known, stats, watch.parts)
         return maps, stats
 
     def speed(self, dtype: torch.dtype) -> Speed:
-        """What a patch of an image of `dtype` takes now; measured on the first call, and remembered."""
+        """The time that a patch of an image of type `dtype` takes now. It is measured on the first call, and remembered."""
         return self.speeds.find(
             self._place_of(dtype), self.num_classes, partial(self._speed_facts, dtype), partial(self._measured_speed, dtype)
         )

@@ -1,4 +1,4 @@
-"""How fast the patch path is here: measured on a picture of noise, and corrected by what later calls take."""
+"""The speed of the patch path on this machine: measured on a picture of noise, and corrected by the times of later calls."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from fastroute.runtime.devices import on_device
 from fastroute.runtime.results import RoutingStats, Stopwatch
 from fastroute.runtime.rows import Source, TensorSource
 
-# Columns of the picture on which the speed is measured, and patches that it has at least: a GPU is busy with a band of them.
+# Columns of the picture on which the speed is measured, and its least number of patches: those of a band, to keep a GPU busy.
 COLUMNS = 8
 PATCHES = {"cpu": 16, "cuda": 1024}
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What of a router of patches is measured.
+    """The parts of a patch router that are measured.
 
     Attributes:
         run: upscales an image with a class map.
-        classify: scores all patches of an image; None where nothing is classified.
+        classify: scores all patches of an image; None if nothing is classified.
         num_classes: number of classes.
-        batch: patches that pass together through the branch that takes most.
+        batch: number of patches that pass together through the slowest branch.
     """
 
     run: Callable[[Tensor, Tensor], RoutingStats]
@@ -42,18 +42,18 @@ def measure_patch_speed(parts: Measured, channels: int, tile: TileGrid, dtype: t
     """The speed of every part of a router on images of `dtype`.
 
     Args:
-        parts: what is measured.
-        channels: of the images.
-        tile: the router's grid, of an image of any size.
-        dtype: of the images.
-        device: where it runs.
+        parts: the parts that are measured.
+        channels: number of channels of the images.
+        tile: the router's grid, for an image of any size.
+        dtype: type of the images.
+        device: device on which the router runs.
     """
     rows = -(-max(parts.batch, on_device(PATCHES, device)) // COLUMNS)
     height, width = (tile.patch + (n - 1) * tile.stride for n in (rows, COLUMNS))
     image, number = noise((1, channels, height, width), dtype, device), rows * COLUMNS
     branches: list[list[float]] = [[] for _ in range(parts.num_classes)]
     rest = []
-    # In turn, so that what slows the machine for a while slows all.
+    # The parts take turns, so that whatever slows the machine for a while slows all of them.
     for run in range(RUNS * parts.num_classes):
         c = run % parts.num_classes
         stats = parts.run(image, torch.full((1, rows, COLUMNS), c, device=device))
@@ -76,11 +76,11 @@ def measure_patch_speed(parts: Measured, channels: int, tile: TileGrid, dtype: t
 
 
 def learn_patch_speed(speed: Speed, stats: RoutingStats, branches: Mapping[int, float]) -> None:
-    """Let `speed` know what a run has taken.
+    """Correct `speed` by the times of a run.
 
     Args:
-        speed: is corrected.
-        stats: of the run.
+        speed: the speed to correct.
+        stats: statistics of the run.
         branches: seconds in the branch of each class.
     """
     seconds = stats.seconds

@@ -1,4 +1,4 @@
-"""The networks of a patch router, copied and prepared: what they cost, in which types they compute, and what they hold."""
+"""The networks of a patch router, copied and prepared, with their costs, types and memory."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from fastroute.runtime.memory_plan import REARRANGED, pass_bytes
 
 Modules = Sequence[nn.Module] | nn.ModuleList
 
-# Networks that compute in the type of their weights, but keep what is added last as it is.
+# Networks that compute in the type of their weights, but leave what is added last in its own type.
 MIXED = (CARN, SRResNet, RCAN)
-# Networks that add nothing to an image at their end, so that all of it is rounded: in bfloat16, whose numbers have 8 bits, they
-# lose tenths of a decibel and gain little, and stay float32.
+# Networks that add nothing to an image at their end, so that all of their output is rounded. In bfloat16, whose numbers have 8
+# bits, they would lose tenths of a decibel and gain little, so they stay float32.
 WHOLLY_ROUNDED = (FSRCNN,)
 
 
@@ -31,20 +31,20 @@ class PreparedNetworks:
     """One network per class, copied and rewritten.
 
     Args:
-        branches: as the router is given them.
+        branches: the networks given to the router.
         patch: LR patch size.
         optimized: whether they are rewritten in their fastest exact form.
-        channels: of the patches; default as a branch says, else as a first convolution reads, else 3.
-        scale: of the outputs.
+        channels: number of channels. Default: what a branch names, else what a first convolution reads, else 3.
+        scale: upscaling factor.
 
     Attributes:
         modules: the prepared networks.
         shuffle: factor of the pixel shuffle that was taken off all of them; 1 for none.
-        channels: of the patches that they take.
-        size: of a patch, (1, C, p, p).
-        dtype: in which they compute.
-        taken: type of the patches that they are given; float32 for half networks, some of which add to the image at the end.
-        flops, paper_flops: of each per patch, as it was written.
+        channels: number of channels of the patches.
+        size: shape of a patch, (1, C, p, p).
+        dtype: type in which they compute.
+        taken: type of the patches that they get; float32 for half networks, some of which add to the image at the end.
+        flops, paper_flops: FLOPs of each network per patch, as it was written.
     """
 
     def __init__(self, branches: Sequence[nn.Module], patch: int, optimized: bool, channels: int | None, scale: int) -> None:
@@ -55,32 +55,32 @@ class PreparedNetworks:
         self._wholly_rounded = [any(isinstance(m, WHOLLY_ROUNDED) for m in branch.modules()) for branch in branches]
         prepared = [optimize(b) if optimized else inference_copy(b) for b in branches]
         split = [split_shuffle(branch) for branch in prepared]
-        # The stitching undoes a pixel shuffle on the way when all branches end with the same one; regions meet at LR pixels.
+        # The stitching undoes a pixel shuffle that all branches end with. Regions then meet at LR pixels.
         self.shuffle = split[0][1] if len({factor for _, factor in split}) == 1 and scale % split[0][1] == 0 else 1
         self.modules = nn.ModuleList([body for body, _ in split] if self.shuffle > 1 else prepared)
         evaluating(self.modules)
         self.finishes = False  # whether all patches are finished before they are stitched
-        # What `split` found in which modules; a new one in its place is looked at anew.
+        # The results of `split` and the modules they are for: a replaced module is split again.
         self._split: tuple[list[nn.Module], Modules, Upsamplers] | None = None
-        self._exact: Upsamplers = []  # the last layers of half networks before they were rounded
+        self._exact: Upsamplers = []  # the exact last layers of half networks, before they were rounded
         self._pass_bytes: dict[tuple[int, bool], int] = {}
         self._find_dtype()
         self._count_bytes()
 
     @property
     def device(self) -> torch.device:
-        """Where they are."""
+        """The device of the networks."""
         return next((p.device for branch in self.modules for p in branch.parameters()), torch.device("cpu"))
 
     def exact_in(self, dtype: torch.dtype) -> list[Tensor]:
-        """Weights that stay float32 where the others are `dtype`."""
+        """The weights that stay float32 if the others are converted to `dtype`."""
         kept = [module for module, whole in zip(self.modules, self._wholly_rounded, strict=True) if whole]
         tensors = [x for module in kept for x in (*module.parameters(), *module.buffers())]
         return tensors if dtype == torch.bfloat16 and self.dtype == torch.float32 else []
 
     @torch.no_grad()
     def before_halving(self, dtype: torch.dtype) -> None:
-        """The weights are still exact, and will be made `dtype` next."""
+        """Called while the weights are still exact, before they are converted to `dtype`."""
         self._exact = self.cut(self.modules)[1]
         spared = {id(x) for x in self.exact_in(dtype)}
         for module in self.modules:
@@ -88,7 +88,7 @@ class PreparedNetworks:
                 round_weights(module, dtype)
 
     def moved(self) -> None:
-        """They are on another device, or compute in another type."""
+        """Called after the networks have moved to another device or changed their type."""
         self._find_dtype()
         if self.dtype not in HALVES:
             self._exact = []
@@ -97,7 +97,7 @@ class PreparedNetworks:
         self._count_bytes()
 
     def weights_changed(self) -> None:
-        """They have other weights, of the same shapes."""
+        """Called after the networks have got other weights of the same shapes."""
         self._exact = self.cut(self.modules)[1] if self.dtype in HALVES else []
         self._split = None
 
@@ -107,36 +107,36 @@ class PreparedNetworks:
         types = [parameter_dtype(branch) for branch in [*weighted, *self.modules][: max(len(weighted), 1)]]
         self.dtype = next((dtype for dtype in types if dtype in HALVES), types[0])
         self.taken = sums_of(self.dtype)
-        # Whether all give what they were given, or more exact numbers than they compute in.
+        # Whether all outputs have the type of the inputs, or a more exact one than the networks compute in.
         exact = [isinstance(branch, MIXED) or dtype == self.taken for branch, dtype in zip(weighted, types, strict=False)]
         self._mixed = self.dtype in HALVES and bool(exact) and all(exact)
 
     def given(self, device: torch.device) -> torch.dtype:
-        """Type of what they give on `device`: float32 where last layers or sums are left to be done in it."""
+        """The type of the outputs on `device`: float32 if last layers or sums are left to be computed in it."""
         return self.taken if self._mixed or self.split(device)[1] else self.dtype
 
     def reads(self, c: int) -> torch.dtype:
-        """Type in which branch `c` reads patches."""
+        """The type of the patches that branch `c` reads."""
         weighted = next(self.modules[c].parameters(), None) is not None
         return parameter_dtype(self.modules[c]) if weighted and not isinstance(self.modules[c], MIXED) else self.taken
 
     def split(self, device: torch.device) -> tuple[Modules, Upsamplers]:
-        """What of each branch runs on `device` before the stitching, and the last layers that are left to it, if any.
+        """The part of each branch that runs on `device` before the stitching, and the last layers left to it, if any.
 
-        They are where branches end with such as there are kernels for, and as many pixels and channels come out of them, or
-        interpolate. A branch that ends otherwise finishes its patches; but if all end with a pixel shuffle, all are left at
-        that.
+        Last layers are left to the stitching if there are kernels for them and they give the right number of pixels and
+        channels, or if the branch interpolates. A branch that ends in another way finishes its patches. But if all branches end
+        with a pixel shuffle, only the shuffle is left to the stitching.
         """
         if self.finishes or not self.optimized or self.taken != torch.float32 or self.scale < 2 or not upsamples(device):
             return self.modules, []
         if self._split is None or any(a is not b for a, b in zip(self._split[0], self.modules, strict=True)):
             bodies, upsamplers = self.cut(self.modules)
-            # As they were before the networks were made half.
+            # In the precision that they had before the networks were converted to a half type.
             self._split = list(self.modules), bodies, self._exact or upsamplers
         return self._split[1], self._split[2]
 
     def cut(self, modules: Modules) -> tuple[Modules, Upsamplers]:
-        """:meth:`split` of `modules`, copies of these, where there are kernels."""
+        """:meth:`split` for `modules`, copies of the networks, on a device that has kernels."""
         found = [self._cut(module) for module in modules]
         parts = [part for part in found if part is not None]
         if not parts or (self.shuffle > 1 and len(parts) < len(found)):
@@ -152,7 +152,7 @@ class PreparedNetworks:
         return part if fits else None
 
     def pass_bytes(self, c: int, device: torch.device) -> int:
-        """What a patch takes on its way through branch `c`, as `split` cuts it."""
+        """The bytes that a patch takes on its way through branch `c`, as `split` cuts it."""
         branches, upsamplers = self.split(device)
         key = (c, bool(upsamplers))
         if key not in self._pass_bytes:
@@ -160,19 +160,19 @@ class PreparedNetworks:
         return self._pass_bytes[key]
 
     def _count_bytes(self) -> None:
-        """Count now what a first call would otherwise count: it should run no branch more often than the next one does."""
+        """Count in advance what a first call would count, so that it runs no branch more often than later calls do."""
         for c in range(len(self.modules)):
             self.pass_bytes(c, self.device)
 
     def produced_bytes(self, device: torch.device) -> int:
-        """What of a patch is held between its branch and the stitching."""
+        """The bytes of a patch that are held between its branch and the stitching."""
         upsamplers = self.split(device)[1] or [None]
         values = max(u.features if u else self.channels * self.scale**2 for u in upsamplers)
         return values * self.size[2] ** 2 * self.given(device).itemsize
 
 
 def guess_channels(branches: Sequence[nn.Module]) -> int:
-    """Channels of the images: as a branch says, else as a first convolution reads, else 3."""
+    """The number of channels of the images: what a branch names, else what a first convolution reads, else 3."""
     told = [channels for branch in branches if isinstance(channels := getattr(branch, "channels", None), int)]
     read = [m.in_channels for branch in branches for m in branch.modules() if isinstance(m, nn.Conv2d)]
     return [*told, *read, 3][0]

@@ -1,4 +1,4 @@
-"""Regions of the patch path: which patches run together, what that costs, and the classes that fit in a budget with it."""
+"""Regions of the patch path: which patches run together, what they cost, and the classes whose regions fit a budget."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ from fastroute.ops.group_by_class import group_by_class
 from fastroute.ops.merge_regions import Regions, merge_regions, region_pixels
 from fastroute.patch.bands import Band, band_of_patches
 
-# A budget of merged classes is spent to this share of it, in so many steps at most: each assigns and merges all patches.
+# The search for merged classes ends when this share of the budget is spent, or after this many steps, each of which assigns and
+# merges all patches.
 SPENT, STEPS = 0.998, 10
-# Shares of a budget that are tried at once where a step would wait.
+# The number of shares of a budget that are tried at once on a device for which a step would wait.
 AT_ONCE = 16
-# A step keeps away from the ends of what is left to search, or the search could creep along one of them.
+# A step keeps away from the ends of the remaining interval, or the search could creep along one of them.
 INSIDE = 0.1
 
 Shape = tuple[int, int]  # height and width in LR pixels
@@ -33,7 +34,7 @@ class Merging:
     Attributes:
         grid: where the patches lie.
         merge: side of a block in patches, see :func:`fastroute.merge_regions`; 1 leaves every patch on its own.
-        promote: whether patches may run in a higher class than their own where that costs less.
+        promote: whether patches may run in a higher class than their own if that costs less.
     """
 
     grid: TileGrid
@@ -47,27 +48,27 @@ class Merging:
 
     @property
     def sizes(self) -> list[float]:
-        """LR pixels of every shape of region, in patches."""
+        """The area of every shape of region, in patches."""
         return [height * width / self.grid.patch**2 for height, width in self.shapes]
 
     def table(self, costs: Sequence[float], device: torch.device) -> Tensor:  # [K, S]
-        """Cost of every class and shape, from the cost of a patch in each class."""
+        """The cost of every class and shape, given the cost of a patch in each class."""
         # Made on the device: a copy from the host would wait.
         sizes = region_pixels(self.grid, self.merge, device) / self.grid.patch**2
         return torch.stack([sizes * float(cost) for cost in costs]).float()
 
     def regions(self, class_ids: Tensor, costs: Sequence[float]) -> Regions:  # [N]
-        """The regions of `class_ids`, the cheapest where a patch of each class costs `costs`."""
+        """The cheapest regions of `class_ids` if a patch of each class costs `costs`."""
         return merge_regions(class_ids, self.grid, self.table(costs, class_ids.device), self.merge, self.promote)
 
     def spent(self, class_ids: Tensor, costs: Sequence[float]) -> Tensor:  # [N] -> []
-        """What `class_ids` cost as regions."""
+        """The cost of `class_ids` as regions."""
         table = self.table(costs, class_ids.device).double().flatten()
         each = torch.cat([table, table.new_zeros(1)])  # nothing for a patch within a region
         return each[self.regions(class_ids, costs).group].sum()
 
     def patches(self) -> float:
-        """LR pixels of an image all of whose patches are of one class, in patches."""
+        """The area of an image all of whose patches are of one class, in patches."""
         return _one_class(self.grid, self.merge)
 
 
@@ -80,17 +81,17 @@ def _one_class(grid: TileGrid, merge: int) -> float:
 def assign_merged(
     score: Tensor, costs: Sequence[float], allowed: float, spent: Callable[[Tensor], Tensor]
 ) -> Tensor:  # [N, K] -> [N]
-    """Classes whose regions cost at most `allowed`; the cheapest class everywhere where that is too little.
+    """Classes whose regions cost at most `allowed`, or the cheapest class everywhere if that is too little.
 
-    Regions cost less than the sum of their patches. So patches are given more than `allowed`, step by step, as long as what
-    they cost as regions stays within it. On a GPU, which would have to be waited for at every step, a number of shares are
-    tried at once, and the device takes the best.
+    Regions cost less than the sum of their patches. So patches get a larger budget than `allowed`, which is raised step by step
+    as long as their regions stay within it. A step would wait for a GPU, so there several shares are tried at once, and the
+    device takes the best.
 
     Args:
-        score: of all patches.
-        costs: of a patch in each class.
-        allowed: in the unit of `costs`, for all patches.
-        spent: what classes cost as regions.
+        score: scores of all patches.
+        costs: cost of a patch in each class.
+        allowed: budget of all patches, in the unit of `costs`.
+        spent: computes what classes cost as regions.
     """
     most, number = max(costs), max(score.shape[0], 1)
     low, high = min(max(allowed / (number * most), min(costs) / most), 1.0), 1.0
@@ -99,7 +100,7 @@ def assign_merged(
         tried = torch.stack([assign_classes(score, costs, budget=share) for share in shares])
         spending = torch.stack([spent(ids) for ids in tried])
         fitting = torch.where(spending <= allowed, spending, -1.0)
-        # The first where none fits.
+        # The first one if none fits.
         return tried.index_select(0, fitting.argmax().view(1))[0]
     best = assign_classes(score, costs, budget=low)
     used = float(spent(best))
@@ -123,16 +124,16 @@ def assign_merged(
 
 @dataclass(frozen=True)
 class SortedRegions:
-    """All regions of a call, sorted by band, class and shape: what is cut out and runs together lies together.
+    """All regions of a call, sorted by band, class and shape, so that regions which run together lie together.
 
     Attributes:
         class_ids: (N,), the class in which every patch runs.
-        region: (N,), the first patch of its region; None where each is on its own.
-        order, inverse: (N,), see :class:`fastroute.ClassGroups`; of a band first the patches that begin a region, then others.
+        region: (N,), the first patch of the region of every patch; None if every patch is on its own.
+        order, inverse: (N,), see :class:`fastroute.ClassGroups`. In a band, the patches that begin a region come first.
         offsets: where every band, class and shape begins in `order`.
-        shapes: of regions.
-        patches: of each class.
-        work: of each class, LR pixels that it runs on, in patches.
+        shapes: all shapes of regions.
+        patches: number of patches of each class.
+        work: area that each class runs on, in patches.
     """
 
     class_ids: Tensor
@@ -150,7 +151,7 @@ class SortedRegions:
         return own if self.region is None else own + 1
 
     def of_band(self, number: int) -> Iterator[tuple[int, Shape, Tensor]]:
-        """Class, shape and patches that begin a region, for each class and shape of which band `number` has any."""
+        """For each class and shape that band `number` contains: the class, the shape, and the patches that begin a region."""
         first = number * self._groups
         for group in range(len(self.patches) * len(self.shapes)):
             begin, end = self.offsets[first + group], self.offsets[first + group + 1]
@@ -158,22 +159,22 @@ class SortedRegions:
                 yield group // len(self.shapes), self.shapes[group % len(self.shapes)], self.order[begin:end]
 
     def regions_of(self, number: int) -> int:
-        """Number of regions of band `number`."""
+        """How many regions band `number` has."""
         first = number * self._groups
         return self.offsets[first + len(self.patches) * len(self.shapes)] - self.offsets[first]
 
 
 def sort_regions(class_ids: Tensor, costs: Sequence[float], merging: Merging, bands: list[Band]) -> SortedRegions:  # [N]
-    """The regions of `class_ids`, sorted; waits for the device once.
+    """The sorted regions of `class_ids`. Waits for the device once.
 
     Args:
-        class_ids: the class of every patch, or one above the last where ids are given and may be wrong.
-        costs: of a patch in each class, by which they are merged.
-        merging: how.
-        bands: what is routed together.
+        class_ids: the class of every patch. Given ids may be wrong; those out of range are one above the last class.
+        costs: cost of a patch in each class, which decides how patches merge.
+        merging: how patches merge.
+        bands: the bands that are routed together.
 
     Raises:
-        ValueError: a class out of range.
+        ValueError: a class is out of range.
     """
     classes, device = len(costs), class_ids.device
     region, shapes, group, groups = None, [(merging.grid.patch, merging.grid.patch)], class_ids, classes

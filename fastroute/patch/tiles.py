@@ -1,4 +1,4 @@
-"""Any network over overlapping tiles of an image of any size."""
+"""`tiled`: runs any network over overlapping tiles of an image of any size."""
 
 from __future__ import annotations
 
@@ -33,25 +33,26 @@ def tiled(
     tune: bool = True,
     merge: int | None = None,
 ) -> PatchRouter:
-    """A network over overlapping tiles, so that an image of any size takes the memory of a few of them.
+    """Run a network over overlapping tiles, so that an image of any size takes the memory of a few tiles.
 
     Tiles run in batches, in the memory format and the batch size that are fastest on the device. Up to 4 x 4 neighbouring tiles
-    run as one where the network takes inputs of that size, so that their overlaps are computed once. With the window "crop"
-    the result is that of the whole image, up to the order of sums, when the network sees at most `overlap` / 2 pixels around
-    each pixel: along the edges of the image it pads as it would the whole. A network that sees further, as most do, shows seams
-    with "crop" where the overlap is small; "linear" or "hann" blend them. A smaller image is continued by its edge.
+    run as one if the network takes inputs of that size, so that their overlaps are computed once. With the window "crop" the
+    result is that of the whole image, up to the order of sums, if the network sees at most `overlap` / 2 pixels around each
+    pixel: along the edges of the image it pads as it would pad the whole image. A network that sees further, as most do, shows
+    seams with "crop" if the overlap is small; "linear" or "hann" blend them. An image smaller than a tile is extended by
+    repeating its edge.
 
     Args:
-        model: any module from (N, C, p, p) to (N, C, p * scale, p * scale), a spandrel model, or a function; copied.
-        patch: side of a tile in input pixels; such as the network takes, a multiple of its windows for example.
+        model: any module from (N, C, p, p) to (N, C, p * scale, p * scale), a spandrel model, or a function. It is copied.
+        patch: side of a tile in input pixels. The network must take this size, for example a multiple of its windows.
         stride: distance of two tiles, at most `patch`.
-        overlap: `patch` - `stride`, instead of `stride`; default a quarter of the tile.
-        scale: factor between output and input; default that of a first tile.
+        overlap: `patch` - `stride`, instead of `stride`. Default: a quarter of the tile.
+        scale: factor between output and input. Default: that of a first tile.
         window: how overlaps are merged, see :func:`fastroute.make_window`.
-        batch: tiles per pass; default by measurement, which is remembered.
-        channels: of the images; default those that the model names or its first convolution reads, else 3.
-        merge: side of a block of tiles, 1, 2, 4 or 8, that runs as one larger tile, whose overlaps are computed once; by
-            default as many as 512 MiB allow, up to 4, and 1 for a network that takes no other size than `patch`.
+        batch: tiles per pass. Default: by measurement, which is remembered.
+        channels: number of channels of the images. Default: what the model names or its first convolution reads, else 3.
+        merge: side of a block of tiles, 1, 2, 4 or 8, that runs as one larger tile, whose overlaps are computed once. Default:
+            as many as 512 MiB allow, up to 4, and 1 for a network that takes no other size than `patch`.
         tune: find out on the work of calls how the network runs fastest, see :class:`fastroute.PatchRouter`.
 
     Returns:
@@ -60,7 +61,7 @@ def tiled(
         statistics and times.
 
     Raises:
-        ValueError: impossible sizes, both `stride` and `overlap`, or a model that gives something else than one scaled image
+        ValueError: impossible sizes, both `stride` and `overlap`, or a model that returns something else than one scaled image
             per tile.
         TypeError: `model` cannot be called.
 
@@ -85,14 +86,14 @@ def tiled(
 
 @torch.inference_mode()
 def probe_scale(network: nn.Module, patch: int, channels: int | None = None) -> int:
-    """The factor between what `network` gives and a tile.
+    """The factor between the output of `network` and a tile.
 
     Raises:
-        ValueError: it is not the same whole number along both axes, or the channels change.
+        ValueError: the factor is not the same whole number along both axes, or the number of channels changes.
     """
     like = next(network.parameters(), torch.empty(0))
     size = (1, channels or guess_channels([network]), patch, patch)
-    # On a copy: others may be using the network.
+    # On a copy, because others may be using the network.
     probe = inference_copy(network, share=True)
     try:
         output = probe(torch.full(size, 0.5, dtype=parameter_dtype(network), device=like.device))

@@ -1,4 +1,4 @@
-"""Branch outputs between the branches and the stitching."""
+"""The outputs of branches, held until they are stitched."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ Shape = tuple[int, int]  # height and width in LR pixels
 
 
 class Workspace:
-    """Branch outputs of a band, and of earlier ones as long as output rows to come are covered by their patches.
+    """The branch outputs of a band, and of earlier bands as long as their patches cover output rows to come.
 
-    Outputs are of patches, or of regions that hold several, see :func:`fastroute.merge_regions`.
+    There is one output per patch, or per region of several patches, see :func:`fastroute.merge_regions`.
 
     Args:
         grid: where the patches lie.
-        channels: of the images.
+        channels: number of channels of the images.
         shuffle: factor of the pixel shuffle that the branches leave to the stitching.
-        window: weighs overlapping patches.
-        upsamplers: the last layers of every branch, where they are left to the stitching too; None for a branch whose
-            patches are finished.
+        window: weights of overlapping patches.
+        upsamplers: the last layers of every branch, if they are left to the stitching too; None for a branch that finishes its
+            patches.
     """
 
     def __init__(self, grid: TileGrid, channels: int, shuffle: int, window: str | Tensor, upsamplers: Upsamplers = ()) -> None:
         self.grid, self.channels, self.shuffle, self.window = grid, channels, shuffle, window
         self.last = list(upsamplers)  # of every class
-        # Those that are used, the class of each, and which of them each class and shape goes through: an interpolation has a
-        # matrix for every size, other layers are the same for all.
+        # The upsamplers in use, the class of each, and the upsampler of each class and shape: an interpolation has a matrix for
+        # every size, other layers are the same for all.
         self.upsamplers: list[Upsampler] = []
         self.class_of: list[int] = []
         self.kind_of: dict[tuple[int, Shape | None], int] = {}
@@ -46,12 +46,12 @@ class Workspace:
         self.batches: list[Tensor] = []
         self.kinds: list[int] = []  # which of `upsamplers` each of `batches` goes through
         self.number = 0  # of patches or regions in `batches`
-        # Batches of earlier bands: last tile row of the band, and how many batches there were with it.
+        # For earlier bands, the last tile row of the band and the number of batches up to its end.
         self.marks: list[tuple[int, int]] = []
         self.places = torch.empty(0)  # [images, patches] of the current band's images; those not held are not read
 
     def size(self, c: int, shape: Shape | None = None) -> torch.Size:
-        """Of a region of class `c`, by default a patch, as it is held: (C, H, W), (C·r·r, H / r, W / r) or (F, h, w)."""
+        """The size in which a region of class `c`, by default a patch, is held: (C, H, W), (C·r·r, H / r, W / r), (F, h, w)."""
         height, width = (n * self.grid.scale for n in shape or (self.grid.patch, self.grid.patch))
         upsampler = self.last[c] if self.last else None
         factor = upsampler.shuffle if upsampler else 1 if self.last else self.shuffle
@@ -59,7 +59,7 @@ class Workspace:
         return torch.Size((channels, height // factor, width // factor))
 
     def put(self, results: list[Tensor], c: int, shape: Shape | None = None) -> None:  # [n, *size(c, shape)] each
-        """Keep the next batches of outputs of the branch of class `c`, of regions of `shape` LR pixels, by default patches."""
+        """Keep the next batches of outputs of class `c`, for regions of `shape` LR pixels, by default patches."""
         size, kind = self.size(c, shape), self._kind(c, shape or (self.grid.patch, self.grid.patch))
         alike = c if self.last else 0
         if alike not in self.channels_last:
@@ -75,13 +75,13 @@ class Workspace:
                     f"upscale: a branch must map {patch} patches to {tuple(size)}{before}; got "
                     f"{tuple(result.shape[1:])}. Is scale={self.grid.scale} that of the branches?"
                 )
-            # A branch may answer in a memory format of its own.
+            # A branch may use a memory format of its own.
             self.batches.append(result.contiguous(memory_format=layout))
             self.kinds.append(kind)
             self.number += result.shape[0]
 
     def _kind(self, c: int, shape: Shape) -> int:
-        """Which of `upsamplers` regions of class `c` and `shape` go through; it is added where it is new."""
+        """The number of the upsampler for regions of class `c` and `shape`, which is added if it is new."""
         upsampler = self.last[c] if self.last else None
         if upsampler is None:
             return FINISHED
@@ -104,14 +104,14 @@ class Workspace:
         """Write into `output` the rows that are complete with `band`, and drop what no later row needs.
 
         Args:
-            band: what `put` was given last.
-            inverse: where every patch went when they were sorted.
-            output: the rows.
+            band: the band whose outputs were `put` last.
+            inverse: the place of every patch after sorting.
+            output: the rows to write.
             region: the first patch of the region of every patch, whose place is then that of the region.
-            regions: of the band; by default its patches.
+            regions: number of regions of the band. Default: its number of patches.
 
         Returns:
-            Seconds that the last layers of each branch took.
+            The seconds that the last layers of each branch took.
         """
         grid, cols = self.grid, self.grid.cols
         (image, end), (top, bottom) = band.images, band.rows
@@ -119,7 +119,7 @@ class Workspace:
             self.places = torch.full((end - image, grid.num_patches), -1, dtype=torch.int64, device=inverse.device)
         first, held = band.first_patch(grid), band.num_patches(grid)
         own = slice(image * grid.num_patches, end * grid.num_patches)
-        # Places in class order are numbered over all bands, those in `batches` from the first batch that is still there.
+        # Places in class order are numbered over all bands, and those in `batches` from the first batch that is still held.
         here = (inverse[first : first + held] if region is None else inverse[region[first : first + held]]) - first
         before = self.number - (held if regions is None else regions)
         self.places[:, top * cols : bottom * cols] = here.view(end - image, -1) + before

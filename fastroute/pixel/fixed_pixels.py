@@ -1,4 +1,4 @@
-"""The pixel path at a fixed size: whole images at once, every tensor of the same shape in every call, nothing read back."""
+"""The pixel path at a fixed size: whole images at once, every tensor with the same shape in every call, nothing read back."""
 
 from __future__ import annotations
 
@@ -30,20 +30,20 @@ from fastroute.runtime.fixed_size import FixedUpscaled, check_fixed, check_shape
 class FixedPixelRouter(nn.Module):
     """:meth:`PixelRouter.upscale` for images of one size, for CUDA graphs (:meth:`capture`), export and compilation.
 
-    Pixels of a class are counted and listed on the device, by the operator, so there are no capacities: a call takes the time
-    of the classes that it chooses. The image is that of :meth:`PixelRouter.upscale` up to what the encoder rounds
-    differently on a whole image than on bands of it. A budget, which a batch shares, and the 2-means of each image are solved
-    on all pixels.
+    The operator counts and lists the pixels of a class on the device, so no capacities are needed, and the time of a call
+    depends on the classes that it chooses. The image is that of :meth:`PixelRouter.upscale` up to what the encoder rounds
+    differently on a whole image than on bands. The budget, which the images of a batch share, and the 2-means of each image are
+    solved on all pixels.
 
     Args:
-        router: its encoder is copied, where it is, and its MLPs are shared.
-        shape: of the images, (B, C, h, w) or (C, h, w).
-        dtype: of the images: floating in [0, 1], uint8 or uint16.
+        router: the router whose encoder is copied, on its device, and whose MLPs are shared.
+        shape: shape of the images, (B, C, h, w) or (C, h, w).
+        dtype: type of the images: floating in [0, 1], uint8 or uint16.
         scale, size, penalty, adaptive, refine, budget: see :meth:`PixelRouter.upscale`.
 
     Raises:
-        ValueError: a shape, size or budget that cannot be, or arguments that exclude each other.
-        TypeError: an unsupported dtype, or no :class:`PixelRouter`.
+        ValueError: an invalid shape, size or budget, or arguments that exclude each other.
+        TypeError: an unsupported dtype, or `router` is not a :class:`PixelRouter`.
 
     Shape:
         images as `shape` says to images of the new size; :meth:`upscale` gives a :class:`fastroute.FixedUpscaled`, its class
@@ -52,7 +52,7 @@ class FixedPixelRouter(nn.Module):
     Differentiable: no.
     Deterministic: yes, as far as the encoder is.
     Synchronises: no; making one does.
-    CUDA-graph safe: yes with the kernels of a GPU, and an encoder that is.
+    CUDA-graph safe: yes with the kernels of a GPU, if the encoder is.
     Memory layout: any strides; contiguous output. The features and logits of whole images are held at once.
 
     Example:
@@ -94,7 +94,7 @@ class FixedPixelRouter(nn.Module):
             raise ValueError(f"{self.OP}: adaptive needs exactly 2 classes; got {router.num_classes}; use penalty instead")
         h, w = self.shape[-2:]
         self.size = router.output_size(h, w, scale=scale, size=size)
-        # The published code knows a size by its mean factor, to one decimal.
+        # The published code takes the mean factor of a size, rounded to one decimal.
         factor = router.scale if scale is None else float(scale)
         if size is not None:
             factor = max(round((size[0] / h + size[1] / w) / 2, 1), 0.1)
@@ -103,10 +103,10 @@ class FixedPixelRouter(nn.Module):
         if budget is not None:
             budget = real(self.OP, "budget", budget)
             check_possible(self.costs, budget)
-        # Then nothing need be classified.
+        # Then nothing needs to be classified.
         self.only = most_expensive(self.costs) if budget == 1 else None
 
-        # A copy, because a graph knows weights by their addresses, and the router's may be moved.
+        # A copy, because a graph refers to weights by their addresses, and the router's weights may move.
         networks = router.networks
         self.encoder, self.compute_dtype, self.mlps = inference_copy(router.encoder), router.dtype, networks.mlps
         self.classifier = networks.classifier
@@ -127,7 +127,7 @@ class FixedPixelRouter(nn.Module):
     @computing_in_own_type
     @torch.no_grad()
     def upscale(self, image: Tensor) -> FixedUpscaled:
-        """See the class. Floating images are not looked at, and taken as they are."""
+        """Super-resolve images of the fixed size, see the class. The values of floating images are not checked."""
         images = check_fixed("upscale", image, self.shape, self.dtype, self.device)
         lr = to_float(images, sums_of(self.compute_dtype))
         features = self.encoder((lr - self.mean).to(self.compute_dtype, memory_format=torch.channels_last))
@@ -148,7 +148,7 @@ class FixedPixelRouter(nn.Module):
         return FixedUpscaled(output, classes, torch.zeros(self.num_classes, dtype=torch.int64, device=raw.device))
 
     def capture(self, image: Tensor) -> CudaGraph:
-        """This upscale as a CUDA graph, which takes images as this one is."""
+        """Capture this upscale in a CUDA graph that takes images like `image`."""
         return CudaGraph(self.upscale, image)
 
     def _classes(self, features: Tensor) -> Tensor:  # [B, D, h, w] -> uint8 [B, H, W]
@@ -160,6 +160,6 @@ class FixedPixelRouter(nn.Module):
             return adaptive_threshold(torch.sigmoid(logits[:, 0]), torch.uint8)
         if self.budget is None:
             return assign_classes(logits, [1.0] * self.num_classes, dtype=torch.uint8)
-        # In a half type many probabilities would be alike, and change class together.
+        # In a half type many probabilities would be equal and change class together.
         score = logits.softmax(dim=1, dtype=torch.promote_types(logits.dtype, torch.float32))
         return assign_classes(score, self.costs, budget=self.budget, dtype=torch.uint8)

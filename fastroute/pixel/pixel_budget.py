@@ -1,9 +1,9 @@
-"""One budget over the pixels of a call, or of several: what a class costs, what may be spent, and the exponent that fits.
+"""One budget for the pixels of one call or several: what a class costs, what may be spent, and the exponent that fits.
 
-The images of a budget are looked at first, all but the one that comes next, on a sample of rows. The one that comes next is
-classified whole where it is small, else on more rows. Then the smallest exponent of the cost is taken at which the pixels of
-all images to come are within what is left; so what an image spent more or less than its sample said is made good by the next.
-The last bands of an image are held to what is left: a budget is never overdrawn.
+At first, all images that share the budget but the next one are sampled on some rows. The next image is classified as a whole if
+it is small, else on more rows. Then the smallest exponent of the cost is taken at which the pixels of all images to come stay
+within what is left. So if an image spends more or less than its sample predicted, the images after it make up for that. The
+last bands of an image are held to what is left, so that the budget is never exceeded.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ class WaitingImage:
     """An image that has not begun.
 
     Attributes:
-        number: which of the budget's.
-        work: what is yet to do.
-        sample: of its pixels.
+        number: number of the image among those that share the budget.
+        work: the work that is still to be done for it.
+        sample: scores of a sample of its pixels.
     """
 
     number: int
@@ -34,7 +34,7 @@ class WaitingImage:
 
     @property
     def whole(self) -> bool:
-        """Whether all pixels are in the sample, so that it need not be classified again."""
+        """Whether all pixels are in the sample, so that the image need not be classified again."""
         return self.sample.scores.shape[1] == self.work.pixels
 
 
@@ -43,14 +43,14 @@ class PixelBudget:
     """What the pixels of some images may cost.
 
     Attributes:
-        cost: of a pixel in each class: a share, FLOPs or milliseconds.
-        left: for the pixels that have no class yet; of milliseconds, known when an image begins.
-        speed: of milliseconds, what all else takes.
-        total, before: milliseconds of all images, and those that earlier calls took.
+        cost: cost of a pixel in each class: a share, FLOPs or milliseconds.
+        left: what is left for the pixels without a class. Milliseconds are known only when an image begins.
+        speed: for milliseconds, the time of everything else.
+        total, before: milliseconds of all images, and the milliseconds that earlier calls took.
         waiting: the images to come.
-        pixels: those that have no class yet, from the first search on.
-        mean: what they cost on average by their samples.
-        searched: pixels on which exponents were found.
+        pixels: number of pixels without a class, from the first search on.
+        mean: average cost of these pixels according to their samples.
+        searched: number of pixels on which exponents were found.
     """
 
     cost: list[float]
@@ -64,7 +64,7 @@ class PixelBudget:
     searched: int = 0
 
     def begin(self, number: int) -> Sample | None:
-        """Image `number` is the next, and those before it that failed are passed over; its sample where that is all of it."""
+        """Begin image `number`, skipping failed images before it. Returns its sample if that covers the whole image."""
         whole = [image.sample for image in self.waiting if image.number == number and image.whole]
         self.waiting = [image for image in self.waiting if image.number > number]
         return whole[0] if whole else None
@@ -73,8 +73,8 @@ class PixelBudget:
         """The exponent for the image that has begun.
 
         Args:
-            sample: of its pixels.
-            work: what is yet to do for it.
+            sample: scores of a sample of its pixels.
+            work: the work that is still to be done for it.
             elapsed: milliseconds since the call began.
         """
         ahead = (dataclasses.replace(image.work, classified=0) if image.whole else image.work for image in self.waiting)
@@ -82,7 +82,7 @@ class PixelBudget:
         samples = [sample, *(image.sample for image in self.waiting)]
         searched = sum(s.scores.shape[1] for s in samples)
         if self.speed is not None:
-            # This search is yet to be made too.
+            # The time of this search is still to come too.
             self.left = self.total - self.before - elapsed - fixed_ms(self.speed, rest) - self.speed.solve * searched
         self.searched += searched
         penalty, cost = solve(samples, self.cost, self.left)
@@ -90,14 +90,16 @@ class PixelBudget:
         return penalty
 
     def tight(self, pixels: int) -> bool:
-        """Whether so many pixels more, at their most expensive, would leave too little for the others at their cheapest."""
+        """Whether `pixels` more in the most expensive class would leave too little for the others in the cheapest one."""
         return self.left - pixels * max(self.cost) < (self.pixels - pixels) * min(self.cost)
 
     def take(self, scores: Tensor, penalty: float, reserve: float) -> Tensor:  # [K - 1, n] -> uint8 [n]
-        """Classes of the next pixels at the exponent `penalty`, or at a larger one where they would cost too much.
+        """The classes of the next pixels at the exponent `penalty`, or at a larger one if they would cost too much.
 
         Args:
-            reserve: what each of the pixels that follow keeps.
+            scores: scores of these pixels.
+            penalty: the exponent.
+            reserve: the cost that is reserved for each of the pixels that follow.
         """
         logs, number = logarithms(self.cost), scores.shape[1]
         allowed = max(self.left - (self.pixels - number) * reserve, number * min(self.cost))
@@ -109,11 +111,11 @@ class PixelBudget:
         return ids
 
     def spend(self, ids: Tensor) -> None:
-        """These pixels have their classes."""
+        """Record that these pixels have their classes."""
         self.left -= spent(ids, self.cost)
         self.pixels -= ids.numel()
 
 
 def fixed_ms(speed: Speed, work: Work) -> float:
-    """Milliseconds of all but the pixels in their upsamplers."""
+    """The milliseconds of everything except the upsamplers."""
     return speed.encode * work.encoded + speed.classify * work.classified + speed.rest * work.pixels

@@ -1,4 +1,4 @@
-"""One image on the pixel path, from its rows to those of the result."""
+"""The upscaling of one image on the pixel path, from its rows to the rows of the result."""
 
 from __future__ import annotations
 
@@ -30,18 +30,18 @@ from fastroute.runtime.sinks import Sink
 
 
 class PixelImage:
-    """See the module.
+    """One image on its way through encoder, classifier, upsamplers and refinement.
 
     Args:
-        networks: of the router.
+        networks: networks of the router.
         source: where rows come from.
-        number: which of the images.
-        request: what is asked for.
-        keep: all features are kept, so that the image is encoded once.
-        watch: what takes the times.
+        number: number of the image among those of the source.
+        request: the validated arguments of the call.
+        keep: whether all features are kept, so that the image is encoded once.
+        watch: measures the time of each stage.
 
     Attributes:
-        passes: how often it was encoded.
+        passes: how often the image was encoded.
     """
 
     def __init__(
@@ -56,10 +56,11 @@ class PixelImage:
         self.place = relative_coordinates(like, self.grid.size)
 
     def look(self, pixels: int, hold: bool) -> Sample:
-        """The scores of about `pixels` pixels, before its turn.
+        """The scores of about `pixels` pixels, computed before the turn of this image.
 
         Args:
-            hold: its features are there when its turn comes.
+            pixels: about how many pixels.
+            hold: whether its features will still be held when its turn comes.
         """
         lr, features = self._start()
         sample = self._sample(lr, features, pixels)
@@ -74,10 +75,10 @@ class PixelImage:
         counts: Tensor,  # [K]
         done: Callable[[int], object],
     ) -> None:
-        """Write the result into `sink`, its classes into `class_map` where it is given, and add their numbers to `counts`."""
+        """Write the result into `sink` and its classes into `class_map`, if given; add the pixels of each class to `counts`."""
         refine = self.refine
         seen = None if self.budget is None else self.budget.begin(self.turn)
-        # Whether it is encoded after its classes are known.
+        # Whether the image is encoded once more after its classes are known.
         again = self.started is None if seen is not None else self.rule.solved and not self.keep
         lr, features = self.started or self._start()
         self.started = None
@@ -87,7 +88,7 @@ class PixelImage:
         classes = RowStream(self._classes(features, solved), class_map)
         height = self.grid.size[0]
         bands = self.grid.bands()
-        # The refinement looks one row further.
+        # The refinement reads one row more on either side.
         spans = [(max(begin - 1, 0), min(end + 1, height)) if refine else (begin, end) for begin, end in bands]
         for n, ((begin, end), (top, bottom)) in enumerate(zip(bands, spans, strict=True)):
             window = self.grid.window(top, bottom)
@@ -108,7 +109,7 @@ class PixelImage:
                 else:
                     target.copy_(refine_boundaries(band, near if refine else torch.zeros_like(near), inner))
                 sink.done()
-            # What this band alone needed would otherwise be held while the next one is classified.
+            # Otherwise memory that only this band needs would be held while the next one is classified.
             del held, near, chosen, residual, band, target
             after = spans[min(n + 1, len(spans) - 1)][0]
             for rows in (lr, features):
@@ -117,7 +118,7 @@ class PixelImage:
             done(1)
 
     def _start(self) -> tuple[RowStream, RowStream]:
-        """The rows of the image and of its features, from the first one on."""
+        """The rows of the image and of its features, beginning with the first."""
         height = self.grid.lr[0]
         self.passes += 1
         if isinstance(self.source, TensorSource):
@@ -167,7 +168,7 @@ class PixelImage:
         classes: Tensor | None = None,  # [1, window, W]
         residual: Tensor | None = None,  # [1, C, window, w]
     ) -> Tensor:  # [1, C, rows, W]
-        """`pixel_mlp` on the features of a window: the numbers are those of the whole."""
+        """`pixel_mlp` on the features of a window, with the same numbers as on the whole."""
         height, width = self.grid.size
         place = torch.cat([self.place[slice(*window.output)], self.place[height:]])
         size = (window.height, width)
@@ -215,7 +216,7 @@ class PixelImage:
             yield [chosen]
 
     def _solved(self, lr: RowStream, features: RowStream, seen: Sample | None, again: bool) -> Tensor | float:
-        """The exponent of the cost, all classes [1, H, W], or of 2-means from which score on a pixel is of class 1."""
+        """The decision: the exponent of the cost, all classes [1, H, W], or for 2-means the score from which class 1 begins."""
         if self.rule.adaptive:
             return self._two_means(lr, features)
         if self.budget is None:
@@ -230,7 +231,7 @@ class PixelImage:
                 classified=0 if whole else height * width,
                 encoded=h * w if again else 0,
             )
-            # Only milliseconds ask what has been taken, and wait for it.
+            # Only budgets in milliseconds need the elapsed time, and wait for it.
             elapsed = 0.0 if self.budget.speed is None else 1e3 * self.watch.elapsed()
             penalty = self.budget.solve(sample, todo, elapsed)
             if not whole:
@@ -238,7 +239,7 @@ class PixelImage:
             return self.budget.take(sample.scores, penalty, min(self.budget.cost)).view(1, height, width)
 
     def _sample(self, lr: RowStream, features: RowStream, pixels: int) -> Sample:
-        """The scores of about `pixels` pixels, in rows spread over the image; all of them where it has no more."""
+        """The scores of about `pixels` pixels, in rows spread over the image, or of all pixels if there are no more."""
         bands = list(sampled_rows(self.grid, pixels))
         (height, width), rows = self.grid.size, sum(end - begin for begin, end in bands)
         scores = torch.empty(self.networks.num_classes - 1, rows, width, dtype=torch.float32, device=self.place.device)
@@ -259,7 +260,7 @@ class PixelImage:
             labels = adaptive_threshold(score, torch.uint8)
             if score.shape[1] == self.grid.size[0]:
                 return labels
-            # Classes rise with the score.
+            # A higher score means a higher class.
             upper = torch.where(labels == 1, score, math.inf)
             return upper.amin()
 
@@ -278,24 +279,24 @@ def upsample(
     rows: tuple[int, int] | None,
     place: Tensor,  # [H + W]
 ) -> Tensor:  # [B, C, rows, W]
-    """:func:`fastroute.pixel_mlp`; what MLPs of a half type find is added to a `residual` of float32, and is float32 then."""
+    """:func:`fastroute.pixel_mlp`, but outputs in a half type are added to a `residual` in float32, which gives float32."""
     if residual is None or residual.dtype == features.dtype:
         return pixel_mlp(features, mlps, size, class_map, residual, rows, place)
     image = pixel_mlp(residual, [[]], size, None, residual, rows, place)
-    # Without a layer in any class there is nothing to add, and nobody knows of how many channels.
+    # Without a layer in any class there is nothing to add, and the number of channels is unknown.
     return image.add_(pixel_mlp(features, mlps, size, class_map, None, rows, place)) if any(mlps) else image
 
 
 def count_classes(ids: Tensor, number: int) -> Tensor:  # -> [K]
-    """How many of `ids` are of each of `number` classes, without waiting for the device."""
+    """How many of `ids` belong to each of `number` classes, counted without waiting for the device."""
     if ids.device.type == "cpu":
         return torch.bincount(ids.flatten(), minlength=number)
-    # There `bincount` reads the largest id back, to know how many there are.
+    # There `bincount` would read back the largest id to find out how many there are.
     return torch.stack([(ids == c).sum() for c in range(number)])
 
 
 def shifted(bias: Tensor, shifts: Sequence[float]) -> Tensor:  # [K]
-    """`bias` less `shifts`, in float64; each is an argument of a kernel, so that nothing is copied to the device."""
+    """`bias` minus `shifts`, in float64. Each shift is an argument of a kernel, so nothing is copied to the device."""
     return torch.stack([b - shift for b, shift in zip(bias.double(), shifts, strict=True)]).to(bias.dtype)
 
 
@@ -305,5 +306,5 @@ def odds(layers: Layers) -> list[tuple[Tensor, Tensor]]:
 
 
 def last_layer(layers: Layers, change: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
-    """`layers` with another last one."""
+    """`layers` with the last one changed by `change`."""
     return [*layers[:-1], change(*layers[-1])]

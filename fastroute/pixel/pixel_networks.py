@@ -1,4 +1,4 @@
-"""The networks of a router of pixels as the pixel path runs them, and what they cost."""
+"""The networks of a pixel router as the pixel path runs them, and their costs."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from fastroute.pixel.pixel_stats import PixelFlops
 
 @dataclass(frozen=True)
 class PixelNetworks:
-    """See the module.
+    """A frozen record of the networks.
 
     Attributes:
         encoder: maps (B, C, h, w) to features (B, D, h, w).
         mlps: layers of each upsampler, the cheapest first.
         classifier: layers of the classifier.
-        mean: (1, C or 1, 1, 1), taken off the image before the encoder.
-        dtype: in which they compute.
-        channels: of the images.
-        costs: of the classes.
-        memory: that they take.
-        flops: that they do.
+        mean: (1, C or 1, 1, 1), subtracted from the image before the encoder.
+        dtype: type in which they compute.
+        channels: number of channels of the images.
+        costs: costs of the classes.
+        memory: memory that they need.
+        flops: FLOPs that they perform.
     """
 
     encoder: nn.Module
@@ -47,7 +47,7 @@ class PixelNetworks:
 
     @property
     def device(self) -> torch.device:
-        """Where they are."""
+        """The device of the networks."""
         return self.mean.device
 
 

@@ -1,4 +1,4 @@
-"""The pixel path: encode, classify every output pixel, upsample each by its class, smooth the seams; band by band."""
+"""The pixel path: encode, classify every output pixel, upsample each by its class, and smooth the seams, band by band."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ from fastroute.runtime.tuning import tuning_key
 
 @dataclass(frozen=True)
 class PixelPlan:
-    """What a run keeps in memory.
+    """The memory plan of a run.
 
     Attributes:
-        waiting: images that are looked at before their turn.
+        waiting: images that are sampled before their turn.
         keep: whether all features of an image are kept, so that it is encoded once.
-        held: images whose features are kept from the look to their turn.
+        held: images whose features are kept from the sampling to their turn.
         rows: output rows that are written together.
-        used: bytes in all.
+        used: total bytes.
     """
 
     waiting: int
@@ -58,12 +58,12 @@ class PixelPlan:
 
 
 class PixelRouter(Router):
-    """Super-resolution of whole images by PCSR, each output pixel through the upsampler that its class says.
+    """Super-resolution of whole images by PCSR, where every output pixel runs through the upsampler of its class.
 
     Args:
-        model: its networks are copied, and are in evaluation mode here.
-        optimized: run the encoder in its fastest exact form, see :func:`fastroute.rewrite.optimize.optimize`, and in bands of
-            rows.
+        model: the model whose networks are copied. The copies are in evaluation mode.
+        optimized: whether the encoder runs in its fastest exact form, see :func:`fastroute.rewrite.optimize.optimize`, and in
+            bands of rows.
         scale: upscaling factor of calls that give neither a scale nor a size.
         border: what the encoder sees beyond the edge, see :class:`fastroute.PatchRouter`; "edge" needs whole factors.
 
@@ -103,7 +103,7 @@ class PixelRouter(Router):
         return f"PixelRouter({self.num_classes} upsamplers over {self._encoder_name}, {dtype} on {self.device})"
 
     def _layers(self) -> tuple[list[Layers], Layers]:
-        """Of the upsamplers and of the classifier, as they are now."""
+        """The present layers of the upsamplers and of the classifier."""
         return [layers_of(mlp) for mlp in self.upsamplers], layers_of(self.classifier)
 
     def _moved(self) -> None:
@@ -112,20 +112,20 @@ class PixelRouter(Router):
 
     @property
     def networks(self) -> PixelNetworks:
-        """The networks as they are now."""
+        """The present networks."""
         parts = (self.encoder, *self._layers(), self.mean, self.dtype, self.channels)
         return PixelNetworks(*parts, self.class_costs, self.memory, self.flops)
 
     def class_cost(self, scale: float) -> list[float]:
-        """Cost of every class at a factor as PCSR counts it: FLOPs of the encoder and of the class's MLP; they sum to 1."""
+        """The cost of every class at a factor as PCSR counts it: FLOPs of encoder and MLP, normalised to a sum of 1."""
         return self.class_costs.at(scale)
 
     @ordinarily
     def compile(self, engine: str = ANY) -> PixelRouter:  # type: ignore[override]
-        """Accepts "torch" and "auto": the encoder runs in bands of rows, each layer keeping the last rows, by PyTorch alone.
+        """Accept "torch" and "auto", which both mean PyTorch: no other engine runs the encoder in bands of rows.
 
         Raises:
-            ValueError: another engine.
+            ValueError: any other engine.
         """
         if engine not in (TORCH, ANY):
             engine_of(engine)  # refuses unknown names
@@ -154,38 +154,39 @@ class PixelRouter(Router):
         """Super-resolve an image or a batch of images.
 
         Args:
-            image: (B, C, h, w) or (C, h, w), floating in [0, 1], uint8 or uint16; on the device of the networks, or on the
-                CPU: bands of it are then copied there and back, and the result is on the CPU.
-            scale: upscaling factor, an integer or a fraction; the size is rounded. Default that of the router
-                where no `size` is given.
+            image: (B, C, h, w) or (C, h, w), floating in [0, 1], uint8 or uint16. It lies on the device of the networks, or on
+                the CPU: then bands of it are copied there and back, and the result is on the CPU.
+            scale: upscaling factor, an integer or a fraction; the size is rounded. Default: the router's, unless `size` is
+                given.
             size: (H, W) instead of `scale`.
             penalty: exponent k of the cost in the decision, argmax of probability / cost^k.
-            adaptive: decide by the 2-means of each image's second probability instead; two classes only. They are taken over
-                a sample of rows where the output has more than 33 million pixels.
+            adaptive: decide by the 2-means of each image's second probability instead; two classes only. For an output of more
+                than 33 million pixels, a sample of rows is used.
             refine: smooth cheap pixels beside more expensive ones.
-            budget: mean cost of the chosen classes as a fraction of that of the most expensive one, encoder included; the
-                penalty is then solved for, on a sample of rows where the output has more than 4 million pixels, and the
-                budget is kept all the same. 1 sends every pixel to the most expensive class. A batch shares one budget, as a
-                folder does under :func:`fastroute.upscale_many`: it is spent where it helps most.
-            progress: show a progress bar, or call this function with how many bands are done and how many there are; what it
-                raises ends the call.
-            memory_limit: bytes to hold at most beside `image`, the result and its class map. It changes no bit of them: a
-                budget or `adaptive` encodes the image twice where all features do not fit. Of a batch under one budget so
-                many features are kept as fit, by default in 512 MiB, on a GPU 8 GiB; the other images are encoded twice.
-            budget_flops: instead of `budget`: FLOPs of the whole call, as `stats.flops` counts them.
-            budget_ms: instead of `budget`: milliseconds of the whole call on this device, by what a pixel takes in encoder,
-                classifier, each upsampler and around them. That is measured before the first such call, remembered, and
-                follows the calls that come after; what else the machine does is not foreseen. The classes, and so the
-                result, depend on it.
+            budget: mean cost of the chosen classes as a fraction of that of the most expensive one, encoder included. The
+                penalty is then solved for; for an output of more than 4 million pixels, on a sample of rows, but the budget is
+                still kept. 1 sends every pixel to the most expensive class. Images of a batch share one budget, as images of a
+                folder do under :func:`fastroute.upscale_many`: it is spent where it helps most.
+            progress: show a progress bar, or call this function with the number of bands done and the number of all bands. If
+                it raises, the call ends.
+            memory_limit: the largest number of bytes to hold beside `image`, the result and its class map. It does not change
+                the result: with a budget or `adaptive`, the image is encoded twice if not all of its features fit. With one
+                budget for a batch, as many features are kept as fit, by default into 512 MiB, or 8 GiB on a GPU; the other
+                images are encoded twice.
+            budget_flops: instead of `budget`, FLOPs of the whole call, as `stats.flops` counts them.
+            budget_ms: instead of `budget`, milliseconds of the whole call on this device, estimated from what a pixel takes in
+                the encoder, the classifier, each upsampler and around them. These times are measured before the first such
+                call, remembered, and updated by later calls. Other load on the machine is not foreseen. The classes, and so
+                the result, depend on the times.
 
         Returns:
-            :class:`Upscaled`, its class map uint8 (B, H, W) or (H, W). A floating image is not clamped; an integer one is,
-            and rounded half to even.
+            :class:`Upscaled`, with a class map uint8 (B, H, W) or (H, W). A floating result is not clamped; an integer one is
+            clamped and rounded half to even.
 
         Raises:
-            ValueError: a wrong rank, number of channels, empty image or size, another device, arguments that exclude each
-                other, an impossible budget, or a limit below the least that is needed, which the message names. Nothing has
-                been computed then. So is a floating image with a value above 2; on a GPU none is looked at.
+            ValueError: a wrong rank, number of channels or device, an empty image or size, arguments that exclude each other,
+                an impossible budget, a limit below the least that is needed, which the message names, or, on the CPU, a
+                floating image with a value above 2. Nothing has been computed then.
             TypeError: an unsupported dtype.
         """
         images = check.images("upscale", image, self.channels, home(image, self.device), "h, w")
@@ -221,21 +222,21 @@ class PixelRouter(Router):
         progress: Progress = False,
         memory_limit: Limit = AUTO,
     ) -> Streamed:
-        """Super-resolve an image that need not fit in memory, and neither need its result.
+        """Super-resolve an image without holding it or its result in memory as a whole.
 
         Args:
-            reader: gives rectangles of the image, see :class:`fastroute.Reader`; it is read once, and once more for a budget
-                or `adaptive` where all features do not fit.
-            writer: takes bands of the result, see :class:`fastroute.Writer`, of the type that the reader gives.
+            reader: source of the image, see :class:`fastroute.Reader`. It is read once, and a second time for a budget or
+                `adaptive` if not all features fit.
+            writer: destination of the result, see :class:`fastroute.Writer`. Pixels have the type that the reader returns.
             scale, size, penalty, adaptive, refine, budget, progress, budget_flops, budget_ms: see :meth:`upscale`. At an
-                integer scale few rows are held; at a size in no small ratio to the image's, its features are. Reading and
-                writing count towards milliseconds where the computation waits for them.
-            memory_limit: bytes to hold at most, None for no limit. By default, "auto", it is 512 MiB, and on a GPU, whose
-                bands are larger, 8 GiB. It changes no bit of the result, which is that of :meth:`upscale`.
+                integer scale few rows are held. If the ratio of the sizes has no small denominator, all features are held.
+                Reading and writing count towards the time where the computation waits for them.
+            memory_limit: the largest number of bytes to hold, or None for no limit. By default, "auto", it is 512 MiB, or 8 GiB
+                on a GPU, whose bands are larger. It does not change the result, which is that of :meth:`upscale`.
 
         Raises:
             ValueError, TypeError: see :meth:`upscale`. Nothing has been read or written then.
-            MemoryError, torch.OutOfMemoryError: memory ran out; the message names a limit that would fit.
+            MemoryError, torch.OutOfMemoryError: memory ran out. The message names a limit that would fit.
         """
         refuse_edge("stream", self)
         check_reader("stream", reader, self.channels, check.FLOATING + check.INTEGER_IMAGE)
@@ -250,14 +251,14 @@ class PixelRouter(Router):
     def output_size(  # type: ignore[override]
         self, height: int, width: int, *, scale: float | None = None, size: tuple[int, int] | None = None
     ) -> tuple[int, int]:
-        """Height and width of what an image of that size becomes, see :meth:`upscale`."""
+        """Height and width of the result for an image of the given size, see :meth:`upscale`."""
         return make_grid((height, width), scale, size, self.device, self.scale)[0].size
 
     def _request(self, shape: tuple[int, ...], dtype: torch.dtype, limit: Budget, options: PixelOptions) -> Request:
         return make_request(self.networks, shape, limit, options, self.scale, partial(self.speeds_at, dtype))
 
     def speeds_at(self, dtype: torch.dtype, factor: float) -> tuple[Speed, Speed]:
-        """What the pixels of an image of `dtype` take at a factor, as it is known now and as it was measured."""
+        """The time that pixels of an image of type `dtype` take at a factor, as estimated now and as measured."""
         facts, measure = partial(self._speed_facts, dtype, factor), partial(self._measured_speed, dtype, factor)
         speed = self.speeds.find(self._place_of(dtype, factor), self.num_classes, facts, measure)
         return speed, self.speeds.measured(speed)
@@ -277,7 +278,7 @@ class PixelRouter(Router):
     @ordinarily
     @torch.inference_mode()
     def answer(self, images: Tensor, request: Request) -> Upscaled:  # [B, C, h, w]
-        """What `upscale` gives for a request that is checked."""
+        """The result of `upscale` for a validated request."""
         grid = request.grid
         output = output_like("upscale", images, (*images.shape[:2], *grid.size))
         # An ordinary tensor, as the image is.
@@ -287,7 +288,7 @@ class PixelRouter(Router):
         return Upscaled(output, class_map.to(images.device), stats)
 
     def _run(self, endpoints: Endpoints, request: Request, class_map: Tensor | None) -> PixelStats:  # [B, H, W]
-        """From one end to the other."""
+        """Upscale the images from their source to their sink."""
         source, grid, networks, watch = endpoints.source, request.grid, self.networks, Stopwatch(self.device)
         number, before = source.shape[0], 0 if request.budget is None else request.budget.searched
         plan = self._plan(endpoints, request, number)
@@ -309,7 +310,7 @@ class PixelRouter(Router):
             ahead = looking_ahead(grid, waiting_sample(number)) if plan.waiting and n else Work()
             done += request.rule.work(grid) + ahead
         stats = self._stats(counts.tolist(), done, watch, plan.used)
-        # What nobody has asked for is not kept up to date.
+        # A speed that nobody has asked for is not kept up to date.
         if (known := self.speeds.known.get(self._place_of(source.dtype, factor_of(done)))) is not None:
             encoded = sum(image.passes for image in images) * grid.lr[0] * grid.lr[1]
             searched = 0 if request.budget is None else request.budget.searched - before
@@ -318,11 +319,11 @@ class PixelRouter(Router):
         return stats
 
     def _plan(self, endpoints: Endpoints, request: Request, number: int) -> PixelPlan:
-        """What is kept in memory for `number` images."""
+        """The memory plan for `number` images."""
         grid, limit, streamed = request.grid, request.memory_limit, not endpoints.in_place
         waiting = 0 if request.budget is None or request.looked else number - 1
         keep = grid.overlapping or not self.memory.in_bands
-        # Two passes need not encode twice.
+        # With all features held, two passes encode the image only once.
         if not keep and request.rule.solved:
             keep = limit is None or self._working_set(endpoints, request, waiting, True, True).bytes(1) <= limit
         held, each = 0, self.memory.features(grid, True)
@@ -338,7 +339,7 @@ class PixelRouter(Router):
     def _working_set(self, endpoints: Endpoints, request: Request, waiting: int, keep: bool, in_bands: bool) -> WorkingSet:
         grid = request.grid
         sampled = request.rule.sampled(grid)
-        # Logits of the images to come, and a search in them.
+        # The logits of the images to come, and the memory of a search in them.
         pixels = min(waiting_sample(waiting + 1) + grid.size[1], grid.size[0] * grid.size[1])
         sampled += waiting * pixels * BUDGET_BYTES * self.num_classes
         return self.memory.working_set(grid, keep, sampled, endpoints.source.dtype.itemsize, in_bands, endpoints.step)
@@ -349,7 +350,7 @@ class PixelRouter(Router):
 
 
 def _look(images: list[PixelImage], request: Request, plan: PixelPlan) -> None:
-    """Look at all images but the first, whose turn it is."""
+    """Sample all images but the first, whose turn it is."""
     assert request.budget is not None
     grid = request.grid
     for n, image in enumerate(images[1:], start=1):

@@ -1,4 +1,4 @@
-"""Which rows of the features and of the image a band of output pixels needs."""
+"""The rows of the features and of the image that a band of output pixels needs."""
 
 from __future__ import annotations
 
@@ -16,24 +16,25 @@ from fastroute.rewrite.row_stages import MAX_COLUMNS, MIN_ROWS, make_stage, rows
 from fastroute.runtime.devices import on_device
 from fastroute.runtime.memory_plan import ACTIVATIONS, REARRANGED, LiveBytes, WorkingSet
 
-# Pixels of a band, of the output and of the encoder's input: bounds of the memory, large enough to give threads work.
+# Pixels of a band, of the output and of the encoder's input. They bound the memory, but give threads enough work.
 OUTPUT_BAND = {"cpu": 1 << 20, "cuda": 1 << 23}
 ENCODER_BAND = {"cpu": 1 << 14, "cuda": 1 << 21}
-# Pixels of the image that an output band stands for: of a GPU's large bands the features count too.
+# Pixels of the image that an output band corresponds to. In a GPU's large bands, the features count too.
 INPUT_BAND = {"cpu": sys.maxsize, "cuda": 1 << 20}
-# An image of at most this many output pixels is classified whole under a budget, a larger one first on rows spread over it, of
-# a quarter as many: single rows take several times as long per pixel. 2-means do so beyond the second number.
+# Under a budget, an image of at most this many output pixels is classified as a whole. A larger one is first classified on rows
+# spread over it, with a quarter as many pixels, because single rows take several times as long per pixel. For 2-means, the
+# second number is the limit.
 BUDGET_SAMPLE = 1 << 22
 ADAPTIVE_SAMPLE = 1 << 25
-# Pixels of an image whose turn under a shared budget is yet to come, at least.
+# The least number of sampled pixels of an image whose turn under a shared budget is still to come.
 WAITING_SAMPLE = 1 << 16
-# Bytes per sampled pixel: the logits of a class, and a search in them; a score, twice.
+# Bytes per sampled pixel: for the logit of a class and a search in it, and for a score, which is held twice.
 BUDGET_BYTES, ADAPTIVE_BYTES = 14, 20
-# Rows of a band, and columns, on which the memory of an encoder is counted.
+# Rows and columns of the band on which the memory of an encoder is counted.
 PROBE = 16
 
-# What comes and goes with each band lies in the C library's heap, which takes up to so many times as much: once large blocks
-# have been freed, all but the largest share it, and what lies between two of them is a gap for anything larger.
+# Tensors that come and go with each band lie in the C library's heap, which takes up to this many times as much. Once large
+# blocks have been freed, all but the largest allocations share the heap, and the gaps between them fit nothing larger.
 HEAP = {"cpu": 2, "cuda": 1}
 
 HOST = torch.device("cpu")
@@ -41,11 +42,11 @@ HOST = torch.device("cpu")
 
 @dataclass(frozen=True)
 class Window:
-    """Rows of the features, and the rows of the output that they stand for.
+    """Rows of the features, and the rows of the output that they correspond to.
 
     Attributes:
         features: first row and one past the last.
-        output: the same of the output, at the ratio of the whole.
+        output: the same for the output, at the ratio of the whole image.
     """
 
     features: tuple[int, int]
@@ -57,17 +58,17 @@ class Window:
         return self.output[1] - self.output[0]
 
     def within(self, begin: int, end: int) -> tuple[int, int]:
-        """Output rows counted from its first."""
+        """Output rows, counted from the first one of this window."""
         return begin - self.output[0], end - self.output[0]
 
 
 @dataclass(frozen=True)
 class PixelGrid:
-    """The rows of an image and of what it is upscaled to.
+    """The rows of an image and of its output.
 
     Attributes:
         lr, size: height and width of the image and of the output.
-        device: where they are worked on, which says how large a band is.
+        device: the device that processes them, which decides how large a band is.
     """
 
     lr: tuple[int, int]
@@ -75,20 +76,20 @@ class PixelGrid:
     device: torch.device = HOST
 
     def window(self, begin: int, end: int) -> Window:
-        """The features that output rows `begin` to `end` read, and a row more on either side.
+        """The features that output rows `begin` to `end` read, and one row more on either side.
 
-        Their number is in the ratio of the whole to the output rows that they stand for, and begins at a multiple of it.
-        So pixels of the window lie within their features, to the last bit, where those of the whole do.
+        Feature rows and output rows of a window have the ratio of the whole image, and begin at multiples of it. So a pixel has
+        the same position within its feature as in the whole image, to the last bit.
         """
         h, height = self.lr[0], self.size[0]
         parts = math.gcd(h, height)
-        low, high = h // parts, height // parts  # features and output rows of the smallest window
+        low, high = h // parts, height // parts  # feature rows and output rows of the smallest window
         first = max(begin * h // height - 1, 0) // low
         last = -(-min(-(-end * h // height) + 1, h) // low)
         return Window((first * low, last * low), (first * high, last * high))
 
     def bands(self) -> list[tuple[int, int]]:
-        """Rows (first, one past the last) of bands of nearly equal height."""
+        """The rows (first, one past the last) of bands of nearly equal height."""
         height, width = self.size
         count = -(-height * width // on_device(OUTPUT_BAND, self.device))
         count = max(count, -(-self.lr[0] * self.lr[1] // on_device(INPUT_BAND, self.device)))
@@ -98,32 +99,32 @@ class PixelGrid:
     def sample(self, pixels: int) -> int:
         """The distance of rows that hold at most `pixels` pixels together."""
         step, high = -(-self.size[0] * self.size[1] // pixels), self.size[0] // math.gcd(self.lr[0], self.size[0])
-        # Else all of them would lie at the same place within their features.
+        # Otherwise all of them would have the same position within their features.
         while step > 1 and math.gcd(step, high) > 1:
             step += 1
         return step
 
     @property
     def overlapping(self) -> bool:
-        """Whether the windows of bands are no small part of the image: only all features serve them."""
+        """Whether the windows of bands are so large that all features must be held."""
         return any(2 * (w.features[1] - w.features[0]) >= self.lr[0] for w in self.widest)
 
     @property
     def widest(self) -> list[Window]:
-        """The windows of all bands with a row more on either side."""
+        """The windows of all bands, with one row more on either side."""
         return [self.window(max(a - 1, 0), min(b + 1, self.size[0])) for a, b in self.bands()]
 
 
 class PixelMemory:
-    """The memory of the pixel path.
+    """The memory that the pixel path needs.
 
     Args:
-        encoder: as it runs.
+        encoder: the prepared encoder.
         mlps: layers of the upsamplers and of the classifier.
-        channels: of the images.
-        depth: of the features.
+        channels: number of channels of the images.
+        depth: number of channels of the features.
         classes: number of classes.
-        dtype: of features.
+        dtype: type of the features.
     """
 
     def __init__(
@@ -141,36 +142,36 @@ class PixelMemory:
                     live.mark()
             else:
                 encoder(x)
-        # Rows that layers keep, per column; what lives while a band passes, per pixel of it.
+        # The bytes that layers keep, per column, and those alive while a band passes, per pixel of the band.
         self.kept = live.marked // PROBE
         self.passing = REARRANGED * live.most // (PROBE * (PROBE if self.in_bands else 2 * PROBE))
 
     def encoder_band(self, grid: PixelGrid) -> tuple[int, int]:
-        """Pixels that pass the encoder together, about, and columns of them at most."""
+        """About how many pixels pass the encoder together, and the largest number of their columns."""
         most = on_device(ENCODER_BAND, grid.device)
         if grid.device.type == "cpu":
             return most, MAX_COLUMNS
-        # Narrow strips would be many small kernels there; fewer pixels pass where a wide network keeps much of each.
+        # On a GPU, narrow strips would mean many small kernels. Fewer pixels pass if a wide network keeps much for each.
         pixels = max(min(most, on_device(ACTIVATIONS, grid.device) // self.passing), MIN_ROWS * MAX_COLUMNS)
         return pixels, pixels // MIN_ROWS
 
     def features(self, grid: PixelGrid, keep: bool) -> int:
-        """Bytes of the features that are held."""
+        """The bytes of the features that are held."""
         return grid.lr[1] * self.depth * self.itemsize * (grid.lr[0] if keep else self.rows_held(grid))
 
     def rows_held(self, grid: PixelGrid) -> int:
-        """Rows of the features that are held where not all are: of a band that is upsampled, and of one that is classified."""
+        """The number of feature rows held if not all are: those of a band that is upsampled, and of one that is classified."""
         windows = [w.features for w in grid.widest]
         most = max(b[1] - a[0] for a, b in zip(windows, [*windows[1:], windows[-1]], strict=True))
         return min(most + self._newest(grid), grid.lr[0])
 
     def _newest(self, grid: PixelGrid) -> int:
-        """Rows of the features that the encoder makes at a time."""
+        """The number of feature rows that the encoder makes at a time."""
         if not self.in_bands:
             return 0
         (height, width), (pixels, columns) = grid.lr, self.encoder_band(grid)
         strip = width // -(-width // columns)
-        # With the last ones come those that waited for rows below.
+        # The last step also makes the rows that waited for rows below them.
         return min(max(MIN_ROWS, pixels // strip) + self.reach, height)
 
     def working_set(
@@ -179,12 +180,12 @@ class PixelMemory:
         """The working set.
 
         Args:
-            grid: the rows.
-            keep: all features are kept.
-            sampled: bytes for what the decision is solved on.
-            itemsize: of a value of the image.
-            streamed: rows are read and written in bands of their own.
-            step: rows that are written together.
+            grid: the rows of the image and of the output.
+            keep: whether all features are kept.
+            sampled: bytes of the sample on which the decision is solved.
+            itemsize: bytes of a value of the image.
+            streamed: whether rows are read and written in bands of their own.
+            step: number of rows that are written together.
         """
         (h, w), (height, width) = grid.lr, grid.size
         tallest = max(b - a for a, b in grid.bands()) + 2
@@ -192,7 +193,7 @@ class PixelMemory:
         passing, products = self.encoder_band(grid)[0], 0
         if grid.device.type != "cpu":
             passing = min(passing, h * w)
-            # A GPU makes those of an MLP's first layer for all features of a band, in float32.
+            # A GPU computes the outputs of an MLP's first layer for all features of a band, in float32.
             products = lr_rows * w * self.units * 4
         values = max(self.classes + 1, 2 * self.channels) * self.itemsize + 3
         moving = passing * self.passing + w * self.kept if self.in_bands else 0
@@ -203,23 +204,23 @@ class PixelMemory:
         if not streamed:
             return WorkingSet(fixed)
         out_row, row = self.channels * itemsize * width, self.channels * itemsize * w
-        # Of an image that is read once all rows are kept where its features are.
+        # If all features of an image that is read once are kept, so are its rows.
         fixed += (h if keep else 0) * row + 3 * lr_rows * row + 3 * step * out_row
         return WorkingSet(fixed, 3 * out_row + 2 * row * h // height, tallest, height)
 
 
 def budget_sample(grid: PixelGrid) -> int:
-    """Pixels on which a budget is solved."""
+    """The number of pixels on which a budget is solved."""
     return BUDGET_SAMPLE if grid.size[0] * grid.size[1] <= BUDGET_SAMPLE else BUDGET_SAMPLE // 4
 
 
 def waiting_sample(images: int) -> int:
-    """Pixels that are looked at before its turn in each of so many images."""
+    """The number of pixels that are sampled before its turn in each of several images."""
     return max(WAITING_SAMPLE, BUDGET_SAMPLE // max(images, 1))
 
 
 def sampled_rows(grid: PixelGrid, pixels: int) -> Iterator[tuple[int, int]]:
-    """Bands of all rows where the output has at most `pixels` pixels, else single rows at equal distances."""
+    """Bands of all rows if the output has at most `pixels` pixels, else single rows at equal distances."""
     step = grid.sample(pixels)
     if step <= 1:
         yield from grid.bands()

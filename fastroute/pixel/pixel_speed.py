@@ -1,4 +1,4 @@
-"""How fast the pixel path is here: measured on a picture of noise, and corrected by what later calls take."""
+"""The speed of the pixel path on this machine: measured on a picture of noise, and corrected by the times of later calls."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from fastroute.pixel.pixel_stats import Work
 from fastroute.pixel.request import ClassRule, Request, make_grid
 from fastroute.runtime.devices import on_device
 
-# Height and width of the picture on which the speed is measured: at scale 4 a whole band of the output on a CPU, and on a GPU
-# the largest one that a budget classifies once.
+# Height and width of the picture on which the speed is measured. On a CPU it is a whole band of the output at scale 4, on a GPU
+# the largest image that is classified as a whole under a budget.
 PICTURE = {"cpu": (256, 256), "cuda": (512, 512)}
 
 
@@ -27,17 +27,18 @@ def measure_pixel_speed(
     """The speed of every part of a router.
 
     Args:
-        networks: of the router.
-        dtype: of the images.
-        factor: by which they are enlarged.
-        run: does what is asked for an image; gives the seconds of each stage.
+        networks: networks of the router.
+        dtype: type of the images.
+        factor: upscaling factor.
+        run: processes a request for an image and returns the seconds of each stage.
     """
     lr = on_device(PICTURE, networks.device)
     image = noise((1, networks.channels, *lr), dtype, networks.device)
     grid = make_grid(lr, factor, None, networks.device)[0]
     cost, pixels = networks.costs.at(factor), grid.size[0] * grid.size[1]
     runs: list[list[dict[str, float]]] = [[] for _ in range(networks.num_classes + 1)]
-    # In turn, so that what slows the machine for a while slows all; the first round maps memory, which the others use again.
+    # The parts take turns, so that whatever slows the machine for a while slows all of them. The first round maps memory, which
+    # the others use again.
     for _ in range(RUNS + 1):
         for c in range(networks.num_classes):
             runs[c].append(run(image, Request(grid, ClassRule([1.0], only=c))))
@@ -59,19 +60,19 @@ def measure_pixel_speed(
 def learn_pixel_speed(
     speed: Speed, request: Request, searched: int, work: Work, counts: Sequence[int], seconds: dict[str, float]
 ) -> None:
-    """Let `speed` know what a run has taken.
+    """Correct `speed` by the times of a run.
 
     Args:
-        speed: is corrected.
-        request: what was asked for.
-        searched: pixels on which exponents were found.
-        work: what was done.
+        speed: the speed to correct.
+        request: the validated arguments of the run.
+        searched: number of pixels on which exponents were found.
+        work: the work that was done.
         counts: pixels per class.
-        seconds: by stage.
+        seconds: seconds of each stage.
     """
     known = ("encode", "classify", "solve", "upsample")
     rest = seconds["total"] - sum(seconds[name] for name in known)
-    # Rows of a sample take longer than those of a band, and are counted in the same stage.
+    # The rows of a sample take longer than those of a band, but count towards the same stage.
     plain = request.rule.only is None and work.classified == work.pixels and not request.looked
     classify = seconds["classify"] if plain else None
     encode, solve = (seconds["encode"], work.encoded), (seconds["solve"], searched)

@@ -1,4 +1,4 @@
-"""What the pixel path does for an image, in FLOPs, and what is told of it."""
+"""The FLOPs of the pixel path, and its statistics."""
 
 from __future__ import annotations
 
@@ -18,15 +18,14 @@ SIDE = 16
 
 @dataclass(frozen=True)
 class PixelStats(RoutingStats):
-    """What was done for one call of :meth:`PixelRouter.upscale`; its `patches` are output pixels.
+    """Statistics of one call of :meth:`PixelRouter.upscale`, whose `patches` are output pixels.
 
-    Its stages are encode, classify, solve (under a budget, the search for the exponent of the cost), assign, upsample, refine;
-    and total.
+    The stages are encode, classify, solve (the search for the exponent under a budget), assign, upsample and refine.
     """
 
     @property
     def overhead(self) -> float:
-        """Share of the time spent on anything but networks."""
+        """The share of the time that is spent outside the networks."""
         networks = sum(self.seconds[name] for name in ("encode", "classify", "upsample"))
         return 1 - networks / self.seconds["total"]
 
@@ -36,13 +35,13 @@ class PixelStats(RoutingStats):
 
 @dataclass(frozen=True)
 class Work:
-    """What is done for some images, whatever the classes of their pixels.
+    """The work for some images that does not depend on the classes of their pixels.
 
     Attributes:
         features: pixels of the images.
         pixels: pixels of the outputs.
-        encoded: pixels of the images that pass the encoder.
-        classified, products: output pixels that pass the classifier, and features that its first layer is multiplied by.
+        encoded: pixels of the images that pass through the encoder.
+        classified, products: output pixels that pass through the classifier, and features that its first layer multiplies.
     """
 
     features: int = 0
@@ -56,13 +55,13 @@ class Work:
 
 
 class PixelFlops:
-    """FLOPs per output pixel and, since a first layer's product is shared by all pixels of a feature, per feature.
+    """FLOPs per output pixel and per feature, because all pixels of a feature share the product of a first layer.
 
     Args:
-        encoder: as it was written.
-        channels: of the images.
-        mlps: the upsamplers.
-        classifier: of pixels.
+        encoder: the original encoder.
+        channels: number of channels of the images.
+        mlps: layers of the upsamplers.
+        classifier: layers of the classifier.
     """
 
     def __init__(self, encoder: nn.Module, channels: int, mlps: Sequence[Layers], classifier: Layers) -> None:
@@ -71,24 +70,24 @@ class PixelFlops:
         self.pixel, self.feature = [_per_pixel(mlp) for mlp in mlps], [_per_feature(mlp) for mlp in mlps]
         self.paper = [2 * sum(weight.numel() for weight, _ in mlp) for mlp in mlps]
         self.classifier = _per_pixel(classifier), _per_feature(classifier)
-        # What counts no operation writes its values all the same.
+        # A network without counted operations still writes its values.
         self.costs = [float(flops or size[1]) for flops in self.pixel]
 
     def all_in(self, number: int, work: Work) -> float:
-        """With all pixels in class `number`, and none classified."""
+        """The FLOPs with all pixels in class `number` and none classified."""
         return self.encoder * work.features + self.feature[number] * work.features + self.costs[number] * work.pixels
 
     def fixed(self, work: Work) -> float:
-        """Of all but the pixels in their upsamplers, every one of which is used."""
+        """The FLOPs of everything except the upsamplers, all of which are in use."""
         classifier = self.classifier[0] * work.classified + self.classifier[1] * work.products
         return self.encoder * work.encoded + sum(self.feature) * work.features + classifier
 
     def done(self, counts: Sequence[int], work: Work) -> tuple[RoutedFlops, RoutedFlops]:
-        """As done, and as the papers count.
+        """The FLOPs as done, and as the papers count.
 
         Args:
             counts: pixels per class.
-            work: what was done beside.
+            work: all other work.
         """
         used = sum(shared for shared, n in zip(self.feature, counts, strict=True) if n)
         classifier = self.classifier[0] * work.classified + self.classifier[1] * work.products
@@ -100,9 +99,9 @@ class PixelFlops:
 
 
 def _per_pixel(layers: Layers) -> int:
-    """As done, but for the product with the features."""
+    """The FLOPs as done, without the product with the features."""
     first = layers[0][0].shape if layers else (0, 4)
-    # The row's and the column's part of the first layer are two multiply-adds per unit.
+    # The parts of the first layer for the row and for the column are two multiply-adds per unit.
     return 2 * (sum(weight.numel() for weight, _ in layers) - first[0] * (first[1] - 2))
 
 

@@ -26,9 +26,9 @@ class ClassRule:
     """How classes are chosen: by the exponent `penalty` of their cost, by 2-means, within a budget, or one for all pixels.
 
     Attributes:
-        cost: of each class, relative to each other.
-        budgeted: the exponent is searched for.
-        only: the class of all pixels, of which none is classified then.
+        cost: relative cost of each class.
+        budgeted: whether the exponent is searched for.
+        only: the class of all pixels, none of which is then classified.
     """
 
     cost: list[float]
@@ -39,11 +39,11 @@ class ClassRule:
 
     @property
     def solved(self) -> bool:
-        """Whether pixels of the image are looked at first."""
+        """Whether some pixels of the image are sampled first."""
         return self.adaptive or self.budgeted
 
     def sampled(self, grid: PixelGrid) -> int:
-        """Bytes of what it is solved on."""
+        """The bytes of the sample on which the decision is solved."""
         pixels = grid.size[0] * grid.size[1]
         if self.adaptive:
             return pixel_rows.ADAPTIVE_BYTES * min(pixels, pixel_rows.ADAPTIVE_SAMPLE + grid.size[1])
@@ -52,7 +52,7 @@ class ClassRule:
         return 0
 
     def work(self, grid: PixelGrid) -> Work:
-        """What is done for an image."""
+        """The work for an image."""
         (h, w), (height, width) = grid.lr, grid.size
         work = Work(h * w, height * width, h * w)
         if self.only is not None:
@@ -61,31 +61,31 @@ class ClassRule:
         if not self.solved:
             return work
         looked = looking(grid, pixel_rows.ADAPTIVE_SAMPLE if self.adaptive else budget_sample(grid))
-        # Where the sample is the whole image, it is classified once.
+        # If the sample is the whole image, it is classified only once.
         return work if looked.classified == height * width else work + looked
 
 
 def looking_ahead(grid: PixelGrid, pixels: int) -> Work:
-    """What it adds that an image is looked at before its turn: nothing where that is all of it."""
+    """The additional work for sampling an image before its turn: nothing if the sample is the whole image."""
     return Work() if grid.size[0] * grid.size[1] <= pixels else looking(grid, pixels)
 
 
 def looking(grid: PixelGrid, pixels: int) -> Work:
-    """What a sample of about `pixels` pixels takes on features that are there."""
+    """The work for a sample of about `pixels` pixels on features that are already held."""
     rows = sum(end - begin for begin, end in sampled_rows(grid, pixels))
     return Work(classified=rows * grid.size[1], products=min(rows, grid.lr[0]) * grid.lr[1])
 
 
 @dataclass(frozen=True)
 class Request:
-    """A call whose arguments are checked.
+    """The validated arguments of a call.
 
     Attributes:
         grid: rows of the image and of the output.
         rule: how classes are chosen.
-        budget: what they may cost, when there is a budget.
-        first: number of the first image, of those under the budget.
-        looked: all of these have been looked at.
+        budget: what classes may cost, if there is a budget.
+        first: number of the first image among those that share the budget.
+        looked: whether all images that share the budget have been sampled.
     """
 
     grid: PixelGrid
@@ -101,10 +101,10 @@ class Request:
 def make_grid(
     lr: Sequence[int], scale: float | None, size: tuple[int, int] | None, device: torch.device, default: float = 4.0
 ) -> tuple[PixelGrid, float]:
-    """The rows of an image of height and width `lr` and of its output on `device`, and the factor by which costs are known.
+    """The rows of an image of height and width `lr` and of its output on `device`, and the factor that costs refer to.
 
     Raises:
-        ValueError: both a scale and a size, or impossible ones.
+        ValueError: both a scale and a size, or an impossible one.
     """
     op, (h, w) = "upscale", lr
     if scale is not None and size is not None:
@@ -119,7 +119,7 @@ def make_grid(
     else:
         low = -LARGEST_IMAGE
         size = (whole(op, "size", size[0], LARGEST_IMAGE, low), whole(op, "size", size[1], LARGEST_IMAGE, low))
-        # The published code knows a size by its mean factor, to one decimal.
+        # The published code takes the mean factor of a size, rounded to one decimal.
         factor = max(round((size[0] / h + size[1] / w) / 2, 1), 0.1)
     if min(size) < 1:
         raise ValueError(f"{op}: size must be at least 1 x 1; got {size}")
@@ -130,7 +130,7 @@ def make_grid(
 
 @dataclass(frozen=True)
 class PixelOptions:
-    """Options of a call as the user gives them, see :meth:`fastroute.PixelRouter.upscale`."""
+    """The options of a call as the user gave them, see :meth:`fastroute.PixelRouter.upscale`."""
 
     scale: float | None = None
     size: tuple[int, int] | None = None
@@ -141,7 +141,7 @@ class PixelOptions:
     memory_limit: int | None = None
 
 
-# The speed of a router at a factor: as it is known now, and as it was measured.
+# The speed of a router at a factor, as estimated now and as measured.
 SpeedsAt = Callable[[float], tuple[Speed, Speed]]
 
 
@@ -151,12 +151,12 @@ def make_request(
     """Check the arguments of a call for images of `shape` (B, C, h, w).
 
     Args:
-        networks: of the router.
-        shape: of the images.
+        networks: networks of the router.
+        shape: shape of the images.
         limit: what the call may spend.
-        options: its other arguments.
-        default: upscaling factor where none is given.
-        speeds: of the router.
+        options: the other arguments of the call.
+        default: upscaling factor if none is given.
+        speeds: speeds of the router.
 
     Raises:
         ValueError: see :meth:`fastroute.PixelRouter.upscale`.
@@ -201,14 +201,15 @@ def plan(
     """How classes are chosen within a budget, and what their pixels may cost.
 
     Args:
-        networks: of the router.
-        op: for messages.
+        networks: networks of the router.
+        op: name of the function, for messages.
         limit: the budget.
-        work: what is done where pixels are classified.
-        samples: what is done before, to look at images whose turn is yet to come.
-        factor: of the images.
-        speeds: of the router.
-        seconds: that the samples took; None when they have not been taken, and need not be where there is nothing to choose.
+        work: the work if pixels are classified.
+        samples: the work of sampling images whose turn is still to come.
+        factor: upscaling factor.
+        speeds: speeds of the router.
+        seconds: seconds that the samples took. None if they have not been taken, which is unnecessary if there is nothing to
+            choose.
 
     Raises:
         ValueError: an impossible budget.
@@ -225,7 +226,7 @@ def plan(
     elif limit.ms is not None:
         speed, measured = speeds(factor_of(work))
         cost, done = speed.branches, 1e3 * (seconds or 0.0)
-        # By its own cost, not by its time: a small network may have been slow when that was measured.
+        # Decided by the user's cost, not by time: a small network may have been slow when it was measured.
         most, bare = most_expensive(networks.costs.at(factor)), Work(pixels=pixels, encoded=work.features)
         unclassified = limit.ms - done - fixed_ms(speed, bare)
         least = min(fixed_ms(s, bare) + pixels * min(s.branches) for s in (speed, measured))
@@ -244,5 +245,5 @@ def plan(
 
 
 def factor_of(work: Work) -> float:
-    """The factor of images, to one decimal, by their pixels: what decides the speed."""
+    """The upscaling factor to one decimal, found from the pixels. It decides the speed."""
     return max(round(math.sqrt(work.pixels / max(work.features, 1)), 1), 0.1)
