@@ -9,7 +9,6 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from fastroute import buffers
 from fastroute.runtime.rows import Span
 from fastroute.runtime.transfer import to_host
 
@@ -123,7 +122,7 @@ class BandSink:
         rows = max(rows, min(self.target + self.step - 1, self.shape[2] - self.begin))
         size = (self.images[1] - self.images[0], self.shape[1], rows, self.shape[3])
         with torch.inference_mode(False):
-            buffer = buffers.empty(size, self.dtype, self.device)
+            buffer = torch.empty(size, dtype=self.dtype, device=self.device)
         if kept is not None:
             buffer[:, :, : kept.shape[2]] = kept
         self.buffer = buffer
