@@ -73,7 +73,7 @@ def test_milliseconds_of_one_image(model, folder, tmp_path, monkeypatch):
     router = fastroute.load(model)
     assert torch.equal(io.read_image(tmp_path / "big.png"), router.upscale(io.read_image(folder / "a.png"), budget=1).image)
     result = call(folder / "a.png", tmp_path / "none.png", "--model", model, "--budget-ms", 1e-6)
-    assert result.exit_code == 1 and "Error: upscale: budget_ms must be at least" in result.output
+    assert result.exit_code == 2 and "Invalid value for --budget-ms: upscale: budget_ms must be at least" in result.output
     assert "measuring" not in result.output, "it is remembered"
     assert not (tmp_path / "none.png").exists()
 
@@ -116,7 +116,7 @@ def test_what_fails_in_its_turn_stops_no_other(model, folder, tmp_path, monkeypa
 
 def test_a_shared_budget_that_is_too_small(model, folder, tmp_path):
     result = call(folder, tmp_path / "out", "--model", model, "--budget-flops", 1000, "--shared-budget")
-    assert result.exit_code == 1 and "Error: upscale: budget_flops must be at least" in result.output
+    assert result.exit_code == 2 and "Invalid value for --budget-flops: upscale: budget_flops must be at least" in result.output
     assert not list((tmp_path / "out").iterdir())
 
 

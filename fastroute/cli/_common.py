@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,8 +22,38 @@ if TYPE_CHECKING:
     from fastroute.pixel.pixel_router import PixelRouter
 
 
+# An error of a function that refuses one of its arguments.
+REFUSED = re.compile(r"^(?:cannot use .*?: )?(?P<words>(?:[^:]*: )*(?P<name>\w+) must .*)", re.DOTALL)
 # Each says by itself how classes are chosen.
 DECIDING = ("budget", "budget_flops", "budget_ms", "penalty", "adaptive")
+
+
+class Command(click.Command):
+    """A command that names an option where a function refuses its value: such an error is one of usage, with status 2."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command."""
+        try:
+            return super().invoke(ctx)
+        except (ValueError, TypeError) as error:
+            found = REFUSED.search(str(error))
+            hint = found and self._given(ctx, found["name"])
+            if not found or not hint:
+                raise
+            raise click.BadParameter(found["words"], ctx, param_hint=hint) from error
+
+    def _given(self, ctx: click.Context, name: str) -> str:
+        """The option by which the argument `name` of a function was given on the command line, if it was."""
+        flag = f"--{name.replace('_', '-')}"
+        for option in self.params:
+            if ctx.get_parameter_source(option.name or "") != click.core.ParameterSource.COMMANDLINE:
+                continue
+            if flag in option.opts and not isinstance(option.type, click.Path):
+                return flag
+            # Settings of `train`.
+            if "--set" in option.opts and any(text.split("=")[0].strip() == name for text in ctx.params[option.name or ""]):
+                return f"--set {name}"
+        return ""
 
 
 def device_of(name: str) -> torch.device:

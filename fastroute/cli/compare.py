@@ -9,6 +9,7 @@ import click
 
 from fastroute.catalogue import DEFAULT_MODEL
 from fastroute.cli._common import (
+    Command,
     device_of,
     precision_of,
     running_of,
@@ -19,9 +20,10 @@ from fastroute.cli._common import (
 
 # Options that take all values up to the next option.
 LISTS = ("--models", "--budget")
+PLACE, SIDE = click.IntRange(min=0), click.IntRange(min=1)
 
 
-class ListCommand(click.Command):
+class ListCommand(Command):
     """Lets ``--models A B`` stand for ``--models A --models B``."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
@@ -49,7 +51,7 @@ class ListCommand(click.Command):
 @click.option("--downscale", is_flag=True, help="Reduce IN by the factor first; IN itself is then the reference.")
 @click.option("--scale", type=float, help="Upscaling factor of models that have any (PCSR) or whose checkpoint does "
               "not tell.  [default: that of the others]")  # fmt: skip
-@click.option("--detail", type=(int, int, int, int), metavar="LEFT TOP WIDTH HEIGHT",
+@click.option("--detail", type=(PLACE, PLACE, SIDE, SIDE), metavar="LEFT TOP WIDTH HEIGHT",
               help="What the slider shows, in pixels of the result.  [default: all, or where most changes]")  # fmt: skip
 @click.option("--runs", type=click.IntRange(min=1), default=3, show_default=True, help="How often each time is taken.")
 @click.option("--out", type=click.Path(path_type=Path), help="The page to write.  [default: IN-compare.html, in this folder]")

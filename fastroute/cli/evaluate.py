@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from fastroute.cli._common import (
+    Command,
     check_routing,
     load_router,
     model_options,
@@ -17,7 +18,7 @@ from fastroute.cli._common import (
 )
 
 
-@click.command("evaluate", short_help="Measure a model on a folder of images: PSNR, SSIM, FLOPs, time.")
+@click.command("evaluate", cls=Command, short_help="Measure a model on a folder of images: PSNR, SSIM, FLOPs, time.")
 @click.argument("model")
 @click.option("--images", required=True, type=click.Path(path_type=Path),
               help="Folder of high-resolution images, searched recursively, or one image.")  # fmt: skip

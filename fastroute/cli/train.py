@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from fastroute.cli._common import device_of
+from fastroute.cli._common import Command, device_of
 
 # Those of fastroute.training.recipes, which is imported only to train.
 RECIPE_NAMES = tuple(
@@ -23,7 +23,7 @@ RECIPE_NAMES = tuple(
 )
 
 
-@click.command("train", short_help="Train a model on your own images; run again to resume.")
+@click.command("train", cls=Command, short_help="Train a model on your own images; run again to resume.")
 @click.argument("recipe", metavar="RECIPE", type=click.Choice(RECIPE_NAMES))
 @click.option("--images", required=True, type=click.Path(path_type=Path), help="Folder of high-resolution images, searched "
               "recursively; no side below 128 pixels, a patch of 32 times the factor.")  # fmt: skip

@@ -15,6 +15,7 @@ import click
 
 from fastroute.catalogue import DEFAULT_MODEL
 from fastroute.cli._common import (
+    Command,
     check_deciding,
     check_routing,
     load_router,
@@ -58,7 +59,7 @@ class Pixels(click.ParamType):
         return number if number > 0 else self.fail(f"it must be a positive number or none; got {value}", param, ctx)
 
 
-@click.command("upscale")
+@click.command("upscale", cls=Command)
 @click.argument("sources", metavar="IN...", nargs=-1, type=click.Path(path_type=Path))
 @click.argument("out", metavar="OUT", type=click.Path())
 @click.option("--model", metavar="MODEL", default=DEFAULT_MODEL, show_default=True,

@@ -19,7 +19,7 @@ from fastroute.files.writers import ResultWriter, check_result, check_target, le
 from fastroute.loading import load
 from fastroute.patch.patch_router import PatchRouter
 from fastroute.pixel.pixel_router import PixelRouter
-from fastroute.runtime.memory_plan import AUTO, Limit, limit_on
+from fastroute.runtime.memory_plan import AUTO, Limit, check_limit, limit_on
 from fastroute.runtime.progress import Progress
 from fastroute.runtime.results import RoutingStats
 
@@ -105,6 +105,7 @@ def upscale_file(
     router = model if isinstance(model, (PatchRouter, PixelRouter)) else load(model, device=device)
     start = time.perf_counter()
     limit = limit_on(router.device, memory_limit)
+    check_limit("upscale_file", limit)
     with open_twice(source, max_pixels=max_pixels, white=white, memory=limit) as (opened, again):
         if drop_alpha:
             opened, again = opened.without_alpha(), again.without_alpha()

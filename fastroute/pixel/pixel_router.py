@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastroute import buffers
+from fastroute._arguments import LARGEST_IMAGE, whole
 from fastroute._contexts import ordinarily
 from fastroute._copies import evaluating, inference_copy
 from fastroute.budget.limits import Budget
@@ -252,7 +253,8 @@ class PixelRouter(Router):
         self, height: int, width: int, *, scale: float | None = None, size: tuple[int, int] | None = None
     ) -> tuple[int, int]:
         """Height and width of the result for an image of the given size, see :meth:`upscale`."""
-        return make_grid((height, width), scale, size, self.device, self.scale)[0].size
+        sides = [whole("output_size", name, side, LARGEST_IMAGE) for name, side in (("height", height), ("width", width))]
+        return make_grid(sides, scale, size, self.device, self.scale)[0].size
 
     def _request(self, shape: tuple[int, ...], dtype: torch.dtype, limit: Budget, options: PixelOptions) -> Request:
         return make_request(self.networks, shape, limit, options, self.scale, partial(self.speeds_at, dtype))

@@ -122,7 +122,8 @@ def make_grid(
         # The published code takes the mean factor of a size, rounded to one decimal.
         factor = max(round((size[0] / h + size[1] / w) / 2, 1), 0.1)
     if min(size) < 1:
-        raise ValueError(f"{op}: size must be at least 1 x 1; got {size}")
+        wanted = f"size must be at least 1 x 1; got {size}"
+        raise ValueError(f"{op}: {wanted if scale is None else f'scale must give a size at least 1 x 1; got {scale:g}'}")
     if size[0] * size[1] > LARGEST_IMAGE:
         raise ValueError(f"{op}: size must be of at most {LARGEST_IMAGE:.3g} pixels; got {size[0]} x {size[1]}")
     return PixelGrid((h, w), (int(size[0]), int(size[1])), device), factor

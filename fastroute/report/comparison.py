@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 import statistics
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fastroute._arguments import whole
 from fastroute.budget.limits import check_possible
 from fastroute.degradation import make_pair
 from fastroute.loading import load
@@ -122,8 +124,7 @@ def compare(
             raise ValueError(f"compare: {name} must be (3, H, W) with at least one pixel; got {tuple(given.shape)}")
     if not models:
         raise ValueError("compare: models must name at least one model; got none")
-    if runs < 1:
-        raise ValueError(f"compare: runs must be at least 1; got {runs}")
+    whole("compare", "runs", runs, sys.maxsize)
     if reference is not None and downscale:
         raise ValueError("compare: give either reference or downscale; with downscale the image itself is the reference")
     routers = {

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastroute import io
+from fastroute._arguments import LARGEST_SPAN, whole
 from fastroute.degradation import make_pair
 from fastroute.io.walk import walk
 from fastroute.patch.patch_router import PatchRouter
@@ -100,6 +101,8 @@ def evaluate(
             not have, or scikit-image is missing.
         fastroute.io.ImageError: an image cannot be read, without `errors`.
     """
+    if scale is not None:
+        whole("evaluate", "scale", scale, LARGEST_SPAN)
     own = router.scale if isinstance(router, PatchRouter) else None
     factor = scale or own or round(router.scale)
     if own is not None and factor != own:

@@ -55,13 +55,13 @@ class BranchRecipe:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        check_settings(self, ("batch", "scale", "patch"), ("seed",))
         check_widths(self.widths)
         if len(self.branch_steps) != len(self.widths) or min(self.branch_steps, default=0) < 1:
             widths, got = (", ".join(map(str, numbers)) for numbers in (self.widths, self.branch_steps))
             raise ValueError(
                 f"train: branch_steps must be one positive number per width, {len(self.widths)} for widths {widths}; got {got}"
             )
-        check_settings(self, ("batch", "scale", "patch"), ("seed",))
         if self.patch < (cell := PatchClassifier.CELL):
             raise ValueError(f"train: patch must be at least {cell}, the side of a cell of the classifier; got {self.patch}")
         for name in ("focus", "balance"):

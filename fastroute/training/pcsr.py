@@ -71,9 +71,9 @@ class Recipe:
             raise ValueError(f"train: scales must be positive and rise; got {self.scales}")
         check_optimizer(self.optimizer)
         check_backbone(self.backbone, ("fsrcnn", "carn"))
-        for widths in (*self.upsamplers, self.classifier):
-            if any(w < 1 for w in widths):
-                raise ValueError(f"train: widths of an MLP must be at least 1; got {widths}")
+        for name, mlps in (("upsamplers", self.upsamplers), ("classifier", (self.classifier,))):
+            if any(w < 1 for widths in mlps for w in widths):
+                raise ValueError(f"train: {name}: widths of an MLP must be at least 1; got {getattr(self, name)}")
 
     @property
     def scale(self) -> int:
