@@ -143,7 +143,7 @@ def test_engines_that_cannot_run_here_are_refused(monkeypatch):
     with pytest.raises(ValueError, match=r"engine must be one of torch, torch\.compile, openvino, tensorrt, auto; got 'onnx'"):
         router.compile("onnx")
     with pytest.raises(
-        ValueError, match="'tensorrt' cannot be used: tensorrt runs on NVIDIA GPUs alone; the networks are on cpu"
+        ValueError, match="'tensorrt' cannot be used: tensorrt runs on NVIDIA GPUs only; the networks are on cpu"
     ):
         router.compile("tensorrt")
     with pytest.raises(ValueError, match="openvino computes in float32 and bfloat16 here"):

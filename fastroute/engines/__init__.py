@@ -1,7 +1,7 @@
-"""What executes a branch: PyTorch as it is, torch.compile, OpenVINO or TensorRT, behind one protocol.
+"""Engines that execute a branch, behind one protocol: plain PyTorch, torch.compile, OpenVINO or TensorRT.
 
-An engine compiles a network into a function of a list of batches. It is believed only after what it computes has been compared
-with what PyTorch computes, and refused by name otherwise.
+An engine compiles a network into a function of a list of batches. It is used only if its results agree with those of PyTorch,
+and refused by name otherwise.
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-# A function of batches (N, C, h, w) that gives one result for each.
+# A function of batches (N, C, h, w) that returns one result for each.
 Compiled = Callable[[Sequence[Tensor]], list[Tensor]]
 TORCH, ANY = "torch", "auto"
-# By the names that users give them; each is a module of this package.
+# The engines by the names that users give them. Each is a module of this package.
 ENGINES = {TORCH: "eager", "torch.compile": "inductor", "openvino": "openvino", "tensorrt": "tensorrt"}
-# Largest difference to PyTorch, as a share of the largest value: float32 sums in another order; in a half type the rounding of
-# every layer, at other places.
+# The largest difference from PyTorch, as a share of the largest value. In float32, sums have another order; in a half type,
+# every layer is rounded in other places.
 AGREEMENT = {torch.float32: 1e-4, torch.bfloat16: 0.06, torch.float16: 0.01}
 
 
 class Programs(dict[tuple[int, str], Compiled]):
-    """Branches as engines have compiled them, by number and engine; a copy compiles its own."""
+    """Compiled branches by number and engine. A copy of this object compiles its own."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Programs:
         return Programs()
@@ -34,27 +34,27 @@ class Programs(dict[tuple[int, str], Compiled]):
 
 
 class Engine(Protocol):
-    """What a module of an engine has.
+    """The interface of an engine's module.
 
     Attributes:
-        FLOAT32_ENDS: batches and results are float32, whatever it computes in; else they are what the branch reads and gives.
-        PARALLEL: it runs batches side by side where there are several threads.
+        FLOAT32_ENDS: whether batches and results are float32 in any precision. Otherwise they have the types of the branch.
+        PARALLEL: whether it runs batches side by side if there are several threads.
     """
 
     FLOAT32_ENDS: bool
     PARALLEL: bool
 
     def unsupported_reasons(self, device: torch.device, dtype: torch.dtype) -> list[str]:
-        """Why it cannot run networks there, in that type; empty where it can."""
+        """Why the engine cannot run networks on `device` in `dtype`; empty if it can."""
 
     def compile(self, branch: nn.Module, shapes: Sequence[tuple[int, ...]], precision: torch.dtype, threads: int) -> Compiled:
-        """A function that computes what `branch` does.
+        """Compile a function that computes what `branch` does.
 
         Args:
-            branch: in evaluation mode. It is not changed.
-            shapes: (N, C, h, w) of batches that will come, the largest last; others may come too.
+            branch: a module in evaluation mode. It is not changed.
+            shapes: (N, C, h, w) of batches to expect, the largest last. Other shapes may come too.
             precision: type in which it computes.
-            threads: of the CPU, together.
+            threads: total number of CPU threads.
         """
 
 
@@ -62,7 +62,7 @@ def engine_of(name: str) -> Engine:
     """The engine `name`.
 
     Raises:
-        ValueError: there is none of that name.
+        ValueError: there is no engine of that name.
     """
     if name not in ENGINES:
         raise ValueError(f"compile: engine must be one of {', '.join([*ENGINES, ANY])}; got {name!r}")
@@ -70,10 +70,10 @@ def engine_of(name: str) -> Engine:
 
 
 def check_engine(name: str, device: torch.device, dtype: torch.dtype) -> None:
-    """The engine `name` can run networks on `device` in `dtype`.
+    """Check that the engine `name` can run networks on `device` in `dtype`.
 
     Raises:
-        ValueError: it cannot; says why.
+        ValueError: it cannot. The message says why.
     """
     reasons = engine_of(name).unsupported_reasons(device, dtype)
     if reasons:
@@ -81,7 +81,7 @@ def check_engine(name: str, device: torch.device, dtype: torch.dtype) -> None:
 
 
 def usable_engines(device: torch.device, dtype: torch.dtype) -> list[str]:
-    """Names of the engines that can run networks on `device` in `dtype`."""
+    """The names of the engines that can run networks on `device` in `dtype`."""
     return [name for name in ENGINES if not engine_of(name).unsupported_reasons(device, dtype)]
 
 
@@ -89,12 +89,12 @@ def compiled(name: str, branch: nn.Module, reads: torch.dtype, size: Sequence[in
     """`branch` compiled by the engine `name`, once its results have been compared with those of PyTorch.
 
     Args:
-        reads: type of the batches that it reads.
-        size: (1, C, p, p) of a patch.
-        precision: type in which it computes.
+        reads: type of the batches that the branch reads.
+        size: (1, C, p, p), the shape of a patch.
+        precision: type in which the engine computes.
 
     Raises:
-        ValueError: the engine cannot compile it, or computes something else; the message names both.
+        ValueError: the engine cannot compile the branch or computes something else. The message names both.
     """
     what = f"compile: engine {name!r} cannot be used for {type(branch).__name__}"
     device = next((p.device for p in branch.parameters()), torch.device("cpu"))
@@ -107,7 +107,7 @@ def compiled(name: str, branch: nn.Module, reads: torch.dtype, size: Sequence[in
         try:
             run = engine.compile(branch, shapes, precision, torch.get_num_threads())
             found = [y.float() for y in run([x if engine.FLOAT32_ENDS else x.to(reads) for x in examples])]
-        except Exception as error:  # whatever an engine raises: it is another's code
+        except Exception as error:  # an engine is foreign code and may raise anything
             words = str(error).strip().splitlines() or [type(error).__name__]
             raise ValueError(f"{what}: {words[0]}") from error
     for got, wanted in zip(found, expected, strict=True):

@@ -1,4 +1,4 @@
-"""PyTorch as it is: the engine that is always there. Routers run it without going through here."""
+"""Plain PyTorch, the engine that is always available. Routers run it without going through this module."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""torch.compile, which fuses what lies between the convolutions; it needs a C++ compiler, or Triton on a GPU."""
+"""torch.compile, which fuses the operations between the convolutions. It needs a C++ compiler, or Triton on a GPU."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fastroute.engines import Compiled
 
-# The compiler calls these, or what CXX names.
+# The compilers that torch.compile looks for, unless CXX names one.
 COMPILERS = ("g++", "clang++", "cl")
 
 FLOAT32_ENDS, PARALLEL = False, False
@@ -27,11 +27,11 @@ def unsupported_reasons(device: torch.device, dtype: torch.dtype) -> list[str]:
 
 
 def compile(branch: nn.Module, shapes: Sequence[tuple[int, ...]], precision: torch.dtype, threads: int) -> Compiled:
-    """See :class:`fastroute.engines.Engine`; sizes stay open, so that regions of all shapes share one program."""
+    """See :class:`fastroute.engines.Engine`. Sizes stay dynamic, so that regions of all shapes share one program."""
     function = torch.compile(branch, dynamic=True)
 
     def run(batches: Sequence[Tensor]) -> list[Tensor]:
-        # Routers work in inference mode; programs are made for ordinary tensors.
+        # Routers work in inference mode, but programs are made for ordinary tensors.
         with torch.inference_mode(False), torch.no_grad():
             return [function(batch.clone() if batch.is_inference() else batch) for batch in batches]
 

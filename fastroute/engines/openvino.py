@@ -1,4 +1,4 @@
-"""OpenVINO on CPUs: as many streams as threads, each with batches of its own, which are read and written where they lie."""
+"""OpenVINO on CPUs: one stream per thread, each with its own batches, which are read and written in place."""
 
 from __future__ import annotations
 
@@ -20,20 +20,22 @@ FLOAT32_ENDS, PARALLEL = True, True
 
 def unsupported_reasons(device: torch.device, dtype: torch.dtype) -> list[str]:
     """See :class:`fastroute.engines.Engine`."""
-    reasons = [] if device.type == "cpu" else [f"openvino runs on CPUs alone; the networks are on {device}"]
+    reasons = [] if device.type == "cpu" else [f"openvino runs on CPUs only; the networks are on {device}"]
     if dtype not in HINTS:
-        reasons.append(f"openvino computes in float32 and bfloat16 here; the networks in {str(dtype).removeprefix('torch.')}")
+        reasons.append(
+            f"openvino computes in float32 and bfloat16; the networks compute in {str(dtype).removeprefix('torch.')}"
+        )
     if find_spec("openvino") is None:
         reasons.append("openvino is not installed; pip install 'fastroute[openvino]'")
     return reasons
 
 
 def compile(branch: nn.Module, shapes: Sequence[tuple[int, ...]], precision: torch.dtype, threads: int) -> Compiled:
-    """See :class:`fastroute.engines.Engine`; numbers of patches, heights and widths stay open."""
+    """See :class:`fastroute.engines.Engine`. Numbers of patches, heights and widths stay dynamic."""
     import openvino
 
     with torch.inference_mode(False), torch.no_grad():
-        # In float32: the engine rounds by itself, and keeps float32 at both ends.
+        # The weights are given in float32: the engine rounds by itself, and keeps float32 inputs and outputs.
         network = inference_copy(branch).float().to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
         example = torch.full(shapes[0], 0.5)
         channels, ratio = _outcome(network, example)
@@ -42,7 +44,7 @@ def compile(branch: nn.Module, shapes: Sequence[tuple[int, ...]], precision: tor
         )
     options = {"INFERENCE_PRECISION_HINT": HINTS[precision], "INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": threads}
     program = openvino.Core().compile_model(model, "CPU", options)
-    # Calls of several threads take turns: the requests of a program are shared.
+    # Calls of several threads take turns, because they share the requests of a program.
     requests, lock = [program.create_infer_request() for _ in range(threads)], threading.Lock()
 
     def run(batches: Sequence[Tensor]) -> list[Tensor]:
@@ -66,11 +68,11 @@ def compile(branch: nn.Module, shapes: Sequence[tuple[int, ...]], precision: tor
 
 
 def _shared(openvino: Any, x: Tensor) -> Any:
-    """`x` as a tensor of OpenVINO that reads and writes its memory."""
+    """A tensor of OpenVINO that shares the memory of `x`."""
     return openvino.Tensor(x.numpy(), shared_memory=True)
 
 
 def _outcome(network: nn.Module, example: Tensor) -> tuple[int, int]:
-    """Channels of what `network` gives, and how many times as high it is."""
+    """The number of channels of the output of `network`, and its upscaling factor."""
     result = network(example)
     return result.shape[1], result.shape[2] // example.shape[2]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fastroute.engines import Compiled
 
-# Patches that pass together at most, and pixels along a side: of larger batches parts are run.
+# The largest number of patches that pass together, and of pixels along a side. Larger batches run in parts.
 MOST_PATCHES, MOST_PIXELS = 1024, 256
 
 FLOAT32_ENDS, PARALLEL = False, False
@@ -18,14 +18,14 @@ FLOAT32_ENDS, PARALLEL = False, False
 
 def unsupported_reasons(device: torch.device, dtype: torch.dtype) -> list[str]:
     """See :class:`fastroute.engines.Engine`."""
-    reasons = [] if device.type == "cuda" else [f"tensorrt runs on NVIDIA GPUs alone; the networks are on {device}"]
+    reasons = [] if device.type == "cuda" else [f"tensorrt runs on NVIDIA GPUs only; the networks are on {device}"]
     if find_spec("torch_tensorrt") is None:
         reasons.append("torch_tensorrt is not installed; pip install 'fastroute[tensorrt]'")
     return reasons
 
 
 def compile(branch: nn.Module, shapes: Sequence[tuple[int, ...]], precision: torch.dtype, threads: int) -> Compiled:
-    """See :class:`fastroute.engines.Engine`; one program for all sizes up to the largest."""
+    """See :class:`fastroute.engines.Engine`. One program serves all sizes up to the largest."""
     import torch_tensorrt
 
     dtype = next((p.dtype for p in branch.parameters()), precision)

@@ -1,4 +1,4 @@
-"""Networks and scores of others as the modules that a router takes."""
+"""Adapters that turn other networks and scores into the modules that a router takes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fastroute._arguments import real
 from fastroute.models.precision import FullPrecision
 
-# Largest difference of two log scores of one patch: what float32 holds above the smallest score that a budget tells apart.
+# The largest difference of two log scores of one patch that float32 can hold above the smallest score a budget distinguishes.
 LOG_RANGE = 80.0
 
 
@@ -23,36 +23,36 @@ class Function(nn.Module):
         self.function = function
 
     def forward(self, x: Tensor) -> Tensor:
-        """What the function makes of `x`."""
+        """Apply the function to `x`."""
         return self.function(x)
 
     def extra_repr(self) -> str:
-        """Its name, by which measured speeds are kept apart."""
+        """The name of the function, which distinguishes measured speeds."""
         return f"{self.function.__module__}.{getattr(self.function, '__qualname__', type(self.function).__qualname__)}"
 
 
 class Described(nn.Module):
-    """A model that spandrel loaded: its network, called as its descriptor does, sizes padded and values in [0, 1]."""
+    """The network of a model that spandrel loaded, called as its descriptor does: sizes are padded, values lie in [0, 1]."""
 
     def __init__(self, descriptor: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
         self.descriptor = descriptor
-        # The descriptor is no module: so are its weights found, moved and counted. In a list nobody takes the network for one
-        # to be rewritten, of which the descriptor would not know.
+        # The descriptor is not a module. Registering its network makes its weights known, movable and countable. The descriptor
+        # stays in a list, so that the network is not rewritten without the descriptor's knowledge.
         self.networks = nn.ModuleList([descriptor.model])  # type: ignore[attr-defined]
         self.channels = int(descriptor.input_channels)  # type: ignore[attr-defined]
         self.scale = int(descriptor.scale)  # type: ignore[attr-defined]
 
     def forward(self, x: Tensor) -> Tensor:  # [N, C, H, W]
-        """(N, C, H, W) to (N, C, H * scale, W * scale)."""
+        """Map (N, C, H, W) to (N, C, H * scale, W * scale)."""
         return self.descriptor(x)
 
 
 def as_module(op: str, name: str, network: object) -> nn.Module:
-    """`network` as a module: itself, the network of a spandrel model, or what calls a function.
+    """`network` as a module: itself, the network of a spandrel model, or a module that calls a function.
 
     Raises:
-        TypeError: it is none of them.
+        TypeError: `network` is none of these.
     """
     if isinstance(network, nn.Module):
         return network
@@ -66,18 +66,18 @@ def as_module(op: str, name: str, network: object) -> nn.Module:
 
 
 class ScoreClassifier(FullPrecision):
-    """Patches to class scores by one number per patch, its difficulty.
+    """Turns one number per patch, its difficulty, into class scores.
 
-    The class of a patch is the number of thresholds that its difficulty exceeds. A penalty on costs, and so a budget, moves
-    the thresholds: no patch gets a cheaper class than an easier one has.
+    The class of a patch is the number of thresholds that its difficulty exceeds. A penalty on costs, and so a budget, moves the
+    thresholds: a patch never gets a cheaper class than an easier patch does.
 
     Args:
-        score: maps patches (N, C, p, p) to difficulties (N,), the harder the larger; a module or a function, for example
+        score: a module or function that maps patches (N, C, p, p) to difficulties (N,), larger for harder patches, for example
             :func:`fastroute.models.arm.edge_score`.
-        thresholds: rising; one less than there are classes.
+        thresholds: increasing numbers, one less than there are classes.
 
     Raises:
-        ValueError: no thresholds, or such as do not rise.
+        ValueError: there are no thresholds, or they do not increase.
 
     Shape:
         (N, C, p, p) to (N, K), probabilities.
@@ -99,8 +99,8 @@ class ScoreClassifier(FullPrecision):
         if score.shape != patches.shape[:1]:
             number, got = patches.shape[0], tuple(score.shape)
             raise ValueError(f"ScoreClassifier: score must map ({number}, C, p, p) to ({number},); got {got}")
-        # log p_k - log p_(k-1) = a (g(x) - g(t_k)) rises with x, whatever a penalty subtracts: classes are intervals of x. The
-        # arc tangent bounds it, so that no score becomes too small to be compared.
+        # log p_k - log p_(k-1) = a (g(x) - g(t_k)) increases with x, whatever a penalty subtracts, so classes are intervals of
+        # x. The arc tangent bounds the difference, so that no score becomes too small to be compared.
         middle = self.thresholds.median()
         size = torch.maximum((self.thresholds - middle).abs().amax(), middle.abs())
         width = torch.where(size > 0, size, 1.0)

@@ -1,4 +1,4 @@
-"""Which network a state dict is of: its depth, widths and layout are read off its keys and shapes."""
+"""The network that a state dict belongs to: its depth, widths and layout follow from its keys and shapes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fastroute.models.pcsr import ENCODERS, PCSR, encoder_of
 from fastroute.models.rcan import RCAN
 from fastroute.models.srresnet import SRResNet
 
-# The weight by which a backbone is known; its first size is the width.
+# The weight that identifies a backbone. Its first size is the width.
 FIRST_LAYERS = {
     "fsrcnn": "head_conv.0.weight",
     "carn": "entry.weight",
@@ -30,7 +30,7 @@ MOST_PARTS = 1000
 def classsr_of(
     backbone: str, state: Mapping[str, Tensor], widths: Sequence[int], scale: int, options: Mapping[str, Any]
 ) -> ClassSR:
-    """A ClassSR or CDNSR over `backbone`, with branches of `widths`."""
+    """A ClassSR or CDNSR model over `backbone`, with branches of `widths`."""
     branches = [network_of(backbone, state, f"net{k}.", w, scale, **options) for k, w in enumerate(widths, start=1)]
     layers = count_parts(state, "", r"classifier\.CondNet\.(\d+)\.weight")
     first = state.get("classifier.CondNet.0.weight")
@@ -47,7 +47,7 @@ def network_of(
     input_range: float = 255,
     mean: Sequence[float] = RGB_MEAN,
 ) -> nn.Module:
-    """The network under `prefix`; its depth and layout are read off its keys and shapes, since published ones differ."""
+    """The network under `prefix`. Published networks differ, so its depth and layout are found from its keys and shapes."""
     entry = state.get(prefix + FIRST_LAYERS[backbone])
     channels = entry.shape[1] if entry is not None and entry.ndim == 4 else 3
     if backbone == "fsrcnn":
@@ -71,12 +71,12 @@ def network_of(
 
 
 def arm_of(state: Mapping[str, Tensor], scale: int, patch: int) -> ARM:
-    """An ARM with its table, as it is trained here."""
+    """An ARM model with its table, as `fastroute train` writes it."""
     for backbone, name in FIRST_LAYERS.items():
         whole = widths_of(state, rf"network\.{re.escape(name)}()")
         if whole and backbone in arm_models.BACKBONES:
             widths = state["widths"].flatten().tolist() if "widths" in state else []
-            # Nothing is built before the numbers agree with the weights.
+            # Nothing is built until the numbers agree with the weights.
             if widths[-1:] != whole or not all(isinstance(w, int) and 0 < w <= whole[0] for w in widths):
                 raise ValueError(f"its widths must rise to {whole[0]}, that of its network; they are {widths}")
             return ARM(backbone, widths, scale, bins=state["classifier.table.psnr"].shape[-1], patch=patch)
@@ -86,10 +86,10 @@ def arm_of(state: Mapping[str, Tensor], scale: int, patch: int) -> ARM:
 
 
 def pcsr_of(state: Mapping[str, Tensor], mean: Sequence[float] | None = None) -> PCSR:
-    """A PCSR as it is trained here."""
+    """A PCSR model as `fastroute train` writes it."""
 
     def widths(prefix: str) -> list[int]:
-        """Sizes of the layers of an MLP, its last one included."""
+        """The sizes of the layers of an MLP, including the last one."""
         pattern = rf"{prefix}\.layers\.(\d{{1,9}})\.weight"
         found = {int(m[1]): len(v) for k, v in state.items() if v.ndim and (m := re.fullmatch(pattern, k))}
         return [found[number] for number in sorted(found)]
@@ -99,14 +99,14 @@ def pcsr_of(state: Mapping[str, Tensor], mean: Sequence[float] | None = None) ->
         if width and backbone in ENCODERS:
             encoder = encoder_of(backbone, width=width[0], **_encoder_options(backbone, state, width[0]))
             classifier = widths("classifier")
-            # One without layers is free.
+            # An MLP without layers is a free class.
             hidden = [layers[:-1] if (layers := widths(rf"upsamplers\.{k}")) else None for k in range(min(classifier[-1], 256))]
             return PCSR.build(encoder, hidden, classifier[:-1], mean or (RGB_MEAN if backbone == "carn" else None))
     raise ValueError(f"it has a pixel classifier, but no known encoder; its keys begin with {', '.join(list(state)[:4])}")
 
 
 def _encoder_options(backbone: str, state: Mapping[str, Tensor], width: int) -> dict[str, int]:
-    """What the shapes of an encoder's weights tell beside its width."""
+    """The options of an encoder, besides its width, that follow from the shapes of its weights."""
     if backbone == "srresnet":
         return {"blocks": max(1, count_parts(state, "encoder.", r"recon_trunk\.(\d+)\.conv1\.weight"))}
     if backbone == "carn":
@@ -120,7 +120,7 @@ def _encoder_options(backbone: str, state: Mapping[str, Tensor], width: int) -> 
 
 
 def count_parts(state: Mapping[str, Tensor], prefix: str, pattern: str, dimensions: int | None = None) -> int:
-    """How many different numbers the keys under `prefix` have at the group of `pattern`, of tensors of so many dimensions."""
+    """How many different numbers the group of `pattern` takes in the keys under `prefix`, for tensors of `dim` dimensions."""
     found = {m[1]: value for key, value in state.items() if (m := re.fullmatch(re.escape(prefix) + pattern, key))}
     if len(found) > MOST_PARTS:
         raise ValueError(f"it has {len(found)} parts {prefix}{pattern}, where a network has at most {MOST_PARTS}")
@@ -128,6 +128,6 @@ def count_parts(state: Mapping[str, Tensor], prefix: str, pattern: str, dimensio
 
 
 def widths_of(state: Mapping[str, Tensor], pattern: str) -> list[int]:
-    """Output channels of the convolutions whose keys match `pattern`, by the number at its group."""
+    """The output channels of the convolutions whose keys match `pattern`, by the number in its group."""
     found = {int(m[1] or 0): v.shape[0] for k, v in state.items() if (m := re.fullmatch(pattern, k)) and v.ndim == 4 and len(v)}
     return [found[k] for k in sorted(found)]

@@ -18,21 +18,21 @@ from fastroute.profiling import count_flops
 
 # Luma in units of 2^-15, the fixed-point weights of the published scores.
 LUMA = (9798, 19235, 3735)
-# Input pixels that bicubic interpolation weighs for one output pixel.
+# The number of input pixels that bicubic interpolation reads for one output pixel.
 BICUBIC_TAPS = 16
 BINS = 30
 # PSNR of two equal patches, in dB.
 LARGEST_PSNR = 100.0
-# Logarithm of the score of a class that no budget wants; above the 2^-126 at which `assign_classes` stops counting.
+# The logarithm of the score of a class that no budget wants. It lies above 2^-126, below which `assign_classes` ignores scores.
 UNWANTED = -80.0
 
 
 def carn(width: int, scale: int) -> CARN:
-    """CARN as ARM trains it: biases instead of batch norms, the mean colour in two convolutions."""
+    """CARN as ARM trains it: with biases instead of batch norms, and with the mean colour in two convolutions."""
     return CARN(width, scale, mean_layers=True, batch_norm=False)
 
 
-# Each backbone in ARM's form, of a width and a scale, and the published widths.
+# For each backbone, a function of width and scale that makes it in ARM's form, and the published widths.
 BACKBONES: dict[str, Callable[[int, int], nn.Module]] = {"fsrcnn": FSRCNN, "carn": carn, "srresnet": SRResNet}
 WIDTHS = {"fsrcnn": (16, 36, 56), "carn": (36, 52, 64), "srresnet": (36, 52, 64)}
 
@@ -45,34 +45,34 @@ class Bicubic(nn.Module):
         self.scale, self.channels = scale, channels
 
     def forward(self, x: Tensor) -> Tensor:  # [B, C, H, W]
-        """(B, C, H, W) to (B, C, H * scale, W * scale)."""
+        """Map (B, C, H, W) to (B, C, H * scale, W * scale)."""
         return F.interpolate(x, scale_factor=self.scale, mode="bicubic", align_corners=False)
 
 
 def edge_score(patches: Tensor) -> Tensor:  # [N, 3, p, p] -> [N]
-    """Mean strength of the edges of each patch, 0 … 255.
+    """The mean strength of the edges of each patch, from 0 to 255.
 
-    The mean of |Laplacian| of the luma, in whole steps of an 8-bit image and cut at 255, the border reflected: whole
-    numbers throughout, so every device gives the same bits.
+    This is the mean of |Laplacian| of the luma, in whole steps of an 8-bit image and clipped at 255, with reflected borders.
+    All numbers are whole, so every device gives the same bits.
 
     Args:
         patches: RGB in [0, 1], at least 2 x 2 pixels.
     """
-    # Products stay below 2^24, where float32 counts exactly.
+    # Products stay below 2^24, up to which float32 represents whole numbers exactly.
     pixels = (patches.float() * 255).round_().clamp_(0, 255)
-    # Weights are arguments of kernels: a tensor of them would be copied to a GPU, and waited for.
+    # The weights are arguments of kernels. A tensor of weights would have to be copied to a GPU, which waits.
     luma = LUMA[0] * pixels[:, :1]
     for c in (1, 2):
         luma.add_(pixels[:, c : c + 1], alpha=LUMA[c])
     luma = F.pad(luma.add_(2**14).div_(2**15).floor_(), (1, 1, 1, 1), mode="reflect")
-    # Twice the corners minus eight times the middle.
+    # The kernel: twice the corners minus eight times the middle.
     edges = luma[:, :, :-2, :-2] + luma[:, :, :-2, 2:]
     edges.add_(luma[:, :, 2:, :-2]).add_(luma[:, :, 2:, 2:]).sub_(luma[:, :, 1:-1, 1:-1], alpha=4)
     return edges.abs_().mul_(2).clamp_(max=255).mean(dim=(1, 2, 3))
 
 
 class EdgeTable(FullPrecision):
-    """PSNR that each class reaches on patches of an edge score, measured on data.
+    """The PSNR that each class reaches on patches with a given edge score, measured on data.
 
     Shape:
         scores (N,) to PSNRs in dB (N, K).
@@ -90,15 +90,15 @@ class EdgeTable(FullPrecision):
 
     @property
     def ready(self) -> bool:
-        """Whether it holds measurements."""
+        """Whether the table holds measurements."""
         return bool(self.psnr.isfinite().all() and self.score.isfinite().all())
 
     @torch.no_grad()
     def fit(self, score: Tensor, psnr: Tensor) -> None:  # [N], [N, K]
-        """Equal bins from 0 to the largest score, the mean PSNR in each; an empty bin lies between its neighbours.
+        """Fill equal bins from 0 to the largest score with the mean PSNR in each. Empty bins are interpolated.
 
         Raises:
-            ValueError: no patches, or of other shapes.
+            ValueError: there are no patches, or the shapes do not match.
         """
         classes, bins = self.psnr.shape
         if score.ndim != 1 or not len(score) or psnr.shape != (len(score), classes):
@@ -106,7 +106,7 @@ class EdgeTable(FullPrecision):
                 f"EdgeTable: score must be (N,), N at least 1, and psnr (N, {classes}); got {tuple(score.shape)} and "
                 f"{tuple(psnr.shape)}"
             )
-        # On the CPU the sums have one order.
+        # On the CPU the order of the sums is fixed.
         score, psnr = score.cpu(), psnr.cpu()
         width = max(float(score.max()), 1e-6) / bins
         index = (score.double() / width).long().clamp(0, bins - 1)
@@ -119,12 +119,12 @@ class EdgeTable(FullPrecision):
         self.psnr.copy_(mean.t())
 
     def forward(self, score: Tensor, between: bool = True) -> Tensor:  # [N] -> [N, K]
-        """Expected PSNR of every class.
+        """The expected PSNR of every class.
 
         Args:
-            score: edge scores; those beyond the table count as its ends.
-            between: interpolate between the centres of the bins. The published code does not, so that all patches of a bin
-                have one class.
+            score: edge scores. Those beyond the ends of the table count as its ends.
+            between: interpolate between the centres of the bins. The published code does not, so that all patches of a bin have
+                the same class.
         """
         if between:
             return interpolate(self.score, self.psnr, score)
@@ -133,7 +133,7 @@ class EdgeTable(FullPrecision):
 
 
 def interpolate(centres: Tensor, values: Tensor, at: Tensor) -> Tensor:  # [bins], [K, bins], [N] -> [N, K]
-    """Piecewise linear, constant beyond the ends."""
+    """Piecewise linear interpolation, constant beyond the ends."""
     if len(centres) == 1:
         return values.t().expand(len(at), -1)
     right = torch.searchsorted(centres, at.contiguous()).clamp(1, len(centres) - 1)
@@ -142,17 +142,17 @@ def interpolate(centres: Tensor, values: Tensor, at: Tensor) -> Tensor:  # [bins
 
 
 class EdgeClassifier(FullPrecision):
-    """Patches to class scores through :func:`edge_score` and an :class:`EdgeTable`; ARM's classifier, without weights.
+    """ARM's classifier, which has no weights: class scores from :func:`edge_score` and an :class:`EdgeTable`.
 
-    The largest score is the published decision, argmax of eta * PSNR - cost. Under a budget the scores of :func:`budget_scores`
-    spend it where a decibel is cheapest.
+    The class of the largest score is the published decision, argmax of eta * PSNR - cost. Under a budget the scores of
+    :func:`budget_scores` spend it where a decibel is cheapest.
 
     Args:
         table: expected PSNRs.
-        cost: (K,), of each class.
+        cost: (K,), cost of each class.
         eta: cost that one decibel is worth; infinite for the best expected PSNR.
-        spent: (K,), what a budget counts for each class, all positive; default `cost`.
-        published: decide as the published code does: by the PSNR of the bin, not by what lies between the centres of two.
+        spent: (K,), the positive cost of each class that a budget counts. Default: `cost`.
+        published: decide as the published code does, by the PSNR of the bin instead of an interpolation between two bins.
             Scores are then the softmax of PSNR - cost / eta.
 
     Shape:
@@ -179,7 +179,7 @@ class EdgeClassifier(FullPrecision):
         self.register_buffer("spent", counted.clone(), persistent=False)
 
     def utility(self, patches: Tensor, between: bool = True) -> Tensor:  # [N, 3, p, p] -> [N, K]
-        """Expected PSNR minus cost / eta, in dB."""
+        """The expected PSNR minus cost / eta, in dB."""
         psnr = self.table(edge_score(patches), between)
         return psnr - (self.cost / self.eta).to(psnr.dtype)
 
@@ -191,13 +191,13 @@ class EdgeClassifier(FullPrecision):
 
 
 def budget_scores(utility: Tensor, cost: Tensor) -> Tensor:  # [N, K], [K] -> [N, K]
-    """Scores by which argmax of score / cost^penalty is, at every penalty, argmax of utility - price * cost at some price.
+    """Scores for which argmax of score / cost^penalty is, at every penalty, argmax of utility - price * cost at some price.
 
-    The utility summed over all patches is then the largest at its cost. `assign_classes` weighs the logarithm of the cost, and
-    if the logarithm of a score were PSNR itself, the first step, from nearly nothing to the narrowest network, would count for
-    more than all others. As the price falls, a patch moves up the concave hull of its utility over cost, along each edge at the
-    price that equals its slope. So the score rises along an edge by the ratio of the costs to f(slope), with one increasing f
-    for all patches and f(0) = 0. Here f is a logarithm of slopes per cost of the most expensive class, so that no gain leaves
+    The sum of the utility over all patches is then the largest at its cost. `assign_classes` weighs the logarithm of the cost,
+    and if the logarithm of a score were PSNR itself, the first step, from nearly nothing to the narrowest network, would count
+    for more than all others. As the price falls, a patch moves up the concave hull of its utility over cost, along each edge at
+    the price that equals its slope. So the score rises along an edge by the ratio of the costs to f(slope), with one increasing
+    f for all patches and f(0) = 0. Here f is a logarithm of slopes per cost of the most expensive class, so that no gain leaves
     the range of a float. Classes below the hull are never best. No two costs may be equal.
     """
     cost, order = cost.sort()
@@ -207,7 +207,7 @@ def budget_scores(utility: Tensor, cost: Tensor) -> Tensor:  # [N, K], [K] -> [N
     logarithm = torch.full_like(value, UNWANTED)
     logarithm[:, 0] = 0
     for _ in range(last):
-        # Edges from the present vertex of each patch to all more expensive classes; those behind it are out of the question.
+        # The edges from the present vertex of each patch to all more expensive classes. Cheaper classes are ruled out.
         run = (cost - cost[current, None]) / cost[last]
         slope = (value - value[rows, current, None]) / run.clamp(min=1e-9)
         slope[torch.arange(last + 1, device=value.device) <= current[:, None]] = -math.inf
@@ -225,17 +225,17 @@ class ARM(nn.Module):
     """A network whose leading channels form narrower networks, bicubic interpolation, and a table that chooses among them.
 
     Class 0 is interpolation, class k the network at the k-th width. The widths share weights: each layer of a narrower network
-    is the first rows and columns of the same layer here.
+    consists of the first rows and columns of the same layer here.
 
     Args:
         backbone: "fsrcnn", "carn" or "srresnet".
-        widths: rising; default the published ones.
+        widths: increasing widths. Default: the published ones.
         scale: upscaling factor.
-        bins: of the table.
-        patch: LR patch size at which the costs of the decision are counted.
+        bins: number of bins of the table.
+        patch: LR patch size for which the costs of the decision are counted.
 
     Shape:
-        (N, 3, p, p) in [0, 1] to (N, 3, p * scale, p * scale), each patch by its class: the plain form that defines the
+        (N, 3, p, p) in [0, 1] to (N, 3, p * scale, p * scale), each patch by its class. This is the plain form that defines the
         numbers; :class:`fastroute.PatchRouter` is the fast one.
     """
 
@@ -258,7 +258,7 @@ class ARM(nn.Module):
         self.backbone, self.scale, self.patch, self.num_classes = backbone, scale, patch, len(chosen) + 1
         self.network = BACKBONES[backbone](chosen[-1], scale)
         with torch.device("meta"):
-            # Only their structure is used; a list that is no module keeps them out of the state dict.
+            # Only their structure is used. A plain list keeps them out of the state dict.
             self._shapes = [BACKBONES[backbone](width, scale) for width in chosen]
             size = (1, 3, patch, patch)
             cost = [0.0] + [float(count_flops(shape, size, "paper")) for shape in self._shapes]
@@ -272,13 +272,13 @@ class ARM(nn.Module):
         return self.classifier.table
 
     def sliced(self, k: int) -> dict[str, Tensor]:
-        """Parameters and buffers of class `k` >= 1: views of the whole network's, so that gradients reach them."""
+        """Parameters and buffers of class `k` >= 1: views of those of the whole network, so that gradients reach them."""
         whole = {**dict(self.network.named_parameters()), **dict(self.network.named_buffers())}
         shape = self._shapes[k - 1].state_dict()
         return {name: whole[name][tuple(slice(n) for n in like.shape)] for name, like in shape.items()}
 
     def run(self, k: int, patches: Tensor) -> Tensor:  # [N, 3, p, p] -> [N, 3, P, P]
-        """`patches` through class `k`, on the shared weights."""
+        """Run `patches` through class `k`, on the shared weights."""
         if k == 0:
             return self.free(patches)
         return functional_call(self._shapes[k - 1].train(self.training), self.sliced(k), (patches,), strict=True)
@@ -294,14 +294,14 @@ class ARM(nn.Module):
         return networks
 
     def costs(self, patch: int = 32) -> list[float]:
-        """Cost of every class on a patch, as `budget` counts it: FLOPs done, those of the interpolation too."""
+        """The cost of every class on a patch, as `budget` counts it: FLOPs done, including those of the interpolation."""
         size = (1, 3, patch, patch)
         free = 2.0 * BICUBIC_TAPS * 3 * (patch * self.scale) ** 2
         return [free] + [float(count_flops(shape, size)) for shape in self._shapes]
 
     @torch.no_grad()
     def measure(self, lr: Tensor, hr: Tensor) -> Tensor:  # [N, 3, p, p], [N, 3, P, P] -> [N, K]
-        """PSNR in dB of every class on every patch, as published: in 8-bit steps, without a border of `scale` pixels."""
+        """The PSNR in dB of every class on every patch, as published: in 8-bit steps, without a border of `scale` pixels."""
         inner = slice(self.scale, -self.scale)
         errors = []
         for k in range(self.num_classes):
@@ -312,7 +312,7 @@ class ARM(nn.Module):
 
     @torch.no_grad()
     def forward(self, patches: Tensor) -> Tensor:  # [N, 3, p, p] -> [N, 3, P, P]
-        """See the class. Evaluation only: training runs one width at a time, by :meth:`run`."""
+        """Run every patch through its class. For evaluation only: training runs one width at a time, by :meth:`run`."""
         class_ids = self.classifier(patches).argmax(dim=1)
         n, c, height, width = patches.shape
         output = patches.new_empty(n, c, height * self.scale, width * self.scale)

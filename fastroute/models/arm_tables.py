@@ -1,4 +1,4 @@
-"""ARM's published tables: what its code measured of every width, as it stores it beside the weights."""
+"""ARM's published tables: the measurements of every width, which its code stores beside the weights."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from torch import Tensor
 from fastroute.models.arm import EdgeTable
 from fastroute.models.checkpoints import CheckpointError, read_checkpoint
 
-# Names in the file: centres of the bins of the edge score, mean PSNR in each, FLOPs of each class.
+# Names in the file: the centres of the bins of the edge score, the mean PSNR in each bin, and the FLOPs of each class.
 TABLE, CENTRES, MEANS, COSTS = "hmap", "hmap_x_list", "hmap_y_mean_list", "cost_list"
 MOST_BINS, MOST_CLASSES = 4096, 64
 
 
 @dataclass(frozen=True)
 class PublishedTable:
-    """A table as a file holds it.
+    """The content of a table's file.
 
     Attributes:
         score: float64 (bins,), centres of equal bins from 0.
@@ -35,16 +35,16 @@ class PublishedTable:
     cost: Tensor
 
     def fill(self, table: EdgeTable) -> None:
-        """Put it into `table`, which has as many classes and bins."""
+        """Copy this table into `table`, which must have the same numbers of classes and bins."""
         table.score.copy_(self.score)
         table.psnr.copy_(self.psnr)
 
 
 def read_table(path: str | Path) -> PublishedTable:
-    """The table in a file of ARM's code (.state), a pickle of which only numbers and NumPy arrays of them are read.
+    """The table in a file of ARM's code (.state). Only numbers and NumPy arrays of numbers are unpickled.
 
     Raises:
-        fastroute.CheckpointError: missing, damaged, or no such table; a file with anything else in it.
+        fastroute.CheckpointError: the file is missing or damaged, holds no such table, or holds anything else.
     """
     content = read_checkpoint(path, arrays=True)[0].get(TABLE)
     if not isinstance(content, Mapping):

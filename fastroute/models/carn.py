@@ -12,12 +12,12 @@ from torch.nn import functional as F
 
 from fastroute.models.precision import FullPrecision, sums_of
 
-# Mean colour of DIV2K, in units of [0, 1].
+# The mean colour of DIV2K, in [0, 1].
 RGB_MEAN = (0.4488, 0.4371, 0.4040)
 
 
 class EfficientResidualBlock(nn.Module):
-    """Two grouped 3 x 3 convolutions and a 1 x 1 convolution around a shortcut."""
+    """Two grouped 3 x 3 convolutions and a 1 x 1 convolution with a shortcut around them."""
 
     def __init__(self, width: int, groups: int) -> None:
         super().__init__()
@@ -55,13 +55,13 @@ class CARN(nn.Module):
         scale: upscaling factor, 3 or a power of 2.
         groups: groups of the 3 x 3 convolutions.
         channels: image channels.
-        upsample: with False the network ends before the sub-pixel convolutions and returns features
-            (B, width, H, W), as PCSR uses it for an encoder; the mean is then the caller's to remove.
-        mean: colour taken off the input and put back on the output, one number per channel.
-        mean_layers: keep that mean in two 1 x 1 convolutions, `sub_mean` and `add_mean`, as checkpoints of ClassSR and
-            ARM do; those of PCSR have none.
-        batch_norm: normalise after each 1 x 1 merge; ARM's checkpoints have a bias instead, CDNSR's neither.
-        merge_bias: a bias in each merge that is not normalised.
+        upsample: if False, the network ends before the sub-pixel convolutions and returns features (B, width, H, W), as PCSR
+            uses it for an encoder. The caller must then subtract the mean.
+        mean: colour subtracted from the input and added to the output, one number per channel.
+        mean_layers: keep that mean in two 1 x 1 convolutions, `sub_mean` and `add_mean`, as checkpoints of ClassSR and ARM do.
+            Those of PCSR have none.
+        batch_norm: normalise after each 1 x 1 merge. ARM's checkpoints have a bias instead, CDNSR's have neither.
+        merge_bias: give each merge that is not normalised a bias.
 
     Shape:
         (B, channels, H, W) in [0, 1] to (B, channels, H * scale, W * scale).
@@ -97,7 +97,7 @@ class CARN(nn.Module):
         self.exit: nn.Module | None = None
         if upsample:
             body = nn.Sequential(*subpixel_layers(width, scale, groups))
-            # Nested only to give the published names, upsample.up.body.0 and so on.
+            # Nested only to get the published names, upsample.up.body.0 and so on.
             self.upsample = nn.Sequential(OrderedDict(up=nn.Sequential(OrderedDict(body=body))))
             self.exit = nn.Conv2d(width, channels, 3, padding=1)
 
@@ -105,7 +105,7 @@ class CARN(nn.Module):
         """See the class."""
         dtype = self.entry.weight.dtype
         if self.sub_mean is not None:
-            # Means stay float32 around a half network.
+            # Means stay float32 around a network in a half type.
             x = self.sub_mean(x if x.dtype == dtype else x.to(sums_of(dtype)))
         x = cascade(self.entry(x.to(dtype)), (self.b1, self.b2, self.b3), (self.c1, self.c2, self.c3))
         if self.upsample is None or self.exit is None or self.add_mean is None:
@@ -114,7 +114,7 @@ class CARN(nn.Module):
 
 
 class MeanShift(FullPrecision):
-    """Adds a colour; not part of the state dict."""
+    """Adds a colour, which is not part of the state dict."""
 
     def __init__(self, colour: Sequence[float]) -> None:
         super().__init__()
@@ -126,7 +126,7 @@ class MeanShift(FullPrecision):
 
 
 class MeanConvolution(FullPrecision, nn.Conv2d):
-    """Adds a colour, as a 1 x 1 convolution that begins as the identity and that ClassSR trains."""
+    """Adds a colour by a 1 x 1 convolution, which begins as the identity and which ClassSR trains."""
 
     def __init__(self, colour: Sequence[float]) -> None:
         super().__init__(len(colour), len(colour), 1)
@@ -137,7 +137,7 @@ class MeanConvolution(FullPrecision, nn.Conv2d):
 
 
 def cascade(x: Tensor, blocks: Iterable[nn.Module], merges: Iterable[nn.Module]) -> Tensor:  # [B, C, h, w]
-    """Each merge sees the input and the outputs of all blocks so far; each block sees the merge before it."""
+    """Run a cascade: each merge reads the input and the outputs of all blocks so far, each block reads the merge before it."""
     trail = x
     for block, merge_layer in zip(blocks, merges, strict=True):
         trail = torch.cat([trail, block(x)], dim=1)
@@ -154,7 +154,7 @@ def merge(channels: int, width: int, batch_norm: bool, bias: bool = True) -> nn.
 
 
 def subpixel_layers(width: int, scale: int, groups: int) -> list[nn.Module]:
-    """Convolution, ReLU and pixel shuffle, by 3 once or by 2 as often as needed."""
+    """Convolution, ReLU and pixel shuffle, once by 3 or as often as needed by 2."""
     if scale != 3 and (scale < 2 or scale & (scale - 1)):
         raise ValueError(f"CARN: scale must be 3 or a power of 2 from 2; got {scale}")
     factor, steps = (3, 1) if scale == 3 else (2, int(math.log2(scale)))

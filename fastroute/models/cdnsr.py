@@ -25,7 +25,7 @@ class CDNSR(ClassSR):
         classifier: maps patches (N, C, p, p) to probabilities (N, K), and has their `logits`.
 
     Attributes:
-        temperature: of the relaxation; the smaller, the closer to one branch per patch.
+        temperature: temperature of the relaxation. The smaller it is, the closer the choice is to one branch per patch.
     """
 
     temperature = 1.0
@@ -36,9 +36,9 @@ class CDNSR(ClassSR):
 
         Args:
             backbone: "fsrcnn", "carn", "srresnet" or "rcan".
-            widths: feature channels of the branches, cheapest first; default those of the report.
+            widths: feature channels of the branches, cheapest first. Default: those of the report.
             scale: upscaling factor.
-            layers: convolutions of the classifier, 3 to 6.
+            layers: number of convolutions of the classifier, 3 to 6.
         """
         if backbone not in BACKBONES:
             raise ValueError(f"CDNSR: backbone must be one of {', '.join(BACKBONES)}; got {backbone!r}")
@@ -54,28 +54,28 @@ class CDNSR(ClassSR):
         return cls(branches, PatchClassifier(len(branches), layers=layers))
 
     def outputs(self, patches: Tensor) -> Tensor:  # [N, C, p, p] -> [K, N, C, P, P]
-        """What every branch makes of every patch."""
+        """The output of every branch for every patch."""
         return torch.stack([branch(patches) for branch in self.branches])
 
     def relaxed(self, patches: Tensor, noise: Tensor | None = None) -> Tensor:  # [N, C, p, p] -> [N, K]
-        """Class weights of training, by :func:`gumbel_softmax` at the present temperature."""
+        """The class weights in training, from :func:`gumbel_softmax` at the present temperature."""
         return gumbel_softmax(self.classifier.logits(patches), self.temperature, noise)  # type: ignore[operator]
 
     def mixture(self, patches: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:  # [N, C, p, p]
-        """The sum of all branches under relaxed choices, and those (N, K); whole batches, no loop over patches."""
+        """The sum of all branches under relaxed choices, and the choices (N, K), without a loop over patches."""
         weights = self.relaxed(patches, noise)
         return self.mixed(patches, weights), weights
 
 
 def mix(outputs: Tensor, weights: Tensor) -> Tensor:  # [K, N, C, P, P], [N, K] -> [N, C, P, P]
-    """Each patch's weighted sum of what the branches made of it."""
+    """The weighted sum of the branches' outputs for each patch."""
     return (weights.t()[:, :, None, None, None] * outputs).sum(dim=0)
 
 
 def gumbel_noise(size: Sequence[int], generator: torch.Generator | None = None) -> Tensor:
     """Samples of the Gumbel distribution, -log(-log u) with u uniform in (0, 1); CDNSR, equation 5."""
     uniform = torch.rand(tuple(size), generator=generator, dtype=torch.float64)
-    # A zero would be infinitely unlikely, and its logarithm infinite.
+    # A zero is infinitely unlikely, and its logarithm would be infinite.
     return -(-uniform.clamp(min=torch.finfo(torch.float64).tiny).log()).log()
 
 
@@ -87,7 +87,7 @@ def gumbel_softmax(logits: Tensor, temperature: float, noise: Tensor | None = No
     Args:
         logits: class scores.
         temperature: above 0.
-        noise: Gumbel noise; drawn here when it is not given.
+        noise: Gumbel noise. Default: drawn here.
     """
     if not temperature > 0:
         raise ValueError(f"gumbel_softmax: temperature must be above 0; got {temperature}")
@@ -99,5 +99,5 @@ def gumbel_softmax(logits: Tensor, temperature: float, noise: Tensor | None = No
 
 
 def annealed(step: int, steps: int, first: float = 1.0, last: float = 0.4) -> float:
-    """The temperature of training: from `first` down by first / steps at every step, never below `last`."""
+    """The temperature in training: it falls from `first` by first / steps at every step, but never below `last`."""
     return max(first * (1 - step / max(steps, 1)), last)

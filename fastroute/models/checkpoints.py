@@ -1,4 +1,4 @@
-"""Reading and writing weights, safely."""
+"""Safe reading and writing of weights."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from torch import Tensor, nn
 
 from fastroute import io
 
-# Names under which training code stores a state dict beside other things, averaged weights before those of the last step;
-# and what wrappers put before the names of all entries.
+# The names under which training code stores a state dict beside other things (averaged weights come before those of the last
+# step), and the prefixes that wrappers add to the names of all entries.
 WRAPPERS = ("params_ema", "params-ema", "params", "state_dict", "model_state_dict", "model", "net_g")
 PREFIXES = tuple(f"{name}." for name in ("module", "_orig_mod", "model", "net_g", "params_ema", "params-ema", "params"))
-# Where a .pth keeps the options of its model, and those that the weights do not tell.
+# The entry in which a .pth keeps the options of its model, and the options that do not follow from the weights.
 METADATA = "metadata"
 OPTIONS = ("scale", "patch", "mean", "input_range")
 NAMED_AT_MOST = 4
 M = TypeVar("M", bound=nn.Module)
 
 
-# What unpickling something else, or half a checkpoint, may raise.
+# What unpickling half a checkpoint, or something else, may raise.
 DAMAGE = (
     RuntimeError,
     EOFError,
@@ -43,7 +43,7 @@ DAMAGE = (
     zipfile.BadZipFile,
     RecursionError,
 )
-# More entries than any network has that is known here; a file of more would take minutes to look through.
+# No known network has more entries, and a file with more would take minutes to look through.
 MOST_ENTRIES = 20_000
 
 
@@ -52,23 +52,23 @@ class CheckpointError(ValueError):
 
 
 def read_checkpoint(path: str | Path, arrays: bool = False) -> tuple[dict[str, Any], dict[str, str]]:
-    """What a checkpoint file holds: the object in it and its metadata.
+    """Read a checkpoint file: the object in it and its metadata.
 
     Pickled files are read with ``weights_only=True``: a file that would run code is refused.
 
     Args:
         path: a .safetensors file, or one that torch.save wrote.
-        arrays: let it hold NumPy arrays of numbers too.
+        arrays: allow NumPy arrays of numbers in it too.
 
     Returns:
-        The dictionary stored, tensors on the CPU, and the metadata, values as JSON; {} where there are none.
+        The stored dictionary, with tensors on the CPU, and the metadata with values as JSON, {} if there are none.
 
     Raises:
-        CheckpointError: missing, unreadable, cut short, not a checkpoint, or one that holds code.
+        CheckpointError: the file is missing, unreadable, cut short, not a checkpoint, or holds code.
     """
     path = Path(path)
     try:
-        # A pipe or a device may have no end.
+        # A pipe or a device may never end.
         if not path.is_file():
             reason = "it is a folder" if path.is_dir() else "it is not a regular file" if path.exists() else "no such file"
             raise CheckpointError(f"cannot read {short(path)}: {reason}")
@@ -87,7 +87,7 @@ def read_checkpoint(path: str | Path, arrays: bool = False) -> tuple[dict[str, A
     except safetensors.SafetensorError as error:
         raise CheckpointError(f"cannot read {path}: no whole safetensors file ({error})") from error
     except pickle.UnpicklingError as error:
-        # Both a damaged pickle and one with code in it end here; torch's own text tells them apart.
+        # Both a damaged pickle and one with code in it end here. Only torch's message distinguishes them.
         code = "GLOBAL" in str(error)
         reason = "it holds more than tensors and plain values" if code else "it is damaged or no checkpoint"
         raise CheckpointError(f"cannot read {path}: {reason}; only weights are loaded, never code") from error
@@ -99,18 +99,18 @@ def read_checkpoint(path: str | Path, arrays: bool = False) -> tuple[dict[str, A
     if not isinstance(metadata, Mapping):
         return dict(content), {}
     rest = {name: value for name, value in content.items() if name != METADATA}
-    # As `save_checkpoint` writes it.
+    # The form that `save_checkpoint` writes.
     state = rest["params"] if rest.keys() == {"params"} else rest
     return dict(state) if isinstance(state, Mapping) else rest, _as_json(metadata)
 
 
 def state_dict_of(content: Mapping[str, Any], path: str | Path) -> dict[str, Tensor]:
-    """The state dict in a checkpoint: unwrapped, without the prefixes that compilers, trainers and several GPUs add.
+    """The state dict in a checkpoint: unwrapped, and without the prefixes that compilers, trainers and several GPUs add.
 
     Raises:
-        CheckpointError: there is none.
+        CheckpointError: the checkpoint holds none.
     """
-    # Each of them at most once.
+    # Each prefix is removed at most once.
     for _ in WRAPPERS:
         content = next((content[name] for name in WRAPPERS if isinstance(content.get(name), Mapping)), content)
     _refuse_many(len(content), path)
@@ -124,8 +124,8 @@ def state_dict_of(content: Mapping[str, Any], path: str | Path) -> dict[str, Ten
 
 
 def _array_parts() -> list[Any]:
-    """What a pickled NumPy array of numbers is made of; arrays of objects need more, and stay refused."""
-    # NumPy 2 has moved the function, which files name as it was.
+    """The types in a pickled NumPy array of numbers. Arrays of objects need more types, and are still refused."""
+    # NumPy 2 has moved the function, but files contain its old name.
     rebuild = (np._core if hasattr(np, "_core") else np.core).multiarray._reconstruct
     names = [f"numpy.{folder}.multiarray._reconstruct" for folder in ("core", "_core")]
     kinds = [type(np.dtype(kind)) for kind in (np.float64, np.float32, np.int64, np.int32)]
@@ -138,12 +138,12 @@ def _refuse_many(number: int, path: str | Path) -> None:
 
 
 def _check_archive(path: Path) -> None:
-    """Refuse an archive that would not be as small as it looks, before any of it is unpacked."""
+    """Refuse an archive that would unpack to more than its size, before any of it is unpacked."""
     if not zipfile.is_zipfile(path):
         return
     with zipfile.ZipFile(path) as archive:
         records = archive.infolist()
-    # A handful of records say what kind of archive it is; each tensor has at most one of its own.
+    # A handful of records describe the archive, and each tensor has at most one record.
     _refuse_many(len(records) - 16, path)
     unpacked, size = sum(record.file_size for record in records), path.stat().st_size
     if unpacked > 2 * size:
@@ -151,7 +151,7 @@ def _check_archive(path: Path) -> None:
 
 
 def _unusable(tensor: Tensor, name: str) -> str:
-    """Why `tensor` is not one of weights; "" where it is."""
+    """Why `tensor` cannot be a weight; "" if it can."""
     if tensor.is_quantized:
         return f"is quantised ({tensor.dtype})"
     if tensor.layout != torch.strided or tensor.is_nested:
@@ -165,7 +165,7 @@ def _unusable(tensor: Tensor, name: str) -> str:
     stored = tensor.untyped_storage().nbytes()
     if stored < tensor.numel() * tensor.element_size():
         return f"of shape {tuple(tensor.shape)} has {stored} bytes, fewer than its values take"
-    # A table that has not been measured yet is not weights, nor is the worth of a decibel, which may be infinite.
+    # A table that has not been measured yet and the worth of a decibel, which may be infinite, are not weights.
     plain = ".table." not in name and not name.endswith("classifier.eta")
     if tensor.is_floating_point() and plain and not bool(tensor.to(torch.float32).isfinite().all()):
         return "holds NaN or infinite values"
@@ -173,8 +173,8 @@ def _unusable(tensor: Tensor, name: str) -> str:
 
 
 def without_prefixes(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The entries without what all their names begin with, of `PREFIXES`; a compiled part inside has one of its own."""
-    # How many weights torch's AveragedModel has seen.
+    """The entries without the `PREFIXES` that all their names begin with. A compiled part of the model has its own prefix."""
+    # The counter of torch's AveragedModel.
     state = {name.replace("._orig_mod.", "."): value for name, value in state.items() if name != "n_averaged"}
     while prefix := next((prefix for prefix in PREFIXES if state and all(name.startswith(prefix) for name in state)), ""):
         state = {name.removeprefix(prefix): value for name, value in state.items()}
@@ -185,11 +185,11 @@ def load_weights(model: nn.Module, state: Mapping[str, Tensor], path: str | Path
     """Load `state` into `model`, strictly.
 
     Raises:
-        CheckpointError: a missing or an unexpected entry, or one of another shape or type; the message names them.
+        CheckpointError: an entry is missing, unexpected, or of another shape or type. The message names such entries.
     """
     check_fits(model, state, path)
     model.load_state_dict(dict(state))
-    # Networks are built in torch's default type, but run in that of published weights.
+    # Networks are built in torch's default type, but run in the type of published weights.
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
             parameter.data = parameter.data.to(torch.float32)
@@ -198,10 +198,10 @@ def load_weights(model: nn.Module, state: Mapping[str, Tensor], path: str | Path
 
 
 def fitted(build: Callable[[], M], state: Mapping[str, Tensor], path: str | Path) -> M:
-    """The network that `build` makes, with the weights of `state`; nothing of its size is made before these fit.
+    """The network that `build` makes, with the weights of `state`. Nothing of its size is allocated until these fit.
 
     Raises:
-        CheckpointError: see :func:`load_weights`, or sizes that no network can have.
+        CheckpointError: see :func:`load_weights`; also if no network can have such sizes.
     """
     try:
         with torch.device("meta"):
@@ -218,7 +218,7 @@ def fitted(build: Callable[[], M], state: Mapping[str, Tensor], path: str | Path
 
 
 def check_fits(model: nn.Module, state: Mapping[str, Tensor], path: str | Path) -> None:
-    """Refuse a `state` that is not that of `model`, which may be without data.
+    """Refuse a `state` that does not fit `model`, which may be on the meta device.
 
     Raises:
         CheckpointError: see :func:`load_weights`.
@@ -242,13 +242,13 @@ def save_checkpoint(path: str | Path, model: nn.Module, metadata: Mapping[str, A
     """Write the state dict of `model` in its published layout: safetensors, or torch's format for .pth and .pt.
 
     Args:
-        path: the file; written under a temporary name and renamed.
-        model: its state dict is written as it is, in a .pth as the entry "params".
-        metadata: stored beside it, values as JSON: such as the scale, patch and stride, which :func:`fastroute.load` reads.
-            What the model itself knows of its options is added.
+        path: the file, which is written under a temporary name and then renamed.
+        model: the model whose state dict is written, in a .pth as the entry "params".
+        metadata: options stored beside it, with values as JSON, such as the scale, patch and stride that :func:`fastroute.load`
+            reads. Options that the model itself knows are added.
 
     Raises:
-        CheckpointError: another ending, or the folder cannot be written.
+        CheckpointError: the file has another ending, or the folder cannot be written.
     """
     path = Path(path)
     state = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
@@ -266,14 +266,14 @@ def save_checkpoint(path: str | Path, model: nn.Module, metadata: Mapping[str, A
 
 
 def _options(model: nn.Module) -> dict[str, Any]:
-    """Options of a model, or of its most expensive branch, that its weights do not tell."""
+    """The options of a model, or of its most expensive branch, that do not follow from its weights."""
     parts = [*getattr(model, "branches", [])[-1:], model]
     found = {name: getattr(part, name) for part in parts for name in OPTIONS if hasattr(part, name)}
     return {name: value.flatten().tolist() if isinstance(value, Tensor) else value for name, value in found.items()}
 
 
 def _as_json(metadata: Mapping[Any, Any]) -> dict[str, str]:
-    """Metadata of a .pth: as they were written, or plain values that others have put there."""
+    """The metadata of a .pth: as `save_checkpoint` writes them, or plain values that other code has stored."""
     plain = {str(k): v for k, v in metadata.items() if isinstance(v, str | int | float)}
     return {k: v if isinstance(v, str) else json.dumps(v) for k, v in plain.items() if not isinstance(v, int) or abs(v) < 2**63}
 
@@ -285,13 +285,12 @@ def _some(names: Any) -> str:
 
 
 def short(path: str | Path) -> str:
-    """`path` as messages name it."""
+    """`path` as text for messages."""
     text = str(path)
     return text if len(text) <= 300 else f"{text[:150]}…{text[-150:]}"
 
 
 def _detail(error: BaseException) -> str:
-    """The first line of what torch or pickle says of the file, in brackets; nothing where Python itself stumbled, or where it
-    is a bare number or byte."""
+    """The first line of an error of torch or pickle, in brackets; "" if Python itself failed, or for a bare number or byte."""
     line = (str(error).splitlines() or [""])[0][:120]
     return f" ({line})" if " " in line and isinstance(error, (RuntimeError, EOFError, OSError)) else ""

@@ -14,11 +14,11 @@ from fastroute.models.srresnet import SRResNet
 
 
 def carn(width: int, scale: int) -> CARN:
-    """CARN as ClassSR trains it, the mean colour in two convolutions."""
+    """CARN as ClassSR trains it, with the mean colour in two convolutions."""
     return CARN(width, scale, mean_layers=True)
 
 
-# Each backbone in ClassSR's form, of a width and a scale, and the published widths.
+# For each backbone, a function of width and scale that makes it in ClassSR's form, and the published widths.
 BACKBONES: dict[str, Callable[[int, int], nn.Module]] = {"fsrcnn": FSRCNN, "carn": carn, "srresnet": SRResNet, "rcan": RCAN}
 WIDTHS = {"fsrcnn": (16, 36, 56), "carn": (36, 52, 64), "srresnet": (36, 52, 64), "rcan": (36, 50, 64)}
 
@@ -29,7 +29,7 @@ class PatchClassifier(nn.Module):
     Args:
         num_classes: number of branches to choose from.
         width: channels of the hidden layers.
-        layers: convolutions in all; 5 in ClassSR, 3 to 6 in CDNSR.
+        layers: number of convolutions: 5 in ClassSR, 3 to 6 in CDNSR.
 
     Shape:
         patches (N, 3, p, p), p a multiple of 4, to class probabilities (N, num_classes).
@@ -50,7 +50,7 @@ class PatchClassifier(nn.Module):
         self.lastOut = nn.Linear(32, num_classes)
 
     def logits(self, patches: Tensor) -> Tensor:  # [N, 3, p, p] -> [N, K]
-        """Class scores before the softmax."""
+        """The class scores before the softmax."""
         return self.lastOut(self.CondNet(patches).mean(dim=(2, 3)))
 
     def forward(self, patches: Tensor) -> Tensor:  # [N, 3, p, p] -> [N, K]
@@ -83,7 +83,7 @@ class ClassSR(nn.Module):
 
     @classmethod
     def fsrcnn(cls, widths: Sequence[int] = (16, 36, 56), scale: int = 4) -> ClassSR:
-        """ClassSR over FSRCNN branches; the default widths are the published ones."""
+        """ClassSR over FSRCNN branches, by default of the published widths."""
         return cls([FSRCNN(width, scale) for width in widths])
 
     @classmethod
@@ -92,9 +92,9 @@ class ClassSR(nn.Module):
 
         Args:
             backbone: "fsrcnn", "carn", "srresnet" or "rcan".
-            widths: feature channels of the branches, cheapest first; default the published ones.
+            widths: feature channels of the branches, cheapest first. Default: the published widths.
             scale: upscaling factor.
-            layers: convolutions of the classifier.
+            layers: number of convolutions of the classifier.
         """
         if backbone not in BACKBONES:
             raise ValueError(f"ClassSR: backbone must be one of {', '.join(BACKBONES)}; got {backbone!r}")
@@ -108,12 +108,12 @@ class ClassSR(nn.Module):
         return [self.get_submodule(f"net{number}") for number in range(1, self.num_classes + 1)]
 
     def mixture(self, patches: Tensor) -> tuple[Tensor, Tensor]:  # [N, C, p, p] -> [N, C, P, P], [N, K]
-        """The probability-weighted sum of all branches, and the probabilities; whole batches, no loop over patches."""
+        """The sum of all branches weighted by probability, and the probabilities, without a loop over patches."""
         probability = self.classifier(patches)
         return self.mixed(patches, probability), probability
 
     def mixed(self, patches: Tensor, weights: Tensor) -> Tensor:  # [N, C, p, p], [N, K] -> [N, C, P, P]
-        """The sum of what all branches make of each patch, weighted."""
+        """The weighted sum of the outputs of all branches for each patch."""
         if len(branches := [branch for branch in self.branches if type(branch) is FSRCNN]) == self.num_classes:
             return FSRCNN.mixture(branches, patches, weights)
         each = weights.t()[:, :, None, None, None]

@@ -34,8 +34,8 @@ class FSRCNN(nn.Module):
         shrink: channels s of the mapping stage.
         depth: number m of 3 x 3 mapping convolutions.
         channels: image channels.
-        upsample: with False the network ends before the transposed convolution and returns features
-            (B, width, H, W), as PCSR uses it for an encoder.
+        upsample: if False, the network ends before the transposed convolution and returns features (B, width, H, W), as PCSR
+            uses it for an encoder.
 
     Shape:
         (B, channels, H, W) in [0, 1] to (B, channels, H * scale, W * scale).
@@ -61,7 +61,7 @@ class FSRCNN(nn.Module):
         self.body_conv = nn.Sequential(*body)
         self.tail_conv: TransposedConv2d | None = None
         if upsample:
-            # Padding 3 puts a tap's centre half an HR pixel from the LR pixel's; a stride of 2 only allows 4.
+            # A padding of 3 puts the centre of a tap half an HR pixel from that of the LR pixel. A stride of 2 only allows 4.
             padding = 3 if scale >= 3 else 4
             extra = scale - 9 + 2 * padding
             self.tail_conv = TransposedConv2d(width, channels, 9, scale, padding, output_padding=extra)
@@ -69,9 +69,9 @@ class FSRCNN(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """He initialisation; the first `channels` features start as a bilinear upscaler of the input.
+        """He initialisation, except that the first `channels` features start as a bilinear upscaler of the input.
 
-        A network that begins as an interpolator spends its first thousands of steps on detail instead.
+        A network that begins as an interpolator need not learn to interpolate in its first thousands of steps.
         """
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
@@ -86,7 +86,7 @@ class FSRCNN(nn.Module):
             return
         nn.init.normal_(self.tail_conv.weight, std=0.001)
         self.tail_conv.bias.zero_()  # type: ignore[union-attr]
-        # Output pixel o lies at LR coordinate (o + 0.5) / scale - 0.5; tap t of LR pixel i is o = scale * i - padding + t.
+        # Output pixel o lies at LR coordinate (o + 0.5) / scale - 0.5. Tap t of LR pixel i writes o = scale * i - padding + t.
         output = torch.arange(9, dtype=torch.float32) - int(self.tail_conv.padding[0])
         hat = (1 - ((output + 0.5) / self.scale - 0.5).abs()).clamp(min=0)
         for c in range(self.channels):
@@ -94,21 +94,21 @@ class FSRCNN(nn.Module):
             self.tail_conv.weight[c, c] = hat[:, None] * hat[None, :]
 
     def forward(self, x: Tensor) -> Tensor:  # [B, C, H, W]
-        """The image, or the features without `upsample`."""
+        """The image, or without `upsample` the features."""
         x = self.body_conv(self.head_conv(x))
         return x if self.tail_conv is None else self.tail_conv(x)
 
     @staticmethod
     def mixture(branches: Sequence[FSRCNN], x: Tensor, weights: Tensor) -> Tensor:  # [B, C, H, W], [B, K]
-        """The sum of the branches' images, each times its weight: (B, C, H * scale, W * scale).
+        """The weighted sum of the branches' images: (B, C, H * scale, W * scale).
 
-        A transposed convolution is linear, so the branches' last layers are one layer of all their features, and the images
-        are never made one by one.
+        A transposed convolution is linear, so the last layers of the branches form a single layer on all their features, and
+        the images are never computed one by one.
 
         Args:
-            branches: networks with an upsampler of one kernel, stride and padding; their widths may differ.
+            branches: networks whose upsamplers have the same kernel, stride and padding. Widths may differ.
             x: images.
-            weights: of each branch for each image.
+            weights: weight of each branch for each image.
         """
         tails = [branch.tail_conv for branch in branches if branch.tail_conv is not None]
         plans = {SubpixelPlan.of(tail) for tail in tails}

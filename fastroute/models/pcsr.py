@@ -22,15 +22,15 @@ from fastroute.reference.assign_classes import penalised_argmax
 from fastroute.reference.pixel_mlp import pixel_mlp_reference
 from fastroute.reference.refine_boundaries import refine_boundaries_reference
 
-# Side of the LR patch on which the published code counts the FLOPs of the classes.
+# The side of the LR patch for which the published code counts the FLOPs of the classes.
 COST_PATCH = 16
-# Relative coordinate and cell, y and x of each.
+# The relative coordinate and the cell, each in y and x.
 POSITION = 4
-# Layers that a checkpoint may describe.
+# The largest number of layers that a checkpoint may describe.
 MOST_WIDTHS = 256
-# Models of the published code: of its first phase, which trains one MLP, and of its second.
+# The models of the published code: the one of its first phase, which trains one MLP, and the one of its second phase.
 DENSE, PUBLISHED = "pcsr-phase0", ("pcsr-phase0", "pcsr-phase1")
-# Options of the published encoders, and the arguments that they are here.
+# The options of the published encoders, and the arguments that they become here.
 ENCODERS = {
     "fsrcnn": {"d": "width", "s": "shrink", "m": "depth"},
     "carn": {"nf": "width", "group": "groups"},
@@ -40,7 +40,7 @@ ENCODERS = {
 
 @dataclass(frozen=True)
 class PixelCosts:
-    """What the classes of a :class:`PCSR` cost.
+    """The costs of the classes of a :class:`PCSR`.
 
     Attributes:
         encoder: FLOPs of the encoder on an LR patch of 16 x 16, as the paper counts them.
@@ -51,14 +51,14 @@ class PixelCosts:
     weights: tuple[int, ...]
 
     def at(self, scale: float) -> list[float]:
-        """Cost of each class at a factor: FLOPs of the encoder and of its MLP as the paper counts them; they sum to 1."""
+        """The cost of each class at a factor: FLOPs of encoder and MLP as the paper counts them, normalised to a sum of 1."""
         pixels = round(COST_PATCH * scale) ** 2
         flops = [self.encoder + 2 * pixels * weights for weights in self.weights]
         return [f / sum(flops) for f in flops]
 
 
 class PCSROutput(NamedTuple):
-    """What a :class:`PCSR` computes: the image, the class of every pixel and the probabilities of the classes."""
+    """The output of a :class:`PCSR`: the image, the class of every pixel and the probabilities of the classes."""
 
     image: Tensor  # [B, C, H, W]
     class_map: Tensor  # [B, H, W]
@@ -69,7 +69,7 @@ class MLP(nn.Module):
     """Linear layers with ReLU between them.
 
     Args:
-        widths: of the input, of each hidden layer and of the output; fewer than two make the empty MLP of a free class.
+        widths: widths of the input, of each hidden layer and of the output. Fewer than two make the empty MLP of a free class.
     """
 
     def __init__(self, widths: Sequence[int]) -> None:
@@ -81,7 +81,7 @@ class MLP(nn.Module):
 
     @property
     def parameter_lists(self) -> tuple[list[Tensor], list[Tensor]]:
-        """Weights and biases of the layers, first layer first."""
+        """The weights and biases of the layers, first layer first."""
         linear = [layer for layer in self.layers if isinstance(layer, nn.Linear)]
         return [layer.weight for layer in linear], [layer.bias for layer in linear]
 
@@ -94,11 +94,11 @@ class PCSR(FullPrecision):
     """An encoder at the size of the input, a classifier of output pixels and one upsampler per class.
 
     Args:
-        encoder: maps (B, C, h, w) to features (B, D, h, w); says C as `channels` and D as `width`.
-        upsamplers: one :class:`MLP` per class, from the cheapest to the most expensive, each from D + 4 to C numbers; at most
-            an empty one for a class that is plain bilinear interpolation.
+        encoder: maps (B, C, h, w) to features (B, D, h, w). Its attributes `channels` and `width` are C and D.
+        upsamplers: one :class:`MLP` per class, from the cheapest to the most expensive, each from D + 4 to C numbers. An empty
+            one is plain bilinear interpolation.
         classifier: an :class:`MLP` from D + 4 numbers to one score per class.
-        mean: colour taken off the input before the encoder; None for none.
+        mean: colour subtracted from the input before the encoder, or None.
 
     Shape:
         (B, C, h, w) in [0, 1] to a :class:`PCSROutput` at any size. In training mode its image is the sum of all
@@ -131,22 +131,22 @@ class PCSR(FullPrecision):
         classifier_hidden: Sequence[int],
         mean: Sequence[float] | None = None,
     ) -> PCSR:
-        """PCSR with MLPs of these hidden widths for an encoder with a `width` and `channels`; None is a free class."""
+        """PCSR with MLPs of the given hidden widths for an encoder with a `width` and `channels`. None is a free class."""
         fan_in, channels = int(encoder.width) + POSITION, int(encoder.channels)  # type: ignore[arg-type]
         upsamplers = [MLP([] if h is None else [fan_in, *h, channels]) for h in hidden]
         return cls(encoder, upsamplers, MLP([fan_in, *classifier_hidden, len(hidden)]), mean)
 
     @classmethod
     def from_published(cls, checkpoint: Mapping[str, Any]) -> PCSR:
-        """The network in a checkpoint of PCSR's code, as `torch.load` gives it; one of its first phase has a single class.
+        """The network in a checkpoint of PCSR's code, as `torch.load` returns it. In the first phase, it has one class.
 
         Raises:
             ValueError: the checkpoint is of another kind.
-            RuntimeError: its weights do not fit what it says it is.
+            RuntimeError: the weights do not fit the network that the checkpoint describes.
         """
         model = cls.of_specification(checkpoint)
         model.load_state_dict(cls.published_state(checkpoint))
-        # Whatever torch's default type is: that of the published weights.
+        # The type of the published weights, whatever torch's default type is.
         return model.float().eval()
 
     @classmethod
@@ -175,13 +175,13 @@ class PCSR(FullPrecision):
         if len(widths) > MOST_WIDTHS or not all(isinstance(w, int) and w > 0 for w in widths):
             raise ValueError(f"PCSR: widths must be at most {MOST_WIDTHS} positive whole numbers; got {str(widths)[:100]}")
         known = {argument: options[key] for key, argument in ENCODERS[name].items() if key in options}
-        # What the published code takes where a configuration says nothing.
+        # The defaults of the published code for what a configuration leaves out.
         known.setdefault("width", 56 if name == "fsrcnn" else 64)
         return cls.build(encoder_of(name, **known), hidden, deciding, RGB_MEAN if name == "carn" else None)
 
     @staticmethod
     def published_state(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
-        """The weights in such a checkpoint, by their names here; of the first phase with a classifier of one class."""
+        """The weights in such a checkpoint, under their names here. For the first phase, a classifier of one class is added."""
         state = {rename_published(str(key)): value for key, value in checkpoint["model"]["sd"].items()}
         if checkpoint["model"].get("name") == DENSE:
             first = state.get("upsamplers.1.layers.0.weight")
@@ -195,21 +195,21 @@ class PCSR(FullPrecision):
 
     @property
     def num_classes(self) -> int:
-        """Number of classes."""
+        """The number of classes."""
         return len(self.upsamplers)
 
     def parameter_lists(self, number: int) -> tuple[list[Tensor], list[Tensor]]:
-        """Weights and biases of the upsampler of class `number`."""
+        """The weights and biases of the upsampler of class `number`."""
         mlp = self.upsamplers[number]
         assert isinstance(mlp, MLP)
         return mlp.parameter_lists
 
     def features(self, lr: Tensor) -> Tensor:  # [B, C, h, w] -> [B, D, h, w]
-        """What the encoder makes of `lr`."""
+        """The features of `lr`."""
         return self.encoder(lr - self.get_buffer("mean").to(lr.dtype))
 
     def probability(self, features: Tensor, size: tuple[int, int]) -> Tensor:  # [B, D, h, w] -> [B, K, H, W]
-        """Probability of every class at every output pixel."""
+        """The probability of every class at every output pixel."""
         weights, biases = self.classifier.parameter_lists
         place = relative_coordinates(features, size)
         return pixel_mlp_reference(features, weights, biases, [len(weights)], *size, relative=place).softmax(dim=1)
@@ -222,7 +222,7 @@ class PCSR(FullPrecision):
         class_map: Tensor | None,  # [B, H, W]
         classes: Sequence[int] | None = None,
     ) -> Tensor:  # [B, C, H, W]
-        """The bilinear image plus each pixel's upsampler; `classes` names the upsamplers that `class_map` counts."""
+        """The bilinear image plus the output of each pixel's upsampler, one of `classes`, to which `class_map` refers."""
         chosen = range(self.num_classes) if classes is None else classes
         lists = [self.parameter_lists(k) for k in chosen]
         weights, biases = [w for ws, _ in lists for w in ws], [b for _, bs in lists for b in bs]
@@ -231,7 +231,7 @@ class PCSR(FullPrecision):
 
     @property
     def costs(self) -> PixelCosts:
-        """What the classes cost."""
+        """The costs of the classes."""
         if self._costs is None:
             channels = int(self.encoder.channels)  # type: ignore[arg-type]
             lists = [self.parameter_lists(c)[0] for c in range(self.num_classes)]
@@ -240,7 +240,7 @@ class PCSR(FullPrecision):
         return self._costs
 
     def class_cost(self, scale: float) -> list[float]:
-        """Cost of every class at a factor as the paper counts it; they sum to 1."""
+        """The cost of every class at a factor as the paper counts it, normalised to a sum of 1."""
         return self.costs.at(scale)
 
     def forward(
@@ -279,7 +279,7 @@ class PCSR(FullPrecision):
                 raise ValueError(f"PCSR: adaptive needs exactly 2 classes; got {self.num_classes}; use penalty instead")
             class_map = adaptive_threshold_reference(probability[:, 1])
         else:
-            # The published code knows a size by its mean factor, to one decimal.
+            # The published code takes the mean factor of a size, rounded to one decimal.
             factor = scale if scale is not None else round((size[0] / h + size[1] / w) / 2, 1)
             cost = torch.tensor(self.class_cost(factor) if penalty else [1.0] * self.num_classes, dtype=torch.float32)
             class_map = penalised_argmax(probability, cost, penalty)
@@ -294,11 +294,12 @@ def encoder_of(name: str, **options: int) -> nn.Module:
 
 
 def relative_coordinates(features: Tensor, size: tuple[int, int]) -> Tensor:  # [B, D, h, w] -> [H + W]
-    """Where each row and then each column of the output lies in its feature, as the published code has it.
+    """The position of each row, and then of each column, of the output within its feature, as in the published code.
 
-    In half features from the centre. It is the difference of two centres in [-1, 1], in float32 (float64 for float64), times
-    the size; a distance of about 1e-7 · h from the exact fraction, with which these networks were trained. The feature is the
-    one that `grid_sample` takes, so that a rounded coordinate half way between two decides between them as it does there.
+    Positions are in half features from the centre. Each is the difference of two centres in [-1, 1], in float32 (float64 for
+    float64), times the size, which differs by about 1e-7 · h from the exact fraction. The networks were trained with these
+    numbers. The feature is the one that `grid_sample` reads, so a rounded coordinate half way between two features decides
+    between them as it does there.
     """
     work = torch.float64 if features.dtype == torch.float64 else torch.float32
     axes = []
@@ -313,16 +314,17 @@ def relative_coordinates(features: Tensor, size: tuple[int, int]) -> Tensor:  # 
 
 
 def rename_published(key: str) -> str:
-    """Name of a published parameter in :class:`PCSR`."""
+    """The name in :class:`PCSR` of a published parameter."""
     for old, new in (("light_sampler.imnet", "upsamplers.0"), ("heavy_sampler.imnet", "upsamplers.1")):
         key = key.replace(old, new)
     return key.replace("classifier.imnet", "classifier")
 
 
 def paper_flops(module: nn.Module, size: Sequence[int]) -> int:
-    """FLOPs of one forward pass over an input of `size` as the papers count them.
+    """The FLOPs of one forward pass over an input of `size` as the papers count them.
 
-    Two per multiply-add of a convolution, two per number that a batch norm reads, one per number that a PReLU reads.
+    They count two per multiply-add of a convolution, two per number that a batch norm reads, and one per number that a PReLU
+    reads.
     """
     total = 0
 
@@ -336,7 +338,7 @@ def paper_flops(module: nn.Module, size: Sequence[int]) -> int:
         elif isinstance(layer, nn.PReLU):
             total += inputs[0].numel()
 
-    # The hooks are on a copy: other threads may be using the module.
+    # The hooks are on a copy, because other threads may be using the module.
     copied = inference_copy(module, share=True)
     for layer in copied.modules():
         layer.register_forward_hook(count)

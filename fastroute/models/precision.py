@@ -1,4 +1,4 @@
-"""Half precision: which types a device computes in, and what of a network stays float32 all the same."""
+"""Half precision: the types in which a device computes, and the parts of a network that stay float32."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import torch
 from torch import Tensor, nn
 
 HALVES = (torch.float16, torch.bfloat16)
-# By the names that the command line has for them.
+# The types by their names on the command line.
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class FullPrecision(nn.Module):
-    """A module whose own parameters and buffers stay as they are when the network around them is made half.
+    """A module whose own parameters and buffers keep their type when the network around them is converted to a half type.
 
-    So are colours, thresholds and tables: one wrong in the third digit is wrong for every pixel.
+    Such are colours, thresholds and tables: an error in the third digit would be an error in every pixel.
     """
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FullPrecision:
@@ -38,16 +38,16 @@ def sums_of(dtype: torch.dtype) -> torch.dtype:
 
 @torch.no_grad()
 def round_weights(module: nn.Module, dtype: torch.dtype) -> None:
-    """Give the convolutions of `module`, which will compute in the half type `dtype`, weights that this type can hold.
+    """Round the weights of the convolutions of `module` to the half type `dtype`, in which it will compute.
 
-    They are rounded so that their sums over the kernel stay: what rounding takes from one tap the next one gets. Smooth parts
-    of an image, on which rounding to the nearest would be wrong everywhere alike, keep their colours.
+    Sums over the kernel are preserved: the rounding error of one tap is passed on to the next. So smooth parts of an image keep
+    their colours; rounding to nearest would make the same error everywhere.
     """
     for layer in module.modules():
         if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d) and layer.weight.dtype not in HALVES:
             taps = layer.weight.flatten(2).unbind(2)
             rounded, carried = list(taps), torch.zeros_like(taps[0])
-            # The smallest come last: what is left in the end is least.
+            # The smallest taps come last, so that the error left in the end is least.
             for number in sorted(range(len(taps)), key=lambda n: -float(taps[n].abs().sum())):
                 wanted = taps[number] + carried
                 rounded[number] = wanted.to(dtype).to(wanted.dtype)
@@ -56,11 +56,11 @@ def round_weights(module: nn.Module, dtype: torch.dtype) -> None:
 
 
 def check_precision(op: str, dtype: torch.dtype, device: torch.device) -> None:
-    """Networks can compute in `dtype` on `device`, and not only through code that takes a hundred times as long.
+    """Check that networks can compute in `dtype` on `device`, other than by code that takes a hundred times as long.
 
     Raises:
-        TypeError: it is no floating type.
-        ValueError: the processor has no convolutions of it.
+        TypeError: `dtype` is not a floating type.
+        ValueError: the processor has no convolutions in this type.
     """
     if dtype not in (torch.float32, torch.float64, *HALVES):
         raise TypeError(f"{op}: dtype must be float32, bfloat16, float16 or float64; got {dtype}")
@@ -72,7 +72,7 @@ def check_precision(op: str, dtype: torch.dtype, device: torch.device) -> None:
 
 
 def has_float16() -> bool:
-    """Whether this CPU has convolutions of float16."""
+    """Whether this CPU has convolutions in float16."""
     try:
         return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
     except (AttributeError, RuntimeError):
@@ -80,6 +80,6 @@ def has_float16() -> bool:
 
 
 def probed_dtype(fn: Callable[[Tensor], Tensor], like: Tensor) -> tuple[torch.device, torch.dtype]:
-    """Where and to which type a function that a module applies to its tensors would bring one like `like`."""
+    """The device and type to which a function that a module applies to its tensors would convert a tensor like `like`."""
     probe = fn(like.new_empty(0))
     return probe.device, probe.dtype

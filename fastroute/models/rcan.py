@@ -27,7 +27,7 @@ class ChannelAttention(nn.Module):
 
 
 class Shortcut(nn.Module):
-    """A sequence of layers, `body`, whose input is added to its output."""
+    """A sequence of layers, `body`, with its input added to its output."""
 
     def __init__(self, *layers: nn.Module) -> None:
         super().__init__()
@@ -35,7 +35,7 @@ class Shortcut(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # [B, C, h, w]
         """See the class."""
-        # The last layer is a convolution or a product: neither needs its own output for a gradient.
+        # The last layer is a convolution or a product, neither of which needs its own output for a gradient.
         return self.body(x).add_(x)
 
 
@@ -45,12 +45,12 @@ class RCAN(nn.Module):
     Args:
         width: feature channels (36, 50 and 64 in ClassSR).
         scale: upscaling factor, 3 or a power of 2.
-        groups, blocks: residual groups, and attention blocks in each.
+        groups, blocks: number of residual groups, and of attention blocks in each.
         reduction: channels per channel of the attention's hidden layer.
         channels: image channels.
-        input_range: what white is to the layers. ClassSR's checkpoints compute in 0 … 255, our images are in [0, 1]: input
-            and output are scaled.
-        mean: colour taken off the input and put back on the output, in units of the layers, by two trained 1 x 1
+        input_range: value of white inside the network. ClassSR's checkpoints compute in 0 … 255 and images are in [0, 1], so
+            input and output are scaled.
+        mean: colour subtracted from the input and added to the output, in the units of the layers, by two trained 1 x 1
             convolutions.
 
     Shape:
@@ -88,7 +88,7 @@ class RCAN(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """He initialisation, a tenth as strong: the network begins close to its shortcuts."""
+        """He initialisation, scaled by a tenth, so that the network begins close to its shortcuts."""
         for part in (self.head, self.body, self.tail):
             for module in part.modules():
                 if isinstance(module, nn.Conv2d):
@@ -105,16 +105,16 @@ class RCAN(nn.Module):
         features = self.head(self.sub_mean(x if unit == 1 else x * unit).to(dtype))
         result = self.tail(self.body(features).add_(features))
         if dtype in HALVES:
-            # Means, and what is added last, stay float32 around a half network.
+            # Means and the last addition stay float32 around a network in a half type.
             result = result.to(sums_of(dtype))
         result = self.add_mean(result)
         return result if unit == 1 else result / unit
 
     @torch.no_grad()
     def fold(self) -> None:
-        """Put the input range into the convolutions beside it, and what mixes colours at the end; for inference.
+        """For inference, fold the input range into the convolutions next to it, and likewise the last mixing of colours.
 
-        The mean of the input stays: the convolution behind it pads with zeros, which is the mean colour then.
+        The mean of the input is not folded: the convolution after it pads with zeros, which then means the mean colour.
         """
         if not isinstance(self.add_mean, nn.Conv2d):
             return
@@ -126,7 +126,7 @@ class RCAN(nn.Module):
         bias = matrix @ last.bias.double() + back.bias.double()
         first.weight.mul_(self.input_range)
         last.weight.copy_(weight / self.input_range)
-        # The mean is added by itself: in a half network the layer before it would round it away.
+        # The mean is added separately, because in a half type the layer before it would round it away.
         mean = back.bias.double() / self.input_range
         last.bias.copy_(bias / self.input_range - mean)
         self.add_mean, self.input_range = MeanShift(mean.tolist()).to(last.weight.device), 1.0
@@ -138,12 +138,12 @@ def conv3(fan_in: int, fan_out: int) -> nn.Conv2d:
 
 
 def attention_block(width: int, reduction: int) -> Shortcut:
-    """Two convolutions and channel attention around a shortcut."""
+    """Two convolutions and channel attention with a shortcut around them."""
     return Shortcut(conv3(width, width), nn.ReLU(inplace=True), conv3(width, width), ChannelAttention(width, reduction))
 
 
 def upsampling_layers(width: int, scale: int) -> list[nn.Module]:
-    """Convolution and pixel shuffle, by 3 once or by 2 as often as needed."""
+    """Convolution and pixel shuffle, once by 3 or as often as needed by 2."""
     if scale != 3 and (scale < 2 or scale & (scale - 1)):
         raise ValueError(f"RCAN: scale must be 3 or a power of 2 from 2; got {scale}")
     factor, steps = (3, 1) if scale == 3 else (2, scale.bit_length() - 1)

@@ -1,4 +1,4 @@
-"""The upscaling factor of a network, where nothing but its weights tells it."""
+"""The upscaling factor of a network, found from its weights if nothing else states it."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 # FSRCNN ends in a transposed convolution of 9 x 9 taps at any of these factors.
 CANDIDATES = (2, 3, 4)
-# Levels of flat images, their side, and the mean error up to which they count as flat still.
+# The levels of flat images, their side, and the mean error up to which a result still counts as flat.
 LEVELS = (0.25, 0.5, 0.75)
 SIDE = 12
 FLAT = 0.05
-# The convolutions before each pixel shuffle, by backbone: by their shapes and their number the factor is known.
+# For each backbone, the convolutions before each pixel shuffle. The factor follows from their shapes and number.
 UPSAMPLERS = {
     "carn": r"upsample\.up\.body\.\d+\.weight",
     "srresnet": r"upconv\d\.weight",
@@ -23,7 +23,7 @@ UPSAMPLERS = {
 
 
 def scale_of_shapes(backbone: str, state: Mapping[str, Tensor], prefix: str, width: int) -> int | None:
-    """The factor that the shapes under `prefix` say; None where they are the same for several, as those of FSRCNN are."""
+    """The factor that follows from the shapes under `prefix`; None if several factors have these shapes, as in FSRCNN."""
     if backbone not in UPSAMPLERS:
         return None
     pattern = re.compile(re.escape(prefix) + UPSAMPLERS[backbone])
@@ -39,20 +39,20 @@ def scale_of_shapes(backbone: str, state: Mapping[str, Tensor], prefix: str, wid
 
 @torch.no_grad()
 def scale_of_flat_images(build: Callable[[int], nn.Module]) -> int | None:
-    """The factor at which a flat image stays flat; None where none or several of `CANDIDATES` do so.
+    """The factor at which flat images stay flat; None if this holds for none or several of `CANDIDATES`.
 
-    Taps that were trained for another factor are summed in other groups: the image then gets another level and a pattern.
+    Taps that were trained for another factor are summed in other groups, so the image gets another level and a pattern.
 
     Args:
-        build: makes the network, its weights in place, for a factor.
+        build: makes the network for a factor, with its weights.
     """
     flat = torch.tensor(LEVELS).view(-1, 1, 1, 1).expand(-1, 3, SIDE, SIDE)
     fitting = []
     for scale in CANDIDATES:
-        # Without the border, where networks see zeros.
+        # The border is left out, because networks see zeros there.
         inner = slice(4 * scale, -4 * scale)
         result = build(scale).eval()(flat)[:, :, inner, inner]
-        # Not a number fits nothing.
+        # NaN never fits.
         if (result - flat[:, :, :1, :1]).abs().mean() < FLAT:
             fitting.append(scale)
     return fitting[0] if len(fitting) == 1 else None

@@ -12,7 +12,7 @@ SLOPE = 0.1
 
 
 class ResidualBlock(nn.Module):
-    """Two 3 x 3 convolutions around a shortcut."""
+    """Two 3 x 3 convolutions with a shortcut around them."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -32,11 +32,11 @@ class SRResNet(nn.Module):
         scale: upscaling factor, 2, 3 or 4.
         blocks: residual blocks.
         channels: image channels.
-        upsample: with False the network ends after the residual blocks and returns features (B, width, H, W), as PCSR uses
-            it for an encoder.
+        upsample: if False, the network ends after the residual blocks and returns features (B, width, H, W), as PCSR uses it
+            for an encoder.
 
     Shape:
-        (B, channels, H, W) in [0, 1] to (B, channels, H * scale, W * scale): what the layers find is added to the bilinear
+        (B, channels, H, W) in [0, 1] to (B, channels, H * scale, W * scale). The output of the layers is added to the bilinear
         image.
     """
 
@@ -63,7 +63,7 @@ class SRResNet(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """He initialisation, a tenth as strong: the network begins close to its shortcuts."""
+        """He initialisation, scaled by a tenth, so that the network begins close to its shortcuts."""
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight).mul_(0.1)
@@ -77,10 +77,10 @@ class SRResNet(nn.Module):
             return features
         for layer in (self.upconv1, self.upconv2):
             if layer is not None:
-                # The activation is the same before the shuffle, where it can be done in place.
+                # Before the shuffle the activation has the same effect, and it can run in place.
                 features = F.pixel_shuffle(F.leaky_relu_(layer(features), SLOPE), self.factor)
         residual = self.conv_last(F.leaky_relu_(self.HRconv(features), SLOPE))
         if dtype in HALVES:
-            # What the layers find is small: the image that it is added to stays float32.
+            # The output of the layers is small, and the image that it is added to stays float32.
             x, residual = x.to(sums_of(dtype)), residual.to(sums_of(dtype))
         return residual.add_(F.interpolate(x, scale_factor=self.scale, mode="bilinear", align_corners=False))

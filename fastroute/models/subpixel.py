@@ -17,11 +17,11 @@ from torch.nn import functional as F
 
 @dataclass(frozen=True)
 class SubpixelPlan:
-    """How one square, ungrouped, undilated transposed convolution becomes a dense one.
+    """How a square, ungrouped, undilated transposed convolution becomes a dense one.
 
     Attributes:
-        kernel, scale, padding: of the transposed convolution; `scale` is its stride.
-        before, after: LR pixels read before and after the current one, so the dense kernel is before + 1 + after wide.
+        kernel, scale, padding: parameters of the transposed convolution, whose stride is `scale`.
+        before, after: LR pixels read before and after the current one. The dense kernel is before + 1 + after wide.
     """
 
     kernel: int
@@ -32,7 +32,7 @@ class SubpixelPlan:
 
     @staticmethod
     def unsupported_reasons(layer: nn.ConvTranspose2d) -> list[str]:
-        """Why `layer` has no sub-pixel form here; empty when it has one."""
+        """The reasons why `layer` has no sub-pixel form here; empty if it has one."""
         reasons = []
         kernel, stride, padding, extra = layer.kernel_size, layer.stride, layer.padding, layer.output_padding
         if layer.groups != 1 or layer.dilation != (1, 1):
@@ -55,18 +55,18 @@ class SubpixelPlan:
         if reasons:
             raise ValueError(f"the transposed convolution has no sub-pixel form: {', '.join(reasons)}")
         kernel, scale, padding = layer.kernel_size[0], layer.stride[0], int(layer.padding[0])
-        # Output phase r reads LR offset j through tap t = r + p - s·j, so j runs where 0 <= t < k.
+        # Output phase r reads LR offset j through tap t = r + p - s·j, so j takes all values with 0 <= t < k.
         after = (scale - 1 + padding) // scale
         before = (kernel - 1 - padding) // scale
         return SubpixelPlan(kernel, scale, padding, before, after)
 
     @property
     def width(self) -> int:
-        """The dense kernel's size."""
+        """The size of the dense kernel."""
         return self.before + 1 + self.after
 
     def weight(self, weight: Tensor) -> Tensor:  # [Cin, Cout, k, k] -> [Cout·s·s, Cin, width, width]
-        """The dense kernel; differentiable, so that training may run in this form."""
+        """The dense kernel. It is differentiable, so that training may run in this form."""
         index, valid = self._taps(weight.device)
         columns = weight.flatten(2)[:, :, index.flatten()] * valid.flatten().to(weight.dtype)
         c_in, c_out = weight.shape[:2]
@@ -84,7 +84,7 @@ class SubpixelPlan:
         return self.before == self.after
 
     def upsample(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # [N, Cin, h, w] -> [N, Cout, h·s, w·s]
-        """The transposed convolution of `weight` (Cin, Cout, k, k) and `bias` (Cout) in this form; differentiable."""
+        """Apply the transposed convolution of `weight` (Cin, Cout, k, k) and `bias` (Cout) in this form; differentiable."""
         if not self.symmetric:
             x = F.pad(x, (self.before, self.after, self.before, self.after))
         bias = None if bias is None else self.bias(bias)

@@ -1,1 +1,1 @@
-"""Exact faster forms of a network. Internal but for `optimize`."""
+"""Exact faster forms of a network. Internal, except for `optimize`."""

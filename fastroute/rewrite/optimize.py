@@ -1,4 +1,4 @@
-"""Networks in their fastest exact form for inference."""
+"""`optimize`: rewrites a network into its fastest exact form for inference."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fastroute.ops._upsampled import SIZES, Upsampler, bias_of
 
 
 class OneSlope(nn.LeakyReLU):
-    """A PReLU of one slope, in place; the slope is a number, and a state dict holds it all the same."""
+    """A PReLU with a single slope, in place. The slope is a number, which state dicts hold nevertheless."""
 
     def __init__(self, slope: float) -> None:
         super().__init__(slope, inplace=True)
@@ -28,29 +28,29 @@ class OneSlope(nn.LeakyReLU):
         return torch.tensor(self.negative_slope, dtype=torch.float64, device="cpu")
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Take another slope."""
+        """Set another slope."""
         self.negative_slope = float(state)
 
 
 def optimize(branch: nn.Module) -> nn.Module:
     """A frozen copy of `branch` that computes the same numbers in less time.
 
-    - A transposed convolution becomes a dense convolution and a pixel shuffle, where its output is stride times its input.
+    - A transposed convolution becomes a dense convolution and a pixel shuffle, if its output is stride times its input.
     - A batch norm behind a convolution is folded into it.
     - A PReLU of one slope behind a convolution becomes a leaky ReLU in place.
     - A network of this package folds what surrounds its convolutions into them: :meth:`fastroute.models.rcan.RCAN.fold`.
     - Nested sequences are flattened, so that the router finds a final pixel shuffle and leaves it to the stitching.
 
-    Inside modules of other classes only whole transposed convolutions are replaced, since such a module may use its parts in
-    ways that cannot be seen from outside. Every rewrite is exact up to the order of float32 sums (relative error about 1e-6).
-    The original is not touched.
+    In modules of other classes only whole transposed convolutions are replaced, because such a module may use its parts in ways
+    that cannot be seen from outside. Every rewrite is exact up to the order of float32 sums (relative error about 1e-6). The
+    original is not changed.
 
     Args:
-        branch: any module; in the result it is in evaluation mode and needs no gradients.
+        branch: any module. The result is in evaluation mode and needs no gradients.
     """
     result = inference_copy(branch)
     for module in result.modules():
-        # Only ours: `fold` may mean anything elsewhere.
+        # Only for networks of this package: `fold` may mean anything elsewhere.
         if type(module).__module__.startswith("fastroute.") and callable(fold := getattr(module, "fold", None)):
             fold()
     as_sequential = getattr(result, "as_sequential", None)
@@ -58,16 +58,16 @@ def optimize(branch: nn.Module) -> nn.Module:
 
 
 def split_shuffle(branch: nn.Module) -> tuple[nn.Module, int]:
-    """`branch` without its final pixel shuffle, and that shuffle's factor; (branch, 1) where it ends otherwise."""
+    """`branch` without its final pixel shuffle, and that shuffle's factor; (branch, 1) if it ends in another way."""
     if isinstance(branch, nn.Sequential) and len(branch) > 1 and isinstance(branch[-1], nn.PixelShuffle):
         return nn.Sequential(*list(branch)[:-1]), int(branch[-1].upscale_factor)
     return branch, 1
 
 
 def split_upsampler(branch: nn.Module, shuffle: int) -> tuple[nn.Module, Upsampler] | None:
-    """`branch`, which lacks its final pixel shuffle of factor `shuffle`, in two: what comes before its last layers, and those.
+    """Split `branch`, whose final pixel shuffle of factor `shuffle` has been removed, into its first part and its last layers.
 
-    None where it does not end with layers for which there is a kernel, or would have nothing left.
+    Returns None if it does not end with layers for which there is a kernel, or if nothing else would be left.
     """
     layers = list(branch) if type(branch) is nn.Sequential else []
     last = _convolution(layers.pop()) if layers else None
@@ -102,7 +102,7 @@ def _convolution(layer: nn.Module) -> nn.Conv2d | None:
 
 
 def interpolation(branch: nn.Module, patch: int) -> Upsampler | None:
-    """`branch` as a separable interpolation of patches of `patch` x `patch` pixels, if it is one."""
+    """`branch` as a separable interpolation of patches of `patch` x `patch` pixels, or None if it is not one."""
     if type(branch) is not Bicubic:
         return None
     empty = torch.empty(0, dtype=torch.float32)
@@ -111,20 +111,20 @@ def interpolation(branch: nn.Module, patch: int) -> Upsampler | None:
 
 
 def interpolated(upsampler: Upsampler, shape: tuple[int, int]) -> Upsampler:
-    """The interpolation `upsampler` of regions of `shape` pixels, height and width, instead of patches."""
+    """The interpolation `upsampler` for regions of `shape` pixels (height and width) instead of patches."""
     matrices = [_bicubic_matrix(size, upsampler.shuffle).to(upsampler.weight.device) for size in shape]
     return upsampler._replace(weight=matrices[0], bias=matrices[1])
 
 
 def _bicubic_matrix(size: int, scale: int) -> Tensor:  # [size * scale, size]
-    # What it makes of each pixel of a column, in float64: its rows do not mix, at a factor of 1.
+    # The response to each pixel of a column, in float64. At a factor of 1 along the other axis, columns do not mix.
     pixels = torch.eye(size, dtype=torch.float64)[None, None]
     return F.interpolate(pixels, (size * scale, size), mode="bicubic", align_corners=False)[0, 0].to(torch.float32)
 
 
 def _rewrite(module: nn.Module, owned: bool) -> nn.Module:
-    """`owned`: nobody but the sequence around it calls `module` or looks inside; a network of someone else may do either."""
-    # Types are compared exactly throughout: a subclass may compute something else.
+    """Rewrite `module`. If it is `owned`, only the sequence around it uses it; otherwise anything may call or inspect it."""
+    # Types are compared exactly throughout, because a subclass may compute something else.
     if type(module) in (nn.ConvTranspose2d, TransposedConv2d):
         assert isinstance(module, nn.ConvTranspose2d)  # for the type checker
         return module if SubpixelPlan.unsupported_reasons(module) else dense_equivalent(module).requires_grad_(False)
@@ -155,7 +155,7 @@ def _rewrite_sequence(sequence: nn.Sequential) -> nn.Sequential:
 
 
 def parameter_dtype(module: nn.Module) -> torch.dtype:
-    """The floating type in which `module` computes, that of most of its weights; float32 for one without parameters."""
+    """The floating type in which `module` computes: that of most of its weights, or float32 without parameters."""
     weights: Counter[torch.dtype] = Counter()
     for p in module.parameters():
         if p.is_floating_point():

@@ -1,7 +1,7 @@
-"""Encoders run in bands of rows: the same numbers, with activations that stay near the caches.
+"""Encoders that run in bands of rows: the same numbers, with activations that mostly stay in the caches.
 
-A layer that reads rows above and below keeps the last rows it has seen, so a band flows through all layers without a row
-being computed twice. A layer of kernel 2p + 1 lags p rows behind its input; where two paths meet, the shorter one waits.
+A layer that reads rows above and below keeps the last rows it has seen, so a band flows through all layers and no row is
+computed twice. A layer with a kernel of 2p + 1 lags p rows behind its input. Where two paths meet, the shorter one waits.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from fastroute.models.srresnet import SLOPE, ResidualBlock, SRResNet
 
 
 class LayerStage(ABC):
-    """Part of a network that takes consecutive rows of an image and gives those rows of its output that are complete.
+    """A part of a network that takes consecutive rows of an image and returns the rows of its output that are complete.
 
     Attributes:
         reach: pixels on each side of a pixel that its output depends on.
@@ -29,7 +29,7 @@ class LayerStage(ABC):
 
     @abstractmethod
     def push(self, x: Tensor, last: bool) -> Tensor:  # [B, C, n, w] -> [B, C', m, w]
-        """Take the next rows; `last` says that none follow."""
+        """Take the next rows. `last` says that none follow."""
 
 
 class Pointwise(LayerStage):
@@ -44,7 +44,7 @@ class Pointwise(LayerStage):
 
 
 class Product(LayerStage):
-    """A 1 x 1 convolution as a matrix product, which is the faster of the two on channels_last rows."""
+    """A 1 x 1 convolution as a matrix product, which is faster on channels_last rows."""
 
     def __init__(self, layer: nn.Conv2d) -> None:
         self.layer = layer
@@ -56,7 +56,7 @@ class Product(LayerStage):
 
 
 class RowConvolution(LayerStage):
-    """A convolution of odd kernel that keeps the size of its input."""
+    """A convolution with an odd kernel that keeps the size of its input."""
 
     def __init__(self, layer: nn.Conv2d) -> None:
         self.layer, self.pad = layer, layer.kernel_size[0] // 2
@@ -69,7 +69,7 @@ class RowConvolution(LayerStage):
         edge = x.new_zeros(b, c, self.pad, w).contiguous(memory_format=torch.channels_last)
         pieces = [edge if self.held is None else self.held, x, *([edge] if last else [])]
         rows = torch.cat(pieces, dim=2)
-        # A copy: a view would keep the whole band.
+        # A copy, because a view would keep the whole band in memory.
         self.held = rows[:, :, max(rows.shape[2] - 2 * self.pad, 0) :].clone()
         layer = self.layer
         if rows.shape[2] <= 2 * self.pad:
@@ -98,18 +98,18 @@ class Waiting:
         self.held: Tensor | None = None
 
     def take(self, x: Tensor, count: int) -> Tensor:  # [B, C, n, w] -> [B, C, count, w]
-        """Add the next rows and take the first `count` that wait."""
+        """Add the next rows and return the first `count` waiting rows."""
         rows = x if self.held is None or self.held.shape[2] == 0 else torch.cat([self.held, x], dim=2)
         self.held = rows[:, :, count:].clone()
         return rows[:, :, :count]
 
 
 class Residual(LayerStage):
-    """body(x) + x, and what follows it in place.
+    """body(x) + x, followed by a layer in place.
 
     Args:
         body: the layers.
-        last: of the sum.
+        last: the layer applied to the sum.
     """
 
     def __init__(self, body: LayerStage, last: Callable[[Tensor], Tensor] = F.relu_) -> None:
@@ -123,7 +123,7 @@ class Residual(LayerStage):
 
 
 class Merge:
-    """The layers of a cascade's merge, on the parts of their input that are never joined where they start with a product."""
+    """The layers of a cascade's merge. If they start with a product, the parts of their input are never joined."""
 
     def __init__(self, module: nn.Module) -> None:
         layers = list(module.children())
@@ -131,10 +131,10 @@ class Merge:
         self.rest = Chain(make_stage(layer) for layer in layers[1:])
 
     def push(self, parts: Sequence[Tensor], last: bool) -> Tensor:  # [B, C, n, w] each -> [B, C', n, w]
-        """All parts hold the same rows."""
+        """Merge parts that hold the same rows."""
         assert isinstance(self.first, nn.Conv2d)
         b, _, n, w = parts[0].shape
-        # One product per part, each added to those before: joining the parts would move more than the product reads.
+        # Each part has its own product, added to those before: joining the parts would move more than the product reads.
         weights = self.first.weight.flatten(1).split([part.shape[1] for part in parts], dim=1)
         total: Tensor | None = None
         for part, weight in zip(parts, weights, strict=True):
@@ -145,7 +145,7 @@ class Merge:
 
 
 class Cascade(LayerStage):
-    """CARN's cascade: each merge sees the input and the outputs of all blocks so far."""
+    """CARN's cascade: each merge reads the input and the outputs of all blocks so far."""
 
     def __init__(self, blocks: Sequence[LayerStage], merges: Sequence[Merge]) -> None:
         self.steps = list(zip(blocks, merges, strict=True))
@@ -163,7 +163,7 @@ class Cascade(LayerStage):
 
 
 def unsupported_reasons(module: nn.Module) -> list[str]:
-    """Why `module` cannot run in bands; empty when it can."""
+    """Why `module` cannot run in bands; "" if it can."""
     if isinstance(module, CARN) and module.upsample is not None:
         return ["it changes the size of its input"]
     if isinstance(module, SRResNet) and module.HRconv is not None:
@@ -183,7 +183,7 @@ def unsupported_reasons(module: nn.Module) -> list[str]:
 def make_stage(module: nn.Module) -> LayerStage:
     """`module` in bands, ready for the first row of an image."""
     if isinstance(module, CARN):
-        # The blocks keep their state, so each use of a shared block is a stage of its own.
+        # Stages have a state, so each use of a shared block is a stage of its own.
         blocks = [make_stage(block) for block in (module.b1, module.b2, module.b3)]
         merges = [Merge(merge) for merge in (module.c1, module.c2, module.c3)]
         return Chain([make_stage(module.entry), Cascade(blocks, merges)])
@@ -207,7 +207,7 @@ def make_stage(module: nn.Module) -> LayerStage:
     return Pointwise(module)
 
 
-# Rows of a band at least, and columns of a strip at most, unless the caller says otherwise.
+# The least number of rows of a band and, by default, the largest number of columns of a strip.
 MIN_ROWS, MAX_COLUMNS = 16, 640
 
 
@@ -220,10 +220,10 @@ def rows_in_bands(
     min_rows: int = MIN_ROWS,
     max_columns: int = MAX_COLUMNS,
 ) -> Iterator[list[Tensor]]:  # [B, D, n, m] each
-    """What `module` makes of the image that `read` gives, rows from the top to the bottom, about `pixels` pixels at a time.
+    """The output of `module` for the image that `read` returns, from top to bottom, about `pixels` pixels at a time.
 
-    A convolution keeps two rows of the band before, so bands of few rows are mostly copies: wide images are run in strips
-    of columns, whose edges are computed twice. Each item is the next rows of all strips, side by side.
+    A convolution keeps two rows of the previous band, so bands of few rows would mostly be copied. Wide images therefore run in
+    strips of columns, whose edges are computed twice. Each item holds the next rows of all strips, side by side.
     """
     count = -(-width // max_columns)
     edges = [width * n // count for n in range(count + 1)]
