@@ -146,7 +146,7 @@ def test_engines_that_cannot_run_here_are_refused(monkeypatch):
         ValueError, match="'tensorrt' cannot be used: tensorrt runs on NVIDIA GPUs only; the networks are on cpu"
     ):
         router.compile("tensorrt")
-    with pytest.raises(ValueError, match="openvino computes in float32 and bfloat16 here"):
+    with pytest.raises(ValueError, match="openvino computes in float32 and bfloat16"):
         PatchRouter([nn.Conv2d(3, 3, 3, padding=1).double()], scale=1).compile("openvino")
     monkeypatch.setattr(inductor.shutil, "which", lambda _: None)
     with pytest.raises(ValueError, match=r"torch\.compile needs a C\+\+ compiler"):
