@@ -65,7 +65,7 @@ def classes_at(scores: Tensor, penalty: float, logs: Sequence[float]) -> Tensor:
     return ids
 
 
-def spent(ids: Tensor, cost: Sequence[float]) -> float:
+def spent(ids: Tensor, cost: Sequence[float]) -> float:  # [n]
     """The cost of all pixels with the classes `ids`."""
     counts = [int(torch.count_nonzero(ids if len(cost) == 2 else ids == c)) for c in range(1, len(cost))]
     return (ids.numel() - sum(counts)) * cost[0] + sum(n * c for n, c in zip(counts, cost[1:], strict=True))

@@ -41,7 +41,7 @@ def _band(
     return large.clamp_(0, 255 if source.dtype == torch.uint8 else 65535).round_().to(source.dtype)
 
 
-def _weighed(x: Tensor, at: Tensor, weights: Tensor, dim: int) -> Tensor:
+def _weighed(x: Tensor, at: Tensor, weights: Tensor, dim: int) -> Tensor:  # [..., n], [4, n], [4, n]
     """Four rows or columns, at the places `at` (4, n), by their weights: one sum after the other, whatever n is."""
     shape = (-1, 1) if dim == 0 else (1, -1)
     total = x.index_select(dim, at[0]).mul_(weights[0].view(shape))
@@ -57,10 +57,10 @@ def _taps(size_in: int, size_out: int, first: int, last: int) -> tuple[Tensor, T
     t = centre - begin
     a = SHARPNESS
 
-    def near(d: Tensor) -> Tensor:
+    def near(d: Tensor) -> Tensor:  # [n]
         return ((a + 2) * d - (a + 3)) * d * d + 1
 
-    def far(d: Tensor) -> Tensor:
+    def far(d: Tensor) -> Tensor:  # [n]
         return ((a * d - 5 * a) * d + 8 * a) * d - 4 * a
 
     weights = torch.stack([far(t + 1), near(t), near(1 - t), far(2 - t)]).float()

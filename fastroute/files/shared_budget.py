@@ -61,7 +61,7 @@ class SharedBudget(ABC):
         """
 
     @abstractmethod
-    def upscale(self, number: int, image: Tensor) -> Upscaled:
+    def upscale(self, number: int, image: Tensor) -> Upscaled:  # [B, C, H, W] or [C, H, W]
         """The image that was looked at as number `number`, with its part of the budget."""
 
 
@@ -90,7 +90,7 @@ class SharedPatchBudget(SharedBudget):
 
     @ordinarily
     @torch.inference_mode()
-    def look(self, image: Tensor) -> None:
+    def look(self, image: Tensor) -> None:  # [B, C, H, W] or [C, H, W]
         """See :class:`SharedBudget`."""
         router = self.router
         pixels = check.images(self.op, image, router.channels, home(image, router.device))
@@ -139,14 +139,14 @@ class SharedPatchBudget(SharedBudget):
             return assign_within(score, costs, allowed)
         numbers, mergings = [size[0] * size[1] * size[2] for size in self.sizes], self._mergings()
 
-        def spent(ids: Tensor) -> Tensor:
+        def spent(ids: Tensor) -> Tensor:  # [N]
             parts = ids.split(numbers)
             return torch.stack([merging.spent(part, costs) for part, merging in zip(parts, mergings, strict=True)]).sum()
 
         return assign_merged(score, costs, allowed, spent)
 
     @ordinarily
-    def upscale(self, number: int, image: Tensor) -> Upscaled:
+    def upscale(self, number: int, image: Tensor) -> Upscaled:  # [B, C, H, W] or [C, H, W]
         """See :class:`SharedBudget`."""
         class_map = self.maps[number].view(self.sizes[number])
         class_map = class_map if image.ndim == 4 else class_map[0]
@@ -192,7 +192,7 @@ class SharedPixelBudget(SharedBudget):
 
     @ordinarily
     @torch.inference_mode()
-    def look(self, image: Tensor) -> None:
+    def look(self, image: Tensor) -> None:  # [B, C, H, W] or [C, H, W]
         """See :class:`SharedBudget`."""
         router, watch = self.router, Stopwatch(self.device)
         images = check.images(self.op, image, router.channels, home(image, self.device), "h, w")
@@ -232,7 +232,7 @@ class SharedPixelBudget(SharedBudget):
             self.budget.waiting = self.waiting
 
     @ordinarily
-    def upscale(self, number: int, image: Tensor) -> Upscaled:
+    def upscale(self, number: int, image: Tensor) -> Upscaled:  # [B, C, H, W] or [C, H, W]
         """See :class:`SharedBudget`."""
         if tuple(image.shape) != self.shapes[number]:
             what = f"{self.shapes[number]} when it was looked at; got {tuple(image.shape)}"

@@ -22,7 +22,7 @@ class Function(nn.Module):
         super().__init__()
         self.function = function
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:  # [...]
         """Apply the function to `x`."""
         return self.function(x)
 

@@ -166,9 +166,9 @@ class EdgeClassifier(FullPrecision):
     def __init__(
         self,
         table: EdgeTable,
-        cost: Sequence[float] | Tensor,
+        cost: Sequence[float] | Tensor,  # [K]
         eta: float = math.inf,
-        spent: Sequence[float] | Tensor | None = None,
+        spent: Sequence[float] | Tensor | None = None,  # [K]
         published: bool = False,
     ) -> None:
         super().__init__()

@@ -57,11 +57,11 @@ class CDNSR(ClassSR):
         """The output of every branch for every patch."""
         return torch.stack([branch(patches) for branch in self.branches])
 
-    def relaxed(self, patches: Tensor, noise: Tensor | None = None) -> Tensor:  # [N, C, p, p] -> [N, K]
+    def relaxed(self, patches: Tensor, noise: Tensor | None = None) -> Tensor:  # [N, C, p, p], [N, K] -> [N, K]
         """The class weights in training, from :func:`gumbel_softmax` at the present temperature."""
         return gumbel_softmax(self.classifier.logits(patches), self.temperature, noise)  # type: ignore[operator]
 
-    def mixture(self, patches: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:  # [N, C, p, p]
+    def mixture(self, patches: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:  # [N, C, p, p], [N, K]
         """The sum of all branches under relaxed choices, and the choices (N, K), without a loop over patches."""
         weights = self.relaxed(patches, noise)
         return self.mixed(patches, weights), weights

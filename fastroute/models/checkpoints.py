@@ -150,7 +150,7 @@ def _check_archive(path: Path) -> None:
         raise CheckpointError(f"cannot read {path}: {size} bytes unpack to {unpacked}; torch.save does not compress")
 
 
-def _unusable(tensor: Tensor, name: str) -> str:
+def _unusable(tensor: Tensor, name: str) -> str:  # [...]
     """Why `tensor` cannot be a weight; "" if it can."""
     if tensor.is_quantized:
         return f"is quantised ({tensor.dtype})"

@@ -328,7 +328,7 @@ def paper_flops(module: nn.Module, size: Sequence[int]) -> int:
     """
     total = 0
 
-    def count(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    def count(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:  # [...] each, [...]
         nonlocal total
         if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d):
             kernel = layer.kernel_size[0] * layer.kernel_size[1]

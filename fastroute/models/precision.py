@@ -79,7 +79,7 @@ def has_float16() -> bool:
         return False
 
 
-def probed_dtype(fn: Callable[[Tensor], Tensor], like: Tensor) -> tuple[torch.device, torch.dtype]:
+def probed_dtype(fn: Callable[[Tensor], Tensor], like: Tensor) -> tuple[torch.device, torch.dtype]:  # [...]
     """The device and type to which a function that a module applies to its tensors would convert a tensor like `like`."""
     probe = fn(like.new_empty(0))
     return probe.device, probe.dtype

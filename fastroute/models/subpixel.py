@@ -83,7 +83,12 @@ class SubpixelPlan:
         """Whether a convolution's own padding keeps the LR size."""
         return self.before == self.after
 
-    def upsample(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # [N, Cin, h, w] -> [N, Cout, h·s, w·s]
+    def upsample(
+        self,
+        x: Tensor,  # [N, Cin, h, w]
+        weight: Tensor,  # [Cin, Cout, k, k]
+        bias: Tensor | None,  # [Cout]
+    ) -> Tensor:  # [N, Cout, h·s, w·s]
         """Apply the transposed convolution of `weight` (Cin, Cout, k, k) and `bias` (Cout) in this form; differentiable."""
         if not self.symmetric:
             x = F.pad(x, (self.before, self.after, self.before, self.after))

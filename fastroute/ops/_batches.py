@@ -11,7 +11,7 @@ from fastroute.grid import TileGrid
 from fastroute.ops import _checks as check
 
 
-def _list_of(patches: Sequence[Tensor]) -> list[Tensor]:
+def _list_of(patches: Sequence[Tensor]) -> list[Tensor]:  # [M_i, C, P, P] each
     op = "stitch_patches"
     if not (isinstance(patches, (list, tuple)) and all(isinstance(batch, Tensor) for batch in patches)):
         raise TypeError(f"{op}: patches must be a torch.Tensor or a list of them; got {type(patches).__name__}")
@@ -20,7 +20,7 @@ def _list_of(patches: Sequence[Tensor]) -> list[Tensor]:
     return list(patches)
 
 
-def checked_batches(patches: Sequence[Tensor], out: Tensor | None) -> list[Tensor]:
+def checked_batches(patches: Sequence[Tensor], out: Tensor | None) -> list[Tensor]:  # [M_i, C, P, P] each, [B, C, rows, W·s]
     """`patches` as a list of tensors that differ in their number of patches alone."""
     op = "stitch_patches"
     batches = _list_of(patches)
@@ -48,7 +48,7 @@ def checked_batches(patches: Sequence[Tensor], out: Tensor | None) -> list[Tenso
 
 def checked_regions(
     patches: Tensor | Sequence[Tensor], inverse: Tensor | None, region: Tensor, grid: TileGrid, shuffle: int
-) -> list[Tensor]:
+) -> list[Tensor]:  # [M_i, C, P, P] each, [N], [N]
     """`patches` as a list of tensors of regions, which may differ in their height and width too."""
     op = "stitch_patches"
     batches = [patches] if isinstance(patches, Tensor) else _list_of(patches)

@@ -24,7 +24,7 @@ def tensor(op: str, name: str, x: object) -> Tensor:
     return x
 
 
-def rank(op: str, name: str, x: Tensor, shape: str, number: int) -> None:
+def rank(op: str, name: str, x: Tensor, shape: str, number: int) -> None:  # [...]
     """`x` has `number` dimensions, called `shape`."""
     if not isinstance(x, Tensor) or x.ndim != number or x.layout is not torch.strided:
         tensor(op, name, x)
@@ -44,7 +44,7 @@ def dtype(op: str, name: str, got: torch.dtype, allowed: Iterable[torch.dtype]) 
         raise TypeError(f"{op}: {name} must be one of {names}; got {str(got).removeprefix('torch.')}")
 
 
-def same_device(op: str, first: str, x: Tensor, second: str, y: Tensor | None) -> None:
+def same_device(op: str, first: str, x: Tensor, second: str, y: Tensor | None) -> None:  # [...], [...]
     """`y`, when given, is where `x` is."""
     if y is not None and x.device != y.device:
         raise ValueError(
@@ -105,7 +105,7 @@ def one_device(op: str, tensors: Iterable[tuple[str, Tensor]]) -> None:
         same_device(op, *first, name, x)
 
 
-def written(op: str, name: str, out: Tensor, inputs: Iterable[Any]) -> None:
+def written(op: str, name: str, out: Tensor, inputs: Iterable[Any]) -> None:  # [B, C, rows, W·s]
     """Every element of `out` has an address of its own, which none of `inputs` has."""
     wrapped = torch._C._functorch.is_functorch_wrapped_tensor
     if torch.compiler.is_compiling() or type(out) is not Tensor or wrapped(out):
@@ -126,12 +126,12 @@ def written(op: str, name: str, out: Tensor, inputs: Iterable[Any]) -> None:
             )
 
 
-def _axes(x: Tensor) -> list[tuple[int, int]]:
+def _axes(x: Tensor) -> list[tuple[int, int]]:  # [...]
     """(stride, size) of the dimensions with more than one element, the largest stride first."""
     return sorted(((x.stride(d), x.shape[d]) for d in range(x.ndim) if x.shape[d] > 1), reverse=True)
 
 
-def _may_overlap(x: Tensor, y: Tensor) -> bool:
+def _may_overlap(x: Tensor, y: Tensor) -> bool:  # [...], [...]
     """Whether elements may share addresses: slices of one tensor are told apart, as csrc/common/written.h does."""
     if x.numel() == 0 or y.numel() == 0:
         return False
@@ -153,14 +153,14 @@ def _may_overlap(x: Tensor, y: Tensor) -> bool:
     return rest != 0 or not apart
 
 
-def looks_at(x: Tensor) -> bool:
+def looks_at(x: Tensor) -> bool:  # [...]
     """Whether there are values of `x` that can be looked at without a wait: on the CPU, and while nothing traces."""
     # What a compiler traces with is a tensor of another class.
     plain = x.device.type == "cpu" and x.numel() > 0 and not torch.compiler.is_compiling() and type(x) is Tensor
     return plain and not torch._C._functorch.is_functorch_wrapped_tensor(x)
 
 
-def in_range(op: str, name: str, x: Tensor, limit: int) -> None:
+def in_range(op: str, name: str, x: Tensor, limit: int) -> None:  # [...]
     """Entries of `x` lie in [0, limit); looked at on the CPU alone, where looking costs no wait."""
     if not looks_at(x):
         return
@@ -169,7 +169,7 @@ def in_range(op: str, name: str, x: Tensor, limit: int) -> None:
         raise ValueError(f"{op}: {name} must lie in [0, {limit}); got {low if low < 0 else high}")
 
 
-def index(op: str, name: str, x: Tensor | None, length: int | None) -> None:
+def index(op: str, name: str, x: Tensor | None, length: int | None) -> None:  # [...]
     """`x`, when given, is a 1-D integer tensor, of `length` when that is not None."""
     if x is None:
         return

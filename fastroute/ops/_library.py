@@ -126,12 +126,12 @@ class _Once(torch.autograd.Function):
     """Gradients that have none themselves: an error in the backward pass, where nothing would come back."""
 
     @staticmethod
-    def forward(ctx: Any, op: str, number: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, op: str, number: int, *tensors: Tensor) -> tuple[Tensor, ...]:  # [...] each
         ctx.op = op
         return tuple(x.view_as(x) for x in tensors[:number])
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
+    def backward(ctx: Any, *grads: Tensor) -> Any:  # [...] each
         raise NotImplementedError(
             f"{ctx.op}: there is no second derivative of the kernels; under fastroute.use_backend('reference') there is"
         )

@@ -128,15 +128,15 @@ def stitch_upsampled(
 
 
 def _reference_upsampled(
-    batches: list[Tensor],
+    batches: list[Tensor],  # [M_i, C, P, P] each
     kinds: list[int],
-    layers: list[Tensor],
-    inverse: Tensor | None,
-    region: Tensor | None,
-    window: Tensor,
+    layers: list[Tensor],  # [...] each
+    inverse: Tensor | None,  # [N]
+    region: Tensor | None,  # [N]
+    window: Tensor,  # [P]
     *rest: Any,
-    out: Tensor,
-    spent: Tensor,
+    out: Tensor,  # [B, C, rows, W·s]
+    spent: Tensor,  # [K + 1]
 ) -> None:
     check.written("stitch_patches", "out", out, batches)
     check.written("stitch_patches", "spent", spent, [out])

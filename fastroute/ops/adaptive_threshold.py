@@ -49,7 +49,7 @@ def adaptive_threshold(
     return call(op, _checked_reference, score.device, score, dtype.itemsize)
 
 
-def _checked_reference(score: Tensor, id_bytes: int) -> Tensor:
+def _checked_reference(score: Tensor, id_bytes: int) -> Tensor:  # [B, ...]
     if score.device.type == "meta":
         return _fake(score, id_bytes)
     if check.looks_at(score):
@@ -57,7 +57,7 @@ def _checked_reference(score: Tensor, id_bytes: int) -> Tensor:
     return adaptive_threshold_reference(score, check.ID_TYPES[id_bytes])
 
 
-def check_finite(score: Tensor) -> None:
+def check_finite(score: Tensor) -> None:  # [B, ...]
     """Scores, and the range of each image's, are finite; for a CPU, where looking costs no wait."""
     if score.numel() == 0:
         return
@@ -66,7 +66,7 @@ def check_finite(score: Tensor) -> None:
         raise ValueError("adaptive_threshold: score must be finite, and so must its range")
 
 
-def _fake(score: Tensor, id_bytes: int) -> Tensor:
+def _fake(score: Tensor, id_bytes: int) -> Tensor:  # [B, ...]
     return torch.empty(score.shape, dtype=check.ID_TYPES[id_bytes], device=score.device)
 
 

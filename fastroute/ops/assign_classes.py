@@ -90,7 +90,13 @@ def _check_values(op: str, cost: list[float], budget: float | None) -> None:
         )
 
 
-def _checked_reference(score: Tensor, cost: Tensor, penalty: float, budget: float | None, id_bytes: int) -> Tensor:
+def _checked_reference(
+    score: Tensor,  # [N, K] or [B, K, H, W]
+    cost: Tensor,  # [K]
+    penalty: float,
+    budget: float | None,
+    id_bytes: int,
+) -> Tensor:
     if score.device.type == "meta":
         return _fake(score, cost, penalty, budget, id_bytes)
     if check.looks_at(score) and bool(score.isnan().any()):
@@ -98,7 +104,13 @@ def _checked_reference(score: Tensor, cost: Tensor, penalty: float, budget: floa
     return assign_classes_reference(score, cost, penalty, budget, check.ID_TYPES[id_bytes])
 
 
-def _fake(score: Tensor, cost: Tensor, penalty: float, budget: float | None, id_bytes: int) -> Tensor:
+def _fake(
+    score: Tensor,  # [N, K] or [B, K, H, W]
+    cost: Tensor,  # [K]
+    penalty: float,
+    budget: float | None,
+    id_bytes: int,
+) -> Tensor:
     return score.new_empty((score.shape[0], *score.shape[2:]), dtype=check.ID_TYPES[id_bytes])
 
 

@@ -94,7 +94,7 @@ def cell_mlp(
     return call(op, cell_mlp_reference, image.device, image, weights, biases, slope, cell, span, step)
 
 
-def _check_layers(image: Tensor, layers: Sequence[tuple[Tensor, Tensor]], cell: int) -> None:
+def _check_layers(image: Tensor, layers: Sequence[tuple[Tensor, Tensor]], cell: int) -> None:  # [B, C, H, W]
     op = "cell_mlp"
     if len(layers) < 1:
         raise ValueError(f"{op}: layers must hold at least one (weight, bias); got none")
@@ -116,7 +116,15 @@ def _check_layers(image: Tensor, layers: Sequence[tuple[Tensor, Tensor]], cell: 
         fan_in = weight.shape[0]
 
 
-def _fake(image: Tensor, weights: list[Tensor], biases: list[Tensor], slope: float, cell: int, span: int, step: int) -> Tensor:
+def _fake(
+    image: Tensor,  # [B, C, H, W]
+    weights: list[Tensor],  # [F_out, F_in] each
+    biases: list[Tensor],  # [F_out] each
+    slope: float,
+    cell: int,
+    span: int,
+    step: int,
+) -> Tensor:
     cols = image.shape[3] // cell
     windows = (cols - span + step - 1) // step + 1
     return weights[0].new_empty((image.shape[0], image.shape[2] // cell, windows, weights[-1].shape[0]))
@@ -124,17 +132,17 @@ def _fake(image: Tensor, weights: list[Tensor], biases: list[Tensor], slope: flo
 
 def _backward_fake(
     grad: Tensor, image: Tensor, weights: list[Tensor], biases: list[Tensor], slope: float, cell: int, span: int, step: int
-) -> list[Tensor]:
+) -> list[Tensor]:  # [B, cells, windows, F_out], [B, C, H, W], [F_out, F_in] each, [F_out] each
     return [torch.empty_like(x) for x in (image, *weights, *biases)]
 
 
-def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:  # [B, cells, windows, F_out]
     image, weights, biases, *ctx.rest = inputs
     ctx.number = len(weights)
     ctx.save_for_backward(image, *weights, *biases)
 
 
-def _backward(ops: Any, ctx: Any, grad: Tensor) -> tuple:
+def _backward(ops: Any, ctx: Any, grad: Tensor) -> tuple:  # [B, cells, windows, F_out]
     image, *layers = ctx.saved_tensors
     n = ctx.number
     grads = ops._cell_mlp_backward(grad, image, layers[:n], layers[n:], *ctx.rest)

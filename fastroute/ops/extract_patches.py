@@ -112,7 +112,7 @@ def extract_patches(
     )
 
 
-def _is_channels_last(image: Tensor, memory_format: torch.memory_format | None) -> bool:
+def _is_channels_last(image: Tensor, memory_format: torch.memory_format | None) -> bool:  # [B, C, H, W]
     if memory_format is None:
         return not image.is_contiguous() and image.is_contiguous(memory_format=torch.channels_last)
     if memory_format not in (torch.contiguous_format, torch.channels_last):
@@ -121,10 +121,10 @@ def _is_channels_last(image: Tensor, memory_format: torch.memory_format | None) 
 
 
 def _fake(
-    image: Tensor,
-    order: Tensor | None,
-    mean: Tensor | None,
-    std: Tensor | None,
+    image: Tensor,  # [B, C, H, W]
+    order: Tensor | None,  # [M]
+    mean: Tensor | None,  # [C]
+    std: Tensor | None,  # [C]
     patch: int,
     stride: int,
     crop: bool,
@@ -143,12 +143,12 @@ def _fake(
 
 def _backward_fake(
     grad: Tensor, order: Tensor | None, batch: int, height: int, width: int, patch: int, stride: int, crop: bool
-) -> Tensor:
+) -> Tensor:  # [M, C, p, p], [M]
     check.geometry("extract_patches", height, width, patch, stride, crop)
     return grad.new_empty((batch, grad.shape[1], height, width))
 
 
-def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:  # [M, C, p, p]
     image, order, _, std, patch, stride, crop, _, _, rows, cols = inputs
     if max(rows, cols) > patch:
         raise ValueError("extract_patches: regions have no gradient")
@@ -158,7 +158,7 @@ def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
     ctx.dtype = image.dtype
 
 
-def _backward(ops: Any, ctx: Any, grad: Tensor) -> tuple:
+def _backward(ops: Any, ctx: Any, grad: Tensor) -> tuple:  # [M, C, p, p]
     order, std = ctx.saved_tensors
     if std is not None:
         work = torch.float64 if grad.dtype == torch.float64 else torch.float32
@@ -167,17 +167,17 @@ def _backward(ops: Any, ctx: Any, grad: Tensor) -> tuple:
     return image_grad.to(ctx.dtype), *[None] * 10
 
 
-def _backward_setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+def _backward_setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:  # [B, C, H, W]
     ctx.save_for_backward(inputs[1])
     ctx.grid = inputs[5:]
 
 
-def _double_backward(ops: Any, ctx: Any, grad: Tensor) -> tuple:
+def _double_backward(ops: Any, ctx: Any, grad: Tensor) -> tuple:  # [B, C, H, W]
     patches = ops.extract_patches(grad, *ctx.saved_tensors, None, None, *ctx.grid, grad.dtype, False, ctx.grid[0], ctx.grid[0])
     return patches, *[None] * 7
 
 
-def _checked_reference(image: Tensor, order: Tensor | None, *rest: Any) -> Tensor:
+def _checked_reference(image: Tensor, order: Tensor | None, *rest: Any) -> Tensor:  # [B, C, H, W], [M]
     patch, stride, crop = rest[2:5]
     check.rank("extract_patches", "image", image, "(B, C, H, W)", 4)
     check.geometry("extract_patches", image.shape[2], image.shape[3], patch, stride, crop)
@@ -188,7 +188,7 @@ def _checked_reference(image: Tensor, order: Tensor | None, *rest: Any) -> Tenso
     return extract_patches_reference(image, order, *rest)
 
 
-def _checked_backward_reference(grad: Tensor, order: Tensor | None, batch: int, *rest: Any) -> Tensor:
+def _checked_backward_reference(grad: Tensor, order: Tensor | None, batch: int, *rest: Any) -> Tensor:  # [M, C, p, p], [M]
     op = "extract_patches"
     check.geometry(op, *rest)
     height, width, patch, stride, crop = rest

@@ -54,7 +54,7 @@ def as_blocks(rows: Tensor) -> tuple[Tensor, list[int]]:  # [N, ...]
     return rows.permute(*order), [order.index(d) for d in range(rows.ndim)]
 
 
-def dense_rows(rows: Tensor) -> list[int] | None:
+def dense_rows(rows: Tensor) -> list[int] | None:  # [N, ...]
     """The dimensions of `rows` by which each row is contiguous; None where its elements do not fill one block of memory."""
     shape, strides = rows.shape, rows.stride()
     left, order, step = list(range(1, len(shape))), [0], 1
@@ -70,7 +70,7 @@ def dense_rows(rows: Tensor) -> list[int] | None:
     return order
 
 
-def check_rows(op: str, name: str, rows: Tensor, groups: ClassGroups) -> torch.device:
+def check_rows(op: str, name: str, rows: Tensor, groups: ClassGroups) -> torch.device:  # [N, ...]
     """`rows` has one row per grouped item; returns its device."""
     check.tensor(op, name, rows)
     if not isinstance(groups, ClassGroups):
@@ -87,22 +87,22 @@ def check_rows(op: str, name: str, rows: Tensor, groups: ClassGroups) -> torch.d
     return device
 
 
-def fake_rows(rows: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+def fake_rows(rows: Tensor, order: Tensor, inverse: Tensor) -> Tensor:  # [N, ...], [N], [N]
     """Shape of a permutation of rows; shared with `scatter_groups`."""
     return rows.new_empty(rows.shape)
 
 
-def save_permutation(ctx: Any, inputs: tuple, output: Tensor) -> None:
+def save_permutation(ctx: Any, inputs: tuple, output: Tensor) -> None:  # [N, ...]
     """Keep what the opposite movement needs; shared with `scatter_groups`."""
     ctx.save_for_backward(inputs[1], inputs[2])
 
 
-def _checked_reference(x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+def _checked_reference(x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:  # [N, ...], [N], [N]
     check.in_range("gather_groups", "groups.order", order, x.shape[0])
     return gather_groups_reference(x, order, inverse)
 
 
-def _backward(ops: Any, ctx: Any, grad: Tensor) -> tuple:
+def _backward(ops: Any, ctx: Any, grad: Tensor) -> tuple:  # [N, ...]
     return ops.scatter_groups(grad, *ctx.saved_tensors), None, None
 
 

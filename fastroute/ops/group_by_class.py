@@ -65,13 +65,13 @@ def _check_number(num_classes: int) -> None:
         raise ValueError(f"group_by_class: num_classes is too large, above 2^46; got {num_classes}")
 
 
-def _checked_reference(class_ids: Tensor, num_classes: int) -> tuple[Tensor, Tensor, Tensor]:
+def _checked_reference(class_ids: Tensor, num_classes: int) -> tuple[Tensor, Tensor, Tensor]:  # [N]
     _check_number(num_classes)
     check.in_range("group_by_class", "class_ids", class_ids, num_classes)
     return group_by_class_reference(class_ids, num_classes)
 
 
-def _fake(class_ids: Tensor, num_classes: int) -> tuple[Tensor, Tensor, Tensor]:
+def _fake(class_ids: Tensor, num_classes: int) -> tuple[Tensor, Tensor, Tensor]:  # [N]
     _check_number(num_classes)
     order = class_ids.new_empty(class_ids.shape, dtype=torch.int64)
     return order, torch.empty_like(order), class_ids.new_empty((num_classes + 1,), dtype=torch.int64)

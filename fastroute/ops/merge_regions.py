@@ -123,13 +123,13 @@ def check_costs(costs: Tensor) -> None:  # [K, S]
         raise ValueError(f"merge_regions: costs must be finite and at least 0; got {costs.tolist()}")
 
 
-def _checked_reference(class_ids: Tensor, costs: Tensor, *rest: int) -> tuple[Tensor, Tensor, Tensor]:
+def _checked_reference(class_ids: Tensor, costs: Tensor, *rest: int) -> tuple[Tensor, Tensor, Tensor]:  # [N], [K] or [K, S]
     check.in_range("merge_regions", "class_ids", class_ids, len(costs))
     check_costs(costs)
     return merge_regions_reference(class_ids, costs, *rest)  # type: ignore[arg-type]
 
 
-def _fake(class_ids: Tensor, costs: Tensor, *rest: int) -> tuple[Tensor, Tensor, Tensor]:
+def _fake(class_ids: Tensor, costs: Tensor, *rest: int) -> tuple[Tensor, Tensor, Tensor]:  # [N], [K] or [K, S]
     result = class_ids.new_empty(class_ids.shape, dtype=torch.int64)
     return result, torch.empty_like(result), torch.empty_like(result)
 

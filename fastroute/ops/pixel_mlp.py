@@ -106,7 +106,7 @@ def pixel_mlp(
     return call(f"{op}.{overload}", _checked_reference, features.device, *args)
 
 
-def multiplies_as_tf32(x: Tensor) -> bool:
+def multiplies_as_tf32(x: Tensor) -> bool:  # [...]
     """Whether torch's own matrix products of `x` round float32 to TF32."""
     return x.dtype == torch.float32 and x.device.type == "cuda" and _tf32_is_allowed()
 
@@ -120,7 +120,7 @@ def _tf32_is_allowed() -> bool:
 setattr(_tf32_is_allowed, "_dynamo_marked_constant", True)  # noqa: B010
 
 
-def _check_mlps(features: Tensor, mlps: Sequence[Layers], residual: Tensor | None) -> int:
+def _check_mlps(features: Tensor, mlps: Sequence[Layers], residual: Tensor | None) -> int:  # [B, D, h, w], [B, C, h, w]
     op = "pixel_mlp"
     if not 1 <= len(mlps) <= MAX_CLASSES:
         raise ValueError(f"{op}: mlps must hold 1 to {MAX_CLASSES} MLPs; got {len(mlps)}")
@@ -152,7 +152,12 @@ def _check_mlps(features: Tensor, mlps: Sequence[Layers], residual: Tensor | Non
     return 0 if residual is None else residual.shape[1]
 
 
-def _check_class_map(features: Tensor, classes: int, size: tuple[int, int], class_map: Tensor | None) -> None:
+def _check_class_map(
+    features: Tensor,  # [B, D, h, w]
+    classes: int,
+    size: tuple[int, int],
+    class_map: Tensor | None,  # [B, H, W]
+) -> None:
     op = "pixel_mlp"
     if class_map is None:
         if classes > 1:
@@ -166,7 +171,7 @@ def _check_class_map(features: Tensor, classes: int, size: tuple[int, int], clas
         raise ValueError(f"{op}: class_map must be {expected}; got {tuple(class_map.shape)}")
 
 
-def _check_relative(features: Tensor, size: tuple[int, int], relative: Tensor | None) -> None:
+def _check_relative(features: Tensor, size: tuple[int, int], relative: Tensor | None) -> None:  # [B, D, h, w], [H + W]
     op = "pixel_mlp"
     if relative is None:
         return
@@ -178,15 +183,15 @@ def _check_relative(features: Tensor, size: tuple[int, int], relative: Tensor | 
 
 
 def _checked_reference(
-    features: Tensor,
-    weights: list[Tensor],
-    biases: list[Tensor],
+    features: Tensor,  # [B, D, h, w]
+    weights: list[Tensor],  # [F_out, F_in] each
+    biases: list[Tensor],  # [F_out] each
     depths: list[int],
     height: int,
     width: int,
-    class_map: Tensor | None,
-    residual: Tensor | None,
-    relative: Tensor | None,
+    class_map: Tensor | None,  # [B, H, W]
+    residual: Tensor | None,  # [B, C, h, w]
+    relative: Tensor | None,  # [H + W]
     row_begin: int,
     row_end: int,
 ) -> Tensor:
@@ -197,7 +202,7 @@ def _checked_reference(
     return pixel_mlp_reference(features, weights, biases, depths, height, width, class_map, residual, rows, relative)
 
 
-def _checked_backward_reference(grad: Tensor, features: Tensor, *rest: Any) -> list[Tensor]:
+def _checked_backward_reference(grad: Tensor, features: Tensor, *rest: Any) -> list[Tensor]:  # [B, C, rows, W], [B, D, h, w]
     op = "pixel_mlp"
     weights, _, _, height, width, _, residual, _, begin, end = rest
     channels = weights[-1].shape[0] if weights else (0 if residual is None else residual.shape[1])
@@ -210,15 +215,15 @@ def _checked_backward_reference(grad: Tensor, features: Tensor, *rest: Any) -> l
 
 
 def _fake(
-    features: Tensor,
-    weights: list[Tensor],
-    biases: list[Tensor],
+    features: Tensor,  # [B, D, h, w]
+    weights: list[Tensor],  # [F_out, F_in] each
+    biases: list[Tensor],  # [F_out] each
     depths: list[int],
     height: int,
     width: int,
-    class_map: Tensor | None,
-    residual: Tensor | None,
-    relative: Tensor | None,
+    class_map: Tensor | None,  # [B, H, W]
+    residual: Tensor | None,  # [B, C, h, w]
+    relative: Tensor | None,  # [H + W]
     row_begin: int,
     row_end: int,
 ) -> Tensor:
@@ -227,16 +232,16 @@ def _fake(
 
 
 def _backward_fake(
-    grad: Tensor,
-    features: Tensor,
-    weights: list[Tensor],
-    biases: list[Tensor],
+    grad: Tensor,  # [B, C, rows, W]
+    features: Tensor,  # [B, D, h, w]
+    weights: list[Tensor],  # [F_out, F_in] each
+    biases: list[Tensor],  # [F_out] each
     depths: list[int],
     height: int,
     width: int,
-    class_map: Tensor | None,
-    residual: Tensor | None,
-    relative: Tensor | None,
+    class_map: Tensor | None,  # [B, H, W]
+    residual: Tensor | None,  # [B, C, h, w]
+    relative: Tensor | None,  # [H + W]
     row_begin: int,
     row_end: int,
 ) -> list[Tensor]:
@@ -244,13 +249,13 @@ def _backward_fake(
     return [x.new_empty(x.shape) for x in inputs]
 
 
-def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:  # [B, C, rows, W]
     features, weights, biases, depths, height, width, class_map, residual, relative, begin, end = inputs
     ctx.save_for_backward(features, class_map, residual, relative, *weights, *biases)
     ctx.number, ctx.depths, ctx.size, ctx.rows = len(weights), depths, (height, width), (begin, end)
 
 
-def _backward(ops: Any, ctx: Any, grad: Tensor) -> tuple:
+def _backward(ops: Any, ctx: Any, grad: Tensor) -> tuple:  # [B, C, rows, W]
     features, class_map, residual, relative, *layers = ctx.saved_tensors
     n = ctx.number
     grads = ops._pixel_mlp_backward(

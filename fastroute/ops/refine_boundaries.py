@@ -78,12 +78,19 @@ def refine_boundaries(
     return call(op, _reference_out, image.device, image.detach(), class_map, begin, end, out=out)
 
 
-def _reference(image: Tensor, class_map: Tensor, row_begin: int, row_end: int) -> Tensor:
+def _reference(image: Tensor, class_map: Tensor, row_begin: int, row_end: int) -> Tensor:  # [B, C, H, W], [B, H, W]
     check.rows("refine_boundaries", (row_begin, row_end), image.shape[2])
     return refine_boundaries_reference(image, class_map, (row_begin, row_end))
 
 
-def _reference_out(image: Tensor, class_map: Tensor, row_begin: int, row_end: int, *, out: Tensor) -> Tensor:
+def _reference_out(
+    image: Tensor,  # [B, C, H, W]
+    class_map: Tensor,  # [B, H, W]
+    row_begin: int,
+    row_end: int,
+    *,
+    out: Tensor,  # [B, C, rows, W]
+) -> Tensor:
     check.written("refine_boundaries", "out", out, (image, class_map))
     if out.dtype == image.dtype:
         return out.copy_(_reference(image, class_map, row_begin, row_end))
@@ -93,29 +100,34 @@ def _reference_out(image: Tensor, class_map: Tensor, row_begin: int, row_end: in
     return out.copy_((refined.nan_to_num(0, 1, 0).clamp(0, 1) * maximum).round())
 
 
-def _fake(image: Tensor, class_map: Tensor, row_begin: int, row_end: int) -> Tensor:
+def _fake(image: Tensor, class_map: Tensor, row_begin: int, row_end: int) -> Tensor:  # [B, C, H, W], [B, H, W]
     return image.new_empty((image.shape[0], image.shape[1], row_end - row_begin, image.shape[3]))
 
 
-def _backward_fake(grad: Tensor, class_map: Tensor, row_begin: int, row_end: int) -> Tensor:
+def _backward_fake(grad: Tensor, class_map: Tensor, row_begin: int, row_end: int) -> Tensor:  # [B, C, rows, W], [B, H, W]
     return grad.new_empty((*grad.shape[:2], *class_map.shape[1:]))
 
 
-def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:  # [B, C, rows, W]
     _, class_map, row_begin, row_end = inputs
     ctx.save_for_backward(class_map)
     ctx.rows = (row_begin, row_end)
 
 
-def _backward(ops: Any, ctx: Any, grad: Tensor) -> tuple:
+def _backward(ops: Any, ctx: Any, grad: Tensor) -> tuple:  # [B, C, rows, W]
     return ops._refine_boundaries_backward(grad, *ctx.saved_tensors, *ctx.rows), None, None, None
 
 
-def _double_backward(ops: Any, ctx: Any, grad: Tensor) -> tuple:
+def _double_backward(ops: Any, ctx: Any, grad: Tensor) -> tuple:  # [B, C, H, W]
     return ops.refine_boundaries(grad, *ctx.saved_tensors, *ctx.rows), None, None, None
 
 
-def _checked_backward_reference(grad: Tensor, class_map: Tensor, row_begin: int, row_end: int) -> Tensor:
+def _checked_backward_reference(
+    grad: Tensor,  # [B, C, rows, W]
+    class_map: Tensor,  # [B, H, W]
+    row_begin: int,
+    row_end: int,
+) -> Tensor:
     op = "refine_boundaries"
     check.rank(op, "grad", grad, "(B, C, rows, W)", 4)
     check.rank(op, "class_map", class_map, "(B, H, W)", 3)

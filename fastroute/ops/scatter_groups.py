@@ -43,12 +43,12 @@ def scatter_groups(y: Tensor, groups: ClassGroups) -> Tensor:  # [N, ...] -> [N,
     return moved.permute(*back) if back else moved
 
 
-def _checked_reference(y: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+def _checked_reference(y: Tensor, order: Tensor, inverse: Tensor) -> Tensor:  # [N, ...], [N], [N]
     check.in_range("scatter_groups", "groups.inverse", inverse, y.shape[0])
     return scatter_groups_reference(y, order, inverse)
 
 
-def _backward(ops: Any, ctx: Any, grad: Tensor) -> tuple:
+def _backward(ops: Any, ctx: Any, grad: Tensor) -> tuple:  # [N, ...]
     return ops.gather_groups(grad, *ctx.saved_tensors), None, None
 
 

@@ -41,7 +41,7 @@ SCHEMAS = [
 def stitch_patches(
     patches: Tensor | Sequence[Tensor],  # [M, C, P, P] or [M, C·r·r, P / r, P / r]
     grid: TileGrid,
-    window: str | Tensor = "uniform",
+    window: str | Tensor = "uniform",  # [P]
     inverse: Tensor | None = None,  # [N]
     dtype: torch.dtype | None = None,
     shuffle: int = 1,
@@ -152,7 +152,7 @@ def stitch_patches(
     return call(op, _checked_reference, patches.device, patches, inverse, weights, *geometry, target, begin, end)
 
 
-def _reuses_memory(patches: Tensor) -> bool:
+def _reuses_memory(patches: Tensor) -> bool:  # [M, C, P, P]
     """Whether the result may lie in kept memory: not where the operator must allocate it itself, for gradients or a graph."""
     tracked = patches.requires_grad and torch.is_grad_enabled()
     plain = not tracked and not torch.compiler.is_compiling() and type(patches) is Tensor and not is_transformed([patches])
@@ -160,7 +160,7 @@ def _reuses_memory(patches: Tensor) -> bool:
     return plain and select("stitch_patches", patches.device) == "cpu"
 
 
-def _is_seen(x: Tensor) -> bool:
+def _is_seen(x: Tensor) -> bool:  # [...]
     """Whether values can be looked at without a wait: what a compiler traces with is a tensor of another class."""
     return x.device.type == "cpu" and type(x) is Tensor and not torch.compiler.is_compiling()
 
@@ -228,7 +228,7 @@ def _read_rows(geometry: tuple[int, int, int, int, int, bool], begin: int, end: 
     return torch.tensor([begin < (y + patch) * scale and y * scale < end for y in rows]), cols
 
 
-def _checked_reference(patches: Tensor, inverse: Tensor | None, *rest: Any) -> Tensor:
+def _checked_reference(patches: Tensor, inverse: Tensor | None, *rest: Any) -> Tensor:  # [M, C, P, P], [N]
     height, width, patch, stride, scale, crop = rest[1:7]
     check.geometry("stitch_patches", height, width, patch, stride, crop, scale)
     check.at_least("stitch_patches", 1, shuffle=rest[7])
@@ -236,7 +236,12 @@ def _checked_reference(patches: Tensor, inverse: Tensor | None, *rest: Any) -> T
     return stitch_patches_reference(patches, inverse, *rest)
 
 
-def _checked_backward_reference(grad: Tensor, inverse: Tensor | None, window: Tensor, *rest: Any) -> Tensor:
+def _checked_backward_reference(
+    grad: Tensor,  # [B, C, H·s, W·s]
+    inverse: Tensor | None,  # [N]
+    window: Tensor,  # [P]
+    *rest: Any,
+) -> Tensor:
     op = "stitch_patches"
     height, width, patch, stride, scale, crop, num_patches = rest
     check.geometry(op, height, width, patch, stride, crop, scale)
@@ -246,13 +251,19 @@ def _checked_backward_reference(grad: Tensor, inverse: Tensor | None, window: Te
     return _stitch_patches_backward_reference(grad, inverse, window, *rest)
 
 
-def reference_out(*args: Any, out: Tensor) -> None:
+def reference_out(*args: Any, out: Tensor) -> None:  # [B, C, rows, W·s]
     """The overload `out`, as the reference computes it."""
     check.written("stitch_patches", "out", out, args)
     out.copy_(_checked_reference(*args[:-2], out.dtype, *args[-2:]))
 
 
-def reference_batches(batches: list[Tensor], inverse: Tensor | None, region: Tensor | None, *args: Any, out: Tensor) -> None:
+def reference_batches(
+    batches: list[Tensor],  # [M_i, C, P, P] each
+    inverse: Tensor | None,  # [N]
+    region: Tensor | None,  # [N]
+    *args: Any,
+    out: Tensor,  # [B, C, rows, W·s]
+) -> None:
     """:func:`reference_out` of patches, or of regions that hold them, in several tensors."""
     check.written("stitch_patches", "out", out, batches)
     if region is None or inverse is None:
@@ -269,9 +280,9 @@ def _work(dtype: torch.dtype) -> torch.dtype:
 
 
 def _fake(
-    patches: Tensor,
-    inverse: Tensor | None,
-    window: Tensor,
+    patches: Tensor,  # [M, C, P, P]
+    inverse: Tensor | None,  # [N]
+    window: Tensor,  # [P]
     height: int,
     width: int,
     patch: int,
@@ -297,9 +308,9 @@ def _fake(
 
 
 def _backward_fake(
-    grad: Tensor,
-    inverse: Tensor | None,
-    window: Tensor,
+    grad: Tensor,  # [B, C, H·s, W·s]
+    inverse: Tensor | None,  # [N]
+    window: Tensor,  # [P]
     height: int,
     width: int,
     patch: int,
@@ -312,7 +323,7 @@ def _backward_fake(
     return grad.new_empty((num_patches, grad.shape[1], patch * scale, patch * scale))
 
 
-def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:  # [B, C, H·s, W·s]
     patches, inverse, window, height, width, patch, stride, scale, crop, shuffle, _, begin, end = inputs
     whole = covered_size(height, patch, stride, crop) * scale
     if shuffle != 1 or begin != 0 or end != whole:
@@ -322,7 +333,7 @@ def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
     ctx.dtype = patches.dtype
 
 
-def _backward(ops: Any, ctx: Any, grad: Tensor) -> tuple:
+def _backward(ops: Any, ctx: Any, grad: Tensor) -> tuple:  # [B, C, H·s, W·s]
     inverse, window = ctx.saved_tensors
     # The image may be of another floating type than the patches, and the weights go with what is summed.
     weights = window.to(_work(grad.dtype))
@@ -330,13 +341,13 @@ def _backward(ops: Any, ctx: Any, grad: Tensor) -> tuple:
     return patches_grad, *[None] * 12
 
 
-def _backward_setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+def _backward_setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:  # [M, C, P, P]
     _, inverse, window, height, width, patch, stride, scale, crop, _ = inputs
     ctx.save_for_backward(inverse, window)
     ctx.grid = (height, width, patch, stride, scale, crop)
 
 
-def _double_backward(ops: Any, ctx: Any, grad: Tensor) -> tuple:
+def _double_backward(ops: Any, ctx: Any, grad: Tensor) -> tuple:  # [M, C, P, P]
     height, _, patch, stride, scale, crop = ctx.grid
     rows = covered_size(height, patch, stride, crop) * scale
     image = ops.stitch_patches(grad, *ctx.saved_tensors, *ctx.grid, 1, grad.dtype, 0, rows)

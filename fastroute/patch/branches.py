@@ -201,25 +201,30 @@ class Branches(PreparedNetworks):
         setting = search.trial(shape, largest) if count >= patches else None
         return None if setting is None else Trial(search, shape, setting, patches, device)
 
-    def _batch(self, c: int, patches: Tensor, setting: Setting) -> int:
+    def _batch(self, c: int, patches: Tensor, setting: Setting) -> int:  # [N, C, h, w]
         batch = setting.batch(patches.shape)
         if self.batch is not None:
             return batch
         return min(batch, self._most_together(c, patches.device, setting, (patches.shape[2], patches.shape[3])))
 
-    def pieces(self, c: int, patches: Tensor, setting: Setting) -> tuple[nn.Module, Sequence[Tensor], torch.dtype]:
+    def pieces(
+        self,
+        c: int,
+        patches: Tensor,  # [N, C, h, w]
+        setting: Setting,
+    ) -> tuple[nn.Module, Sequence[Tensor], torch.dtype]:
         """PyTorch's module of branch `c`, the patches of each of its passes, and the type of the outputs."""
         module = self._arranged(c, patches.device, setting)
         batch = self._batch(c, patches, setting)
         patches = patches.to(self.reads(c)).contiguous(memory_format=setting.memory_format)
         return module, patches.split(even_parts(patches.shape[0], batch)), self.given(patches.device)
 
-    def _passes(self, c: int, patches: Tensor, setting: Setting) -> list[Tensor]:
+    def _passes(self, c: int, patches: Tensor, setting: Setting) -> list[Tensor]:  # [N, C, h, w]
         if setting.engine != TORCH:
             return self.programmed(c, [patches], setting)[0]
         module, parts, given = self.pieces(c, patches, setting)
 
-        def run(part: Tensor) -> Tensor:
+        def run(part: Tensor) -> Tensor:  # [n, C, h, w]
             return module(part).to(given)
 
         # With fewer passes than threads, some threads would have nothing to do.
@@ -227,7 +232,12 @@ class Branches(PreparedNetworks):
             return side_by_side(run, parts)
         return [run(part) for part in parts]
 
-    def programmed(self, c: int, jobs: Sequence[Tensor], setting: Setting | None = None) -> list[list[Tensor]]:
+    def programmed(
+        self,
+        c: int,
+        jobs: Sequence[Tensor],  # [N, C, h, w] each
+        setting: Setting | None = None,
+    ) -> list[list[Tensor]]:
         """The outputs of another engine than PyTorch for `jobs`, (N, C, h, w) each, by passes.
 
         All jobs are handed over at once, because the engine may run several at a time.

@@ -92,7 +92,7 @@ class FixedPatchRouter(nn.Module):
         *,
         dtype: torch.dtype | None = None,
         capacities: Sequence[int | float] | None = None,
-        sample: Tensor | None = None,
+        sample: Tensor | None = None,  # [B, C, H, W] or [C, H, W]
         slack: float = 0.25,
         budget: float | None = None,
         penalty: float = 0.0,
@@ -157,13 +157,21 @@ class FixedPatchRouter(nn.Module):
         """Slots of each class."""
         return self.slots.capacities
 
-    def forward(self, image: Tensor, class_map: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        image: Tensor,  # [B, C, H, W] or [C, H, W]
+        class_map: Tensor | None = None,  # [B, rows, cols] or [rows, cols]
+    ) -> Tensor:
         """The upscaled image, see :meth:`upscale`."""
         return self.upscale(image, class_map).image
 
     @computing_in_own_type
     @torch.no_grad()
-    def upscale(self, image: Tensor, class_map: Tensor | None = None) -> FixedUpscaled:
+    def upscale(
+        self,
+        image: Tensor,  # [B, C, H, W] or [C, H, W]
+        class_map: Tensor | None = None,  # [B, rows, cols] or [rows, cols]
+    ) -> FixedUpscaled:
         """Super-resolve images of the fixed size, see the class. The values of floating images are not checked."""
         images = check_fixed("upscale", image, self.shape, self.dtype, self.device)
         batch, channels = images.shape[:2]
@@ -196,13 +204,17 @@ class FixedPatchRouter(nn.Module):
         names = [str(c) for c in range(self.num_classes)]
         return [self.upsamplers[name]() if name in self.upsamplers else None for name in names]
 
-    def capture(self, image: Tensor, class_map: Tensor | None = None) -> CudaGraph:
+    def capture(
+        self,
+        image: Tensor,  # [B, C, H, W] or [C, H, W]
+        class_map: Tensor | None = None,  # [B, rows, cols] or [rows, cols]
+    ) -> CudaGraph:
         """Capture this upscale in a CUDA graph that takes images like `image`, and class maps if one is given here."""
         return CudaGraph(self.upscale, *(x for x in (image, class_map) if x is not None))
 
     def _capacities(
         self, router: PatchRouter, capacities: Sequence[int | float] | None, sample: Tensor | None, slack: float
-    ) -> list[int]:
+    ) -> list[int]:  # [B, C, H, W] or [C, H, W]
         if capacities is not None and sample is not None:
             raise ValueError(f"{self.OP}: give either capacities or a sample")
         if capacities is None and sample is not None:
@@ -214,7 +226,7 @@ class FixedPatchRouter(nn.Module):
         return check_capacities(self.OP, capacities, self.num_classes, self.number)
 
     @torch.no_grad()
-    def _counts(self, router: PatchRouter, sample: Tensor) -> list[list[int]]:
+    def _counts(self, router: PatchRouter, sample: Tensor) -> list[list[int]]:  # [B, C, H, W]
         """The number of patches of each class in each call of a sample."""
         images = check.images(self.OP, sample, router.channels, sample.device).to(self.device)
         grid = router.grid(*images.shape[2:])
@@ -248,7 +260,7 @@ class FixedPatchRouter(nn.Module):
         ids = assign_classes(score, self.costs, self.penalty, self.budget)
         return ids, (score.float() * self.higher[ids]).sum(dim=1)
 
-    def _stitch(self, space: Workspace, places: Tensor, out: Tensor) -> None:
+    def _stitch(self, space: Workspace, places: Tensor, out: Tensor) -> None:  # [N], [B, C, H·s, W·s]
         """`stitch_patches` with a window that is on the device already: a copy from the host would wait for it."""
         grid, rows = self.grid, (0, self.grid.output_size[0])
         if space.upsamplers:

@@ -59,7 +59,7 @@ class Pass:
 
 def run_bands(
     networks: Branches,
-    window: str | Tensor,
+    window: str | Tensor,  # [P]
     rounded: bool,
     source: Source,
     sink: Sink,
@@ -112,7 +112,7 @@ def in_levels(patches: Tensor) -> Tensor:  # [N, C, P, P], or before a pixel shu
     return patches.float().clamp(0, 1).mul_(255).round_()
 
 
-def store_levels(levels: Tensor, out: Tensor) -> None:  # [B, C, rows, W] twice
+def store_levels(levels: Tensor, out: Tensor) -> None:  # [B, C, rows, W], [B, C, rows, W]
     """Write means of levels into `out`, in the unit of its type. Integers are rounded half to even."""
     if out.dtype.is_floating_point:
         out.copy_(levels.div_(255))
@@ -205,7 +205,7 @@ def _maps_size(module: nn.Module, size: tuple[int, int, int, int], dtype: torch.
     """Whether `module` takes an input of `size` and gives one of the same proportions, found without running it."""
     shapes: list[torch.Size] = []
 
-    def note(output: Tensor) -> Tensor:
+    def note(output: Tensor) -> Tensor:  # [n, ...]
         shapes.append(output.shape)
         return output
 

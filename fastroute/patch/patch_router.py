@@ -108,7 +108,7 @@ class PatchRouter(Router):
         patch: int = 32,
         stride: int = 28,
         scale: int = 4,
-        window: str | Tensor = "uniform",
+        window: str | Tensor = "uniform",  # [P]
         optimized: bool = True,
         costs: Sequence[float] | None = None,
         batch: int | None = None,
@@ -301,7 +301,7 @@ class PatchRouter(Router):
         dtype: torch.dtype,
         limit: Budget,
         penalty: float,
-        class_map: Tensor | None,
+        class_map: Tensor | None,  # [B, rows, cols] or [rows, cols]
         promote: bool | None,
         memory_limit: int | None,
         progress: Progress,

@@ -27,7 +27,7 @@ def tiled(
     stride: int | None = None,
     overlap: int | None = None,
     scale: int | None = None,
-    window: str | Tensor = CROP,
+    window: str | Tensor = CROP,  # [P]
     batch: int | None = None,
     channels: int | None = None,
     tune: bool = True,

@@ -31,7 +31,14 @@ class Workspace:
             patches.
     """
 
-    def __init__(self, grid: TileGrid, channels: int, shuffle: int, window: str | Tensor, upsamplers: Upsamplers = ()) -> None:
+    def __init__(
+        self,
+        grid: TileGrid,
+        channels: int,
+        shuffle: int,
+        window: str | Tensor,  # [P]
+        upsamplers: Upsamplers = (),
+    ) -> None:
         self.grid, self.channels, self.shuffle, self.window = grid, channels, shuffle, window
         self.last = list(upsamplers)  # of every class
         # The upsamplers in use, the class of each, and the upsampler of each class and shape: an interpolation has a matrix for
@@ -58,7 +65,7 @@ class Workspace:
         channels = features_of(upsampler) if upsampler else self.channels * factor**2
         return torch.Size((channels, height // factor, width // factor))
 
-    def put(self, results: list[Tensor], c: int, shape: Shape | None = None) -> None:  # [n, *size(c, shape)] each
+    def put(self, results: list[Tensor], c: int, shape: Shape | None = None) -> None:  # [n, *size] each
         """Keep the next batches of outputs of class `c`, for regions of `shape` LR pixels, by default patches."""
         size, kind = self.size(c, shape), self._kind(c, shape or (self.grid.patch, self.grid.patch))
         alike = c if self.last else 0
@@ -131,7 +138,13 @@ class Workspace:
             self._drop(self.marks.pop(0)[1])
         return layers
 
-    def _stitch(self, places: Tensor, region: Tensor | None, rows: tuple[int, int], output: Tensor) -> dict[int, float]:
+    def _stitch(
+        self,
+        places: Tensor,  # [N]
+        region: Tensor | None,  # [N]
+        rows: tuple[int, int],
+        output: Tensor,  # [images, C, rows, W]
+    ) -> dict[int, float]:
         if not self.upsamplers:
             held = (self.batches, self.grid, self.window)
             stitch_patches(*held, inverse=places, shuffle=self.shuffle, rows=rows, out=output, region=region)

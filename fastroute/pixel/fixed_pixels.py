@@ -120,13 +120,13 @@ class FixedPixelRouter(nn.Module):
         like = torch.empty(1, dtype=router.dtype, device=self.device).expand(1, 1, h, w)
         self.register_buffer("place", relative_coordinates(like, self.size), persistent=False)
 
-    def forward(self, image: Tensor) -> Tensor:
+    def forward(self, image: Tensor) -> Tensor:  # [B, C, h, w] or [C, h, w]
         """The upscaled image, see :meth:`upscale`."""
         return self.upscale(image).image
 
     @computing_in_own_type
     @torch.no_grad()
-    def upscale(self, image: Tensor) -> FixedUpscaled:
+    def upscale(self, image: Tensor) -> FixedUpscaled:  # [B, C, h, w] or [C, h, w]
         """Super-resolve images of the fixed size, see the class. The values of floating images are not checked."""
         images = check_fixed("upscale", image, self.shape, self.dtype, self.device)
         lr = to_float(images, sums_of(self.compute_dtype))
@@ -147,7 +147,7 @@ class FixedPixelRouter(nn.Module):
             output, classes = output[0], classes[0]
         return FixedUpscaled(output, classes, torch.zeros(self.num_classes, dtype=torch.int64, device=raw.device))
 
-    def capture(self, image: Tensor) -> CudaGraph:
+    def capture(self, image: Tensor) -> CudaGraph:  # [B, C, h, w] or [C, h, w]
         """Capture this upscale in a CUDA graph that takes images like `image`."""
         return CudaGraph(self.upscale, image)
 

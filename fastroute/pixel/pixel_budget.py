@@ -110,7 +110,7 @@ class PixelBudget:
         self.spend(ids)
         return ids
 
-    def spend(self, ids: Tensor) -> None:
+    def spend(self, ids: Tensor) -> None:  # [...]
         """Record that these pixels have their classes."""
         self.left -= spent(ids, self.cost)
         self.pixels -= ids.numel()

@@ -180,7 +180,7 @@ class PixelImage:
         with self.watch.stage("classify"):
             return self._mlp(held, window, [layers], (begin, end))
 
-    def _classes(self, features: RowStream, solved: Tensor | float) -> Iterator[list[Tensor]]:
+    def _classes(self, features: RowStream, solved: Tensor | float) -> Iterator[list[Tensor]]:  # [1, H, W]
         """The classes of all rows, band by band: uint8 [1, rows, W]."""
         device = self.place.device
         if isinstance(solved, Tensor) and solved.ndim:
@@ -287,7 +287,7 @@ def upsample(
     return image.add_(pixel_mlp(features, mlps, size, class_map, None, rows, place)) if any(mlps) else image
 
 
-def count_classes(ids: Tensor, number: int) -> Tensor:  # -> [K]
+def count_classes(ids: Tensor, number: int) -> Tensor:  # [...] -> [K]
     """How many of `ids` belong to each of `number` classes, counted without waiting for the device."""
     if ids.device.type == "cpu":
         return torch.bincount(ids.flatten(), minlength=number)

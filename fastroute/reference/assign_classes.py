@@ -45,7 +45,7 @@ def assign_classes_reference(
     return answer.to(dtype)
 
 
-def penalty_range(cost: Tensor) -> tuple[float, float]:
+def penalty_range(cost: Tensor) -> tuple[float, float]:  # [K]
     """Penalties at which every possible score is overruled by the cost: towards the most expensive and the cheapest class."""
     log_cost = cost.double().log2().sort().values.unique()
     gap = log_cost.diff().min().item() if log_cost.numel() > 1 else 1.0
@@ -54,7 +54,7 @@ def penalty_range(cost: Tensor) -> tuple[float, float]:
     return -bound, bound
 
 
-def penalised_argmax(score: Tensor, cost: Tensor, penalty: float) -> Tensor:  # [N, K, ...] -> [N, ...]
+def penalised_argmax(score: Tensor, cost: Tensor, penalty: float) -> Tensor:  # [N, K, ...], [K] -> [N, ...]
     """argmax of score / cost^penalty over dim 1, the lowest class on a tie; the plain argmax at penalty 0."""
     work = torch.float64 if score.dtype == torch.float64 else torch.float32
     value = score.to(work)
@@ -66,7 +66,7 @@ def penalised_argmax(score: Tensor, cost: Tensor, penalty: float) -> Tensor:  # 
     return value.argmax(dim=1)
 
 
-def logarithms(score: Tensor, cost: Tensor) -> tuple[Tensor, Tensor]:
+def logarithms(score: Tensor, cost: Tensor) -> tuple[Tensor, Tensor]:  # [N, K, ...], [K]
     """log2 of the clamped score [N, K, ...] and of the cost [1, K, 1 ...], float64."""
     shape = (1, -1) + (1,) * (score.ndim - 2)
     # An infinite score counts as the largest number; NaN, where nobody could look, as the smallest.

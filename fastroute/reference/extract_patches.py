@@ -39,7 +39,7 @@ def extract_patches_reference(
     return patches.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
 
 
-def convert(x: Tensor, mean: Tensor | None, std: Tensor | None, dtype: torch.dtype | None) -> Tensor:  # [N, C, p, p]
+def convert(x: Tensor, mean: Tensor | None, std: Tensor | None, dtype: torch.dtype | None) -> Tensor:  # [N, C, p, p], [C], [C]
     """Integers to [0, 1], then (x - mean) / std, in float32 (float64 for float64), then rounded to `dtype`."""
     dtype = dtype or x.dtype
     if dtype == x.dtype and mean is None and std is None:

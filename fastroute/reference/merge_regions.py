@@ -89,7 +89,7 @@ def side_codes(size: int, patch: int, stride: int, crop: bool, level: int) -> Te
     return torch.tensor(codes)
 
 
-def halves(x: Tensor, axis: int, missing: float) -> tuple[Tensor, Tensor]:
+def halves(x: Tensor, axis: int, missing: float) -> tuple[Tensor, Tensor]:  # [...]
     """First and second halves of the pairs along `axis`; `missing` where the last has none."""
     if x.shape[axis] % 2:
         last = list(x.shape)

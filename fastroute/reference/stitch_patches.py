@@ -12,7 +12,7 @@ from fastroute._levels import quantise
 from fastroute.grid import covered_size, tile_origins
 
 
-def axis_weights(window: Tensor, size: int, patch: int, stride: int, scale: int, crop: bool) -> Tensor:
+def axis_weights(window: Tensor, size: int, patch: int, stride: int, scale: int, crop: bool) -> Tensor:  # [P]
     """Normalised weights of every tile along one axis: [tiles, patch * scale], summing to 1 over the tiles of a pixel.
 
     Weights of pixels outside the image are 0. A pixel that windows of weight 0 alone cover, near an end of the axis, is that

@@ -27,7 +27,7 @@ class OneSlope(nn.LeakyReLU):
         """The slope."""
         return torch.tensor(self.negative_slope, dtype=torch.float64, device="cpu")
 
-    def set_extra_state(self, state: Tensor) -> None:
+    def set_extra_state(self, state: Tensor) -> None:  # []
         """Set another slope."""
         self.negative_slope = float(state)
 

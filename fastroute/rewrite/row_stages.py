@@ -38,7 +38,7 @@ class Pointwise(LayerStage):
     def __init__(self, layer: nn.Module) -> None:
         self.layer = layer
 
-    def push(self, x: Tensor, last: bool) -> Tensor:
+    def push(self, x: Tensor, last: bool) -> Tensor:  # [B, C, n, w]
         """See :class:`LayerStage`."""
         return self.layer(x) if x.shape[2] else self.layer(x.new_zeros(x.shape[0], x.shape[1], 1, x.shape[3]))[:, :, :0]
 
@@ -49,7 +49,7 @@ class Product(LayerStage):
     def __init__(self, layer: nn.Conv2d) -> None:
         self.layer = layer
 
-    def push(self, x: Tensor, last: bool) -> Tensor:
+    def push(self, x: Tensor, last: bool) -> Tensor:  # [B, C, n, w]
         """See :class:`LayerStage`."""
         weight = self.layer.weight.flatten(1)
         return F.linear(x.permute(0, 2, 3, 1), weight, self.layer.bias).permute(0, 3, 1, 2)
@@ -63,7 +63,7 @@ class RowConvolution(LayerStage):
         self.reach = self.pad
         self.held: Tensor | None = None
 
-    def push(self, x: Tensor, last: bool) -> Tensor:
+    def push(self, x: Tensor, last: bool) -> Tensor:  # [B, C, n, w]
         """See :class:`LayerStage`."""
         b, c, _, w = x.shape
         edge = x.new_zeros(b, c, self.pad, w).contiguous(memory_format=torch.channels_last)
@@ -84,7 +84,7 @@ class Chain(LayerStage):
         self.stages = list(stages)
         self.reach = sum(stage.reach for stage in self.stages)
 
-    def push(self, x: Tensor, last: bool) -> Tensor:
+    def push(self, x: Tensor, last: bool) -> Tensor:  # [B, C, n, w]
         """See :class:`LayerStage`."""
         for stage in self.stages:
             x = stage.push(x, last)
@@ -116,7 +116,7 @@ class Residual(LayerStage):
         self.body, self.shortcut, self.last = body, Waiting(), last
         self.reach = body.reach
 
-    def push(self, x: Tensor, last: bool) -> Tensor:
+    def push(self, x: Tensor, last: bool) -> Tensor:  # [B, C, n, w]
         """See :class:`LayerStage`."""
         y = self.body.push(x, last)
         return self.last(y.add_(self.shortcut.take(x, y.shape[2])))
@@ -152,7 +152,7 @@ class Cascade(LayerStage):
         self.reach = sum(block.reach for block in blocks)
         self.waiting = [[Waiting() for _ in range(n + 1)] for n in range(len(self.steps))]
 
-    def push(self, x: Tensor, last: bool) -> Tensor:
+    def push(self, x: Tensor, last: bool) -> Tensor:  # [B, C, n, w]
         """See :class:`LayerStage`."""
         parts = [x]
         for (block, merge), waiting in zip(self.steps, self.waiting, strict=True):

@@ -39,7 +39,7 @@ class CudaGraph:
         >>> image = graph(next_frame).image.clone()
     """
 
-    def __init__(self, function: Callable[..., Any], *examples: Tensor) -> None:
+    def __init__(self, function: Callable[..., Any], *examples: Tensor) -> None:  # [...] each
         self.function, device = function, common_gpu(examples)
         with torch.inference_mode(False), torch.no_grad(), torch.cuda.device(device):
             self.inputs = tuple(x.detach().clone() for x in examples)
@@ -54,7 +54,7 @@ class CudaGraph:
             with torch.cuda.graph(self.graph, stream=stream):
                 self.outputs = function(*self.inputs)
 
-    def __call__(self, *arguments: Tensor) -> Any:
+    def __call__(self, *arguments: Tensor) -> Any:  # [...] each
         """Copy the arguments and replay, on the current stream.
 
         Args:
@@ -86,7 +86,7 @@ class CudaGraph:
         return self.outputs
 
 
-def common_gpu(examples: Sequence[Tensor]) -> torch.device:
+def common_gpu(examples: Sequence[Tensor]) -> torch.device:  # [...] each
     """The GPU that holds all `examples`.
 
     Raises:

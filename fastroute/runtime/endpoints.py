@@ -60,7 +60,7 @@ def in_memory(images: Tensor, output: Tensor, device: torch.device) -> Endpoints
 def in_bands(images: Tensor, output: Tensor, device: torch.device) -> Endpoints:  # [B, C, h, w], [B, C, H, W]
     """Images and results on the host; their bands are copied to `device` and back."""
 
-    def store(span: Span, top: int, band: Tensor) -> None:
+    def store(span: Span, top: int, band: Tensor) -> None:  # [images, C, rows, W]
         output[span[0] : span[1], :, top : top + band.shape[2]] = band
 
     shape: tuple[int, int, int, int] = tuple(output.shape)  # type: ignore[assignment]
@@ -73,13 +73,13 @@ def streamed(reader: Reader, writer: Writer, size: tuple[int, int], device: torc
     shape = (1, source.shape[1], *size)
     step = int(getattr(writer, "row_step", 1))
 
-    def store(span: Span, top: int, band: Tensor) -> None:
+    def store(span: Span, top: int, band: Tensor) -> None:  # [images, C, rows, W]
         writer.write(top, 0, band[0])
 
     return Endpoints(source, lambda rows: BandSink(store, shape, source.dtype, device, rows, step), False, step)
 
 
-def output_like(op: str, images: Tensor, size: tuple[int, ...]) -> Tensor:
+def output_like(op: str, images: Tensor, size: tuple[int, ...]) -> Tensor:  # [B, C, H, W]
     """Uninitialised memory for a result on the device of `images`: an ordinary tensor, which may be changed in place.
 
     Raises:

@@ -42,7 +42,13 @@ def check_shape(op: str, shape: Sequence[int], channels: int) -> tuple[int, ...]
     return sizes
 
 
-def check_fixed(op: str, image: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+def check_fixed(
+    op: str,
+    image: Tensor,  # [B, C, H, W] or [C, H, W]
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Tensor:
     """`image` as a batch (B, C, H, W).
 
     Raises:

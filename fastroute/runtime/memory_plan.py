@@ -148,7 +148,7 @@ class LiveBytes(TorchDispatchMode):
                 self._add(x)
         return result
 
-    def _add(self, x: Tensor) -> None:
+    def _add(self, x: Tensor) -> None:  # [...]
         """Count `x` until it is freed."""
         if x.layout == torch.strided:
             storage = x.untyped_storage()

@@ -102,11 +102,11 @@ class Router(FullPrecision, ABC):
         """Called after the networks have moved or changed their type."""
 
 
-def _sparing(fn: Callable[[Tensor], Tensor], kept: Iterable[Tensor]) -> Callable[[Tensor], Tensor]:
+def _sparing(fn: Callable[[Tensor], Tensor], kept: Iterable[Tensor]) -> Callable[[Tensor], Tensor]:  # [...] each
     """`fn`, except that tensors in `kept` keep their type."""
     spared = {id(x) for x in kept}
 
-    def apply(x: Tensor) -> Tensor:
+    def apply(x: Tensor) -> Tensor:  # [...]
         made = fn(x)
         return x.to(made.device) if id(x) in spared and made.dtype in HALVES else made
 

@@ -96,7 +96,13 @@ class RowStream:
         room: approximate number of rows held at a time without `whole`. A buffer that is too small is replaced.
     """
 
-    def __init__(self, chunks: Iterable[Sequence[Tensor]], whole: Tensor | None = None, end: int = 0, room: int = 0) -> None:
+    def __init__(
+        self,
+        chunks: Iterable[Sequence[Tensor]],
+        whole: Tensor | None = None,  # [..., H, W]
+        end: int = 0,
+        room: int = 0,
+    ) -> None:
         self.chunks: Iterator[Sequence[Tensor]] = iter(chunks)
         self.buffer, self.end, self.room = whole, end, room
         self.owned = True  # what is not was given, and is not written to
@@ -113,7 +119,7 @@ class RowStream:
         """Release the rows before `before`, which will not be requested any more."""
         self.needed = max(self.needed, before)
 
-    def _add(self, chunk: Sequence[Tensor]) -> None:
+    def _add(self, chunk: Sequence[Tensor]) -> None:  # [..., n, w] each
         first, count = chunk[0], chunk[0].shape[-2]
         if self.buffer is None and len(chunk) == 1:
             self.buffer, self.owned, self.begin, self.end = first, False, self.end, self.end + count
@@ -128,7 +134,7 @@ class RowStream:
             left += part.shape[-1]
         self.end += count
 
-    def _make_room(self, like: Tensor, width: int, count: int) -> int:
+    def _make_room(self, like: Tensor, width: int, count: int) -> int:  # [..., n, w]
         """Make room for `count` more rows behind those that are still needed, and return their place."""
         kept = max(self.end - max(self.needed, self.begin), 0)
         old, first = self.buffer, self.end - kept - self.begin

@@ -127,7 +127,7 @@ class BandSink:
             buffer[:, :, : kept.shape[2]] = kept
         self.buffer = buffer
 
-    def _send(self, images: Span, top: int, band: Tensor) -> None:
+    def _send(self, images: Span, top: int, band: Tensor) -> None:  # [images, C, rows, W]
         host, ready = to_host(band)
         # At most one band waits: memory stays bounded, and an error comes up here.
         if self.pending is not None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 
-def to_device(x: Tensor, device: torch.device) -> Tensor:
+def to_device(x: Tensor, device: torch.device) -> Tensor:  # [...]
     """Copy `x` to `device`. A copy to a GPU has a stream of its own, so that it does not wait for kernels."""
     if x.device == device or device.type != "cuda":
         return x.to(device)
@@ -21,7 +21,7 @@ def to_device(x: Tensor, device: torch.device) -> Tensor:
     return y
 
 
-def to_host(x: Tensor) -> tuple[Tensor, Callable[[], None]]:
+def to_host(x: Tensor) -> tuple[Tensor, Callable[[], None]]:  # [...]
     """Copy `x` to the CPU and return it with a function to call before it is read: a copy from a GPU runs asynchronously."""
     if x.device.type != "cuda":
         return x.cpu(), _nothing

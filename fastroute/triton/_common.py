@@ -100,7 +100,7 @@ def ceil_div(a: int, b: int) -> int:
     return (a + b - 1) // b
 
 
-def check_on_host(x: Tensor) -> bool:
+def check_on_host(x: Tensor) -> bool:  # [...]
     """Whether values of `x` can be looked at without a wait: under the interpreter."""
     return x.device.type == "cpu"
 

@@ -123,9 +123,9 @@ def stitch_patches_regions_kernel(
 
 
 def region_table(
-    batches: list[Tensor],
-    inverse: Tensor,
-    region: Tensor,
+    batches: list[Tensor],  # [M_i, C·r·r, h_i / r, w_i / r] each
+    inverse: Tensor,  # [N]
+    region: Tensor,  # [N]
     planar: bool,
     grid: tuple[int, int, int, int, int, bool],
     shuffle: int,

@@ -235,7 +235,7 @@ def assign_classes_triton(
     return out
 
 
-def _by_penalty(score: Tensor, cost: Tensor, penalty: float, out: Tensor) -> None:
+def _by_penalty(score: Tensor, cost: Tensor, penalty: float, out: Tensor) -> None:  # [B, K, n], [K], [B, n]
     batch, classes = score.shape[:2]
     scale = None
     if penalty != 0:
@@ -255,7 +255,7 @@ def _by_penalty(score: Tensor, cost: Tensor, penalty: float, out: Tensor) -> Non
     )
 
 
-def _by_budget(score: Tensor, cost: Tensor, budget: float, out: Tensor) -> None:
+def _by_budget(score: Tensor, cost: Tensor, budget: float, out: Tensor) -> None:  # [B, K, n], [K], [B, n]
     device, classes, total = score.device, score.shape[1], out.numel()
     logs = torch.empty((classes, total), dtype=torch.float64, device=device)
     logs.view(classes, *out.shape).copy_(score.movedim(1, 0))

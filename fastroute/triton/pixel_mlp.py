@@ -203,7 +203,7 @@ def runs(depths: list[int], listed: bool) -> Iterator[tuple[int, int]]:
 
 def run_class(
     plan: Plan,
-    prepared: tuple[Tensor | None, ...],  # hoisted first layer, packed weights, packed biases
+    prepared: tuple[Tensor | None, ...],  # [...] each: hoisted first layer, packed weights, packed biases
     tables: AxisTables,
     groups: PixelList | None,
     classes: tuple[int, int],
@@ -231,7 +231,7 @@ def run_class(
 
 
 def pack(
-    flat: Tensor,  # all weights, then all biases
+    flat: Tensor,  # [n] all weights, then all biases
     dim: int,
     plan: Plan,
 ) -> tuple[Tensor, Tensor]:

@@ -92,7 +92,12 @@ def refine_boundaries_kernel(
         c += 1
 
 
-def refine_boundaries_triton(image: Tensor, class_map: Tensor, row_begin: int, row_end: int) -> Tensor:
+def refine_boundaries_triton(
+    image: Tensor,  # [B, C, H, W]
+    class_map: Tensor,  # [B, H, W]
+    row_begin: int,
+    row_end: int,
+) -> Tensor:
     """See :func:`fastroute.refine_boundaries`."""
     out = image.new_empty((image.shape[0], image.shape[1], row_end - row_begin, image.shape[3]))
     return refine_boundaries_out_triton(image, class_map, row_begin, row_end, out=out)

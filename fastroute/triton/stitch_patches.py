@@ -163,7 +163,7 @@ def stitch_patches_out_triton(
 
 
 def _stitch(
-    patches: Tensor,
+    patches: Tensor,  # [M, C, P, P]
     inverse: Tensor | None,  # [N]
     table: Tensor | None,  # [N, 3]
     places: int,
