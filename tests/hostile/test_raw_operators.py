@@ -53,8 +53,8 @@ def sanitized(kernels: list[Path]) -> Path:
     return builds.cpu_link("cpu.so", kernels, "address", ["-DFASTROUTE_PORTABLE"], "-shared")
 
 
-# Those that compile in seconds; the others belong to the long run.
-QUICK = ("gather_groups", "group_by_class", "refine_boundaries")
+# Those that compile in a quarter of a minute at most; the others belong to the long run.
+QUICK = ("assign_classes", "gather_groups", "group_by_class", "refine_boundaries")
 
 
 @needs_compiler
