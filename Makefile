@@ -42,11 +42,12 @@ test: $(VENV)/installed
 	$(TEST)
 
 # For the time between two edits: all tests but those marked `slow`.
-LEFT_OUT := Triton's interpreter and compiler, nvcc and the emulated GPU, sanitizers, Inductor, browsers, training, and the \
-	examples of the documentation
+LEFT_OUT := compilers and what they compile (Triton and its interpreter, nvcc and the emulated GPU, sanitizers, Inductor, \
+	OpenVINO, narrower instruction sets), browsers and the site, training, examples, smoke runs of benchmarks, and \
+	processes that are killed or whose memory is measured
 test-fast: $(VENV)/installed
 	$(TEST) -m "not soak and not slow"
-	@echo "Left out, for \`make test\` to run: $(LEFT_OUT)."
+	@echo "Left out, for make test to run: $(LEFT_OUT)."
 
 # All of them, or those whose names match: make soak ONLY=orders
 soak: $(VENV)/installed

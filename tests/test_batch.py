@@ -220,6 +220,7 @@ def test_little_is_read_ahead(folder, tmp_path, monkeypatch):
     assert len(lead) == 12 and 1 < max(lead) <= many_files.AHEAD + 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_killing_leaves_whole_files_and_resume_completes(model, folder, tmp_path, number):
     for index in range(30):

@@ -269,16 +269,19 @@ def run_suite(*options: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=measure.ROOT, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.slow
 def test_smoke_results_stay_apart():
     run = run_suite("--smoke", "--save")
     assert run.returncode != 0 and "--results FOLDER" in run.stderr + run.stdout
 
 
+@pytest.mark.slow
 def test_no_benchmark_begins_after_its_minutes():
     run = run_suite("--smoke", "--minutes", "0")
     assert run.returncode == 0 and "1 skipped" in run.stdout
 
 
+@pytest.mark.slow
 def test_a_smoke_run_writes_what_the_report_reads(tmp_path: Path):
     run = run_suite("--smoke", "--save", "--results", str(tmp_path), "--device", "cpu")
     assert run.returncode == 0, run.stdout

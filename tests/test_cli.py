@@ -341,6 +341,7 @@ def test_an_error_of_a_process(source, out):
     assert list(out.iterdir()) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_process_keeps_the_old_output(model, source, out, number):
     (out / "a.png").write_bytes(b"old")

@@ -184,6 +184,7 @@ class Resources(HTMLParser):
             self.found.append(values["href"])
 
 
+@pytest.mark.slow
 def test_the_site_loads_nothing_from_elsewhere(site):
     pages = sorted(site.rglob("*.html"))
     assert len(pages) >= len(PAGES)
@@ -198,6 +199,7 @@ def test_the_site_loads_nothing_from_elsewhere(site):
         assert all(not "".join(a).startswith(("http", "//")) for a in addresses), style.name
 
 
+@pytest.mark.slow
 def test_every_operator_is_documented(site):
     from fastroute.diagnostics import operators
 

@@ -49,6 +49,7 @@ def router_of(name: str) -> PatchRouter:
     return PatchRouter([randomise(b, k) for k, b in enumerate(BACKBONES[name]())], None, patch=32, stride=28, scale=4)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_tuning", "openvino")
 @pytest.mark.parametrize(
     ("name", "dtype", "error", "threads"),
@@ -80,6 +81,7 @@ def test_openvino_agrees(name, dtype, error, threads):
     torch.testing.assert_close(router.upscale(image, class_map=ids).image, expected, rtol=0, atol=error)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_tuning", "openvino")
 def test_copies_and_changes_of_type_compile_anew():
     router, image = router_of("carn").compile("openvino"), picture(1, 3, 60, 60)

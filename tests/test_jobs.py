@@ -106,6 +106,7 @@ def test_a_hundred_files(model, folder, tmp_path, options):
     assert {name: (out / name).read_bytes() for name in good} == first
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [(), LIMIT])
 def test_a_hundred_files_after_a_kill(model, folder, tmp_path, options):
     good, bad = hundred(folder)

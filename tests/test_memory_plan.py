@@ -76,6 +76,7 @@ MORE = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cases", [pytest.param(CASES, id="few"), pytest.param(MORE, id="many", marks=pytest.mark.soak)])
 def test_streamed_runs_hold_no_more_than_their_limit(cases):
     carn = os.path.join(os.environ.get("FASTROUTE_DATA", ""), "weights", "pcsr-carn-x4.pth")

@@ -8,7 +8,7 @@ from instruction_sets import ISAS, has_fma, only_the_cpu_kernels, run_on_each
 from support import random
 from test_cell_mlp import CASES, close, layers_of
 
-pytestmark = only_the_cpu_kernels("cell_mlp")
+pytestmark = [pytest.mark.slow, only_the_cpu_kernels("cell_mlp")]
 
 TYPES = (torch.float32, torch.float16, torch.float64)
 SOURCES = (torch.float32, torch.uint8)

@@ -10,7 +10,7 @@ from instruction_sets import ISAS, has_fma, only_the_cpu_kernels, run_on_each
 from support import eager_pixel_mlp, in_layout
 from test_pixel_mlp import inputs, make, reference
 
-pytestmark = only_the_cpu_kernels("pixel_mlp")
+pytestmark = [pytest.mark.slow, only_the_cpu_kernels("pixel_mlp")]
 
 TYPES = (torch.float32, torch.bfloat16, torch.float64)
 # Odd and even widths, groups of units with every remainder, one class that is linear and one that is free.

@@ -14,7 +14,7 @@ from fastroute import TileGrid, make_window, stitch_patches
 from fastroute.models.arm import Bicubic
 from fastroute.rewrite.optimize import interpolation
 
-pytestmark = only_the_cpu_kernels("stitch_patches")
+pytestmark = [pytest.mark.slow, only_the_cpu_kernels("stitch_patches")]
 
 GRID = TileGrid(21, 26, 9, 7, 4)
 SHAPE = (2, 3, *GRID.output_size)
