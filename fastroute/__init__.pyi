@@ -2,6 +2,8 @@
 
 from . import files, io, models, profiling, report, training, visualize
 from .backends import BackendError, use_backend
+from .cascades.router import CascadeRouter
+from .cascading import cascade
 from .catalogue import list_models
 from .diagnostics import info
 from .files.file_to_file import UpscaledFile, upscale_file
@@ -43,6 +45,7 @@ __all__ = [
     "ArrayWriter",
     "BackendError",
     "Bicubic",
+    "CascadeRouter",
     "CheckpointError",
     "ClassGroups",
     "CudaGraph",
@@ -63,6 +66,7 @@ __all__ = [
     "Writer",
     "adaptive_threshold",
     "assign_classes",
+    "cascade",
     "cell_mlp",
     "edge_score",
     "extract_patches",

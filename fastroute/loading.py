@@ -17,6 +17,9 @@ from torch import Tensor, nn
 from fastroute import buffers
 from fastroute._arguments import real
 from fastroute._contexts import levels_to_caller, ordinarily
+from fastroute.cascades import opening
+from fastroute.cascades.router import CascadeRouter
+from fastroute.cascades.stored import CASCADE, read_cascade
 from fastroute.catalogue import DEFAULT_MODEL, WEIGHTS, list_models
 from fastroute.engines import ANY, TORCH, check_engine
 from fastroute.grid import usual_stride
@@ -25,6 +28,7 @@ from fastroute.models.architectures import FIRST_LAYERS, arm_of, classsr_of, net
 from fastroute.models.arm import ARM, EdgeClassifier
 from fastroute.models.arm_tables import read_table
 from fastroute.models.checkpoints import CheckpointError, fitted, read_checkpoint, short, state_dict_of
+from fastroute.models.network import Facts
 from fastroute.models.pcsr import PCSR, PUBLISHED
 from fastroute.models.precision import check_precision
 from fastroute.models.scales import scale_of_flat_images, scale_of_shapes
@@ -40,7 +44,7 @@ LARGEST = {"scale": 64, "patch": 4096, "stride": 4096}
 
 @ordinarily
 def load(
-    name_or_path: str | Path = DEFAULT_MODEL,
+    name_or_path: str | Path | nn.Module | Any = DEFAULT_MODEL,
     *,
     device: str | torch.device = "cpu",
     scale: float | None = None,
@@ -56,14 +60,15 @@ def load(
     table: str | Path | None = None,
     eta: float | None = None,
     published: bool = False,
-) -> PatchRouter | PixelRouter:
-    """An upscaler from a shipped model or a checkpoint file.
+) -> PatchRouter | PixelRouter | CascadeRouter:
+    """An upscaler from a shipped model, a checkpoint file, or a network of one's own.
 
     Args:
         name_or_path: a name that :func:`list_models` gives, or a file (.pth, .pt or .safetensors): ClassSR or CDNSR over
             FSRCNN, CARN, SRResNet or RCAN in their published layout; ARM with its table, as `fastroute train` writes it;
-            PCSR over FSRCNN or CARN as published or as `fastroute train` writes it; or one of those networks alone, or as
-            PCSR's code stores it.
+            PCSR over FSRCNN or CARN as published or as `fastroute train` writes it; one of those networks alone, or as PCSR's
+            code stores it; Real-ESRGAN's networks; others that spandrel knows (the extra `pretrained`); or a cascade that
+            `fastroute calibrate` wrote. Or a module, a spandrel model, or "package.module:function" that gives one.
         device: where to run.
         scale: upscaling factor. Default: that which the file says, or the shapes of its weights. FSRCNN's are the same at 2, 3
             and 4, and its published files do not say: the factor is then the one at which flat images stay flat, and 4 where
@@ -86,7 +91,8 @@ def load(
             patch on its own, clamped and rounded to 8 bits before overlaps are averaged.
 
     Returns:
-        :class:`fastroute.PatchRouter`, or for PCSR :class:`fastroute.PixelRouter`; call its `upscale`.
+        :class:`fastroute.PatchRouter`, for PCSR :class:`fastroute.PixelRouter`, for Real-ESRGAN's networks, those of others
+        and cascades :class:`fastroute.CascadeRouter`; call its `upscale`.
 
     Raises:
         ValueError: a device that cannot be used, float16 on a CPU that has no convolutions of it, or a scale, patch or
@@ -112,15 +118,23 @@ def load(
         asked |= {"published": True, "window": "uniform", "merge": 1, "coverage": "crop", "rounded": True}
     if engine not in (TORCH, ANY):
         check_engine(engine, device, dtype)
-    router = _load(weights_of(name_or_path), asked).to(device, dtype)
+    own = opening.of_code(name_or_path, asked)
+    router: Any = (_load(weights_of(str(name_or_path)), asked) if own is None else own).to(device, dtype)
     if isinstance(router, PatchRouter):
         router.networks.tune = tune
     return router if engine == TORCH else router.compile(engine)
 
 
-def _load(path: Path, asked: dict[str, Any]) -> PatchRouter | PixelRouter:
+def open_network(op: str, source: Any) -> tuple[str, nn.Module, Facts]:
+    """Name, network and facts of what :func:`load` would load, where it holds one network, or a ValueError."""
+    return opening.network_of(op, source, load(source))
+
+
+def _load(path: Path, asked: dict[str, Any]) -> PatchRouter | PixelRouter | CascadeRouter:
     """What the file holds, in float32 on the CPU."""
     content, metadata = read_checkpoint(path)
+    if CASCADE in metadata:
+        return read_cascade(content, metadata[CASCADE], path, asked, partial(open_network, "load"))
     settings = _settings(metadata, path)
     model = content.get("model")
     published = isinstance(model, Mapping) and model.get("name") in PUBLISHED
@@ -140,7 +154,7 @@ def _load(path: Path, asked: dict[str, Any]) -> PatchRouter | PixelRouter:
         if "classifier.layers.0.weight" in state:
             pcsr = fitted(lambda: pcsr_of(state, settings.get("mean")), state, path)
             return _pixel_router(pcsr, settings, asked)
-        return _router(state, path, settings, asked)
+        return opening.of_state(state, path, asked) or _router(state, path, settings, asked)
     except CheckpointError:
         raise
     except (ValueError, ArithmeticError, LookupError, TypeError, AttributeError, RuntimeError) as error:
@@ -241,7 +255,9 @@ def _pixel_router(pcsr: PCSR, settings: Mapping[str, Any], asked: Mapping[str, A
     return PixelRouter(pcsr, scale=asked.get("scale", settings.get("scale", 4)), border=asked["border"])
 
 
-def _router(state: dict[str, Tensor], path: Path, settings: Mapping[str, Any], asked: Mapping[str, Any]) -> PatchRouter:
+def _router(
+    state: dict[str, Tensor], path: Path, settings: Mapping[str, Any], asked: Mapping[str, Any]
+) -> PatchRouter | CascadeRouter:
     patch = asked.get("patch", settings.get("patch", 32))
     # The stride of a file belongs to its patch.
     stride = asked.get("stride", settings.get("stride", usual_stride(patch)) if "patch" not in asked else usual_stride(patch))
@@ -275,10 +291,8 @@ def _router(state: dict[str, Tensor], path: Path, settings: Mapping[str, Any], a
             network = fitted(partial(network_of, backbone, state, "", alone[0], scale, **options), state, path)
             return PatchRouter([network], None, patch=patch, stride=stride, scale=scale, **how)
     known = ", ".join(f"{backbone} ({name})" for backbone, name in FIRST_LAYERS.items())
-    raise CheckpointError(
-        f"{path} is of no known architecture; known are ClassSR and CDNSR (classifier.*, net1.*, …), ARM (network.*, "
-        f"classifier.table.*), PCSR, and networks alone: {known}; its keys begin with {', '.join(list(state)[:4])}"
-    )
+    systems = "ClassSR and CDNSR (classifier.*, net1.*, …), ARM (network.*, classifier.table.*), PCSR, and networks alone: "
+    return opening.of_unknown(state, path, asked, systems + known)
 
 
 def _arm_router(arm: ARM, asked: Mapping[str, Any], *, patch: int, **how: Any) -> PatchRouter:

@@ -54,6 +54,13 @@ def observed(model: nn.Module, size: Sequence[int], dtype: torch.dtype, make: Ca
     from torch._subclasses import fake_tensor as fake
 
     copied = inference_copy(model, share=True)
+    for part in copied.modules():
+        if isinstance(part, torch.jit.ScriptModule):
+            continue
+        for name, own in part._parameters.items():
+            if own is not None:
+                # Networks that make weights anew in each pass would leave fake ones in those that are shared.
+                part._parameters[name] = nn.Parameter(own.detach(), requires_grad=False)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
 
     def run() -> M:

@@ -21,8 +21,10 @@ from networks import random_classsr, randomise
 
 from fastroute import io
 from fastroute.cli import main
+from fastroute.models.compact import Compact
 from fastroute.models.fsrcnn import FSRCNN
 from fastroute.models.pcsr import PCSR
+from fastroute.models.rrdbnet import RRDBNet
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -83,6 +85,8 @@ def folder(tmp_path, monkeypatch):
         io.write_image(photos / f"{number}.png", sample[:, 100:292, left : left + 192].contiguous())
     pcsr = randomise(PCSR.build(FSRCNN(8, upsample=False), [[4], [24, 24]], [4]))
     torch.save(pcsr.state_dict(), tmp_path / "pcsr-carn-x4.pth")
+    for name, network in (("realesrgan-x4plus", RRDBNet(8, 1, 8)), ("realesr-animevideov3-x4", Compact(8, 1))):
+        torch.save({"params": network.state_dict()}, tmp_path / f"{name}.pth")
     torch.save(random_classsr(patch=32).state_dict(), tmp_path / "my-checkpoint.pth")
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -95,6 +99,8 @@ def run_command(text: str) -> None:
         return
     if words[1] == "train":
         words += shlex.split(SHORT[words[2].partition("-")[0]])
+    if words[1] == "distill":
+        words += shlex.split("--minutes 0.01 --visits 1 --batch 1")
     if words[1] == "compare":
         words += ["--runs", "1"]
     result = CliRunner().invoke(main, words[1:])

@@ -6,7 +6,7 @@ import logging
 import math
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,7 @@ import fastroute
 if TYPE_CHECKING:
     import torch
 
+    from fastroute.cascades.router import CascadeRouter
     from fastroute.patch.patch_router import PatchRouter
     from fastroute.pixel.pixel_router import PixelRouter
 
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 # An error of a function that refuses one of its arguments.
 REFUSED = re.compile(r"^(?:cannot use .*?: )?(?P<words>(?:[^:]*: )*(?P<name>\w+) must .*)", re.DOTALL)
 # Each says by itself how classes are chosen.
-DECIDING = ("budget", "budget_flops", "budget_ms", "penalty", "adaptive")
+DECIDING = ("budget", "budget_flops", "budget_ms", "fidelity", "penalty", "adaptive")
 
 
 class Command(click.Command):
@@ -105,7 +106,7 @@ def load_router(
     patch: int | None = None,
     stride: int | None = None,
     **more: Any,
-) -> PatchRouter | PixelRouter:
+) -> PatchRouter | PixelRouter | CascadeRouter:
     """:func:`fastroute.load`, run as :func:`running_options` says; warnings are lines of their own, errors name the option."""
     where, dtype = device_of(running["device"]), precision_of(running)
     with telling_warnings():
@@ -190,7 +191,7 @@ def check_deciding(chosen: dict[str, Any], shared: bool = False) -> None:
         raise click.UsageError("--shared-budget needs --scale in place of --size")
 
 
-def check_routing(router: PatchRouter | PixelRouter, model: str, chosen: dict[str, Any]) -> dict[str, Any]:
+def check_routing(router: PatchRouter | PixelRouter | CascadeRouter, model: str, chosen: dict[str, Any]) -> dict[str, Any]:
     """The options of `upscale` that suit the router; those that do not are refused before anything is read.
 
     Args:
@@ -199,9 +200,14 @@ def check_routing(router: PatchRouter | PixelRouter, model: str, chosen: dict[st
         chosen: what was given on the command line, by the names of the router's arguments.
     """
     from fastroute.budget.limits import check_possible
+    from fastroute.cascades.router import CascadeRouter
     from fastroute.patch.patch_router import PatchRouter
 
     chosen = dict(chosen)
+    if isinstance(router, CascadeRouter):
+        return check_cascade(router, model, chosen)
+    if "fidelity" in chosen:
+        raise click.BadParameter(f"{model} is no calibrated cascade, which alone keeps a fidelity", param_hint="--fidelity")
     if isinstance(router, PatchRouter):
         chosen.pop("scale", None)  # that of the networks: it was checked when they were loaded
         refuse_pixel_options(model, chosen)
@@ -217,8 +223,54 @@ def check_routing(router: PatchRouter | PixelRouter, model: str, chosen: dict[st
     return chosen
 
 
+def check_cascade(router: CascadeRouter, model: str, chosen: dict[str, Any]) -> dict[str, Any]:
+    """:func:`check_routing` for networks over regions."""
+    chosen.pop("scale", None)
+    refuse_pixel_options(model, chosen)
+    check_deciding(chosen)
+    for name in ("budget_flops", "budget_ms", "penalty"):
+        if name in chosen:
+            flag = f"--{name.replace('_', '-')}"
+            raise click.BadParameter(f"{model} keeps shares of the dense cost alone; give --budget", param_hint=flag)
+    try:
+        router.check(**chosen)
+    except ValueError as error:
+        words = str(error).removeprefix("upscale: ")
+        named = next((name for name in ("budget", "fidelity") if words.startswith(f"{name} ")), None)
+        raise (click.UsageError(words) if named is None else click.BadParameter(words, param_hint=f"--{named}")) from error
+    return chosen
+
+
 def refuse_pixel_options(model: str, chosen: dict[str, Any]) -> None:
     """Fail if an option of PCSR was given to a model that routes patches."""
     for name in ("size", "adaptive", "refine"):
         if name in chosen:
             raise click.BadParameter(f"{model} routes patches; this option is PCSR's", param_hint=f"--{name}")
+
+
+def sorted_by_cost(branches: list[str]) -> list[str]:
+    """The branches by their FLOPs; the last, whose results are wanted, must be the most expensive."""
+    from fastroute.cascades.networks import Networks
+    from fastroute.cascading import open_branches
+
+    opened = open_branches("cascade", branches)
+    flops = Networks([module for _, module, _ in opened], [facts for _, _, facts in opened]).flops()
+    order = sorted(range(len(branches)), key=flops.__getitem__)
+    if order[-1] != len(branches) - 1:
+        raise ValueError(f"cascade: {branches[order[-1]]} is more expensive than {branches[-1]}; name it as --model")
+    return [branches[n] for n in order]
+
+
+def cheap_router(model: str, cheap: Sequence[str], running: dict[str, Any]) -> CascadeRouter:
+    """`model` with cheaper networks beside it, run as :func:`running_options` says."""
+    from fastroute.cascading import cascade
+
+    where, dtype = device_of(running["device"]), precision_of(running)
+    with telling_warnings():
+        try:
+            return cascade(sorted_by_cost([*cheap, model])).to(where, dtype).compile(running["engine"])
+        except ValueError as error:
+            for name, flag in (("compile: ", "--engine"), ("cascade: ", "--cheap")):
+                if str(error).startswith(name):
+                    raise click.BadParameter(str(error).removeprefix(name), param_hint=flag) from error
+            raise

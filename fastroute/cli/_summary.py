@@ -11,10 +11,11 @@ from typing import Any
 import click
 from tqdm import tqdm
 
+from fastroute.cascades.router import CascadeRouter
 from fastroute.files.jobs import Plan
 from fastroute.files.many_files import Job, Outcome, Router
 from fastroute.io import Picture
-from fastroute.patch.patch_router import PatchRouter
+from fastroute.pixel.pixel_router import PixelRouter
 from fastroute.runtime.results import RoutingStats
 from fastroute.visualize import class_colours, colour_names
 
@@ -35,7 +36,7 @@ def tell_one(
 
 def tell_routing(router: Router, job: Job, stats: RoutingStats, chosen: dict[str, Any]) -> None:
     """Classes, FLOPs and times."""
-    unit = "patches" if isinstance(router, PatchRouter) else "pixels"
+    unit = "pixels" if isinstance(router, PixelRouter) else "cells" if isinstance(router, CascadeRouter) else "patches"
     total = max(sum(stats.counts_per_class), 1)
     names, colours = colour_names(router.num_classes), class_colours(router.num_classes).tolist()
     for k, count in enumerate(stats.counts_per_class):

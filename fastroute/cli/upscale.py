@@ -16,6 +16,7 @@ import click
 from fastroute.catalogue import DEFAULT_MODEL
 from fastroute.cli._common import (
     Command,
+    cheap_router,
     check_deciding,
     check_routing,
     load_router,
@@ -26,6 +27,7 @@ from fastroute.cli._common import (
 )
 
 if TYPE_CHECKING:
+    from fastroute.cascades.router import CascadeRouter
     from fastroute.files.many_files import Job
     from fastroute.patch.patch_router import PatchRouter
     from fastroute.pixel.pixel_router import PixelRouter
@@ -63,13 +65,18 @@ class Pixels(click.ParamType):
 @click.argument("sources", metavar="IN...", nargs=-1, type=click.Path(path_type=Path))
 @click.argument("out", metavar="OUT", type=click.Path())
 @click.option("--model", metavar="MODEL", default=DEFAULT_MODEL, show_default=True,
-              help="A shipped model, see `fastroute models`, or a checkpoint file.")  # fmt: skip
+              help="A shipped model, see `fastroute models`, a checkpoint file, or package.module:function, which gives a "
+              "network of your own.")  # fmt: skip
+@click.option("--cheap", multiple=True, metavar="MODEL", help="A cheaper network of MODEL's scale, or bicubic, for the easy "
+              "parts; may be repeated. Needs --budget.")  # fmt: skip
 @click.option("--budget", type=float, help="Branch FLOPs as a fraction of what the most expensive branch takes everywhere, say "
               "0.7; the classifier comes on top.  [default: the classifier decides]")  # fmt: skip
 @click.option("--budget-flops", type=float, metavar="FLOPS",
               help="FLOPs of every image instead, say 2e11; with --shared-budget of all together.")  # fmt: skip
 @click.option("--budget-ms", type=float, metavar="MS", help="Milliseconds for every image instead, its files not counted; with "
               "--shared-budget for all together.")  # fmt: skip
+@click.option("--fidelity", type=float, metavar="DB", help="Nearness to what the most expensive network makes of the whole "
+              "image, in dB; for a model that `fastroute calibrate` wrote.")  # fmt: skip
 @click.option("--shared-budget", is_flag=True,
               help="One budget over all inputs, not one for each, spent where it helps most; reads them twice.")  # fmt: skip
 @click.option("--scale", type=float,
@@ -110,6 +117,7 @@ def command(
     sources: tuple[Path, ...],
     out: str,
     model: str,
+    cheap: tuple[str, ...],
     class_map: Path | None,
     file_format: str | None,
     quality: int | None,
@@ -187,6 +195,7 @@ def command(
         drop_alpha,
         overwrite,
         quiet,
+        cheap,
     )
     # A zarr array is a folder, but one picture.
     named = target.suffix.lower() in (*SUFFIXES, ZARR) and not out.endswith(("/", os.sep))
@@ -234,23 +243,40 @@ class Task:
     drop_alpha: bool
     overwrite: bool
     quiet: bool
+    cheap: tuple[str, ...] = ()
 
-    def load(self) -> tuple[PatchRouter | PixelRouter, dict[str, Any]]:
+    def load(self) -> tuple[PatchRouter | PixelRouter | CascadeRouter, dict[str, Any]]:
         """The router, and the options of its `upscale`."""
-        router = load_router(self.model, self.running, **self.places)
+        if self.cheap:
+            given = [
+                name
+                for name, value in self.places.items()
+                if value not in (None, False) and (name, value) != ("border", "zero")
+            ]
+            if given:
+                flag = "as-published" if given[0] == "published" else given[0]
+                raise click.UsageError(f"--{flag} does not go with --cheap: networks run on regions with their context")
+            router: Any = cheap_router(self.model, self.cheap, self.running)
+        else:
+            router = load_router(self.model, self.running, **self.places)
         return router, check_routing(router, self.model, self.chosen)
 
     def settings(self, **more: Any) -> dict[str, Any]:
         """All that results depend on."""
+        from fastroute.cascades.sources import is_named_code
         from fastroute.loading import weights_of
 
-        name, path = Path(self.model).name, weights_of(self.model)
-        with open(path, "rb") as file:
-            digest = hashlib.sha256(file.read()).hexdigest()[:12]
+        name, digest = self.model, "code"
+        if not is_named_code(self.model):
+            name = Path(self.model).name
+            with open(weights_of(self.model), "rb") as file:
+                digest = hashlib.sha256(file.read()).hexdigest()[:12]
         given = {**self.places, **self.chosen, **self.reading, **self.saving, **more}
         # Those that decide no pixel, or only the last bits of one.
         known = {key: value for key, value in given.items() if value is not None and key not in ("batch", "max_pixels")}
         about = {"model": f"{name} ({digest})", "precision": self.running["precision"], "drop-alpha": self.drop_alpha}
+        if self.cheap:
+            about["cheap"] = ", ".join(self.cheap)
         return {**about, **known}
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastroute.cascades.router import CascadeRouter
 from fastroute.catalogue import DEFAULT_MODEL
 from fastroute.files.readers import PictureReader, open_twice
 from fastroute.files.writers import ResultWriter, check_result, check_target, left_of, lost, open_writer
@@ -59,7 +60,7 @@ class UpscaledFile:
 def upscale_file(
     source: str | Path,
     target: str | Path,
-    model: str | Path | PatchRouter | PixelRouter = DEFAULT_MODEL,
+    model: str | Path | PatchRouter | PixelRouter | CascadeRouter = DEFAULT_MODEL,
     memory_limit: Limit = AUTO,
     progress: Progress = False,
     device: str | torch.device = "cpu",
@@ -102,7 +103,7 @@ def upscale_file(
     """
     target = Path(target)
     check_target(target)
-    router = model if isinstance(model, (PatchRouter, PixelRouter)) else load(model, device=device)
+    router = model if isinstance(model, (PatchRouter, PixelRouter, CascadeRouter)) else load(model, device=device)
     start = time.perf_counter()
     limit = limit_on(router.device, memory_limit)
     check_limit("upscale_file", limit)

@@ -9,11 +9,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 from fastroute import io
 from fastroute.backends import BackendError
 from fastroute.budget.limits import Budget
+from fastroute.cascades.router import CascadeRouter
 from fastroute.files.jobs import Job, check_apart, check_distinct, make_plan, plan_jobs
 from fastroute.files.pictures import upscaled_picture
 from fastroute.files.shared_budget import share_budget
@@ -45,7 +46,7 @@ AHEAD, BEHIND, BEHIND_BYTES = READERS, WRITERS + 1, 1 << 30
 # What a file is expected to raise where something is wrong with it. Running out of memory on a GPU is a RuntimeError.
 EXPECTED = (ValueError, TypeError, OSError, MemoryError, RuntimeError)
 
-Router = PatchRouter | PixelRouter
+Router = PatchRouter | PixelRouter | CascadeRouter
 __all__ = ["Job", "Outcome", "check_apart", "check_distinct", "make_plan", "plan_jobs", "run_jobs"]
 
 
@@ -137,7 +138,7 @@ def _run_jobs(
     shared, number = None, 0
     if shared_budget and rest:
         limit = Budget(*(options.pop(name, None) for name in ("budget", "budget_flops", "budget_ms")))
-        shared = share_budget(router, limit, len(rest), "upscale", **options)
+        shared = share_budget(cast(Any, router), limit, len(rest), "upscale", **options)
         options.pop("memory_limit", None)
     readers, writers = ThreadPoolExecutor(READERS, "read"), ThreadPoolExecutor(WRITERS, "write")
     reading: deque[tuple[Job, Future[io.Picture]]] = deque()
@@ -265,6 +266,8 @@ def write_job(router: Router, job: Job, result: io.Picture, upscaled: Upscaled, 
 def overlay(router: Router, result: io.Picture, upscaled: Upscaled) -> Any:
     """The picture of the classes, uint8 (3, H, W)."""
     color = result.as_bits(8).color
+    if isinstance(router, CascadeRouter):
+        return class_overlay(color, router.pixel_map(upscaled.class_map, color.shape[1:]), None, router.num_classes)
     if not isinstance(router, PatchRouter):
         return class_overlay(color, upscaled.class_map, None, router.num_classes)
     scale, margin = router.scale, 0
@@ -278,6 +281,6 @@ def overlay(router: Router, result: io.Picture, upscaled: Upscaled) -> Any:
 
 def result_size(router: Router, picture: io.Picture, **options: Any) -> tuple[int, int]:
     """Height and width of what `upscale` makes of `picture`."""
-    if isinstance(router, PatchRouter):
+    if not isinstance(router, PixelRouter):
         return router.output_size(picture.height, picture.width)
     return router.output_size(picture.height, picture.width, scale=options.get("scale"), size=options.get("size"))

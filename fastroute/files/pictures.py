@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastroute.cascades.router import CascadeRouter
 from fastroute.files.alpha import enlarge_rows
 from fastroute.io.hidden import fill_hidden
 from fastroute.io.picture import Picture
@@ -20,7 +21,9 @@ from fastroute.runtime.results import Upscaled
 from fastroute.runtime.transfer import to_device, to_host
 
 
-def upscale_picture(router: PatchRouter | PixelRouter, picture: Picture, **options: Any) -> tuple[Picture, Upscaled]:
+def upscale_picture(
+    router: PatchRouter | PixelRouter | CascadeRouter, picture: Picture, **options: Any
+) -> tuple[Picture, Upscaled]:
     """Super-resolve a picture, whatever its kind.
 
     The colours go through the router, at their own depth; a gray picture's three results are averaged. Below full transparency

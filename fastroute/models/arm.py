@@ -50,16 +50,25 @@ class Bicubic(nn.Module):
 
 
 def edge_score(patches: Tensor) -> Tensor:  # [N, 3, p, p] -> [N]
-    """The mean strength of the edges of each patch, from 0 to 255.
-
-    This is the mean of |Laplacian| of the luma, in whole steps of an 8-bit image and clipped at 255, with reflected borders.
-    All numbers are whole, so every device gives the same bits.
+    """The mean strength of the edges of each patch, from 0 to 255: the mean of :func:`edge_strength`.
 
     Args:
         patches: RGB in [0, 1], at least 2 x 2 pixels.
     """
+    return edge_strength(patches).mean(dim=(1, 2, 3))
+
+
+def edge_strength(images: Tensor) -> Tensor:  # [N, 3, H, W] -> [N, 1, H, W]
+    """The strength of the edges at every pixel, from 0 to 255.
+
+    This is |Laplacian| of the luma, in whole steps of an 8-bit image and clipped at 255, with reflected borders. All numbers
+    are whole, so every device gives the same bits.
+
+    Args:
+        images: RGB in [0, 1], at least 2 x 2 pixels.
+    """
     # Products stay below 2^24, up to which float32 represents whole numbers exactly.
-    pixels = (patches.float() * 255).round_().clamp_(0, 255)
+    pixels = (images.float() * 255).round_().clamp_(0, 255)
     # The weights are arguments of kernels. A tensor of weights would have to be copied to a GPU, which waits.
     luma = LUMA[0] * pixels[:, :1]
     for c in (1, 2):
@@ -68,7 +77,7 @@ def edge_score(patches: Tensor) -> Tensor:  # [N, 3, p, p] -> [N]
     # The kernel: twice the corners minus eight times the middle.
     edges = luma[:, :, :-2, :-2] + luma[:, :, :-2, 2:]
     edges.add_(luma[:, :, 2:, :-2]).add_(luma[:, :, 2:, 2:]).sub_(luma[:, :, 1:-1, 1:-1], alpha=4)
-    return edges.abs_().mul_(2).clamp_(max=255).mean(dim=(1, 2, 3))
+    return edges.abs_().mul_(2).clamp_(max=255)
 
 
 class EdgeTable(FullPrecision):

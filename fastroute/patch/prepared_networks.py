@@ -8,11 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from fastroute._copies import evaluating, inference_copy
-from fastroute.models.carn import CARN
 from fastroute.models.fsrcnn import FSRCNN
+from fastroute.models.mixed import MIXED
 from fastroute.models.precision import HALVES, round_weights, sums_of
-from fastroute.models.rcan import RCAN
-from fastroute.models.srresnet import SRResNet
 from fastroute.ops._upsampled import Upsampler, Upsamplers, upsamples
 from fastroute.profiling import count_flops
 from fastroute.rewrite.optimize import interpolation, optimize, parameter_dtype, split_shuffle, split_upsampler
@@ -20,8 +18,6 @@ from fastroute.runtime.memory_plan import REARRANGED, pass_bytes
 
 Modules = Sequence[nn.Module] | nn.ModuleList
 
-# Networks that compute in the type of their weights, but leave what is added last in its own type.
-MIXED = (CARN, SRResNet, RCAN)
 # Networks that add nothing to an image at their end, so that all of their output is rounded. In bfloat16, whose numbers have 8
 # bits, they would lose tenths of a decibel and gain little, so they stay float32.
 WHOLLY_ROUNDED = (FSRCNN,)

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from fastroute._arguments import whole
 from fastroute.budget.limits import check_possible
+from fastroute.cascades.router import CascadeRouter
 from fastroute.degradation import make_pair
 from fastroute.loading import load
 from fastroute.patch.patch_router import PatchRouter
@@ -191,6 +192,8 @@ def compare(
             if isinstance(router, PatchRouter):
                 grid = router.grid(*lr.shape[1:])
             class_map = result.class_map.cpu()
+            if isinstance(router, CascadeRouter):
+                class_map = router.pixel_map(class_map, picture.shape[1:])
             overlay = class_overlay(picture, class_map, grid, router.num_classes)
             variants.append(Variant(key, picture, median, quality(picture), result.stats, class_map, overlay, dense))
     return Comparison(image, reference, factor, variants, runs, machine(torch.device(device)))
@@ -218,11 +221,11 @@ def shown_size(image: Tensor) -> str:  # [3, H, W]
     return f"{image.shape[2]} x {image.shape[1]}"
 
 
-def common_scale(routers: dict[str, PatchRouter | PixelRouter], scale: float | None) -> float:
+def common_scale(routers: dict[str, PatchRouter | PixelRouter | CascadeRouter], scale: float | None) -> float:
     """The one factor of all models: theirs, else the one asked for, else what the first was trained for."""
     if scale is not None and not 0 < scale < math.inf:
         raise ValueError(f"compare: scale must be positive and finite; got {scale:g}")
-    own = {name: router.scale for name, router in routers.items() if isinstance(router, PatchRouter)}
+    own = {name: router.scale for name, router in routers.items() if not isinstance(router, PixelRouter)}
     if len({*own.values(), *([] if scale is None else [scale])}) > 1:
         told = ", ".join(f"{name} {factor}" for name, factor in own.items())
         asked = "" if scale is None else f"; asked for was {scale:g}"
@@ -230,17 +233,20 @@ def common_scale(routers: dict[str, PatchRouter | PixelRouter], scale: float | N
     return float(next(iter(own.values()), next(iter(routers.values())).scale if scale is None else scale))
 
 
-def choices(router: PatchRouter | PixelRouter, budgets: Sequence[float]) -> dict[str, dict[str, Any]]:
+def choices(router: PatchRouter | PixelRouter | CascadeRouter, budgets: Sequence[float]) -> dict[str, dict[str, Any]]:
     """The arguments of `upscale` by the name of the variant, dense first."""
     dense: dict[str, dict[str, Any]] = {"dense": {"budget": 1.0}}
-    if router.num_classes == 1 or (isinstance(router, PatchRouter) and router.classifier is None):
+    undecided = isinstance(router, PatchRouter) and router.classifier is None
+    if isinstance(router, CascadeRouter):
+        undecided = not budgets and not router.decides
+    if router.num_classes == 1 or undecided:
         return dense
     return {**dense, **({f"budget {b:g}": {"budget": b} for b in budgets} or {"routed": {}})}
 
 
-def check_budget(router: PatchRouter | PixelRouter, budget: float | None, scale: float, name: str) -> None:
+def check_budget(router: PatchRouter | PixelRouter | CascadeRouter, budget: float | None, scale: float, name: str) -> None:
     """Refuse a budget that `router` cannot keep, before anything runs."""
-    costs = router.costs if isinstance(router, PatchRouter) else router.class_cost(scale)
+    costs = router.class_cost(scale) if isinstance(router, PixelRouter) else router.costs
     with named(name):
         check_possible(costs, budget)
 
@@ -257,13 +263,13 @@ def named(name: str) -> Iterator[None]:
 
 
 def caller(
-    router: PatchRouter | PixelRouter, image: Tensor, scale: float, options: dict[str, Any], name: str
+    router: PatchRouter | PixelRouter | CascadeRouter, image: Tensor, scale: float, options: dict[str, Any], name: str
 ) -> Callable[[], Upscaled]:
     """One upscale without arguments, whose errors say which variant they are of."""
 
     def call() -> Upscaled:
         with named(name):
-            if isinstance(router, PatchRouter):
+            if not isinstance(router, PixelRouter):
                 return router.upscale(image, **options)
             return router.upscale(image, scale=scale, **options)
 

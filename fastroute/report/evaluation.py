@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from fastroute import io
 from fastroute._arguments import LARGEST_SPAN, whole
+from fastroute.cascades.router import CascadeRouter
 from fastroute.degradation import make_pair
 from fastroute.io.walk import walk
 from fastroute.patch.patch_router import PatchRouter
@@ -69,7 +70,7 @@ class Row:
 
 
 def evaluate(
-    router: PatchRouter | PixelRouter,
+    router: PatchRouter | PixelRouter | CascadeRouter,
     images: str | Path,
     scale: int | None = None,
     exclude: Sequence[str] = (),
@@ -103,7 +104,7 @@ def evaluate(
     """
     if scale is not None:
         whole("evaluate", "scale", scale, LARGEST_SPAN)
-    own = router.scale if isinstance(router, PatchRouter) else None
+    own = None if isinstance(router, PixelRouter) else int(router.scale)
     factor = scale or own or round(router.scale)
     if own is not None and factor != own:
         raise ValueError(f"evaluate: scale must be {own}, that of the model; got {factor}")

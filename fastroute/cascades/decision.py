@@ -1,0 +1,230 @@
+"""How a cascade chooses the class of every cell: by a table of errors, or by an order of difficulty."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastroute.cascades.cells import Cells
+from fastroute.cascades.plan import Plan, make_plan
+
+# Without a calibration: pixels of context, and how the expected error of a class falls from one to the next.
+CONTEXT, FALL = 16, 0.1
+# A target is met by halving the range of a price so often.
+STEPS = 9
+
+
+@dataclass(frozen=True)
+class Table:
+    """Errors against the most expensive network over the whole image, learnt from images.
+
+    Attributes:
+        scores: [bins], rising.
+        errors: [K, bins], expected squared error in [0, 1] of each class in a cell of a score; of the last class that of being
+            computed in regions, at the first of `contexts`.
+        contexts: pixels of context that may be chosen from, rising.
+        shares: of the last class's error, by context: 1 for the first.
+        inner: share of that error for a cell that lies within its region.
+        margin: by what a promise multiplies all errors.
+        fidelity: in dB, by default.
+    """
+
+    scores: Tensor
+    errors: Tensor
+    contexts: tuple[int, ...] = (CONTEXT,)
+    shares: tuple[float, ...] = (1.0,)
+    inner: float = 0.25
+    margin: float = 1.0
+    fidelity: float = 40.0
+
+    def expected(self, scores: Tensor) -> Tensor:  # [...] -> [K, ...]
+        """Errors at `scores`: linear in their logarithms between the bins, constant beyond."""
+        at = scores.clamp(min=1e-3).log()
+        known = self.scores.clamp(min=1e-3).log()
+        right = torch.searchsorted(known, at.contiguous()).clamp(1, len(known) - 1)
+        share = ((at - known[right - 1]) / (known[right] - known[right - 1]).clamp(min=1e-9)).clamp(0, 1)
+        logs = self.errors.clamp(min=1e-12).log()
+        return torch.lerp(logs[:, right - 1], logs[:, right], share).exp()
+
+
+@dataclass(frozen=True)
+class Target:
+    """What one call asks for: one of a share of the dense cost, a fidelity in dB, or everything in the most expensive class.
+
+    Attributes:
+        budget, fidelity: as asked for.
+        everywhere: the most expensive class everywhere.
+        context: as asked for.
+    """
+
+    budget: float | None = None
+    fidelity: float | None = None
+    everywhere: bool = False
+    context: int | None = None
+
+
+@dataclass(frozen=True)
+class Decision:
+    """By what classes are chosen.
+
+    Attributes:
+        table: of errors; None before a calibration.
+        thresholds: of scores, one less than there are classes; a cell's class is the number of those that its score exceeds.
+        context: pixels, without a table.
+    """
+
+    table: Table | None = None
+    thresholds: tuple[float, ...] | None = None
+    context: int = CONTEXT
+
+    def target(self, classes: int, budget: float | None, fidelity: float | None, mapped: bool, context: int | None) -> Target:
+        """What a call asks for.
+
+        Raises:
+            ValueError: a fidelity without a calibration, or nothing to decide by.
+        """
+        if fidelity is not None and self.table is None and classes > 1:
+            raise ValueError("upscale: fidelity needs a calibrated cascade; calibrate it on images, or give a budget")
+        if classes == 1 or budget == 1:
+            return Target(everywhere=True, context=context)
+        if budget is None and fidelity is None and not mapped:
+            if self.table is not None:
+                fidelity = self.table.fidelity
+            elif self.thresholds is None:
+                raise ValueError(
+                    "upscale: this cascade is not calibrated and has no thresholds; give a budget, such as budget=0.5, or a "
+                    "class_map"
+                )
+        return Target(budget, fidelity, False, context)
+
+
+def choose(
+    decision: Decision,
+    target: Target,
+    cells: Cells,
+    costs: Sequence[float],
+    scores: Tensor | None,
+    class_ids: Tensor | None,
+    align: int = 1,
+) -> Plan:
+    """The cheapest plan found that meets `target`.
+
+    Args:
+        decision: by what classes are chosen.
+        target: of the call.
+        cells: of the image.
+        costs: of a pixel in each class, rising.
+        scores: [rows, cols] of the cells; None where every class is known.
+        class_ids: int64 [rows, cols], where they are known.
+        align: contexts are rounded up to its multiples: networks that fold pixels see them as they do in the whole image.
+    """
+
+    def aligned(pixels: int) -> int:
+        return -(-pixels // align) * align
+
+    context = aligned(decision.context if target.context is None else target.context)
+    last = len(costs) - 1
+    if class_ids is not None:
+        return make_plan(class_ids, cells, costs, context)
+    if target.everywhere or scores is None:
+        return make_plan(torch.full((cells.rows, cells.cols), last), cells, costs, context)
+    if target.budget is None and target.fidelity is None and decision.thresholds is not None:
+        limits = torch.tensor(decision.thresholds, dtype=scores.dtype)
+        return make_plan((scores[..., None] > limits).sum(-1), cells, costs, context)
+    table = decision.table
+    free = table is not None and target.context is None
+    contexts = [aligned(each) for each in table.contexts] if free and table is not None else [context]
+    plans = [_searched(table, target, cells, costs, scores, each) for each in contexts]
+    if target.fidelity is not None:
+        return min(plans, key=lambda found: found[1].cost)[1]
+    return min(plans, key=lambda found: found[0])[1]
+
+
+def _searched(
+    table: Table | None, target: Target, cells: Cells, costs: Sequence[float], scores: Tensor, context: int
+) -> tuple[float, Plan]:
+    """A plan with this context that meets `target`, and its expected error: the price of an error is halved in on."""
+    expected = _expected(table, scores, len(costs))
+    areas, most = cells.areas(), costs[-1]
+    prices = torch.tensor([cost / most for cost in costs], dtype=torch.float64)
+
+    def at(price: float) -> tuple[float, Plan]:
+        utility = expected + price * prices[:, None, None]
+        plan = make_plan(utility.argmin(dim=0), cells, costs, context)
+        return error_of(plan, expected, table, areas), plan
+
+    largest = float((expected[0] - expected[-1]).max()) / max(float(prices[-1] - prices[0]), 1e-9)
+    low, high = math.log(max(largest, 1e-11)) - 18.0, math.log(max(largest, 1e-11)) + 1.0
+    if target.fidelity is not None:
+        allowed = 10 ** (-target.fidelity / 10)
+        # The dense run is what is always near enough.
+        everywhere = make_plan(torch.full_like(scores, len(costs) - 1, dtype=torch.int64), cells, costs, context)
+        best = (0.0, everywhere)
+        for _ in range(STEPS):
+            middle = (low + high) / 2
+            error, plan = at(math.exp(middle))
+            if error <= allowed:
+                low = middle
+                best = (error, plan) if plan.cost <= best[1].cost else best
+            else:
+                high = middle
+        return best
+    budget = float(target.budget or 1.0) * cells.height * cells.width
+    cheapest = make_plan(torch.zeros_like(scores, dtype=torch.int64), cells, costs, context)
+    best = (error_of(cheapest, expected, table, areas), cheapest)
+    for _ in range(STEPS):
+        middle = (low + high) / 2
+        error, plan = at(math.exp(middle))
+        if plan.cost <= budget:
+            high = middle
+            best = (error, plan) if error <= best[0] else best
+        else:
+            low = middle
+    return best
+
+
+def _expected(table: Table | None, scores: Tensor, classes: int) -> Tensor:  # [rows, cols] -> [K, rows, cols]
+    if table is not None:
+        return table.expected(scores)
+    # An error that grows as the square of the score, as that of interpolation does, and falls from class to class.
+    own = (scores.clamp(min=0.01) / 255).square()
+    falls = torch.tensor([FALL**k for k in range(classes - 1)] + [0.0], dtype=own.dtype)
+    return own * falls[:, None, None]
+
+
+def error_of(plan: Plan, expected: Tensor, table: Table | None, areas: Tensor) -> float:  # [K, rows, cols]
+    """The mean squared error that is expected of a plan."""
+    classes = plan.class_ids
+    own = expected.gather(0, classes[None])[0]
+    last = len(expected) - 1
+    if table is not None and last > 0:
+        heavy = classes == last
+        if bool(heavy.all()) and plan.regions[last] == (plan.cells.whole,):
+            return 0.0
+        own = torch.where(heavy, own * region_shares(plan, table), own) * table.margin
+    return float((own * areas).sum() / areas.sum())
+
+
+def region_shares(plan: Plan, table: Table) -> Tensor:  # [rows, cols]
+    """By what the error of the last class is multiplied in every cell: less with more context, and far from a border."""
+    shares = torch.zeros_like(plan.class_ids, dtype=torch.float64)
+    share = table.shares[max(n for n, context in enumerate(table.contexts) if context <= max(plan.context, table.contexts[0]))]
+    rows, cols = shares.shape
+    for region in plan.regions[-1]:
+        # Cells along a border that is not the image's see least of what lies beyond.
+        inside = torch.full((region.bottom - region.top, region.right - region.left), share * table.inner, dtype=torch.float64)
+        if region.top > 0:
+            inside[0] = share
+        if region.bottom < rows:
+            inside[-1] = share
+        if region.left > 0:
+            inside[:, 0] = share
+        if region.right < cols:
+            inside[:, -1] = share
+        place = shares[region.top : region.bottom, region.left : region.right]
+        place.copy_(torch.where(place > 0, torch.minimum(place, inside), inside))
+    return shares

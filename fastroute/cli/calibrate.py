@@ -1,0 +1,81 @@
+"""`fastroute calibrate`: what a cascade of networks may be expected to do to one's own images."""
+
+from __future__ import annotations
+
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+import click
+
+from fastroute.cli._common import device_of, precision_of, running_of, running_options, sorted_by_cost
+
+
+@click.command("calibrate", short_help="Learn on your own images where cheaper networks are near enough.")
+@click.option("--model", required=True, metavar="MODEL", help="The network whose results are wanted.")
+@click.option("--cheap", multiple=True, required=True, metavar="MODEL", help="A cheaper network of the same scale, such as "
+              "`fastroute distill` writes, or bicubic; may be repeated.")  # fmt: skip
+@click.option("--images", required=True, type=click.Path(path_type=Path), help="Folder of images such as you will upscale, "
+              "searched recursively.")  # fmt: skip
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="The .safetensors file to write, for --model; it "
+              "names the networks by their places beside it.")  # fmt: skip
+@click.option("--fidelity", type=float, default=40.0, show_default=True, metavar="DB",
+              help="For which promises are tested, and the default of the file.")  # fmt: skip
+@click.option("--crops", type=click.IntRange(1, 64), default=1, show_default=True, metavar="N",
+              help="Of every image at each of its two sizes.")  # fmt: skip
+@click.option("--exclude", multiple=True, metavar="PATTERN", help="File names to leave out, say '*-x4.png'; may be repeated.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Fixes the places of the crops.")
+@running_options
+@click.option("--quiet", is_flag=True, help="No progress bar and no summary.")
+def command(
+    model: str,
+    cheap: tuple[str, ...],
+    images: Path,
+    out: Path,
+    fidelity: float,
+    crops: int,
+    exclude: tuple[str, ...],
+    seed: int,
+    quiet: bool,
+    **options: Any,
+) -> None:
+    """Learn on your own images where cheaper networks come near enough to MODEL's results. No reference is needed.
+
+    \b
+    fastroute calibrate --model heavy.pth --cheap student.safetensors --cheap bicubic --images DIR --out routed.safetensors
+    fastroute upscale photo.jpg photo-x4.png --model routed.safetensors --fidelity 40
+    """
+    from fastroute import buffers, io
+    from fastroute.cascades.calibrate import calibrate
+    from fastroute.cascades.stored import save_cascade
+    from fastroute.cascading import cascade
+
+    if out.suffix != ".safetensors":
+        raise click.BadParameter(f"its ending must be .safetensors; got {out}", param_hint="--out")
+    if not 0 < fidelity < 200:
+        raise click.BadParameter(f"it must be above 0 and below 200; got {fidelity:g}", param_hint="--fidelity")
+    running = running_of(options)
+    where, dtype = device_of(running["device"]), precision_of(running)
+    if where.type == "cpu":
+        buffers.keep_freed()
+    paths = [path for path in io.list_images(images) if not any(fnmatch(path.name, pattern) for pattern in exclude)]
+    try:
+        # By what a network without weights costs it is the first; others by their FLOPs.
+        branches = sorted_by_cost([*cheap, model])
+        router = cascade(branches).to(where, dtype).compile(running["engine"])
+        found = calibrate(router, paths, fidelity, crops=crops, seed=seed, progress=not quiet)
+    except ValueError as error:
+        for name in ("cascade: ", "calibrate: "):
+            if str(error).startswith(name):
+                raise click.UsageError(str(error).removeprefix(name)) from error
+        raise
+    save_cascade(out, branches, found, precision=running["precision"])
+    if quiet:
+        return
+    click.echo(f"{found.cells:,} cells of {found.pictures} pictures; costs relative to {Path(model).stem}: " + ", ".join(
+        f"{Path(name).stem} {cost:.3f}" for name, cost in zip(branches[:-1], found.costs, strict=False)))  # fmt: skip
+    kept = sum(value >= fidelity for value in found.reached)
+    least = min(found.reached)
+    click.echo(f"promised {fidelity:g} dB, reached by {kept} of {len(found.reached)} crops, the least {least:.1f} dB; expected "
+               f"errors are multiplied by {found.table.margin:.2f}")  # fmt: skip
+    click.echo(f"wrote {out}; use it with: fastroute upscale IN OUT --model {out}")

@@ -1,0 +1,121 @@
+"""RRDBNet: the generator of ESRGAN, Wang et al., ECCV Workshops 2018, in the layout of Real-ESRGAN's checkpoints."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+SLOPE = 0.2
+# What a dense block and a chain of three add to their input.
+RESIDUAL = 0.2
+# Side of the tiles of the last layers, and how far these see, both in pixels of the features: one at twice their size, three
+# at four times.
+TILE, REACH = 96, 2
+CHAIN = ("rdb1", "rdb2", "rdb3")
+
+
+class DenseBlock(nn.Module):
+    """Five convolutions, each of which sees the input and what all before it found.
+
+    Args:
+        width: channels of the input and the output.
+        growth: channels that each of the first four convolutions adds.
+    """
+
+    conv5: nn.Conv2d
+
+    def __init__(self, width: int, growth: int) -> None:
+        super().__init__()
+        for number in range(1, 6):
+            out = growth if number < 5 else width
+            self.add_module(f"conv{number}", nn.Conv2d(width + (number - 1) * growth, out, 3, padding=1))
+
+    def forward(self, x: Tensor) -> Tensor:  # [B, C, h, w]
+        """See the class."""
+        found = [x]
+        for number in range(1, 5):
+            layer = getattr(self, f"conv{number}")
+            found.append(F.leaky_relu_(layer(torch.cat(found, dim=1) if number > 1 else x), SLOPE))
+        return torch.add(x, self.conv5(torch.cat(found, dim=1)), alpha=RESIDUAL)
+
+
+class Chain(nn.Module):
+    """Three dense blocks around a shortcut: a residual in residual dense block."""
+
+    def __init__(self, width: int, growth: int) -> None:
+        super().__init__()
+        for name in CHAIN:
+            self.add_module(name, DenseBlock(width, growth))
+
+    def forward(self, x: Tensor) -> Tensor:  # [B, C, h, w]
+        """See the class."""
+        y = x
+        for name in CHAIN:
+            y = getattr(self, name)(y)
+        return torch.add(x, y, alpha=RESIDUAL)
+
+
+class RRDBNet(nn.Module):
+    """Chains of dense blocks, then two enlargements by nearest neighbours with a convolution each.
+
+    Args:
+        width, blocks, growth: feature channels, chains of three dense blocks, channels that a layer of a dense block adds.
+        scale: upscaling factor, 4, 2 or 1; below 4 the image is first folded into channels.
+        channels: image channels.
+
+    Shape:
+        (B, channels, H, W) in [0, 1] to (B, channels, H * scale, W * scale). Below a scale of 4 the sides are continued to a
+        multiple of 4 / scale by reflection, or by the edge where the image is too small to be reflected.
+    """
+
+    def __init__(self, width: int = 64, blocks: int = 23, growth: int = 32, scale: int = 4, channels: int = 3) -> None:
+        super().__init__()
+        if scale not in (1, 2, 4):
+            raise ValueError(f"RRDBNet: scale must be 1, 2 or 4; got {scale}")
+        for name, number in (("width", width), ("blocks", blocks), ("growth", growth), ("channels", channels)):
+            if number < 1:
+                raise ValueError(f"RRDBNet: {name} must be at least 1; got {number}")
+        self.width, self.scale, self.channels, self.fold = width, scale, channels, 4 // scale
+        self.conv_first = nn.Conv2d(channels * self.fold**2, width, 3, padding=1)
+        self.body = nn.Sequential(*(Chain(width, growth) for _ in range(blocks)))
+        self.conv_body = nn.Conv2d(width, width, 3, padding=1)
+        self.conv_up1 = nn.Conv2d(width, width, 3, padding=1)
+        self.conv_up2 = nn.Conv2d(width, width, 3, padding=1)
+        self.conv_hr = nn.Conv2d(width, width, 3, padding=1)
+        self.conv_last = nn.Conv2d(width, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:  # [B, C, H, W]
+        """See the class."""
+        height, width = x.shape[-2:]
+        if self.fold > 1:
+            below, right = -height % self.fold, -width % self.fold
+            if below or right:
+                small = below >= height or right >= width
+                x = F.pad(x, (0, right, 0, below), mode="replicate" if small else "reflect")
+            x = F.pixel_unshuffle(x, self.fold)
+        first = self.conv_first(x.to(self.conv_first.weight.dtype))
+        features = self.conv_body(self.body(first)).add_(first)
+        return self._enlarged(features)[..., : height * self.scale, : width * self.scale]
+
+    def _enlarged(self, features: Tensor) -> Tensor:  # [B, C, h, w] -> [B, channels, 4 * h, 4 * w]
+        """The last layers, over tiles with the `REACH` pixels that they see around each: the whole would take most memory."""
+        height, width = features.shape[-2:]
+        if self.training or height * width <= TILE * TILE:
+            return self._last(features)
+        batch = features.shape[0]
+        output = features.new_empty(batch, self.channels, 4 * height, 4 * width)
+        for top in range(0, height, TILE):
+            for left in range(0, width, TILE):
+                bottom, right = min(top + TILE, height), min(left + TILE, width)
+                y, x = max(top - REACH, 0), max(left - REACH, 0)
+                tile = self._last(features[..., y : bottom + REACH, x : right + REACH])
+                inner = slice(4 * (top - y), 4 * (bottom - y)), slice(4 * (left - x), 4 * (right - x))
+                output[..., 4 * top : 4 * bottom, 4 * left : 4 * right] = tile[..., inner[0], inner[1]]
+        return output
+
+    def _last(self, features: Tensor) -> Tensor:  # [B, C, h, w] -> [B, channels, 4 * h, 4 * w]
+        for layer in (self.conv_up1, self.conv_up2):
+            features = F.leaky_relu_(layer(F.interpolate(features, scale_factor=2.0, mode="nearest")), SLOPE)
+        # Rounded once more, values near 1 would be a whole level of 8 bits apart.
+        return self.conv_last(F.leaky_relu_(self.conv_hr(features), SLOPE))
