@@ -177,7 +177,7 @@ def make_request(
     def asked_for(rule: ClassRule, budget: PixelBudget | None) -> Request:
         return Request(grid, rule, budget, options.refine, options.progress, options.memory_limit)
 
-    if networks.num_classes == 1:
+    if limit == Budget() and networks.num_classes == 1:
         return asked_for(ClassRule([1.0], only=0), None)
     if limit == Budget():
         cost = networks.costs.at(factor) if penalty else [1.0] * networks.num_classes
