@@ -14,10 +14,13 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from fastroute.buffers import explained
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 # Devices whose operators autocast runs in another type than that of their weights.
 AUTOCAST = ("cpu", "cuda")
+FREE = "use a smaller image or patch, or free memory"
 TRACED = (
     "an image is routed by its values, which tracing, fake tensors and the transforms of torch.func do not know; a "
     "FixedPatchRouter or FixedPixelRouter can be exported and compiled"
@@ -104,7 +107,11 @@ def ordinarily(function: F) -> F:
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> Any:
         lock = getattr(args[0], "lock", None) if args else None
-        with ordinary(name, *args, *kwargs.values()), lock if isinstance(lock, CallLock) else ExitStack():
+        with (
+            explained(name, FREE),
+            ordinary(name, *args, *kwargs.values()),
+            lock if isinstance(lock, CallLock) else ExitStack(),
+        ):
             return function(*args, **kwargs)
 
     @functools.wraps(function)
@@ -121,7 +128,7 @@ def computing_in_own_type(forward: F) -> F:
     @functools.wraps(forward)
     def run(self: Any, *args: Any, **kwargs: Any) -> Any:
         if not torch.compiler.is_compiling():
-            with settled():
+            with explained("upscale", FREE), settled():
                 return forward(self, *args, **kwargs)
         if torch.is_autocast_enabled(self.device.type):
             with torch.autocast(self.device.type, enabled=False):

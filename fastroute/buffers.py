@@ -6,10 +6,12 @@ import ctypes
 import math
 import mmap
 import os
+import re
 import sys
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -122,6 +124,35 @@ def available(device: torch.device, enough: int = sys.maxsize) -> int:
     return free if limit == resource.RLIM_INFINITY else max(0, min(free, limit - used))
 
 
+# What oneDNN and Python say where they get no memory, and in other cases: only with so little left it is the first.
+UNCLEAR, SCARCE = ("could not create a primitive", "can't start new thread"), 1 << 30
+# A message that names the remedy already.
+ADVISED = re.compile(r"out of memory.*; ", re.DOTALL)
+
+
 def is_exhausted(error: BaseException) -> bool:
     """Whether `error` says that memory ran out: torch's CPU allocator has no class of its own for it."""
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error):
+        return True
+    unclear = isinstance(error, SystemError) or any(words in str(error) for words in UNCLEAR)
+    return unclear and available(torch.device("cpu"), enough=SCARCE) < SCARCE
+
+
+@contextmanager
+def explained(op: str, remedy: str) -> Iterator[None]:
+    """Memory that runs out within the block, or in a function so decorated, is an error that says what to do.
+
+    Args:
+        op: what the user called.
+        remedy: what to do, unless the error names something better already.
+
+    Raises:
+        MemoryError, torch.OutOfMemoryError: memory ran out.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError, SystemError) as error:
+        if not is_exhausted(error) or (ADVISED.search(str(error)) and isinstance(error, (MemoryError, torch.OutOfMemoryError))):
+            raise
+        kind = torch.OutOfMemoryError if isinstance(error, torch.OutOfMemoryError) else MemoryError
+        raise kind(f"{op}: out of memory; {remedy}") from error

@@ -43,6 +43,7 @@ LARGEST = {"scale": 64, "patch": 4096, "stride": 4096}
 
 
 @ordinarily
+@buffers.explained("load", "free memory, or choose a smaller model")
 def load(
     name_or_path: str | Path | nn.Module | Any = DEFAULT_MODEL,
     *,

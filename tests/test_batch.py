@@ -201,7 +201,7 @@ def test_failures_of_one_file_stop_no_other(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(router, "upscale", failing)
     monkeypatch.setattr(io, "write_picture", full)
     outcomes = {o.job.source.name: o for o in many_files.run_jobs(router, many_files.plan_jobs([folder], tmp_path / "out"))}
-    assert outcomes["b.png"].error == f"cannot upscale {folder / 'b.png'}: out of memory"
+    assert outcomes["b.png"].error == f"cannot upscale {folder / 'b.png'}: out of memory; give a memory limit, or cut the image"
     assert outcomes["c.png"].error.endswith("c.png: no space left")
     assert sorted(outcomes) == ["a.png", "b.png", "c.png", "d.png"] and names(tmp_path / "out") == ["a.png", "d.png"]
     assert outcomes["a.png"].stats is not None and sum(outcomes["a.png"].stats.counts_per_class) > 0

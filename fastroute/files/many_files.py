@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, cast
 
-from fastroute import io
+from fastroute import buffers, io
 from fastroute.backends import BackendError
 from fastroute.budget.limits import Budget
 from fastroute.cascades.router import CascadeRouter
@@ -233,7 +233,9 @@ def _ended(written: tuple[Outcome, int, Future[None]]) -> Outcome:
 def _reason(job: Job, error: BaseException) -> str:
     if isinstance(error, io.ImageError):
         return str(error)
-    lines = str(error).splitlines() or ["out of memory" if isinstance(error, MemoryError) else type(error).__name__]
+    if buffers.is_exhausted(error) and not buffers.ADVISED.search(str(error)):
+        return f"cannot upscale {job.source}: out of memory; give a memory limit, or cut the image"
+    lines = str(error).splitlines() or [type(error).__name__]
     # What nobody foresaw says at least what it is.
     kind = "" if isinstance(error, EXPECTED) or lines[0] == type(error).__name__ else f"{type(error).__name__}: "
     return f"cannot upscale {job.source}: {kind}{lines[0]}"

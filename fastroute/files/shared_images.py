@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from fastroute import io
+from fastroute import buffers, io
 from fastroute.budget.limits import Budget
 from fastroute.files.shared_budget import SharedBudget, share_budget
 from fastroute.patch.patch_router import PatchRouter
@@ -54,6 +54,7 @@ def upscale_many(
 
     Raises:
         ValueError: no images, not exactly one budget, an impossible one, or a router without a classifier.
+        MemoryError, torch.OutOfMemoryError: memory ran out; the message says what to do.
     """
     op = "upscale_many"
     if not len(images):
@@ -64,7 +65,8 @@ def upscale_many(
 
 
 def _upscale_many(shared: SharedBudget, images: Sequence[Image], progress: Progress) -> Iterator[Upscaled]:
-    with shown(progress, 2 * len(images), "image") as bar:
+    remedy = "give a smaller memory_limit, or smaller images"
+    with shown(progress, 2 * len(images), "image") as bar, buffers.explained("upscale_many", remedy):
         for image in images:
             shared.look(_read(image))
             bar.update()

@@ -26,6 +26,10 @@ class ImageError(ValueError):
     """An image file that cannot be read or written; the message names the file and the reason."""
 
 
+class ImageMemoryError(ImageError, MemoryError):
+    """An image file for which memory ran out; the message says what to do."""
+
+
 def list_images(folder: str | Path) -> list[Path]:
     """Image files below `folder`, sorted by path; see :func:`is_image`.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,8 +16,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from fastroute._arguments import real
+from fastroute.buffers import is_exhausted
 from fastroute.io.decoded import Decoded, Limits
-from fastroute.io.files import ImageError
+from fastroute.io.files import ImageError, ImageMemoryError
 from fastroute.io.picture import Picture
 from fastroute.io.recognise import HEAD, format_of_bytes
 
@@ -118,6 +121,8 @@ def open_picture(
     Strips and tiles of a TIFF are decoded when they are read. Any other file is decoded whole: where that would take more
     bytes than `memory`, it is refused.
     """
+    if not 0 < real("read_picture", "white", white) < math.inf:
+        raise ValueError(f"read_picture: white must be positive and finite; got {white}")
     limit = Limits(pixel_limit() if isinstance(max_pixels, str) else max_pixels, memory)
     with explained(path):
         _check_file(path)
@@ -161,6 +166,7 @@ def read_picture(path: str | Path, *, max_pixels: int | str | None = AUTO, white
         white: the value that floating-point samples have where they are white, say 255.
 
     Raises:
+        TypeError, ValueError: `white` is no positive number.
         ImageError: the file is missing, unreadable, no image, damaged, cut short or too large; or of a kind that is not known:
             signed samples, or floating point beyond [0, 2] once divided by `white`, or not a number.
     """
@@ -229,12 +235,16 @@ def explained(path: str | Path) -> Iterator[None]:
         yield
     except ImageError:
         raise
-    except MemoryError as error:
-        raise ImageError(f"cannot read {path}: out of memory") from error
+    except (MemoryError, RuntimeError) as error:
+        if not is_exhausted(error):
+            raise ImageError(f"cannot read {path}: {_damaged(error)}") from error
+        remedy = "cut it, or store it as TIFF, whose strips or tiles `upscale_file` reads one by one"
+        raise ImageMemoryError(f"cannot read {path}: out of memory; {remedy}") from error
     except OSError as error:
         raise ImageError(f"cannot read {path}: {error.strerror or error}") from error
     except Exception as error:  # libraries raise what they like on damaged files
-        reason = (
-            str(error) if isinstance(error, ValueError) and str(error) else f"it is damaged ({error or type(error).__name__})"
-        )
-        raise ImageError(f"cannot read {path}: {reason}") from error
+        raise ImageError(f"cannot read {path}: {_damaged(error)}") from error
+
+
+def _damaged(error: Exception) -> str:
+    return str(error) if isinstance(error, ValueError) and str(error) else f"it is damaged ({error or type(error).__name__})"

@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from fastroute.io.files import ImageError, check_writable, write_atomically
+from fastroute.buffers import is_exhausted
+from fastroute.io.files import ImageError, ImageMemoryError, check_writable, write_atomically
 from fastroute.io.metadata import carried, save_options
 from fastroute.io.picture import BITS, Picture
 
@@ -34,6 +35,8 @@ FORMATS = {
 }
 # Of lossless WebP: as fast as Pillow's default, whatever the quality of the lossy form.
 LOSSLESS_EFFORT = 80
+# What libwebp's encoder says where it gets no memory.
+NO_MEMORY = ("encoding error 1", "encoding error 2")
 ALPHA_FORMATS = "PNG, WebP or TIFF"
 
 
@@ -90,13 +93,14 @@ def write_picture(path: str | Path, picture: Picture, *, quality: int | None = N
     check_writable(path)
     check_holds(path, picture.height, picture.width, picture.alpha)
     name = format_of(path)
-    picture = picture.as_bits(min(picture.bits, max(FORMATS[name].bits)))
-    pixels = _interleaved(picture, FORMATS[name].alpha)
     try:
+        picture = picture.as_bits(min(picture.bits, max(FORMATS[name].bits)))
+        pixels = _interleaved(picture, FORMATS[name].alpha)
         write_atomically(path, lambda file: _encode(file, picture, pixels, name, quality))
-    except MemoryError:
-        raise
     except Exception as error:  # libraries raise what they like
+        if is_exhausted(error) or str(error) in NO_MEMORY:
+            remedy = "`upscale_file` writes .png, .tif and .zarr in bands, within memory_limit"
+            raise ImageMemoryError(f"cannot write {path}: out of memory; {remedy}") from error
         raise ImageError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from error
 
 

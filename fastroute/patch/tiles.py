@@ -20,6 +20,7 @@ from fastroute.windows import CROP
 
 
 @ordinarily
+@buffers.explained("tiled", "choose a smaller patch")
 def tiled(
     model: nn.Module | Callable[[Tensor], Tensor] | Any,
     *,

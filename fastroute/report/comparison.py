@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fastroute import buffers
 from fastroute._arguments import whole
 from fastroute.budget.limits import check_possible
 from fastroute.cascades.router import CascadeRouter
@@ -77,6 +78,7 @@ class Comparison:
     device: str
 
 
+@buffers.explained("compare", "use a smaller image, or cut it")
 def compare(
     image: Tensor,  # [3, h, w]
     models: Sequence[str | Path],

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastroute import io
+from fastroute import buffers, io
 from fastroute._arguments import LARGEST_SPAN, whole
 from fastroute.cascades.router import CascadeRouter
 from fastroute.degradation import make_pair
@@ -69,6 +69,7 @@ class Row:
     seconds: float
 
 
+@buffers.explained("evaluate", "leave large images out, or cut them")
 def evaluate(
     router: PatchRouter | PixelRouter | CascadeRouter,
     images: str | Path,

@@ -76,6 +76,8 @@ class BandSink:
         self.images, self.begin, self.end = (0, 0), 0, 0  # what the buffer holds
         self.buffer = torch.empty(0)
         self.thread = ThreadPoolExecutor(1, "fastroute-write")
+        # It begins now: where memory has run out, the C library ends a process in which a thread begins.
+        self.thread.submit(torch.empty, 0).result()
         self.pending: Future[None] | None = None
 
     def band(self, images: Span, rows: Span) -> Tensor:  # [images, C, rows, W]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from fastroute import io
+from fastroute import buffers, io
 from fastroute._arguments import LARGEST_SPAN, real, whole
 from fastroute.io.files import remove_parts
 from fastroute.models.checkpoints import CheckpointError, load_weights, read_checkpoint
@@ -181,6 +181,7 @@ class BaseTrainer(ABC):
         """What follows the last step; the same on every call."""
         self.model.eval()
 
+    @buffers.explained("train", "use a smaller batch")
     def run(self) -> Any:
         """Train to the end, from the saved state if there is one; returns the model in evaluation mode.
 

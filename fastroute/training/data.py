@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from fastroute import io
+from fastroute import buffers, io
 from fastroute.degradation import downscale, make_pair, to_uint8
 from fastroute.runtime.transfer import to_device
 from fastroute.training import distributed
@@ -45,6 +45,7 @@ class Pool:
     images: int = 0
 
     @staticmethod
+    @buffers.explained("train", "use fewer or smaller images")
     def build(
         folder: str | Path,
         scale: int = 4,
