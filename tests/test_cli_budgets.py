@@ -110,7 +110,7 @@ def test_what_fails_in_its_turn_stops_no_other(model, folder, tmp_path, monkeypa
     jobs = many_files.plan_jobs([folder], tmp_path / "out")
     outcomes = list(many_files.run_jobs(router, jobs, shared_budget=True, budget=0.8, memory_limit=10**9))
     assert sorted((o.job.source.name, o.error.partition(": ")[2]) for o in outcomes) == [
-        ("a.png", ""), ("b.png", "out of memory; give a memory limit, or cut the image"), ("c.png", ""),
+        ("a.png", ""), ("b.png", "upscale: out of memory; use a smaller image or patch, or free memory"), ("c.png", ""),
     ]  # fmt: skip
 
 

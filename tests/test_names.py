@@ -96,3 +96,10 @@ def test_no_other_names(pattern):
 def test_test_files_start_with_an_op():
     for path in (ROOT / "tests" / "ops").glob("test_*.py"):
         assert path.stem.removeprefix("test_").startswith(tuple(OPS)), path.name
+
+
+def test_campaigns_are_described():
+    told = (ROOT / "CONTRIBUTING.md").read_text()
+    files = [path for path in (ROOT / "tests").rglob("test_*.py") if "marks=pytest" + ".mark.soak" in path.read_text()]
+    assert len(files) > 5
+    assert not [path for path in files if f"`{path.relative_to(ROOT).as_posix()}`" not in told]

@@ -11,7 +11,10 @@ import sys
 
 import pytest
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only there is address space limited as it is here")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(sys.platform != "linux", reason="only there is address space limited as it is here"),
+]
 
 # Every call runs in forks of one process, once small to load what it needs, then large with so many megabytes to spare.
 PROGRAM = r"""
