@@ -21,7 +21,7 @@ def downscale(image: Tensor, scale: float) -> Tensor:  # [B, C, H, W] -> [B, C, 
 
     Args:
         image: float32 in [0, 1].
-        scale: factor >= 1; the output sides are rounded to the nearest pixel.
+        scale: factor >= 1. The output sides are rounded to the nearest pixel.
     """
     for dim in (2, 3):
         image = _reduced(image, dim, max(1, round(image.shape[dim] / scale)))
@@ -61,12 +61,12 @@ def cubic(distance: Tensor) -> Tensor:
 
 
 def to_uint8(image: Tensor) -> Tensor:
-    """[0, 1] floats to 0 … 255, rounded half to even: the precision in which the papers store LR images."""
+    """Convert floats in [0, 1] to 0 … 255, rounded half to even: the precision in which the papers store LR images."""
     return image.clamp(0, 1).mul(255).round().to(torch.uint8)
 
 
 def make_pair(hr: Tensor, scale: int) -> tuple[Tensor, Tensor]:  # [C, H, W] -> [C, h, w], [C, h·s, w·s]
-    """An (LR, HR) pair of uint8 images: HR is cropped to a multiple of `scale`, LR is its bicubic reduction."""
+    """An (LR, HR) pair of uint8 images: HR is the image cropped to a multiple of `scale`, LR is its bicubic reduction."""
     height, width = (side // scale * scale for side in hr.shape[-2:])
     hr = hr[:, :height, :width]
     lr = downscale(hr[None].float() / 255, scale)[0]

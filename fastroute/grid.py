@@ -1,4 +1,4 @@
-"""Where the patches of an image lie."""
+"""The grid of the patches of an image."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 COVERAGES = ("full", "crop")
-# LR pixels by which neighbouring patches overlap; ClassSR's are 32 pixels wide and 28 apart.
+# The overlap of neighbouring patches in LR pixels. ClassSR's patches are 32 pixels wide and 28 apart.
 OVERLAP = 4
 
 
 def usual_stride(patch: int) -> int:
-    """The distance of patches that overlap by 4 pixels, or by a quarter where they are narrower than 16: 28 for 32."""
+    """The stride of patches that overlap by 4 pixels, or by a quarter if they are narrower than 16: 28 for 32."""
     return patch - min(OVERLAP, patch // 4)
 
 
@@ -22,16 +22,16 @@ def usual_stride(patch: int) -> int:
 class TileGrid:
     """Overlapping square patches over an image, rows before columns.
 
-    The origin of tile row i is ``min(i * stride, max(height - patch, 0))``: the last row and column are shifted inward, so
-    that every pixel is covered and no patch reaches outside an image that is at least as large as one.
+    The origin of tile row i is ``min(i * stride, max(height - patch, 0))``: the last row and column are shifted inward, so that
+    every pixel is covered and no patch reaches outside the image unless the image is smaller than a patch.
 
     Args:
         height, width: size of the LR image in pixels.
         patch: side of a patch in LR pixels.
         stride: distance of two patches in LR pixels, at most `patch`.
-        scale: factor between a patch and what is stitched: an output patch is ``patch * scale`` wide.
-        coverage: "full" covers every pixel; "crop" drops the remainder below and to the right of the last whole stride,
-            as the published ClassSR code does.
+        scale: factor between input and output patches: an output patch is ``patch * scale`` wide.
+        coverage: "full" covers every pixel; "crop" drops the remainder below and to the right of the last whole stride, as the
+            published ClassSR code does.
 
     Raises:
         ValueError: a size below 1, a stride above the patch, an unknown coverage, or "crop" on an image smaller than one
@@ -76,17 +76,17 @@ class TileGrid:
 
     @property
     def rows(self) -> int:
-        """Number of tile rows."""
+        """The number of tile rows."""
         return tile_count(self.height, self.patch, self.stride, self.crop)
 
     @property
     def cols(self) -> int:
-        """Number of tile columns."""
+        """The number of tile columns."""
         return tile_count(self.width, self.patch, self.stride, self.crop)
 
     @property
     def num_patches(self) -> int:
-        """Patches per image."""
+        """The number of patches per image."""
         return self.rows * self.cols
 
     @property
@@ -99,19 +99,19 @@ class TileGrid:
 
     @property
     def row_origins(self) -> list[int]:
-        """First LR row of each tile row."""
+        """The first LR row of each tile row."""
         return _origins(self.height, self.patch, self.stride, self.crop)
 
     @property
     def col_origins(self) -> list[int]:
-        """First LR column of each tile column."""
+        """The first LR column of each tile column."""
         return _origins(self.width, self.patch, self.stride, self.crop)
 
     def region_shapes(self, merge: int) -> list[tuple[int, int]]:
         """Height and width in LR pixels of every shape of region that :func:`fastroute.merge_regions` makes.
 
-        The shape of a region is numbered row side before column side, each as :func:`region_sides` lists them. A shape that no
-        region of this grid has is (0, 0).
+        Shapes are numbered by row side first, then by column side, each in the order of :func:`region_sides`. A shape that does
+        not occur in this grid is (0, 0).
 
         Args:
             merge: side of a block in patches: 1, 2, 4 or 8.
@@ -121,29 +121,29 @@ class TileGrid:
         return [(h, w) if h and w else (0, 0) for h in heights for w in widths]
 
     def origins(self) -> Tensor:
-        """Top left corner of every patch: int64 (num_patches, 2), row and column in LR pixels."""
+        """The top left corner of every patch: int64 (num_patches, 2), row and column in LR pixels."""
         rows, cols = torch.tensor(self.row_origins), torch.tensor(self.col_origins)
         return torch.cartesian_prod(rows, cols).view(-1, 2)
 
 
 def tile_count(size: int, patch: int, stride: int, crop: bool) -> int:
-    """Tiles along one axis."""
+    """The number of tiles along one axis."""
     if size <= patch:
         return 1
     return (size - patch) // stride + 1 if crop else (size - patch + stride - 1) // stride + 1
 
 
 def tile_origins(size: int, patch: int, stride: int, crop: bool) -> list[int]:
-    """First pixel of each tile along one axis."""
+    """The first pixel of each tile along one axis."""
     last = max(size - patch, 0)
     return [min(i * stride, last) for i in range(tile_count(size, patch, stride, crop))]
 
 
 def region_sides(size: int, patch: int, stride: int, crop: bool, merge: int) -> list[int]:
-    """Pixels that a region spans along one axis, by its side code; 0 for a code that no region has.
+    """The pixels that a region spans along one axis, by its side code; 0 for a code that does not occur.
 
-    Code 2 l is a side of 2^l whole tiles. Code 2 l + 1 is the side at the end of the axis that is shorter than that: of fewer
-    tiles, but of more than 2^(l - 1), or with its last tile shifted inward.
+    Code 2 l is a side of 2^l whole tiles. Code 2 l + 1 is a shorter side at the end of the axis: it has fewer tiles, but more
+    than 2^(l - 1), or its last tile is shifted inward.
     """
     origins = _origins(size, patch, stride, crop)
     count, sides = len(origins), []
@@ -155,16 +155,16 @@ def region_sides(size: int, patch: int, stride: int, crop: bool, merge: int) -> 
     return sides
 
 
-# Asked for again and again while an image is routed band by band.
+# Cached, because it is needed again and again while an image is routed band by band.
 _kept_origins = lru_cache(maxsize=64)(tile_origins)
 
 
 def _origins(size: int, patch: int, stride: int, crop: bool) -> list[int]:
-    # The compiler looks through the cache, and warns that it does.
+    # The compiler ignores the cache, and would warn about that.
     found = tile_origins if torch.compiler.is_compiling() else _kept_origins
     return list(found(size, patch, stride, crop))
 
 
 def covered_size(size: int, patch: int, stride: int, crop: bool) -> int:
-    """Pixels that the stitched output spans along one axis."""
+    """The pixels that the stitched output spans along one axis."""
     return (tile_count(size, patch, stride, crop) - 1) * stride + patch if crop else size

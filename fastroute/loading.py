@@ -1,4 +1,4 @@
-"""From a name or a checkpoint to an upscaler."""
+"""`load`: makes a router from a model's name or a checkpoint."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from fastroute.runtime.border import ZERO, check_border
 
 # Arguments of a router of patches.
 ROUTING = ("window", "batch", "border", "merge", "coverage", "rounded")
-# Beyond any network that has been published: what a file says is not built before it is believed.
+# Limits beyond any published network. Numbers in a file are checked against them before anything is built.
 LARGEST = {"scale": 64, "patch": 4096, "stride": 4096}
 
 
@@ -77,13 +77,13 @@ def load(
             that give none.
         patch, stride: LR patch size and distance of patches. Default: what the file says; else 32, and as distance
             :func:`fastroute.grid.usual_stride`.
-        dtype: in which the networks compute: float32, bfloat16, float16 or float64. Images keep their own type; sums, means
-            and what is added last are float32 in a half network too.
+        dtype: type in which the networks compute: float32, bfloat16, float16 or float64. Images keep their own type. Sums,
+            means and the last addition are float32 in half precision too.
         tune: find out on the work of calls how the branches run fastest, see :class:`fastroute.PatchRouter`.
-        window, batch, merge: see :class:`fastroute.PatchRouter`; not for PCSR. By default the window is "hann": it hides the
-            grid of the patches, at no cost in time or PSNR. ``window="uniform", merge=1`` is what was published.
+        window, batch, merge: see :class:`fastroute.PatchRouter`; not for PCSR. The default window is "hann", which hides the
+            grid of the patches at no cost in time or PSNR. ``window="uniform", merge=1`` is the published setting.
         border: "zero" or "edge", see :class:`fastroute.PatchRouter`.
-        engine: what executes the branches, see :meth:`fastroute.PatchRouter.compile`.
+        engine: engine that executes the branches, see :meth:`fastroute.PatchRouter.compile`.
         table: the table that ARM's code stored beside its weights (.state): `name_or_path` is then the supernet of an ARM, as
             published, whose file is that of a plain network. Without a table it runs as that network, densely.
         eta: choose classes as ARM's code does, argmax of PSNR - cost / eta with the PSNR of the table's nearest bin; for ARM
@@ -96,9 +96,9 @@ def load(
         and cascades :class:`fastroute.CascadeRouter`; call its `upscale`.
 
     Raises:
-        ValueError: a device that cannot be used, float16 on a CPU that has no convolutions of it, or a scale, patch or
-            stride that is impossible, or an engine that cannot be used.
-        fastroute.CheckpointError: no such model or file, a damaged file, a model of another scale than asked for, or another
+        ValueError: the device or the engine cannot be used, float16 on a CPU that has no convolutions in it, or an impossible
+            scale, patch or stride.
+        fastroute.CheckpointError: no such model or file, a damaged file, a model of another scale than requested, or an unknown
             architecture (the message names the keys that do not fit).
 
     Warns:
@@ -132,7 +132,7 @@ def open_network(op: str, source: Any) -> tuple[str, nn.Module, Facts]:
 
 
 def _load(path: Path, asked: dict[str, Any]) -> PatchRouter | PixelRouter | CascadeRouter:
-    """What the file holds, in float32 on the CPU."""
+    """The model in a file, in float32 on the CPU."""
     content, metadata = read_checkpoint(path)
     if CASCADE in metadata:
         return read_cascade(content, metadata[CASCADE], path, asked, partial(open_network, "load"))
@@ -140,7 +140,7 @@ def _load(path: Path, asked: dict[str, Any]) -> PatchRouter | PixelRouter | Casc
     model = content.get("model")
     published = isinstance(model, Mapping) and model.get("name") in PUBLISHED
     if not published and isinstance(model, Mapping) and isinstance(model.get("sd"), Mapping):
-        # PCSR's format names the network beside its weights.
+        # PCSR's format names the network next to its weights.
         arguments = model.get("args")
         for name in ("upscale", "scale"):
             if isinstance(arguments, Mapping) and name in arguments:
@@ -165,10 +165,10 @@ def _load(path: Path, asked: dict[str, Any]) -> PatchRouter | PixelRouter | Casc
 
 
 def weights_of(name_or_path: str | Path) -> Path:
-    """The file of a shipped model, or the one that is named.
+    """The path of a shipped model's file, or the given path.
 
     Raises:
-        fastroute.CheckpointError: neither is there.
+        fastroute.CheckpointError: neither exists.
     """
     if str(name_or_path) in list_models():
         return WEIGHTS / f"{name_or_path}.safetensors"
@@ -183,7 +183,7 @@ def weights_of(name_or_path: str | Path) -> Path:
 
 
 def _asked(scale: float | None, patch: int | None, stride: int | None) -> dict[str, Any]:
-    """What a caller gave, once it is possible."""
+    """Check an argument of the caller and return it."""
     asked = {name: value for name, value in (("scale", scale), ("patch", patch), ("stride", stride)) if value is not None}
     for name, value in asked.items():
         wanted = "positive and finite" if name == "scale" else "a positive whole number"
@@ -202,16 +202,16 @@ def _asked(scale: float | None, patch: int | None, stride: int | None) -> dict[s
 
 
 def usable_device(name: str | torch.device) -> torch.device:
-    """The device `name`, once a tensor could be made there.
+    """The device `name`, once a tensor has been made there.
 
     Raises:
-        ValueError: no such device, or none that works; the message says why.
+        ValueError: there is no such device, or it does not work. The message says why.
     """
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        # Torch goes on to list every backend there is.
+        # The rest of torch's message lists every backend.
         reason = str(error).splitlines()[0].split(". ")[0].split(", ipu")[0]
         raise ValueError(f"device {str(name)!r} cannot be used: {reason}") from error
     if device.type == "meta":
@@ -220,7 +220,7 @@ def usable_device(name: str | torch.device) -> torch.device:
 
 
 def _settings(metadata: Mapping[str, str], path: Path) -> dict[str, Any]:
-    """The options in a file's metadata that a router needs."""
+    """The options that a router needs, from a file's metadata."""
     found: dict[str, Any] = {}
     for name in ("scale", "patch", "stride", "input_range", "mean"):
         if name in metadata:
@@ -241,7 +241,7 @@ def _positive(value: object, name: str, path: Path) -> int:
 
 
 def _numbers(value: object, name: str, path: Path) -> Any:
-    """A finite number, or a list of at most four where several are meant."""
+    """A finite number, or a list of at most four numbers where several are allowed."""
     values = value if name == "mean" and isinstance(value, list) and 0 < len(value) <= 4 else [value]
     if not all(isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v) for v in values):
         raise CheckpointError(f"cannot use {path}: its {name} must be finite numbers; it is {value!r}")
@@ -260,7 +260,7 @@ def _router(
     state: dict[str, Tensor], path: Path, settings: Mapping[str, Any], asked: Mapping[str, Any]
 ) -> PatchRouter | CascadeRouter:
     patch = asked.get("patch", settings.get("patch", 32))
-    # The stride of a file belongs to its patch.
+    # The stride of a file goes with its patch.
     stride = asked.get("stride", settings.get("stride", usual_stride(patch)) if "patch" not in asked else usual_stride(patch))
     if stride > patch:
         raise CheckpointError(
@@ -327,7 +327,7 @@ def _arm_with_table(
 
 
 def _scale(state: Mapping[str, Tensor], prefix: str, path: Path, settings: Mapping[str, Any], asked: Mapping[str, Any]) -> int:
-    """The factor that was asked for, or that of the file, its shapes or its weights, in this order; they must agree."""
+    """The requested factor, or that of the file, its shapes or its weights, in this order. They must agree."""
     widths = {backbone: widths_of(state, re.escape(prefix + name) + "()") for backbone, name in FIRST_LAYERS.items()}
     backbone, width = next(((backbone, found[0]) for backbone, found in widths.items() if found), ("", 0))
     shaped = scale_of_shapes(backbone, state, prefix, width) if width else None
@@ -354,7 +354,7 @@ def _scale(state: Mapping[str, Tensor], prefix: str, path: Path, settings: Mappi
     try:
         judged = scale_of_flat_images(build)
     except (RuntimeError, ValueError):
-        # Weights that do not fit are refused by their names, later.
+        # Weights that do not fit are refused later, by their names.
         judged = None
     if judged != 4:
         reason = (

@@ -233,7 +233,7 @@ def test_what_the_summary_calls_its_percentages(model, source, out):
     for words in (
         "classifier included",
         "as the papers count",
-        "the budget of 0.8 bounds the branches",
+        "the budget of 0.8 bounds only the branches",
         "green in the class map",
     ):
         assert words in output

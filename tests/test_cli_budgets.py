@@ -148,7 +148,7 @@ def test_a_shared_budget_of_time():
         (["--budget-flops", 0], "for --budget-flops: it must be positive and finite; got 0"),
         (["--budget-ms", "nan"], "for --budget-ms: it must be positive and finite; got nan"),
         (["--shared-budget"], "--shared-budget needs --budget, --budget-flops or --budget-ms"),
-        (["--shared-budget", "--budget", 0.7, "--size", 9, 9], "--shared-budget needs --scale in place of --size"),
+        (["--shared-budget", "--budget", 0.7, "--size", 9, 9], "--shared-budget needs --scale instead of --size"),
     ],
 )
 def test_refused_before_anything_is_loaded(folder, tmp_path, monkeypatch, options, words):

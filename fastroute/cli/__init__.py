@@ -1,6 +1,6 @@
-"""The command line: ``fastroute`` or ``python -m fastroute``. A command lies in the module of its name.
+"""The command line: ``fastroute`` or ``python -m fastroute``. Every command has a module of its own.
 
-Modules here import torch, and whatever needs it, only inside their functions, so that help is shown at once.
+These modules import torch, and whatever needs it, only inside their functions, so that help is shown at once.
 """
 
 from __future__ import annotations
@@ -20,24 +20,24 @@ COMMANDS = ("upscale", "compare", "evaluate", "train", "distill", "calibrate", "
 
 
 class Group(click.Group):
-    """Imports a command when it is asked for. Errors that a user can mend end the command with their message alone."""
+    """Imports a command when it is used. Errors that a user can fix end the command with only their message."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        """Names of all commands."""
+        """The names of all commands."""
         return list(COMMANDS)
 
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
-        """The command `name`, if there is one."""
+        """The command `name`, or None if there is none."""
         if name not in COMMANDS:
             return None
         command: click.Command = importlib.import_module(f"fastroute.cli.{name}").command
         return command
 
     def invoke(self, ctx: click.Context) -> object:
-        """Run the command; see the class."""
-        # A terminated run tidies up like an interrupted one: no temporary file is left.
+        """Run the command and report errors."""
+        # A terminated run cleans up like an interrupted one and leaves no temporary file.
         signal.signal(signal.SIGTERM, _terminate)
-        # Names of files may hold bytes that are no text.
+        # Names of files may hold bytes that are not text.
         for stream in (sys.stdout, sys.stderr):
             if isinstance(stream, io.TextIOWrapper):
                 stream.reconfigure(errors="backslashreplace")
@@ -47,21 +47,21 @@ class Group(click.Group):
             if not _is_users(error):
                 raise
             words = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
-            # What a function calls max_pixels is an option here.
+            # The argument max_pixels is an option here.
             raise click.ClickException(words.replace("raise max_pixels", "raise --max-pixels") or "out of memory") from error
 
 
 def _is_users(error: Exception) -> bool:
-    """Whether a user can mend it."""
+    """Whether a user can fix the error."""
     if isinstance(error, (ValueError, TypeError, MemoryError)):
         return True
-    # A full disk, for example; click itself ends where nobody reads the output any more.
+    # For example a full disk. When nobody reads the output any more, click itself ends the command.
     if isinstance(error, OSError):
         return error.errno not in (None, errno.EPIPE)
-    # What names an extra to install.
+    # Errors that name an extra to install.
     if isinstance(error, ImportError):
         return 'pip install ".[' in str(error)
-    # Click's own way to stop is an error of this kind too, and may come before anything is imported.
+    # Click stops by an error of this kind too, perhaps before anything is imported.
     torch, backends = sys.modules.get("torch"), sys.modules.get("fastroute.backends")
     return bool(torch and backends and isinstance(error, (backends.BackendError, torch.OutOfMemoryError)))
 
@@ -75,5 +75,5 @@ def _terminate(number: int, frame: object) -> None:
 def main() -> None:
     """Dynamic-routing super-resolution: easy parts of an image go through a small network, hard parts through a large one.
 
-    fastroute COMMAND --help tells the options of a command.
+    fastroute COMMAND --help explains the options of a command.
     """

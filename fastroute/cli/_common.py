@@ -1,4 +1,4 @@
-"""What several commands share."""
+"""Options and helpers that several commands share."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ if TYPE_CHECKING:
     from fastroute.pixel.pixel_router import PixelRouter
 
 
-# An error of a function that refuses one of its arguments.
+# The form of an error in which a function refuses one of its arguments.
 REFUSED = re.compile(r"^(?:cannot use .*?: )?(?P<words>(?:[^:]*: )*(?P<name>\w+) must .*)", re.DOTALL)
-# Each says by itself how classes are chosen.
+# Each of these options decides by itself how classes are chosen.
 DECIDING = ("budget", "budget_flops", "budget_ms", "fidelity", "penalty", "adaptive")
 
 
 class Command(click.Command):
-    """A command that names an option where a function refuses its value: such an error is one of usage, with status 2."""
+    """A command that names the option whose value a function refuses. Such an error is a usage error, with exit status 2."""
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command."""
@@ -44,7 +44,7 @@ class Command(click.Command):
             raise click.BadParameter(found["words"], ctx, param_hint=hint) from error
 
     def _given(self, ctx: click.Context, name: str) -> str:
-        """The option by which the argument `name` of a function was given on the command line, if it was."""
+        """The option that gave the argument `name` of a function on the command line, if any."""
         flag = f"--{name.replace('_', '-')}"
         for option in self.params:
             if ctx.get_parameter_source(option.name or "") != click.core.ParameterSource.COMMANDLINE:
@@ -58,7 +58,7 @@ class Command(click.Command):
 
 
 def device_of(name: str) -> torch.device:
-    """The device `name`, once it has been seen to work."""
+    """The device `name`, once it is known to work."""
     from fastroute.loading import usable_device
 
     try:
@@ -68,7 +68,7 @@ def device_of(name: str) -> torch.device:
 
 
 def precision_of(running: dict[str, Any]) -> torch.dtype:
-    """The type that ``--precision`` names, once it is known that the device computes in it."""
+    """The type that ``--precision`` names, once it is known that the device supports it."""
     from fastroute.models.precision import PRECISIONS, check_precision
 
     dtype = PRECISIONS[running["precision"]]
@@ -80,16 +80,16 @@ def precision_of(running: dict[str, Any]) -> torch.dtype:
 
 
 def running_of(options: dict[str, Any]) -> dict[str, Any]:
-    """Take what :func:`running_options` gave out of all options."""
+    """Remove the options of :func:`running_options` from all options and return them."""
     return {name: options.pop(name) for name in ("device", "precision", "engine", "tune")}
 
 
 def model_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The options of :func:`load_router`, beside ``--model`` and ``--scale``."""
+    """The options of :func:`load_router`, except ``--model`` and ``--scale``."""
     patch = click.option("--patch", type=click.IntRange(min=1), metavar="N",
-                         help="Side of a patch in input pixels.  [default: what the checkpoint says, or 32]")  # fmt: skip
+                         help="Side of a patch in input pixels.  [default: that of the checkpoint, or 32]")  # fmt: skip
     stride = click.option("--stride", type=click.IntRange(min=1), metavar="N",
-                          help="Distance of patches.  [default: what the checkpoint says, or the patch less 4]")  # fmt: skip
+                          help="Distance of patches.  [default: that of the checkpoint, or the patch minus 4]")  # fmt: skip
     table = click.option("--table", type=click.Path(exists=True, dir_okay=False, path_type=Path), metavar="FILE",
                          help="ARM: the table (.state) that its code stored beside the weights of MODEL.")  # fmt: skip
     eta = click.option("--eta", type=float, metavar="ETA", help="ARM: choose classes as its code does, by PSNR - cost / ETA; "
@@ -107,7 +107,7 @@ def load_router(
     stride: int | None = None,
     **more: Any,
 ) -> PatchRouter | PixelRouter | CascadeRouter:
-    """:func:`fastroute.load`, run as :func:`running_options` says; warnings are lines of their own, errors name the option."""
+    """:func:`fastroute.load` with the options of :func:`running_options`. Errors name the option; warnings are single lines."""
     where, dtype = device_of(running["device"]), precision_of(running)
     with telling_warnings():
         try:
@@ -128,7 +128,7 @@ def load_router(
 
 @contextmanager
 def telling_warnings() -> Iterator[None]:
-    """Show warnings as lines of their own, without the place in the code."""
+    """Show warnings as single lines, without the place in the code."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
@@ -139,7 +139,7 @@ def telling_warnings() -> Iterator[None]:
 
 
 def tell_measuring() -> None:
-    """Say on the terminal when a speed is measured, until the command ends."""
+    """Until the command ends, announce on the terminal when a speed is measured."""
     from fastroute.budget import speed
     from fastroute.runtime import tuning
 
@@ -157,15 +157,17 @@ def tell_measuring() -> None:
 
 
 def running_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """How networks run: the options `device`, `precision`, `engine` and `tune` of :func:`load_router`."""
-    device = click.option("--device", metavar="DEVICE", default="cpu", show_default=True, help="Where to run, say cuda.")
+    """The options for how networks run: `device`, `precision`, `engine` and `tune` of :func:`load_router`."""
+    device = click.option(
+        "--device", metavar="DEVICE", default="cpu", show_default=True, help="Device to run on, such as cuda."
+    )
     precision = click.option("--precision", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32",
-                             show_default=True, help="The type in which networks compute; images keep theirs.")  # fmt: skip
+                             show_default=True, help="Type in which networks compute. Images keep their own type.")  # fmt: skip
     tune = click.option("--no-tune", "tune", is_flag=True, flag_value=False, default=True,
-                        help="Do not find out, on the work itself, how the networks run fastest.")  # fmt: skip
+                        help="Do not search, during the work, for the fastest way to run the networks.")  # fmt: skip
     engine = click.option("--engine", type=click.Choice(["torch", "torch.compile", "openvino", "tensorrt", "auto"]),
                           default="torch", show_default=True,
-                          help="What executes the branches; auto compares those installed.")  # fmt: skip
+                          help="Engine that runs the branches; auto compares those installed.")  # fmt: skip
     return device(precision(engine(tune(command))))
 
 
@@ -173,8 +175,8 @@ def check_deciding(chosen: dict[str, Any], shared: bool = False) -> None:
     """Refuse options that contradict each other, before anything is loaded.
 
     Args:
-        chosen: what was given on the command line, by the names of the router's arguments.
-        shared: the budget is that of all inputs.
+        chosen: the options given on the command line, by the names of the router's arguments.
+        shared: whether all inputs share the budget.
     """
     deciding = [f"--{name.replace('_', '-')}" for name in DECIDING if name in chosen]
     if len(deciding) > 1:
@@ -188,16 +190,16 @@ def check_deciding(chosen: dict[str, Any], shared: bool = False) -> None:
     if shared and not any(name.startswith("budget") for name in chosen):
         raise click.UsageError("--shared-budget needs --budget, --budget-flops or --budget-ms")
     if shared and "size" in chosen:
-        raise click.UsageError("--shared-budget needs --scale in place of --size")
+        raise click.UsageError("--shared-budget needs --scale instead of --size")
 
 
 def check_routing(router: PatchRouter | PixelRouter | CascadeRouter, model: str, chosen: dict[str, Any]) -> dict[str, Any]:
     """The options of `upscale` that suit the router; those that do not are refused before anything is read.
 
     Args:
-        router: of `model`.
-        model: its name.
-        chosen: what was given on the command line, by the names of the router's arguments.
+        router: the router of `model`.
+        model: name of the model.
+        chosen: the options given on the command line, by the names of the router's arguments.
     """
     from fastroute.budget.limits import check_possible
     from fastroute.cascades.router import CascadeRouter
@@ -209,7 +211,7 @@ def check_routing(router: PatchRouter | PixelRouter | CascadeRouter, model: str,
     if "fidelity" in chosen:
         raise click.BadParameter(f"{model} is no calibrated cascade, which alone keeps a fidelity", param_hint="--fidelity")
     if isinstance(router, PatchRouter):
-        chosen.pop("scale", None)  # that of the networks: it was checked when they were loaded
+        chosen.pop("scale", None)  # the networks' own scale, which was checked when they were loaded
         refuse_pixel_options(model, chosen)
         costs = router.costs
     else:

@@ -1,4 +1,4 @@
-"""What `fastroute upscale` tells at the end."""
+"""The summary that `fastroute upscale` prints at the end."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from fastroute.pixel.pixel_router import PixelRouter
 from fastroute.runtime.results import RoutingStats
 from fastroute.visualize import class_colours, colour_names
 
-# Files of which the same is said, by their names.
+# The largest number of files that are named together in one remark.
 NAMED_AT_MOST = 20
 
 
 def tell_one(
     router: Router, job: Job, source: Picture, result: Picture, stats: RoutingStats, chosen: dict[str, Any], model: str
 ) -> None:
-    """What was done with one picture."""
+    """Print what was done with one picture."""
     sizes = [f"({picture.width} x {picture.height})" for picture in (source, result)]
     click.echo(f"{job.source} {sizes[0]} -> {job.target} {sizes[1]}, {result}, model {model}")
     tell_routing(router, job, stats, chosen)
@@ -35,14 +35,14 @@ def tell_one(
 
 
 def tell_routing(router: Router, job: Job, stats: RoutingStats, chosen: dict[str, Any]) -> None:
-    """Classes, FLOPs and times."""
+    """Print classes, FLOPs and times."""
     unit = "pixels" if isinstance(router, PixelRouter) else "cells" if isinstance(router, CascadeRouter) else "patches"
     total = max(sum(stats.counts_per_class), 1)
     names, colours = colour_names(router.num_classes), class_colours(router.num_classes).tolist()
     for k, count in enumerate(stats.counts_per_class):
         rank = "cheapest" if k == 0 else "most expensive" if k == router.num_classes - 1 else ""
         notes = [note for note in (rank, f"{names[k]} in the class map" if job.class_map else "") if note]
-        # Shown on a terminal; click leaves colours out of files and pipes.
+        # Colours are shown on a terminal only; click leaves them out of files and pipes.
         swatch = click.style("  ", bg=tuple(colours[k])) if job.class_map and sys.stdout.isatty() else ""
         click.echo(f"  class {k + 1}: {count:9,d} {unit}, {100 * count / total:5.1f} %  {swatch} {', '.join(notes)}".rstrip())
     flops, paper = stats.flops, stats.paper_flops
@@ -50,10 +50,10 @@ def tell_routing(router: Router, job: Job, stats: RoutingStats, chosen: dict[str
                f"{flops.dense / 1e9:.1f} G, which all {unit} in the most expensive class take")  # fmt: skip
     click.echo(f"         as the papers count, without the classifier: {100 * paper.fraction:.0f} %")
     if "budget" in chosen:
-        click.echo(f"         the budget of {chosen['budget']:g} bounds the branches alone, without the classifier")
+        click.echo(f"         the budget of {chosen['budget']:g} bounds only the branches, not the classifier")
     seconds = stats.seconds
     parts = {name: taken for name, taken in seconds.items() if name != "total"}
-    # Much in a process's first call: memory is mapped, kernels are built.
+    # This can be long in a process's first call, which maps memory and builds kernels.
     other = max(seconds["total"] - sum(parts.values()), 0.0)
     stages = ", ".join(f"{name} {taken:.3f}" for name, taken in (parts | {"other": other}).items())
     asked = f" of the {chosen['budget_ms']:g} ms asked for" if "budget_ms" in chosen else ""
@@ -61,14 +61,14 @@ def tell_routing(router: Router, job: Job, stats: RoutingStats, chosen: dict[str
 
 
 def tell_many(plan: Plan, outcomes: Iterable[Outcome], folder: Path, quiet: bool, known: bool = True) -> None:
-    """Show a bar while the jobs are done, then what was written and left out, and last what failed and why: the exit is 1 then.
+    """Show a bar while the jobs run, then what was written and left out, and finally what failed and why, with exit status 1.
 
     Args:
-        plan: what there is to do.
-        outcomes: how each job ends.
-        folder: of the results.
-        quiet: only what failed.
-        known: whether the settings of what was there already are known.
+        plan: the plan of all jobs.
+        outcomes: the outcomes of the jobs, as they end.
+        folder: folder of the results.
+        quiet: whether only failures are shown.
+        known: whether the settings of existing results are known.
     """
     start, jobs = time.perf_counter(), plan.jobs
     done: list[Outcome] = []
@@ -81,7 +81,7 @@ def tell_many(plan: Plan, outcomes: Iterable[Outcome], folder: Path, quiet: bool
             if failures:
                 bar.set_postfix_str(f"{failures} failed")
     errors = [outcome.error for outcome in done if outcome.error]
-    errors += [f"cannot look through the folder {path}: {reason}" for path, reason in plan.unreadable]
+    errors += [f"cannot search the folder {path}: {reason}" for path, reason in plan.unreadable]
     skipped = sum(outcome.skipped for outcome in done)
     written = [outcome for outcome in done if not outcome.error and not outcome.skipped]
     if not quiet:
@@ -105,7 +105,7 @@ def tell_many(plan: Plan, outcomes: Iterable[Outcome], folder: Path, quiet: bool
 
 
 def tell_groups(title: str, found: Sequence[tuple[Path, str]]) -> None:
-    """Files and what is said of them, those of which the same is said together."""
+    """Print remarks about files, grouped by remark."""
     groups: dict[str, list[Path]] = {}
     for path, reason in found:
         groups.setdefault(reason, []).append(path)

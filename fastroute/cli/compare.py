@@ -18,7 +18,7 @@ from fastroute.cli._common import (
     telling_warnings,
 )
 
-# Options that take all values up to the next option.
+# Options that take several values, up to the next option.
 LISTS = ("--models", "--budget")
 PLACE, SIDE = click.IntRange(min=0), click.IntRange(min=1)
 
@@ -44,16 +44,16 @@ class ListCommand(Command):
 @click.command("compare", cls=ListCommand, short_help="Show bicubic, dense and routed results on one HTML page.")
 @click.argument("source", metavar="IN", type=click.Path(path_type=Path))
 @click.option("--models", multiple=True, default=[DEFAULT_MODEL], show_default=True, metavar="MODEL...",
-              help="Shipped models, see `fastroute models`, or checkpoint files; IN stands before them.")  # fmt: skip
+              help="Shipped models, see `fastroute models`, or checkpoint files. IN comes before this option.")  # fmt: skip
 @click.option("--budget", "budgets", multiple=True, type=float, metavar="BUDGET...",
-              help="Route within each of these, say 0.5 0.7.  [default: as the model itself decides]")  # fmt: skip
+              help="Route within each of these, such as 0.5 0.7.  [default: the model decides]")  # fmt: skip
 @click.option("--reference", type=click.Path(path_type=Path), help="What the result should be, for PSNR and SSIM.")
 @click.option("--downscale", is_flag=True, help="Reduce IN by the factor first; IN itself is then the reference.")
-@click.option("--scale", type=float, help="Upscaling factor of models that have any (PCSR) or whose checkpoint does "
-              "not tell.  [default: that of the others]")  # fmt: skip
+@click.option("--scale", type=float, help="Upscaling factor, for models that take any (PCSR) or whose checkpoint does "
+              "not state it.  [default: that of the others]")  # fmt: skip
 @click.option("--detail", type=(PLACE, PLACE, SIDE, SIDE), metavar="LEFT TOP WIDTH HEIGHT",
-              help="What the slider shows, in pixels of the result.  [default: all, or where most changes]")  # fmt: skip
-@click.option("--runs", type=click.IntRange(min=1), default=3, show_default=True, help="How often each time is taken.")
+              help="Part that the slider shows, in pixels of the result.  [default: all, or where most changes]")  # fmt: skip
+@click.option("--runs", type=click.IntRange(min=1), default=3, show_default=True, help="How often each variant is timed.")
 @click.option("--out", type=click.Path(path_type=Path), help="The page to write.  [default: IN-compare.html, in this folder]")
 @running_options
 @click.option("--quiet", is_flag=True, help="No progress bar and no summary.")
@@ -70,8 +70,8 @@ def command(
     quiet: bool,
     **options: Any,
 ) -> None:
-    """Enlarge image IN by bicubic interpolation and by every model, dense and routed, and write one HTML page with a slider
-    between the results, class maps, PSNR where there is a reference, FLOPs and times.
+    """Enlarge image IN by bicubic interpolation and by every model, dense and routed. Writes one HTML page with a slider
+    between the results, class maps, FLOPs, times and, given a reference, PSNR.
     """
     from fastroute import io
     from fastroute.report.comparison import compare

@@ -1,4 +1,4 @@
-"""`fastroute evaluate`: how good and how expensive a model is."""
+"""`fastroute evaluate`: the quality and the cost of a model."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from fastroute.cli._common import (
 @click.option("--exclude", multiple=True, metavar="PATTERN", help="File names to leave out, say '*-x4.png'; may be repeated.")
 @click.option("--budget", type=float, help="Branch FLOPs as a fraction of those of the most expensive.  "
               "[default: the classifier decides]")  # fmt: skip
-@click.option("--scale", type=int, help="Upscaling factor: any whole one for PCSR; needed for other models "
-              "whose checkpoint does not tell theirs.")  # fmt: skip
+@click.option("--scale", type=int, help="Upscaling factor: any whole number for PCSR; needed for other models "
+              "whose checkpoint does not state it.")  # fmt: skip
 @model_options
 @click.option("--penalty", type=float, help="Exponent of the cost in the choice of classes.")
 @click.option("--adaptive", is_flag=True, default=None, help="PCSR's adaptive decision (ADM) instead of --penalty.")
@@ -40,7 +40,7 @@ def command(
     target: Path | None, quiet: bool,
     **options: Any,
 ) -> None:  # fmt: skip
-    """Reduce the images of a folder, super-resolve them with MODEL, and compare with what they were: quality, FLOPs, seconds,
+    """Reduce the images of a folder, super-resolve them with MODEL, and compare with the originals: quality, FLOPs, seconds,
     classes. MODEL is a shipped model, see `fastroute models`, or a checkpoint file.
     """
     import torch

@@ -1,4 +1,4 @@
-"""`fastroute info`: what is installed and which backend runs what."""
+"""`fastroute info`: installed versions, and the backend of every operator."""
 
 import click
 

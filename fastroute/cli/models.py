@@ -1,4 +1,4 @@
-"""`fastroute models`: what is shipped."""
+"""`fastroute models`: the shipped models."""
 
 import click
 

@@ -1,4 +1,4 @@
-"""`fastroute train`: a recipe on images of one's own."""
+"""`fastroute train`: a training recipe on one's own images."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import click
 
 from fastroute.cli._common import Command, device_of
 
-# Those of fastroute.training.recipes, which is imported only to train.
+# The recipes of fastroute.training.recipes, which is imported only to train.
 RECIPE_NAMES = tuple(
     f"{system}-{backbone}"
     for system, backbones in (
@@ -26,10 +26,10 @@ RECIPE_NAMES = tuple(
 @click.command("train", cls=Command, short_help="Train a model on your own images; run again to resume.")
 @click.argument("recipe", metavar="RECIPE", type=click.Choice(RECIPE_NAMES))
 @click.option("--images", required=True, type=click.Path(path_type=Path), help="Folder of high-resolution images, searched "
-              "recursively; no side below 128 pixels, a patch of 32 times the factor.")  # fmt: skip
+              "recursively. No side may be below 128 pixels: a patch of 32 times the factor.")  # fmt: skip
 @click.option("--out", type=click.Path(path_type=Path), help="Folder for the state of training, from which the same command "
               "resumes, and the result.  [default: runs/RECIPE]")  # fmt: skip
-@click.option("--exclude", multiple=True, metavar="PATTERN", help="File names to leave out, say '*-x4.png'; may be repeated.")
+@click.option("--exclude", multiple=True, metavar="PATTERN", help="File names to leave out, such as '*-x4.png'; repeatable.")
 @click.option("--init", type=click.Path(path_type=Path), help="Start from the weights of this checkpoint: of the same recipe, "
               "of a ClassSR (cdnsr takes its branches, arm and pcsr the largest), or of one network (arm, pcsr).")  # fmt: skip
 @click.option("--config", type=click.Path(path_type=Path), help="YAML file of settings, NAME: VALUE; the options below and "
@@ -44,12 +44,12 @@ RECIPE_NAMES = tuple(
 @click.option("--joint-steps", metavar="N",
               help="Steps of classifier and branches together (classsr, cdnsr).  [default: 800; cdnsr 2000]")  # fmt: skip
 @click.option("--routing-steps", metavar="N",
-              help="Last steps of the classifier alone, by what each choice costs (classsr).  [default: 1500]")  # fmt: skip
+              help="Last steps of the classifier alone, by the cost of each choice (classsr).  [default: 1500]")  # fmt: skip
 @click.option("--batch", metavar="N", help="Patches per step.  [default: 32; pcsr 16]")
 @click.option("--seed", metavar="N", help="Fixes initial weights and batches.  [default: 0]")
-@click.option("--device", metavar="DEVICE", default="cpu", show_default=True, help="Where to train, say cuda.")
+@click.option("--device", metavar="DEVICE", default="cpu", show_default=True, help="Device to train on, such as cuda.")
 @click.option("--precision", type=click.Choice(("float32", "bfloat16", "float16")), default="float32", show_default=True,
-              help="Of the convolutions; the weights stay in float32.")  # fmt: skip
+              help="Type of the convolutions. Weights stay in float32.")  # fmt: skip
 def command(
     recipe: str,
     images: Path,
@@ -62,7 +62,7 @@ def command(
     precision: str,
     **options: str | None,
 ) -> None:
-    """Train a model on your own images. The same command goes on where it was stopped. RECIPE is one of:
+    """Train a model on your own images. The same command continues where it was stopped. RECIPE is one of:
 
     \b
     classsr-fsrcnn  classsr-carn  classsr-srresnet  classsr-rcan
@@ -113,10 +113,10 @@ def command(
 
 
 def _check_folder(folder: Path) -> None:
-    """Fail before the work if `folder` cannot be made or written."""
+    """Check before the work that `folder` can be made and written."""
     parent = folder
     while not parent.exists() and parent != parent.parent:
         parent = parent.parent
     if not parent.is_dir() or not os.access(parent, os.W_OK):
-        reason = "permission denied" if parent.is_dir() else f"{parent} is no folder"
+        reason = "permission denied" if parent.is_dir() else f"{parent} is not a folder"
         raise click.ClickException(f"cannot make the folder {folder}: {reason}")

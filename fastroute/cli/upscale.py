@@ -32,13 +32,13 @@ if TYPE_CHECKING:
     from fastroute.patch.patch_router import PatchRouter
     from fastroute.pixel.pixel_router import PixelRouter
 
-# Those of fastroute.windows, which imports torch.
+# The windows of fastroute.windows, which imports torch.
 WINDOWS = ("uniform", "linear", "hann", "gaussian", "crop")
 FORMATS = ("png", "jpg", "jpeg", "webp", "tif", "tiff", "bmp")
 ZARR = ".zarr"
-# Formats with a quality.
+# The formats that have a quality.
 LOSSY = (".jpg", ".jpeg", ".jpe", ".jfif", ".webp")
-# Pixels from which encoding takes some seconds.
+# From this many pixels on, encoding takes some seconds.
 SLOW_TO_WRITE = 1 << 25
 
 
@@ -48,13 +48,13 @@ class Pixels(click.ParamType):
     name = "pixels"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | str | None:
-        """The number; None for no limit."""
+        """The number, or None for no limit."""
         if value in (None, "auto"):
             return value
         if value == "none":
             return None
         try:
-            # Both 300000000 and 3e8 are natural here.
+            # Both 300000000 and 3e8 are accepted.
             number = int(float(value))
         except (ValueError, OverflowError):
             number = 0
@@ -69,50 +69,53 @@ class Pixels(click.ParamType):
               "network of your own.")  # fmt: skip
 @click.option("--cheap", multiple=True, metavar="MODEL", help="A cheaper network of MODEL's scale, or bicubic, for the easy "
               "parts; may be repeated. Needs --budget.")  # fmt: skip
-@click.option("--budget", type=float, help="Branch FLOPs as a fraction of what the most expensive branch takes everywhere, say "
+@click.option("--budget", type=float, help="Branch FLOPs as a fraction of what the most expensive branch takes everywhere, such as "
               "0.7; the classifier comes on top.  [default: the classifier decides]")  # fmt: skip
 @click.option("--budget-flops", type=float, metavar="FLOPS",
-              help="FLOPs of every image instead, say 2e11; with --shared-budget of all together.")  # fmt: skip
-@click.option("--budget-ms", type=float, metavar="MS", help="Milliseconds for every image instead, its files not counted; with "
-              "--shared-budget for all together.")  # fmt: skip
+              help="FLOPs of every image instead, such as 2e11; with --shared-budget, of all together.")  # fmt: skip
+@click.option("--budget-ms", type=float, metavar="MS", help="Milliseconds for every image instead, not counting files; with "
+              "--shared-budget, for all together.")  # fmt: skip
 @click.option("--fidelity", type=float, metavar="DB", help="Nearness to what the most expensive network makes of the whole "
               "image, in dB; for a model that `fastroute calibrate` wrote.")  # fmt: skip
 @click.option("--shared-budget", is_flag=True,
-              help="One budget over all inputs, not one for each, spent where it helps most; reads them twice.")  # fmt: skip
+              help="All inputs share one budget, which is spent where it helps most. Reads them twice.")  # fmt: skip
 @click.option("--scale", type=float,
-              help="Upscaling factor: any for PCSR; needed for others whose checkpoint does not tell theirs.")  # fmt: skip
+              help="Upscaling factor: any for PCSR; needed for others whose checkpoint does not state it.")  # fmt: skip
 @model_options
 @click.option("--window", type=click.Choice(WINDOWS), help="How overlapping patches are blended.  [default: hann]")
 @click.option("--border", type=click.Choice(["zero", "edge"]), default="zero", show_default=True,
-              help="What networks see beyond the edge of an image; edge keeps flat borders flat.")  # fmt: skip
-@click.option("--merge", type=click.Choice(["1", "2", "4", "8"]), help="Side of a block of patches that may run as one region; "
+              help="What networks see beyond the edge of an image. edge keeps flat borders flat.")  # fmt: skip
+@click.option("--merge", type=click.Choice(["1", "2", "4", "8"]), help="Side of a block of patches that may run as one region. "
               "1 runs each on its own, as published code does.  [default: 4]")  # fmt: skip
 @click.option("--batch", type=click.IntRange(min=1), metavar="N", help="Patches per pass of a branch.  [default: by "
               "measurement, which is remembered]")  # fmt: skip
 @click.option("--size", type=(int, int), metavar="HEIGHT WIDTH", help="Output size instead of a factor (PCSR).")
 @click.option(
-    "--penalty", type=float, help="Exponent of the cost in the choice of classes: 0 is best quality, larger is cheaper."
+    "--penalty", type=float, help="Exponent of the cost in the choice of classes: 0 is the best quality, larger is cheaper."
 )
 @click.option("--adaptive", is_flag=True, help="PCSR's adaptive decision (ADM) instead of --penalty.")
 @click.option("--refine/--no-refine", default=None, help="PCSR's refinement of class borders; on by default.")
 @click.option("--class-map", type=click.Path(path_type=Path),
-              help="Also write a picture of the class of every patch or pixel; a folder, where OUT is one.")  # fmt: skip
+              help="Also write a picture of the class of every patch or pixel. A folder if OUT is one.")  # fmt: skip
 @click.option(
-    "--format", "file_format", type=click.Choice(FORMATS), help="Of the files in folder OUT.  [default: each input's own]"
+    "--format",
+    "file_format",
+    type=click.Choice(FORMATS),
+    help="Format of the results in folder OUT.  [default: that of the input]",
 )
-@click.option("--quality", type=click.IntRange(1, 100), metavar="N", help="Of JPEG and WebP, 1 to 100.  [default: 95]")
-@click.option("--drop-alpha", is_flag=True, help="Leave transparency out, say for JPEG.")
-@click.option("--white", type=float, metavar="VALUE", help="What is white in images of floating point, say 255.  [default: 1]")
-@click.option("--max-pixels", type=Pixels(), metavar="N", default="auto", help="Read images of up to so many pixels, or none "
+@click.option("--quality", type=click.IntRange(1, 100), metavar="N", help="Quality of JPEG and WebP, 1 to 100.  [default: 95]")
+@click.option("--drop-alpha", is_flag=True, help="Leave transparency out, for example for JPEG.")
+@click.option("--white", type=float, metavar="VALUE", help="Value of white in floating-point images, say 255.  [default: 1]")
+@click.option("--max-pixels", type=Pixels(), metavar="N", default="auto", help="Read images of up to this many pixels, or none "
               "for no limit.  [default: about 179 million]")  # fmt: skip
-@click.option("--resume", is_flag=True, help="Skip inputs whose result is in folder OUT already and no older; refused where "
+@click.option("--resume", is_flag=True, help="Skip inputs whose result is in folder OUT already and not older. Refused if "
               "the last run into that folder had other settings.")  # fmt: skip
-@click.option("--overwrite", is_flag=True, help="Allow a result to take the place of its input; any other file is replaced.")
+@click.option("--overwrite", is_flag=True, help="Allow a result to overwrite its input. Any other file is replaced anyway.")
 @click.option("--memory-limit", type=click.IntRange(min=1), metavar="MB",
-              help="Work in bands within so much memory. For one IN and OUT it holds for reading and writing too; for a folder "
-              "each image and its result are in memory beside it.")  # fmt: skip
+              help="Work in bands within this much memory. For one IN and OUT this includes reading and writing; for a folder, "
+              "each image and its result are held beside it.")  # fmt: skip
 @running_options
-@click.option("--quiet", is_flag=True, help="No progress bar and no summary; errors are shown.")
+@click.option("--quiet", is_flag=True, help="No progress bar and no summary, only errors.")
 def command(
     sources: tuple[Path, ...],
     out: str,
@@ -144,14 +147,14 @@ def command(
 
     \b
     fastroute upscale IN OUT        one image; the ending of OUT names the format
-    fastroute upscale IN... FOLDER  images, folders, and patterns such as 'photos/**/*.jpg'; a / at the end of
-                                    FOLDER says that it is one, where it is not there yet
+    fastroute upscale IN... FOLDER  images, folders, and patterns such as 'photos/**/*.jpg'; a new FOLDER needs
+                                    a / at its end
 
     Depth, transparency, colour profile and metadata are kept as far as the format holds them.
     """
     target = Path(out)
     if not sources:
-        # Of one argument click takes the last.
+        # click takes a single argument for the last one.
         raise click.UsageError(f"Missing argument 'OUT': only {target} is given; say also what to write, a file or a folder")
     import logging
     import warnings

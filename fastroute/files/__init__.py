@@ -1,1 +1,1 @@
-"""Files in, files out: pictures, folders, large files, budgets that several images share."""
+"""From files to files: pictures, folders, large files, and budgets that several images share."""

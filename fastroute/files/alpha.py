@@ -1,4 +1,4 @@
-"""Transparency, enlarged by bicubic interpolation, any rows of the result at a time."""
+"""Bicubic enlargement of transparency, for any rows of the result at a time."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-# Of the cubic, as PyTorch's bicubic interpolation has it.
+# The parameter of the cubic, as in PyTorch's bicubic interpolation.
 SHARPNESS = -0.75
-# Rows of the result that are computed together.
+# The number of rows of the result that are computed together.
 BAND = 64
 
 
 def enlarge_rows(
     read: Callable[[int, int], Tensor], size_in: tuple[int, int], size_out: tuple[int, int], rows: tuple[int, int]
 ) -> Tensor:  # -> [rows, W]
-    """Rows of the enlarged transparency; the same bits, however many are asked for together.
+    """Rows of the enlarged transparency. Their bits do not depend on how many rows are requested together.
 
     Args:
-        read: gives rows of the input, (n, w): the first, and the one behind the last.
-        size_in, size_out: height and width.
-        rows: of the result: the first, and the one behind the last.
+        read: returns rows of the input, (n, w), given the first one and the one after the last.
+        size_in, size_out: height and width of the input and of the result.
+        rows: the first row of the result, and the one after the last.
     """
     bands = [_band(read, size_in, size_out, top, min(top + BAND, rows[1])) for top in range(rows[0], rows[1], BAND)]
     return bands[0] if len(bands) == 1 else torch.cat(bands)
@@ -42,7 +42,7 @@ def _band(
 
 
 def _weighed(x: Tensor, at: Tensor, weights: Tensor, dim: int) -> Tensor:  # [..., n], [4, n], [4, n]
-    """Four rows or columns, at the places `at` (4, n), by their weights: one sum after the other, whatever n is."""
+    """The weighted sum of four rows or columns, at the places `at` (4, n). The order of the sums does not depend on n."""
     shape = (-1, 1) if dim == 0 else (1, -1)
     total = x.index_select(dim, at[0]).mul_(weights[0].view(shape))
     for place, weight in zip(at[1:], weights[1:], strict=True):
@@ -51,7 +51,7 @@ def _weighed(x: Tensor, at: Tensor, weights: Tensor, dim: int) -> Tensor:  # [..
 
 
 def _taps(size_in: int, size_out: int, first: int, last: int) -> tuple[Tensor, Tensor]:  # -> [4, n], [4, n]
-    """Places in the input of the four neighbours of every place in the output, and their weights."""
+    """The places in the input of the four neighbours of every place in the output, and their weights."""
     centre = (torch.arange(first, last, dtype=torch.float64) + 0.5) * (size_in / size_out) - 0.5
     begin = centre.floor()
     t = centre - begin

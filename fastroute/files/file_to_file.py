@@ -1,4 +1,4 @@
-"""From file to file, neither ever in memory as a whole."""
+"""`upscale_file`: from file to file, without holding either in memory as a whole."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ class UpscaledFile:
     """A file that :func:`upscale_file` wrote.
 
     Attributes:
-        path: where it is.
-        size: its height and width.
-        seconds: wall time, reading and writing included.
+        path: path of the file.
+        size: height and width of the result.
+        seconds: wall time, including reading and writing.
         class_map: int64 (rows, cols), the branch of every patch; None for a router of pixels.
         stats: counts, FLOPs, times, and the working set.
-        notes: what was left behind or changed on the way from file to file, in whole sentences.
+        notes: what was left out or changed on the way from file to file, in whole sentences.
     """
 
     path: Path
@@ -47,7 +47,7 @@ class UpscaledFile:
 
     @property
     def megapixels_per_second(self) -> float:
-        """Output pixels per second, in millions."""
+        """The output pixels per second, in millions."""
         return self.size[0] * self.size[1] / 1e6 / self.seconds
 
     def __str__(self) -> str:
@@ -71,32 +71,32 @@ def upscale_file(
     quality: int | None = None,
     **routing: Any,
 ) -> UpscaledFile:
-    """Super-resolve a file that need not fit in memory.
+    """Super-resolve a file without holding it in memory as a whole.
 
-    The result is that of reading, :func:`fastroute.files.pictures.upscale_picture` and writing, with the same pixels,
+    The result is the same as that of reading, :func:`fastroute.files.pictures.upscale_picture` and writing: the same pixels,
     transparency and metadata.
 
     Args:
-        source: a TIFF file, read by its strips or tiles; a zarr array (H, W, C) or (H, W); or any other image file, which is
-            decoded whole.
-        target: .tif or .tiff for a BigTIFF file of tiles, .zarr for a zarr array (H, W, C), or .png; these are written while
-            the result is made. Other formats are encoded whole, so their results must fit into the limit. Depth is kept as far
-            as the format has it. The file appears when it is whole; an interrupted run leaves what was there.
+        source: a TIFF file, which is read by its strips or tiles; a zarr array (H, W, C) or (H, W); or any other image file,
+            which is decoded as a whole.
+        target: .tif or .tiff for a tiled BigTIFF file, .zarr for a zarr array (H, W, C), or .png; these are written while the
+            result is computed. Other formats are encoded as a whole, so their results must fit into the limit. Depth is kept as
+            far as the format supports it. The file appears when it is complete; an interrupted run leaves the old file.
         model: a name or a checkpoint, see :func:`fastroute.load`, or a router.
-        memory_limit: bytes to hold beside the program, None for no limit; by default, "auto", 512 MiB, and 8 GiB where the
-            router is on a GPU.
-        progress: show a progress bar, or call a function with what is done and how much there is, see the router's `upscale`;
-            where it raises, and at Ctrl-C, nothing is left behind.
-        device: where a model that is given by name runs.
-        max_pixels, white: see :func:`fastroute.io.read_picture`; strips and tiles have no limit on pixels by default.
+        memory_limit: bytes to hold beside the program, or None for no limit. By default, "auto", it is 512 MiB, or 8 GiB for a
+            router on a GPU.
+        progress: show a progress bar, or call a function with how much is done and how much there is, see the router's
+            `upscale`. If it raises, or after Ctrl-C, nothing is left behind.
+        device: device of a model that is given by name.
+        max_pixels, white: see :func:`fastroute.io.read_picture`. By default, strips and tiles have no limit on pixels.
         drop_alpha: leave transparency out.
         quality: see :func:`fastroute.io.write_picture`.
-        **routing: what the router's `stream` takes, such as `budget`, or `scale` and `k` of PCSR.
+        **routing: options of the router's `stream`, such as `budget`, or `scale` and `penalty` for PCSR.
 
     Raises:
-        ValueError, TypeError: a wrong argument, or a file that cannot be read or written. Nothing is written then.
-        ImportError: tifffile or zarr, which the extra ``large`` installs, is needed and missing.
-        MemoryError, torch.OutOfMemoryError: memory ran out; the message names a limit that would fit.
+        ValueError, TypeError: an argument is wrong, or a file cannot be read or written. Nothing is written then.
+        ImportError: zarr, which the extra ``large`` installs, is needed and missing.
+        MemoryError, torch.OutOfMemoryError: memory ran out. The message names a limit that would fit.
 
     Example:
         >>> print(fastroute.upscale_file("scan.tif", "scan-x4.tif", budget=0.7, memory_limit=300_000_000))
@@ -128,7 +128,7 @@ def upscale_file(
 
 @contextmanager
 def _whole_limit(limit: int | None, rest: int | None) -> Iterator[None]:
-    """Name the limit that was asked for, where the router names what is left of it."""
+    """Name the limit that the user gave in errors of the router, which knows only what is left of it."""
     try:
         yield
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""What is to be done with many image files: found, named, and refused where results would be lost, before anything is read."""
+"""Jobs for many image files: they are planned, and refused if results would be lost, before anything is read."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from fastroute.io.recognise import READ_SUFFIXES, is_image
 from fastroute.io.walk import NO_IMAGE, walk
 from fastroute.runtime.json_cache import JsonCache
 
-# By the folder into which it wrote: with what settings the last run worked, and since when.
+# For every output folder, the settings of the last run and when these settings were first used.
 RUNS = JsonCache("runs.json")
 
 
 @dataclass(frozen=True)
 class Job:
-    """One file to super-resolve, where to write it, and where the picture of its classes, if anywhere."""
+    """One file to super-resolve, with the paths of its result and, if wanted, of the picture of its classes."""
 
     source: Path
     target: Path
@@ -31,12 +31,12 @@ class Job:
 
 @dataclass
 class Plan:
-    """Jobs, and what was found beside images.
+    """Jobs, and everything else that was found.
 
     Attributes:
-        jobs: one per image.
-        left: files and linked folders that were left out, and why.
-        unreadable: folders that could not be looked through, and why.
+        jobs: one job per image.
+        left: files and linked folders that were left out, with reasons.
+        unreadable: folders that could not be searched, with reasons.
     """
 
     jobs: list[Job] = field(default_factory=list)
@@ -62,17 +62,17 @@ def make_plan(
     class_maps: str | Path | None = None,
     overwrite: bool = False,
 ) -> Plan:
-    """A job for each image file of `sources`; nothing is read or written yet.
+    """Plan a job for each image file of `sources`. Nothing is read or written yet.
 
     Args:
-        sources: files, glob patterns, and folders, which are searched recursively, linked ones too, and whose tree is kept.
-        folder: where results go, under the names of their sources.
-        suffix: ending of the results, for example ".png". Default: that of the source, or ".png" where it cannot be written.
+        sources: files, glob patterns, and folders. Folders are searched recursively, linked ones too, and their tree is kept.
+        folder: folder of the results, which get the names of their sources.
+        suffix: ending of the results, for example ".png". Default: that of the source, or ".png" if it cannot be written.
         class_maps: folder for pictures of the classes, as PNG.
-        overwrite: a result may take the place of its source.
+        overwrite: whether a result may overwrite its source.
 
     Raises:
-        ValueError: no images, two files that would be written under one name, or one that would overwrite a source.
+        ValueError: there are no images, two files would be written under one name, or one would overwrite a source.
     """
     if suffix is not None and suffix.lower() not in SUFFIXES:
         raise ValueError(f"plan_jobs: suffix must be one of {', '.join(SUFFIXES)}; got {suffix!r}")
@@ -84,9 +84,9 @@ def make_plan(
             continue
         seen.add((source, name))
         ending = suffix or (source.suffix if source.suffix.lower() in SUFFIXES else ".png")
-        # What follows the dot of another name may be part of it.
+        # The dot of any other name may be part of the name.
         target = folder / (name.with_suffix(ending) if name.suffix.lower() in READ_SUFFIXES else Path(f"{name}{ending}"))
-        # Their sources may differ in nothing but the ending.
+        # Two sources may differ only in their ending.
         plan.jobs.append(Job(source, target, None if class_maps is None else Path(class_maps) / f"{name}.png"))
     if not plan.jobs:
         among = f"; no images are {_names([path for path, _ in plan.left])}" if plan.left else ""
@@ -100,9 +100,9 @@ def make_plan(
 def _expand(
     sources: Sequence[str | Path], written: tuple[Path, ...], plan: Plan, named: bool = False
 ) -> Iterator[tuple[Path, Path]]:
-    """Every file, and its name below the output folder; without what earlier runs wrote into a folder among the sources.
+    """Every file with its name below the output folder, except what earlier runs wrote into a folder among the sources.
 
-    A folder that is the only source stands for its content; others keep their names.
+    A folder that is the only source stands for its content. Several folders keep their names.
     """
     for source in map(Path, sources):
         if source.is_dir():
@@ -126,10 +126,10 @@ def _expand(
 
 
 def check_distinct(jobs: Sequence[Job]) -> None:
-    """Refuse to write two files under one name, of results and class maps alike.
+    """Refuse to write two files under one name, whether they are results or class maps.
 
     Raises:
-        ValueError: names both sources.
+        ValueError: this would happen. The message names both sources.
     """
     taken: dict[str, tuple[Job, str]] = {}
     for kind in ("target", "class_map"):
@@ -152,13 +152,13 @@ def check_distinct(jobs: Sequence[Job]) -> None:
 
 
 def check_apart(pairs: Sequence[tuple[Path, Path]]) -> None:
-    """Refuse to write over what is read.
+    """Refuse to overwrite inputs.
 
     Args:
-        pairs: what is read, and what is written.
+        pairs: paths that are read and paths that are written.
 
     Raises:
-        ValueError: one of the latter is one of the former.
+        ValueError: a path would be both read and written.
     """
     read = {os.path.realpath(source) for source, _ in pairs}
     for _, target in pairs:
@@ -172,16 +172,16 @@ def begin_run(folder: str | Path, settings: Mapping[str, Any], resume: bool) -> 
     """Remember the settings with which results go into `folder`, in the user's cache.
 
     Args:
-        folder: of the results.
-        settings: what results depend on, by name, in values of JSON.
-        resume: results of the same settings are to be kept.
+        folder: folder of the results.
+        settings: the settings that results depend on, by name, with values as in JSON.
+        resume: whether results of the same settings are kept.
 
     Returns:
-        Results of that time (seconds since the epoch) or later were made with these settings; None where nothing is known of
-        those that are there.
+        The time (seconds since the epoch) from which on results were made with these settings, or None if nothing is known
+        about the present results.
 
     Raises:
-        ValueError: with `resume`, those that are there were made with other settings; the message names both.
+        ValueError: with `resume`, the present results were made with other settings. The message names both.
     """
     now, key = json.loads(json.dumps(dict(settings))), os.path.realpath(folder)
     entry = RUNS.read().get(key, {})
@@ -197,10 +197,10 @@ def begin_run(folder: str | Path, settings: Mapping[str, Any], resume: bool) -> 
         changed = [name for name in {**before, **now} if before.get(name) != now.get(name)]
         told = ", ".join(f"{name} was {_told(before.get(name))} and is {_told(now.get(name))}" for name in changed)
         raise ValueError(
-            f"cannot resume in {folder}: what is there was made with other settings ({told}); give the same, choose another "
-            "folder, or leave --resume out to do all anew"
+            f"cannot resume in {folder}: its results were made with other settings ({told}); give the same, choose another "
+            "folder, or leave out --resume to redo everything"
         )
-    # File systems know the time of a write less exactly.
+    # File systems record the time of a write less exactly.
     since = 0.0 if resume else time.time() - 0.05
     RUNS.remember(key, {"settings": now, "since": since})
     return None if resume else since

@@ -1,4 +1,4 @@
-"""Many image files at once: reading and writing beside the computing; :mod:`fastroute.files.jobs` says what is to be done."""
+"""Many image files: reading and writing run in parallel to the computing. :mod:`fastroute.files.jobs` plans the jobs."""
 
 from __future__ import annotations
 
@@ -30,20 +30,20 @@ from fastroute.visualize import class_overlay
 
 
 def usable_cores() -> int:
-    """Cores that this process may run on."""
+    """The number of cores that this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def threads(cores: int) -> tuple[int, int]:
-    """Readers and writers beside a router that is given `cores`: encoding takes longest, and a GPU waits for it."""
+    """The numbers of readers and writers for a router with `cores` cores. Encoding takes longest, and a GPU waits for it."""
     writers = max(2, min(8, cores // 2))
     return max(2, writers // 2), writers
 
 
 READERS, WRITERS = threads(usable_cores())
-# Pictures read ahead; results that wait to be written, in number and, where they are large, in bytes.
+# The number of pictures read ahead, and limits on the results that wait to be written, in number and in bytes.
 AHEAD, BEHIND, BEHIND_BYTES = READERS, WRITERS + 1, 1 << 30
-# What a file is expected to raise where something is wrong with it. Running out of memory on a GPU is a RuntimeError.
+# The exceptions to expect from a file with which something is wrong. Running out of memory on a GPU is a RuntimeError.
 EXPECTED = (ValueError, TypeError, OSError, MemoryError, RuntimeError)
 
 Router = PatchRouter | PixelRouter | CascadeRouter
@@ -52,14 +52,14 @@ __all__ = ["Job", "Outcome", "check_apart", "check_distinct", "make_plan", "plan
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a job ended.
+    """The outcome of a job.
 
     Attributes:
-        job: which.
-        error: why its target was not written; empty when it was.
-        skipped: the target was there already.
-        stats: of the routing, where something was done.
-        notes: what was left behind or changed on the way from file to file, in whole sentences.
+        job: the job.
+        error: why its target was not written; empty if it was.
+        skipped: whether the target existed already.
+        stats: statistics of the routing, if the job was run.
+        notes: what was left out or changed on the way from file to file, in whole sentences.
     """
 
     job: Job
@@ -81,30 +81,30 @@ def run_jobs(
     progress: Progress = False,
     **options: Any,
 ) -> Iterator[Outcome]:
-    """Do the jobs; files are read and written in threads of their own while the router works.
+    """Run the jobs. Threads read and write files while the router works.
 
-    A file that fails does not stop the others. Every target is written whole or not at all, its class map before it.
+    A file that fails does not stop the others. Every target is written completely or not at all, after its class map.
 
     Args:
-        router: as :func:`fastroute.load` gives it.
+        router: a router, such as :func:`fastroute.load` returns.
         jobs: see :func:`plan_jobs`.
-        resume: skip jobs whose target exists and is no older than its source, nor than `since`.
+        resume: skip jobs whose target exists and is not older than its source or than `since`.
         drop_alpha: leave transparency out.
-        shared_budget: the budget among `options` is that of all images together, see :func:`fastroute.upscale_many`; each is
-            read twice.
-        quality: of JPEG and WebP, 1 to 100.
+        shared_budget: whether all images share the budget among `options`, see :func:`fastroute.upscale_many`. Each image is
+            then read twice.
+        quality: quality of JPEG and WebP, 1 to 100.
         reading: arguments of :func:`fastroute.io.read_picture`, such as `max_pixels`.
         since: see :func:`fastroute.files.jobs.begin_run`.
-        progress: show a progress bar, or call this function with how many jobs have ended and how many there are. What it
-            raises ends the run, as Ctrl-C does: what is being written becomes whole, and nothing else is begun.
+        progress: show a progress bar, or call this function with the number of jobs that have ended and the number of all jobs.
+            If it raises, the run ends as after Ctrl-C: files that are being written are completed, and no others are begun.
         options: arguments of the router's `upscale`, such as `budget`.
 
     Yields:
-        An :class:`Outcome` per job: first those skipped and those that cannot be written, then the others as they end.
+        An :class:`Outcome` per job: first for jobs that are skipped or cannot be written, then for the others as they end.
 
     Raises:
-        ValueError: a shared budget that cannot be kept.
-        fastroute.BackendError: the backend asked for cannot run; no other job could.
+        ValueError: a shared budget cannot be kept.
+        fastroute.BackendError: the requested backend cannot run, so no job could.
     """
     saving = {} if quality is None else {"quality": quality}
     outcomes = _run_jobs(router, jobs, resume, drop_alpha, shared_budget, saving, dict(reading or {}), since, options)
@@ -184,10 +184,10 @@ def _run_jobs(
             notes = (*picture.origin.notes, *io.not_kept(job.target, result))
             write = writers.submit(write_job, router, job, result, upscaled, **saving)
             writing.append((Outcome(job, stats=upscaled.stats, notes=notes), size, write))
-            # No reference but the writer's: the memory is free as soon as the file is written.
+            # Only the writer keeps a reference, so the memory is free as soon as the file is written.
             del picture, result, upscaled, write, future
     finally:
-        # What is being written becomes whole; nothing else is begun.
+        # Files that are being written are completed; no others are begun.
         readers.shutdown(cancel_futures=True)
         writers.shutdown(cancel_futures=True)
 
@@ -195,7 +195,7 @@ def _run_jobs(
 def _ahead(
     jobs: Sequence[Job], readers: ThreadPoolExecutor, drop_alpha: bool, reading_options: Mapping[str, Any]
 ) -> Iterator[tuple[Job, Future[io.Picture]]]:
-    """The pictures of all jobs, read while those before are worked on."""
+    """The pictures of all jobs, read ahead while earlier ones are processed."""
     rest, reading = deque(jobs), deque[tuple[Job, Future[io.Picture]]]()
     while rest or reading:
         while rest and len(reading) < AHEAD + 1:
@@ -205,7 +205,7 @@ def _ahead(
 
 
 def is_done(job: Job, since: float = 0.0) -> bool:
-    """Whether the results of a job are there, and no older than its source, nor than `since` in seconds."""
+    """Whether the results of a job exist and are not older than its source or than `since`, in seconds."""
     try:
         age = max(job.source.stat().st_mtime_ns, int(since * 1e9))
         return all(path.stat().st_mtime_ns >= age for path in (job.target, job.class_map) if path is not None)
@@ -214,7 +214,7 @@ def is_done(job: Job, since: float = 0.0) -> bool:
 
 
 def _blocked(job: Job) -> str:
-    """Why the results of a job cannot be written; empty where they can."""
+    """Why the results of a job cannot be written; empty if they can."""
     for path in (job.target, job.class_map):
         if path is not None and (reason := why_not_writable(path, folders=True)):
             return f"cannot write {path}: {reason}"
@@ -236,13 +236,13 @@ def _reason(job: Job, error: BaseException) -> str:
     if buffers.is_exhausted(error) and not buffers.ADVISED.search(str(error)):
         return f"cannot upscale {job.source}: out of memory; give a memory limit, or cut the image"
     lines = str(error).splitlines() or [type(error).__name__]
-    # What nobody foresaw says at least what it is.
+    # An unforeseen error at least states its type.
     kind = "" if isinstance(error, EXPECTED) or lines[0] == type(error).__name__ else f"{type(error).__name__}: "
     return f"cannot upscale {job.source}: {kind}{lines[0]}"
 
 
 def read_job(job: Job, drop_alpha: bool = False, **reading: Any) -> io.Picture:
-    """The picture of a job; `reading` are arguments of :func:`fastroute.io.read_picture`."""
+    """Read the picture of a job. `reading` are arguments of :func:`fastroute.io.read_picture`."""
     picture = io.read_picture(job.source, **reading)
     return replace(picture, alpha=None) if drop_alpha else picture
 
@@ -257,7 +257,7 @@ def check_result_fits(router: Router, job: Job, picture: io.Picture, **options: 
 
 
 def write_job(router: Router, job: Job, result: io.Picture, upscaled: Upscaled, **saving: Any) -> None:
-    """Write what a job made: the class map, then the target; `saving` are arguments of :func:`fastroute.io.write_picture`."""
+    """Write the class map and then the result of a job. `saving` are arguments of :func:`fastroute.io.write_picture`."""
     if job.class_map is not None:
         job.class_map.parent.mkdir(parents=True, exist_ok=True)
         io.write_image(job.class_map, overlay(router, result, upscaled))
@@ -274,7 +274,7 @@ def overlay(router: Router, result: io.Picture, upscaled: Upscaled) -> Any:
         return class_overlay(color, upscaled.class_map, None, router.num_classes)
     scale, margin = router.scale, 0
     if router.border == EDGE:
-        # The class map is that of the continued image.
+        # The class map is that of the extended image.
         color, margin = shown_continued(color, scale), MARGIN * scale
     height, width = color.shape[1] // scale, color.shape[2] // scale
     shown = class_overlay(color, upscaled.class_map, router.grid(height, width), router.num_classes)
@@ -282,7 +282,7 @@ def overlay(router: Router, result: io.Picture, upscaled: Upscaled) -> Any:
 
 
 def result_size(router: Router, picture: io.Picture, **options: Any) -> tuple[int, int]:
-    """Height and width of what `upscale` makes of `picture`."""
+    """Height and width of the result of `upscale` for `picture`."""
     if not isinstance(router, PixelRouter):
         return router.output_size(picture.height, picture.width)
     return router.output_size(picture.height, picture.width, scale=options.get("scale"), size=options.get("size"))

@@ -1,4 +1,4 @@
-"""Super-resolution of pictures with all that belongs to them: depth, gray, transparency, metadata."""
+"""Super-resolution of pictures, preserving depth, gray, transparency and metadata."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ def upscale_picture(
 ) -> tuple[Picture, Upscaled]:
     """Super-resolve a picture, whatever its kind.
 
-    The colours go through the router, at their own depth; a gray picture's three results are averaged. Below full transparency
-    the visible colours nearby take the place of those that nobody sees. The alpha channel is enlarged by bicubic
-    interpolation. Metadata are kept.
+    The colours go through the router at their own depth. For a gray picture, the three results are averaged. Visible colours
+    nearby replace colours under full transparency, which nobody sees. The alpha channel is enlarged by bicubic interpolation.
+    Metadata are kept.
 
     Args:
-        router: as :func:`fastroute.load` gives it.
-        picture: as :func:`fastroute.io.read_picture` gives it.
+        router: a router, such as :func:`fastroute.load` returns.
+        picture: a picture, such as :func:`fastroute.io.read_picture` returns.
         options: arguments of the router's `upscale`, such as `budget`.
 
     Returns:
-        The picture, on the CPU, and what the router returned.
+        The picture, on the CPU, and the return value of the router.
 
     Raises:
         ValueError, TypeError: see the router's `upscale`.
@@ -49,7 +49,7 @@ def upscale_picture(
 
 
 def upscaled_picture(picture: Picture, device: torch.device, upscale: Callable[[Tensor], Upscaled]) -> tuple[Picture, Upscaled]:
-    """:func:`upscale_picture` by a function of the colours on `device`."""
+    """:func:`upscale_picture` with a function that upscales the colours on `device`."""
     result = upscale(to_device(fill_hidden(picture.color, picture.alpha), device))
     color, arrived = to_host(result.image)
     arrived()

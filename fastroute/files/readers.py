@@ -1,4 +1,4 @@
-"""Files and arrays as readers for networks: image files through the decoders of :mod:`fastroute.io`, zarr by chunks."""
+"""Readers of files and arrays for networks: image files through the decoders of :mod:`fastroute.io`, zarr by chunks."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ ZARR = ".zarr"
 
 
 def require(name: str) -> Any:
-    """A package of the extra `large`.
+    """Import a package of the extra `large`.
 
     Raises:
-        ImportError: it is not installed; says how to install it.
+        ImportError: it is not installed. The message says how to install it.
     """
     try:
         return import_module(name)
@@ -47,11 +47,11 @@ class TensorReader:
 
 
 class PictureReader:
-    """The colours of a picture in an open file, as :func:`fastroute.files.pictures.upscale_picture` gives them to a network.
+    """The colours of a picture in an open file, as :func:`fastroute.files.pictures.upscale_picture` passes them to a network.
 
     Args:
         opened: the picture.
-        channels: of the network.
+        channels: number of channels of the network.
     """
 
     def __init__(self, opened: OpenPicture, channels: int) -> None:
@@ -64,7 +64,7 @@ class PictureReader:
         if not self.opened.alpha:
             color = self.opened.read(y0, y1, x0, x1)
         else:
-            # What is hidden follows from what is visible nearby.
+            # Hidden colours are replaced by visible ones nearby.
             top, left = max(y0 - REACH, 0), max(x0 - REACH, 0)
             bottom, right = min(y1 + REACH, self.opened.height), min(x1 + REACH, self.opened.width)
             around = self.opened.read(top, bottom, left, right)
@@ -101,13 +101,13 @@ def open_source(path: str | Path, *, max_pixels: int | str | None = AUTO, white:
     """An image file or a zarr array, read by rectangles.
 
     Args:
-        path: of the file, or a folder that ends in .zarr.
-        max_pixels, white: see :func:`fastroute.io.read_picture`; there is no limit on the pixels of a TIFF by default.
-        memory: bytes; a file that has to be decoded whole and would take more is refused.
+        path: path of the file, or of a folder that ends in .zarr.
+        max_pixels, white: see :func:`fastroute.io.read_picture`. By default, the pixels of a TIFF are not limited.
+        memory: limit in bytes. A file that must be decoded as a whole and would take more is refused.
 
     Raises:
-        fastroute.io.ImageError: it is missing, unreadable or no image.
-        ImportError: a zarr array, and zarr is not installed.
+        fastroute.io.ImageError: the file is missing, unreadable or not an image.
+        ImportError: `path` is a zarr array, and zarr is not installed.
     """
     path = Path(path)
     if path.suffix.lower() != ZARR:
@@ -131,14 +131,14 @@ def open_source(path: str | Path, *, max_pixels: int | str | None = AUTO, white:
 
 @contextmanager
 def open_reader(path: str | Path, channels: int) -> Iterator[PictureReader]:
-    """An image file or a zarr array for networks of so many channels, without its transparency; see :func:`open_source`."""
+    """An image file or a zarr array for networks of `channels` channels, without transparency; see :func:`open_source`."""
     with open_source(path) as opened:
         yield PictureReader(opened, channels)
 
 
 @contextmanager
 def open_twice(path: str | Path, **options: Any) -> Iterator[tuple[OpenPicture, OpenPicture]]:
-    """A picture for two threads: for colours, and for transparency. What was decoded whole is shared."""
+    """Open a picture for two threads, one for colours and one for transparency. A picture decoded as a whole is shared."""
     with ExitStack() as stack:
         first = stack.enter_context(open_source(path, **options))
         again = first.alpha and first.origin.format in ("TIFF", "ZARR")
@@ -146,6 +146,6 @@ def open_twice(path: str | Path, **options: Any) -> Iterator[tuple[OpenPicture, 
 
 
 def dtype_of(dtype: torch.dtype) -> np.dtype:
-    """NumPy's name of a type of pixels."""
+    """NumPy's name for a type of pixels."""
     kind: np.dtype = torch.empty(0, dtype=dtype).numpy().dtype
     return kind

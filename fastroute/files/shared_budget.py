@@ -1,4 +1,4 @@
-"""One budget over several images that are not in memory together: all are looked at first, then each is upscaled."""
+"""One budget for several images that are not in memory together: all are classified first, then each is upscaled."""
 
 from __future__ import annotations
 
@@ -33,11 +33,13 @@ from fastroute.runtime.rows import TensorSource
 
 
 class SharedBudget(ABC):
-    """See the module. Call `look` for each image, `settle` once, and `upscale` for each image again, in the same order.
+    """A budget that several images share.
+
+    Call `look` for each image, `settle` once, and `upscale` for each image again, in the same order.
 
     Args:
         limit: the budget of all images.
-        op: for messages.
+        op: name of the function, for messages.
     """
 
     def __init__(self, limit: Budget, op: str) -> None:
@@ -46,33 +48,33 @@ class SharedBudget(ABC):
     @property
     @abstractmethod
     def device(self) -> torch.device:
-        """Where the networks are."""
+        """The device of the networks."""
 
     @abstractmethod
     def look(self, image: Tensor) -> None:  # [B, C, H, W] or [C, H, W]
-        """Note what the classifier says of the next image."""
+        """Record the classifier's scores of the next image."""
 
     @abstractmethod
     def settle(self) -> None:
-        """All images have been looked at.
+        """Called after all images have been classified.
 
         Raises:
-            ValueError: a budget that they need more than.
+            ValueError: the images need more than the budget.
         """
 
     @abstractmethod
     def upscale(self, number: int, image: Tensor) -> Upscaled:  # [B, C, H, W] or [C, H, W]
-        """The image that was looked at as number `number`, with its part of the budget."""
+        """Upscale image number `number`, in the order of `look`, within its part of the budget."""
 
 
 class SharedPatchBudget(SharedBudget):
-    """For a router of patches: its patches' scores are kept, and all classes known when the first image is upscaled."""
+    """For a patch router: the scores of all patches are kept, and all classes are known when the first image is upscaled."""
 
     def __init__(self, router: PatchRouter, limit: Budget, op: str, **options: Any) -> None:
         super().__init__(limit, op)
         if router.classifier is None:
             raise ValueError(f"{op}: this router has no classifier, by which a budget could be shared")
-        # Refuses an impossible budget before anything is read.
+        # This refuses an impossible budget before anything is read.
         check_possible(router.costs, limit.fraction)
         check_limit(op, options.get("memory_limit"))
         self.router, self.options, self.dtype = router, options, torch.uint8
@@ -130,11 +132,11 @@ class SharedPatchBudget(SharedBudget):
         return [Merging(grid, self.router.merge) for grid in self.grids]
 
     def _dense(self) -> float:
-        """Patches of all images as they run in one class."""
+        """The area of all images as they run in one class, in patches."""
         return sum(size[0] * merging.patches() for size, merging in zip(self.sizes, self._mergings(), strict=True))
 
     def _within(self, score: Tensor, costs: Sequence[float], allowed: float) -> Tensor:  # [N, K] -> [N]
-        """Classes of all images whose regions cost at most `allowed`."""
+        """Classes for all images whose regions cost at most `allowed`."""
         if self.router.merge == 1:
             return assign_within(score, costs, allowed)
         numbers, mergings = [size[0] * size[1] * size[2] for size in self.sizes], self._mergings()
@@ -158,10 +160,10 @@ class SharedPatchBudget(SharedBudget):
 
 
 class SharedPixelBudget(SharedBudget):
-    """For a router of pixels: a sample of every image's scores is kept; each image is encoded twice.
+    """For a pixel router: a sample of the scores of every image is kept, and each image is encoded twice.
 
     Args:
-        count: how many images there are, about: more of each are looked at where they are few.
+        count: about how many images there are. If they are few, larger samples are taken.
         scale: upscaling factor.
     """
 
@@ -171,7 +173,7 @@ class SharedPixelBudget(SharedBudget):
     ) -> None:  # fmt: skip
         super().__init__(limit, op)
         check_limit(op, memory_limit)
-        # Of images of any size: refuses an impossible scale before anything is read.
+        # This refuses an impossible scale, for images of any size, before anything is read.
         factor = make_grid((1 << 16, 1 << 16), scale, None, router.device, router.scale)[1]
         if limit.fraction is not None:
             check_possible(router.class_cost(factor), limit.fraction)
@@ -256,17 +258,17 @@ class SharedPixelBudget(SharedBudget):
 
 
 def share_budget(router: PatchRouter | PixelRouter, limit: Budget, count: int, op: str, **options: Any) -> SharedBudget:
-    """One budget over several images.
+    """One budget for several images.
 
     Args:
-        router: with a classifier.
+        router: a router with a classifier.
         limit: the budget of all images.
-        count: how many there are, about.
-        op: for messages.
-        options: `memory_limit` and `progress` of the router's `upscale`, and of one of pixels `scale` and `refine`.
+        count: about how many images there are.
+        op: name of the function, for messages.
+        options: `memory_limit` and `progress` of the router's `upscale`; for a pixel router also `scale` and `refine`.
 
     Raises:
-        ValueError: no budget, an impossible one, or a router that cannot share it.
+        ValueError: there is no budget, it is impossible, or the router cannot share it.
     """
     limit.check(op)
     refuse_edge(op, router)

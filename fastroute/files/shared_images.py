@@ -1,4 +1,4 @@
-"""Several images under one budget."""
+"""`upscale_many`: several images that share one budget."""
 
 from __future__ import annotations
 
@@ -29,31 +29,31 @@ def upscale_many(
     refine: bool = True,
     memory_limit: int | None = None,
 ) -> Iterator[Upscaled]:
-    """Super-resolve several images under one budget, which is spent where it helps most.
+    """Super-resolve several images that share one budget, which is spent where it helps most.
 
-    All images are classified first, then they share the budget, then they are super-resolved one by one. So each image is read
-    twice, and one at a time is in memory; of the others only class scores are kept: of a router of patches all, of one of
-    pixels those of a sample of rows. The latter encodes each image twice; what an image spent more or less than its sample said
-    is made good by those after it, and the budget is kept.
+    All images are classified first, then the budget is divided, then the images are super-resolved one by one. So each image is
+    read twice, and only one at a time is in memory. Of the others only class scores are kept: all scores with a patch router,
+    those of a sample of rows with a pixel router. A pixel router encodes each image twice. If an image spends more or less than
+    its sample predicted, the images after it make up for that, and the budget is kept.
 
     Args:
-        router: with a classifier.
-        images: each a tensor as `upscale` takes it, a file, or a function without arguments that gives a tensor, called
-            twice; a folder is ``fastroute.io.list_images(folder)``. Sizes may differ.
-        budget: FLOPs of the chosen classes over all images, as a fraction of what the most expensive class takes for all of
-            them, as `upscale` takes it.
-        budget_flops: instead: FLOPs of all images together, as their `stats.flops` count them.
-        budget_ms: instead: milliseconds of all images together, without reading them; see `upscale` of the router.
-        progress: show a progress bar, or call this function with how many images are done and how many there are, each counted
-            twice: once when it was classified.
+        router: a router with a classifier.
+        images: tensors as `upscale` takes them, files, or functions without arguments that return a tensor and are called
+            twice. For a folder, use ``fastroute.io.list_images(folder)``. Sizes may differ.
+        budget: FLOPs of the chosen classes for all images, as a fraction of what the most expensive class takes for all of
+            them, as in `upscale`.
+        budget_flops: instead of `budget`, FLOPs of all images together, as their `stats.flops` count them.
+        budget_ms: instead of `budget`, milliseconds of all images together, without reading them; see `upscale` of the router.
+        progress: show a progress bar, or call this function with the number of images done and the number of all images. Each
+            image counts twice: when it has been classified and when it has been upscaled.
         scale, refine: see :meth:`fastroute.PixelRouter.upscale`.
         memory_limit: see `upscale` of the router.
 
     Returns:
-        An iterator over one :class:`fastroute.Upscaled` per image, in their order; the work is done as it is asked for.
+        An iterator over one :class:`fastroute.Upscaled` per image, in their order. The work is done as it advances.
 
     Raises:
-        ValueError: no images, not exactly one budget, an impossible one, or a router without a classifier.
+        ValueError: there are no images, not exactly one budget, an impossible one, or a router without a classifier.
         MemoryError, torch.OutOfMemoryError: memory ran out; the message says what to do.
     """
     op = "upscale_many"

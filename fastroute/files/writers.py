@@ -1,4 +1,4 @@
-"""Files that results are written to in bands: TIFF by tiles, PNG by rows, zarr by chunks; others are collected first."""
+"""Writers of files in bands: TIFF by tiles, PNG by rows, zarr by chunks. Other formats are collected first."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ from fastroute.io.picture import Metadata, Picture, converted, describe
 from fastroute.io.write import FORMATS, check_holds, format_of, write_picture
 from fastroute.runtime.protocols import ArrayWriter, Writer
 
-# Side of the tiles and chunks that are written.
+# The side of the tiles and chunks that are written.
 TILE = 256
-# One of these lies in the folder of an array.
+# The folder of an array contains one of these files.
 ARRAY_FILES = ("zarr.json", ".zarray", ".zgroup")
-# Rows of a PNG that are filtered together, and bytes that make a chunk.
+# The rows of a PNG that are filtered together, and the bytes of a chunk.
 PNG_ROWS, PNG_CHUNK = 32, 1 << 20
-# Bytes per pixel and byte of a sample that encoding a collected result takes at most, the result included.
+# The most bytes that encoding a collected result takes, per pixel and byte of a sample, including the result.
 ENCODING = {"JPEG": 5, "WEBP": 12, "BMP": 5}
 
 
 class TiffWriter:
-    """A BigTIFF file of tiles, as they are, each written where it lies.
+    """A BigTIFF file of uncompressed tiles, each written at its place.
 
     Args:
-        file: open for reading and writing.
-        shape: (C, H, W); the last of 2 or 4 channels is transparency.
-        dtype: of the pixels.
+        file: a file that is open for reading and writing.
+        shape: (C, H, W). The last of 2 or 4 channels is transparency.
+        dtype: type of the pixels.
         held: metadata.
     """
 
@@ -53,7 +53,7 @@ class TiffWriter:
         self.offsets = tiff_write.frame(file, stored, self.dtype, TILE, gray, alpha, held)
 
     def write(self, y: int, x: int, pixels: Tensor) -> None:  # [C, h, w]
-        """See :class:`fastroute.Writer`: whole rows of tiles."""
+        """Write whole rows of tiles, see :class:`fastroute.Writer`."""
         across = -(-self.width // TILE)
         for top in range(0, pixels.shape[1], TILE):
             for column in range(across):
@@ -65,12 +65,12 @@ class TiffWriter:
 
 
 class PngWriter:
-    """A PNG file, filtered and compressed row by row.
+    """A PNG file that is filtered and compressed row by row.
 
     Args:
-        file: open for writing.
-        shape: (C, H, W); the last of 2 or 4 channels is transparency.
-        dtype: of the pixels; floating point is written as 16 bits.
+        file: a file that is open for writing.
+        shape: (C, H, W). The last of 2 or 4 channels is transparency.
+        dtype: type of the pixels. Floating point is written as 16 bits.
         chunks: metadata.
     """
 
@@ -116,7 +116,7 @@ class PngWriter:
 
 
 def filtered(rows: np.ndarray, above: np.ndarray, pixel: int) -> np.ndarray:  # [n, bytes], [bytes] -> [n, 1 + bytes]
-    """Rows of a PNG by the filter that leaves the smallest sum of differences, as libpng chooses it, and its number."""
+    """Filter rows of a PNG by the filter with the smallest sum of differences, as libpng does, and add its number."""
     up = np.concatenate([above[None], rows[:-1]])
     left, corner = np.zeros_like(rows), np.zeros_like(rows)
     left[:, pixel:], corner[:, pixel:] = rows[:, :-pixel], up[:, :-pixel]
@@ -146,12 +146,12 @@ def _paeth(left: np.ndarray, up: np.ndarray, corner: np.ndarray) -> np.ndarray:
 
 
 class ResultWriter:
-    """Takes the three colours that a network makes and writes a picture: gray as gray, with its transparency.
+    """Writes the three colours of a network's output as a picture, gray as gray, and adds the transparency.
 
     Args:
-        writer: of the file.
-        opened: where the transparency is read.
-        gray: the mean of the three colours is written.
+        writer: writer of the file.
+        opened: source of the transparency.
+        gray: whether the mean of the three colours is written.
         size: height and width of the result.
     """
 
@@ -179,7 +179,7 @@ class ResultWriter:
 
 
 class Collected:
-    """A result that its format encodes whole."""
+    """A result whose format encodes it as a whole."""
 
     def __init__(self, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
         self.pixels = torch.empty(shape, dtype=dtype)
@@ -190,7 +190,7 @@ class Collected:
 
 
 def memory_of(path: str | Path, shape: tuple[int, int, int], dtype: torch.dtype) -> tuple[int, int]:
-    """Bytes that writing (C, H, W) takes beside the bands: all the time, and at its end."""
+    """The bytes that writing (C, H, W) takes beside the bands: all the time, and at the end."""
     path = Path(path)
     channels, height, width = shape
     row = channels * width * dtype.itemsize
@@ -201,11 +201,11 @@ def memory_of(path: str | Path, shape: tuple[int, int, int], dtype: torch.dtype)
 
 
 def check_target(path: str | Path) -> None:
-    """Fail now rather than after the work.
+    """Check before the work that `path` can be written.
 
     Raises:
-        ValueError: its ending names no format that can be written, or nothing can be written there.
-        ImportError: the package that writes it is not installed.
+        ValueError: the ending names no format that can be written, or nothing can be written at this path.
+        ImportError: the package that writes this format is not installed.
     """
     path = Path(path)
     if path.suffix.lower() != ZARR:
@@ -225,16 +225,16 @@ def check_target(path: str | Path) -> None:
 def open_writer(
     path: str | Path, shape: tuple[int, int, int], opened: OpenPicture, quality: int | None = None
 ) -> Iterator[Writer]:
-    """A file for the result (C, H, W), which takes its name when the block ends: whole, or not at all.
+    """A file for the result (C, H, W), which gets its name when the block ends: it is complete or does not appear.
 
     Args:
         path: .zarr for an array (H, W, C), or any ending of a file that can be written.
-        shape: of the pixels; the last of 2 or 4 channels is transparency.
-        opened: the picture that the result is made of, with its type and metadata.
+        shape: shape of the pixels. The last of 2 or 4 channels is transparency.
+        opened: the original picture, with its type and metadata.
         quality: see :func:`fastroute.io.write_picture`.
 
     Raises:
-        fastroute.io.ImageError: it cannot be written, say because the disk is full.
+        fastroute.io.ImageError: the file cannot be written, for example because the disk is full.
     """
     path = Path(path)
     channels, height, width = shape
@@ -273,10 +273,10 @@ def _writer(
 
 
 def check_result(path: Path, size: tuple[int, int], opened: OpenPicture) -> None:
-    """Fail now if the format cannot hold the result.
+    """Check before the work that the format can hold the result.
 
     Raises:
-        fastroute.io.ImageError: it has no transparency and the picture does, or its sides are too long.
+        fastroute.io.ImageError: the picture has transparency and the format does not, or the sides are too long.
     """
     if path.suffix.lower() == ZARR:
         return
@@ -288,15 +288,15 @@ def check_result(path: Path, size: tuple[int, int], opened: OpenPicture) -> None
 
 
 def left_of(limit: int, held: int, path: Path, shape: tuple[int, int, int], dtype: torch.dtype) -> int:
-    """Bytes of a limit that are left for the work.
+    """The bytes of a limit that are left for the work.
 
     Args:
-        limit: for everything.
-        held: what the input takes.
-        path, shape, dtype: of the result.
+        limit: limit for everything.
+        held: bytes that the input takes.
+        path, shape, dtype: path, shape and type of the result.
 
     Raises:
-        fastroute.io.ImageError: the result is encoded whole, and does not fit.
+        fastroute.io.ImageError: the result is encoded as a whole and does not fit.
     """
     always, at_end = memory_of(path, shape, dtype)
     most = max(always + held, at_end)
@@ -309,7 +309,7 @@ def left_of(limit: int, held: int, path: Path, shape: tuple[int, int, int], dtyp
 
 
 def lost(path: Path, opened: OpenPicture) -> list[str]:
-    """What the format of the result does not keep; see :func:`fastroute.io.not_kept`."""
+    """What the format of the result does not keep, see :func:`fastroute.io.not_kept`."""
     name = "ZARR" if path.suffix.lower() == ZARR else format_of(path)
     bits, kept = 8 * opened.dtype.itemsize, max(FORMATS[name].bits) if name in FORMATS else 32
     told = [f"{name} holds {kept} bits a channel: the {describe(bits, opened.kind, opened.alpha)} was rounded"]
