@@ -66,7 +66,11 @@ def test_like_one_process(two, pool, tmp_path, name):
     after = one.run().state_dict()
     assert any((after[key] - value).abs().max() > 1e-3 for key, value in before.items() if value.is_floating_point())
     for key, value in after.items():
-        torch.testing.assert_close(first[key], value, rtol=0, atol=1e-5, equal_nan=True)
+        assert torch.equal(first[key].isnan(), value.isnan())
+        got, wanted, start = (x.double().nan_to_num() for x in (first[key], value, before[key]))
+        # Gradients are sums of other order. Adam divides by their size: of weights whose gradients nearly vanish, a part of a
+        # step depends on that order, of all weights together little does.
+        assert (got - wanted).norm() <= 1e-4 * (wanted - start).norm() + 1e-6 * wanted.norm()
 
 
 def test_a_resumed_run_ends_bit_for_bit_like_an_uninterrupted_one(two):
