@@ -1,7 +1,7 @@
 """fastroute: kernels that turn the FLOPs saved by dynamic-routing super-resolution into time saved.
 
 Names are loaded when they are first used, so that ``import fastroute`` takes no time; ``__init__.pyi`` lists them. A program
-that calls the operators as ``torch.ops.fastroute.*`` alone, such as an exported one, imports `fastroute.ops`.
+that only calls the operators as ``torch.ops.fastroute.*``, such as an exported one, imports `fastroute.ops`.
 """
 
 import lazy_loader

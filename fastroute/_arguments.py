@@ -1,13 +1,13 @@
-"""Numbers that callers give: refused by name where they are none, or beyond what can be."""
+"""Checks of numbers that callers give. An error names the argument."""
 
 from __future__ import annotations
 
 import math
 from numbers import Integral, Real
 
-# Of a patch, a side in output pixels; of an exponent, its size. Larger ones overflow on the way, and nobody means them.
+# The largest side of a patch in output pixels, and the largest magnitude of an exponent. Larger numbers would overflow.
 LARGEST_SPAN, LARGEST_EXPONENT = 1 << 20, 1e6
-# Values of an image that is held at once.
+# The largest number of values of an image that is held at once.
 LARGEST_IMAGE = 1 << 40
 
 
@@ -15,8 +15,8 @@ def whole(op: str, name: str, value: object, most: int, least: int = 1) -> int:
     """`value` as an integer from `least` to `most`.
 
     Raises:
-        TypeError: it is none.
-        ValueError: it is smaller or larger.
+        TypeError: `value` is not an integer.
+        ValueError: `value` is out of range.
     """
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{op}: {name} must be an integer; got {value!r}")
@@ -29,10 +29,10 @@ def whole(op: str, name: str, value: object, most: int, least: int = 1) -> int:
 
 
 def real(op: str, name: str, value: object, most: float = math.inf) -> float:
-    """`value` as a float; whether it is finite is for others to judge unless `most` is.
+    """`value` as a float. It need not be finite unless `most` is.
 
     Raises:
-        TypeError: it is no number.
+        TypeError: `value` is not a number.
         ValueError: its magnitude exceeds `most`.
     """
     if isinstance(value, bool) or not isinstance(value, Real):

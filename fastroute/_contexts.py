@@ -1,5 +1,4 @@
-"""The contexts of torch in which calls may happen, and what a router makes of each: it works as if there were none, or says why
-it cannot."""
+"""The contexts of torch in which a router may be called: it works as if there were none, or says why it cannot."""
 
 from __future__ import annotations
 
@@ -18,7 +17,7 @@ from fastroute.buffers import explained
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-# Devices whose operators autocast runs in another type than that of their weights.
+# The devices on which autocast runs operators in another type than that of their weights.
 AUTOCAST = ("cpu", "cuda")
 FREE = "use a smaller image or patch, or free memory"
 TRACED = (
@@ -28,15 +27,15 @@ TRACED = (
 
 
 def is_plain() -> bool:
-    """Whether tensors that are made now are ordinary ones, which may be kept for later calls."""
+    """Whether tensors created now are ordinary ones, which may be kept for later calls."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active():
         return False
-    # Fake, functional and traced tensors are of classes of their own.
+    # Fake, functional and traced tensors have classes of their own.
     return type(torch.empty(0, device="cpu")) is Tensor
 
 
 class CallLock:
-    """A lock that a thread may take several times, and that copies of its owner do not share."""
+    """A reentrant lock that is not shared with copies of its owner."""
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
@@ -53,7 +52,7 @@ class CallLock:
 
 @contextmanager
 def settled() -> Iterator[None]:
-    """Networks compute in the type of their weights, and what names no device is made on the CPU."""
+    """Within the block, networks compute in the type of their weights, and the default device is the CPU."""
     with ExitStack() as stack:
         for device in AUTOCAST:
             if torch.is_autocast_enabled(device):
@@ -65,27 +64,27 @@ def settled() -> Iterator[None]:
 
 @contextmanager
 def ordinary(op: str, *arguments: object) -> Iterator[None]:
-    """The block knows neither autocast nor inference mode nor another default device than the CPU.
+    """Within the block there is no autocast and no inference mode, and the default device is the CPU.
 
     Args:
-        op: for messages.
-        arguments: of the call.
+        op: name of the function, for messages.
+        arguments: arguments of the call.
 
     Raises:
         RuntimeError: the call is traced or transformed, or one of `arguments` carries a derivative of forward mode.
     """
     if not is_plain():
         raise RuntimeError(f"{op}: {TRACED}")
-    # Inference mode, in which routers run, would drop a derivative without a word.
+    # Inference mode, in which routers run, would silently drop a derivative.
     if any(isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None for x in arguments if _dual_level()):
         raise RuntimeError(f"{op}: a router has no derivative, not even in forward mode; got a dual tensor")
-    # Weights that are made within must serve outside of inference mode too.
+    # Weights that are made within must also be usable outside of inference mode.
     with torch.inference_mode(False), settled():
         yield
 
 
 def levels_to_caller() -> int:
-    """The `stacklevel` at which a warning of whoever asks names the line of the user."""
+    """The `stacklevel` with which a warning of the caller names the line of the user."""
     frame, level = sys._getframe(1), 1
     while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in ("fastroute", "torch", "contextlib"):
         frame, level = frame.f_back, level + 1
@@ -93,14 +92,14 @@ def levels_to_caller() -> int:
 
 
 def _dual_level() -> bool:
-    """Whether forward-mode differentiation is under way."""
+    """Whether forward-mode differentiation is in progress."""
     return forward_ad._current_level >= 0
 
 
 def ordinarily(function: F) -> F:
-    """A function, or a method of an object with a `lock`, that runs in :func:`ordinary`, one call of an object at a time.
+    """Make a function, or a method of an object with a `lock`, run in :func:`ordinary`, one call of an object at a time.
 
-    :func:`torch.compile` leaves it as it is: nothing within is compiled, so the result is that of the plain call.
+    :func:`torch.compile` does not compile anything within, so the result is that of the plain call.
     """
     name = function.__qualname__.removesuffix(".__init__").rpartition(".")[2]
 
@@ -116,14 +115,14 @@ def ordinarily(function: F) -> F:
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
-        # Importing the compiler takes a second, and whoever compiles has done so.
+        # Importing the compiler takes a second. A program that compiles has imported it already.
         return (_uncompiled(run) if "torch._dynamo" in sys.modules else run)(*args, **kwargs)
 
     return call  # type: ignore[return-value]
 
 
 def computing_in_own_type(forward: F) -> F:
-    """The `forward` of a module with a `device`, in :func:`settled`; traced, it holds no more than it needs of it."""
+    """Make the `forward` of a module with a `device` run in :func:`settled`. A trace contains only what is needed of it."""
 
     @functools.wraps(forward)
     def run(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -138,14 +137,14 @@ def computing_in_own_type(forward: F) -> F:
     return run  # type: ignore[return-value]
 
 
-# The caches of fake tensors belong to all threads.
+# All threads share the caches of fake tensors.
 _faking = threading.RLock()
 
 
 @contextmanager
 def on_fake_tensors() -> Iterator[None]:
-    """Operators of this thread give fake tensors: neither time nor memory is spent."""
-    # Here, since it imports Triton where that is installed.
+    """Within the block, operators of this thread return fake tensors and take neither time nor memory."""
+    # Imported here, because it imports Triton if that is installed.
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     with _faking, FakeTensorMode(allow_non_fake_inputs=True):
@@ -156,7 +155,7 @@ _left_alone: dict[Callable[..., Any], Callable[..., Any]] = {}
 
 
 def _uncompiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function`, of which the compiler compiles nothing."""
+    """`function`, which the compiler leaves uncompiled."""
     if function not in _left_alone:
         _left_alone[function] = torch._dynamo.disable(function, reason=TRACED)
     return _left_alone[function]

@@ -10,26 +10,27 @@ from torch import Tensor, nn
 
 
 def inference_copy(module: nn.Module, share: bool = False) -> nn.Module:
-    """A copy in evaluation mode that needs no gradients; the original stays as it is.
+    """A copy in evaluation mode that needs no gradients. The original is not changed.
 
     Args:
-        share: weights are not copied, and keep their need of gradients: only what is around them is another's.
+        module: the network.
+        share: share the weights with the original instead of copying them. They then keep their need of gradients.
     """
     memo: dict[int, Any] = {}
     if share:
         held = (x for m in module.modules() for x in (*vars(m).values(), *m._parameters.values(), *m._buffers.values()))
         memo = {id(x): x for x in held if isinstance(x, Tensor)}
-    # TorchScript copies weights as an operation, of which there would be gradients.
+    # TorchScript copies weights by an operation that would be differentiated.
     with torch.no_grad():
         result = copy.deepcopy(module, memo)
-    # One by one: modules of TorchScript have no `requires_grad_`.
+    # One by one, because modules of TorchScript have no `requires_grad_`.
     for parameter in () if share else result.parameters():
         parameter.requires_grad_(False)
     return evaluating(result)
 
 
 def evaluating(module: nn.Module) -> nn.Module:
-    """`module`, set to evaluation mode; of TorchScript too, whose frozen modules have no mode any more."""
+    """Set `module` to evaluation mode and return it. Frozen modules of TorchScript have no mode any more."""
     try:
         return module.eval()
     except (AttributeError, RuntimeError):

@@ -1,16 +1,16 @@
-"""Integer images and the numbers in [0, 1] that they stand for."""
+"""Conversion between integer images and numbers in [0, 1]."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-# Integer images hold [0, 1] in steps of 1 / MAXIMUM.
+# Integer images represent [0, 1] in steps of 1 / MAXIMUM.
 MAXIMUM = {torch.uint8: 255, torch.uint16: 65535}
 
 
 def to_float(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Pixels in `dtype`; integers become [0, 1]."""
+    """Convert pixels to `dtype`. Integers become numbers in [0, 1]."""
     if x.dtype not in MAXIMUM:
         return x.to(dtype)
     # 65535 is more than float16 holds.
@@ -18,7 +18,7 @@ def to_float(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def quantise(image: Tensor, dtype: torch.dtype) -> Tensor:
-    """Sums to the output type; integers are clamped and rounded half to even. Always contiguous."""
+    """Convert sums to the output type. Integers are clamped and rounded half to even. The result is contiguous."""
     if dtype not in MAXIMUM:
         return image.to(dtype).contiguous()
     value = (image.clamp(0, 1) * MAXIMUM[dtype]).round().nan_to_num(0)

@@ -1,4 +1,4 @@
-"""Which implementation of an operator runs, and why another cannot."""
+"""The choice of the backend of an operator, and the reasons why a backend cannot run."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ import torch
 GPU_BACKENDS = ("triton", "cuda")
 BACKENDS = ("reference", "cpu", *GPU_BACKENDS)
 VARIABLE = "FASTROUTE_BACKEND"
-# The oldest Triton, and the least compute capability, for which the kernels are compiled and tested.
+# The oldest Triton and the lowest compute capability for which the kernels are compiled and tested.
 TRITON_VERSION = (3, 6)
 CAPABILITY = (8, 0)
 
-# Operators that are products of matrices and little else: a GPU runs them as torch's own, whichever backend is asked for.
+# Operators that consist of matrix products: a GPU runs them by torch's own products, whatever backend is requested.
 PRODUCTS = frozenset({"cell_mlp"})
 
 
 class BackendError(RuntimeError):
-    """A backend that was asked for cannot run; the message gives the reasons."""
+    """A requested backend cannot run. The message gives the reasons."""
 
 
 class Extension:
-    """The compiled operators: loaded once, when an operator is first imported; compiles nothing.
+    """The compiled operators, which are loaded once, when an operator is first imported. Nothing is compiled.
 
     Attributes:
-        info: what `_C.build_info()` returns; empty without an extension.
-        reasons: why there is no extension; empty when it is loaded.
-        looked_for: whether it has been looked for.
+        info: the result of `_C.build_info()`; empty without an extension.
+        reasons: why there is no extension; empty if it is loaded.
+        looked_for: whether loading it has been tried.
     """
 
     def __init__(self) -> None:
@@ -45,10 +45,10 @@ class Extension:
         self.looked_for = False
 
     def load(self, schema_digest: str) -> None:
-        """Load the compiled operators if they were built from the schemas of this package; a warning where there are none."""
+        """Load the compiled operators if they were built from the schemas of this package, else warn."""
         self.looked_for = True
         self._load(schema_digest)
-        # Whoever asked for the reference knows.
+        # No warning for a user who requested the reference.
         if self.reasons and os.environ.get(VARIABLE) != "reference":
             warnings.warn(
                 f"fastroute runs without its compiled operators, many times slower on a CPU: {'; '.join(self.reasons)}; "
@@ -87,14 +87,14 @@ EXTENSION = Extension()
 
 
 def loaded_extension() -> Extension:
-    """The extension, once it has been looked for; the operators' library does so when it is imported."""
+    """The extension, after it has been loaded by importing the operators' library."""
     if not EXTENSION.looked_for:
         importlib.import_module("fastroute.ops._library")
     return EXTENSION
 
 
 def unsupported_reasons(op: str, backend: str, device: torch.device) -> list[str]:
-    """Why `backend` cannot run `op` on `device`; empty when it can. The one predicate that picks, reports and raises."""
+    """Why `backend` cannot run `op` on `device`; empty if it can. The single predicate behind choice, report and error."""
     if backend == "reference":
         return []
     if backend == "cpu":
@@ -137,7 +137,7 @@ def _cuda_reasons(op: str, index: int | None) -> list[str]:
         return [f"this version has no cuda kernel of {op}"]
     built = [(int(arch[:-1]), int(arch[-1])) for arch in extension.info["cuda_archs"]]
     found = torch.cuda.get_device_capability(index)
-    # Machine code of one architecture runs on that and on later ones of the same generation; the last is there as PTX too,
+    # Machine code of an architecture runs on it and on later ones of the same generation. The last one is also built as PTX,
     # which the driver translates for all later ones.
     if found >= built[-1] or any(found[0] == major and found[1] >= minor for major, minor in built):
         return []
@@ -152,18 +152,18 @@ def _fastest(op: str, index: int | None) -> str:
 
 
 def _fastest_on_gpu(op: str, index: int | None) -> str:
-    """What runs `op` on this GPU; found once in a process, since it is asked for with every call."""
+    """The backend of `op` on this GPU. It is needed in every call, and therefore found once per process."""
     return _fastest(op, index)
 
 
-# Values of a process: a trace of torch.compile takes them as they are and does not look inside. The attribute is what
+# The values are constant in a process, so a trace of torch.compile need not look inside. This is the attribute that
 # torch.compiler.assume_constant_result sets; calling that would import the compiler with this package.
 for _function in (_triton_reasons, _cuda_reasons, _fastest_on_gpu):
     setattr(_function, "_dynamo_marked_constant", True)  # noqa: B010
 
 
 def _is_products(op: str, backend: str, device: torch.device) -> bool:
-    """Whether torch's own products stand for `op` where the others run on `backend`."""
+    """Whether torch's own products run `op` if the other operators run on `backend`."""
     return op in PRODUCTS and backend in GPU_BACKENDS and (device.type == "cuda" or _interpreted())
 
 
@@ -193,7 +193,7 @@ def select(op: str, device: torch.device) -> str:
     """The backend that runs `op` on `device`: the requested one, else the fastest that can.
 
     Raises:
-        BackendError: the requested backend cannot run it; the message gives the reasons.
+        BackendError: the requested backend cannot run it. The message gives the reasons.
     """
     request = requested()
     if request:
@@ -208,19 +208,19 @@ def select(op: str, device: torch.device) -> str:
         return request
     if device.type == "cuda":
         return _fastest_on_gpu(op, device.index)
-    # Triton's interpreter runs on a CPU only when it was asked for.
+    # Triton's interpreter runs on a CPU only if it is requested.
     return "reference" if unsupported_reasons(op, "cpu", device) else "cpu"
 
 
 def requested() -> str | None:
-    """The backend asked for by :func:`use_backend` in this thread, or by the environment, if any."""
+    """The backend requested by :func:`use_backend` in this thread or by the environment, if any."""
     return _asked() or os.environ.get(VARIABLE) or None
 
 
 def use_backend(name: str | None) -> _Request:
-    """Ask for one backend from now on, or within a ``with`` block; None returns to the automatic choice.
+    """Request one backend from now on, or within a ``with`` block. None returns to the automatic choice.
 
-    It holds for the thread that asks, as torch's own default device and gradient mode do. The environment variable
+    The request applies to the calling thread, as torch's own default device and gradient mode do. The environment variable
     FASTROUTE_BACKEND does the same for a whole process.
 
     Args:
@@ -236,7 +236,7 @@ def use_backend(name: str | None) -> _Request:
     if name is not None:
         _check_name(name)
     request = _Request(name)
-    # What was asked for without a block lasts until something else is; so of those only the last is of interest.
+    # A request without a block lasts until the next one, so only the last of these matters.
     while len(_thread.requests) > 1 and not (_thread.requests[-1].entered or _thread.requests[-2].entered):
         del _thread.requests[-2]
     _thread.ask(request)
@@ -244,7 +244,7 @@ def use_backend(name: str | None) -> _Request:
 
 
 class _Request:
-    """What was asked for, until its ``with`` block ends, if it has one."""
+    """A request, which lasts until its ``with`` block ends, if it has one."""
 
     def __init__(self, name: str | None) -> None:
         self.name, self.entered = name, False
@@ -255,16 +255,16 @@ class _Request:
             _thread.ask(self)
 
     def __exit__(self, *exception: object) -> None:
-        # By identity: blocks need not end in the order in which they began.
+        # Removed by identity, because blocks need not end in the order in which they began.
         _thread.drop(self)
 
 
 class _Requests(threading.local):
-    """What the current thread has asked for, the latest last."""
+    """The requests of the current thread, the latest last."""
 
     def __init__(self) -> None:
         self.requests: list[_Request] = []
-        # Beside them, since the compiler follows a plain value of a thread, and looks again when it has changed.
+        # Kept separately, because the compiler can follow a plain value of a thread and notices when it changes.
         self.name: str | None = None
 
     def ask(self, request: _Request) -> None:

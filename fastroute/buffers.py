@@ -1,4 +1,4 @@
-"""Large buffers on huge pages, used again instead of mapped anew."""
+"""Large buffers on huge pages, which are reused instead of being mapped again."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-# Below this the allocator of the C library keeps memory mapped by itself.
+# Below this size the allocator of the C library itself keeps memory mapped.
 BUFFER_FROM = 4 << 20
 HUGE_PAGE = 2 << 20
 
-# Mapping 100 MB takes several times as long as filling it, so the last buffers that were let go are kept: few and not large.
+# Mapping 100 MB takes several times as long as filling it, so the last freed buffers are kept, within these limits.
 KEEP_BUFFERS = 4
 KEEP_BYTES = 512 << 20
 _spare: list[mmap.mmap] = []
@@ -31,8 +31,8 @@ _lock = threading.Lock()
 def empty(size: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
     """An uninitialised contiguous tensor.
 
-    A large one on a CPU lies on huge pages where the system has them, and in the memory of an earlier one of about its size
-    that nobody refers to any more: a pipeline that lets go of each result before the next but one maps memory twice.
+    A large one on a CPU uses huge pages if the system has them, and the memory of an earlier one of about its size that nobody
+    refers to any more. So a pipeline that never holds more than two results maps memory only twice.
     """
     count = math.prod(size)
     needed = count * dtype.itemsize
@@ -40,13 +40,13 @@ def empty(size: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tens
         return torch.empty(size, dtype=dtype, device=device)
     buffer = _reuse(needed) or _map(needed)
     view = (ctypes.c_char * needed).from_buffer(buffer)
-    # The tensor holds the view; when both are gone the memory is free again.
+    # The tensor holds the view. When both are gone, the memory is free again.
     weakref.finalize(view, _keep, buffer).atexit = False
     return torch.frombuffer(view, dtype=dtype, count=count).view(*size)
 
 
 def release() -> None:
-    """Give the memory that is kept for the next results back to the system."""
+    """Return the memory that is kept for the next results to the system."""
     with _lock:
         _spare.clear()
 
@@ -62,16 +62,16 @@ def give_back() -> None:
         trim(0)
 
 
-# mallopt's names for when the C library maps a block by itself, and when it gives the end of the heap back.
+# mallopt's parameters for the size from which a block is mapped separately, and for returning the end of the heap.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-HEAP_UP_TO, TRIM_FROM = 32 << 20, 2**31 - 1  # the most that glibc takes
+HEAP_UP_TO, TRIM_FROM = 32 << 20, 2**31 - 1  # the maximum that glibc accepts
 
 
 def keep_freed() -> bool:
-    """Let the C library keep what this process frees, for its next tensors; whether it can.
+    """Let the C library keep freed memory for the next tensors of this process. Returns whether it can.
 
-    For training on a CPU: each step frees hundreds of megabytes and asks for them again, and getting them anew from the
-    system, page by page, takes as long as half the step. It holds for the whole process until its end.
+    This is for training on a CPU: each step frees hundreds of megabytes and allocates them again, and getting them from the
+    system again, page by page, takes as long as half the step. The setting lasts until the process ends.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     return mallopt is not None and mallopt(M_TRIM_THRESHOLD, TRIM_FROM) == mallopt(M_MMAP_THRESHOLD, HEAP_UP_TO) == 1
@@ -88,7 +88,7 @@ def _map(needed: int) -> mmap.mmap:
 
 
 def _reuse(needed: int) -> mmap.mmap | None:
-    """A kept buffer of about this size, the latest first."""
+    """A kept buffer of about this size, preferably the latest."""
     with _lock:
         for place in reversed(range(len(_spare))):
             if needed <= len(_spare[place]) <= needed + needed // 4 + HUGE_PAGE:
@@ -104,7 +104,7 @@ def _keep(buffer: mmap.mmap) -> None:
 
 
 def available(device: torch.device, enough: int = sys.maxsize) -> int:
-    """Bytes that `device` could still give, as far as the system tells; or fewer, of at least `enough`, where quicker."""
+    """The bytes that `device` could still provide, as far as the system tells, or a smaller number of at least `enough`."""
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
@@ -112,7 +112,7 @@ def available(device: torch.device, enough: int = sys.maxsize) -> int:
         import resource
 
         limit = resource.getrlimit(resource.RLIMIT_AS)[0]
-        # Without what caches of files would give back.
+        # Not counting what caches of files would release.
         unused = os.sysconf("SC_AVPHYS_PAGES") * mmap.PAGESIZE
         if limit == resource.RLIM_INFINITY and unused >= enough:
             return unused
@@ -131,7 +131,7 @@ ADVISED = re.compile(r"out of memory.*; ", re.DOTALL)
 
 
 def is_exhausted(error: BaseException) -> bool:
-    """Whether `error` says that memory ran out: torch's CPU allocator has no class of its own for it."""
+    """Whether `error` means that memory ran out. torch's CPU allocator has no exception class for this."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error):
         return True
     unclear = isinstance(error, SystemError) or any(words in str(error) for words in UNCLEAR)

@@ -1,4 +1,4 @@
-"""The models shipped with the package and what their cards say; imports no torch."""
+"""The models shipped with the package, and the content of their cards. Does not import torch."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ class Card:
     """A shipped model.
 
     Attributes:
-        name: by which :func:`fastroute.load` knows it.
-        size: of its weights, in bytes.
-        task: what it does, for example "photographs x4".
-        flops: of each branch, cheapest first, and of the classifier.
-        psnr: reached, and by bicubic interpolation.
-        path: the card itself, which also tells on what it was trained and measured.
+        name: name for :func:`fastroute.load`.
+        size: size of its weights in bytes.
+        task: its purpose, for example "photographs x4".
+        flops: FLOPs of each branch, cheapest first, and of the classifier.
+        psnr: PSNR of the model and of bicubic interpolation.
+        path: the card itself, which also describes the training and test data.
     """
 
     name: str
@@ -34,12 +34,12 @@ class Card:
 
 
 def list_models() -> list[str]:
-    """Names of the models shipped with the package."""
+    """The names of the models shipped with the package."""
     return sorted(path.stem for path in WEIGHTS.glob("*.safetensors"))
 
 
 def read_card(name: str) -> Card:
-    """What is known of the shipped model `name`; "" where its card does not say."""
+    """The card of the shipped model `name`; entries are "" if the card does not state them."""
     path = WEIGHTS / f"{name}.md"
     rows = dict(ROW.findall(path.read_text(encoding="utf-8"))) if path.is_file() else {}
     size = (WEIGHTS / f"{name}.safetensors").stat().st_size

@@ -1,4 +1,4 @@
-"""What is installed here and which backend runs what."""
+"""`info`: installed versions, devices, and the backend of every operator."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PACKAGES = ("torch", "triton", "numpy", "pillow", "tifffile", "imagecodecs", "sa
 
 
 def operators() -> list[str]:
-    """Names of all operators."""
+    """The names of all operators."""
     return sorted(path.stem for path in (Path(__file__).parent / "ops").glob("[!_]*.py"))
 
 
@@ -24,10 +24,10 @@ class Info:
     """Versions, devices, and for each operator and device the backends with the reasons why one cannot run.
 
     Attributes:
-        versions: of this package, Python and what it builds on; "not installed" where it is not.
-        extension: what the compiled operators were built from, {} without them.
-        devices: by name as torch gives it, for example {"cpu": …, "cuda:0": …}.
-        backends: {device: {operator: {backend: reasons}}}; an empty list of reasons means that it runs.
+        versions: versions of this package, Python and its dependencies, or "not installed".
+        extension: how the compiled operators were built; {} without them.
+        devices: devices by torch's names, for example {"cpu": …, "cuda:0": …}.
+        backends: {device: {operator: {backend: reasons}}}. An empty list of reasons means that the backend runs.
         chosen: {device: {operator: backend}}.
     """
 
@@ -51,7 +51,7 @@ class Info:
             for op, table in self.backends[device].items():
                 for name, why in table.items():
                     if why and name not in reasons:
-                        # Reasons that name the operator are told once for all of them.
+                        # Reasons that differ only in the operator are listed once.
                         reason = why[0].removesuffix(f" of {op}")
                         kind = "a GPU" if device == "cpu" else "a CPU"
                         reasons[name] = reason.replace(f"the tensors are on {device}", f"it needs {kind}")
@@ -60,7 +60,7 @@ class Info:
 
 
 def _built(extension: dict[str, object]) -> str:
-    """In words, what the compiled operators were built from; "" without them."""
+    """How the compiled operators were built, as text; "" without them."""
     if not extension:
         return ""
     listed = {key: ", ".join(map(str, value)) for key, value in extension.items() if isinstance(value, (list, tuple))}
@@ -71,10 +71,10 @@ def _built(extension: dict[str, object]) -> str:
 
 
 def info() -> Info:
-    """Versions, devices, and which backend runs which operator; touches a GPU only to ask its name.
+    """Versions, devices, and the backend of every operator. A GPU is only asked for its name.
 
     Raises:
-        RuntimeError: a backend was asked for that cannot run on one of the devices.
+        RuntimeError: a requested backend cannot run on one of the devices.
     """
     from fastroute import __version__
 

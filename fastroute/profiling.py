@@ -1,7 +1,7 @@
 """FLOPs in two conventions, counted without running the network.
 
 Both count two operations per multiply-add of convolutions and linear layers. The papers count a transposed convolution's kernel
-at every *output* pixel ("paper"), which is the square of its stride more than what it does ("true").
+at every *output* pixel ("paper"), which is the square of its stride times what is done ("true").
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ def count_flops(model: nn.Module, input_size: Sequence[int], convention: str = "
     """FLOPs of one pass of `model`, as it is written, over an input of `input_size`.
 
     Args:
-        model: any module; a copy is run on fake tensors, so neither time nor memory is spent. What these cannot run, such as
-            TorchScript, is run in earnest.
-        input_size: shape of the input, batch included.
-        convention: "true" is what :class:`torch.utils.flop_counter.FlopCounterMode` counts: multiply-adds done, times two.
+        model: any module. A copy runs on fake tensors, which takes neither time nor memory. What fake tensors cannot run, such
+            as TorchScript, runs on real ones.
+        input_size: shape of the input, including the batch.
+        convention: "true" counts as :class:`torch.utils.flop_counter.FlopCounterMode` does: multiply-adds done, times two.
             "paper" reproduces the tables of ClassSR, CDNSR, ARM and PCSR.
 
     Raises:
@@ -46,10 +46,10 @@ def count_flops(model: nn.Module, input_size: Sequence[int], convention: str = "
 
 
 def observed(model: nn.Module, size: Sequence[int], dtype: torch.dtype, make: Callable[[], M]) -> M:
-    """The mode that `make` gives, once it has seen all operators of a pass of `model` over an input of `size`.
+    """The mode that `make` returns, after it has seen all operators of a pass of `model` over an input of `size`.
 
-    The pass is on fake tensors, or a real one of what these cannot run: TorchScript, operators that have no fake kernel, and
-    networks that look at values.
+    The pass runs on fake tensors, or on real ones if fake tensors cannot run it: TorchScript, operators without a fake kernel,
+    and networks that read values.
     """
     from torch._subclasses import fake_tensor as fake
 
@@ -81,7 +81,7 @@ def observed(model: nn.Module, size: Sequence[int], dtype: torch.dtype, make: Ca
 class FlopCounter(TorchDispatchMode):
     """Counts the operators of the thread that entered it.
 
-    :class:`torch.utils.flop_counter.FlopCounterMode` counts by modules too, with hooks on those of all threads.
+    :class:`torch.utils.flop_counter.FlopCounterMode` also counts by modules, with hooks on the modules of all threads.
 
     Args:
         paper: count the kernel of a transposed convolution at every output pixel.
@@ -92,7 +92,7 @@ class FlopCounter(TorchDispatchMode):
 
     def __init__(self, paper: bool) -> None:
         super().__init__()
-        # Here, since it imports Triton where that is installed.
+        # Imported here, because it imports Triton if that is installed.
         from torch.utils.flop_counter import flop_registry
 
         self.paper, self.total, self.registry = paper, 0, flop_registry
@@ -101,7 +101,7 @@ class FlopCounter(TorchDispatchMode):
         kwargs = kwargs or {}
         packet = func._overloadpacket
         if packet not in self.registry:
-            # What torch composes of others; the operators of other namespaces, such as `prim::device`, are not.
+            # Operators that torch composes of others. Those of other namespaces, such as `prim::device`, cannot be decomposed.
             with self:
                 parts = func.decompose(*args, **kwargs) if func.namespace == "aten" else NotImplemented
             return func(*args, **kwargs) if parts is NotImplemented else parts
@@ -116,13 +116,13 @@ class FlopCounter(TorchDispatchMode):
 
 @dataclass(frozen=True)
 class RoutedFlops:
-    """FLOPs of a routed image beside those of the dense one.
+    """The FLOPs of a routed image and of the dense one.
 
     Attributes:
         routed: FLOPs of the chosen branches and the classifier.
         dense: FLOPs with every patch in the most expensive branch, merged likewise, and no classifier.
-        one_pass: FLOPs of one pass of the most expensive network over the whole image, without patches that overlap: what a
-            user would run instead. None where no image is known.
+        one_pass: FLOPs of one pass of the most expensive network over the whole image, without overlapping patches, which is
+            what a user would run instead. None if no image is known.
     """
 
     routed: float
@@ -131,22 +131,22 @@ class RoutedFlops:
 
     @property
     def fraction(self) -> float:
-        """Routed over dense; 1 where there was nothing to do."""
+        """Routed over dense FLOPs; 1 if there was nothing to do."""
         return self.routed / self.dense if self.dense else 1.0
 
     @property
     def of_one_pass(self) -> float | None:
-        """Routed over one pass of the most expensive network; None where that is not known."""
+        """Routed FLOPs over those of one pass of the most expensive network; None if these are not known."""
         return self.routed / self.one_pass if self.one_pass else None
 
 
 def mix_flops(branch_flops: Sequence[float], counts: Sequence[float], classifier_flops: float = 0.0) -> RoutedFlops:
-    """FLOPs of a class mix.
+    """The FLOPs of a class mix.
 
     Args:
-        branch_flops: per patch, one entry per class.
-        counts: patches (or shares) per class; regions count by their area.
-        classifier_flops: in all. The papers' tables leave it out.
+        branch_flops: FLOPs per patch, one entry per class.
+        counts: patches (or shares) per class. Regions count by their area.
+        classifier_flops: total FLOPs of the classifier, which the papers' tables leave out.
 
     Raises:
         ValueError: lists of different lengths.
