@@ -1,5 +1,5 @@
-"""Image files in and out: :func:`read_picture` and :func:`write_picture` keep all that a file says, :func:`read_image` and
-:func:`write_image` are plain tensors."""
+"""Reading and writing image files: :func:`read_picture` and :func:`write_picture` keep all metadata, :func:`read_image` and
+:func:`write_image` handle plain tensors."""
 
 from fastroute.io.count import count_pictures
 from fastroute.io.files import SUFFIXES, ImageError, check_writable, list_images, write_atomically

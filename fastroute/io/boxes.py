@@ -19,7 +19,7 @@ SRGB_CICP, UNSPECIFIED = (1, 13), 2
 
 
 def boxes(data: bytes, begin: int = 0, end: int | None = None) -> Iterator[tuple[bytes, int, int]]:
-    """Type, begin and end of the content of every box between two places."""
+    """The type, and the begin and end of the content, of every box between two places."""
     end = len(data) if end is None else min(end, len(data))
     while begin + 8 <= end:
         length, name = struct.unpack_from(">I4s", data, begin)
@@ -34,7 +34,7 @@ def boxes(data: bytes, begin: int = 0, end: int | None = None) -> Iterator[tuple
 
 
 def find(data: bytes, path: tuple[bytes, ...], begin: int = 0, end: int | None = None) -> tuple[int, int] | None:
-    """Begin and end of the content of the first box that a path of types leads to."""
+    """The begin and end of the content of the first box at a path of types."""
     for name, first, last in boxes(data, begin, end):
         if name == path[0]:
             # A full box: four bytes of version and flags come first.
@@ -55,7 +55,7 @@ def decode_avif(data: bytes, limit: Limits) -> Decoded:
         properties = _properties(data)
         config = properties.get(b"av1C") or data[(at := data.find(b"av1C") + 4) : at + 4]
         bits = 12 if config[2] & 0x20 else 10 if config[2] & 0x40 else 8
-        # imagecodecs decodes all frames or none: asked for one, it writes beyond its memory.
+        # imagecodecs decodes all frames or none: when decoding a single frame, it writes beyond its memory.
         if frames > 1 and bits == 8:
             image.load()
             samples = np.array(image)
@@ -108,7 +108,7 @@ def _properties(data: bytes) -> dict[bytes, bytes]:
 
 
 def _cicp(colour: bytes) -> tuple[tuple[str, bytes], ...]:
-    """What a box of colours says, as a chunk of PNG says it: the pixels are RGB of full range."""
+    """The content of a colour box as a chunk of PNG, for RGB pixels of full range."""
     if colour[:4] != b"nclx" or len(colour) < 11:
         return ()
     primaries, transfer = struct.unpack(">HH", colour[4:8])
@@ -118,7 +118,7 @@ def _cicp(colour: bytes) -> tuple[tuple[str, bytes], ...]:
 
 
 def decode_heif(data: bytes, limit: Limits) -> Decoded:
-    """A HEIF file, such as HEIC; it is turned upright by its decoder."""
+    """A HEIF file, such as HEIC. Its decoder turns it upright."""
     try:
         import pillow_heif
     except ImportError as error:
@@ -134,7 +134,7 @@ def decode_heif(data: bytes, limit: Limits) -> Decoded:
         notes.append("further pictures in the file, such as a depth or gain map, were left out")
     samples = np.asarray(image)
     bits = int(info.get("bit_depth", 8)) if samples.dtype == np.uint16 else 8
-    # Deeper samples are stored in the upper bits of 16.
+    # Samples of more than 8 bits are stored in the upper bits of 16.
     samples = samples.reshape(*samples.shape[:2], -1) >> (16 - bits if samples.dtype == np.uint16 else 0)
     kind = "gray" if samples.shape[2] < 3 else "rgb"
     alpha = samples.shape[2] - 1 if samples.shape[2] in (2, 4) else None
@@ -202,7 +202,7 @@ def decode_jpeg2000(data: bytes, limit: Limits) -> Decoded:
 
 
 def _codestream(data: bytes) -> tuple[int, int, list[tuple[int, bool, tuple[int, int]]], bool, bytes | None]:
-    """Width, height, (bits, signed, step) of every component, whether it is reversible, and a comment."""
+    """The width, the height, (bits, signed, step) of every component, whether coding is reversible, and a comment."""
     if data[2:4] != b"\xff\x51" or len(data) < 42:
         raise ValueError("it is damaged: its codestream has no header")
     right, bottom, left, top = struct.unpack_from(">IIII", data, 8)

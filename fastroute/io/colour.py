@@ -1,4 +1,4 @@
-"""Colours: CMYK to sRGB, and a profile for what PNG says in chunks of its own."""
+"""Colours: CMYK to sRGB, and colour profiles from PNG's own chunks."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ PRIMARIES = {
     12: (0.68, 0.32, 0.265, 0.69, 0.15, 0.06),
 }
 D65 = (0.3127, 0.329)
-# Of the transfer functions those that a profile says exactly: as exponents, and sRGB's.
+# The transfer functions that a profile can express exactly: exponents, and that of sRGB.
 GAMMAS = {4: 2.2, 5: 2.8, 8: 1.0}
 SRGB_TRANSFER = 13
-# gAMA of pictures that are shown as sRGB.
+# The values of gAMA for which pictures are shown as sRGB.
 SRGB_GAMMA = 45455
 COLOUR_CHUNKS = ("cICP", "mDCV", "cLLI", "sRGB", "cHRM", "gAMA")
 
 
 def from_cmyk(inks: np.ndarray, icc: bytes | None) -> np.ndarray:  # [h, w, 4] -> [h, w, 3]
-    """sRGB by the profile of the inks, or without one that works by the plain formula; uint8, uint16 or float32."""
+    """Convert uint8, uint16 or float32 to sRGB by the profile of the inks, or by the plain formula without a usable profile."""
     if inks.dtype != np.uint8:
         deep = inks if inks.dtype == np.uint16 else np.rint(np.clip(inks, 0, 1) * 65535).astype(np.uint16)
         rgb = _from_deep_cmyk(deep, icc)
@@ -66,7 +66,7 @@ def _from_deep_cmyk(inks: np.ndarray, icc: bytes | None) -> np.ndarray:  # [h, w
 
 
 def profile_of_chunks(chunks: Mapping[str, bytes]) -> bytes | None:
-    """A colour profile that says what PNG's chunks say; None where they say sRGB, or what no plain profile can.
+    """A colour profile equivalent to PNG's chunks; None if they mean sRGB, or something that no simple profile can express.
 
     Args:
         chunks: contents by name, of `COLOUR_CHUNKS`.
@@ -94,14 +94,14 @@ def profile_of_chunks(chunks: Mapping[str, bytes]) -> bytes | None:
         form = {"transferfunction": curve} if gamma is None else {"gamma": gamma}
         points = [number for i in (0, 2, 4) for number in (*primaries[i : i + 2], 1.0)]
         made: bytes = imagecodecs.cms_profile("rgb", whitepoint=[*white, 1.0], primaries=points, **form)
-        # The library writes down when it was made, and a digest of all; the same chunks are to give the same bytes.
+        # The library stores the date and a digest, which are removed so that the same chunks give the same bytes.
         return made[:24] + struct.pack(">6H", 2000, 1, 1, 0, 0, 0) + made[36:84] + bytes(16) + made[100:]
     except (imagecodecs.CmsError, ValueError, RuntimeError):
         return None
 
 
 def is_plain_srgb(chunks: Mapping[str, bytes]) -> bool:
-    """Whether PNG's chunks say nothing else than sRGB, which is what a picture without them is taken for."""
+    """Whether PNG's chunks mean sRGB, which is assumed for a picture without them."""
     if "cICP" in chunks:
         return chunks["cICP"][:2] == bytes([1, SRGB_TRANSFER])
     if "sRGB" in chunks:

@@ -1,4 +1,4 @@
-"""How many pictures a file holds."""
+"""Counting the pictures in a file."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from typing import BinaryIO
 
 from fastroute.io.recognise import HEAD, format_of_bytes
 
-# Bits of a TIFF's NewSubfileType: a smaller copy of another page, and a mask of one. They are no pictures of their own.
+# Bits of a TIFF's NewSubfileType: a smaller copy of another page, and a mask of one. Neither is a picture of its own.
 REDUCED, MASK = 1, 4
 
 
 def count_pictures(path: str | Path) -> int:
-    """Pages of a TIFF, without thumbnails and masks, or frames of an animation; 1 for any other image.
+    """The number of pages of a TIFF, without thumbnails and masks, or of frames of an animation; 1 for any other image.
 
     Nothing is decoded.
 
     Raises:
-        OSError, ValueError: the file cannot be read, or is damaged. :func:`fastroute.io.read_picture` tells why.
+        OSError, ValueError: the file cannot be read or is damaged. :func:`fastroute.io.read_picture` says why.
     """
     with open(path, "rb") as file:
         name = format_of_bytes(file.read(HEAD))

@@ -1,4 +1,4 @@
-"""What a decoder of a format gives."""
+"""The result of a format's decoder, and limits on it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fastroute.io import exif as exif_blocks
 from fastroute.io import xmp as packets
 from fastroute.io.picture import Metadata, Origin
 
-# Bytes per pixel that decoders take, the decoded pixels included.
+# The bytes per pixel that decoders need, including the decoded pixels.
 DECODING = 10
 UNDONE = "the header tells of {0} x {1} pixels, more than the file can hold: it is damaged"
 
@@ -36,11 +36,11 @@ class Decoded:
 
 @dataclass(frozen=True)
 class Limits:
-    """What a file that is decoded whole may take.
+    """The limits for a file that is decoded as a whole.
 
     Attributes:
-        pixels: how many it may have; None for any number.
-        memory: bytes that decoding it may take; None for any number.
+        pixels: largest number of pixels, or None for no limit.
+        memory: largest number of bytes for decoding, or None for no limit.
     """
 
     pixels: int | None = None
@@ -61,18 +61,18 @@ def check_size(width: int, height: int, limit: Limits) -> None:
 
 
 def take_exif(block: bytes | None, notes: list[str]) -> tuple[bytes | None, int]:
-    """A block of EXIF for an upright picture, and the orientation that it told."""
+    """A block of EXIF for an upright picture, and its original orientation."""
     if not block:
         return None, 1
     try:
         return exif_blocks.upright(block), exif_blocks.orientation(block)
-    except Exception:  # whatever is wrong with it
+    except Exception:  # a damaged block may raise anything
         notes.append("a damaged block of EXIF was left out")
         return None, 1
 
 
 def take_xmp(packet: str | bytes | None, notes: list[str]) -> bytes | None:
-    """A packet of XMP for an upright picture that stands alone."""
+    """A packet of XMP for a single upright picture."""
     if not packet:
         return None
     found = packet.encode("utf-8", "replace") if isinstance(packet, str) else bytes(packet)

@@ -1,4 +1,4 @@
-"""EXIF as bytes: looked into and corrected in place, so that text of any encoding and makers' notes stay as they are."""
+"""EXIF as bytes: read and corrected in place, so that text of any encoding and makers' notes are preserved."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ HEADER = b"Exif\0\0"
 ORIENTATION, EXIF_IFD, GPS_IFD, INTEROP_IFD = 0x0112, 0x8769, 0x8825, 0xA005
 POINTERS = (EXIF_IFD, GPS_IFD, INTEROP_IFD)
 SHORT, LONG, LONG8 = 3, 4, 16
-# Tags that tell the size of the picture, in its own directory and in that of EXIF.
+# The tags with the size of the picture, in its own directory and in that of EXIF.
 WIDTHS, HEIGHTS = (0x0100, 0xA002), (0x0101, 0xA003)
 THUMBNAIL, THUMBNAIL_BYTES = 0x0201, 0x0202
-# Bytes of a value by its type, and of the numbers that it is made of.
+# The bytes of a value by its type, and of the numbers that it consists of.
 SIZES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8, 17: 8, 18: 8}
 UNITS = {**SIZES, 5: 4, 10: 4}
-# Of the tags of a TIFF those that describe the picture, not how its pixels are stored.
+# The tags of a TIFF that describe the picture, not the storage of its pixels.
 DESCRIPTIVE = (269, 270, 271, 272, 285, 305, 306, 315, 316, 33432, 0x4746, 0x4749, *range(0x9C9B, 0x9CA0))
 MOST_ENTRIES, MOST_BYTES = 4096, 1 << 26
 
 
 class Entry(NamedTuple):
-    """A tag, its type, its value as bytes in the order of the file, and where in the file they lie."""
+    """A tag, its type, its value as bytes in the order of the file, and their place in the file."""
 
     tag: int
     kind: int
@@ -32,24 +32,24 @@ class Entry(NamedTuple):
 
 
 class Directory(NamedTuple):
-    """Tags, and the directories that some of them point to."""
+    """A directory of tags, and the directories that some of them point to."""
 
     entries: list[Entry]
     children: dict[int, Directory]
 
 
 def read_directory(file: BinaryIO, at: int, order: str, big: bool = False, depth: int = 0) -> Directory:
-    """The directory at a place of a file, and those below it.
+    """Read the directory at a place of a file, and those below it.
 
     Args:
         file: the file; places count from its beginning.
-        at: where.
-        order: "<" or ">".
-        big: it is a BigTIFF.
-        depth: how many directories lead here.
+        at: place of the directory.
+        order: byte order, "<" or ">".
+        big: whether the file is a BigTIFF.
+        depth: number of directories above this one.
 
     Raises:
-        ValueError: it is damaged.
+        ValueError: the directory is damaged.
     """
     file.seek(at)
     head, form, inline = (8, "HHQ", 8) if big else (2, "HHI", 4)
@@ -78,7 +78,7 @@ def read_directory(file: BinaryIO, at: int, order: str, big: bool = False, depth
 
 
 def number_of(entry: Entry, order: str) -> int:
-    """The first number of an entry of integers; 0 for others."""
+    """The first number of an entry of integers; 0 for other entries."""
     codes = {1: "B", 3: "H", 4: "I", 13: "I", 16: "Q", 18: "Q"}
     if entry.kind not in codes:
         return 0
@@ -102,14 +102,14 @@ def parse(block: bytes) -> tuple[Directory, str]:
 
 
 def orientation(block: bytes) -> int:
-    """1 … 8; 1 where the block says none."""
+    """The orientation, 1 to 8; 1 if the block has none."""
     directory, order = parse(block)
     values = [number_of(entry, order) for entry in directory.entries if entry.tag == ORIENTATION]
     return values[0] if values and 1 <= values[0] <= 8 else 1
 
 
 def upright(block: bytes) -> bytes | None:
-    """The block without orientation and thumbnail, nothing else moved; None where it says nothing else.
+    """The block without orientation and thumbnail, with nothing else moved; None if nothing else is in it.
 
     Raises:
         ValueError: it is damaged.
@@ -127,7 +127,7 @@ def upright(block: bytes) -> bytes | None:
 
 
 def _without_thumbnail(body: bytearray, link: int, order: str) -> bytearray:
-    """The block with the small picture, to which the number at `link` leads, made void."""
+    """The block after removing the thumbnail to which the number at `link` points."""
     if link + 4 > len(body):
         return body + bytes(link + 4 - len(body))
     (second,) = struct.unpack_from(order + "I", body, link)
@@ -147,7 +147,7 @@ def _without_thumbnail(body: bytearray, link: int, order: str) -> bytearray:
 
 
 def sized(block: bytes, width: int, height: int) -> bytes:
-    """The block with the size of the picture, where it says one."""
+    """The block with the size of the picture corrected, if it has one."""
     try:
         directory, order = parse(block)
     except ValueError:
@@ -158,13 +158,13 @@ def sized(block: bytes, width: int, height: int) -> bytes:
         for entries in (directory.entries, *(child.entries for child in directory.children.values())):
             for entry in entries:
                 if entry.tag in tags and entry.kind in (SHORT, LONG) and len(entry.value) == SIZES[entry.kind]:
-                    # The value lies in the entry itself, which has room for the longer type.
+                    # The value is stored in the entry itself, which has room for the longer type.
                     struct.pack_into(order + "HII", body, entry.at - 6, LONG, 1, value)
     return block[:head] + bytes(body)
 
 
 def block_of(directory: Directory, order: str) -> bytes | None:
-    """A block of directories that were read from a file of this byte order; None if they are empty."""
+    """A block of directories that were read from a file with this byte order; None if they are empty."""
     if not directory.entries and not directory.children:
         return None
     head = (b"II*\0" if order == "<" else b"MM\0*") + struct.pack(order + "I", 8)
@@ -172,14 +172,14 @@ def block_of(directory: Directory, order: str) -> bytes | None:
 
 
 def write_directory(directory: Directory, at: int, source: str, order: str, big: bool = False) -> bytes:
-    """Bytes of a directory, its values and the directories below it, to lie at a place of a file.
+    """The bytes of a directory, its values and the directories below it, for a place of a file.
 
     Args:
-        directory: what is written.
-        at: where it will lie.
-        source: the byte order of its values.
-        order: the byte order of the file.
-        big: it is a BigTIFF.
+        directory: the directory.
+        at: place at which it will be stored.
+        source: byte order of its values.
+        order: byte order of the file.
+        big: whether the file is a BigTIFF.
     """
     entries = sorted({e.tag: e for e in directory.entries if e.tag not in POINTERS and (big or e.kind < LONG8)}.values())
     tags = sorted([*(e.tag for e in entries), *directory.children])
@@ -207,13 +207,13 @@ def write_directory(directory: Directory, at: int, source: str, order: str, big:
 
 
 def swapped(kind: int, value: bytes) -> bytes:
-    """A value in the other byte order."""
+    """A value, converted to the other byte order."""
     unit = UNITS[kind]
     return b"".join(value[i : i + unit][::-1] for i in range(0, len(value), unit))
 
 
 def chosen(directory: Directory, tags: Iterable[int]) -> Directory:
-    """These entries of a directory, and all directories below it."""
+    """The given entries of a directory, and all directories below it."""
     return Directory([entry for entry in directory.entries if entry.tag in set(tags)], directory.children)
 
 

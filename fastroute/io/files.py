@@ -1,4 +1,4 @@
-"""Files and folders: which are images, which may be written, and how one is written whole or not at all."""
+"""Files and folders: finding images, checking what can be written, and writing files completely or not at all."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from typing import BinaryIO
 from fastroute.io.recognise import READ_SUFFIXES
 from fastroute.io.walk import walk
 
-# Endings of the files that can be written.
+# The endings of files that can be written.
 SUFFIXES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".tif", ".tiff", ".bmp")
-# Where Linux shows the open files of a process; a nameless file gets its name from there.
+# The folder in which Linux shows the open files of a process. A nameless file gets its name through it.
 OPEN_FILES = "/proc/self/fd"
 
 
 class ImageError(ValueError):
-    """An image file that cannot be read or written; the message names the file and the reason."""
+    """An image file cannot be read or written. The message names the file and the reason."""
 
 
 class ImageMemoryError(ImageError, MemoryError):
@@ -31,10 +31,10 @@ class ImageMemoryError(ImageError, MemoryError):
 
 
 def list_images(folder: str | Path) -> list[Path]:
-    """Image files below `folder`, sorted by path; see :func:`is_image`.
+    """The image files below `folder`, sorted by path; see :func:`is_image`.
 
     Raises:
-        ValueError: `folder` is no folder or holds no image.
+        ValueError: `folder` is not a folder or contains no image.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -46,7 +46,7 @@ def list_images(folder: str | Path) -> list[Path]:
 
 
 def check_writable(path: str | Path) -> None:
-    """Fail now rather than after the work.
+    """Check before the work that a picture can be written to `path`.
 
     Raises:
         ImageError: the folder is missing or not writable, `path` is a folder, or its ending names no known format.
@@ -59,11 +59,11 @@ def check_writable(path: str | Path) -> None:
 
 
 def why_not_writable(path: str | Path, folders: bool = False) -> str:
-    """Why a file `path` cannot be written; empty where it can. Nothing is changed.
+    """Why a file `path` cannot be written; "" if it can. Nothing is changed.
 
     Args:
-        path: a link is followed.
-        folders: those that are missing above `path` will be made.
+        path: path of the file. Links are followed.
+        folders: whether missing folders above `path` will be created.
     """
     real = Path(os.path.realpath(path))
     try:
@@ -91,19 +91,19 @@ def why_not_writable(path: str | Path, folders: bool = False) -> str:
 
 
 def write_atomically(path: str | Path, write: Callable[[BinaryIO], object], follow: bool = True) -> None:
-    """Call `write` on a new file and give it the name `path` when whole; see :func:`written_atomically`."""
+    """Call `write` on a new file and give it the name `path` when it is complete; see :func:`written_atomically`."""
     with written_atomically(path, follow) as file:
         write(file)
 
 
 @contextmanager
 def written_atomically(path: str | Path, follow: bool = True) -> Iterator[BinaryIO]:
-    """A new file that gets the name `path` when the block ends; an interrupted run leaves `path` as it was.
+    """A new file that gets the name `path` when the block ends. An interrupted run leaves `path` as it was.
 
-    A link is followed, unless `follow` is False, and a file that is replaced hands on its permissions.
+    Links are followed, unless `follow` is False, and the permissions of a replaced file are kept.
 
-    Until then the file has no name, where the system allows that, so that even a killed process leaves nothing behind.
-    Elsewhere it is called ``.NAME.….part``, and a failure removes it.
+    Until the end of the block the file has no name, if the system allows this, so that even a killed process leaves nothing
+    behind. On other systems it is called ``.NAME.….part``, and a failure removes it.
     """
     path = target_of(path) if follow else Path(path)
     if follow and os.path.lexists(path) and not path.is_file():
@@ -113,7 +113,7 @@ def written_atomically(path: str | Path, follow: bool = True) -> Iterator[Binary
     if handle is None:
         handle, part = _open_part(path)
     try:
-        # Some libraries ask a file for its name.
+        # Some libraries read the name of a file.
         with open(path, "w+b", opener=lambda *_: handle) as file:
             yield file
             file.flush()
@@ -122,7 +122,7 @@ def written_atomically(path: str | Path, follow: bool = True) -> Iterator[Binary
             os.chmod(file.fileno(), permissions_of(path))
             if part is None:
                 part = _name(file, path)
-        # A new name cannot take the place of a file in one step, but a renaming can.
+        # Giving a file a name cannot replace another file in one step, but renaming can.
         os.replace(part, path)
     except BaseException:
         if part is not None:
@@ -132,9 +132,9 @@ def written_atomically(path: str | Path, follow: bool = True) -> Iterator[Binary
 
 @contextmanager
 def new_folder(path: str | Path) -> Iterator[Path]:
-    """A new folder that gets the name `path` when the block ends; what was there is removed when that is done.
+    """A new folder that gets the name `path` when the block ends, after which an old folder of that name is removed.
 
-    Until then it is called ``.NAME.….part``; a failure removes it.
+    Until then it is called ``.NAME.….part``. A failure removes it.
     """
     path = target_of(path)
     part = path.parent / f"{part_prefix(path)}{secrets.token_hex(6)}.part"
@@ -155,12 +155,12 @@ def new_folder(path: str | Path) -> Iterator[Path]:
 
 
 def target_of(path: str | Path) -> Path:
-    """Where a file of that name is written: what a link leads to."""
+    """The path at which a file of that name is written: the target of a link."""
     return Path(os.path.realpath(path)) if os.path.islink(path) else Path(path)
 
 
 def permissions_of(path: Path) -> int:
-    """Those of the file that is there, or those that any new file would have."""
+    """The permissions of the existing file, or those of a new file."""
     try:
         return stat.S_IMODE(path.stat().st_mode)
     except OSError:
@@ -170,15 +170,15 @@ def permissions_of(path: Path) -> int:
 
 
 def remove_parts(paths: Iterable[str | Path]) -> None:
-    """Remove what a killed process may have left of writing `paths`."""
+    """Remove temporary files that a killed process may have left while writing `paths`."""
     prefixes: dict[Path, set[str]] = {}
     for path in map(target_of, paths):
         prefixes.setdefault(path.parent, set()).add(part_prefix(path))
     for folder, starts in prefixes.items():
         for part in folder.glob(".*.part"):
-            # What follows the prefix is random and has no dot.
+            # The part after the prefix is random and has no dot.
             if part.name.removesuffix(".part").rpartition(".")[0] + "." in starts:
-                # Of an array it is a folder.
+                # For an array it is a folder.
                 if part.is_dir() and not part.is_symlink():
                     shutil.rmtree(part, ignore_errors=True)
                 else:
@@ -186,7 +186,7 @@ def remove_parts(paths: Iterable[str | Path]) -> None:
 
 
 def _open_nameless(folder: Path) -> int | None:
-    """A file in `folder` that has no name yet; None where the system or the file system knows no such thing."""
+    """A file in `folder` that has no name yet; None if the system or the file system does not support this."""
     if not hasattr(os, "O_TMPFILE") or not os.path.isdir(OPEN_FILES):
         return None
     try:
@@ -198,13 +198,13 @@ def _open_nameless(folder: Path) -> int | None:
 
 
 def _name(file: BinaryIO, path: Path) -> str:
-    """Name the nameless `file` as a part of `path`; returns the name."""
+    """Give the nameless `file` a temporary name next to `path` and return it."""
     part = str(path.parent / f"{part_prefix(path)}{secrets.token_hex(6)}.part")
     links = os.open(OPEN_FILES, os.O_RDONLY)
     try:
         os.link(str(file.fileno()), part, src_dir_fd=links, follow_symlinks=True)
     except OSError:
-        # Some sandboxes forbid it: the bytes go to a file that had a name from the start.
+        # Some sandboxes forbid this. Then the bytes are copied to a file that had a name from the start.
         handle, part = _open_part(path)
         with os.fdopen(handle, "wb") as copy:
             file.seek(0)
@@ -222,5 +222,5 @@ def _open_part(path: Path) -> tuple[int, str]:
 
 
 def part_prefix(path: Path) -> str:
-    """A hint of the target, short enough for file systems, which count bytes, and never half a letter."""
+    """A part of the target's name, short enough for file systems, which count bytes, and never ending in half a character."""
     return f".{os.fsencode(path.name)[:80].decode(errors='ignore')}."

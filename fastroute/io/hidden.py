@@ -1,7 +1,8 @@
-"""Colours of pixels that nobody sees, so that they do not reach into those that somebody does.
+"""Replaces the colours of invisible pixels, so that they do not bleed into visible ones.
 
-What lies under full transparency is arbitrary, often black, and a network would blend it into the visible edge. It is replaced
-by visible colours from nearby: the mean, weighed by alpha, over the smallest of some squares that holds anything visible.
+Colours under full transparency are arbitrary, often black, and a network would blend them into the visible edge. They are
+replaced by visible colours from nearby: the mean, weighted by alpha, over the smallest of several squares that contains
+anything visible.
 """
 
 from __future__ import annotations
@@ -11,29 +12,29 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-# Half the side of the squares; twice as large from one to the next.
+# Half the side of the squares. Each is twice as large as the one before.
 RADII = (1, 2, 4, 8, 16, 32)
 REACH = RADII[-1]
-# Side of the tiles that are worked on one after the other.
+# The side of the tiles that are processed one after the other.
 TILE = 256
 
 
 def fill_hidden(color: Tensor, alpha: Tensor | None) -> Tensor:  # [C, H, W], [H, W] -> [C, H, W]
-    """The colours with visible ones spread below full transparency; the same tensor where nothing is hidden.
+    """Spread visible colours below full transparency. Returns the same tensor if nothing is hidden.
 
-    A pixel without anything visible within 32 pixels becomes a middle gray. Every pixel depends on those within 32 pixels
-    alone, in the same order of sums, so that bands of a picture give the bits of the whole.
+    A pixel without anything visible within 32 pixels becomes medium gray. Every pixel depends only on those within 32 pixels,
+    in the same order of sums, so bands of a picture give the bits of the whole.
 
     Args:
         color: uint8, uint16 or float32.
-        alpha: of the same type, not premultiplied; None for an opaque picture.
+        alpha: transparency of the same type, not premultiplied; None for an opaque picture.
     """
     if alpha is None or bool(alpha.numpy().all()):
         return color
     if alpha.is_floating_point():
         alpha = alpha.clamp(min=0)
     height, width = color.shape[1:]
-    # A gray picture's channels may be one in memory.
+    # The channels of a gray picture may share memory.
     single = color.shape[0] > 1 and color.stride(0) == 0
     planes = color[:1] if single else color
     result = planes.clone()
@@ -60,7 +61,7 @@ def _fill(
     peak = 1 if result.is_floating_point() else 255 if result.dtype == torch.uint8 else 65535
     filled = torch.full(result.shape, peak / 2, dtype=torch.float64)
     if bool(alpha_around.numpy().any()):
-        # Sums that are exact, whatever the order: 255 * 255 * 65 * 65 fits 32 bits, and double what 16 bits make of it.
+        # The sums are exact in any order: 255 * 255 * 65 * 65 fits into 32 bits, and sums of 16-bit values fit into doubles.
         kind = torch.int32 if result.dtype == torch.uint8 else torch.float64
         weight = alpha_around.to(kind)
         sums = torch.cat([weight[None], color_around.to(kind) * weight])
@@ -77,7 +78,7 @@ def _fill(
 
 def _squares(sums: Tensor, inside: tuple[slice, slice]) -> Iterator[Tensor]:  # [K, h', w'] -> [K, h, w] each
     """The sums over squares of 2 r + 1 pixels around every pixel inside, for all radii r."""
-    # Zeros for what lies outside of the picture.
+    # Zeros outside of the picture.
     size = [part.stop - part.start for part in inside]
     gaps = [(REACH - part.start, part.stop + REACH - whole) for part, whole in zip(inside, sums.shape[1:], strict=True)]
     padded = torch.nn.functional.pad(sums, (*gaps[1], *gaps[0]))

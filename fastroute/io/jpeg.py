@@ -1,4 +1,4 @@
-"""JPEG: libjpeg through Pillow; 12 bits, 16 bits and without loss through imagecodecs."""
+"""JPEG: through Pillow's libjpeg; 12-bit, 16-bit and lossless files through imagecodecs."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from fastroute.io.metadata import IPTC, resolution
 from fastroute.io.picture import Metadata, Origin
 from fastroute.io.samples import Meaning
 
-# Frames: sequential and progressive, which Pillow decodes at 8 bits; without loss; with arithmetic coding.
+# Types of frames: sequential and progressive, which Pillow decodes at 8 bits; lossless; arithmetically coded.
 PLAIN, LOSSLESS, ARITHMETIC = (0xC0, 0xC1, 0xC2), (0xC3,), (0xC9, 0xCA)
 FRAMES = (*PLAIN, *LOSSLESS, 0xC5, 0xC6, 0xC7, *ARITHMETIC, 0xCB, 0xCD, 0xCE, 0xCF)
-# A block of 64 pixels takes at least 2 bits of Huffman codes, or a share of a run of empty ones.
+# A block of 64 pixels takes at least 2 bits of Huffman codes, or a share of a run of empty blocks.
 PIXELS_PER_BYTE = 2048
 
 
@@ -32,7 +32,7 @@ def decode(data: bytes, limit: Limits) -> Decoded:
         raise ValueError("it is cut short")
     head = bytearray() if plain else bytearray(data)
     if not plain:
-        # Only for the markers, which Pillow reads of files of 8 bits alone.
+        # Only for the markers, which Pillow reads only in files of 8 bits.
         head[at], head[at + 3] = 0xC0, 8
     notes: list[str] = []
     with JpegImagePlugin.JpegImageFile(io.BytesIO(data if plain else head)) as image:
@@ -88,7 +88,7 @@ def _metadata(image: JpegImagePlugin.JpegImageFile, notes: list[str]) -> tuple[M
 
 
 def _iptc(image: JpegImagePlugin.JpegImageFile) -> Iterator[bytes]:
-    """Blocks of IPTC among Photoshop's resources."""
+    """The blocks of IPTC in Photoshop's resources."""
     for name, content in image.applist:
         if name != "APP13" or not content.startswith(b"Photoshop 3.0\0"):
             continue
@@ -103,7 +103,7 @@ def _iptc(image: JpegImagePlugin.JpegImageFile) -> Iterator[bytes]:
 
 
 def _frame(data: bytes) -> tuple[int, int, int, int, int]:
-    """The marker of the frame, its precision, height and width, and where the marker lies."""
+    """The marker of the frame, its precision, height and width, and the place of the marker."""
     at = 2
     while at + 9 < len(data):
         if data[at] != 0xFF:

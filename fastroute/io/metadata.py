@@ -1,4 +1,4 @@
-"""What of a picture's metadata a format of files holds, in the form in which it is written there."""
+"""The metadata of a picture that a file format can hold, in the form in which they are written."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from fastroute.io import xmp as packets
 from fastroute.io.colour import COLOUR_CHUNKS, is_plain_srgb, profile_of_chunks
 from fastroute.io.picture import Metadata, suiting
 
-# A segment of a JPEG holds no more.
+# The largest segment of a JPEG.
 SEGMENT = 65533 - 29
 IPTC = 0x0404
-# What each format holds.
+# The metadata that each format can hold.
 HELD = {
     "PNG": {"icc", "exif", "xmp", "dpi", "text", "comment", "chunks"},
     "JPEG": {"icc", "exif", "xmp", "dpi", "comment", "iptc"},
@@ -30,7 +30,7 @@ MOST_DPI = {"PNG": (2**31 - 1) / 39.4, "JPEG": 65535.0, "TIFF": 2.0**31, "BMP": 
 
 @dataclass
 class Carried:
-    """Metadata as a format takes it, and sentences about what it does not take."""
+    """Metadata in the form of a format, and sentences about what the format cannot hold."""
 
     icc: bytes | None = None
     exif: bytes | None = None
@@ -42,13 +42,13 @@ class Carried:
 
 
 def carried(metadata: Metadata, name: str, gray: bool, size: tuple[int, int] | None = None) -> Carried:
-    """What a file of the format `name` holds of the metadata.
+    """The part of the metadata that a file of the format `name` can hold.
 
     Args:
-        metadata: of the picture.
-        name: of `HELD`.
-        gray: its pixels are stored as gray.
-        size: height and width, for what tells them.
+        metadata: metadata of the picture.
+        name: name of a format in `HELD`.
+        gray: whether the pixels are stored as gray.
+        size: height and width, for metadata that contain them.
     """
     held, found = HELD[name], Carried()
     found.icc = _profile(metadata, name, gray, found.lost)
@@ -104,17 +104,17 @@ def _profile(metadata: Metadata, name: str, gray: bool, lost: list[str]) -> byte
 
 
 def resolution(found: Any) -> tuple[float, float] | None:
-    """Pixels per inch, if they make sense."""
+    """The pixels per inch, if they make sense."""
     try:
         dpi = (float(found[0]), float(found[1]))
     except (TypeError, ValueError, IndexError, ZeroDivisionError):
         return None
-    # Where there is no unit, Pillow says 1.
+    # Without a unit, Pillow reports 1.
     return dpi if all(math.isfinite(value) and value > 1 for value in dpi) else None
 
 
 def save_options(held: Carried, name: str) -> dict[str, Any]:
-    """Arguments of Pillow's `save` for JPEG, WebP and BMP."""
+    """The arguments of Pillow's `save` for JPEG, WebP and BMP."""
     options: dict[str, Any] = {}
     for key, value in (("icc_profile", held.icc), ("exif", held.exif), ("xmp", held.xmp), ("dpi", held.dpi)):
         if value is not None:

@@ -1,4 +1,4 @@
-"""A picture as it was read: pixels as the networks take them, and what its file said about them."""
+"""A picture: pixels in the form that networks take, and the metadata of its file."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ import torch
 from torch import Tensor
 
 BITS = {torch.uint8: 8, torch.uint16: 16, torch.float32: 32}
-# The colour space stands at these bytes of a profile.
+# The bytes of a profile that name its colour space.
 ICC_SPACE = slice(16, 20)
 NOTHING: Mapping[str, str] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
 class Metadata:
-    """What a file says beside its pixels.
+    """The metadata of a file.
 
     Attributes:
         icc: colour profile of the pixels.
-        exif: a block of EXIF as JPEG files hold it, without an orientation: the pixels are upright.
-        xmp: a packet of XMP, its orientation set to upright.
+        exif: a block of EXIF as in JPEG files, without an orientation, because the pixels are upright.
+        xmp: a packet of XMP, with its orientation set to upright.
         dpi: pixels per inch, horizontally and vertically.
-        text: titles, comments and the like of a PNG, by keyword.
-        comment: of a JPEG or GIF.
-        iptc: a block of IPTC (IIM), as JPEG and TIFF files hold it.
-        chunks: chunks of a PNG, name and content, byte for byte: what it says of its colours (gAMA, cHRM, cICP, …), and the
-            texts as they were stored.
+        text: titles, comments and similar texts of a PNG, by keyword.
+        comment: comment of a JPEG or GIF.
+        iptc: a block of IPTC (IIM) as in JPEG and TIFF files.
+        chunks: chunks of a PNG, name and content, byte for byte: those about colours (gAMA, cHRM, cICP, …), and the texts as
+            they were stored.
     """
 
     icc: bytes | None = None
@@ -47,9 +47,9 @@ class Origin:
 
     Attributes:
         format: "PNG", "JPEG", … as :func:`fastroute.io.format_of_bytes` names it; empty for a picture that was made in memory.
-        lossless: its pixels were stored without loss.
-        pictures: how many it holds: pages of a TIFF, frames of an animation. The first is read.
-        notes: whole sentences about what was left behind or changed while reading.
+        lossless: whether its pixels were stored without loss.
+        pictures: number of pages of a TIFF or frames of an animation. The first one is read.
+        notes: whole sentences about what was left out or changed while reading.
     """
 
     format: str = ""
@@ -79,7 +79,7 @@ class Picture:
 
     @property
     def bits(self) -> int:
-        """Bits per channel: 8, 16, or 32 for floating point."""
+        """The bits per channel: 8, 16, or 32 for floating point."""
         return BITS[self.color.dtype]
 
     @property
@@ -96,7 +96,7 @@ class Picture:
         return describe(self.bits, self.kind, self.alpha is not None)
 
     def as_bits(self, bits: int) -> Picture:
-        """The same picture with 8 or 16 bits per channel, or as float32 for 32; clamped and rounded."""
+        """The same picture with 8 or 16 bits per channel, or float32 for 32, clamped and rounded."""
         if bits == self.bits:
             return self
         alpha = None if self.alpha is None else converted(self.alpha, bits)
@@ -110,7 +110,7 @@ class Picture:
 
 
 def describe(bits: int, kind: str, alpha: bool) -> str:
-    """Such as "16-bit gray with alpha"."""
+    """A description such as "16-bit gray with alpha"."""
     depth = "float" if bits == 32 else f"{bits}-bit"
     name = {"gray": "gray", "rgb": "RGB", "palette": "palette", "cmyk": "CMYK"}[kind]
     return f"{depth} {name}{' with alpha' if alpha else ''}"
@@ -124,7 +124,7 @@ def suiting(icc: bytes | None, gray: bool) -> bytes | None:
 
 
 def converted(x: Tensor, bits: int) -> Tensor:
-    """Pixels of so many bits: 8, 16, or 32 for floating point; clamped and rounded."""
+    """Convert pixels to 8 bits, 16 bits, or floating point for 32, clamped and rounded."""
     peaks = {8: 255, 16: 65535, 32: 1}
     source = {torch.uint8: 255, torch.uint16: 65535, torch.float32: 1}[x.dtype]
     scaled = x.float() * (peaks[bits] / source)

@@ -45,7 +45,7 @@ def decode(data: bytes, name: str, limit: Limits) -> Decoded:
 
 
 def open_plugin(data: bytes, name: str) -> Image.Image:
-    """What Pillow's plugin makes of the bytes, without a limit on pixels and without guessing another format."""
+    """Open the bytes by Pillow's plugin, without a limit on pixels and without guessing another format."""
     Image.init()
     if name not in Image.OPEN:
         raise ValueError(f"this build of Pillow reads no {name}")
@@ -53,11 +53,11 @@ def open_plugin(data: bytes, name: str) -> Image.Image:
 
 
 def eight_bits(image: Image.Image) -> np.ndarray:  # -> [H, W, C]
-    """The pixels, gray or RGB, with alpha where the file has it."""
+    """The pixels, gray or RGB, with alpha if the file has it."""
     clear = image.has_transparency_data
     if image.mode in GRAY_MODES:
         straight = image.convert("LA") if image.mode == "La" else image
-        # A gray value that stands for transparency is known to the way to RGBA alone.
+        # Only the conversion to RGBA handles a gray value that means transparency.
         return np.array(straight.convert("RGBA"))[:, :, [0, 3]] if clear else np.array(straight.convert("L"))[:, :, None]
     wanted = "RGBA" if clear else "RGB"
     return np.array(image if image.mode == wanted else image.convert(wanted))
@@ -69,7 +69,7 @@ def is_lossless_webp(data: bytes) -> bool:
     while at + 8 <= len(data):
         name, length = data[at : at + 4], int.from_bytes(data[at + 4 : at + 8], "little")
         if name == b"ANMF":
-            # Its pictures are chunks behind 16 bytes of its own.
+            # The pictures of a frame are chunks after 16 bytes of its own.
             at += 24
             continue
         kinds.add(name)
@@ -78,7 +78,7 @@ def is_lossless_webp(data: bytes) -> bool:
 
 
 def _check_bmp(data: bytes, limit: Limits) -> None:
-    """Check what the header says, before Pillow allocates it."""
+    """Check the size in the header before Pillow allocates it."""
     header = int.from_bytes(data[14:18], "little")
     form = ((18, 20), (20, 22), (24, 26)) if header == CORE_HEADER else ((18, 22), (22, 26), (28, 30))
     width, height, bits = (int.from_bytes(data[begin:end], "little", signed=header != CORE_HEADER) for begin, end in form)
@@ -89,7 +89,7 @@ def _check_bmp(data: bytes, limit: Limits) -> None:
 
 
 def _bmp_profile(data: bytes) -> bytes | None:
-    """The colour profile that a header of the fifth version leads to."""
+    """The colour profile that a header of version 5 points to."""
     if int.from_bytes(data[14:18], "little") != FIFTH_HEADER or data[70:74] != EMBEDDED:
         return None
     begin, length = (int.from_bytes(data[i : i + 4], "little") for i in (126, 130))

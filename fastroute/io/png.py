@@ -1,4 +1,4 @@
-"""PNG: pixels through libpng, and the chunks beside them byte for byte."""
+"""PNG: pixels through libpng, and the other chunks byte for byte."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from fastroute.io.metadata import Carried, resolution
 from fastroute.io.picture import Metadata, Origin
 
 MAGIC = b"\x89PNG\r\n\x1a\n"
-# Channels by the header's colour type.
+# The number of channels by the header's colour type.
 CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
-# Deflate shrinks nothing by more than this.
+# Deflate compresses nothing by more than this factor.
 DEFLATE_RATIO = 1032
-# As fast as the pixels deserve; photographs become a tenth smaller at the default level, in twice the time.
+# A fast level of compression: at the default level photographs become a tenth smaller, in twice the time.
 LEVEL = 3
-# Chunks that tell the pixels.
+# The chunks that define the pixels.
 CRITICAL = ("IHDR", "PLTE", "IDAT", "IEND", "tRNS")
 TEXTS = ("tEXt", "zTXt", "iTXt")
-# Chunks that would be wrong for a result, or say nothing to its viewer: significant bits, and frames of an animation.
+# Chunks that would be wrong or meaningless for a result: significant bits, and frames of an animation.
 SILENT = ("sBIT", "acTL", "fcTL", "fdAT", "iDOT")
-# The passes of an interlaced picture: where each begins, and its steps.
+# The passes of an interlaced picture: the begin and the steps of each.
 ADAM7 = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
 XMP = "XML:com.adobe.xmp"
 MOST_TEXT = 1 << 26
@@ -71,9 +71,9 @@ def _woven(parts: Sequence[bytes | memoryview], width: int, height: int, bits: i
     """The pixels of a PNG with Adam7: each pass is a picture of its own, with the same header, palette and transparency.
 
     Args:
-        parts: the magic bytes, and the chunks that tell the pixels.
-        width, height: of the whole.
-        bits: of a pixel.
+        parts: the magic bytes, and the chunks that define the pixels.
+        width, height: size of the whole picture.
+        bits: bits of a pixel.
     """
     by_name = [(bytes(part[4:8]), part) for part in parts[1:]]
     machine = zlib.decompressobj()
@@ -167,7 +167,7 @@ def _inflated(data: bytes, notes: list[str]) -> bytes | None:
 
 
 def _raw_profile(text: str) -> bytes | None:
-    """What ImageMagick stores as hexadecimal digits below a name and a length."""
+    """Decode what ImageMagick stores as hexadecimal digits after a name and a length."""
     try:
         return bytes.fromhex("".join(text.strip().split("\n")[2:]))
     except ValueError:
@@ -175,7 +175,7 @@ def _raw_profile(text: str) -> bytes | None:
 
 
 def encode(file: BinaryIO, pixels: np.ndarray, chunks: Sequence[tuple[str, bytes]] = ()) -> None:  # [H, W] or [H, W, C]
-    """Write 8 or 16-bit pixels, and chunks before them."""
+    """Write pixels of 8 or 16 bits, with chunks before them."""
     data = memoryview(imagecodecs.png_encode(pixels, level=LEVEL))
     after_header = len(MAGIC) + 25
     file.write(data[:after_header])
@@ -194,8 +194,8 @@ def chunks_of(metadata: Metadata, held: Carried) -> list[tuple[str, bytes]]:
     """The chunks that carry metadata.
 
     Args:
-        metadata: of the picture.
-        held: what a PNG takes of it.
+        metadata: metadata of the picture.
+        held: the part of it that a PNG can hold.
     """
     present = dict(metadata.chunks)
     found = [(name, present[name]) for name in COLOUR_CHUNKS if name in present and not (held.icc and name == "sRGB")]
@@ -225,7 +225,7 @@ def _text_chunk(key: str, value: str) -> tuple[str, bytes]:
 
 
 def _chunks(data: bytes) -> Iterator[tuple[str, memoryview, memoryview, bool]]:
-    """Name, content and all bytes of every chunk, and whether it is whole."""
+    """The name, the content and all bytes of every chunk, and whether it is complete."""
     view, at = memoryview(data), len(MAGIC)
     while at + 8 <= len(data):
         length, name = struct.unpack_from(">I4s", data, at)

@@ -1,4 +1,4 @@
-"""Netpbm's files: PBM, PGM, PPM, PAM, as text or as bytes, and PFM with floating point."""
+"""Netpbm's formats: PBM, PGM, PPM and PAM, as text or as bytes, and PFM with floating point."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from fastroute.io.decoded import Decoded, Limits, check_size
 from fastroute.io.picture import Metadata, Origin
 from fastroute.io.samples import check_range
 
-# A number, behind blanks and comments.
+# A number after blanks and comments.
 TOKEN = re.compile(rb"(?:\s|#[^\r\n]*[\r\n])*([^\s#]+)")
 MOST_HEADER = 1 << 16
 
 
 def decode(data: bytes, limit: Limits, white: float) -> Decoded:
-    """A file of Netpbm; sample values are scaled to the full range of 8 or 16 bits."""
+    """A file of Netpbm. Sample values are scaled to the full range of 8 or 16 bits."""
     magic = data[:2]
     if magic in (b"PF", b"Pf"):
         pixels = _real(data, limit, white)
@@ -67,7 +67,7 @@ def _real(data: bytes, limit: Limits, white: float) -> np.ndarray:
     check_size(width, height, limit)
     channels = 3 if data[:2] == b"PF" else 1
     body = np.frombuffer(_enough(data[at + 1 :], 4 * width * height * channels), "<f4" if scale < 0 else ">f4")
-    # From the lowest row to the uppermost.
+    # Rows are stored from bottom to top.
     rows = body.reshape(height, width, channels)[::-1].astype(np.float32)
     return check_range(rows if white == 1 else rows / np.float32(white))
 
@@ -107,7 +107,7 @@ def _enough(body: bytes, length: int) -> bytes:
 
 
 def _scaled(samples: np.ndarray, most: int, inverted: bool) -> np.ndarray:
-    """From 0 … most to the full range."""
+    """Scale values from 0 … most to the full range."""
     if not 1 <= most <= 65535:
         raise ValueError(f"the largest value must lie in 1 … 65535; it is {most}")
     if samples.size and (samples.min() < 0 or samples.max() > most):

@@ -1,4 +1,4 @@
-"""Files to pictures and tensors: all at once, or rectangle by rectangle, through the same decoders."""
+"""Reads files as pictures and tensors, as a whole or by rectangles, through the same decoders."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from fastroute.io.picture import Picture
 from fastroute.io.recognise import HEAD, format_of_bytes
 
 AUTO = "auto"
-# EXIF's orientations from 5 on exchange rows and columns; these turn the upright rows and columns around.
+# EXIF's orientations from 5 on exchange rows and columns. These orientations reverse the upright rows and columns.
 ROWS_TURNED, COLUMNS_TURNED = (3, 4, 7, 8), (2, 3, 6, 7)
 
 
 class _Pixels(Protocol):
-    """Pixels as a file stores them, by rectangles."""
+    """The pixels as a file stores them, read by rectangles."""
 
     height: int
     width: int
@@ -43,9 +43,9 @@ class OpenPicture:
     Attributes:
         height, width: in pixels.
         channels: 1 for gray, 3 for RGB, and one more for alpha.
-        dtype: of the pixels: uint8, uint16 or float32.
+        dtype: type of the pixels: uint8, uint16 or float32.
         kind, metadata, origin: see :class:`fastroute.io.Picture`.
-        held: bytes of decoded pixels that stay in memory while it is open.
+        held: bytes of decoded pixels that stay in memory while the picture is open.
     """
 
     def __init__(self, path: str | Path, pixels: _Pixels, facts: Decoded, held: int) -> None:
@@ -59,7 +59,7 @@ class OpenPicture:
         self.metadata = replace(facts.metadata, dpi=dpi[::-1]) if turned and dpi is not None else facts.metadata
 
     def without_alpha(self) -> OpenPicture:
-        """The same without its transparency."""
+        """The same picture without its transparency."""
         if not self.alpha:
             return self
         other = copy(self)
@@ -72,10 +72,10 @@ class OpenPicture:
         return self.channels in (2, 4)
 
     def read(self, y0: int, y1: int, x0: int, x1: int) -> Tensor:  # [C, y1 - y0, x1 - x0]
-        """Pixels of rows y0 to y1 and columns x0 to x1, the last ones excluded.
+        """The pixels of rows y0 to y1 and columns x0 to x1, excluding y1 and x1.
 
         Raises:
-            ImageError: they are damaged, or floating point beyond [0, 2].
+            ImageError: the pixels are damaged, or are floating point beyond [0, 2].
         """
         with explained(self.path):
             if self.orientation in ROWS_TURNED:
@@ -89,7 +89,7 @@ class OpenPicture:
             return torch.from_numpy(np.ascontiguousarray(np.moveaxis(pixels, 2, 0)))
 
     def picture(self) -> Picture:
-        """All of it.
+        """The whole picture.
 
         Raises:
             ImageError: see :meth:`read`.
@@ -116,10 +116,10 @@ class _InMemory:
 def open_picture(
     path: str | Path, *, max_pixels: int | str | None = AUTO, white: float = 1.0, memory: int | None = None
 ) -> Iterator[OpenPicture]:
-    """The picture of a file; see :func:`read_picture` for the other arguments and the errors.
+    """Open the picture of a file; see :func:`read_picture` for the other arguments and the errors.
 
-    Strips and tiles of a TIFF are decoded when they are read. Any other file is decoded whole: where that would take more
-    bytes than `memory`, it is refused.
+    Strips and tiles of a TIFF are decoded when they are read. Any other file is decoded as a whole, and refused if that would
+    take more bytes than `memory`.
     """
     if not 0 < real("read_picture", "white", white) < math.inf:
         raise ValueError(f"read_picture: white must be positive and finite; got {white}")
@@ -151,13 +151,12 @@ def open_picture(
 
 
 def read_picture(path: str | Path, *, max_pixels: int | str | None = AUTO, white: float = 1.0) -> Picture:
-    """An image file: PNG, JPEG, WebP, TIFF, BMP, GIF, Netpbm, AVIF, HEIF or JPEG 2000, by content; upright, as its EXIF
-    orientation says.
+    """Read an image file: PNG, JPEG, WebP, TIFF, BMP, GIF, Netpbm, AVIF, HEIF or JPEG 2000, recognised by its content.
 
-    Gray, RGB and palette pictures keep their alpha channel and depth: up to 8 bits become uint8, 9 to 16 uint16, both at full
-    range, and floating point float32. CMYK becomes sRGB by its embedded profile, or without one by the plain formula. Of
-    several pictures in a file the first is read; ``origin.pictures`` tells how many there are, and ``origin.notes`` what was
-    left behind.
+    The picture is turned upright according to its EXIF orientation. Gray, RGB and palette pictures keep their alpha channel and
+    depth: up to 8 bits become uint8 and 9 to 16 bits uint16, both at full range, and floating point becomes float32. CMYK
+    becomes sRGB by its embedded profile, or without one by the plain formula. If a file holds several pictures, the first is
+    read; ``origin.pictures`` is their number, and ``origin.notes`` says what was left out.
 
     Args:
         path: the file.
@@ -175,7 +174,7 @@ def read_picture(path: str | Path, *, max_pixels: int | str | None = AUTO, white
 
 
 def read_image(path: str | Path, *, max_pixels: int | str | None = AUTO, white: float = 1.0) -> Tensor:
-    """An image file as a uint8 RGB tensor (3, H, W), upright as its EXIF orientation says; transparency is dropped.
+    """Read an image file as a uint8 RGB tensor (3, H, W), upright according to its EXIF orientation, without transparency.
 
     Depths beyond 8 bits are scaled. :func:`read_picture` keeps depth, transparency and metadata, and has the same arguments.
 
@@ -186,7 +185,7 @@ def read_image(path: str | Path, *, max_pixels: int | str | None = AUTO, white: 
 
 
 def pixel_limit() -> int | None:
-    """Pixels beyond which a file is refused: where Pillow draws the line."""
+    """The number of pixels beyond which a file is refused, which is Pillow's limit."""
     return None if Image.MAX_IMAGE_PIXELS is None else 2 * Image.MAX_IMAGE_PIXELS
 
 
@@ -196,7 +195,7 @@ def _check_file(path: str | Path) -> None:
 
 
 def _decode(data: bytes, name: str | None, limit: Limits, white: float) -> Decoded:
-    """Any file but a TIFF. The decoders are loaded when they are needed: some take as long as a small picture."""
+    """Decode any file but a TIFF. Decoders are loaded when they are needed, because some take as long as a small picture."""
     if name == "PNG":
         from fastroute.io import png
 
@@ -222,7 +221,7 @@ def _decode(data: bytes, name: str | None, limit: Limits, white: float) -> Decod
 
 
 def _upright(pixels: np.ndarray, orientation: int) -> np.ndarray:  # [H, W, C]
-    """Pixels as their EXIF orientation means them."""
+    """Turn pixels upright according to their EXIF orientation."""
     if orientation >= 5:
         pixels = pixels.swapaxes(0, 1)
     return pixels[:: -1 if orientation in ROWS_TURNED else 1, :: -1 if orientation in COLUMNS_TURNED else 1]
@@ -230,7 +229,7 @@ def _upright(pixels: np.ndarray, orientation: int) -> np.ndarray:  # [H, W, C]
 
 @contextmanager
 def explained(path: str | Path) -> Iterator[None]:
-    """Turn whatever decoders raise into an ImageError that names the file."""
+    """Turn any error of a decoder into an ImageError that names the file."""
     try:
         yield
     except ImageError:
@@ -242,7 +241,7 @@ def explained(path: str | Path) -> Iterator[None]:
         raise ImageMemoryError(f"cannot read {path}: out of memory; {remedy}") from error
     except OSError as error:
         raise ImageError(f"cannot read {path}: {error.strerror or error}") from error
-    except Exception as error:  # libraries raise what they like on damaged files
+    except Exception as error:  # libraries may raise anything on damaged files
         raise ImageError(f"cannot read {path}: {_damaged(error)}") from error
 
 

@@ -1,11 +1,11 @@
-"""Which files are images: by their first bytes, and where these tell nothing, by their ending."""
+"""Recognises images by their first bytes or, if these say nothing, by their ending."""
 
 from __future__ import annotations
 
 from importlib.util import find_spec
 from pathlib import Path
 
-# Endings of the files that can be read. What is read goes by content; an ending only says what a file was meant to be.
+# The endings of files that can be read. Reading depends on the content; an ending only says what a file was meant to be.
 READ_SUFFIXES = (
     ".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".jif", ".webp", ".tif", ".tiff", ".btf", ".tf8", ".bmp", ".dib", ".gif",
     ".ppm", ".pgm", ".pbm", ".pnm", ".pam", ".pfm", ".avif", ".jp2", ".j2k", ".j2c", ".jpc", ".jpx", ".jpf", ".heic", ".heif",
@@ -16,7 +16,7 @@ JPEG2000_MAGIC = (b"\0\0\0\x0cjP  \r\n\x87\n", b"\xff\x4f\xff\x51")
 AVIF_BRANDS = {b"avif", b"avis"}
 HEIF_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"}
 BMP_HEADERS = (12, 16, 40, 52, 56, 64, 108, 124)
-# Bytes that are looked at: the brands of a file of the AVIF family fit into them.
+# The number of bytes that are read. The brands of a file of the AVIF family fit into them.
 HEAD = 256
 
 

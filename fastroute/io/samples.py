@@ -1,6 +1,6 @@
-"""From the samples that a decoder gives to the pixels that they mean.
+"""Converts the samples of a decoder to pixels.
 
-Every pixel is worked out from its own samples alone, so it makes no difference how many rows are decoded at a time.
+Every pixel depends only on its own samples, so it makes no difference how many rows are decoded at a time.
 """
 
 from __future__ import annotations
@@ -12,24 +12,24 @@ import numpy as np
 
 from fastroute.io.colour import from_cmyk
 
-# Floats beyond this are no image in [0, 1] with some overshoot, but one in 0 … 255 or radiance.
+# Floats beyond this are not an image in [0, 1] with some overshoot, but one in 0 … 255, or radiance.
 FLOAT_PEAK = 2.0
 COLOURS = {"gray": 1, "rgb": 3, "palette": 1, "cmyk": 4}
 
 
 @dataclass(frozen=True)
 class Meaning:
-    """What the samples of a pixel mean.
+    """The meaning of the samples of a pixel.
 
     Attributes:
-        kind: "gray", "rgb", "palette" or "cmyk"; these samples come first.
-        bits: of an integer sample, 1 to 16; 0 for floating point. Up to 8 become uint8, more uint16, at full range.
-        inverted: 0 is white.
-        alpha: the place of the sample that is transparency; None without.
-        premultiplied: colours are multiplied by alpha.
+        kind: "gray", "rgb", "palette" or "cmyk". These samples come first.
+        bits: bits of an integer sample, 1 to 16; 0 for floating point. Up to 8 become uint8, more uint16, at full range.
+        inverted: whether 0 is white.
+        alpha: place of the sample that is transparency, or None.
+        premultiplied: whether colours are multiplied by alpha.
         palette: [n, 3] uint8 or uint16.
         icc: colour profile of CMYK.
-        white: the value of a floating-point sample that is white.
+        white: value of white in floating-point samples.
     """
 
     kind: str
@@ -47,21 +47,21 @@ class Meaning:
 
     @property
     def dtype(self) -> np.dtype:
-        """Of the pixels."""
+        """The type of the pixels."""
         if self.palette is not None:
             return self.palette.dtype
         return np.dtype(np.float32 if self.bits == 0 else np.uint8 if self.bits <= 8 else np.uint16)
 
     @property
     def channels(self) -> int:
-        """Of a pixel: 1 for gray, 3 for RGB, and one more for alpha."""
+        """The channels of a pixel: 1 for gray, 3 for RGB, and one more for alpha."""
         return (1 if self.kind == "gray" else 3) + (self.alpha is not None)
 
     def pixels(self, samples: np.ndarray) -> np.ndarray:  # [h, w, S] -> [h, w, C]
-        """Gray or RGB, with alpha if there is one, not premultiplied.
+        """Convert samples to gray or RGB, with alpha if there is one, not premultiplied.
 
         Raises:
-            ValueError: floating-point samples that are no image in about [0, 1].
+            ValueError: floating-point samples are not an image in about [0, 1].
         """
         count = COLOURS[self.kind]
         if self.palette is not None:
@@ -83,7 +83,7 @@ class Meaning:
         return np.concatenate([colour, alpha], axis=2)
 
     def _full(self, samples: np.ndarray) -> np.ndarray:
-        """Samples at the full range of their type."""
+        """The samples, scaled to the full range of their type."""
         if self.bits == 0:
             real = samples.astype(np.float32)
             return check_range(real if self.white == 1 else real / np.float32(self.white))
@@ -93,15 +93,15 @@ class Meaning:
 
     @property
     def sample_type(self) -> type:
-        """Of a sample at full range."""
+        """The largest value of a sample at full range."""
         return np.uint8 if self.bits <= 8 else np.uint16
 
 
 def check_range(pixels: np.ndarray) -> np.ndarray:
-    """The same floating-point pixels.
+    """Return floating-point pixels after checking them.
 
     Raises:
-        ValueError: they are not in about [0, 1].
+        ValueError: the pixels are not in about [0, 1].
     """
     # NaN fails both comparisons.
     if pixels.size and not (pixels.min() >= -FLOAT_PEAK and pixels.max() <= FLOAT_PEAK):
@@ -114,7 +114,7 @@ def check_range(pixels: np.ndarray) -> np.ndarray:
 
 @lru_cache
 def _table(bits: int) -> np.ndarray:
-    """The full-range value of every sample of so many bits."""
+    """The full-range value of every sample with `bits` bits."""
     kind = np.uint8 if bits <= 8 else np.uint16
     return np.rint(np.arange(1 << bits) * (np.iinfo(kind).max / ((1 << bits) - 1))).astype(kind)
 

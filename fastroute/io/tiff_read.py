@@ -1,4 +1,4 @@
-"""TIFF: strips and tiles through tifffile, whatever their compression; some or all of them at a time."""
+"""TIFF: strips and tiles through tifffile, with any compression, some or all of them at a time."""
 
 from __future__ import annotations
 
@@ -26,25 +26,25 @@ KINDS = {WHITE_IS_ZERO: "gray", BLACK_IS_ZERO: "gray", RGB: "rgb", PALETTE: "pal
 JPEG = (6, 7, 33007, 34892)
 UNSPECIFIED, ASSOCIATED, UNASSOCIATED = 0, 1, 2
 LOSSY = (*JPEG, 50001, 50002, 52546, 34712, 33003, 33004, 33005, 34887, 34925)
-# No compression shrinks anything that is not of one colour by more.
+# No compression reduces anything that is not a single colour by more than this factor.
 MOST_RATIO, MUCH = 8192, 1 << 29
 MOST_PAGES = 1 << 16
-# Pixels of a strip or tile that is not suspicious, however small the picture.
+# The number of pixels of a strip or tile up to which it is not suspicious, however small the picture is.
 LARGE_PART = 1 << 24
 
 
 class TiffSource:
-    """The first picture of a TIFF file, of which the strips or tiles under a rectangle are decoded.
+    """The first picture of a TIFF file, of which only the strips or tiles under a rectangle are decoded.
 
     Args:
         file: the open file.
-        limit: beyond which it is refused.
-        white: of floating-point samples.
+        limit: limits beyond which the file is refused.
+        white: value of white in floating-point samples.
 
     Attributes:
-        height, width: of the pixels as they are stored.
-        meaning: of a pixel's samples.
-        metadata, orientation, origin: what the file says.
+        height, width: size of the pixels as they are stored.
+        meaning: meaning of a pixel's samples.
+        metadata, orientation, origin: statements of the file.
         held: bytes of decoded pixels that are kept from one rectangle to the next.
     """
 
@@ -79,7 +79,7 @@ class TiffSource:
         self.origin = Origin("TIFF", lossless, len(pictures), tuple(notes))
 
     def read(self, y0: int, y1: int, x0: int, x1: int) -> np.ndarray:  # [y1 - y0, x1 - x0, C]
-        """Pixels of rows y0 to y1 and columns x0 to x1, the last ones excluded."""
+        """The pixels of rows y0 to y1 and columns x0 to x1, excluding y1 and x1."""
         if self.whole is not None:
             return self.whole[y0:y1, x0:x1]
         samples = np.empty((y1 - y0, x1 - x0, self.samples), self.dtype)
@@ -96,7 +96,7 @@ class TiffSource:
         return self.meaning.pixels(samples)
 
     def check_whole(self) -> None:
-        """Refuse to hold all pixels of a file that is damaged so that it seems to have very many."""
+        """Refuse to hold all pixels of a damaged file that seems to have very many."""
         size = self.height * self.width * self.samples * self.dtype.itemsize if self.whole is None else 0
         if size > MUCH and size > MOST_RATIO * self.page.parent.filehandle.size:
             raise ValueError(UNDONE.format(self.width, self.height))
@@ -116,7 +116,7 @@ class TiffSource:
         count = self.planes * self.down * self.across
         if min(len(page.dataoffsets), len(page.databytecounts)) < count:
             raise ValueError(f"it is damaged: of {count} strips or tiles it names {len(page.dataoffsets)}")
-        # Looked up now: later they would move the place in the file.
+        # Read now, because reading them later would move the position in the file.
         self.decode = page.decode
         self.tables = {"jpegtables": page.jpegtables, "jpegheader": page.jpegheader}
         bits = page.bitspersample
@@ -129,14 +129,14 @@ class TiffSource:
         self.held = 0 if self.plain or page.is_tiled else self.rows * self.width * self.samples * self.dtype.itemsize
 
     def _segment(self, number: int, rows: slice) -> np.ndarray:  # -> [rows, columns, samples of a plane]
-        """These rows of a strip or tile."""
+        """The given rows of a strip or tile."""
         channels = self.samples if self.planes == 1 else 1
         if self.kept is not None and self.kept[0] == number:
             return self.kept[1][rows]
         file, page = self.page.parent.filehandle, self.page
         offset, length = page.dataoffsets[number], page.databytecounts[number]
         if length == 0:
-            # Strips and tiles of one colour are left out of sparse files.
+            # Sparse files leave out strips and tiles of a single colour.
             return np.full((rows.stop - rows.start, self.columns, channels), page.nodata, dtype=self.dtype)
         if self.plain:
             size = (rows.stop - rows.start) * self.row_bytes
@@ -155,7 +155,7 @@ class TiffSource:
         return segment[rows]
 
     def _decode_whole(self, file: tifffile.TiffFile, index: int) -> None:
-        """Kinds of colours that tifffile leaves as they are, at 8 bits."""
+        """Convert kinds of colours that tifffile leaves unchanged, at 8 bits."""
         if self.page.bitspersample != 8:
             raise ValueError(f"{self.page.photometric.name} of {self.page.bitspersample} bits is not supported; 8 are")
         handle = file.filehandle
@@ -176,7 +176,7 @@ class TiffSource:
 
 
 def check_chain(file: tifffile.TiffFile) -> None:
-    """Refuse a file whose directories lead beyond its end: it was cut, and tifffile would pass over the rest."""
+    """Refuse a file whose directories point beyond its end: it was cut, and tifffile would ignore the rest."""
     handle: Any = file.filehandle
     head, step, link = ("Q", 20, "Q") if file.is_bigtiff else ("H", 12, "I")
     size, seen = handle.size, set[int]()
@@ -250,7 +250,7 @@ def _metadata(file: tifffile.TiffFile, page: Any, notes: list[str]) -> tuple[Met
         described = exif_blocks.chosen(directory, exif_blocks.DESCRIPTIVE)
         described = described._replace(entries=[e for e in described.entries if _lasting(e, notes)])
         exif = exif_blocks.block_of(described, order)
-    except Exception:  # whatever is wrong with it
+    except Exception:  # damaged metadata may raise anything
         notes.append("damaged metadata were left out")
     turn = exif_blocks.number_of(raw[ORIENTATION], order) if ORIENTATION in raw else 1
     # Without a unit, the numbers are an aspect ratio.
@@ -274,7 +274,7 @@ def _metadata(file: tifffile.TiffFile, page: Any, notes: list[str]) -> tuple[Met
 
 
 def _lasting(entry: exif_blocks.Entry, notes: list[str]) -> bool:
-    """Whether a description still holds for an enlarged picture."""
+    """Whether a description is still true for an enlarged picture."""
     if entry.tag != DESCRIPTION:
         return True
     if entry.value.startswith(SHAPED):

@@ -1,4 +1,4 @@
-"""TIFF: a picture as a whole, or the frame of a large one whose tiles are filled in later; with all metadata beside it."""
+"""TIFF: writes a picture as a whole, or the frame of a large one whose tiles are filled in later, with all metadata."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from fastroute.io.metadata import Carried
 
 XMP, IPTC = 700, 33723
 BYTE, ASCII, LONG, UNDEFINED, LONG8 = 1, 2, 4, 7, 16
-# Tags of EXIF's first directory that a TIFF sets by itself: how pixels are stored, resolution, pointers, XMP, profile.
+# Tags of EXIF's first directory that a TIFF sets itself: storage of pixels, resolution, pointers, XMP, profile.
 OWN = {*range(254, 269), *range(273, 285), 290, 291, 292, 293, 296, 301, *range(317, 348), 512, 513, 514, 515, *range(519, 522),
        529, 530, 531, 532, XMP, IPTC, 34377, 34675, *exif_blocks.POINTERS}  # fmt: skip
 
 
 def encode(file: BinaryIO, pixels: np.ndarray, gray: bool, alpha: bool, held: Carried) -> None:  # [H, W] or [H, W, C]
-    """Write any depth, compressed without loss."""
+    """Write pixels of any depth, compressed without loss."""
     where = file.tell()
     tags, directories = _tags(held)
     tifffile.imwrite(
@@ -38,7 +38,7 @@ def frame(
     alpha: bool,
     held: Carried,
 ) -> tuple[int, ...]:
-    """Write a BigTIFF of empty tiles, as they are; returns where each begins."""
+    """Write a BigTIFF of empty uncompressed tiles. Returns the begin of each."""
     tags, directories = _tags(held)
     with tifffile.TiffWriter(file, bigtiff=True, byteorder="<") as writer:
         writer.write(
@@ -64,7 +64,7 @@ def _arguments(gray: bool, alpha: bool, held: Carried) -> dict[str, Any]:
 
 
 def _tags(held: Carried) -> tuple[list[tuple[int, int, int, Any, bool]], dict[int, exif_blocks.Directory]]:
-    """Metadata as tags of the file's directory, and the directories that are to hang below it."""
+    """Metadata as tags of the file's directory, and the directories below it."""
     tags: list[tuple[int, int, int, Any, bool]] = []
     directories: dict[int, exif_blocks.Directory] = {}
     if held.exif is not None:
@@ -74,7 +74,7 @@ def _tags(held: Carried) -> tuple[list[tuple[int, int, int, Any, bool]], dict[in
                 value = entry.value if order == "<" else exif_blocks.swapped(entry.kind, entry.value)
                 tags.append((entry.tag, entry.kind, len(value) // exif_blocks.SIZES[entry.kind], value, True))
         directories = {tag: _little(child, order) for tag, child in found.children.items()}
-        # tifffile leaves these tags out; the numbers just below are free, so that the order of tags stays right.
+        # tifffile leaves these tags out. The numbers just below are free and keep the order of tags right.
         tags += [(tag - 1, LONG, 1, 0, True) for tag in directories]
     for tag, kind, block in ((XMP, BYTE, held.xmp), (IPTC, UNDEFINED, held.iptc)):
         if block is not None:
@@ -83,7 +83,7 @@ def _tags(held: Carried) -> tuple[list[tuple[int, int, int, Any, bool]], dict[in
 
 
 def _little(directory: exif_blocks.Directory, order: str) -> exif_blocks.Directory:
-    """A directory whose values are little-endian."""
+    """A directory with little-endian values."""
     if order == "<":
         return directory
     entries = [entry._replace(value=exif_blocks.swapped(entry.kind, entry.value)) for entry in directory.entries]
@@ -91,7 +91,7 @@ def _little(directory: exif_blocks.Directory, order: str) -> exif_blocks.Directo
 
 
 def _append_directories(file: BinaryIO, begin: int, directories: dict[int, exif_blocks.Directory]) -> None:
-    """Write the directories of EXIF and GPS at the end, and make the tags below their own point to them."""
+    """Write the directories of EXIF and GPS at the end, and replace the placeholder tags by pointers to them."""
     if not directories:
         return
     file.flush()
@@ -103,7 +103,7 @@ def _append_directories(file: BinaryIO, begin: int, directories: dict[int, exif_
         at += at % 2
         file.seek(at)
         file.write(exif_blocks.write_directory(content, at - begin, "<", "<", big))
-        # Beyond 4 GB no pointer of a classic TIFF leads: there the tag keeps a number that no reader knows.
+        # No pointer of a classic TIFF reaches beyond 4 GB. The tag then keeps a number that no reader knows.
         if big or at - begin < 1 << 32:
             file.seek(entries[tag].offset)
             file.write(struct.pack("<HH", tag, LONG8 if big else LONG))

@@ -1,4 +1,4 @@
-"""What lies below a folder: its images, and whatever else, so that nothing is left out without a word."""
+"""The content of a folder: its images, and everything else, so that nothing is left out silently."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class Found:
 
     Attributes:
         images: files that are or were meant to be images, sorted by path, under the names by which they were reached.
-        others: what was left out, and why.
-        unreadable: folders that could not be read, and why.
+        others: what was left out, with reasons.
+        unreadable: folders that could not be read, with reasons.
     """
 
     images: list[Path] = field(default_factory=list)
@@ -28,15 +28,15 @@ class Found:
 
 
 def walk(folder: str | Path, without: tuple[Path, ...] = ()) -> Found:
-    """Look through `folder` and the folders below, linked ones included; each folder is looked at once, however often linked.
+    """Search `folder` and the folders below, including linked ones. Each folder is searched once, however often it is linked.
 
     Args:
-        folder: where to begin.
-        without: folders, resolved, that are passed over with all they hold: where results go.
+        folder: the folder.
+        without: folders (resolved) that are skipped with all their content, because results go there.
     """
     found = Found()
     seen: set[str] = set()
-    # Links come last, so that a folder is known by its own name where it lies below `folder` too.
+    # Links come last, so that a folder that also lies below `folder` is found under its own name.
     rest, linked = deque([Path(folder)]), deque[Path]()
     while rest or linked:
         path = rest.popleft() if rest else linked.popleft()

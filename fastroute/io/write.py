@@ -1,4 +1,4 @@
-"""Tensors and pictures to files."""
+"""Writes tensors and pictures to files."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fastroute.io.picture import BITS, Picture
 
 
 class Format(NamedTuple):
-    """What a file format holds: bits per channel, the longest side, and whether an alpha channel."""
+    """The limits of a file format: bits per channel, the longest side, and whether it has an alpha channel."""
 
     bits: tuple[int, ...]
     side: int
@@ -33,7 +33,7 @@ FORMATS = {
     "TIFF": Format((8, 16, 32), 2**31 - 1, True, {}),
     "BMP": Format((8,), 2**31 - 1, False, {}),
 }
-# Of lossless WebP: as fast as Pillow's default, whatever the quality of the lossy form.
+# The effort of lossless WebP. It is as fast as Pillow's default, whatever the quality of the lossy form.
 LOSSLESS_EFFORT = 80
 # What libwebp's encoder says where it gets no memory.
 NO_MEMORY = ("encoding error 1", "encoding error 2")
@@ -41,15 +41,15 @@ ALPHA_FORMATS = "PNG, WebP or TIFF"
 
 
 def format_of(path: str | Path) -> str:
-    """The format that the ending of `path` names; see :func:`check_writable`."""
+    """The format that the ending of `path` names, see :func:`check_writable`."""
     return Image.registered_extensions()[Path(path).suffix.lower()]
 
 
 def check_holds(path: str | Path, height: int, width: int, alpha: Tensor | None = None) -> None:  # alpha [h, w]
-    """Fail now if the format of `path` cannot hold a picture of this size, with this alpha unless it is opaque.
+    """Check that the format of `path` can hold a picture of this size, with this alpha unless it is opaque.
 
     Raises:
-        ImageError: the format holds no alpha, or not so many pixels on a side.
+        ImageError: the format has no alpha, or a side has too many pixels.
     """
     name = format_of(path)
     known = FORMATS[name]
@@ -62,9 +62,9 @@ def check_holds(path: str | Path, height: int, width: int, alpha: Tensor | None 
 
 
 def not_kept(path: str | Path, picture: Picture) -> list[str]:
-    """What :func:`write_picture` would leave out or change in the format that the file's ending names, in whole sentences.
+    """What :func:`write_picture` would leave out or change in the format of the file's ending, in whole sentences.
 
-    Empty where everything is kept. What was lost in reading is in ``picture.origin.notes``.
+    The result is empty if everything is kept. What was lost in reading is in ``picture.origin.notes``.
     """
     name = format_of(path)
     deepest = max(FORMATS[name].bits)
@@ -73,20 +73,20 @@ def not_kept(path: str | Path, picture: Picture) -> list[str]:
 
 
 def write_picture(path: str | Path, picture: Picture, *, quality: int | None = None) -> None:
-    """Write a picture in the format that the file's ending names. All or nothing.
+    """Write a picture in the format of the file's ending, completely or not at all.
 
-    A gray picture is written as gray, where the format has it. Depth is kept by TIFF, and up to 16 bits by PNG; other formats
-    get 8 bits, clamped and rounded. Profile, EXIF, XMP, resolution and texts are kept as far as the format holds them;
-    :func:`not_kept` tells what is not.
+    A gray picture is written as gray if the format has it. TIFF keeps the depth, PNG up to 16 bits; other formats get 8 bits,
+    clamped and rounded. Profile, EXIF, XMP, resolution and texts are kept as far as the format can hold them; :func:`not_kept`
+    lists what is not.
 
     Args:
-        path: where; its ending names the format.
-        picture: what.
-        quality: of JPEG and WebP, 1 to 100; 95 by default. Formats without loss have none.
+        path: path of the file, whose ending names the format.
+        picture: the picture.
+        quality: quality of JPEG and WebP, 1 to 100; 95 by default. Lossless formats have none.
 
     Raises:
         ImageError: see :func:`check_writable` and :func:`check_holds`; or the encoder failed.
-        ValueError: a quality out of range.
+        ValueError: the quality is out of range.
     """
     if quality is not None and not 1 <= quality <= 100:
         raise ValueError(f"write_picture: quality must lie in 1 … 100; got {quality}")
@@ -97,7 +97,7 @@ def write_picture(path: str | Path, picture: Picture, *, quality: int | None = N
         picture = picture.as_bits(min(picture.bits, max(FORMATS[name].bits)))
         pixels = _interleaved(picture, FORMATS[name].alpha)
         write_atomically(path, lambda file: _encode(file, picture, pixels, name, quality))
-    except Exception as error:  # libraries raise what they like
+    except Exception as error:  # libraries may raise anything
         if is_exhausted(error) or str(error) in NO_MEMORY:
             remedy = "`upscale_file` writes .png, .tif and .zarr in bands, within memory_limit"
             raise ImageMemoryError(f"cannot write {path}: out of memory; {remedy}") from error
@@ -107,11 +107,11 @@ def write_picture(path: str | Path, picture: Picture, *, quality: int | None = N
 def write_image(path: str | Path, image: Tensor) -> None:  # [C, H, W]
     """Write an image (C, H, W) of uint8, uint16 or float in [0, 1]: C is 1 for gray, 3 for RGB, 2 and 4 with alpha.
 
-    The format follows the file's ending; see :func:`write_picture` for what it keeps. All or nothing.
+    The format is that of the file's ending; see :func:`write_picture` for what it keeps. The file is complete or not written.
 
     Raises:
         ImageError: see :func:`check_writable` and :func:`check_holds`; or the encoder failed.
-        ValueError: a wrong number of dimensions or channels, or another dtype.
+        ValueError: the number of dimensions or channels, or the dtype, is not supported.
     """
     if image.ndim != 3 or image.shape[0] not in (1, 2, 3, 4):
         raise ValueError(f"write_image: image must be (C, H, W) with 1 to 4 channels; got {tuple(image.shape)}")
@@ -153,7 +153,7 @@ def _as_gray(picture: Picture, name: str) -> bool:
 
 
 def _interleaved(picture: Picture, with_alpha: bool) -> np.ndarray:  # -> [H, W] or [H, W, C]
-    """The channels side by side, gray as one."""
+    """The channels side by side, with gray as a single channel."""
     planes = [*picture.color[: 1 if picture.kind == "gray" else 3]]
     if with_alpha and picture.alpha is not None:
         planes.append(picture.alpha)

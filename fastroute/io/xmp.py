@@ -1,11 +1,11 @@
-"""XMP as bytes: what no longer holds is corrected or taken out, all else stays as it is."""
+"""XMP as bytes: statements that no longer hold are corrected or removed, everything else is preserved."""
 
 from __future__ import annotations
 
 import re
 from xml.etree import ElementTree
 
-# Names of what a file holds beside the picture that is read; a result does not hold it.
+# Names of things that a file holds besides the picture that is read. A result does not contain them.
 CLAIMS = {
     b"http://ns.adobe.com/hdr-gain-map/1.0/": (b"", "a gain map"),
     b"http://ns.apple.com/HDRGainMap/1.0/": (b"", "a gain map"),
@@ -22,7 +22,7 @@ CLAIMS = {
     b"http://ns.google.com/photos/1.0/camera/": (b"MotionPhoto|MicroVideo", "a motion photo"),
     b"http://ns.adobe.com/xmp/note/": (b"HasExtendedXMP", "a second packet of XMP"),
 }
-# A longer packet is not looked through.
+# A longer packet is not searched.
 LONGEST = 1 << 22
 
 
@@ -33,7 +33,7 @@ def upright(packet: bytes) -> bytes:
 
 
 def sized(packet: bytes, width: int, height: int) -> bytes:
-    """The packet with the size of the picture, where it says one."""
+    """The packet with the size of the picture corrected, if it has one."""
     for names, value in (
         (rb"exif:PixelXDimension|tiff:ImageWidth", width),
         (rb"exif:PixelYDimension|tiff:ImageLength", height),
@@ -45,9 +45,9 @@ def sized(packet: bytes, width: int, height: int) -> bytes:
 
 
 def without_claims(packet: bytes) -> tuple[bytes | None, list[str]]:
-    """The packet without promises of what a result does not hold, and what was promised.
+    """The packet without statements about things that a result does not contain, and the names of these things.
 
-    None for a packet that could not be mended: one that was well formed and would not be any more.
+    The packet is None if it cannot be corrected: it was well formed and would not be any more.
     """
     if len(packet) > LONGEST:
         return None, ["a packet of XMP of more than 4 MB"]
@@ -70,7 +70,7 @@ def without_claims(packet: bytes) -> tuple[bytes | None, list[str]]:
 
 
 def is_well_formed(packet: bytes) -> bool:
-    """Whether it is a document of XML, in UTF-8, between its processing instructions."""
+    """Whether the packet is an XML document in UTF-8 between its processing instructions."""
     try:
         ElementTree.fromstring(re.sub(rb"<\?xpacket.*?\?>", b"", packet, flags=re.DOTALL).strip().strip(b"\0"))
     except (ElementTree.ParseError, ValueError):

@@ -1,1 +1,1 @@
-"""Measurements for people: evaluation of a model on images, comparison of results on a page."""
+"""Reports: evaluation of a model on images, and comparison of results on a page."""

@@ -1,4 +1,4 @@
-"""Bicubic, dense and routed results of one image, measured side by side; :mod:`fastroute.report.comparison_page` shows them."""
+"""Measures bicubic, dense and routed results of an image side by side. :mod:`fastroute.report.comparison_page` shows them."""
 
 from __future__ import annotations
 
@@ -35,16 +35,16 @@ BICUBIC = "bicubic"
 
 @dataclass(frozen=True)
 class Variant:
-    """One result and what it cost.
+    """One result and its cost.
 
     Attributes:
         name: "bicubic", "MODEL, dense", "MODEL, routed" or "MODEL, budget B".
         image: uint8 (3, H, W).
         seconds: median over the runs, without the measurements of a first call.
-        quality: PSNR and SSIM as :func:`fastroute.report.evaluation.compare` gives them; empty without a reference.
-        stats: of the last run; None for bicubic interpolation.
-        class_map: as :class:`fastroute.Upscaled` has it; None where nothing was routed.
-        classes: its picture, uint8 (3, H, W).
+        quality: PSNR and SSIM as :func:`fastroute.report.evaluation.compare` returns them; empty without a reference.
+        stats: statistics of the last run; None for bicubic interpolation.
+        class_map: the class map, as in :class:`fastroute.Upscaled`; None if nothing was routed.
+        classes: picture of the class map, uint8 (3, H, W).
         dense: the variant of the same model with everything in the most expensive class.
     """
 
@@ -63,11 +63,11 @@ class Comparison:
     """All results of one image, bicubic first, then the models in order, each dense and routed.
 
     Attributes:
-        source: uint8 (3, h, w), what was enlarged.
-        reference: uint8 (3, H, W), what it should have become, if that is known.
+        source: uint8 (3, h, w), the image that was enlarged.
+        reference: uint8 (3, H, W), the correct result, if it is known.
         scale: upscaling factor.
-        runs: how often each time was taken.
-        device: where.
+        runs: how often each variant was timed.
+        device: description of the device.
     """
 
     source: Tensor
@@ -95,28 +95,28 @@ def compare(
 ) -> Comparison:
     """Super-resolve an image by bicubic interpolation and by every model, dense and routed.
 
-    The variants run in turn, round after round, so that whatever slows the machine slows all of them.
+    The variants take turns, round after round, so that whatever slows the machine down slows all of them.
 
     Args:
         image: uint8 (3, h, w).
         models: names or files, as :func:`fastroute.load` takes them. A network without classes is dense only.
-        budgets: route within each of these; default: as the model itself decides.
+        budgets: route within each of these. Default: the model decides.
         reference: uint8 image of the result's size to compare with.
-        downscale: reduce `image` by the factor first; it is then the reference itself, cut to a multiple of the factor.
-        scale: upscaling factor, of models that have any (PCSR) or do not tell theirs; default that of the others.
-        device: where to run.
-        runs: how often to take each time, after a first run that is not counted.
-        progress: show a progress bar, or call this function with how many runs are done and how many there are.
-        dtype: in which the networks compute, see :func:`fastroute.load`.
+        downscale: reduce `image` by the factor first. The image, cut to a multiple of the factor, is then the reference.
+        scale: upscaling factor, for models that take any (PCSR) or do not state it. Default: that of the others.
+        device: device to run on.
+        runs: how often to time each variant, after a first run that does not count.
+        progress: show a progress bar, or call this function with the number of runs done and the number of all runs.
+        dtype: type in which the networks compute, see :func:`fastroute.load`.
         tune: find out on the work how branches run fastest, see :class:`fastroute.PatchRouter`.
-        engine: what executes the branches, see :meth:`fastroute.PatchRouter.compile`.
+        engine: engine that executes the branches, see :meth:`fastroute.PatchRouter.compile`.
 
     Raises:
-        TypeError: an image that is not uint8.
+        TypeError: an image is not uint8.
         ValueError: an image of another shape or too small, no model, models of different factors, an impossible budget, a
             reference of another size or together with `downscale`, a factor that is not whole with `downscale`, or
             scikit-image is missing where PSNR is needed.
-        fastroute.CheckpointError: a model that cannot be loaded.
+        fastroute.CheckpointError: a model cannot be loaded.
     """
     for name, given in (("image", image), ("reference", reference)):
         if given is None:
@@ -149,7 +149,7 @@ def compare(
     if reference is not None and tuple(reference.shape[1:]) != (height, width):
         raise ValueError(f"compare: reference must be {width} x {height}, as the result is; got {shown_size(reference)}")
     if reference is not None:
-        # Fails now where scikit-image is missing or the image is smaller than SSIM's window.
+        # Fail early if scikit-image is missing or the image is smaller than SSIM's window.
         least = evaluation.SSIM_WINDOW + 2 * math.ceil(factor)
         if min(height, width) < least:
             raise ValueError(f"compare: PSNR and SSIM need a result of at least {least} x {least}; got {width} x {height}")
@@ -202,7 +202,7 @@ def compare(
 
 
 def labels(models: Sequence[str | Path]) -> list[str]:
-    """A short name for each model: a file's without folder and ending, unless two are alike."""
+    """A short name for each model: that of its file without folder and ending, unless two would be equal."""
     short = [Path(model).stem if Path(model).suffix else str(model) for model in models]
     names = [name if short.count(name) == 1 else str(model) for name, model in zip(short, models, strict=True)]
     if len(set(names)) < len(names):
@@ -211,7 +211,7 @@ def labels(models: Sequence[str | Path]) -> list[str]:
 
 
 def machine(device: torch.device) -> str:
-    """What the times were taken on."""
+    """A description of the device of the times."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     threads = torch.get_num_threads()
@@ -219,12 +219,12 @@ def machine(device: torch.device) -> str:
 
 
 def shown_size(image: Tensor) -> str:  # [3, H, W]
-    """Width and height for people."""
+    """Width and height as text."""
     return f"{image.shape[2]} x {image.shape[1]}"
 
 
 def common_scale(routers: dict[str, PatchRouter | PixelRouter | CascadeRouter], scale: float | None) -> float:
-    """The one factor of all models: theirs, else the one asked for, else what the first was trained for."""
+    """The common factor of all models: their own, else the requested one, else that for which the first was trained."""
     if scale is not None and not 0 < scale < math.inf:
         raise ValueError(f"compare: scale must be positive and finite; got {scale:g}")
     own = {name: router.scale for name, router in routers.items() if not isinstance(router, PixelRouter)}
@@ -255,11 +255,11 @@ def check_budget(router: PatchRouter | PixelRouter | CascadeRouter, budget: floa
 
 @contextmanager
 def named(name: str) -> Iterator[None]:
-    """Errors say which variant they are of."""
+    """Within the block, errors name the variant."""
     try:
         yield
     except ValueError as error:
-        # The name of the variant stands for that of the operator that refused.
+        # The name of the variant replaces that of the function that refused.
         reason = re.sub(r"^[a-z_]+: ", "", str(error))
         raise ValueError(f"compare: {name}: {reason}") from error
 
@@ -267,7 +267,7 @@ def named(name: str) -> Iterator[None]:
 def caller(
     router: PatchRouter | PixelRouter | CascadeRouter, image: Tensor, scale: float, options: dict[str, Any], name: str
 ) -> Callable[[], Upscaled]:
-    """One upscale without arguments, whose errors say which variant they are of."""
+    """A function without arguments that runs one upscale and whose errors name the variant."""
 
     def call() -> Upscaled:
         with named(name):

@@ -1,4 +1,4 @@
-"""The HTML page of a comparison: one file, pictures included, that refers to nothing else."""
+"""The HTML page of a comparison: a single file that includes its pictures and loads nothing else."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from fastroute import __version__, io
 from fastroute.report.comparison import BICUBIC, Comparison, Variant, shown_size
 from fastroute.visualize import class_colours, colour_names
 
-# Pixels of a picture under the slider, and width of a class map: a page of ten pictures stays below some 10 MB.
+# The pixels of a picture under the slider and of a class map. With these limits a page of ten pictures stays below about 10 MB.
 SHOWN_PIXELS = 1_000_000
 MAP_WIDTH = 800
 JPEG_QUALITY = 92
-# Side of the squares by which the detail is looked for, in pixels of the result.
+# The side of the squares in which the detail is searched, in pixels of the result.
 SQUARE = 16
 
 Box = tuple[int, int, int, int]
 
 
 def check_page(path: str | Path) -> None:
-    """Fail now rather than after the work.
+    """Check before the work that the page can be written.
 
     Raises:
         ValueError: `path` does not end in .html or .htm, is a folder, or cannot be written.
@@ -49,17 +49,17 @@ def check_page(path: str | Path) -> None:
 
 
 def write_page(path: str | Path, comparison: Comparison, name: str, detail: Box | None = None) -> None:
-    """Write the page, all or nothing.
+    """Write the page, completely or not at all.
 
     Args:
-        path: ends in .html.
-        comparison: what to show.
-        name: of the image, for the headline.
-        detail: what the slider shows, as left, top, width and height in pixels of the enlarged image. Default: all of a
-            result of at most a million pixels; of a larger one the part in which bicubic and the first model differ most.
+        path: the file, which ends in .html.
+        comparison: the comparison to show.
+        name: name of the image, for the headline.
+        detail: the part that the slider shows, as left, top, width and height in pixels of the enlarged image. Default: all of
+            a result of at most a million pixels, else the part in which bicubic and the first model differ most.
 
     Raises:
-        ValueError: see :func:`check_page`, or a detail that is empty or not inside the image.
+        ValueError: see :func:`check_page`; or the detail is empty or not inside the image.
     """
     check_page(path)
     text = render(comparison, name, detail)
@@ -67,7 +67,7 @@ def write_page(path: str | Path, comparison: Comparison, name: str, detail: Box 
 
 
 def render(comparison: Comparison, name: str, detail: Box | None = None) -> str:
-    """The text of the page; see :func:`write_page`."""
+    """The text of the page, see :func:`write_page`."""
     first, *others = comparison.variants
     height, width = first.image.shape[1:]
     box = find_detail(first.image, others[0].image) if detail is None else detail
@@ -110,14 +110,14 @@ def render(comparison: Comparison, name: str, detail: Box | None = None) -> str:
 
 
 def find_detail(a: Tensor, b: Tensor) -> Box:  # [3, H, W] uint8 twice
-    """All of small images; of larger ones the part, of the same shape, in which the two differ most."""
+    """The box to show: all of a small image, or of a larger one the part, of the same shape, in which the two differ most."""
     height, width = a.shape[1:]
     if height * width <= SHOWN_PIXELS:
         return 0, 0, width, height
-    # A side is at most that of the image, also for a very long one.
+    # No side exceeds that of the image, even if that is very long.
     ratio = math.sqrt(SHOWN_PIXELS / (height * width))
     down, across = max(1, int(height * ratio)), max(1, int(width * ratio))
-    # In 8 bits: as wider integers these would take eight times the memory of the image.
+    # Computed in 8 bits, because wider integers would take eight times the memory of the image.
     difference = (torch.maximum(a, b) - torch.minimum(a, b)).sum(dim=0, dtype=torch.float32)[None]
     squares = F.avg_pool2d(difference, SQUARE, ceil_mode=True)
     window = (min(max(1, down // SQUARE), squares.shape[1]), min(max(1, across // SQUARE), squares.shape[2]))
@@ -133,7 +133,7 @@ def crop(image: Tensor, box: Box) -> Tensor:  # [3, H, W] -> [3, h, w]
 
 
 def encode(image: Tensor, pixels: int, frame: Box | None = None) -> tuple[str, tuple[int, int]]:  # [3, H, W] uint8
-    """A JPEG of at most so many pixels, as a data: address, and its width and height; `frame` is drawn into it."""
+    """A JPEG of limited size as a data: address, and its width and height. `frame` is drawn into it."""
     picture = Image.fromarray(np.ascontiguousarray(image.permute(1, 2, 0).numpy()))
     ratio = min(1.0, math.sqrt(pixels / (picture.width * picture.height)))
     if ratio < 1:
@@ -146,13 +146,13 @@ def encode(image: Tensor, pixels: int, frame: Box | None = None) -> tuple[str, t
             if corners[0] <= corners[2] and corners[1] <= corners[3]:
                 ImageDraw.Draw(picture).rectangle(corners, outline=colour)
     file = BytesIO()
-    # Colours at full resolution: halved, they would blur what is to be compared.
+    # Colours keep their full resolution; halving it would blur what is to be compared.
     picture.save(file, "JPEG", quality=JPEG_QUALITY, subsampling=0)
     return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode(), picture.size
 
 
 def told_reference(comparison: Comparison) -> str:
-    """Whether there are PSNR and SSIM, and what of."""
+    """A sentence about the reference of PSNR and SSIM."""
     if comparison.reference is None:
         return "There is no reference image, so no PSNR."
     border = math.ceil(comparison.scale)
@@ -160,7 +160,7 @@ def told_reference(comparison: Comparison) -> str:
 
 
 def told_detail(box: Box, whole: bool, sides: tuple[int, int]) -> str:
-    """What the slider shows, and how true to the pixels."""
+    """A sentence about the part that the slider shows."""
     left, top, across, down = box
     words = "The whole image" if whole else f"A detail of {across} x {down} pixels at ({left}, {top}), framed in the class maps"
     if sides != (across, down):
@@ -169,14 +169,14 @@ def told_detail(box: Box, whole: bool, sides: tuple[int, int]) -> str:
 
 
 def columns(comparison: Comparison) -> str:
-    """The head of the table."""
+    """The header of the table."""
     names = ["picture", *(["PSNR", "SSIM"] if comparison.reference is not None else [])]
     names += ["FLOPs", "FLOPs / dense", "as papers count", "time", "time / dense", "classes, cheapest first"]
     return "".join(f'<th scope="col">{name}</th>' for name in names)
 
 
 def row(variant: Variant, comparison: Comparison) -> str:
-    """A line of the table."""
+    """A row of the table."""
     cells = []
     if comparison.reference is not None:
         psnr = variant.quality["psnr"]
@@ -197,12 +197,12 @@ def row(variant: Variant, comparison: Comparison) -> str:
 
 
 def percent(part: float, whole: float) -> str:
-    """A share; nothing where there is no whole."""
+    """A share as text; empty if there is no whole."""
     return f"{100 * part / whole:.0f} %" if whole else ""
 
 
 def shown_seconds(seconds: float) -> str:
-    """Milliseconds up to ten seconds, which is what one compares."""
+    """A time as text, in milliseconds."""
     return f"{1000 * seconds:,.0f} ms" if seconds < 10 else f"{seconds:,.1f} s"
 
 
@@ -216,7 +216,7 @@ def shares(counts: list[int]) -> str:
 
 
 def maps(comparison: Comparison, box: Box | None) -> str:
-    """The class maps of the whole image, with what their colours mean."""
+    """The class maps of the whole image, with legends of their colours."""
     found = [(variant, variant.classes) for variant in comparison.variants if variant.classes is not None]
     if not found:
         return ""
@@ -225,7 +225,7 @@ def maps(comparison: Comparison, box: Box | None) -> str:
         assert variant.stats is not None  # there are classes
         number = len(variant.stats.counts_per_class)
         legends[number] = legend(number)
-        # The width counts, so that one long image is not larger than another.
+        # Limited by width, so that long images are not shown larger than others.
         pixels = MAP_WIDTH * max(1, MAP_WIDTH * classes.shape[1] // classes.shape[2])
         data, _ = encode(classes, pixels, box)
         name = html.escape(variant.name)
@@ -237,7 +237,7 @@ def maps(comparison: Comparison, box: Box | None) -> str:
 
 
 def legend(number: int) -> str:
-    """The colours of so many classes."""
+    """The legend of `number` classes."""
     remarks = {0: ", cheapest", number - 1: ", most expensive"} if number > 1 else {}
     items = "".join(
         f'<li><i style="background:rgb{tuple(colour)}"></i>class {k + 1} of {number}{remarks.get(k, "")}: {name}</li>'

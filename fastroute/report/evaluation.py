@@ -1,6 +1,6 @@
-"""How good and how expensive a model is on a folder of images: PSNR, SSIM, FLOPs in both conventions, seconds, classes.
+"""The quality and the cost of a model on a folder of images: PSNR, SSIM, FLOPs in both conventions, seconds, classes.
 
-PSNR and SSIM are scikit-image's; ``pip install ".[evaluate]"`` in a copy of the source brings it along.
+PSNR and SSIM are those of scikit-image, which ``pip install ".[evaluate]"`` in a copy of the source installs.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from fastroute.pixel.pixel_router import PixelRouter
 from fastroute.runtime.progress import Progress, shown
 from fastroute.runtime.results import Upscaled
 
-# Side of SSIM's Gaussian window, 2 · round(3.5 · 1.5) + 1.
+# The side of SSIM's Gaussian window, 2 · round(3.5 · 1.5) + 1.
 SSIM_WINDOW = 11
 # Y of ITU-R BT.601 in 16 … 235, from RGB in 0 … 255.
 LUMA = (65.481 / 255, 128.553 / 255, 24.966 / 255)
 LUMA_BLACK = 16.0
-# A first call maps memory and reads weights: an image that takes fewer seconds than this is done twice.
+# A first call maps memory and reads weights, so an image that takes fewer seconds than this is upscaled twice.
 WARM_UP_BELOW = 10.0
 
 
@@ -43,14 +43,14 @@ class Row:
 
     Attributes:
         image: file name.
-        height, width: of the super-resolved image.
-        psnr, psnr_y: in dB, of RGB and of luma; infinite where nothing differs.
-        psnr_bicubic: in dB, of RGB, by bicubic interpolation instead.
-        ssim, ssim_y: structural similarity, of RGB (the mean of its channels) and of luma.
+        height, width: size of the super-resolved image.
+        psnr, psnr_y: PSNR of RGB and of luma in dB; infinite if nothing differs.
+        psnr_bicubic: PSNR of RGB in dB of bicubic interpolation.
+        ssim, ssim_y: structural similarity of RGB (the mean of its channels) and of luma.
         counts: patches or pixels of each class, cheapest first.
-        flops, flops_fraction: done, classifier included, and as a fraction of the most expensive class everywhere.
-        paper_flops, paper_fraction: the same as the papers count.
-        seconds: of upscaling, without the measurements of a first call.
+        flops, flops_fraction: FLOPs done, classifier included, and as a fraction of the most expensive class everywhere.
+        paper_flops, paper_fraction: the same, as the papers count.
+        seconds: seconds of upscaling, without the measurements of a first call.
     """
 
     image: str
@@ -86,13 +86,14 @@ def evaluate(
     results are compared in 8 bits without a border of `scale` pixels.
 
     Args:
-        router: as :func:`fastroute.load` gives it.
+        router: a router, such as :func:`fastroute.load` returns.
         images: folder of HR images, searched recursively, or one image.
-        scale: whole upscaling factor; default that of the router.
+        scale: whole upscaling factor. Default: that of the router.
         exclude: glob patterns of file names to leave out.
-        progress: show a progress bar, or call this function with how many images are done and how many there are.
-        errors: takes what is wrong with each image that cannot be read or is too small; without it the first one is raised.
-        notes: takes files that were left out, or of which a part was, and why.
+        progress: show a progress bar, or call this function with the number of images done and the number of all images.
+        errors: a list to which the errors of images that cannot be read or are too small are added. Without it the first such
+            error is raised.
+        notes: a list to which files that were left out, wholly or in part, are added with the reasons.
         options: arguments of the router's `upscale`, such as `budget`.
 
     Returns:
@@ -114,14 +115,14 @@ def evaluate(
     folder = Path(images)
     found, told = [folder], [] if notes is None else notes
     if not folder.is_file():
-        io.list_images(folder)  # refuses what is no folder, and one without images
+        io.list_images(folder)  # refuses what is not a folder, and a folder without images
         content = walk(folder)
         found = content.images
         told += [*content.others, *((path, f"a folder that cannot be read: {why}") for path, why in content.unreadable)]
     paths = [p for p in found if not any(fnmatch(p.name, pattern) for pattern in exclude)]
     if not paths:
         raise ValueError(f"evaluate: no image is left in {folder}; the patterns exclude {', '.join(exclude)}")
-    # Fails now where scikit-image is missing.
+    # Fail early if scikit-image is missing.
     _metrics()
     rows: list[Row] = []
     with shown(progress, len(paths), "image", "evaluate") as bar:
@@ -147,7 +148,7 @@ def evaluate(
 
 def _row(name: str, lr: Tensor, hr: Tensor, factor: int, result: Upscaled) -> Row:  # [3, h, w], [3, H, W]
     bicubic = F.interpolate(lr[None].float(), scale_factor=factor, mode="bicubic")[0].clamp(0, 255).round().to(torch.uint8)
-    # A router may leave out what lies beyond the last whole stride.
+    # A router may drop what lies beyond the last whole stride.
     height, width = result.image.shape[-2:]
     hr, bicubic = (image[:, :height, :width].contiguous() for image in (hr, bicubic))
     stats = result.stats
@@ -167,7 +168,7 @@ def _row(name: str, lr: Tensor, hr: Tensor, factor: int, result: Upscaled) -> Ro
 
 
 def _read_pair(path: Path, factor: int, notes: list[tuple[Path, str]]) -> tuple[Tensor, Tensor]:
-    """An image's bicubic reduction and what it is compared with."""
+    """The bicubic reduction of an image, and the image with which results are compared."""
     picture = io.read_picture(path)
     notes += [(path, note) for note in picture.origin.notes]
     image = picture.as_bits(8).color.contiguous()
@@ -209,7 +210,7 @@ def luma(rgb: np.ndarray) -> np.ndarray:  # [3, H, W] in 0 … 255 -> [H, W]
 
 
 def mean(rows: Sequence[Row]) -> Row:
-    """The mean of every number over the images; seconds, FLOPs and counts too. Fractions are those of the sums."""
+    """The mean of every number over the images, also of seconds, FLOPs and counts. Fractions are those of the sums."""
     columns = {
         name: [getattr(row, name) for row in rows] for name in Row.__dataclass_fields__ if name not in ("image", "counts")
     }
@@ -242,7 +243,7 @@ def table(rows: Sequence[Row]) -> str:
     )  # fmt: skip
 
 
-# What stands below a table.
+# The legend below a table.
 LEGEND = """\
 bicubic, PSNR: dB, of RGB, by bicubic enlargement and by the model; PSNR-Y, SSIM-Y: of luma.
 GFLOPs: done, classifier included; paper G: as the papers count, without it; of dense, of paper dense:
@@ -251,7 +252,7 @@ s: seconds of upscaling, without the measurements of a first call; per class: pa
 
 
 def write_json(path: str | Path, rows: Sequence[Row], **about: object) -> None:
-    """The rows, their mean and what else is said `about` them, as JSON; an infinite PSNR is null. All or nothing."""
+    """Write the rows, their mean and further facts `about` them as JSON. An infinite PSNR is null."""
 
     def plain(value: Any) -> Any:
         if isinstance(value, dict):
@@ -266,7 +267,7 @@ def write_json(path: str | Path, rows: Sequence[Row], **about: object) -> None:
 
 
 def _metrics() -> tuple[Any, Any]:
-    """PSNR and SSIM of scikit-image, which only this module needs."""
+    """The PSNR and SSIM of scikit-image, which only this module needs."""
     try:
         from skimage.metrics import peak_signal_noise_ratio, structural_similarity
     except ImportError as error:
