@@ -69,7 +69,7 @@ class Pixels(click.ParamType):
               "network of your own.")  # fmt: skip
 @click.option("--cheap", multiple=True, metavar="MODEL", help="A cheaper network of MODEL's scale, or bicubic, for the easy "
               "parts; may be repeated. Needs --budget.")  # fmt: skip
-@click.option("--budget", type=float, help="Branch FLOPs as a fraction of what the most expensive branch takes everywhere, such as "
+@click.option("--budget", type=float, help="Branch FLOPs as a fraction of what the most expensive branch takes everywhere, say "
               "0.7; the classifier comes on top.  [default: the classifier decides]")  # fmt: skip
 @click.option("--budget-flops", type=float, metavar="FLOPS",
               help="FLOPs of every image instead, such as 2e11; with --shared-budget, of all together.")  # fmt: skip
