@@ -6,6 +6,8 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <exception>
+#include <mutex>
 
 #define FASTROUTE_INLINE inline __attribute__((always_inline))
 
@@ -88,11 +90,22 @@ void run_isa(const Args&... args) {
     Body::run(args...);
 }
 
-// Splits [0, count) over torch's own threads, at least `grain` items each.
+// Splits [0, count) over torch's own threads, at least `grain` items each. An exception of `f`, such as memory that
+// runs out, is thrown here again: across torch's boundary it would lose its kind and its words.
 template <typename F>
 void parallel(int64_t count, int64_t grain, const F& f) {
     if (count <= 0) return;
-    torch::stable::parallel_for(0, count, grain < 1 ? 1 : grain, f);
+    std::exception_ptr first;
+    std::mutex mutex;
+    torch::stable::parallel_for(0, count, grain < 1 ? 1 : grain, [&](int64_t begin, int64_t end) {
+        try {
+            f(begin, end);
+        } catch (...) {
+            const std::lock_guard<std::mutex> lock(mutex);
+            if (!first) first = std::current_exception();
+        }
+    });
+    if (first) std::rethrow_exception(first);
 }
 
 // Items that make a chunk of work worth a thread: about 64 KiB of traffic.
