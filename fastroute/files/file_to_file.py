@@ -17,6 +17,7 @@ from fastroute.cascades.router import CascadeRouter
 from fastroute.catalogue import DEFAULT_MODEL
 from fastroute.files.readers import PictureReader, open_twice
 from fastroute.files.writers import ResultWriter, check_result, check_target, left_of, lost, open_writer
+from fastroute.io.write import check_quality
 from fastroute.loading import load
 from fastroute.patch.patch_router import PatchRouter
 from fastroute.pixel.pixel_router import PixelRouter
@@ -107,6 +108,7 @@ def upscale_file(
     start = time.perf_counter()
     limit = limit_on(router.device, memory_limit)
     check_limit("upscale_file", limit)
+    check_quality("upscale_file", quality)
     with open_twice(source, max_pixels=max_pixels, white=white, memory=limit) as (opened, again):
         if drop_alpha:
             opened, again = opened.without_alpha(), again.without_alpha()

@@ -20,6 +20,7 @@ from fastroute.files.pictures import upscaled_picture
 from fastroute.files.shared_budget import share_budget
 from fastroute.io.files import remove_parts, why_not_writable
 from fastroute.io.hidden import fill_hidden
+from fastroute.io.write import check_quality
 from fastroute.patch.patch_router import PatchRouter
 from fastroute.pixel.pixel_router import PixelRouter
 from fastroute.runtime.border import EDGE, MARGIN, shown_continued
@@ -106,6 +107,7 @@ def run_jobs(
         ValueError: a shared budget cannot be kept.
         fastroute.BackendError: the requested backend cannot run, so no job could.
     """
+    check_quality("run_jobs", quality)
     saving = {} if quality is None else {"quality": quality}
     outcomes = _run_jobs(router, jobs, resume, drop_alpha, shared_budget, saving, dict(reading or {}), since, options)
     with closing(outcomes), shown(progress, len(jobs), "image") as bar:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -10,6 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from fastroute._arguments import whole
 from fastroute.buffers import is_exhausted
 from fastroute.io.files import ImageError, ImageMemoryError, check_writable, write_atomically
 from fastroute.io.metadata import carried, save_options
@@ -72,6 +74,17 @@ def not_kept(path: str | Path, picture: Picture) -> list[str]:
     return lost + carried(picture.metadata, name, _as_gray(picture, name)).lost
 
 
+def check_quality(op: str, quality: int | None) -> None:
+    """`quality` is None or a whole number from 1 to 100.
+
+    Raises:
+        TypeError: the quality is not a whole number.
+        ValueError: the quality is out of range.
+    """
+    if quality is not None and not 1 <= whole(op, "quality", quality, sys.maxsize, -sys.maxsize) <= 100:
+        raise ValueError(f"{op}: quality must lie in 1 … 100; got {quality}")
+
+
 def write_picture(path: str | Path, picture: Picture, *, quality: int | None = None) -> None:
     """Write a picture in the format of the file's ending, completely or not at all.
 
@@ -88,8 +101,7 @@ def write_picture(path: str | Path, picture: Picture, *, quality: int | None = N
         ImageError: see :func:`check_writable` and :func:`check_holds`; or the encoder failed.
         ValueError: the quality is out of range.
     """
-    if quality is not None and not 1 <= quality <= 100:
-        raise ValueError(f"write_picture: quality must lie in 1 … 100; got {quality}")
+    check_quality("write_picture", quality)
     check_writable(path)
     check_holds(path, picture.height, picture.width, picture.alpha)
     name = format_of(path)

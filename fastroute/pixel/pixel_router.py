@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastroute import buffers
-from fastroute._arguments import LARGEST_IMAGE, whole
+from fastroute._arguments import LARGEST_IMAGE, real, whole
 from fastroute._contexts import ordinarily
 from fastroute._copies import evaluating, inference_copy
 from fastroute.budget.limits import Budget
@@ -79,7 +79,7 @@ class PixelRouter(Router):
     @ordinarily
     def __init__(self, model: PCSR, *, optimized: bool = True, scale: float = 4.0, border: str = ZERO) -> None:
         super().__init__()
-        if not (math.isfinite(scale) and scale > 0):
+        if not (math.isfinite(real("PixelRouter", "scale", scale)) and scale > 0):
             raise ValueError(f"PixelRouter: scale must be positive and finite; got {scale}")
         if not layers_of(model.classifier):
             raise ValueError("PixelRouter: model must have a classifier of at least one layer; got an empty one")

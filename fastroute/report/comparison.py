@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastroute import buffers
-from fastroute._arguments import whole
+from fastroute._arguments import real, whole
 from fastroute.budget.limits import check_possible
 from fastroute.cascades.router import CascadeRouter
 from fastroute.degradation import make_pair
@@ -128,6 +128,7 @@ def compare(
     if not models:
         raise ValueError("compare: models must name at least one model; got none")
     whole("compare", "runs", runs, sys.maxsize)
+    budgets = [real("compare", "budgets", budget) for budget in budgets]
     if reference is not None and downscale:
         raise ValueError("compare: give either reference or downscale; with downscale the image itself is the reference")
     routers = {

@@ -148,7 +148,7 @@ SOME = [
     "folder",
     "compare",
 ]
-SPARES = [1, 4, 8, 16, 24, 48, 80, 120, 180, 260, 400, 600]
+SPARES = [1, 4, 8, 16, 24, 48, 80, 120, 180, 260, 400, 600, 1000, 2000]
 # A thread that begins when nothing at all is left ends the process: glibc's doing, with these words and status.
 THREAD = re.compile("failed to register TLS destructor: out of memory|cannot allocate memory for thread-local data")
 ENDED = (f"ended with {-signal.SIGABRT}", "ended with 127")
