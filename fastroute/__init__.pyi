@@ -17,6 +17,7 @@ from .models.checkpoints import CheckpointError
 from .ops.adaptive_threshold import adaptive_threshold
 from .ops.assign_classes import assign_classes
 from .ops.cell_mlp import cell_mlp
+from .ops.conv3x3 import Conv3x3Weight, conv3x3, conv3x3_weight
 from .ops.extract_patches import extract_patches
 from .ops.gather_groups import gather_groups
 from .ops.group_by_class import ClassGroups, group_by_class
@@ -48,6 +49,7 @@ __all__ = [
     "CascadeRouter",
     "CheckpointError",
     "ClassGroups",
+    "Conv3x3Weight",
     "CudaGraph",
     "FixedPatchRouter",
     "FixedPixelRouter",
@@ -68,6 +70,8 @@ __all__ = [
     "assign_classes",
     "cascade",
     "cell_mlp",
+    "conv3x3",
+    "conv3x3_weight",
     "edge_score",
     "extract_patches",
     "files",

@@ -1,0 +1,264 @@
+// A block of tiles in one instruction set: Y = A^T [(G w G^T) · (B^T d B)] A for every tile, vectors across channels.
+// Included once per instruction set, like simd.h.
+//
+// Column j of A^T, G and B is for point j of 0, kNear, -kNear, kFar, -kFar and infinity. Points of opposite sign share
+// their even and odd parts.
+
+#include "cpu/simd.h"
+
+#define FASTROUTE_SIMD FASTROUTE_TARGET FASTROUTE_INLINE
+
+using Floats = Vector<float>;
+inline constexpr int kLanes = Simd<float>::lanes;
+// Vectors of outputs in a block of registers.
+inline constexpr int kMostVectors = FASTROUTE_BYTES == 64 ? 4 : 2;
+
+// The first `count` of a vector's numbers, `step` apart; zeros behind them.
+FASTROUTE_SIMD Floats load_some(const float* from, int64_t step, int64_t count) {
+#if FASTROUTE_BYTES == 64
+    if (step == 1) return _mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << count) - 1), from);
+#endif
+    float lanes[kLanes] = {};
+    for (int64_t i = 0; i < count; ++i) lanes[i] = from[i * step];
+    return load(lanes);
+}
+
+FASTROUTE_SIMD void store_some(float* to, Floats x, int64_t count) {
+    if (count == kLanes) return store(to, x);
+#if FASTROUTE_BYTES == 64
+    _mm512_mask_storeu_ps(to, static_cast<__mmask16>((1u << count) - 1), x);
+#else
+    float lanes[kLanes];
+    store(lanes, x);
+    for (int64_t i = 0; i < count; ++i) to[i] = lanes[i];
+#endif
+}
+
+// Rows of B^T d: of 0 and infinity, of ±kNear, and of ±kFar.
+FASTROUTE_SIMD void at_ends(const Floats* d, Floats& zero, Floats& infinity) {
+    const Floats product = broadcast(kNear * kNear * kFar * kFar), sum = broadcast(-(kNear * kNear + kFar * kFar));
+    zero = fma(product, d[0], fma(sum, d[2], d[4]));
+    infinity = fma(product, d[1], fma(sum, d[3], d[5]));
+}
+FASTROUTE_SIMD void at_pair(const Floats* d, float point, float other, Floats& plus, Floats& minus) {
+    const Floats square = broadcast(-other * other);
+    const Floats even = fma(square, d[2], d[4]), odd = fma(square, d[1], d[3]);
+    plus = fma(broadcast(point), odd, even), minus = fma(broadcast(-point), odd, even);
+}
+
+// A^T m.
+FASTROUTE_SIMD void outputs_of(const Floats* m, Floats* y) {
+    const Floats near_sum = m[1] + m[2], near_difference = m[1] - m[2];
+    const Floats far_sum = m[3] + m[4], far_difference = m[3] - m[4];
+    y[0] = m[0] + near_sum + far_sum;
+    y[1] = fma(broadcast(kFar), far_difference, broadcast(kNear) * near_difference);
+    y[2] = fma(broadcast(kFar * kFar), far_sum, broadcast(kNear * kNear) * near_sum);
+    y[3] = fma(broadcast(kFar * kFar * kFar), far_difference,
+               fma(broadcast(kNear * kNear * kNear), near_difference, m[5]));
+}
+
+// The 6 x 6 inputs of a tile. Rows and columns outside of the image are zeros.
+struct Inputs {
+    const float* row[6];
+    int64_t pixel, channel;
+    bool column[6];
+};
+
+// `count` channels of columns of `in`, from row First on.
+template <bool Whole, int First, int Rows>
+FASTROUTE_SIMD void read_column(const Inputs& in, int column, int64_t c, int64_t count, Floats* d) {
+#pragma GCC unroll 6
+    for (int i = First; i < First + Rows; ++i) {
+        if constexpr (Whole) {
+            d[i] = load(in.row[i] + column * in.pixel + c);
+        } else {
+            const bool there = in.row[i] != nullptr && in.column[column];
+            const float* from = there ? in.row[i] + column * in.pixel + c * in.channel : nullptr;
+            d[i] = there ? load_some(from, in.channel, count) : Floats{};
+        }
+    }
+}
+
+// Row `Row` of B^T d, six columns, by B, into its six planes.
+template <int Row>
+FASTROUTE_SIMD void write_row(const Floats* d, float* to, int64_t plane) {
+    Floats a, b;
+    at_ends(d, a, b);
+    store(to + (Row * 6) * plane, a), store(to + (Row * 6 + 5) * plane, b);
+    at_pair(d, kNear, kFar, a, b);
+    store(to + (Row * 6 + 1) * plane, a), store(to + (Row * 6 + 2) * plane, b);
+    at_pair(d, kFar, kNear, a, b);
+    store(to + (Row * 6 + 3) * plane, a), store(to + (Row * 6 + 4) * plane, b);
+}
+
+// B^T d B for `count` channels from c on. Two rows at a time fit the registers; inputs are read again from the cache.
+template <bool Whole>
+FASTROUTE_SIMD void transform_vector(const Inputs& in, int64_t c, int64_t count, float* to, int64_t plane) {
+    Floats a[6], b[6];
+#pragma GCC unroll 6
+    for (int j = 0; j < 6; ++j) {
+        Floats d[6];
+        read_column<Whole, 1, 4>(in, j, c, count, d);
+        at_pair(d, kNear, kFar, a[j], b[j]);
+    }
+    write_row<1>(a, to, plane), write_row<2>(b, to, plane);
+#pragma GCC unroll 6
+    for (int j = 0; j < 6; ++j) {
+        Floats d[6];
+        read_column<Whole, 1, 4>(in, j, c, count, d);
+        at_pair(d, kFar, kNear, a[j], b[j]);
+    }
+    write_row<3>(a, to, plane), write_row<4>(b, to, plane);
+#pragma GCC unroll 6
+    for (int j = 0; j < 6; ++j) {
+        Floats d[6];
+        read_column<Whole, 0, 6>(in, j, c, count, d);
+        at_ends(d, a[j], b[j]);
+    }
+    write_row<0>(a, to, plane), write_row<5>(b, to, plane);
+}
+
+struct Tile {
+    int64_t image, top, left;
+};
+
+FASTROUTE_SIMD Tile tile_at(const Problem& p, int64_t tile) {
+    return {tile / (p.across * p.down), tile / p.across % p.down * kTile, tile % p.across * kTile};
+}
+
+FASTROUTE_TARGET __attribute__((noinline)) void transform_tile(const Problem& p, const Tile& tile, float* to) {
+    Inputs in{.row = {}, .pixel = p.x.pixel, .channel = p.x.channel, .column = {}};
+    bool whole = p.x.channel == 1;
+    for (int i = 0; i < 6; ++i) {
+        const int64_t y = tile.top - 1 + i, x = tile.left - 1 + i;
+        const bool row = y >= 0 && y < p.height;
+        // Of columns outside, the address is never used.
+        in.row[i] = row ? p.x.data + tile.image * p.x.image + y * p.x.row + (tile.left - 1) * p.x.pixel : nullptr;
+        in.column[i] = x >= 0 && x < p.width;
+        whole &= row && in.column[i];
+    }
+    int64_t c = 0;
+    if (whole) {
+        for (; c + kLanes <= p.channels; c += kLanes)
+            transform_vector<true>(in, c, kLanes, to + c, p.transformed_plane());
+    }
+    for (; c < p.channels; c += kLanes) {
+        const int64_t count = std::min<int64_t>(kLanes, p.channels - c);
+        transform_vector<false>(in, c, count, to + c, p.transformed_plane());
+    }
+}
+
+// to[r][v] = Σ_k a[r][k] · b[k][v] for Rows tiles and Vectors vectors of outputs.
+template <int Rows, int Vectors>
+FASTROUTE_TARGET __attribute__((noinline)) void multiply(const float* a, int64_t a_row, const float* b, int64_t b_row,
+                                                         int64_t depth, float* to, int64_t to_row) {
+    Floats sum[Rows][Vectors] = {};
+    for (int64_t k = 0; k < depth; ++k, b += b_row) {
+        Floats weight[Vectors];
+#pragma GCC unroll 4
+        for (int v = 0; v < Vectors; ++v) weight[v] = load(b + v * kLanes);
+#pragma GCC unroll 12
+        for (int r = 0; r < Rows; ++r) {
+            const Floats x = broadcast(a[r * a_row + k]);
+#pragma GCC unroll 4
+            for (int v = 0; v < Vectors; ++v) sum[r][v] = fma(x, weight[v], sum[r][v]);
+        }
+    }
+#pragma GCC unroll 12
+    for (int r = 0; r < Rows; ++r) {
+#pragma GCC unroll 4
+        for (int v = 0; v < Vectors; ++v) store(to + r * to_row + v * kLanes, sum[r][v]);
+    }
+}
+
+// The same for any number of tiles. Blocks of registers leave room for a vector of weights and the broadcast.
+template <int Vectors>
+FASTROUTE_SIMD void multiply_tiles(const float* a, int64_t a_row, const float* b, int64_t b_row, int64_t depth,
+                                   float* to, int64_t to_row, int64_t tiles) {
+    constexpr int rows = FASTROUTE_BYTES == 64 ? (Vectors == 4 ? 6 : Vectors == 3 ? 8 : 12) : Vectors == 2 ? 6 : 12;
+    int64_t t = 0;
+    for (; t + rows <= tiles; t += rows)
+        multiply<rows, Vectors>(a + t * a_row, a_row, b, b_row, depth, to + t * to_row, to_row);
+    for (; t + rows / 2 <= tiles; t += rows / 2)
+        multiply<rows / 2, Vectors>(a + t * a_row, a_row, b, b_row, depth, to + t * to_row, to_row);
+    for (; t < tiles; ++t) multiply<1, Vectors>(a + t * a_row, a_row, b, b_row, depth, to + t * to_row, to_row);
+}
+
+// The outputs of a tile from `vectors` vectors of products, which begin at output `first` of group `group`.
+FASTROUTE_TARGET __attribute__((noinline)) void write_tile(const Problem& p, const Tile& tile, int64_t group,
+                                                           int64_t first, int64_t vectors, const float* products) {
+    const int64_t rows = std::min(kTile, p.height - tile.top), cols = std::min(kTile, p.width - tile.left);
+    const int64_t plane = p.products_plane();
+    for (int64_t v = 0; v < vectors; ++v, first += kLanes) {
+        const int64_t count = std::min<int64_t>(kLanes, p.out - first);
+        if (count <= 0) return;  // padding alone
+        const float* from = products + v * kLanes;
+        Floats half[6][kTile];
+#pragma GCC unroll 6
+        for (int j = 0; j < 6; ++j) {
+            Floats m[6];
+#pragma GCC unroll 6
+            for (int i = 0; i < 6; ++i) m[i] = load(from + (i * 6 + j) * plane);
+            outputs_of(m, half[j]);
+        }
+        const Floats bias = load(p.bias + group * p.columns + first), slope = load(p.slope + group * p.columns + first);
+        const int64_t channel = group * p.out + first;
+        float* to = p.y.data + tile.image * p.y.image + tile.top * p.y.row + tile.left * p.y.pixel + channel;
+        const float* add = p.residual.data;
+        if (add != nullptr) {
+            add += tile.image * p.residual.image + tile.top * p.residual.row + tile.left * p.residual.pixel;
+            add += channel * p.residual.channel;
+        }
+#pragma GCC unroll 4
+        for (int i = 0; i < kTile; ++i) {
+            if (i >= rows) break;
+            Floats m[6], y[kTile];
+#pragma GCC unroll 6
+            for (int j = 0; j < 6; ++j) m[j] = half[j][i];
+            outputs_of(m, y);
+#pragma GCC unroll 4
+            for (int j = 0; j < kTile; ++j) {
+                if (j >= cols) break;
+                Floats value = y[j] + bias;
+                if (p.rectified) value = value > Floats{} ? value : value * slope;
+                if (add != nullptr) {
+                    const float* at = add + i * p.residual.row + j * p.residual.pixel;
+                    const bool dense = count == kLanes && p.residual.channel == 1;
+                    value = value + (dense ? load(at) : load_some(at, p.residual.channel, count));
+                }
+                store_some(to + i * p.y.row + j * p.y.pixel, value, count);
+            }
+        }
+    }
+}
+
+// Tiles [begin, begin + count) of all images, row by row.
+FASTROUTE_TARGET __attribute__((noinline)) void run_block(const Problem& p, int64_t begin, int64_t count,
+                                                          const Workspace& ws) {
+    const int64_t row = padded(p.channels);
+    for (int64_t t = 0; t < count; ++t) transform_tile(p, tile_at(p, begin + t), ws.transformed + t * row);
+    for (int64_t group = 0; group < p.groups; ++group) {
+        for (int64_t first = 0; first < p.out; first += kMostVectors * kLanes) {
+            const int64_t vectors = std::min<int64_t>(kMostVectors, (p.out - first + kLanes - 1) / kLanes);
+            for (int64_t point = 0; point < kPoints; ++point) {
+                const float* a = ws.transformed + point * p.transformed_plane() + group * p.in;
+                const float* b = p.weight + (point * p.groups + group) * p.in * p.columns + first;
+                float* to = ws.products + point * p.products_plane();
+                switch (vectors) {
+#if FASTROUTE_BYTES == 64
+                    case 4: multiply_tiles<4>(a, row, b, p.columns, p.in, to, 4 * kLanes, count); break;
+                    case 3: multiply_tiles<3>(a, row, b, p.columns, p.in, to, 3 * kLanes, count); break;
+#endif
+                    case 2: multiply_tiles<2>(a, row, b, p.columns, p.in, to, 2 * kLanes, count); break;
+                    default: multiply_tiles<1>(a, row, b, p.columns, p.in, to, kLanes, count); break;
+                }
+            }
+            for (int64_t t = 0; t < count; ++t) {
+                const float* products = ws.products + t * vectors * kLanes;
+                write_tile(p, tile_at(p, begin + t), group, first, vectors, products);
+            }
+        }
+    }
+}
+
+#undef FASTROUTE_SIMD

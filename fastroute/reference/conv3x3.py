@@ -1,0 +1,88 @@
+"""Reference of `conv3x3`: Winograd's F(4 x 4, 3 x 3) tile by tile, and the transform of its weights."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+# Outputs along a side of a tile, taps of the kernel, and inputs along a side.
+TILE, TAPS = 4, 3
+SIDE = TILE + TAPS - 1
+# Numbers at which polynomials are evaluated, beside infinity. Those of opposite sign share their even and odd parts. These
+# lose the fewest bits of all pairs of short binary fractions.
+POINTS = (0.0, 0.75, -0.75, 1.5, -1.5)
+# Outputs of a group are padded to a multiple of this: a vector of the widest instruction set.
+PAD = 16
+
+
+def _product(roots: tuple[float, ...]) -> list[float]:
+    """The coefficients of the product of (x - root), the constant first."""
+    found = [1.0]
+    for root in roots:
+        found = [high - root * low for high, low in zip([0.0, *found], [*found, 0.0], strict=True)]
+    return found
+
+
+def transforms() -> tuple[Tensor, Tensor, Tensor]:  # [4, 6], [6, 3], [6, 6]
+    """A^T, G and B^T of the method of Toom and Cook at `POINTS` and infinity, in float64.
+
+    The outputs of a tile d with a kernel w are A^T [(G w G^T) · (B^T d B)] A. The division by Π (x_j - x_k) stays with the
+    kernel, so that the inputs lose no bits by it.
+    """
+    others = [tuple(x for x in POINTS if x != point) for point in POINTS]
+    evaluate = [[x**i for x in POINTS] + [float(i == TILE - 1)] for i in range(TILE)]
+    kernel = []
+    for point, rest in zip(POINTS, others, strict=True):
+        divisor = 1.0
+        for x in rest:
+            divisor *= point - x
+        kernel.append([point**i / divisor for i in range(TAPS)])
+    kernel.append([0.0] * (TAPS - 1) + [1.0])
+    inputs = [[*_product(rest), 0.0] for rest in others] + [_product(POINTS)]
+    a, g, b = (torch.tensor(rows, dtype=torch.float64, device="cpu") for rows in (evaluate, kernel, inputs))
+    return a, g, b
+
+
+def transformed_weight(weight: Tensor, groups: int) -> Tensor:  # [O, C / G, 3, 3] -> [36, G, C / G, P]
+    """G w G^T of every kernel, computed in float64, outputs of a group padded to `PAD` by zeros; of the dtype of `weight`."""
+    outputs, inputs = weight.shape[0] // groups, weight.shape[1]
+    g = transforms()[1].to(weight.device)
+    points = torch.einsum("ai,ocij,bj->aboc", g, weight.double(), g).reshape(SIDE**2, groups, outputs, inputs)
+    return F.pad(points.transpose(2, 3), (0, -outputs % PAD)).to(weight.dtype).contiguous()
+
+
+def conv3x3_reference(
+    image: Tensor,  # [B, C, H, W]
+    weight: Tensor,  # [36, G, C / G, P]
+    bias: Tensor | None,  # [O]
+    slope: Tensor | None,  # [O]
+    residual: Tensor | None,  # [B, O, H, W]
+    channels: int,
+) -> Tensor:  # [B, O, H, W], channels_last
+    """See :func:`fastroute.conv3x3`.
+
+    Every tile of 4 x 4 outputs reads the 6 x 6 inputs d around it, zeros outside of the image, and gives
+
+        y = A^T [Σ_c u_c · (B^T d_c B)] A,  u_c = G w_c G^T,
+
+    over the channels c of its group, then y + bias, slope · y where that is negative, and y + residual.
+    """
+    batch, inputs, height, width = image.shape
+    groups = weight.shape[1]
+    a, _, b = (matrix.to(image) for matrix in transforms())
+    down, across = -(-height // TILE), -(-width // TILE)
+    around = F.pad(image, (1, 1 + across * TILE - width, 1, 1 + down * TILE - height))
+    tiles = around.unfold(2, SIDE, TILE).unfold(3, SIDE, TILE)
+    points = torch.einsum("ai,nchwij,bj->abnhwc", b, tiles, b).reshape(SIDE**2, -1, groups, inputs // max(groups, 1))
+    products = torch.einsum("ptgc,pgco->tgop", points, weight)[:, :, : channels // groups]
+    y = torch.einsum("ia,tgoab,jb->tgoij", a, products.unflatten(3, (SIDE, SIDE)), a)
+    y = y.reshape(batch, down, across, channels, TILE, TILE).permute(0, 3, 1, 4, 2, 5)
+    y = y.reshape(batch, channels, down * TILE, across * TILE)[:, :, :height, :width]
+    if bias is not None:
+        y = y + bias[:, None, None]
+    if slope is not None:
+        y = torch.where(y > 0, y, y * slope[:, None, None])
+    if residual is not None:
+        y = y + residual
+    return y.contiguous(memory_format=torch.channels_last)
