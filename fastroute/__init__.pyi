@@ -17,6 +17,7 @@ from .models.checkpoints import CheckpointError
 from .ops.adaptive_threshold import adaptive_threshold
 from .ops.assign_classes import assign_classes
 from .ops.cell_mlp import cell_mlp
+from .ops.conv1x1 import conv1x1
 from .ops.conv3x3 import Conv3x3Weight, conv3x3, conv3x3_weight
 from .ops.extract_patches import extract_patches
 from .ops.gather_groups import gather_groups
@@ -70,6 +71,7 @@ __all__ = [
     "assign_classes",
     "cascade",
     "cell_mlp",
+    "conv1x1",
     "conv3x3",
     "conv3x3_weight",
     "edge_score",

@@ -23,7 +23,7 @@ TRITON_VERSION = (3, 6)
 CAPABILITY = (8, 0)
 
 # Operators that consist of matrix products: a GPU runs them by torch's own products, whatever backend is requested.
-PRODUCTS = frozenset({"cell_mlp", "conv3x3"})
+PRODUCTS = frozenset({"cell_mlp", "conv1x1", "conv3x3"})
 
 
 class BackendError(RuntimeError):

@@ -44,12 +44,18 @@ def transforms() -> tuple[Tensor, Tensor, Tensor]:  # [4, 6], [6, 3], [6, 6]
     return a, g, b
 
 
-def transformed_weight(weight: Tensor, groups: int) -> Tensor:  # [O, C / G, 3, 3] -> [36, G, C / G, P]
-    """G w G^T of every kernel, computed in float64, outputs of a group padded to `PAD` by zeros; of the dtype of `weight`."""
-    outputs, inputs = weight.shape[0] // groups, weight.shape[1]
+def transformed_weight(weight: Tensor, groups: int, shuffle: int) -> Tensor:  # [O, C / G, 3, 3] -> [36, G, C / G, P]
+    """G w G^T of every kernel, computed in float64; of the dtype of `weight`.
+
+    The outputs of a group come pixel by pixel, as a pixel shuffle by `shuffle` places them; the channels of each pixel are
+    padded to `PAD` by zeros.
+    """
+    inputs, parts = weight.shape[1], shuffle**2
+    shown = weight.shape[0] // groups // parts
     g = transforms()[1].to(weight.device)
-    points = torch.einsum("ai,ocij,bj->aboc", g, weight.double(), g).reshape(SIDE**2, groups, outputs, inputs)
-    return F.pad(points.transpose(2, 3), (0, -outputs % PAD)).to(weight.dtype).contiguous()
+    points = torch.einsum("ai,ocij,bj->aboc", g, weight.double(), g).reshape(SIDE**2, groups, shown, parts, inputs)
+    columns = F.pad(points.permute(0, 1, 4, 3, 2), (0, -shown % PAD)).flatten(3)
+    return columns.to(weight.dtype).contiguous()
 
 
 def conv3x3_reference(
@@ -57,16 +63,17 @@ def conv3x3_reference(
     weight: Tensor,  # [36, G, C / G, P]
     bias: Tensor | None,  # [O]
     slope: Tensor | None,  # [O]
-    residual: Tensor | None,  # [B, O, H, W]
+    residual: Tensor | None,  # [B, O / s / s, H s, W s]
     channels: int,
-) -> Tensor:  # [B, O, H, W], channels_last
+    shuffle: int,
+) -> Tensor:  # [B, O / s / s, H s, W s], channels_last
     """See :func:`fastroute.conv3x3`.
 
     Every tile of 4 x 4 outputs reads the 6 x 6 inputs d around it, zeros outside of the image, and gives
 
         y = A^T [Σ_c u_c · (B^T d_c B)] A,  u_c = G w_c G^T,
 
-    over the channels c of its group, then y + bias, slope · y where that is negative, and y + residual.
+    over the channels c of its group, then y + bias, slope · y where that is negative, a pixel shuffle, and y + residual.
     """
     batch, inputs, height, width = image.shape
     groups = weight.shape[1]
@@ -75,7 +82,9 @@ def conv3x3_reference(
     around = F.pad(image, (1, 1 + across * TILE - width, 1, 1 + down * TILE - height))
     tiles = around.unfold(2, SIDE, TILE).unfold(3, SIDE, TILE)
     points = torch.einsum("ai,nchwij,bj->abnhwc", b, tiles, b).reshape(SIDE**2, -1, groups, inputs // max(groups, 1))
-    products = torch.einsum("ptgc,pgco->tgop", points, weight)[:, :, : channels // groups]
+    products = torch.einsum("ptgc,pgco->tgop", points, weight)
+    shown = channels // groups // shuffle**2
+    products = products.unflatten(2, (shuffle**2, -1))[:, :, :, :shown].transpose(2, 3).flatten(2, 3)
     y = torch.einsum("ia,tgoab,jb->tgoij", a, products.unflatten(3, (SIDE, SIDE)), a)
     y = y.reshape(batch, down, across, channels, TILE, TILE).permute(0, 3, 1, 4, 2, 5)
     y = y.reshape(batch, channels, down * TILE, across * TILE)[:, :, :height, :width]
@@ -83,6 +92,7 @@ def conv3x3_reference(
         y = y + bias[:, None, None]
     if slope is not None:
         y = torch.where(y > 0, y, y * slope[:, None, None])
+    y = F.pixel_shuffle(y, shuffle)
     if residual is not None:
         y = y + residual
     return y.contiguous(memory_format=torch.channels_last)

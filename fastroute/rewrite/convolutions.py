@@ -38,7 +38,7 @@ class WinogradConv2d(nn.Conv2d):
         """The result of the layer, plus `residual`."""
         if self._runs_by_kernel(x, residual):
             slope = None if self.rectifier is None else _slopes(self.rectifier, self.out_channels)
-            return torch.ops.fastroute.conv3x3(x, self._transformed(), self.bias, slope, residual, self.out_channels)
+            return torch.ops.fastroute.conv3x3(x, self._transformed(), self.bias, slope, residual, self.out_channels, 1)
         y = super().forward(x)
         if self.rectifier is not None:
             y = self.rectifier(y)
@@ -65,7 +65,7 @@ class WinogradConv2d(nn.Conv2d):
         if kept is None or kept[0] is not weight or kept[1].data_ptr() != weight.data_ptr() or kept[2] != version:
             with torch.inference_mode(False), torch.no_grad():
                 values = weight.detach()
-                kept = self._kept = (weight, values, version, transformed_weight(values, self.groups))
+                kept = self._kept = (weight, values, version, transformed_weight(values, self.groups, 1))
         return kept[3]
 
     def __getstate__(self) -> dict[str, Any]:

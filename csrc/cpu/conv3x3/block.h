@@ -4,35 +4,12 @@
 // Column j of A^T, G and B is for point j of 0, kNear, -kNear, kFar, -kFar and infinity. Points of opposite sign share
 // their even and odd parts.
 
-#include "cpu/simd.h"
+#include "cpu/float_lanes.h"
 
 #define FASTROUTE_SIMD FASTROUTE_TARGET FASTROUTE_INLINE
 
-using Floats = Vector<float>;
-inline constexpr int kLanes = Simd<float>::lanes;
 // Vectors of outputs in a block of registers.
 inline constexpr int kMostVectors = FASTROUTE_BYTES == 64 ? 4 : 2;
-
-// The first `count` of a vector's numbers, `step` apart; zeros behind them.
-FASTROUTE_SIMD Floats load_some(const float* from, int64_t step, int64_t count) {
-#if FASTROUTE_BYTES == 64
-    if (step == 1) return _mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << count) - 1), from);
-#endif
-    float lanes[kLanes] = {};
-    for (int64_t i = 0; i < count; ++i) lanes[i] = from[i * step];
-    return load(lanes);
-}
-
-FASTROUTE_SIMD void store_some(float* to, Floats x, int64_t count) {
-    if (count == kLanes) return store(to, x);
-#if FASTROUTE_BYTES == 64
-    _mm512_mask_storeu_ps(to, static_cast<__mmask16>((1u << count) - 1), x);
-#else
-    float lanes[kLanes];
-    store(lanes, x);
-    for (int64_t i = 0; i < count; ++i) to[i] = lanes[i];
-#endif
-}
 
 // Rows of B^T d: of 0 and infinity, of ±kNear, and of ±kFar.
 FASTROUTE_SIMD void at_ends(const Floats* d, Floats& zero, Floats& infinity) {
@@ -133,7 +110,7 @@ FASTROUTE_TARGET __attribute__((noinline)) void transform_tile(const Problem& p,
         const int64_t y = tile.top - 1 + i, x = tile.left - 1 + i;
         const bool row = y >= 0 && y < p.height;
         // Of columns outside, the address is never used.
-        in.row[i] = row ? p.x.data + tile.image * p.x.image + y * p.x.row + (tile.left - 1) * p.x.pixel : nullptr;
+        in.row[i] = row ? p.x.at(tile.image, y, tile.left - 1, 0) : nullptr;
         in.column[i] = x >= 0 && x < p.width;
         whole &= row && in.column[i];
     }
@@ -184,14 +161,15 @@ FASTROUTE_SIMD void multiply_tiles(const float* a, int64_t a_row, const float* b
     for (; t < tiles; ++t) multiply<1, Vectors>(a + t * a_row, a_row, b, b_row, depth, to + t * to_row, to_row);
 }
 
-// The outputs of a tile from `vectors` vectors of products, which begin at output `first` of group `group`.
+// The outputs of a tile from `vectors` vectors of products, which begin at column `first` of group `group`.
 FASTROUTE_TARGET __attribute__((noinline)) void write_tile(const Problem& p, const Tile& tile, int64_t group,
                                                            int64_t first, int64_t vectors, const float* products) {
     const int64_t rows = std::min(kTile, p.height - tile.top), cols = std::min(kTile, p.width - tile.left);
     const int64_t plane = p.products_plane();
     for (int64_t v = 0; v < vectors; ++v, first += kLanes) {
-        const int64_t count = std::min<int64_t>(kLanes, p.out - first);
-        if (count <= 0) return;  // padding alone
+        const int64_t part = first / p.lanes, within = first % p.lanes;
+        const int64_t count = std::min<int64_t>(kLanes, p.shown - within);
+        if (count <= 0) continue;  // padding alone
         const float* from = products + v * kLanes;
         Floats half[6][kTile];
 #pragma GCC unroll 6
@@ -202,13 +180,11 @@ FASTROUTE_TARGET __attribute__((noinline)) void write_tile(const Problem& p, con
             outputs_of(m, half[j]);
         }
         const Floats bias = load(p.bias + group * p.columns + first), slope = load(p.slope + group * p.columns + first);
-        const int64_t channel = group * p.out + first;
-        float* to = p.y.data + tile.image * p.y.image + tile.top * p.y.row + tile.left * p.y.pixel + channel;
-        const float* add = p.residual.data;
-        if (add != nullptr) {
-            add += tile.image * p.residual.image + tile.top * p.residual.row + tile.left * p.residual.pixel;
-            add += channel * p.residual.channel;
-        }
+        const int64_t y0 = tile.top * p.shuffle + part / p.shuffle, x0 = tile.left * p.shuffle + part % p.shuffle;
+        const int64_t channel = group * p.shown + within;
+        float* to = p.y.at(tile.image, y0, x0, channel);
+        const bool adds = p.residual.data != nullptr;
+        const float* add = adds ? p.residual.at(tile.image, y0, x0, channel) : nullptr;
 #pragma GCC unroll 4
         for (int i = 0; i < kTile; ++i) {
             if (i >= rows) break;
@@ -221,12 +197,12 @@ FASTROUTE_TARGET __attribute__((noinline)) void write_tile(const Problem& p, con
                 if (j >= cols) break;
                 Floats value = y[j] + bias;
                 if (p.rectified) value = value > Floats{} ? value : value * slope;
-                if (add != nullptr) {
-                    const float* at = add + i * p.residual.row + j * p.residual.pixel;
+                if (adds) {
+                    const float* at = add + (i * p.residual.row + j * p.residual.pixel) * p.shuffle;
                     const bool dense = count == kLanes && p.residual.channel == 1;
                     value = value + (dense ? load(at) : load_some(at, p.residual.channel, count));
                 }
-                store_some(to + i * p.y.row + j * p.y.pixel, value, count);
+                store_some(to + (i * p.y.row + j * p.y.pixel) * p.shuffle, value, count);
             }
         }
     }
@@ -238,8 +214,8 @@ FASTROUTE_TARGET __attribute__((noinline)) void run_block(const Problem& p, int6
     const int64_t row = padded(p.channels);
     for (int64_t t = 0; t < count; ++t) transform_tile(p, tile_at(p, begin + t), ws.transformed + t * row);
     for (int64_t group = 0; group < p.groups; ++group) {
-        for (int64_t first = 0; first < p.out; first += kMostVectors * kLanes) {
-            const int64_t vectors = std::min<int64_t>(kMostVectors, (p.out - first + kLanes - 1) / kLanes);
+        for (int64_t first = 0; first < p.columns; first += kMostVectors * kLanes) {
+            const int64_t vectors = std::min<int64_t>(kMostVectors, (p.columns - first) / kLanes);
             for (int64_t point = 0; point < kPoints; ++point) {
                 const float* a = ws.transformed + point * p.transformed_plane() + group * p.in;
                 const float* b = p.weight + (point * p.groups + group) * p.in * p.columns + first;

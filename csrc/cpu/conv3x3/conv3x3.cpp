@@ -12,6 +12,7 @@
 
 #include "common/checks.h"
 #include "common/huge_pages.h"
+#include "common/written.h"
 #include "cpu/intrinsics.h"
 #include "cpu/isa.h"
 
@@ -37,73 +38,97 @@ void check_floats(const char* name, const Tensor& x, int64_t rank) {
     FASTROUTE_CHECK(x.scalar_type() == ScalarType::Float, kOp, ": ", name, " must be float32");
 }
 
-View<const float> view_of(const Tensor& x) {  // [B, C, H, W]
-    return {x.const_data_ptr<float>(), x.stride(0), x.stride(1), x.stride(2), x.stride(3)};
+template <typename T>
+View<T> view_of(const Tensor& x) {  // [B, C, H, W]
+    View<T> view{nullptr, x.stride(0), x.stride(1), x.stride(2), x.stride(3)};
+    if constexpr (std::is_const_v<T>) {
+        view.data = x.const_data_ptr<float>();
+    } else {
+        view.data = x.mutable_data_ptr<float>();
+    }
+    return view;
 }
 
-// One number per output in whole vectors, group by group: `x` or, where there is none, `otherwise`.
-std::vector<float> per_output(const char* name, const std::optional<Tensor>& x, float otherwise, const Problem& p) {
+// `x` has the shape of the result.
+void check_shape(const char* name, const Tensor& x, const Problem& p) {  // [B, O / s / s, H s, W s]
+    const int64_t channels = p.groups * p.shown, height = p.height * p.shuffle, width = p.width * p.shuffle;
+    FASTROUTE_CHECK(x.size(0) == p.images && x.size(1) == channels && x.size(2) == height && x.size(3) == width, kOp,
+                    ": ", name, " must have the shape of the result, (", p.images, ", ", channels, ", ", height, ", ",
+                    width, ")");
+}
+
+// One number per output in the order of a weight's columns: `x` or, where there is none, `otherwise`.
+std::vector<float> per_column(const char* name, const std::optional<Tensor>& x, float otherwise, const Problem& p) {
     std::vector<float> found(p.groups * p.columns, otherwise);
     if (!x.has_value()) return found;
+    const int64_t parts = p.shuffle * p.shuffle, outputs = p.groups * p.shown * parts;
     check_floats(name, *x, 1);
-    FASTROUTE_CHECK(x->size(0) == p.groups * p.out, kOp, ": ", name, " must have one number for each of the ",
-                    p.groups * p.out, " output channels; got ", x->size(0));
+    FASTROUTE_CHECK(x->size(0) == outputs, kOp, ": ", name, " must have one number for each of the ", outputs,
+                    " output channels; got ", x->size(0));
     const float* from = x->const_data_ptr<float>();
-    for (int64_t o = 0; o < x->size(0); ++o) found[o / p.out * p.columns + o % p.out] = from[o * x->stride(0)];
+    for (int64_t o = 0; o < outputs; ++o) {
+        const int64_t channel = o / parts, column = o % parts * p.lanes + channel % p.shown;
+        found[channel / p.shown * p.columns + column] = from[o * x->stride(0)];
+    }
     return found;
 }
 
-Tensor conv3x3(const Tensor& image,                    // [B, C, H, W]
-               const Tensor& weight,                   // [36, G, C / G, P]
-               const std::optional<Tensor>& bias,      // [O]
-               const std::optional<Tensor>& slope,     // [O]
-               const std::optional<Tensor>& residual,  // [B, O, H, W]
-               int64_t channels) {
+// A call, checked: everything but the place of its result.
+Problem checked(const Tensor& image,   // [B, C, H, W]
+                const Tensor& weight,  // [36, G, C / G, P]
+                const std::optional<Tensor>& residual, int64_t channels, int64_t shuffle) {
     check_floats("image", image, 4), check_floats("weight", weight, 4);
-    check_at_least(kOp, "channels", channels, 1);
-    const int64_t groups = weight.size(1);
-    FASTROUTE_CHECK(weight.size(0) == kPoints && groups >= 1 && channels % groups == 0 && weight.size(2) >= 1 &&
-                        weight.size(2) == image.size(1) / groups && image.size(1) % groups == 0 &&
-                        channels / groups <= std::numeric_limits<int64_t>::max() - kPad &&
-                        weight.size(3) == padded(channels / groups),
-                    kOp, ": weight must be (36, groups, C / groups, O / groups in whole vectors of ", kPad,
-                    "), as conv3x3_weight gives it");
+    check_at_least(kOp, "channels", channels, 1), check_at_least(kOp, "shuffle", shuffle, 1);
+    const int64_t groups = weight.size(1), parts = checked_product(kOp, "a pixel", {shuffle, shuffle});
+    FASTROUTE_CHECK(groups >= 1 && channels % groups == 0 && channels / groups % parts == 0, kOp, ": the ", channels,
+                    " output channels must be a multiple of groups * shuffle * shuffle, ", groups, " * ", parts);
+    const int64_t shown = channels / groups / parts;
+    FASTROUTE_CHECK(shown <= std::numeric_limits<int64_t>::max() - kPad, kOp, ": channels is too large; got ",
+                    channels);
+    const int64_t columns = checked_product(kOp, "weight", {parts, padded(shown)});
+    FASTROUTE_CHECK(weight.size(0) == kPoints && weight.size(2) >= 1 && image.size(1) % groups == 0 &&
+                        weight.size(2) == image.size(1) / groups && weight.size(3) == columns,
+                    kOp, ": weight must be (", kPoints, ", groups, C / groups, ", columns,
+                    ") for this image, as conv3x3_weight gives it");
     Problem p{.images = image.size(0),
               .height = image.size(2),
               .width = image.size(3),
               .channels = image.size(1),
               .groups = groups,
               .in = weight.size(2),
-              .out = channels / groups,
-              .columns = weight.size(3),
-              .down = 0,
-              .across = 0,
-              .tiles = 0,
-              .rectified = slope.has_value(),
-              .x = view_of(image),
+              .shuffle = shuffle,
+              .shown = shown,
+              .lanes = padded(shown),
+              .columns = columns,
+              .down = image.size(2) / kTile + (image.size(2) % kTile > 0),
+              .across = image.size(3) / kTile + (image.size(3) % kTile > 0),
+              .tiles = tiles_per_block(image.size(1)),
+              .rectified = false,
+              .x = view_of<const float>(image),
               .residual = {},
               .y = {},
               .weight = nullptr,
               .bias = nullptr,
               .slope = nullptr};
-    const auto biases = per_output("bias", bias, 0, p), slopes = per_output("slope", slope, 1, p);
+    checked_product(kOp, "the result", {p.images, channels, p.height, p.width});
     if (residual.has_value()) {
         check_floats("residual", *residual, 4);
-        FASTROUTE_CHECK(residual->size(0) == p.images && residual->size(1) == channels &&
-                            residual->size(2) == p.height && residual->size(3) == p.width,
-                        kOp, ": residual must have the shape of the result, (", p.images, ", ", channels, ", ",
-                        p.height, ", ", p.width, ")");
-        p.residual = view_of(*residual);
+        check_shape("residual", *residual, p);
+        p.residual = view_of<const float>(*residual);
     }
-    Tensor out =
-        prefer_huge_pages(empty_tensor(kOp, "the result", {p.images, channels, p.height, p.width}, ScalarType::Float,
-                                       image, torch::headeronly::MemoryFormat::ChannelsLast));
-    if (out.numel() == 0) return out;
+    return p;
+}
+
+void run(Problem& p, const Tensor& weight,    // [36, G, C / G, P]
+         const std::optional<Tensor>& bias,   // [O]
+         const std::optional<Tensor>& slope,  // [O]
+         const Tensor& out) {                 // [B, O / s / s, H s, W s]
+    const auto biases = per_column("bias", bias, 0, p), slopes = per_column("slope", slope, 1, p);
+    if (out.numel() == 0) return;
     const Tensor dense = as_contiguous(weight);
+    p.rectified = slope.has_value();
     p.weight = dense.const_data_ptr<float>(), p.bias = biases.data(), p.slope = slopes.data();
-    p.y = {out.mutable_data_ptr<float>(), p.height * p.width * channels, 1, p.width * channels, channels};
-    p.down = (p.height + kTile - 1) / kTile, p.across = (p.width + kTile - 1) / kTile;
-    p.tiles = tiles_per_block(p.channels);
+    p.y = view_of<float>(out);
     const int64_t total = p.images * p.down * p.across, blocks = (total + p.tiles - 1) / p.tiles;
     const auto run_block = active_block();
     parallel(blocks, 1, [&](int64_t begin, int64_t end) {
@@ -111,6 +136,39 @@ Tensor conv3x3(const Tensor& image,                    // [B, C, H, W]
         ws.reserve(p);
         for (int64_t n = begin; n < end; ++n) run_block(p, n * p.tiles, std::min(p.tiles, total - n * p.tiles), ws);
     });
+}
+
+Tensor conv3x3(const Tensor& image,                    // [B, C, H, W]
+               const Tensor& weight,                   // [36, G, C / G, P]
+               const std::optional<Tensor>& bias,      // [O]
+               const std::optional<Tensor>& slope,     // [O]
+               const std::optional<Tensor>& residual,  // [B, O / s / s, H s, W s]
+               int64_t channels, int64_t shuffle) {
+    Problem p = checked(image, weight, residual, channels, shuffle);
+    const Tensor out = prefer_huge_pages(
+        empty_tensor(kOp, "the result", {p.images, p.groups * p.shown, p.height * shuffle, p.width * shuffle},
+                     ScalarType::Float, image, torch::headeronly::MemoryFormat::ChannelsLast));
+    run(p, weight, bias, slope, out);
+    return out;
+}
+
+Tensor conv3x3_out(const Tensor& image,                    // [B, C, H, W]
+                   const Tensor& weight,                   // [36, G, C / G, P]
+                   const std::optional<Tensor>& bias,      // [O]
+                   const std::optional<Tensor>& slope,     // [O]
+                   const std::optional<Tensor>& residual,  // [B, O / s / s, H s, W s]
+                   int64_t channels, int64_t shuffle,
+                   const Tensor& out) {  // [B, O / s / s, H s, W s]
+    Problem p = checked(image, weight, residual, channels, shuffle);
+    check_floats("out", out, 4);
+    check_shape("out", out, p);
+    FASTROUTE_CHECK(out.stride(1) == 1 || out.size(1) == 1, kOp, ": out must have its channels side by side");
+    std::vector<Tensor> inputs{image, weight};
+    for (const auto& x : {bias, slope, residual}) {
+        if (x.has_value()) inputs.push_back(*x);
+    }
+    check_written(kOp, "out", out, inputs);
+    run(p, weight, bias, slope, out);
     return out;
 }
 
@@ -119,6 +177,9 @@ Tensor conv3x3(const Tensor& image,                    // [B, C, H, W]
 
 namespace fastroute {
 
-STABLE_TORCH_LIBRARY_IMPL(fastroute, CPU, m) { FASTROUTE_IMPL(m, "conv3x3", conv3x3::conv3x3); }
+STABLE_TORCH_LIBRARY_IMPL(fastroute, CPU, m) {
+    FASTROUTE_IMPL(m, "conv3x3", conv3x3::conv3x3);
+    FASTROUTE_IMPL(m, "conv3x3.out", conv3x3::conv3x3_out);
+}
 
 }  // namespace fastroute

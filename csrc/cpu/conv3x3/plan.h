@@ -13,7 +13,7 @@ inline constexpr int64_t kTile = 4, kPoints = 36;
 // fewest bits of all pairs of short binary fractions: errors are 2 to 3 times those of plain float32 sums, and half
 // those of the usual 1 and 2.
 inline constexpr float kNear = 0.75f, kFar = 1.5f;
-// Outputs of a group are padded to whole vectors of the widest instruction set.
+// Channels are padded to whole vectors of the widest instruction set.
 inline constexpr int64_t kPad = 16;
 // Columns of products that are kept at a time: as many vectors as a block of registers holds.
 inline constexpr int64_t kColumns = 64;
@@ -27,17 +27,24 @@ template <typename T>
 struct View {
     T* data;
     int64_t image, channel, row, pixel;
+
+    T* at(int64_t n, int64_t y, int64_t x, int64_t c) const {
+        return data + n * image + y * row + x * pixel + c * channel;
+    }
 };
 
 struct Problem {
     int64_t images, height, width, channels;
-    int64_t groups, in, out, columns;  // inputs and outputs of a group, and its outputs in whole vectors
-    int64_t down, across, tiles;       // tiles of an image, and of a block
+    int64_t groups, in;           // groups, and inputs of each
+    int64_t shuffle;              // a pixel of the output becomes shuffle x shuffle pixels
+    int64_t shown, lanes;         // channels of a group in such a pixel, and the same in whole vectors
+    int64_t columns;              // outputs of a group: shuffle * shuffle * lanes
+    int64_t down, across, tiles;  // tiles of an image, and of a block
     bool rectified;
     View<const float> x, residual;  // residual.data may be null
-    View<float> y;
-    const float* weight;        // [kPoints][groups][in][columns]
-    const float *bias, *slope;  // [groups][columns]
+    View<float> y;                  // behind the shuffle, as residual is
+    const float* weight;            // [kPoints][groups][in][columns]
+    const float *bias, *slope;      // [groups][columns]
 
     // Planes lie one line further apart than they are large, so that their lines fall into different sets of a cache.
     int64_t transformed_plane() const { return tiles * padded(channels) + kPad; }

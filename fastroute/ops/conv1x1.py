@@ -1,0 +1,145 @@
+"""`conv1x1`: a 1 x 1 convolution over the channels of several images, with what follows it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fastroute.ops import _checks as check
+from fastroute.ops._library import call, is_transformed, register
+from fastroute.reference.conv1x1 import conv1x1_reference
+
+SCHEMAS = [
+    "conv1x1(Tensor[] images, Tensor weight, Tensor? bias, Tensor? slope, Tensor? residual) -> Tensor",
+]
+
+
+def conv1x1(
+    images: Tensor | Sequence[Tensor],  # [B, C, H, W] each
+    weight: Tensor,  # [O, C of all images] or [O, C, 1, 1]
+    bias: Tensor | None = None,  # [O]
+    slope: Tensor | None = None,  # [O]
+    residual: Tensor | None = None,  # [B, O, H, W]
+) -> Tensor:  # [B, O, H, W]
+    """A 1 x 1 convolution over the joined channels of several images, a sum and a rectifier, in one pass.
+
+    Cascades such as CARN's merge the outputs of all blocks so far: the images are read where they lie and never joined, and
+    every output is written once.
+
+    >>> y = fastroute.conv1x1([x, block(x)], layer.weight, layer.bias, slope=torch.zeros(64))  # relu(layer(cat([x, block(x)])))
+
+    Args:
+        images: (B, C, H, W) float32, one or several; their numbers of channels may differ.
+        weight: (O, C) or (O, C, 1, 1) float32, C the channels of all images together.
+        bias: (O,) float32. Default: none.
+        slope: (O,) float32, the factor of negative numbers: zeros for ReLU, one number for a leaky ReLU, the weight of a
+            PReLU. Default: no rectifier.
+        residual: (B, O, H, W) float32, added before the rectifier. Default: none.
+
+    Returns:
+        (B, O, H, W) float32, channels_last.
+
+    Raises:
+        ValueError: shapes that do not match, tensors on several devices, no image.
+        TypeError: another dtype.
+
+    Differentiable: yes: where a gradient is needed, PyTorch's own convolution runs.
+    Deterministic: yes, bit for bit, for any number of threads.
+    Synchronises: no.
+    CUDA-graph safe: yes; on a GPU PyTorch's own convolution runs.
+    Memory layout: any strides, channels_last images are read fastest; writes channels_last.
+
+    Source: the merges of Ahn et al., "Fast, Accurate, and Lightweight Super-Resolution with Cascading Residual Network",
+    ECCV 2018, section 3.2.
+    """
+    op = "conv1x1"
+    parts = [images] if isinstance(images, Tensor) else list(images)
+    if not parts:
+        raise ValueError(f"{op}: images must hold at least one")
+    for image in parts:
+        check.rank(op, "an image", image, "(B, C, H, W)", 4)
+    check.tensor(op, "weight", weight)
+    if weight.ndim == 4 and weight.shape[2:] == (1, 1):
+        weight = weight.flatten(1)
+    check.rank(op, "weight", weight, "(O, C) or (O, C, 1, 1)", 2)
+    channels = sum(image.shape[1] for image in parts)
+    if weight.shape[0] < 1 or weight.shape[1] != channels:
+        raise ValueError(
+            f"{op}: weight must be (O, C), O at least 1 and C the {channels} channels of all images; got {tuple(weight.shape)}"
+        )
+    batch, _, height, width = parts[0].shape
+    outputs = weight.shape[0]
+    expected = [("an image", x, (batch, x.shape[1], height, width)) for x in parts]
+    expected += [("bias", bias, (outputs,)), ("slope", slope, (outputs,))]  # type: ignore[list-item]
+    expected += [("residual", residual, (batch, outputs, height, width))]  # type: ignore[list-item]
+    for name, x, shape in expected:
+        if x is not None and tuple(check.tensor(op, name, x).shape) != shape:
+            raise ValueError(f"{op}: {name} must be {shape}; got {tuple(x.shape)}")
+    given = [x for x in (*parts, weight, bias, slope, residual) if x is not None]
+    for x in given:
+        check.dtype(op, "every tensor", x.dtype, (torch.float32,))
+        check.same_device(op, "the first image", parts[0], "every tensor", x)
+    differentiated = torch.is_grad_enabled() and any(x.requires_grad for x in given)
+    if parts[0].device.type != "cpu" or differentiated or is_transformed(given):
+        return conv1x1_plain(parts, weight, bias, slope, residual)
+    return call(op, _reference, parts[0].device, parts, weight, bias, slope, residual)
+
+
+def conv1x1_plain(
+    images: Sequence[Tensor],  # [B, C, H, W] each
+    weight: Tensor,  # [O, C of all images]
+    bias: Tensor | None,  # [O]
+    slope: Tensor | None,  # [O]
+    residual: Tensor | None,  # [B, O, H, W]
+) -> Tensor:  # [B, O, H, W]
+    """The same by PyTorch's own layers."""
+    joined = images[0] if len(images) == 1 else torch.cat(list(images), dim=1)
+    y = F.conv2d(joined, weight[:, :, None, None], bias)
+    if residual is not None:
+        y = y + residual
+    return y if slope is None else F.prelu(y, slope)
+
+
+def _fake(
+    images: list[Tensor],  # [B, C, H, W] each
+    weight: Tensor,  # [O, C of all images]
+    bias: Tensor | None,  # [O]
+    slope: Tensor | None,  # [O]
+    residual: Tensor | None,  # [B, O, H, W]
+) -> Tensor:  # [B, O, H, W]
+    first = images[0]
+    size = (first.shape[0], weight.shape[0], first.shape[2], first.shape[3])
+    return torch.empty(size, dtype=first.dtype, device=first.device, memory_format=torch.channels_last)
+
+
+def _reference(
+    images: list[Tensor],  # [B, C, H, W] each
+    weight: Tensor,  # [O, C of all images]
+    bias: Tensor | None,  # [O]
+    slope: Tensor | None,  # [O]
+    residual: Tensor | None,  # [B, O, H, W]
+) -> Tensor:  # [B, O, H, W]
+    op = "conv1x1"
+    if not images:
+        raise ValueError(f"{op}: images must hold at least one")
+    check.rank(op, "weight", weight, "(O, C)", 2)
+    for x in images:
+        check.rank(op, "an image", x, "(B, C, H, W)", 4)
+    shape = (images[0].shape[0], weight.shape[0], *images[0].shape[2:])
+    named = [("an image", x, (shape[0], x.shape[1], *shape[2:])) for x in images]
+    named += [("bias", bias, shape[1:2]), ("slope", slope, shape[1:2]), ("residual", residual, shape)]  # type: ignore[list-item]
+    for name, y, expected in named:
+        if y is not None and tuple(y.shape) != expected:
+            raise ValueError(f"{op}: {name} must be {expected}; got {tuple(y.shape)}")
+    if shape[1] < 1 or weight.shape[1] != sum(x.shape[1] for x in images):
+        raise ValueError(f"{op}: weight must have one column for each channel of all images; got {tuple(weight.shape)}")
+    for y in (*images, weight, bias, slope, residual):
+        if y is not None:
+            check.dtype(op, "every tensor", y.dtype, (torch.float32,))
+    return conv1x1_reference(images, weight, bias, slope, residual)
+
+
+register("conv1x1", _reference, _fake)
