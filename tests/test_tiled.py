@@ -32,8 +32,8 @@ def test_crop_is_the_whole_image_when_the_overlap_covers_the_reach(height, width
     model, image = network(reach, scale), picture(2, 3, height, width, seed=height)
     for overlap in (2 * reach, 2 * reach + 1):
         result = tiled(model, patch=patch, overlap=overlap)(image)
-        # The same sums by convolutions of another size.
-        torch.testing.assert_close(result, model(image), rtol=0, atol=1e-6)
+        # The same sums in another order: tiles of conv3x3 begin where the patch does.
+        torch.testing.assert_close(result, model(image), rtol=0, atol=2e-6)
 
 
 @torch.no_grad()

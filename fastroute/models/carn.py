@@ -8,8 +8,8 @@ from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from fastroute.models.fused import merge_pixels
 from fastroute.models.precision import FullPrecision, sums_of
 
 # The mean colour of DIV2K, in [0, 1].
@@ -31,7 +31,11 @@ class EfficientResidualBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # [B, C, h, w]
         """See the class."""
-        return F.relu(self.body(x) + x)
+        *layers, last = self.body
+        y = x
+        for layer in layers:
+            y = layer(y)
+        return merge_pixels(last, [y], residual=x, slope=0.0)
 
 
 class CascadingBlock(nn.Module):
@@ -138,10 +142,13 @@ class MeanConvolution(FullPrecision, nn.Conv2d):
 
 def cascade(x: Tensor, blocks: Iterable[nn.Module], merges: Iterable[nn.Module]) -> Tensor:  # [B, C, h, w]
     """Run a cascade: each merge reads the input and the outputs of all blocks so far, each block reads the merge before it."""
-    trail = x
-    for block, merge_layer in zip(blocks, merges, strict=True):
-        trail = torch.cat([trail, block(x)], dim=1)
-        x = merge_layer(trail)
+    trail = [x]
+    for block, merge_layers in zip(blocks, merges, strict=True):
+        trail.append(block(x))
+        first, *rest = merge_layers.children()
+        x = merge_pixels(first, trail)
+        for layer in rest:
+            x = layer(x)
     return x
 
 

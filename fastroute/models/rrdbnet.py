@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fastroute.models.fused import Fused, convolve
+
 SLOPE = 0.2
 # What a dense block and a chain of three add to their input.
 RESIDUAL = 0.2
@@ -33,11 +35,21 @@ class DenseBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # [B, C, h, w]
         """See the class."""
+        layers = [getattr(self, f"conv{number}") for number in range(1, 5)]
+        last = self.conv5
+        if isinstance(last, Fused) and last.has_kernel(x):
+            # Each layer writes its channels behind those that it reads, so that nothing is joined.
+            size = (x.shape[0], last.in_channels, *x.shape[2:])
+            joined = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+            joined[:, : x.shape[1]] = x
+            for layer in layers:
+                end = layer.in_channels + layer.out_channels
+                layer.fused(joined[:, : layer.in_channels], slope=SLOPE, out=joined[:, layer.in_channels : end])
+            return last.fused(joined, factor=RESIDUAL, residual=x)
         found = [x]
-        for number in range(1, 5):
-            layer = getattr(self, f"conv{number}")
-            found.append(F.leaky_relu_(layer(torch.cat(found, dim=1) if number > 1 else x), SLOPE))
-        return torch.add(x, self.conv5(torch.cat(found, dim=1)), alpha=RESIDUAL)
+        for layer in layers:
+            found.append(convolve(layer, torch.cat(found, dim=1) if len(found) > 1 else x, SLOPE))
+        return torch.add(x, last(torch.cat(found, dim=1)), alpha=RESIDUAL)
 
 
 class Chain(nn.Module):
@@ -95,7 +107,7 @@ class RRDBNet(nn.Module):
                 x = F.pad(x, (0, right, 0, below), mode="replicate" if small else "reflect")
             x = F.pixel_unshuffle(x, self.fold)
         first = self.conv_first(x.to(self.conv_first.weight.dtype))
-        features = self.conv_body(self.body(first)).add_(first)
+        features = convolve(self.conv_body, self.body(first), residual=first)
         return self._enlarged(features)[..., : height * self.scale, : width * self.scale]
 
     def _enlarged(self, features: Tensor) -> Tensor:  # [B, C, h, w] -> [B, channels, 4 * h, 4 * w]
@@ -116,6 +128,6 @@ class RRDBNet(nn.Module):
 
     def _last(self, features: Tensor) -> Tensor:  # [B, C, h, w] -> [B, channels, 4 * h, 4 * w]
         for layer in (self.conv_up1, self.conv_up2):
-            features = F.leaky_relu_(layer(F.interpolate(features, scale_factor=2.0, mode="nearest")), SLOPE)
+            features = convolve(layer, F.interpolate(features, scale_factor=2.0, mode="nearest"), SLOPE)
         # Rounded once more, values near 1 would be a whole level of 8 bits apart.
-        return self.conv_last(F.leaky_relu_(self.conv_hr(features), SLOPE))
+        return self.conv_last(convolve(self.conv_hr, features, SLOPE))

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fastroute.models.fused import convolve
 from fastroute.models.precision import HALVES, sums_of
 
 SLOPE = 0.1
@@ -21,7 +22,7 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # [B, C, h, w]
         """See the class."""
-        return self.conv2(F.relu_(self.conv1(x))).add_(x)
+        return convolve(self.conv2, convolve(self.conv1, x, slope=0.0), residual=x)
 
 
 class SRResNet(nn.Module):
@@ -72,14 +73,14 @@ class SRResNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:  # [B, C, H, W]
         """See the class."""
         dtype = self.conv_first.weight.dtype
-        features = self.recon_trunk(F.leaky_relu_(self.conv_first(x.to(dtype)), SLOPE))
+        features = self.recon_trunk(convolve(self.conv_first, x.to(dtype), SLOPE))
         if self.HRconv is None or self.conv_last is None:
             return features
         for layer in (self.upconv1, self.upconv2):
             if layer is not None:
                 # Before the shuffle the activation has the same effect, and it can run in place.
-                features = F.pixel_shuffle(F.leaky_relu_(layer(features), SLOPE), self.factor)
-        residual = self.conv_last(F.leaky_relu_(self.HRconv(features), SLOPE))
+                features = convolve(layer, features, SLOPE, self.factor)
+        residual = self.conv_last(convolve(self.HRconv, features, SLOPE))
         if dtype in HALVES:
             # The output of the layers is small, and the image that it is added to stays float32.
             x, residual = x.to(sums_of(dtype)), residual.to(sums_of(dtype))

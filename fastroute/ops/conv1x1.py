@@ -136,7 +136,8 @@ def _reference(
             raise ValueError(f"{op}: {name} must be {expected}; got {tuple(y.shape)}")
     if shape[1] < 1 or weight.shape[1] != sum(x.shape[1] for x in images):
         raise ValueError(f"{op}: weight must have one column for each channel of all images; got {tuple(weight.shape)}")
-    for y in (*images, weight, bias, slope, residual):
+    given: list[Tensor | None] = [*images, weight, bias, slope, residual]
+    for y in given:
         if y is not None:
             check.dtype(op, "every tensor", y.dtype, (torch.float32,))
     return conv1x1_reference(images, weight, bias, slope, residual)

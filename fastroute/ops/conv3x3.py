@@ -13,7 +13,8 @@ from fastroute.ops._library import call, is_transformed, register
 from fastroute.reference.conv3x3 import PAD, SIDE, TAPS, conv3x3_reference, transformed_weight
 
 SCHEMAS = [
-    "conv3x3(Tensor image, Tensor weight, Tensor? bias, Tensor? slope, Tensor? residual, SymInt channels, int shuffle) -> Tensor",
+    "conv3x3(Tensor image, Tensor weight, Tensor? bias, Tensor? slope, Tensor? residual, SymInt channels, int shuffle) -> "
+    "Tensor",
     "conv3x3.out(Tensor image, Tensor weight, Tensor? bias, Tensor? slope, Tensor? residual, SymInt channels, int shuffle, *, "
     "Tensor(a!) out) -> Tensor(a!)",
 ]

@@ -145,6 +145,11 @@ class FixedPatchRouter(nn.Module):
         # Not registered once more: their layers are those of `branches`.
         self.bodies = tuple(bodies)
         self.upsamplers = nn.ModuleDict({str(c): UpsamplerLayers(u) for c, u in enumerate(upsamplers) if u is not None})
+        # A compiler or an export sees the kernels that ran before, and the weights that were transformed for them.
+        with torch.no_grad():
+            for c, branch in enumerate(self.bodies or self.branches):
+                size = (1, router.channels, router.patch, router.patch)
+                branch(torch.zeros(size, dtype=self.reads[c], device=self.device))
         work = torch.float64 if router.dtype == torch.float64 else torch.float32
         span = router.patch * router.scale
         window = make_window(router.window, span, router.stride * router.scale).to(self.device, work)

@@ -27,7 +27,7 @@ from fastroute.pixel.pixel_rows import BUDGET_BYTES, PixelMemory, waiting_sample
 from fastroute.pixel.pixel_speed import learn_pixel_speed, measure_pixel_speed
 from fastroute.pixel.pixel_stats import PixelFlops, PixelStats, Work
 from fastroute.pixel.request import PixelOptions, Request, factor_of, looking_ahead, make_grid, make_request
-from fastroute.rewrite.optimize import simplify, parameter_dtype
+from fastroute.rewrite.optimize import parameter_dtype, simplify
 from fastroute.runtime.border import EDGE, ZERO, check_border, continued, cut, refuse_edge
 from fastroute.runtime.endpoints import Endpoints, home, in_memory, output_like, streamed
 from fastroute.runtime.memory_plan import AUTO, Limit, WorkingSet, advised, limit_on

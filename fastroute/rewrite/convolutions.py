@@ -1,98 +1,186 @@
-"""Convolutions that run by `conv3x3` where its kernel is the fastest way: in float32, on a CPU."""
+"""Convolutions that run by the kernels `conv3x3` and `conv1x1` where these apply: in float32, on a CPU."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from fastroute.backends import requested, select
+from fastroute.models.fused import rectify_
 from fastroute.ops.conv3x3 import TAPS, transformed_weight
 
 # With fewer channels per group, the transforms take longer than what they save.
 FEWEST = 3
 RECTIFIERS = (nn.ReLU, nn.LeakyReLU, nn.PReLU)
+PLAIN = (Tensor, nn.Parameter)
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
-class WinogradConv2d(nn.Conv2d):
-    """A 3 x 3 convolution, and the rectifier behind it if there is one.
-
-    In float32 on a CPU it runs by :func:`fastroute.conv3x3`; wherever that does not apply, by PyTorch's own layers.
+class FusedConv2d(nn.Conv2d):
+    """A convolution that keeps the size, with what follows it. Where its kernel does not apply, PyTorch's own layers run.
 
     Args:
-        layer: a convolution for which :func:`is_replaceable` holds. Its parameters are shared.
-        rectifier: a layer for which :func:`is_rectifier` holds.
+        layer: the convolution that it replaces, whose parameters it shares.
+        rectifier: the layer behind it, if :func:`is_rectifier` holds for that.
+        shuffle: factor of the pixel shuffle behind both; 1 for none.
     """
 
-    def __init__(self, layer: nn.Conv2d, rectifier: nn.Module | None = None) -> None:
-        channels = layer.in_channels, layer.out_channels
-        super().__init__(*channels, TAPS, padding=1, groups=layer.groups, bias=False, device="meta")
-        self.weight, self.bias, self.rectifier = layer.weight, layer.bias, rectifier
+    OPERATOR = ""
+
+    def __init__(self, layer: nn.Conv2d, rectifier: nn.Module | None = None, shuffle: int = 1) -> None:
+        channels, size = (layer.in_channels, layer.out_channels), layer.kernel_size[0]
+        super().__init__(*channels, size, padding=size // 2, groups=layer.groups, bias=False, device="meta")
+        self.weight, self.bias, self.rectifier, self.shuffle = layer.weight, layer.bias, rectifier, shuffle
+        self._ran_by_kernel = False
         self.train(layer.training)
-        # The weight, its values and their version, and what they become.
-        self._kept: tuple[Tensor, Tensor, int, Tensor] | None = None
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:  # [B, C, h, w], [B, O, h, w] -> [B, O, h, w]
-        """The result of the layer, plus `residual`."""
-        if self._runs_by_kernel(x, residual):
-            slope = None if self.rectifier is None else _slopes(self.rectifier, self.out_channels)
-            return torch.ops.fastroute.conv3x3(x, self._transformed(), self.bias, slope, residual, self.out_channels, 1)
-        y = super().forward(x)
-        if self.rectifier is not None:
-            y = self.rectifier(y)
-        return y if residual is None else y + residual
-
-    def _runs_by_kernel(self, x: Tensor, residual: Tensor | None) -> bool:
+    def has_kernel(self, *inputs: Tensor) -> bool:  # [B, C, H, W] each
+        """Whether the operator's kernel runs for `inputs`. A compiler sees what ran last."""
+        if torch.compiler.is_compiling():
+            return self._ran_by_kernel
         weight = self.weight
-        return (
-            x.dtype == torch.float32 == weight.dtype
-            and x.is_cpu
-            and weight.is_cpu
-            and (residual is None or residual.dtype == torch.float32)
-            and not torch.compiler.is_compiling()
-            and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
+        self._ran_by_kernel = (
+            weight.dtype == torch.float32
+            and all(x.dtype == torch.float32 and x.is_cpu and type(x) in PLAIN for x in (weight, *inputs))
+            and not torch.jit.is_tracing()
+            and not (torch.is_grad_enabled() and (weight.requires_grad or any(x.requires_grad for x in inputs)))
             and requested() in (None, "cpu")
-            and select("conv3x3", x.device) == "cpu"
+            and select(self.OPERATOR, weight.device) == "cpu"
         )
+        return self._ran_by_kernel
 
-    def _transformed(self) -> Tensor:  # [36, G, C / G, P]
+    def _slope(self, slope: float | None) -> float | None:
+        """`slope` or that of the rectifier; None without one, or if every channel has its own."""
+        if slope is None and self.rectifier is not None and not isinstance(self.rectifier, nn.PReLU):
+            return float(getattr(self.rectifier, "negative_slope", 0.0))
+        return slope
+
+    def _slopes(self, slope: float | None) -> Tensor | None:  # -> [O]
+        """The factors of negative numbers; None without a rectifier."""
+        slope = self._slope(slope)
+        if slope is not None:
+            return torch.full((self.out_channels,), slope)
+        return self.rectifier.weight.expand(self.out_channels) if isinstance(self.rectifier, nn.PReLU) else None
+
+    def _rectified(self, y: Tensor, slope: float | None) -> Tensor:  # [B, O, H, W]
+        """`y`, which nothing else reads, rectified."""
+        slope = self._slope(slope)
+        if slope is not None:
+            return rectify_(y, slope)
+        return y if self.rectifier is None else self.rectifier(y)
+
+
+class WinogradConv2d(FusedConv2d):
+    """A 3 x 3 convolution that runs by :func:`fastroute.conv3x3`."""
+
+    OPERATOR = "conv3x3"
+
+    transformed: Tensor | None
+
+    def __init__(self, layer: nn.Conv2d, rectifier: nn.Module | None = None, shuffle: int = 1) -> None:
+        super().__init__(layer, rectifier, shuffle)
+        # Made from the weight, its values, and what else is kept beside it.
+        self.register_buffer("transformed", None, persistent=False)
+        self._source: tuple[Tensor, Tensor, tuple[int, int, float]] | None = None
+
+    def forward(self, x: Tensor) -> Tensor:  # [B, C, H, W] -> [B, O / s / s, H s, W s]
+        """The layer with what follows it."""
+        return self.fused(x)
+
+    def fused(
+        self,
+        x: Tensor,  # [B, C, H, W]
+        slope: float | None = None,
+        shuffle: int = 1,
+        residual: Tensor | None = None,  # [B, O / s / s, H s, W s]
+        factor: float = 1.0,
+        out: Tensor | None = None,  # [B, O / s / s, H s, W s]
+    ) -> Tensor:  # [B, O / s / s, H s, W s]
+        """The layer times `factor`, its rectifier or one with `slope`, a pixel shuffle, and a sum with `residual`."""
+        shuffle *= self.shuffle
+        if self.has_kernel(*((x,) if residual is None else (x, residual))):
+            weight, bias = self._transformed(shuffle, factor), self.bias
+            if bias is not None and factor != 1:
+                bias = bias * factor
+            arguments = (x, weight, bias, self._slopes(slope), residual, self.out_channels, shuffle)
+            if out is None:
+                return torch.ops.fastroute.conv3x3(*arguments)
+            return torch.ops.fastroute.conv3x3.out(*arguments, out=out)
+        y = super().forward(x)
+        y = self._rectified(y if factor == 1 else y * factor, slope)
+        if shuffle > 1:
+            y = F.pixel_shuffle(y, shuffle)
+        if residual is not None:
+            y = y.add_(residual)
+        return y if out is None else out.copy_(y)
+
+    def _transformed(self, shuffle: int, factor: float) -> Tensor:  # [36, G, C / G, P]
         """The transformed weight, made anew whenever the weight has changed."""
-        weight, kept = self.weight, self._kept
-        version = -1 if weight.is_inference() else weight._version
-        # The values are kept beside it, so that no others can take their place in memory.
-        if kept is None or kept[0] is not weight or kept[1].data_ptr() != weight.data_ptr() or kept[2] != version:
+        if torch.compiler.is_compiling() and self.transformed is not None:
+            return self.transformed
+        weight, source, made = self.weight, self._source, self.transformed
+        state = (-1 if weight.is_inference() else weight._version, shuffle, factor)
+        same = source is not None and source[0] is weight and source[1].data_ptr() == weight.data_ptr() and source[2] == state
+        if not same or made is None:
             with torch.inference_mode(False), torch.no_grad():
-                values = weight.detach()
-                kept = self._kept = (weight, values, version, transformed_weight(values, self.groups, 1))
-        return kept[3]
+                # The values are kept, so that no others can take their place in memory.
+                self._source = (weight, weight.detach(), state)
+                self.transformed = made = transformed_weight(weight.detach() * factor, self.groups, shuffle)
+        return made
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> WinogradConv2d:
+        self.transformed = self._source = None
+        return super()._apply(fn, recurse)
 
     def __getstate__(self) -> dict[str, Any]:
         # Copies and pickles make it again.
-        return {**vars(self), "_kept": None}
+        return {**vars(self), "_source": None, "_buffers": {**self._buffers, "transformed": None}}
 
 
-def _slopes(rectifier: nn.Module, channels: int) -> Tensor:  # -> [channels]
-    """The factors of negative numbers."""
-    if isinstance(rectifier, nn.PReLU):
-        return rectifier.weight.expand(channels)
-    return torch.full((channels,), getattr(rectifier, "negative_slope", 0.0))
+class PixelConv2d(FusedConv2d):
+    """A 1 x 1 convolution of one group that runs by :func:`fastroute.conv1x1`."""
+
+    OPERATOR = "conv1x1"
+
+    def forward(self, x: Tensor) -> Tensor:  # [B, C, H, W] -> [B, O, H, W]
+        """The layer with what follows it."""
+        return self.fused([x])
+
+    def fused(
+        self,
+        parts: Sequence[Tensor],  # [B, C, H, W] each
+        slope: float | None = None,
+        residual: Tensor | None = None,  # [B, O, H, W]
+    ) -> Tensor:  # [B, O, H, W]
+        """The layer over the joined channels of `parts`, a sum with `residual`, and its rectifier or one with `slope`."""
+        if self.has_kernel(*parts, *(() if residual is None else (residual,))):
+            return torch.ops.fastroute.conv1x1(parts, self.weight.flatten(1), self.bias, self._slopes(slope), residual)
+        y = super().forward(parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=1))
+        return self._rectified(y if residual is None else y + residual, slope)
 
 
-def is_replaceable(layer: nn.Module) -> bool:
-    """Whether `layer` is a convolution that :class:`WinogradConv2d` can replace and is faster than."""
+def replacement(layer: nn.Module) -> type[WinogradConv2d | PixelConv2d] | None:
+    """What can replace `layer` and is faster, if it is such a convolution."""
     # A subclass may compute something else; a hook may look at the layer or change its weight.
     if type(layer) is not nn.Conv2d or _is_hooked(layer):
-        return False
+        return None
+    size = layer.kernel_size[0]
     found = (layer.kernel_size, layer.stride, layer.dilation, layer.padding, layer.padding_mode)
-    channels = min(layer.in_channels, layer.out_channels) // layer.groups
-    return found == ((TAPS, TAPS), (1, 1), (1, 1), (1, 1), "zeros") and channels >= FEWEST
+    if found != ((size, size), (1, 1), (1, 1), (size // 2, size // 2), "zeros"):
+        return None
+    if size == TAPS and min(layer.in_channels, layer.out_channels) // layer.groups >= FEWEST:
+        return WinogradConv2d
+    return PixelConv2d if size == 1 and layer.groups == 1 else None
 
 
-def is_rectifier(layer: nn.Module) -> bool:
-    """Whether :class:`WinogradConv2d` can take over `layer`, which follows it."""
-    return isinstance(layer, RECTIFIERS) and type(layer).forward in [kind.forward for kind in RECTIFIERS] and not _is_hooked(layer)
+def is_rectifier(layer: nn.Module | None) -> bool:
+    """Whether a convolution can take over `layer`, which follows it."""
+    kind = next((kind for kind in RECTIFIERS if isinstance(layer, kind)), None)
+    return kind is not None and layer is not None and type(layer).forward is kind.forward and not _is_hooked(layer)
 
 
 def _is_hooked(layer: nn.Module) -> bool:
@@ -100,41 +188,61 @@ def _is_hooked(layer: nn.Module) -> bool:
 
 
 def replace_convolutions(module: nn.Module, owned: bool = False) -> nn.Module:
-    """Let all convolutions within `module` that can do so run by :func:`fastroute.conv3x3`.
+    """Let all convolutions within `module` that can do so run by the kernels `conv3x3` and `conv1x1`.
 
-    The rectifiers behind them are taken over in sequences that nothing else looks into: those of this package's networks.
+    The layers behind them are taken over in sequences that nothing else looks into: those of this package's networks.
 
     Args:
         module: a network, which is changed in place.
-        owned: whether `module` itself is such a sequence, if it is one.
+        owned: whether `module` itself is such a sequence, if it is one. A pixel shuffle at its end stays.
 
     Returns:
         `module`, or what takes its place.
     """
-    return _replace(module, owned, {})
+    return _replace(module, owned, True, {})
 
 
-def _replace(module: nn.Module, owned: bool, known: dict[nn.Module, nn.Module]) -> nn.Module:
+def _replace(module: nn.Module, owned: bool, outermost: bool, known: dict[nn.Module, nn.Module]) -> nn.Module:
     if module in known:
         return known[module]
     known[module] = module
-    if is_replaceable(module):
-        known[module] = WinogradConv2d(module)  # type: ignore[arg-type]
+    kind = replacement(module)
+    if kind is not None:
+        known[module] = kind(module)  # type: ignore[arg-type]
     elif not isinstance(module, torch.jit.ScriptModule):
         sequence = type(module) is nn.Sequential
-        within = (owned and sequence) or type(module).__module__.startswith("fastroute.")
         if owned and sequence:
-            _take_over_rectifiers(module)
+            _take_over(module, outermost)
+        within = (owned and sequence) or type(module).__module__.startswith("fastroute.")
         for name, child in list(module.named_children()):
-            module._modules[name] = _replace(child, within, known)
+            module._modules[name] = _replace(child, within, False, known)
     return known[module]
 
 
-def _take_over_rectifiers(sequence: nn.Module) -> None:
-    """Replace convolutions of a sequence together with the rectifiers behind them. Numbers of other layers stay."""
-    names = list(sequence._modules)
-    for name, following in zip(names, names[1:], strict=False):
-        layer, rectifier = sequence._modules[name], sequence._modules[following]
-        if layer is not None and rectifier is not None and is_replaceable(layer) and is_rectifier(rectifier):
-            sequence._modules[name] = WinogradConv2d(layer, rectifier)  # type: ignore[arg-type]
-            sequence._modules[following] = nn.Identity()
+def _take_over(sequence: nn.Module, outermost: bool) -> None:
+    """Replace convolutions of a sequence together with what follows them. The numbers of other layers stay."""
+    layers = list(sequence._modules.items())
+    for n, (name, layer) in enumerate(layers):
+        kind = replacement(layer) if layer is not None else None
+        if kind is None or layer is None:
+            continue
+        taken, rectifier, shuffle = [], None, 1
+        following = layers[n + 1 :]
+        if following and is_rectifier(following[0][1]):
+            rectifier = following[0][1]
+            taken.append(following.pop(0)[0])
+        stays = outermost and len(following) == 1
+        if kind is WinogradConv2d and following and not stays and _is_fusible(following[0][1], layer):
+            shuffle = following[0][1].upscale_factor  # type: ignore[union-attr, assignment]
+            taken.append(following[0][0])
+        sequence._modules[name] = kind(layer, rectifier, shuffle)  # type: ignore[arg-type]
+        for gone in taken:
+            sequence._modules[gone] = nn.Identity().train(layer.training)
+
+
+def _is_fusible(shuffle: nn.Module | None, layer: nn.Module) -> bool:
+    """Whether `shuffle` is a pixel shuffle that keeps the groups of `layer` apart."""
+    if type(shuffle) is not nn.PixelShuffle or _is_hooked(shuffle):
+        return False
+    assert isinstance(layer, nn.Conv2d)
+    return layer.out_channels % (layer.groups * shuffle.upscale_factor**2) == 0

@@ -15,7 +15,7 @@ from fastroute.models.fsrcnn import TransposedConv2d
 from fastroute.models.precision import sums_of
 from fastroute.models.subpixel import SubpixelPlan, dense_equivalent
 from fastroute.ops._upsampled import SIZES, Upsampler, bias_of
-from fastroute.rewrite.convolutions import WinogradConv2d, replace_convolutions
+from fastroute.rewrite.convolutions import FusedConv2d, PixelConv2d, WinogradConv2d, replace_convolutions
 
 
 class OneSlope(nn.LeakyReLU):
@@ -76,19 +76,18 @@ def split_upsampler(branch: nn.Module, shuffle: int) -> tuple[nn.Module, Upsampl
 
     Returns None if it does not end with layers for which there is a kernel, or if nothing else would be left.
     """
-    layers = list(branch) if type(branch) is nn.Sequential else []
+    layers = [layer for layer in branch if type(layer) is not nn.Identity] if type(branch) is nn.Sequential else []
     last = _convolution(layers.pop()) if layers else None
     if last is None or (shuffle, last.kernel_size[0]) not in SIZES or sums_of(last.weight.dtype) != torch.float32:
         return None
     empty = last.weight.new_empty(0)
     expand, expand_bias, slope = empty.view(0, 0), empty, empty
-    rectifier = layers[-1] if len(layers) > 1 else None
-    if isinstance(rectifier, nn.LeakyReLU) and type(rectifier) in (nn.LeakyReLU, OneSlope):
-        first = _convolution(layers[-2])
-        if first is not None and first.kernel_size == (1, 1):
-            del layers[-2:]
-            expand, expand_bias = first.weight.flatten(1), bias_of(first)
-            slope = torch.full_like(expand_bias, rectifier.negative_slope)
+    found = _rectified_convolution(layers)
+    if found is not None and found[0].kernel_size == (1, 1):
+        first, rectifier, number = found
+        del layers[-number:]
+        expand, expand_bias = first.weight.flatten(1), bias_of(first)
+        slope = torch.full_like(expand_bias, rectifier.negative_slope)
     if not layers:
         return None
     expand, expand_bias, slope, weight, bias = (
@@ -97,12 +96,24 @@ def split_upsampler(branch: nn.Module, shuffle: int) -> tuple[nn.Module, Upsampl
     return nn.Sequential(*layers), Upsampler(expand, expand_bias, slope, weight, bias, shuffle)
 
 
-def _convolution(layer: nn.Module) -> nn.Conv2d | None:
-    """`layer` if it is a plain square convolution that keeps the size."""
-    # A subclass may compute something else.
-    if type(layer) is WinogradConv2d and layer.rectifier is not None:
+def _rectified_convolution(layers: list[nn.Module]) -> tuple[nn.Conv2d, nn.LeakyReLU, int] | None:
+    """The convolution at the end of `layers`, the leaky ReLU behind it, and how many layers the two are."""
+    end = layers[-1] if layers else None
+    if isinstance(end, FusedConv2d):
+        first, rectifier, number = _convolution(end, rectified=True), end.rectifier, 1
+    else:
+        first, rectifier, number = _convolution(layers[-2]) if len(layers) > 1 else None, end, 2
+    if first is None or type(rectifier) not in (nn.LeakyReLU, OneSlope):
         return None
-    if type(layer) not in (nn.Conv2d, WinogradConv2d):
+    return first, rectifier, number  # type: ignore[return-value]
+
+
+def _convolution(layer: nn.Module, rectified: bool = False) -> nn.Conv2d | None:
+    """`layer` if it is a plain square convolution that keeps the size, with a rectifier taken over or without one."""
+    # A subclass may compute something else.
+    if type(layer) not in (nn.Conv2d, WinogradConv2d, PixelConv2d):
+        return None
+    if isinstance(layer, FusedConv2d) and ((layer.rectifier is not None) != rectified or layer.shuffle > 1):
         return None
     assert isinstance(layer, nn.Conv2d)  # for the type checker
     size = layer.kernel_size[0]
