@@ -7,24 +7,51 @@
 using Floats = Vector<float>;
 inline constexpr int kLanes = Simd<float>::lanes;
 
-// The first `count` of a vector's numbers, `step` apart; zeros behind them.
-FASTROUTE_SIMD Floats load_some(const float* from, int64_t step, int64_t count) {
+// Which numbers of a vector are there: the first `count`, or none.
 #if FASTROUTE_BYTES == 64
-    if (step == 1) return _mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << count) - 1), from);
+using Lanes = __mmask16;
+FASTROUTE_SIMD Lanes first_lanes(int64_t count) { return static_cast<Lanes>((1u << count) - 1); }
+#elif FASTROUTE_BYTES == 32
+using Lanes = __m256i;
+FASTROUTE_SIMD Lanes first_lanes(int64_t count) {
+    const __m256i numbers = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(count)), numbers);
+}
+#else
+using Lanes = int64_t;
+FASTROUTE_SIMD Lanes first_lanes(int64_t count) { return count; }
 #endif
-    float lanes[kLanes] = {};
-    for (int64_t i = 0; i < count; ++i) lanes[i] = from[i * step];
-    return load(lanes);
+
+// Zeros take the place of numbers that are not there, whose memory is not touched.
+FASTROUTE_SIMD Floats load_lanes(const float* from, Lanes lanes) {
+#if FASTROUTE_BYTES == 64
+    return _mm512_maskz_loadu_ps(lanes, from);
+#elif FASTROUTE_BYTES == 32
+    return _mm256_maskload_ps(from, lanes);
+#else
+    if (lanes == kLanes) return load(from);
+    float found[kLanes] = {};
+    for (int64_t i = 0; i < lanes; ++i) found[i] = from[i];
+    return load(found);
+#endif
+}
+
+// The first `count` of a vector's numbers, `step` apart.
+FASTROUTE_SIMD Floats load_some(const float* from, int64_t step, int64_t count) {
+    if (step == 1) return count == kLanes ? load(from) : load_lanes(from, first_lanes(count));
+    float found[kLanes] = {};
+    for (int64_t i = 0; i < count; ++i) found[i] = from[i * step];
+    return load(found);
 }
 
 FASTROUTE_SIMD void store_some(float* to, Floats x, int64_t count) {
     if (count == kLanes) return store(to, x);
 #if FASTROUTE_BYTES == 64
-    _mm512_mask_storeu_ps(to, static_cast<__mmask16>((1u << count) - 1), x);
+    _mm512_mask_storeu_ps(to, first_lanes(count), x);
 #else
-    float lanes[kLanes];
-    store(lanes, x);
-    for (int64_t i = 0; i < count; ++i) to[i] = lanes[i];
+    float numbers[kLanes];
+    store(numbers, x);
+    for (int64_t i = 0; i < count; ++i) to[i] = numbers[i];
 #endif
 }
 

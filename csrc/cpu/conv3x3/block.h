@@ -34,24 +34,30 @@ FASTROUTE_SIMD void outputs_of(const Floats* m, Floats* y) {
                fma(broadcast(kNear * kNear * kNear), near_difference, m[5]));
 }
 
-// The 6 x 6 inputs of a tile. Rows and columns outside of the image are zeros.
+// The 6 x 6 inputs of a tile. Rows and columns outside of the image are zeros: of them, the address is never used.
 struct Inputs {
     const float* row[6];
     int64_t pixel, channel;
-    bool column[6];
+    bool row_inside[6], column_inside[6];
 };
 
-// `count` channels of columns of `in`, from row First on.
-template <bool Whole, int First, int Rows>
+// How inputs are read: all of them and whole vectors, some of them, or numbers that do not lie side by side.
+enum class Reading { whole, some, apart };
+
+// `count` channels of a column of `in`, `Rows` rows from First on.
+template <Reading How, int First, int Rows>
 FASTROUTE_SIMD void read_column(const Inputs& in, int column, int64_t c, int64_t count, Floats* d) {
+    const Lanes none = first_lanes(0), lanes = in.column_inside[column] ? first_lanes(count) : none;
 #pragma GCC unroll 6
     for (int i = First; i < First + Rows; ++i) {
-        if constexpr (Whole) {
-            d[i] = load(in.row[i] + column * in.pixel + c);
+        const float* from = in.row[i] + column * in.pixel + c * in.channel;
+        if constexpr (How == Reading::whole) {
+            d[i] = load(from);
+        } else if constexpr (How == Reading::some) {
+            d[i] = load_lanes(from, in.row_inside[i] ? lanes : none);
         } else {
-            const bool there = in.row[i] != nullptr && in.column[column];
-            const float* from = there ? in.row[i] + column * in.pixel + c * in.channel : nullptr;
-            d[i] = there ? load_some(from, in.channel, count) : Floats{};
+            const bool inside = in.row_inside[i] && in.column_inside[column];
+            d[i] = load_some(from, in.channel, inside ? count : 0);
         }
     }
 }
@@ -69,27 +75,27 @@ FASTROUTE_SIMD void write_row(const Floats* d, float* to, int64_t plane) {
 }
 
 // B^T d B for `count` channels from c on. Two rows at a time fit the registers; inputs are read again from the cache.
-template <bool Whole>
+template <Reading How>
 FASTROUTE_SIMD void transform_vector(const Inputs& in, int64_t c, int64_t count, float* to, int64_t plane) {
     Floats a[6], b[6];
 #pragma GCC unroll 6
     for (int j = 0; j < 6; ++j) {
         Floats d[6];
-        read_column<Whole, 1, 4>(in, j, c, count, d);
+        read_column<How, 1, 4>(in, j, c, count, d);
         at_pair(d, kNear, kFar, a[j], b[j]);
     }
     write_row<1>(a, to, plane), write_row<2>(b, to, plane);
 #pragma GCC unroll 6
     for (int j = 0; j < 6; ++j) {
         Floats d[6];
-        read_column<Whole, 1, 4>(in, j, c, count, d);
+        read_column<How, 1, 4>(in, j, c, count, d);
         at_pair(d, kFar, kNear, a[j], b[j]);
     }
     write_row<3>(a, to, plane), write_row<4>(b, to, plane);
 #pragma GCC unroll 6
     for (int j = 0; j < 6; ++j) {
         Floats d[6];
-        read_column<Whole, 0, 6>(in, j, c, count, d);
+        read_column<How, 0, 6>(in, j, c, count, d);
         at_ends(d, a[j], b[j]);
     }
     write_row<0>(a, to, plane), write_row<5>(b, to, plane);
@@ -104,25 +110,25 @@ FASTROUTE_SIMD Tile tile_at(const Problem& p, int64_t tile) {
 }
 
 FASTROUTE_TARGET __attribute__((noinline)) void transform_tile(const Problem& p, const Tile& tile, float* to) {
-    Inputs in{.row = {}, .pixel = p.x.pixel, .channel = p.x.channel, .column = {}};
-    bool whole = p.x.channel == 1;
+    Inputs in{.row = {}, .pixel = p.x.pixel, .channel = p.x.channel, .row_inside = {}, .column_inside = {}};
+    bool whole = true;
     for (int i = 0; i < 6; ++i) {
         const int64_t y = tile.top - 1 + i, x = tile.left - 1 + i;
-        const bool row = y >= 0 && y < p.height;
-        // Of columns outside, the address is never used.
-        in.row[i] = row ? p.x.at(tile.image, y, tile.left - 1, 0) : nullptr;
-        in.column[i] = x >= 0 && x < p.width;
-        whole &= row && in.column[i];
+        in.row_inside[i] = y >= 0 && y < p.height, in.column_inside[i] = x >= 0 && x < p.width;
+        in.row[i] = p.x.at(tile.image, in.row_inside[i] ? y : tile.top, tile.left - 1, 0);
+        whole &= in.row_inside[i] && in.column_inside[i];
     }
+    const int64_t plane = p.transformed_plane();
     int64_t c = 0;
+    if (in.channel != 1) {
+        for (; c < p.channels; c += kLanes)
+            transform_vector<Reading::apart>(in, c, std::min<int64_t>(kLanes, p.channels - c), to + c, plane);
+    }
     if (whole) {
-        for (; c + kLanes <= p.channels; c += kLanes)
-            transform_vector<true>(in, c, kLanes, to + c, p.transformed_plane());
+        for (; c + kLanes <= p.channels; c += kLanes) transform_vector<Reading::whole>(in, c, kLanes, to + c, plane);
     }
-    for (; c < p.channels; c += kLanes) {
-        const int64_t count = std::min<int64_t>(kLanes, p.channels - c);
-        transform_vector<false>(in, c, count, to + c, p.transformed_plane());
-    }
+    for (; c < p.channels; c += kLanes)
+        transform_vector<Reading::some>(in, c, std::min<int64_t>(kLanes, p.channels - c), to + c, plane);
 }
 
 // to[r][v] = Σ_k a[r][k] · b[k][v] for Rows tiles and Vectors vectors of outputs.
