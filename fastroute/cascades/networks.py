@@ -13,6 +13,8 @@ from fastroute.models.mixed import MIXED
 from fastroute.models.network import AnySize, Facts
 from fastroute.models.precision import HALVES, round_weights, sums_of
 from fastroute.profiling import count_flops
+from fastroute.rewrite.convolutions import is_faster_in_float32, replace_convolutions
+from fastroute.rewrite.optimize import parameter_dtype
 
 # Side of the input on which FLOPs are counted.
 COUNTED = 64
@@ -28,15 +30,21 @@ class Networks(nn.Module):
 
     def __init__(self, modules: Sequence[nn.Module], facts: Sequence[Facts]) -> None:
         super().__init__()
-        self.members = nn.ModuleList([inference_copy(module) for module in modules])
+        self.members = nn.ModuleList([replace_convolutions(inference_copy(module)) for module in modules])
         self.facts = list(facts)
         self.dtype = torch.float32
         self._arrange()
 
-    def halve(self, dtype: torch.dtype) -> None:
+    def halve(self, device: torch.device, dtype: torch.dtype) -> None:
         """Round the weights to a half type, with care; `.to` would do so without."""
         for member in self.members:
-            round_weights(member, dtype)
+            if not _stays_exact(member, device, dtype):
+                round_weights(member, dtype)
+
+    def exact_in(self, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
+        """The weights that stay float32 if the others are converted to `dtype` on `device`."""
+        kept = [member for member in self.members if _stays_exact(member, device, dtype)]
+        return [x for member in kept for x in (*member.parameters(), *member.buffers())]
 
     def _arrange(self) -> None:
         # The format in which convolutions of many channels run fastest, on CPUs and GPUs alike.
@@ -45,10 +53,10 @@ class Networks(nn.Module):
 
     def run(self, k: int, images: Tensor) -> Tensor:  # [N, C, h, w] -> [N, C, h * scale, w * scale]
         """What network `k` makes of `images`, floating in [0, 1]; float32, or float64 as the networks are."""
-        given = sums_of(self.dtype)
-        weightless = isinstance(self.members[k], Function) or next(self.members[k].parameters(), None) is None
-        images = images.to(given if weightless or self._mixed(k) else self.dtype).contiguous(memory_format=torch.channels_last)
-        return self.members[k](images).to(given)
+        given, member = sums_of(self.dtype), self.members[k]
+        weightless = isinstance(member, Function) or next(member.parameters(), None) is None
+        taken = given if weightless or self._mixed(k) else parameter_dtype(member)
+        return member(images.to(taken).contiguous(memory_format=torch.channels_last)).to(given)
 
     def _mixed(self, k: int) -> bool:
         """Whether network `k` keeps the image in float32 where its layers compute in a half type."""
@@ -63,6 +71,10 @@ class Networks(nn.Module):
             counted = float(count_flops(member, size)) / (size[2] * size[3])
             found.append(counted or 32.0 * facts.channels * facts.scale**2)
         return found
+
+
+def _stays_exact(member: nn.Module, device: torch.device, dtype: torch.dtype) -> bool:
+    return dtype == torch.bfloat16 and is_faster_in_float32(member, device)
 
 
 def unsupported_half(facts: Facts, dtype: torch.dtype) -> str:

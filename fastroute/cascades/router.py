@@ -92,8 +92,11 @@ class CascadeRouter(Router):
                 raise ValueError(f"CascadeRouter.to: {name}: {reason}")
         return super()._apply(fn, recurse)
 
-    def _before_halving(self, dtype: torch.dtype) -> None:
-        self.networks.halve(dtype)
+    def _before_halving(self, device: torch.device, dtype: torch.dtype) -> None:
+        self.networks.halve(device, dtype)
+
+    def _exact_in(self, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
+        return self.networks.exact_in(device, dtype)
 
     def _moved(self) -> None:
         self.networks.dtype = self.dtype
