@@ -13,10 +13,10 @@ from fastroute.ops._library import call, is_transformed, register
 from fastroute.reference.conv3x3 import PAD, SIDE, TAPS, conv3x3_reference, transformed_weight
 
 SCHEMAS = [
-    "conv3x3(Tensor image, Tensor weight, Tensor? bias, Tensor? slope, Tensor? residual, SymInt channels, int shuffle) -> "
-    "Tensor",
-    "conv3x3.out(Tensor image, Tensor weight, Tensor? bias, Tensor? slope, Tensor? residual, SymInt channels, int shuffle, *, "
-    "Tensor(a!) out) -> Tensor(a!)",
+    "conv3x3(Tensor image, Tensor weight, Tensor? bias, Tensor? slope, Tensor? residual, SymInt channels, int shuffle, "
+    "int context=0) -> Tensor",
+    "conv3x3.out(Tensor image, Tensor weight, Tensor? bias, Tensor? slope, Tensor? residual, SymInt channels, int shuffle, "
+    "int context=0, *, Tensor(a!) out) -> Tensor(a!)",
 ]
 
 
@@ -64,6 +64,7 @@ def conv3x3(
     slope: Tensor | None = None,  # [O]
     residual: Tensor | None = None,  # [B, O / s / s, H s, W s]
     out: Tensor | None = None,  # [B, O / s / s, H s, W s]
+    context: int = 0,
 ) -> Tensor:  # [B, O / s / s, H s, W s]
     """A 3 x 3 convolution at a stride of 1 with zeros around the image, and what follows it, in one pass.
 
@@ -84,6 +85,8 @@ def conv3x3(
         residual: (B, O / s², H s, W s) float32, added last, behind the pixel shuffle by s of `weight`. Default: none.
         out: write into this tensor, for example some channels of a larger one, whose channels lie side by side
             (channels_last). Of the shape of the result, float32. Default: a new tensor.
+        context: 1 if the first and last row of `image` are neighbours that are read and have no result, as in a band of a
+            larger image. The result then has the height H - 2. Default: 0, zeros above and below.
 
     Returns:
         (B, O / s², H s, W s) float32, channels_last; `out` when it is given.
@@ -105,14 +108,14 @@ def conv3x3(
     prepared = weight if isinstance(weight, Conv3x3Weight) else None
     kernel, shuffle = (prepared.weight, prepared.shuffle) if prepared is not None else (weight, 1)
     assert isinstance(kernel, Tensor)
-    groups = _check(image, kernel, bias, slope, residual, out, shuffle)
+    groups = _check(image, kernel, bias, slope, residual, out, shuffle, context)
     given = [x for x in (image, kernel, bias, slope, residual, out) if x is not None]
     differentiated = torch.is_grad_enabled() and any(x.requires_grad for x in given)
     if image.device.type != "cpu" or differentiated or is_transformed(given):
-        y = conv3x3_plain(image, kernel, bias, slope, residual, groups, shuffle)
+        y = conv3x3_plain(image, kernel, bias, slope, residual, groups, shuffle, context)
         return y if out is None else out.copy_(y)
     transformed = prepared.transformed if prepared is not None else transformed_weight(kernel.detach(), groups, shuffle)
-    arguments = (image, transformed, bias, slope, residual, kernel.shape[0], shuffle)
+    arguments = (image, transformed, bias, slope, residual, kernel.shape[0], shuffle, context)
     if out is None:
         return call(op, _reference, image.device, *arguments)
     return call(op, _reference_out, image.device, *arguments, out=out)
@@ -126,6 +129,7 @@ def _check(
     residual: Tensor | None,  # [B, O / s / s, H s, W s]
     out: Tensor | None,  # [B, O / s / s, H s, W s]
     shuffle: int,
+    context: int,
 ) -> int:
     """Check the arguments; the number of groups."""
     op = "conv3x3"
@@ -142,7 +146,9 @@ def _check(
             f"{op}: the {outputs} output channels of weight must be a multiple of its {groups} groups"
             + (f" times {shuffle**2}, for the pixel shuffle" if shuffle > 1 else "")
         )
-    shape = (image.shape[0], outputs // shuffle**2, image.shape[2] * shuffle, image.shape[3] * shuffle)
+    if context not in (0, 1) or image.shape[2] < 2 * context:
+        raise ValueError(f"{op}: context must be 0, or 1 for an image of at least 2 rows; got {context}")
+    shape = (image.shape[0], outputs // shuffle**2, (image.shape[2] - 2 * context) * shuffle, image.shape[3] * shuffle)
     named = {"bias": (bias, (outputs,)), "slope": (slope, (outputs,)), "residual": (residual, shape), "out": (out, shape)}
     for name, (x, expected) in named.items():
         if x is not None and tuple(check.tensor(op, name, x).shape) != expected:
@@ -164,9 +170,10 @@ def conv3x3_plain(
     residual: Tensor | None,  # [B, O / s / s, H s, W s]
     groups: int,
     shuffle: int = 1,
+    context: int = 0,
 ) -> Tensor:  # [B, O / s / s, H s, W s]
     """The same by PyTorch's own layers."""
-    y = F.conv2d(image, weight, bias, padding=1, groups=groups)
+    y = F.conv2d(image, weight, bias, padding=(1 - context, 1), groups=groups)
     if slope is not None:
         y = F.prelu(y, slope)
     y = F.pixel_shuffle(y, shuffle)
@@ -181,8 +188,9 @@ def _fake(
     residual: Tensor | None,  # [B, O / s / s, H s, W s]
     channels: int,
     shuffle: int,
+    context: int = 0,
 ) -> Tensor:  # [B, O / s / s, H s, W s]
-    size = (image.shape[0], channels // shuffle**2, image.shape[2] * shuffle, image.shape[3] * shuffle)
+    size = (image.shape[0], channels // shuffle**2, (image.shape[2] - 2 * context) * shuffle, image.shape[3] * shuffle)
     return torch.empty(size, dtype=image.dtype, device=image.device, memory_format=torch.channels_last)
 
 
@@ -194,6 +202,7 @@ def _reference(
     residual: Tensor | None,  # [B, O / s / s, H s, W s]
     channels: int,
     shuffle: int,
+    context: int = 0,
 ) -> Tensor:  # [B, O / s / s, H s, W s]
     op = "conv3x3"
     check.rank(op, "image", image, "(B, C, H, W)", 4)
@@ -206,14 +215,16 @@ def _reference(
     if not whole or points != SIDE**2 or columns != parts * -(-channels // (groups * parts) // PAD) * PAD:
         raise ValueError(f"{op}: weight must be ({SIDE**2}, groups, C / groups, P) for this image, as conv3x3_weight gives it")
     check.product(op, "the result", image.shape[0], channels, image.shape[2], image.shape[3])
-    shape = (image.shape[0], channels // parts, image.shape[2] * shuffle, image.shape[3] * shuffle)
+    if context not in (0, 1) or image.shape[2] < 2 * context:
+        raise ValueError(f"{op}: context must be 0, or 1 for an image of at least 2 rows; got {context}")
+    shape = (image.shape[0], channels // parts, (image.shape[2] - 2 * context) * shuffle, image.shape[3] * shuffle)
     for name, x, expected in (("bias", bias, (channels,)), ("slope", slope, (channels,)), ("residual", residual, shape)):
         if x is not None and tuple(x.shape) != expected:
             raise ValueError(f"{op}: {name} must be {expected}; got {tuple(x.shape)}")
     for name, x in (("image", image), ("weight", weight), ("bias", bias), ("slope", slope), ("residual", residual)):
         if x is not None:
             check.dtype(op, name, x.dtype, (torch.float32,))
-    return conv3x3_reference(image, weight, bias, slope, residual, channels, shuffle)
+    return conv3x3_reference(image, weight, bias, slope, residual, channels, shuffle, context)
 
 
 def _reference_out(
@@ -224,10 +235,12 @@ def _reference_out(
     residual: Tensor | None,  # [B, O / s / s, H s, W s]
     channels: int,
     shuffle: int,
+    context: int = 0,
+    *,
     out: Tensor,  # [B, O / s / s, H s, W s]
 ) -> Tensor:  # [B, O / s / s, H s, W s]
     check.written("conv3x3", "out", out, [x for x in (image, weight, bias, slope, residual) if x is not None])
-    y = _reference(image, weight, bias, slope, residual, channels, shuffle)
+    y = _reference(image, weight, bias, slope, residual, channels, shuffle, context)
     check.dtype("conv3x3", "out", out.dtype, (torch.float32,))
     if y.shape != out.shape:
         raise ValueError(f"conv3x3: out must be {tuple(y.shape)}; got {tuple(out.shape)}")

@@ -27,7 +27,7 @@ from fastroute.pixel.pixel_rows import BUDGET_BYTES, PixelMemory, waiting_sample
 from fastroute.pixel.pixel_speed import learn_pixel_speed, measure_pixel_speed
 from fastroute.pixel.pixel_stats import PixelFlops, PixelStats, Work
 from fastroute.pixel.request import PixelOptions, Request, factor_of, looking_ahead, make_grid, make_request
-from fastroute.rewrite.optimize import parameter_dtype, simplify
+from fastroute.rewrite.optimize import optimize, parameter_dtype
 from fastroute.runtime.border import EDGE, ZERO, check_border, continued, cut, refuse_edge
 from fastroute.runtime.endpoints import Endpoints, home, in_memory, output_like, streamed
 from fastroute.runtime.memory_plan import AUTO, Limit, WorkingSet, advised, limit_on
@@ -89,7 +89,7 @@ class PixelRouter(Router):
         self.dtype, self.class_costs = parameter_dtype(model), model.costs
         self.encoder: nn.Module = inference_copy(model.encoder)
         if optimized:
-            self.encoder = simplify(model.encoder).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            self.encoder = optimize(model.encoder).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.upsamplers = nn.ModuleList(map(inference_copy, model.upsamplers))
         evaluating(self.upsamplers)
         self.classifier = inference_copy(model.classifier)

@@ -66,6 +66,7 @@ def conv3x3_reference(
     residual: Tensor | None,  # [B, O / s / s, H s, W s]
     channels: int,
     shuffle: int,
+    context: int = 0,
 ) -> Tensor:  # [B, O / s / s, H s, W s], channels_last
     """See :func:`fastroute.conv3x3`.
 
@@ -74,12 +75,14 @@ def conv3x3_reference(
         y = A^T [Σ_c u_c · (B^T d_c B)] A,  u_c = G w_c G^T,
 
     over the channels c of its group, then y + bias, slope · y where that is negative, a pixel shuffle, and y + residual.
+    With `context` the first tile begins at the second row, and the first and last row are not outside of the image.
     """
     batch, inputs, height, width = image.shape
+    height -= 2 * context
     groups = weight.shape[1]
     a, _, b = (matrix.to(image) for matrix in transforms())
     down, across = -(-height // TILE), -(-width // TILE)
-    around = F.pad(image, (1, 1 + across * TILE - width, 1, 1 + down * TILE - height))
+    around = F.pad(image, (1, 1 + across * TILE - width, 1 - context, 1 + down * TILE - height - context))
     tiles = around.unfold(2, SIDE, TILE).unfold(3, SIDE, TILE)
     points = torch.einsum("ai,nchwij,bj->abnhwc", b, tiles, b).reshape(SIDE**2, -1, groups, inputs // max(groups, 1))
     products = torch.einsum("ptgc,pgco->tgop", points, weight)

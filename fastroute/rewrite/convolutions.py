@@ -99,18 +99,22 @@ class WinogradConv2d(FusedConv2d):
         residual: Tensor | None = None,  # [B, O / s / s, H s, W s]
         factor: float = 1.0,
         out: Tensor | None = None,  # [B, O / s / s, H s, W s]
+        context: int = 0,
     ) -> Tensor:  # [B, O / s / s, H s, W s]
-        """The layer times `factor`, its rectifier or one with `slope`, a pixel shuffle, and a sum with `residual`."""
+        """The layer times `factor`, its rectifier or one with `slope`, a pixel shuffle, and a sum with `residual`.
+
+        `out` and `context` are those of :func:`fastroute.conv3x3`.
+        """
         shuffle *= self.shuffle
         if self.has_kernel(*((x,) if residual is None else (x, residual))):
             weight, bias = self._transformed(shuffle, factor), self.bias
             if bias is not None and factor != 1:
                 bias = bias * factor
-            arguments = (x, weight, bias, self._slopes(slope), residual, self.out_channels, shuffle)
+            arguments = (x, weight, bias, self._slopes(slope), residual, self.out_channels, shuffle, context)
             if out is None:
                 return torch.ops.fastroute.conv3x3(*arguments)
             return torch.ops.fastroute.conv3x3.out(*arguments, out=out)
-        y = super().forward(x)
+        y = F.conv2d(x, self.weight, self.bias, padding=(1 - context, 1), groups=self.groups)
         y = self._rectified(y if factor == 1 else y * factor, slope)
         if shuffle > 1:
             y = F.pixel_shuffle(y, shuffle)

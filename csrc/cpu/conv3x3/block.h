@@ -114,7 +114,7 @@ FASTROUTE_TARGET __attribute__((noinline)) void transform_tile(const Problem& p,
     bool whole = true;
     for (int i = 0; i < 6; ++i) {
         const int64_t y = tile.top - 1 + i, x = tile.left - 1 + i;
-        in.row_inside[i] = y >= 0 && y < p.height, in.column_inside[i] = x >= 0 && x < p.width;
+        in.row_inside[i] = y >= -p.context && y < p.height + p.context, in.column_inside[i] = x >= 0 && x < p.width;
         in.row[i] = p.x.at(tile.image, in.row_inside[i] ? y : tile.top, tile.left - 1, 0);
         whole &= in.row_inside[i] && in.column_inside[i];
     }

@@ -76,9 +76,12 @@ std::vector<float> per_column(const char* name, const std::optional<Tensor>& x, 
 // A call, checked: everything but the place of its result.
 Problem checked(const Tensor& image,   // [B, C, H, W]
                 const Tensor& weight,  // [36, G, C / G, P]
-                const std::optional<Tensor>& residual, int64_t channels, int64_t shuffle) {
+                const std::optional<Tensor>& residual, int64_t channels, int64_t shuffle, int64_t context) {
     check_floats("image", image, 4), check_floats("weight", weight, 4);
     check_at_least(kOp, "channels", channels, 1), check_at_least(kOp, "shuffle", shuffle, 1);
+    FASTROUTE_CHECK(context == 0 || (context == 1 && image.size(2) >= 2), kOp,
+                    ": context must be 0, or 1 for an image of at least 2 rows; got ", context);
+    const int64_t height = image.size(2) - 2 * context;
     const int64_t groups = weight.size(1), parts = checked_product(kOp, "a pixel", {shuffle, shuffle});
     FASTROUTE_CHECK(groups >= 1 && channels % groups == 0 && channels / groups % parts == 0, kOp, ": the ", channels,
                     " output channels must be a multiple of groups * shuffle * shuffle, ", groups, " * ", parts);
@@ -91,16 +94,17 @@ Problem checked(const Tensor& image,   // [B, C, H, W]
                     kOp, ": weight must be (", kPoints, ", groups, C / groups, ", columns,
                     ") for this image, as conv3x3_weight gives it");
     Problem p{.images = image.size(0),
-              .height = image.size(2),
+              .height = height,
               .width = image.size(3),
               .channels = image.size(1),
+              .context = context,
               .groups = groups,
               .in = weight.size(2),
               .shuffle = shuffle,
               .shown = shown,
               .lanes = padded(shown),
               .columns = columns,
-              .down = image.size(2) / kTile + (image.size(2) % kTile > 0),
+              .down = height / kTile + (height % kTile > 0),
               .across = image.size(3) / kTile + (image.size(3) % kTile > 0),
               .tiles = tiles_per_block(image.size(1)),
               .rectified = false,
@@ -111,6 +115,7 @@ Problem checked(const Tensor& image,   // [B, C, H, W]
               .bias = nullptr,
               .slope = nullptr};
     checked_product(kOp, "the result", {p.images, channels, p.height, p.width});
+    p.x.data += context * p.x.row;
     if (residual.has_value()) {
         check_floats("residual", *residual, 4);
         check_shape("residual", *residual, p);
@@ -143,8 +148,8 @@ Tensor conv3x3(const Tensor& image,                    // [B, C, H, W]
                const std::optional<Tensor>& bias,      // [O]
                const std::optional<Tensor>& slope,     // [O]
                const std::optional<Tensor>& residual,  // [B, O / s / s, H s, W s]
-               int64_t channels, int64_t shuffle) {
-    Problem p = checked(image, weight, residual, channels, shuffle);
+               int64_t channels, int64_t shuffle, int64_t context) {
+    Problem p = checked(image, weight, residual, channels, shuffle, context);
     const Tensor out = prefer_huge_pages(
         empty_tensor(kOp, "the result", {p.images, p.groups * p.shown, p.height * shuffle, p.width * shuffle},
                      ScalarType::Float, image, torch::headeronly::MemoryFormat::ChannelsLast));
@@ -157,9 +162,9 @@ Tensor conv3x3_out(const Tensor& image,                    // [B, C, H, W]
                    const std::optional<Tensor>& bias,      // [O]
                    const std::optional<Tensor>& slope,     // [O]
                    const std::optional<Tensor>& residual,  // [B, O / s / s, H s, W s]
-                   int64_t channels, int64_t shuffle,
+                   int64_t channels, int64_t shuffle, int64_t context,
                    const Tensor& out) {  // [B, O / s / s, H s, W s]
-    Problem p = checked(image, weight, residual, channels, shuffle);
+    Problem p = checked(image, weight, residual, channels, shuffle, context);
     check_floats("out", out, 4);
     check_shape("out", out, p);
     FASTROUTE_CHECK(out.stride(1) == 1 || out.size(1) == 1, kOp, ": out must have its channels side by side");

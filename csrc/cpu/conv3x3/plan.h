@@ -34,12 +34,13 @@ struct View {
 };
 
 struct Problem {
-    int64_t images, height, width, channels;
-    int64_t groups, in;           // groups, and inputs of each
-    int64_t shuffle;              // a pixel of the output becomes shuffle x shuffle pixels
-    int64_t shown, lanes;         // channels of a group in such a pixel, and the same in whole vectors
-    int64_t columns;              // outputs of a group: shuffle * shuffle * lanes
-    int64_t down, across, tiles;  // tiles of an image, and of a block
+    int64_t images, height, width, channels;  // height of what is written
+    int64_t context;                          // rows above and below that are read and not written
+    int64_t groups, in;                       // groups, and inputs of each
+    int64_t shuffle;                          // a pixel of the output becomes shuffle x shuffle pixels
+    int64_t shown, lanes;                     // channels of a group in such a pixel, and the same in whole vectors
+    int64_t columns;                          // outputs of a group: shuffle * shuffle * lanes
+    int64_t down, across, tiles;              // tiles of an image, and of a block
     bool rectified;
     View<const float> x, residual;  // residual.data may be null
     View<float> y;                  // behind the shuffle, as residual is
