@@ -163,7 +163,9 @@ class PixelConv2d(FusedConv2d):
         """The layer over the joined channels of `parts`, a sum with `residual`, and its rectifier or one with `slope`."""
         if self.has_kernel(*parts, *(() if residual is None else (residual,))):
             return torch.ops.fastroute.conv1x1(parts, self.weight.flatten(1), self.bias, self._slopes(slope), residual)
-        y = super().forward(parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=1))
+        x = parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=1)
+        # PyTorch's convolutions refuse an image without rows.
+        y = super().forward(x) if x.numel() else x.new_zeros(x.shape[0], self.out_channels, *x.shape[2:])
         return self._rectified(y if residual is None else y + residual, slope)
 
 
