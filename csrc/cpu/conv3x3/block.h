@@ -140,14 +140,14 @@ FASTROUTE_TARGET __attribute__((noinline)) void multiply(const float* a, int64_t
         Floats weight[Vectors];
 #pragma GCC unroll 4
         for (int v = 0; v < Vectors; ++v) weight[v] = load(b + v * kLanes);
-#pragma GCC unroll 12
+#pragma GCC unroll 24
         for (int r = 0; r < Rows; ++r) {
             const Floats x = broadcast(a[r * a_row + k]);
 #pragma GCC unroll 4
             for (int v = 0; v < Vectors; ++v) sum[r][v] = fma(x, weight[v], sum[r][v]);
         }
     }
-#pragma GCC unroll 12
+#pragma GCC unroll 24
     for (int r = 0; r < Rows; ++r) {
 #pragma GCC unroll 4
         for (int v = 0; v < Vectors; ++v) store(to + r * to_row + v * kLanes, sum[r][v]);
@@ -158,7 +158,8 @@ FASTROUTE_TARGET __attribute__((noinline)) void multiply(const float* a, int64_t
 template <int Vectors>
 FASTROUTE_SIMD void multiply_tiles(const float* a, int64_t a_row, const float* b, int64_t b_row, int64_t depth,
                                    float* to, int64_t to_row, int64_t tiles) {
-    constexpr int rows = FASTROUTE_BYTES == 64 ? (Vectors == 4 ? 6 : Vectors == 3 ? 8 : 12) : Vectors == 2 ? 6 : 12;
+    constexpr int wide[] = {0, 24, 12, 8, 6}, narrow[] = {0, 12, 6};
+    constexpr int rows = FASTROUTE_BYTES == 64 ? wide[Vectors] : narrow[Vectors > 2 ? 0 : Vectors];
     int64_t t = 0;
     for (; t + rows <= tiles; t += rows)
         multiply<rows, Vectors>(a + t * a_row, a_row, b, b_row, depth, to + t * to_row, to_row);
@@ -166,6 +167,36 @@ FASTROUTE_SIMD void multiply_tiles(const float* a, int64_t a_row, const float* b
         multiply<rows / 2, Vectors>(a + t * a_row, a_row, b, b_row, depth, to + t * to_row, to_row);
     for (; t < tiles; ++t) multiply<1, Vectors>(a + t * a_row, a_row, b, b_row, depth, to + t * to_row, to_row);
 }
+
+// The same for at most four outputs, as colours are: narrow vectors take a fraction of the time.
+#if FASTROUTE_BYTES > 16
+template <int Rows>
+FASTROUTE_TARGET __attribute__((noinline)) void multiply_few(const float* a, int64_t a_row, const float* b,
+                                                             int64_t b_row, int64_t depth, float* to, int64_t to_row) {
+    __m128 sum[Rows];
+#pragma GCC unroll 12
+    for (int r = 0; r < Rows; ++r) sum[r] = _mm_setzero_ps();
+    for (int64_t k = 0; k < depth; ++k, b += b_row) {
+        const __m128 weight = _mm_loadu_ps(b);
+#pragma GCC unroll 12
+        for (int r = 0; r < Rows; ++r) sum[r] = _mm_fmadd_ps(_mm_broadcast_ss(a + r * a_row + k), weight, sum[r]);
+    }
+#pragma GCC unroll 12
+    for (int r = 0; r < Rows; ++r) _mm_storeu_ps(to + r * to_row, sum[r]);
+}
+
+FASTROUTE_SIMD void multiply_few_tiles(const float* a, int64_t a_row, const float* b, int64_t b_row, int64_t depth,
+                                       float* to, int64_t to_row, int64_t tiles) {
+    int64_t t = 0;
+    for (; t + 12 <= tiles; t += 12) multiply_few<12>(a + t * a_row, a_row, b, b_row, depth, to + t * to_row, to_row);
+    for (; t < tiles; ++t) multiply_few<1>(a + t * a_row, a_row, b, b_row, depth, to + t * to_row, to_row);
+}
+#else
+FASTROUTE_SIMD void multiply_few_tiles(const float* a, int64_t a_row, const float* b, int64_t b_row, int64_t depth,
+                                       float* to, int64_t to_row, int64_t tiles) {
+    multiply_tiles<1>(a, a_row, b, b_row, depth, to, to_row, tiles);
+}
+#endif
 
 // The outputs of a tile from `vectors` vectors of products, which begin at column `first` of group `group`.
 FASTROUTE_TARGET __attribute__((noinline)) void write_tile(const Problem& p, const Tile& tile, int64_t group,
@@ -226,6 +257,11 @@ FASTROUTE_TARGET __attribute__((noinline)) void run_block(const Problem& p, int6
                 const float* a = ws.transformed + point * p.transformed_plane() + group * p.in;
                 const float* b = p.weight + (point * p.groups + group) * p.in * p.columns + first;
                 float* to = ws.products + point * p.products_plane();
+                // Colours; what stands in the other lanes of a vector is never written.
+                if (p.columns == kPad && p.shown <= 4) {
+                    multiply_few_tiles(a, row, b, p.columns, p.in, to, vectors * kLanes, count);
+                    continue;
+                }
                 switch (vectors) {
 #if FASTROUTE_BYTES == 64
                     case 4: multiply_tiles<4>(a, row, b, p.columns, p.in, to, 4 * kLanes, count); break;
