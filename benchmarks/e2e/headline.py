@@ -34,7 +34,7 @@ from fastroute.models.classsr import ClassSR
 from fastroute.patch.assignment import within
 from fastroute.patch.classify import classify_patches
 from fastroute.patch.regions import Merging
-from fastroute.rewrite.optimize import optimize
+from fastroute.rewrite.optimize import simplify
 from fastroute.runtime.results import RoutingStats
 from fastroute.runtime.tuning import GPU_PIXELS, PARALLEL_PIXELS, TRIAL_PIXELS
 
@@ -100,7 +100,7 @@ def task_of(backbone: str, setting: Setting) -> Task:
     largest = model.branches[-1]
     forms = {"": largest}
     if backbone == "fsrcnn":
-        forms = {", published form": largest, ", sub-pixel form": optimize(largest)}
+        forms = {", published form": largest, ", sub-pixel form": simplify(largest)}
     dense = {name: engines.Engines(form, pixels) for name, form in forms.items()}
     return Task(backbone, model, pixels, grid, edge_classes(pixels, grid, mixes(backbone)[MIX]), dense)
 

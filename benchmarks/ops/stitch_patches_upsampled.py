@@ -21,7 +21,7 @@ from fastroute import TileGrid, make_window, stitch_patches
 from fastroute.models.fsrcnn import FSRCNN
 from fastroute.ops._upsampled import Upsampler, stitch_upsampled, upsamples
 from fastroute.patch.branches import even_parts
-from fastroute.rewrite.optimize import optimize, split_shuffle, split_upsampler
+from fastroute.rewrite.optimize import simplify, split_shuffle, split_upsampler
 
 WIDTH = 56
 # Patches per pass, as a branch is found to run fastest.
@@ -33,7 +33,7 @@ SUBPIXEL = "sub-pixel form, channels_last"
 def last_layers() -> tuple[nn.Sequential, nn.Sequential, Upsampler]:
     """Those of FSRCNN with random weights: as it is written, in sub-pixel form without the shuffle, and for the stitching."""
     network = FSRCNN(WIDTH, SCALE).eval().requires_grad_(False)
-    branch, shuffle = split_shuffle(optimize(network))
+    branch, shuffle = split_shuffle(simplify(network))
     split = split_upsampler(branch, shuffle)
     assert split is not None, "FSRCNN ends in layers that are left to the stitching"
     body, upsampler = split
