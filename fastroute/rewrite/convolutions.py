@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastroute.backends import requested, select
+from fastroute.backends import select
 from fastroute.models.fused import rectify_
 from fastroute.ops.conv3x3 import TAPS, transformed_weight
 
@@ -30,41 +30,58 @@ class FusedConv2d(nn.Conv2d):
     """
 
     OPERATOR = ""
+    rectifier: nn.Module | None
 
     def __init__(self, layer: nn.Conv2d, rectifier: nn.Module | None = None, shuffle: int = 1) -> None:
         channels, size = (layer.in_channels, layer.out_channels), layer.kernel_size[0]
         super().__init__(*channels, size, padding=size // 2, groups=layer.groups, bias=False, device="meta")
-        self.weight, self.bias, self.rectifier, self.shuffle = layer.weight, layer.bias, rectifier, shuffle
+        self.weight, self.bias, self.shuffle = layer.weight, layer.bias, shuffle
+        self.register_module("rectifier", rectifier)
         self._ran_by_kernel = False
+        self._filled: tuple[float, Tensor] | None = None  # a slope, once for every channel
         self.train(layer.training)
 
     def has_kernel(self, *inputs: Tensor) -> bool:  # [B, C, H, W] each
         """Whether the operator's kernel runs for `inputs`. A compiler sees what ran last."""
         if torch.compiler.is_compiling():
             return self._ran_by_kernel
-        weight = self.weight
-        self._ran_by_kernel = (
-            weight.dtype == torch.float32
-            and all(x.dtype == torch.float32 and x.is_cpu and type(x) in PLAIN for x in (weight, *inputs))
-            and not torch.jit.is_tracing()
-            and not (torch.is_grad_enabled() and (weight.requires_grad or any(x.requires_grad for x in inputs)))
-            and requested() in (None, "cpu")
-            and select(self.OPERATOR, weight.device) == "cpu"
-        )
-        return self._ran_by_kernel
+        runs = self._is_plain(*inputs) and not torch.jit.is_tracing() and select(self.OPERATOR, inputs[0].device) == "cpu"
+        if runs is not self._ran_by_kernel:
+            self._ran_by_kernel = runs
+        return runs
+
+    def _is_plain(self, *inputs: Tensor) -> bool:  # [B, C, H, W] each
+        """Whether weight and inputs are plain float32 tensors on the CPU, none of which needs a gradient."""
+        graded = torch.is_grad_enabled()
+        # Called for every layer of every pass, so attributes are taken from where they lie.
+        for x in (self._parameters["weight"], *inputs):
+            if (
+                x is None
+                or x.dtype is not torch.float32
+                or type(x) not in PLAIN
+                or not x.is_cpu
+                or (graded and x.requires_grad)
+            ):
+                return False
+        return True
 
     def _slope(self, slope: float | None) -> float | None:
         """`slope` or that of the rectifier; None without one, or if every channel has its own."""
-        if slope is None and self.rectifier is not None and not isinstance(self.rectifier, nn.PReLU):
-            return float(getattr(self.rectifier, "negative_slope", 0.0))
-        return slope
+        rectifier = self._modules["rectifier"] if slope is None else None
+        if rectifier is None or isinstance(rectifier, nn.PReLU):
+            return slope
+        return rectifier.__dict__.get("negative_slope", 0.0)
 
     def _slopes(self, slope: float | None) -> Tensor | None:  # -> [O]
         """The factors of negative numbers; None without a rectifier."""
         slope = self._slope(slope)
-        if slope is not None:
-            return torch.full((self.out_channels,), slope)
-        return self.rectifier.weight.expand(self.out_channels) if isinstance(self.rectifier, nn.PReLU) else None
+        if slope is None:
+            rectifier = self._modules["rectifier"]
+            return None if rectifier is None else rectifier.weight.expand(self.out_channels)  # type: ignore[operator]
+        if self._filled is None or self._filled[0] != slope:
+            with torch.inference_mode(False):
+                self._filled = slope, torch.full((self.out_channels,), slope)
+        return self._filled[1]
 
     def _rectified(self, y: Tensor, slope: float | None) -> Tensor:  # [B, O, H, W]
         """`y`, which nothing else reads, rectified."""
@@ -107,12 +124,10 @@ class WinogradConv2d(FusedConv2d):
         """
         shuffle *= self.shuffle
         if self.has_kernel(*((x,) if residual is None else (x, residual))):
-            weight, bias = self._transformed(shuffle, factor), self.bias
-            if bias is not None and factor != 1:
-                bias = bias * factor
+            weight, bias = self._transformed(shuffle, factor), self._bias(factor)
             arguments = (x, weight, bias, self._slopes(slope), residual, self.out_channels, shuffle, context)
             if out is None:
-                return torch.ops.fastroute.conv3x3(*arguments)
+                return torch.ops.fastroute.conv3x3.default(*arguments)
             return torch.ops.fastroute.conv3x3.out(*arguments, out=out)
         y = F.conv2d(x, self.weight, self.bias, padding=(1 - context, 1), groups=self.groups)
         y = self._rectified(y if factor == 1 else y * factor, slope)
@@ -122,11 +137,16 @@ class WinogradConv2d(FusedConv2d):
             y = y.add_(residual)
         return y if out is None else out.copy_(y)
 
+    def _bias(self, factor: float) -> Tensor | None:  # -> [O]
+        bias = self._parameters["bias"]
+        return bias if bias is None or factor == 1 else bias * factor
+
     def _transformed(self, shuffle: int, factor: float) -> Tensor:  # [36, G, C / G, P]
         """The transformed weight, made anew whenever the weight has changed."""
         if torch.compiler.is_compiling() and self.transformed is not None:
             return self.transformed
-        weight, source, made = self.weight, self._source, self.transformed
+        weight, source, made = self._parameters["weight"], self._source, self._buffers["transformed"]
+        assert weight is not None  # for the type checker
         state = (-1 if weight.is_inference() else weight._version, shuffle, factor)
         same = source is not None and source[0] is weight and source[1].data_ptr() == weight.data_ptr() and source[2] == state
         if not same or made is None:
@@ -162,7 +182,9 @@ class PixelConv2d(FusedConv2d):
     ) -> Tensor:  # [B, O, H, W]
         """The layer over the joined channels of `parts`, a sum with `residual`, and its rectifier or one with `slope`."""
         if self.has_kernel(*parts, *(() if residual is None else (residual,))):
-            return torch.ops.fastroute.conv1x1(parts, self.weight.flatten(1), self.bias, self._slopes(slope), residual)
+            weight, bias = self._parameters["weight"], self._parameters["bias"]
+            assert weight is not None  # for the type checker
+            return torch.ops.fastroute.conv1x1.default(parts, weight.flatten(1), bias, self._slopes(slope), residual)
         x = parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=1)
         # PyTorch's convolutions refuse an image without rows.
         y = super().forward(x) if x.numel() else x.new_zeros(x.shape[0], self.out_channels, *x.shape[2:])
