@@ -7,9 +7,9 @@ from typing import TypeVar
 import torch
 from support import bits
 
-from fastroute.training.base import BaseTrainer
+from fastroute.training.base import RecipeTrainer
 
-AnyTrainer = TypeVar("AnyTrainer", bound=BaseTrainer)
+AnyTrainer = TypeVar("AnyTrainer", bound=RecipeTrainer)
 
 
 class Stop(Exception):
@@ -18,7 +18,7 @@ class Stop(Exception):
 
 def stopping(trainer: AnyTrainer, at: int, error: type[BaseException] = Stop) -> AnyTrainer:
     """`trainer`, interrupted before its step number `at`."""
-    original, count = trainer._loss, [0]
+    original, count = trainer.loss, [0]
 
     def loss(*args):
         count[0] += 1
@@ -26,7 +26,7 @@ def stopping(trainer: AnyTrainer, at: int, error: type[BaseException] = Stop) ->
             raise error
         return original(*args)
 
-    trainer._loss = loss
+    trainer.loss = loss
     return trainer
 
 

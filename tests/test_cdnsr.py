@@ -12,11 +12,19 @@ from torch import nn
 
 import fastroute
 from fastroute.models.cdnsr import CDNSR, CLASSIFIER_LAYERS, WIDTHS, annealed, gumbel_noise, gumbel_softmax, mix
-from fastroute.models.checkpoints import save_checkpoint
+from fastroute.models.checkpoints import CheckpointError, save_checkpoint
 from fastroute.models.classsr import ClassSR, PatchClassifier
 from fastroute.models.fsrcnn import FSRCNN
 from fastroute.profiling import count_flops
-from fastroute.training.distillation import EPSILON, ContrastiveLoss, FeatureStack, small_features
+from fastroute.training.distillation import (
+    EPSILON,
+    VGG19_LAYERS,
+    ContrastiveLoss,
+    CSDLoss,
+    FeatureStack,
+    small_features,
+    vgg19_features,
+)
 from fastroute.training.losses import cdnsr_loss, expected_cost, flops_loss
 
 pytestmark = pytest.mark.usefixtures("quick_tuning")
@@ -126,18 +134,18 @@ def test_mixture():
 
 
 def test_flops_loss_by_hand():
+    """Equations 2 and 3: E(F) = (1 + 3) / 2, of C_max = 4, above alpha; nothing else divides it."""
     probability = torch.tensor([[1.0, 0.0, 0.0], [0.0, 0.5, 0.5]])
     cost = torch.tensor([1.0, 2.0, 4.0])
-    # (1 + 3) / 2 of 4.
     assert expected_cost(probability, cost).item() == pytest.approx(0.5)
-    assert flops_loss(probability, cost, 0.2).item() == pytest.approx(0.3 / 0.75)
+    assert flops_loss(probability, cost, 0.2).item() == pytest.approx(0.5 - 0.2)
     assert flops_loss(probability, cost, 0.5).item() == flops_loss(probability, cost, 0.9).item() == 0
     # The unit of the cost does not matter.
-    assert flops_loss(probability, 1e9 * cost, 0.2).item() == pytest.approx(0.4)
+    assert flops_loss(probability, 1e9 * cost, 0.2).item() == pytest.approx(0.3)
     assert flops_loss(torch.ones(3, 1), torch.ones(1), 0.9).item() == pytest.approx(0.1)
     output, target = torch.tensor([[[[0.5, 0.1]]]]).expand(2, 1, 1, 2), torch.full((2, 1, 1, 2), 0.2)
     total = cdnsr_loss(output, target, probability, cost, alpha=0.2, lambda_reg=5.0, image_weight=10.0)
-    assert total.item() == pytest.approx(10 * 0.2 + 5 * 0.4)
+    assert total.item() == pytest.approx(10 * 0.2 + 5 * 0.3)
 
 
 def test_gradients_of_the_losses():
@@ -164,7 +172,7 @@ class Identity(nn.Module):
         return [x, 2 * x[..., ::2]]
 
 
-def test_contrastive_loss_by_hand():
+def test_csd_loss_by_hand():
     student = torch.tensor([[[[0.0, 1.0]]], [[[1.0, 1.0]]]])
     teacher = torch.tensor([[[[0.5, 1.0]]], [[[1.0, 0.0]]]])
     negatives = torch.tensor([[[[1.0, 1.0]]], [[[0.0, 0.0]]]])
@@ -172,19 +180,60 @@ def test_contrastive_loss_by_hand():
     first = 0.375 / (1 + EPSILON)
     # Layer 2, twice the left pixels: teacher (1 + 0) / 2; negatives (2 + 0) / 2 + (0 + 2) / 2.
     second = 0.5 / (2 + EPSILON)
-    loss = ContrastiveLoss(Identity(), weights=(0.25, 3.0))
+    loss = CSDLoss(Identity(), weights=(0.25, 3.0))
     assert loss(student, teacher, negatives).item() == pytest.approx(0.25 * first + 3 * second)
     # Without weights: the last ones of 1/32 … 1.
-    assert ContrastiveLoss(Identity())(student, teacher, negatives).item() == pytest.approx(first / 4 + second)
+    assert CSDLoss(Identity())(student, teacher, negatives).item() == pytest.approx(first / 4 + second)
 
 
-def test_contrastive_gradients():
+class Means(nn.Module):
+    """The image is its feature; the loss averages it over the image."""
+
+    channels = 2
+
+    def forward(self, x):
+        return [None, x]
+
+
+def test_contrastive_loss_by_hand():
+    """Equations 7 to 9, with vectors in a plane whose angles are known, and a projection that changes nothing there."""
+    loss = ContrastiveLoss(Means())
+    with torch.no_grad():
+        for layer in (loss.projection[0], loss.projection[2]):
+            layer.weight.copy_(torch.eye(2))
+            layer.bias.zero_()
+
+    def images(*degrees: float) -> torch.Tensor:
+        """A vector of length 3 in the mean of two pixels each; in the first quadrant, where ReLU changes nothing."""
+        vectors = torch.tensor([[3 * math.cos(math.radians(d)), 3 * math.sin(math.radians(d))] for d in degrees])
+        return torch.stack([0.5 * vectors, 1.5 * vectors], dim=-1)[:, :, None]
+
+    def cos(degrees: float) -> float:
+        return math.cos(math.radians(degrees))
+
+    found = loss(images(10, 80), images(40, 80), images(90, 70, 0)).item()
+    first = -math.log(math.exp(cos(30)) / (math.exp(cos(80)) + math.exp(cos(60)) + math.exp(cos(10))))
+    second = -math.log(math.exp(cos(0)) / (math.exp(cos(10)) + math.exp(cos(10)) + math.exp(cos(80))))
+    assert found == pytest.approx((first + second) / 2, rel=1e-6)
+    # One negative equal to the teacher: the similarities cancel.
+    assert loss(images(10), images(40), images(40)).item() == pytest.approx(0, abs=1e-6)
+    # The projection is used: two layers, a ReLU between them.
+    with torch.no_grad():
+        loss.projection[0].weight.copy_(torch.tensor([[1.0, 0.0], [0.0, -1.0]]))
+        loss.projection[2].bias.copy_(torch.tensor([0.0, 1.0]))
+    vector = [3 * cos(10), 1.0], [3 * cos(40), 1.0], [3 * cos(90), 1.0]
+    near, far = (torch.cosine_similarity(torch.tensor([vector[0]]), torch.tensor([vector[k]])).item() for k in (1, 2))
+    assert loss(images(10), images(40), images(90)).item() == pytest.approx(far - near, abs=1e-6)
+
+
+@pytest.mark.parametrize("kind", [ContrastiveLoss, CSDLoss])
+def test_contrastive_gradients(kind):
     generator = torch.Generator().manual_seed(6)
     student, teacher, negatives = (
         torch.rand(n, 3, 6, 6, dtype=torch.float64, generator=generator, requires_grad=True) for n in (2, 2, 3)
     )
-    features = small_features(width=4, levels=2).double()
-    loss = ContrastiveLoss(features)
+    torch.manual_seed(0)
+    loss = kind(small_features(width=4, levels=2)).double()
     assert torch.autograd.gradcheck(lambda x: loss(x, teacher, negatives), student)
     grads = torch.autograd.grad(loss(student, teacher, negatives), (teacher, negatives), allow_unused=True)
     assert grads == (None, None), "teacher or negatives learn"
@@ -194,15 +243,49 @@ def test_contrastive_gradients():
     assert near < here < wrong
 
 
-def test_the_last_branch_only_teaches():
+def test_the_projection_learns():
+    torch.manual_seed(0)
+    loss = ContrastiveLoss(small_features(), width=5).double()
+    assert [tuple(p.shape) for p in loss.projection.parameters()] == [(5, 64), (5,), (5, 5), (5,)]
+    x = [torch.rand(n, 3, 8, 8, dtype=torch.float64) for n in (2, 2, 3)]
+    loss(*x).backward()
+    learning = {name for name, p in loss.named_parameters() if p.grad is not None and p.grad.any()}
+    assert learning == {"projection.0.weight", "projection.0.bias", "projection.2.weight", "projection.2.bias"}
+
+
+@pytest.mark.parametrize("kind", [ContrastiveLoss, CSDLoss])
+def test_the_last_branch_only_teaches(kind):
     outputs = torch.rand(3, 2, 3, 8, 8, generator=torch.Generator().manual_seed(7), requires_grad=True)
     negatives = torch.rand(4, 3, 8, 8)
-    loss = ContrastiveLoss(small_features())
+    loss = kind(small_features())
     total = loss.of_branches(outputs, negatives)
     expected = sum(loss(outputs[k], outputs[2], negatives) for k in (0, 1))
     torch.testing.assert_close(total, expected)
     total.backward()
     assert outputs.grad[0].any() and outputs.grad[1].any() and not outputs.grad[2].any()
+
+
+def test_vgg19(tmp_path):
+    """torchvision's layout: 37 layers, of which those up to relu5_1 are read."""
+    widths = [64, 64, "M", 128, 128, "M", *[256] * 4, "M", *[512] * 4, "M", *[512] * 4, "M"]
+    layers, fan_in = [], 3
+    for width in widths:
+        layers += [nn.MaxPool2d(2)] if width == "M" else [nn.Conv2d(fan_in, width, 3, padding=1), nn.ReLU()]
+        fan_in = fan_in if width == "M" else width
+    whole = nn.Sequential(*layers)
+    state = {f"features.{name}": value for name, value in whole.state_dict().items()}
+    torch.save({**state, "classifier.0.bias": torch.zeros(4)}, tmp_path / "vgg19.pth")
+    features = vgg19_features(tmp_path / "vgg19.pth")
+    assert features.channels == 512 and not any(p.requires_grad for p in features.parameters())
+    x = torch.rand(1, 3, 32, 32)
+    normal = (x - torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)) / torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
+    for found, layer in zip(features(x), VGG19_LAYERS, strict=True):
+        assert torch.equal(found, whole[: layer + 1](normal))
+    torch.save({"conv.weight": torch.zeros(3)}, tmp_path / "other.pth")
+    with pytest.raises(
+        CheckpointError, match=r"other\.pth as VGG-19: it has no features\.0\.weight; its keys are conv"
+    ):
+        vgg19_features(tmp_path / "other.pth")
 
 
 def test_features():
@@ -241,5 +324,5 @@ def test_refusals():
     with pytest.raises(ValueError, match="negatives must hold at least one image"):
         ContrastiveLoss(small_features())(x, x, x[:0])
     with pytest.raises(ValueError, match="weights must be one per feature, 3; got 1"):
-        ContrastiveLoss(small_features(), (1.0,))(x, x, x)
+        CSDLoss(small_features(), (1.0,))(x, x, x)
     assert isinstance(CDNSR.build("fsrcnn", (3, 4)).branches[0], FSRCNN)

@@ -15,12 +15,11 @@ from networks import picture, random_classsr, randomise
 from PIL import Image
 
 import fastroute
-from fastroute import io
+from fastroute import io, quality
 from fastroute.cli import main
 from fastroute.models.checkpoints import save_checkpoint
 from fastroute.models.fsrcnn import FSRCNN
 from fastroute.models.pcsr import PCSR
-from fastroute.report import evaluation
 from fastroute.report.comparison import BICUBIC, bicubic, compare, labels
 from fastroute.report.comparison_page import SHOWN_PIXELS, find_detail, render, write_page
 
@@ -83,7 +82,7 @@ def test_quality_is_measured_against_the_reference(models, image):
     given = compare(reduced.source, [path], reference=reduced.reference, runs=1)
     assert [v.name for v in given.variants] == [BICUBIC, "routed, dense", "routed, routed"]
     for one, two in zip(reduced.variants, given.variants, strict=True):
-        assert one.quality == two.quality == evaluation.compare(one.image, reduced.reference, SCALE)
+        assert one.quality == two.quality == quality.compare(one.image, reduced.reference, SCALE)
 
 
 def test_the_time_of_a_first_run_is_not_counted(models, image, monkeypatch):

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import fastroute
-from fastroute import PatchRouter, PixelRouter, io
+from fastroute import PatchRouter, PixelRouter, io, quality
 from fastroute.cli import main
 from fastroute.degradation import make_pair
 from fastroute.models.checkpoints import save_checkpoint
@@ -72,7 +72,7 @@ def written_out_ssim(x: Tensor, y: Tensor) -> float:  # [C, H, W]
 def test_metrics_by_their_definitions(border):
     target = (picture(1, 3, 47, 53)[0] * 255).to(torch.uint8)
     image = noisy(target, 12)
-    found = evaluation.compare(image, target, border)
+    found = quality.compare(image, target, border)
     a, b = (x[:, border : 47 - border, border : 53 - border].double() for x in (image, target))
     assert found["psnr"] == pytest.approx(10 * math.log10(255**2 / (a - b).square().mean().item()))
     assert found["ssim"] == pytest.approx(written_out_ssim(a, b), abs=1e-9)
@@ -86,16 +86,16 @@ def test_metrics_by_their_definitions(border):
 def test_luma_of_known_colours():
     colours = np.array([[0, 255, 255, 0, 0], [0, 255, 0, 255, 0], [0, 255, 0, 0, 255]])[:, None]
     # Black, white, red, green and blue of BT.601.
-    assert evaluation.luma(colours)[0].tolist() == pytest.approx([16, 235, 81.481, 144.553, 40.966])
+    assert quality.luma(colours)[0].tolist() == pytest.approx([16, 235, 81.481, 144.553, 40.966])
 
 
 def test_equal_images():
     target = (picture(1, 3, 20, 20)[0] * 255).to(torch.uint8)
-    found = evaluation.compare(target, target, 2)
+    found = quality.compare(target, target, 2)
     assert found["psnr"] == found["psnr_y"] == math.inf
     assert found["ssim"] == pytest.approx(1) and found["ssim_y"] == pytest.approx(1)
     with pytest.raises(ValueError, match=r"compare: image must be \(3, 20, 20\) as target; got \(3, 20, 19\)"):
-        evaluation.compare(target[:, :, 1:], target, 2)
+        quality.compare(target[:, :, 1:], target, 2)
 
 
 def test_rows_are_those_of_the_router(images, router):
@@ -105,10 +105,10 @@ def test_rows_are_those_of_the_router(images, router):
     for row in rows:
         lr, hr = make_pair(io.read_image(images / row.image), SCALE)
         result = router.upscale(lr)
-        assert evaluation.compare(result.image, hr, SCALE)["psnr"] == row.psnr
+        assert quality.compare(result.image, hr, SCALE)["psnr"] == row.psnr
         bicubic = torch.nn.functional.interpolate(lr[None] / 255, scale_factor=SCALE, mode="bicubic")[0]
         by_bicubic = (bicubic.clamp(0, 1) * 255).round().to(torch.uint8)
-        assert evaluation.compare(by_bicubic, hr, SCALE)["psnr"] == pytest.approx(row.psnr_bicubic, abs=1e-3)
+        assert quality.compare(by_bicubic, hr, SCALE)["psnr"] == pytest.approx(row.psnr_bicubic, abs=1e-3)
         assert row.counts == result.stats.counts_per_class
         assert (row.flops, row.flops_fraction) == (result.stats.flops.routed, result.stats.flops.fraction)
         assert (row.paper_flops, row.paper_fraction) == (result.stats.paper_flops.routed, result.stats.paper_flops.fraction)

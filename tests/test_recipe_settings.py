@@ -40,7 +40,8 @@ def images(tmp_path_factory):
     ("name", "settings", "message"),
     [
         ("cdnsr-fsrcnn", {"backbone": "x"}, "backbone must be one of fsrcnn, carn, srresnet, rcan; got 'x'"),
-        ("pcsr-fsrcnn", {"backbone": "rcan"}, "backbone must be one of fsrcnn, carn; got 'rcan'"),
+        ("pcsr-fsrcnn", {"backbone": "edsr"}, "backbone must be one of fsrcnn, carn, srresnet, rcan; got 'edsr'"),
+        ("cdnsr-fsrcnn", {"contrast": "l1"}, "contrast must be one of cdnsr, csd; got 'l1'"),
         ("classsr-fsrcnn", {"patch": "3"}, "patch must be at least 4, the side of a cell of the classifier; got 3"),
         ("cdnsr-fsrcnn", {"variant": "x"}, "variant must be one of r, m, s; got 'x'"),
         ("cdnsr-fsrcnn", {"alpha": "1.5"}, r"alpha must lie in \[0, 1\]"),
@@ -50,7 +51,7 @@ def images(tmp_path_factory):
         ("cdnsr-fsrcnn", {"branch_steps": "5"}, "one positive number per width, 3 for widths 16, 36, 56; got 5$"),
         ("arm-fsrcnn", {"widths": "8,4"}, "widths must rise"),
         ("arm-fsrcnn", {"eta": "0"}, "eta must be above 0"),
-        ("arm-fsrcnn", {"backbone": "edsr"}, "backbone must be one of fsrcnn, carn, srresnet; got 'edsr'"),
+        ("arm-fsrcnn", {"backbone": "edsr"}, "backbone must be one of fsrcnn, carn, srresnet, rcan; got 'edsr'"),
         ("arm-fsrcnn", {"steps": "-1"}, "steps must be at least 0"),
         ("arm-fsrcnn", {"joint_steps": "3"}, "arm-fsrcnn has no setting 'joint_steps'; it has backbone, batch, bins"),
         ("arm-fsrcnn", {"steps": "many"}, "steps must be a whole number; got 'many'"),

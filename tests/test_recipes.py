@@ -148,7 +148,7 @@ def test_cdnsr_moves_towards_its_target(pools, tmp_path):
 def test_cdnsr_temperatures(pools, tmp_path):
     recipe = dataclasses.replace(CDNSR, classifier_steps=10)
     trainer, seen = make("cdnsr", pools, tmp_path / "state.pt", recipe), []
-    original = trainer._loss
+    original = trainer.loss
 
     def loss(stage, rng):
         result = original(stage, rng)
@@ -156,7 +156,7 @@ def test_cdnsr_temperatures(pools, tmp_path):
             seen.append((stage.kind, round(trainer.model.temperature, 3)))
         return result
 
-    trainer._loss = loss
+    trainer.loss = loss
     trainer.run()
     assert [t for kind, t in seen if kind == "classifier"] == pytest.approx([1, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.4, 0.4, 0.4])
     assert [t for kind, t in seen if kind == "distill"] == [0.4] * 3

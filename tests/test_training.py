@@ -97,7 +97,7 @@ def test_an_interrupt_within_a_step(pool, tmp_path):
     recipe = dataclasses.replace(RECIPE, backbone="carn", widths=(4, 8), branch_steps=(1, 3))
     whole = Trainer(pool, recipe, tmp_path / "whole.pt").run()
     trainer = Trainer(pool, recipe, tmp_path / "parts.pt")
-    original = trainer._loss
+    original = trainer.loss
 
     def loss(stage, rng):
         result = original(stage, rng)
@@ -105,7 +105,7 @@ def test_an_interrupt_within_a_step(pool, tmp_path):
             raise KeyboardInterrupt
         return result
 
-    trainer._loss = loss
+    trainer.loss = loss
     with pytest.raises(KeyboardInterrupt):
         trainer.run()
     resumed = Trainer(pool, recipe, tmp_path / "parts.pt")
@@ -160,9 +160,9 @@ def test_balanced_errors(pool, tmp_path, balance):
     """The weight of a patch is (1e-3 / (bicubic error + 2e-4))^balance."""
     trainer = Trainer(pool, dataclasses.replace(RECIPE, balance=balance), tmp_path / "state.pt")
     stage = trainer.stages[0]
-    loss, mse, _ = trainer._loss(stage, np.random.default_rng(1))
+    loss, mse, _ = trainer.loss(stage, np.random.default_rng(1))
     rng = np.random.default_rng(1)
-    indices = trainer._draw(stage, rng)
+    indices = trainer.draw(stage, rng)
     lr, hr = pool.batch(indices, rng)
     with torch.no_grad():
         errors = (trainer.model.branches[stage.branch](lr) - hr).double().square().flatten(1).mean(dim=1)

@@ -14,7 +14,7 @@ from interrupted import Stop, stopping
 
 from fastroute.cli import main
 from fastroute.training import arm, cdnsr, classsr, pcsr
-from fastroute.training.base import BaseTrainer
+from fastroute.training.base import RecipeTrainer
 from fastroute.training.data import Pool
 from fastroute.training.distributed import processes, rank
 
@@ -41,7 +41,7 @@ RECIPES = {
 COMMAND = ["arm-fsrcnn", "--set", "widths=3,5", "--set", "steps=2", "--set", "batch=4", "--set", "table_patches=20"]
 
 
-def trainer(name: str, pool: Pool, path: Path) -> BaseTrainer:
+def trainer(name: str, pool: Pool, path: Path) -> RecipeTrainer:
     kind, recipe = RECIPES[name]
     return kind(pool, recipe, path, save_every=2)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from pathlib import Path
 
@@ -16,8 +15,8 @@ RECIPE_NAMES = tuple(
     for system, backbones in (
         ("classsr", ("fsrcnn", "carn", "srresnet", "rcan")),
         ("cdnsr", ("fsrcnn", "carn", "srresnet", "rcan")),
-        ("arm", ("fsrcnn", "carn", "srresnet")),
-        ("pcsr", ("fsrcnn", "carn")),
+        ("arm", ("fsrcnn", "carn", "srresnet", "rcan")),
+        ("pcsr", ("fsrcnn", "carn", "srresnet", "rcan")),
     )
     for backbone in backbones
 )
@@ -48,6 +47,14 @@ RECIPE_NAMES = tuple(
 @click.option("--batch", metavar="N", help="Patches per step.  [default: 32; pcsr 16]")
 @click.option("--seed", metavar="N", help="Fixes initial weights and batches.  [default: 0]")
 @click.option("--device", metavar="DEVICE", default="cpu", show_default=True, help="Device to train on, such as cuda.")
+@click.option("--validate", type=click.Path(path_type=Path), metavar="FOLDER",
+              help="Images that are not trained on: their PSNR and SSIM are measured at intervals, and best.safetensors and "
+              "last.safetensors written beside the state.")  # fmt: skip
+@click.option("--validate-every", type=int, metavar="N", default=1000, show_default=True, help="Steps between two validations.")
+@click.option("--log", "logs", type=click.Choice(("csv", "tensorboard")), multiple=True,
+              help="Write the numbers of the training to log.csv, or for TensorBoard; may be repeated.")  # fmt: skip
+@click.option("--resume/--no-resume", default=None, help="Require a saved state to go on from, or begin anew over one.  "
+              "[default: go on if there is one]")  # fmt: skip
 @click.option("--precision", type=click.Choice(("float32", "bfloat16", "float16")), default="float32", show_default=True,
               help="Type of the convolutions. Weights stay in float32.")  # fmt: skip
 def command(
@@ -59,6 +66,10 @@ def command(
     config: Path | None,
     assignments: tuple[str, ...],
     device: str,
+    validate: Path | None,
+    validate_every: int,
+    logs: tuple[str, ...],
+    resume: bool | None,
     precision: str,
     **options: str | None,
 ) -> None:
@@ -67,18 +78,18 @@ def command(
     \b
     classsr-fsrcnn  classsr-carn  classsr-srresnet  classsr-rcan
     cdnsr-fsrcnn    cdnsr-carn    cdnsr-srresnet    cdnsr-rcan
-    arm-fsrcnn      arm-carn      arm-srresnet
-    pcsr-fsrcnn     pcsr-carn
+    arm-fsrcnn      arm-carn      arm-srresnet      arm-rcan
+    pcsr-fsrcnn     pcsr-carn     pcsr-srresnet     pcsr-rcan
 
     On several GPUs or machines: torchrun --nproc-per-node N -m fastroute train RECIPE ... --device cuda
     """
     from fastroute import buffers
-    from fastroute.grid import usual_stride
-    from fastroute.models.checkpoints import save_checkpoint
     from fastroute.training.data import Pool
     from fastroute.training.distributed import processes, rank
+    from fastroute.training.logs import make_log
     from fastroute.training.recipes import RECIPES, configure, write_config
     from fastroute.training.start import Start
+    from fastroute.training.validation import Validation
 
     settings = {name: value for name, value in options.items() if value is not None}
     for assignment in assignments:
@@ -95,20 +106,23 @@ def command(
         if at.type == "cpu":
             buffers.keep_freed()
         pool = Pool.build(images, plan.scale, plan.patch, exclude=exclude)
-        trainer = RECIPES[recipe][1](pool, plan, folder / "state.pt", start, device=at, precision=precision)
         first = rank() == 0
+        watched = Validation(validate, plan.scale, validate_every, exclude) if validate is not None and first else None
+        trainer = RECIPES[recipe][1](
+            pool, plan, folder / "state.pt", start, device=at, precision=precision, validation=watched,
+            logs=[make_log(name, folder) for name in logs], resume=resume,
+        )  # fmt: skip
         if first:
             click.echo(f"{len(pool.positions):,} patches from {pool.images} images, whole and reduced")
             folder.mkdir(parents=True, exist_ok=True)
-        model = trainer.run()
+        trainer.run()
         if not first:
             return
         more = f" --init {init}" if init is not None else ""
         command = f"python -m fastroute train {recipe} --images DIR --config FILE{more} --precision {precision}"
         write_config(folder / "config.yaml", plan, f"To repeat the training: {command}")
         target = folder / f"{recipe}-x{plan.scale}.safetensors"
-        places = {"stride": usual_stride(plan.patch)}
-        save_checkpoint(target, model, {**dataclasses.asdict(plan), "scale": plan.scale, "system": recipe, **places})
+        trainer.write(target)
     click.echo(f"wrote {target}; use it with: fastroute upscale IN OUT --model {target}")
 
 

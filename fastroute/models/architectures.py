@@ -13,7 +13,8 @@ from fastroute.models.arm import ARM
 from fastroute.models.carn import CARN, RGB_MEAN
 from fastroute.models.classsr import ClassSR, PatchClassifier
 from fastroute.models.fsrcnn import FSRCNN
-from fastroute.models.pcsr import ENCODERS, PCSR, encoder_of
+from fastroute.models.pcsr import BACKBONES as ENCODERS
+from fastroute.models.pcsr import PCSR, encoder_of
 from fastroute.models.rcan import RCAN
 from fastroute.models.srresnet import SRResNet
 
@@ -63,11 +64,17 @@ def network_of(
         return CARN(width, scale, groups, channels, True, mean, mean_layers, batch_norm, merge_bias)
     if backbone == "srresnet":
         return SRResNet(width, scale, max(1, count_parts(state, prefix, r"recon_trunk\.(\d+)\.conv1\.weight")), channels)
+    sizes: dict[str, Any] = _rcan_options(state, prefix, width)
+    return RCAN(width, scale, **sizes, input_range=input_range)
+
+
+def _rcan_options(state: Mapping[str, Tensor], prefix: str, width: int) -> dict[str, int]:
+    """The depth of an RCAN, and the width of its attention."""
     groups = count_parts(state, prefix, r"body\.(\d+)\.body\.0\.body\.0\.weight")
     blocks = count_parts(state, prefix, r"body\.0\.body\.(\d+)\.body\.0\.weight")
     squeeze = state.get(f"{prefix}body.0.body.0.body.3.conv_du.0.weight")
     reduction = width // len(squeeze) if squeeze is not None and squeeze.ndim == 4 and 0 < len(squeeze) <= width else 16
-    return RCAN(width, scale, max(1, groups), max(1, blocks), reduction, input_range=input_range)
+    return {"groups": max(1, groups), "blocks": max(1, blocks), "reduction": reduction}
 
 
 def arm_of(state: Mapping[str, Tensor], scale: int, patch: int) -> ARM:
@@ -109,6 +116,8 @@ def _encoder_options(backbone: str, state: Mapping[str, Tensor], width: int) -> 
     """The options of an encoder, besides its width, that follow from the shapes of its weights."""
     if backbone == "srresnet":
         return {"blocks": max(1, count_parts(state, "encoder.", r"recon_trunk\.(\d+)\.conv1\.weight"))}
+    if backbone == "rcan":
+        return _rcan_options(state, "encoder.", width)
     if backbone == "carn":
         inner = state.get("encoder.b1.b1.body.0.weight")
         return {

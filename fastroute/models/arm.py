@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from fastroute.models.carn import CARN
 from fastroute.models.fsrcnn import FSRCNN
 from fastroute.models.precision import FullPrecision
+from fastroute.models.rcan import RCAN
 from fastroute.models.srresnet import SRResNet
 from fastroute.profiling import count_flops
 
@@ -33,8 +34,9 @@ def carn(width: int, scale: int) -> CARN:
 
 
 # For each backbone, a function of width and scale that makes it in ARM's form, and the published widths.
-BACKBONES: dict[str, Callable[[int, int], nn.Module]] = {"fsrcnn": FSRCNN, "carn": carn, "srresnet": SRResNet}
-WIDTHS = {"fsrcnn": (16, 36, 56), "carn": (36, 52, 64), "srresnet": (36, 52, 64)}
+# RCAN's come from ClassSR.
+BACKBONES: dict[str, Callable[[int, int], nn.Module]] = {"fsrcnn": FSRCNN, "carn": carn, "srresnet": SRResNet, "rcan": RCAN}
+WIDTHS = {"fsrcnn": (16, 36, 56), "carn": (36, 52, 64), "srresnet": (36, 52, 64), "rcan": (36, 50, 64)}
 
 
 class Bicubic(nn.Module):
@@ -237,7 +239,8 @@ class ARM(nn.Module):
     consists of the first rows and columns of the same layer here.
 
     Args:
-        backbone: "fsrcnn", "carn" or "srresnet".
+        backbone: "fsrcnn", "carn", "srresnet" or "rcan"; or a function of width and scale that makes a network of one's own,
+            each of whose weights at a width is the leading part of the same weight at every larger one.
         widths: increasing widths. Default: the published ones.
         scale: upscaling factor.
         bins: number of bins of the table.
@@ -252,28 +255,45 @@ class ARM(nn.Module):
 
     def __init__(
         self,
-        backbone: str = "fsrcnn",
+        backbone: str | Callable[[int, int], nn.Module] = "fsrcnn",
         widths: Sequence[int] | None = None,
         scale: int = 4,
         bins: int = BINS,
         patch: int = 32,
     ) -> None:
         super().__init__()
-        if backbone not in BACKBONES:
+        if isinstance(backbone, str) and backbone not in BACKBONES:
             raise ValueError(f"ARM: backbone must be one of {', '.join(BACKBONES)}; got {backbone!r}")
-        chosen = list(WIDTHS[backbone] if widths is None else widths)
+        self._make = BACKBONES[backbone] if isinstance(backbone, str) else backbone
+        if widths is None and not isinstance(backbone, str):
+            raise ValueError("ARM: widths must be given for a backbone of one's own")
+        chosen = list(WIDTHS[str(backbone)] if widths is None else widths)
         if not chosen or chosen != sorted(set(chosen)):
             raise ValueError(f"ARM: widths must rise; got {tuple(chosen)}")
-        self.backbone, self.scale, self.patch, self.num_classes = backbone, scale, patch, len(chosen) + 1
-        self.network = BACKBONES[backbone](chosen[-1], scale)
+        self.scale, self.patch, self.num_classes = scale, patch, len(chosen) + 1
+        self.network = self._make(chosen[-1], scale)
         with torch.device("meta"):
             # Only their structure is used. A plain list keeps them out of the state dict.
-            self._shapes = [BACKBONES[backbone](width, scale) for width in chosen]
+            self._shapes = [self._make(width, scale) for width in chosen]
+            self._check_slices(chosen)
             size = (1, 3, patch, patch)
             cost = [0.0] + [float(count_flops(shape, size, "paper")) for shape in self._shapes]
         self.register_buffer("widths", torch.tensor(chosen))
         self.classifier = EdgeClassifier(EdgeTable(self.num_classes, bins), cost, spent=self.costs(patch))
         self.free = Bicubic(scale)
+
+    def _check_slices(self, widths: Sequence[int]) -> None:
+        """Refuse a network whose narrower forms are not its leading channels."""
+        whole = self.network.state_dict()
+        for width, shape in zip(widths, self._shapes, strict=True):
+            for name, like in shape.state_dict().items():
+                most = tuple(whole[name].shape) if name in whole else None
+                size = tuple(like.shape)
+                if most is None or len(most) != len(size) or any(n > m for n, m in zip(size, most, strict=True)):
+                    raise ValueError(
+                        f"ARM: backbone must give networks whose weights at a width are parts of those at a larger one; {name} "
+                        f"is {size} at {width} and {most} at {widths[-1]}"
+                    )
 
     @property
     def table(self) -> EdgeTable:
@@ -297,7 +317,7 @@ class ARM(nn.Module):
         """Interpolation and one network per width, with copies of the weights."""
         networks: list[nn.Module] = [Bicubic(self.scale)]
         for k, width in enumerate(self.widths.tolist(), start=1):
-            network = BACKBONES[self.backbone](width, self.scale)
+            network = self._make(width, self.scale)
             network.load_state_dict(self.sliced(k))
             networks.append(network.to(next(self.network.parameters())).eval())
         return networks

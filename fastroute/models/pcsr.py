@@ -16,6 +16,7 @@ from fastroute._copies import inference_copy
 from fastroute.models.carn import CARN, RGB_MEAN
 from fastroute.models.fsrcnn import FSRCNN
 from fastroute.models.precision import FullPrecision
+from fastroute.models.rcan import RCAN
 from fastroute.models.srresnet import SRResNet
 from fastroute.reference.adaptive_threshold import adaptive_threshold_reference
 from fastroute.reference.assign_classes import penalised_argmax
@@ -36,6 +37,8 @@ ENCODERS = {
     "carn": {"nf": "width", "group": "groups"},
     "srresnet": {"nf": "width", "nb": "blocks"},
 }
+# All encoders. RCAN's was not published.
+BACKBONES: dict[str, Callable[..., nn.Module]] = {"fsrcnn": FSRCNN, "carn": CARN, "srresnet": SRResNet, "rcan": RCAN}
 
 
 @dataclass(frozen=True)
@@ -289,8 +292,7 @@ class PCSR(FullPrecision):
 
 def encoder_of(name: str, **options: int) -> nn.Module:
     """The network `name` without its upsampler, as an encoder."""
-    backbones: dict[str, Callable[..., nn.Module]] = {"fsrcnn": FSRCNN, "carn": CARN, "srresnet": SRResNet}
-    return backbones[name](**options, upsample=False)
+    return BACKBONES[name](**options, upsample=False)
 
 
 def relative_coordinates(features: Tensor, size: tuple[int, int]) -> Tensor:  # [B, D, h, w] -> [H + W]

@@ -52,6 +52,8 @@ class RCAN(nn.Module):
             input and output are scaled.
         mean: colour subtracted from the input and added to the output, in the units of the layers, by two trained 1 x 1
             convolutions.
+        upsample: if False, the network ends before its tail and returns features (B, width, H, W), divided by `input_range`, as
+            PCSR uses it for an encoder.
 
     Shape:
         (B, channels, H, W) in [0, 1] to (B, channels, H * scale, W * scale).
@@ -67,6 +69,7 @@ class RCAN(nn.Module):
         channels: int = 3,
         input_range: float = 255.0,
         mean: Sequence[float] = RGB_MEAN,
+        upsample: bool = True,
     ) -> None:
         super().__init__()
         if min(width, groups, blocks, reduction) < 1 or not input_range > 0:
@@ -76,20 +79,23 @@ class RCAN(nn.Module):
             )
         if len(mean) != channels:
             raise ValueError(f"RCAN: mean must have one number per channel, {channels}; got {len(mean)}")
-        self.width, self.scale, self.channels, self.input_range = width, scale, channels, float(input_range)
+        self.width, self.scale, self.channels = width, scale if upsample else 1, channels
+        self.input_range = float(input_range)
         self.sub_mean: nn.Module = MeanConvolution([-m for m in mean])
-        self.add_mean: nn.Module = MeanConvolution(mean)
+        self.add_mean: nn.Module | None = MeanConvolution(mean) if upsample else None
         self.head = nn.Sequential(conv3(channels, width))
         grouped = [Shortcut(*(attention_block(width, reduction) for _ in range(blocks)), conv3(width, width))
                    for _ in range(groups)]  # fmt: skip
         self.body = nn.Sequential(*grouped, conv3(width, width))
-        self.tail = nn.Sequential(nn.Sequential(*upsampling_layers(width, scale)), conv3(width, channels))
+        self.tail: nn.Sequential | None = None
+        if upsample:
+            self.tail = nn.Sequential(nn.Sequential(*upsampling_layers(width, scale)), conv3(width, channels))
         self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """He initialisation, scaled by a tenth, so that the network begins close to its shortcuts."""
-        for part in (self.head, self.body, self.tail):
+        for part in filter(None, (self.head, self.body, self.tail)):
             for module in part.modules():
                 if isinstance(module, nn.Conv2d):
                     nn.init.kaiming_normal_(module.weight).mul_(0.1)
@@ -97,13 +103,16 @@ class RCAN(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # [B, C, H, W]
         """See the class."""
-        unit, last = self.input_range, self.tail[-1]
-        assert isinstance(last, nn.Conv2d)  # for the type checker
-        dtype = last.weight.dtype
+        unit, first = self.input_range, self.head[0]
+        assert isinstance(first, nn.Conv2d)  # for the type checker
+        dtype = first.weight.dtype
         if dtype in HALVES:
             x = x.to(sums_of(dtype))
         features = self.head(self.sub_mean(x if unit == 1 else x * unit).to(dtype))
-        result = self.tail(self.body(features).add_(features))
+        features = self.body(features).add_(features)
+        if self.tail is None or self.add_mean is None:
+            return features if unit == 1 else features / unit
+        result = self.tail(features)
         if dtype in HALVES:
             # Means and the last addition stay float32 around a network in a half type.
             result = result.to(sums_of(dtype))
@@ -116,7 +125,7 @@ class RCAN(nn.Module):
 
         The mean of the input is not folded: the convolution after it pads with zeros, which then means the mean colour.
         """
-        if not isinstance(self.add_mean, nn.Conv2d):
+        if not isinstance(self.add_mean, nn.Conv2d) or self.tail is None:
             return
         first, last, back = self.sub_mean, self.tail[-1], self.add_mean
         assert isinstance(first, nn.Conv2d) and isinstance(last, nn.Conv2d)  # for the type checker

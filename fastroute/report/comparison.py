@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastroute import buffers
+from fastroute import buffers, quality
 from fastroute._arguments import real, whole
 from fastroute.budget.limits import check_possible
 from fastroute.cascades.router import CascadeRouter
@@ -24,7 +24,6 @@ from fastroute.degradation import make_pair
 from fastroute.loading import load
 from fastroute.patch.patch_router import PatchRouter
 from fastroute.pixel.pixel_router import PixelRouter
-from fastroute.report import evaluation
 from fastroute.runtime.progress import Progress, shown
 from fastroute.runtime.results import RoutingStats, Stopwatch, Upscaled
 from fastroute.runtime.tuning import cpu_name
@@ -41,7 +40,7 @@ class Variant:
         name: "bicubic", "MODEL, dense", "MODEL, routed" or "MODEL, budget B".
         image: uint8 (3, H, W).
         seconds: median over the runs, without the measurements of a first call.
-        quality: PSNR and SSIM as :func:`fastroute.report.evaluation.compare` returns them; empty without a reference.
+        quality: PSNR and SSIM as :func:`fastroute.quality.compare` returns them; empty without a reference.
         stats: statistics of the last run; None for bicubic interpolation.
         class_map: the class map, as in :class:`fastroute.Upscaled`; None if nothing was routed.
         classes: picture of the class map, uint8 (3, H, W).
@@ -151,10 +150,10 @@ def compare(
         raise ValueError(f"compare: reference must be {width} x {height}, as the result is; got {shown_size(reference)}")
     if reference is not None:
         # Fail early if scikit-image is missing or the image is smaller than SSIM's window.
-        least = evaluation.SSIM_WINDOW + 2 * math.ceil(factor)
+        least = quality.SSIM_WINDOW + 2 * math.ceil(factor)
         if min(height, width) < least:
             raise ValueError(f"compare: PSNR and SSIM need a result of at least {least} x {least}; got {width} x {height}")
-        evaluation.compare(reference, reference, math.ceil(factor))
+        quality.compare(reference, reference, math.ceil(factor))
 
     lr = image.to(device)
     calls: dict[str, Callable[[], Upscaled]] = {}
@@ -177,10 +176,10 @@ def compare(
                     seconds[name].append(result.stats.seconds["total"] - result.stats.seconds.get("tune", 0.0))
                 bar.update()
 
-    def quality(result: Tensor) -> dict[str, float]:
-        return {} if reference is None else evaluation.compare(result.cpu(), reference, math.ceil(factor))
+    def measured(result: Tensor) -> dict[str, float]:
+        return {} if reference is None else quality.compare(result.cpu(), reference, math.ceil(factor))
 
-    variants = [Variant(BICUBIC, enlarged.cpu(), statistics.median(seconds[BICUBIC]), quality(enlarged))]
+    variants = [Variant(BICUBIC, enlarged.cpu(), statistics.median(seconds[BICUBIC]), measured(enlarged))]
     for name, router in routers.items():
         dense = None
         for label in choices(router, budgets):
@@ -188,7 +187,7 @@ def compare(
             result = results.pop(key)
             picture, median = result.image.cpu(), statistics.median(seconds[key])
             if dense is None:
-                dense = Variant(key, picture, median, quality(picture), result.stats)
+                dense = Variant(key, picture, median, measured(picture), result.stats)
                 variants.append(dense)
                 continue
             grid = None
@@ -198,7 +197,7 @@ def compare(
             if isinstance(router, CascadeRouter):
                 class_map = router.pixel_map(class_map, picture.shape[1:])
             overlay = class_overlay(picture, class_map, grid, router.num_classes)
-            variants.append(Variant(key, picture, median, quality(picture), result.stats, class_map, overlay, dense))
+            variants.append(Variant(key, picture, median, measured(picture), result.stats, class_map, overlay, dense))
     return Comparison(image, reference, factor, variants, runs, machine(torch.device(device)))
 
 

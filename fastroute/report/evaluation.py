@@ -1,6 +1,6 @@
 """The quality and the cost of a model on a folder of images: PSNR, SSIM, FLOPs in both conventions, seconds, classes.
 
-PSNR and SSIM are those of scikit-image, which ``pip install ".[evaluate]"`` in a copy of the source installs.
+PSNR and SSIM are those of :mod:`fastroute.quality`.
 """
 
 from __future__ import annotations
@@ -25,14 +25,10 @@ from fastroute.degradation import make_pair
 from fastroute.io.walk import walk
 from fastroute.patch.patch_router import PatchRouter
 from fastroute.pixel.pixel_router import PixelRouter
+from fastroute.quality import compare, least_side, metrics
 from fastroute.runtime.progress import Progress, shown
 from fastroute.runtime.results import Upscaled
 
-# The side of SSIM's Gaussian window, 2 · round(3.5 · 1.5) + 1.
-SSIM_WINDOW = 11
-# Y of ITU-R BT.601 in 16 … 235, from RGB in 0 … 255.
-LUMA = (65.481 / 255, 128.553 / 255, 24.966 / 255)
-LUMA_BLACK = 16.0
 # A first call maps memory and reads weights, so an image that takes fewer seconds than this is upscaled twice.
 WARM_UP_BELOW = 10.0
 
@@ -123,7 +119,7 @@ def evaluate(
     if not paths:
         raise ValueError(f"evaluate: no image is left in {folder}; the patterns exclude {', '.join(exclude)}")
     # Fail early if scikit-image is missing.
-    _metrics()
+    metrics()
     rows: list[Row] = []
     with shown(progress, len(paths), "image", "evaluate") as bar:
         for path in paths:
@@ -172,41 +168,11 @@ def _read_pair(path: Path, factor: int, notes: list[tuple[Path, str]]) -> tuple[
     picture = io.read_picture(path)
     notes += [(path, note) for note in picture.origin.notes]
     image = picture.as_bits(8).color.contiguous()
-    least = SSIM_WINDOW + 3 * factor - 1
+    least = least_side(factor)
     if min(image.shape[-2:]) < least:
         height, width = image.shape[-2:]
         raise ValueError(f"evaluate: images must be at least {least} x {least} pixels; {path} has {width} x {height}")
     return make_pair(image, factor)
-
-
-def compare(image: Tensor, target: Tensor, border: int) -> dict[str, float]:  # [3, H, W] uint8 twice
-    """PSNR and SSIM of RGB and luma, without `border` pixels on every side.
-
-    SSIM as defined by Wang et al. (2004): a Gaussian window of standard deviation 1.5, no correction for the sample size.
-    """
-    psnr, ssim = _metrics()
-    if image.shape != target.shape:
-        raise ValueError(f"compare: image must be {tuple(target.shape)} as target; got {tuple(image.shape)}")
-    inner = (slice(None), slice(border, image.shape[1] - border), slice(border, image.shape[2] - border))
-    a, b = (x[inner].numpy() for x in (image, target))
-    window = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False, "data_range": 255}
-
-    def decibels(x: np.ndarray, y: np.ndarray) -> float:
-        # scikit-image would divide by zero.
-        return math.inf if np.array_equal(x, y) else float(psnr(y, x, data_range=255))
-
-    ya, yb = (luma(x) for x in (a, b))
-    return {
-        "psnr": decibels(a, b),
-        "ssim": float(ssim(b, a, channel_axis=0, **window)),
-        "psnr_y": decibels(ya, yb),
-        "ssim_y": float(ssim(yb, ya, **window)),
-    }
-
-
-def luma(rgb: np.ndarray) -> np.ndarray:  # [3, H, W] in 0 … 255 -> [H, W]
-    """Y of BT.601, 16 … 235, not rounded."""
-    return np.tensordot(np.array(LUMA), rgb.astype(np.float64), axes=1) + LUMA_BLACK
 
 
 def mean(rows: Sequence[Row]) -> Row:
@@ -264,14 +230,3 @@ def write_json(path: str | Path, rows: Sequence[Row], **about: object) -> None:
     content = {**about, "torch": torch.__version__, "images": [asdict(row) for row in rows], "mean": asdict(mean(rows))}
     text = json.dumps(plain(content), indent=2, allow_nan=False) + "\n"
     io.write_atomically(path, lambda file: file.write(text.encode()))
-
-
-def _metrics() -> tuple[Any, Any]:
-    """The PSNR and SSIM of scikit-image, which only this module needs."""
-    try:
-        from skimage.metrics import peak_signal_noise_ratio, structural_similarity
-    except ImportError as error:
-        raise ValueError(
-            f'evaluate: PSNR and SSIM need scikit-image ({error}): run pip install ".[evaluate]" in a copy of the source'
-        ) from error
-    return peak_signal_noise_ratio, structural_similarity

@@ -9,10 +9,15 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from fastroute.grid import usual_stride
 from fastroute.models.arm import ARM, BACKBONES, BINS, edge_score
-from fastroute.training.base import BaseTrainer, Stage, StepResult, check_backbone, check_settings, check_widths
+from fastroute.patch.patch_router import PatchRouter
+from fastroute.training.base import RecipeTrainer, routed
+from fastroute.training.checks import check_backbone, check_settings, check_widths
 from fastroute.training.optimizers import check_optimizer
 from fastroute.training.start import Start, start_network
+from fastroute.training.trainer import Stage, StepResult
+from fastroute.training.validation import Upscale
 
 MEASURED_AT_ONCE = 32
 
@@ -22,7 +27,7 @@ class Recipe:
     """What is trained, and for how long.
 
     Attributes:
-        backbone: "fsrcnn", "carn" or "srresnet".
+        backbone: "fsrcnn", "carn", "srresnet" or "rcan"; "own" for a model given in Python.
         widths: rising; class 0 is interpolation.
         scale, patch: upscaling factor and LR patch size.
         steps: each trains one width; 0 only measures the table, of weights to start from.
@@ -57,43 +62,62 @@ class Recipe:
             raise ValueError(f"train: eta must be above 0; got {self.eta}")
 
 
-class Trainer(BaseTrainer):
-    """Runs a :class:`Recipe` with progress and exact resume; see :class:`BaseTrainer` for the arguments.
+class Trainer(RecipeTrainer):
+    """Runs a :class:`Recipe` with progress and exact resume; see :class:`RecipeTrainer` for the arguments.
 
     `init` may also be one network of the largest width, such as a published supernet, which has no table. Of a ClassSR or CDNSR
     model it takes the most expensive branch. The narrower networks are the first channels of this network, as always, and are
     trained from there.
     """
 
-    def _build(self) -> nn.Module:
-        r = self.recipe
-        arm = ARM(r.backbone, r.widths, r.scale, r.bins, r.patch)
-        cost = arm.classifier.cost
-        self.share = (cost.square() / cost.square().sum()).numpy()
-        return arm
+    system = "arm"
 
-    def _start_from(self, start: Start) -> None:
+    def build(self) -> nn.Module:
+        """See :class:`RecipeTrainer`."""
+        r = self.recipe
+        return ARM(r.backbone, r.widths, r.scale, r.bins, r.patch)
+
+    def prepare(self) -> None:
+        """Finds how often each width learns."""
+        cost = self.model.classifier.cost
+        self.share = (cost.square() / cost.square().sum()).cpu().numpy()
+
+    def upscale(self, stage: Stage) -> Upscale:
+        """All classes, as the table measured by now chooses."""
+        r, arm = self.recipe, self.model
+        router = PatchRouter(
+            arm.branches, arm.classifier, patch=r.patch, stride=usual_stride(r.patch), scale=r.scale, window="hann",
+            costs=arm.costs(r.patch), tune=False,
+        )  # fmt: skip
+        return routed(router)
+
+    def start_from(self, start: Start) -> None:
+        """See :class:`RecipeTrainer`."""
         if "classifier.table.psnr" in start.state:
-            super()._start_from(start)
+            super().start_from(start)
         else:
             start_network(self.model.network, start.network)
 
-    def _plan(self) -> list[Stage]:
+    def plan(self) -> list[Stage]:
+        """See :class:`fastroute.training.Trainer`."""
         return [Stage("widths", self.recipe.steps, self.recipe.learning_rate, "widths")]
 
-    def _parameters(self, stage: Stage) -> list[nn.Parameter]:
+    def parameters(self, stage: Stage) -> list[nn.Parameter]:
+        """See :class:`fastroute.training.Trainer`."""
         return list(self.model.network.parameters())
 
-    def _loss(self, stage: Stage, rng: np.random.Generator) -> StepResult:
+    def loss(self, stage: Stage, rng: np.random.Generator) -> StepResult:
+        """See :class:`fastroute.training.Trainer`."""
         # By the square of its cost, as published: a wide network learns more slowly. Interpolation costs nothing.
         k = int(rng.choice(len(self.share), p=self.share))
-        lr, hr = self._batch(self.pool.draw(0, len(self.pool.positions), self.recipe.batch, rng), rng)
+        lr, hr = self.batch(self.pool.draw(0, len(self.pool.positions), self.recipe.batch, rng), rng)
         # Squared, as PSNR counts.
         loss = F.mse_loss(self.model.run(k, lr), hr)
-        return 100 * loss, loss.detach(), lambda: f", last width {self.recipe.widths[k - 1]}"
+        return StepResult(100 * loss, loss.detach(), lambda: f", last width {int(self.model.widths[k - 1])}")
 
-    def _finish(self) -> None:
-        super()._finish()
+    def finish(self) -> None:
+        """See :class:`fastroute.training.Trainer`."""
+        super().finish()
         # The recipe's, whatever weights it started from.
         self.model.classifier.eta.copy_(self.recipe.eta * self.model.classifier.cost[-1])
         total = len(self.pool.positions)
@@ -101,7 +125,7 @@ class Trainer(BaseTrainer):
         rng = np.random.default_rng(self.recipe.seed)
         scores, psnrs = [], []
         for indices in np.array_split(chosen, -(-len(chosen) // MEASURED_AT_ONCE)):
-            lr, hr = self._batch(indices, rng, slice(None))
+            lr, hr = self.batch(indices, rng, slice(None))
             scores.append(edge_score(lr))
             psnrs.append(self.model.measure(lr, hr))
         self.model.table.fit(torch.cat(scores), torch.cat(psnrs))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -11,17 +12,26 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastroute.models.cdnsr import CDNSR, CLASSIFIER_LAYERS, annealed, gumbel_softmax, mix
-from fastroute.models.classsr import ClassSR
 from fastroute.runtime.transfer import to_device
 from fastroute.training import distributed
-from fastroute.training.base import Stage, StepResult, check_settings, class_shares
+from fastroute.training.base import class_shares
+from fastroute.training.checks import check_settings
 from fastroute.training.classsr import BranchRecipe, BranchTrainer
-from fastroute.training.distillation import ContrastiveLoss, small_features
+from fastroute.training.distillation import (
+    ContrastiveLoss,
+    CSDLoss,
+    Distillation,
+    FeatureStack,
+    small_features,
+    vgg19_features,
+)
 from fastroute.training.losses import at_least_single, cdnsr_loss
 from fastroute.training.start import Start, start_branches
+from fastroute.training.trainer import Stage, StepResult
 
 # Target FLOPs of the variants, as a fraction of the most expensive branch: near the full network, medium, small.
 VARIANTS = {"r": 0.85, "m": 0.65, "s": 0.5}
+CONTRASTS: dict[str, Callable[[FeatureStack], Distillation]] = {"cdnsr": ContrastiveLoss, "csd": CSDLoss}
 
 
 @dataclass(frozen=True)
@@ -38,8 +48,11 @@ class Recipe(BranchRecipe):
         distill_steps: step 4, the branches alone under the trained classifier, the most expensive teaching the others.
         classifier_rate, joint_rate, distill_rate: peak rates of these steps.
         image_weight: of the absolute error.
-        contrast_weight: of the contrastive loss in step 4.
-        contrast_batch: patches of a batch that it looks at; its distances to all negatives cost more than the branches.
+        contrast: the contrastive loss of step 4: "cdnsr" for :class:`ContrastiveLoss`, "csd" for :class:`CSDLoss`.
+        features: file of VGG-19's weights as torchvision stores them, in whose features it is computed, as published; by
+            default those of :func:`small_features`, which need no file.
+        contrast_weight: of the contrastive loss.
+        contrast_batch: patches of a batch that it looks at; its features cost more than the branches.
         negatives: interpolated patches of the batch that serve as negatives.
         temperature: of the Gumbel softmax; falls in steps 2 and 3 each to `last_temperature`, where step 4 keeps it.
     """
@@ -55,6 +68,8 @@ class Recipe(BranchRecipe):
     joint_rate: float = 1e-4
     distill_rate: float = 1e-4
     image_weight: float = 1000.0
+    contrast: str = "cdnsr"
+    features: str = ""
     contrast_weight: float = 1.0
     contrast_batch: int = 16
     negatives: int = 6
@@ -70,6 +85,8 @@ class Recipe(BranchRecipe):
         )
         if self.variant not in VARIANTS:
             raise ValueError(f"train: variant must be one of {', '.join(VARIANTS)}; got {self.variant!r}")
+        if self.contrast not in CONTRASTS:
+            raise ValueError(f"train: contrast must be one of {', '.join(CONTRASTS)}; got {self.contrast!r}")
         if not 0 <= self.alpha <= 1:
             raise ValueError(f"train: alpha must lie in [0, 1]; got {self.alpha}")
         if self.layers not in CLASSIFIER_LAYERS:
@@ -87,43 +104,57 @@ class Recipe(BranchRecipe):
 
 
 class Trainer(BranchTrainer):
-    """Runs a :class:`Recipe` with progress and exact resume; see :class:`BaseTrainer` for the arguments.
+    """Runs a :class:`Recipe` with progress and exact resume; see :class:`RecipeTrainer` for the arguments.
 
     `init` may also be a ClassSR, of which it takes the branches: its classifier is too sure of its choices for noise to
     move it.
 
     Attributes:
-        contrast: the loss of step 4; replace its `features` by those of VGG-19 for the published one.
+        contrast: the loss of step 4.
     """
 
-    def _system(self) -> ClassSR:
-        if self.recipe.contrast_batch % distributed.size():
-            raise ValueError(f"train: contrast_batch must be a multiple of the processes, {distributed.size()}")
-        self.contrast = ContrastiveLoss(small_features()).to(self.device)
+    system = "cdnsr"
+
+    def build(self) -> nn.Module:
+        """See :class:`RecipeTrainer`."""
         return CDNSR.build(self.recipe.backbone, self.recipe.widths, self.recipe.scale, self.recipe.layers)
 
-    def _start_from(self, start: Start) -> None:
+    def prepare(self) -> None:
+        """Counts what the branches cost, and makes the loss of step 4, whose projection learns there."""
+        super().prepare()
+        if self.recipe.contrast_batch % distributed.size():
+            raise ValueError(f"train: contrast_batch must be a multiple of the processes, {distributed.size()}")
+        features = vgg19_features(self.recipe.features) if self.recipe.features else small_features()
+        self.contrast = CONTRASTS[self.recipe.contrast](features).to(self.device)
+        self.helper = self.contrast.projection if isinstance(self.contrast, ContrastiveLoss) else None
+
+    def start_from(self, start: Start) -> None:
+        """See :class:`RecipeTrainer`."""
         if start.recipe.startswith("cdnsr"):
-            super()._start_from(start)
+            super().start_from(start)
         else:
             start_branches(self.model.branches, start)
 
-    def _plan(self) -> list[Stage]:
+    def plan(self) -> list[Stage]:
+        """See :class:`fastroute.training.Trainer`."""
         r = self.recipe
         return [
-            *super()._plan(),
+            *super().plan(),
             Stage("classifier", r.classifier_steps, r.classifier_rate, "classifier"),
             Stage("joint", r.joint_steps, r.joint_rate, "joint"),
             Stage("distillation", r.distill_steps, r.distill_rate, "distill"),
         ]
 
-    def _parameters(self, stage: Stage) -> list[nn.Parameter]:
+    def parameters(self, stage: Stage) -> list[nn.Parameter]:
+        """See :class:`fastroute.training.Trainer`."""
         if stage.branch is not None:
-            return super()._parameters(stage)
+            return super().parameters(stage)
         if stage.kind == "classifier":
             return list(self.model.classifier.parameters())
         branches = [p for branch in self.model.branches for p in branch.parameters()]
-        return branches if stage.kind == "distill" else [*self.model.classifier.parameters(), *branches]
+        if stage.kind == "distill":
+            return branches if self.helper is None else [*branches, *self.helper.parameters()]
+        return [*self.model.classifier.parameters(), *branches]
 
     def _system_loss(self, stage: Stage, lr: Tensor, hr: Tensor, rng: np.random.Generator) -> StepResult:
         r, distill = self.recipe, stage.kind == "distill"
@@ -149,4 +180,4 @@ class Trainer(BranchTrainer):
             loss = r.image_weight * F.l1_loss(mixed, hr) + r.contrast_weight * contrast
         else:
             loss = cdnsr_loss(mixed, hr, weights, self.cost, r.target, r.lambda_reg, r.image_weight)
-        return loss, F.mse_loss(mixed.detach(), hr), partial(class_shares, weights.detach())
+        return StepResult(loss, F.mse_loss(mixed.detach(), hr), partial(class_shares, weights.detach()))

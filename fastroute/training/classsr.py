@@ -10,12 +10,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fastroute.grid import usual_stride
 from fastroute.models.classsr import BACKBONES, ClassSR, PatchClassifier
+from fastroute.patch.patch_router import PatchRouter
 from fastroute.profiling import count_flops
 from fastroute.runtime.transfer import to_device
-from fastroute.training.base import BaseTrainer, Stage, StepResult, check_backbone, check_settings, check_widths, class_shares
+from fastroute.training.base import RecipeTrainer, class_shares, routed
+from fastroute.training.checks import check_backbone, check_settings, check_widths
 from fastroute.training.losses import average_loss, class_loss, routing_loss
 from fastroute.training.optimizers import check_optimizer
+from fastroute.training.trainer import Stage, StepResult
+from fastroute.training.validation import Upscale
 
 # Squared errors in [0, 1]²: that of a usual patch, which `balance` leaves its weight, and what keeps the weight of a flat
 # patch, which is nearly exact already, from growing without end.
@@ -27,7 +32,7 @@ class BranchRecipe:
     """How branches are pre-trained.
 
     Attributes:
-        backbone: "fsrcnn", "carn", "srresnet" or "rcan".
+        backbone: "fsrcnn", "carn", "srresnet" or "rcan"; "own" for a model given in Python.
         widths: feature channels of each branch, cheapest first.
         scale, patch: upscaling factor and LR patch size.
         branch_steps: steps of pre-training of each branch; a cheap branch learns less and needs fewer.
@@ -101,47 +106,66 @@ class Recipe(BranchRecipe):
         check_settings(self, ("classifier_steps", "joint_steps", "routing_steps"))
 
 
-class BranchTrainer(BaseTrainer):
-    """Pre-trains branches, each on its difficulty class and on others; see :class:`BaseTrainer` for the arguments."""
+class BranchTrainer(RecipeTrainer):
+    """Pre-trains branches, each on its difficulty class and on others; see :class:`RecipeTrainer` for the arguments."""
 
-    def _build(self) -> nn.Module:
-        model = self._system()
-        flops = [count_flops(branch, (1, 3, self.recipe.patch, self.recipe.patch)) for branch in model.branches]
-        self.cost = torch.tensor(flops, dtype=torch.float32, device=self.device) / max(flops)
-        return model
+    system = "classsr"
 
-    def _system(self) -> ClassSR:
+    def build(self) -> nn.Module:
+        """See :class:`RecipeTrainer`."""
         return ClassSR.build(self.recipe.backbone, self.recipe.widths, self.recipe.scale)
 
-    def _plan(self) -> list[Stage]:
+    def prepare(self) -> None:
+        """Counts what the branches cost."""
+        if len(self.model.branches) != len(self.recipe.branch_steps):
+            raise ValueError(
+                f"train: branch_steps must be one number per branch of the model, {len(self.model.branches)}; got "
+                f"{len(self.recipe.branch_steps)}"
+            )
+        flops = [count_flops(branch, (1, 3, self.recipe.patch, self.recipe.patch)) for branch in self.model.branches]
+        self.cost = torch.tensor(flops, dtype=torch.float32, device=self.device) / max(flops)
+
+    def upscale(self, stage: Stage) -> Upscale:
+        """The branch that learns alone, or all of them as a router chooses."""
+        alone, r = stage.branch, self.recipe
+        branches = self.model.branches if alone is None else [self.model.branches[alone]]
+        classifier = self.model.classifier if alone is None else None
+        places = {"patch": r.patch, "stride": usual_stride(r.patch), "scale": r.scale}
+        return routed(PatchRouter(branches, classifier, window="hann", tune=False, **places))
+
+    def plan(self) -> list[Stage]:
+        """See :class:`fastroute.training.Trainer`."""
         r = self.recipe
         return [
             Stage(f"branch {k + 1}", r.branch_steps[k], r.learning_rate, "branch", k) for k in reversed(range(len(r.widths)))
         ]
 
-    def _parameters(self, stage: Stage) -> list[nn.Parameter]:
+    def parameters(self, stage: Stage) -> list[nn.Parameter]:
+        """See :class:`fastroute.training.Trainer`."""
         assert stage.branch is not None  # the only stages planned here
         return list(self.model.branches[stage.branch].parameters())
 
-    def _clip(self, stage: Stage) -> float:
+    def largest_norm(self, stage: Stage) -> float:
+        """See :class:`fastroute.training.Trainer`."""
         return 10.0 * (1 if stage.branch is not None else self.recipe.image_weight)
 
-    def _loss(self, stage: Stage, rng: np.random.Generator) -> StepResult:
-        indices = self._draw(stage, rng)
-        lr, hr = self._batch(indices, rng)
+    def loss(self, stage: Stage, rng: np.random.Generator) -> StepResult:
+        """See :class:`fastroute.training.Trainer`."""
+        indices = self.draw(stage, rng)
+        lr, hr = self.batch(indices, rng)
         if stage.branch is None:
             return self._system_loss(stage, lr, hr, rng)
         bicubic = to_device(torch.from_numpy(10 ** (-self.pool.psnr[indices[self.rows]] / 10)).to(lr.dtype), self.device)
         # Squared, as PSNR counts: the error of strong edges decides, which the absolute one undervalues.
         errors = (self.model.branches[stage.branch](lr) - hr).square().mean(dim=(1, 2, 3))
         weights = (LEVEL / (bicubic + FLAT)) ** self.recipe.balance
-        return 100 * (weights * errors).mean(), errors.detach().mean(), lambda: ""
+        return StepResult(100 * (weights * errors).mean(), errors.detach().mean(), lambda: "")
 
     def _system_loss(self, stage: Stage, lr: Tensor, hr: Tensor, rng: np.random.Generator) -> StepResult:
-        """Loss of the stages after the branches; see :meth:`BaseTrainer._loss`."""
+        """Loss of the stages after the branches; see :meth:`Trainer.loss`."""
         raise NotImplementedError(f"a stage {stage.name!r} without a loss")
 
-    def _draw(self, stage: Stage, rng: np.random.Generator) -> np.ndarray:
+    def draw(self, stage: Stage, rng: np.random.Generator) -> np.ndarray:
         """Numbers of the patches of a step."""
         total, size = len(self.pool.positions), self.recipe.batch
         # The classifier needs larger batches: its average loss compares class shares within one.
@@ -156,20 +180,22 @@ class BranchTrainer(BaseTrainer):
 
 
 class Trainer(BranchTrainer):
-    """Runs a :class:`Recipe` with progress and exact resume; see :class:`BaseTrainer` for the arguments."""
+    """Runs a :class:`Recipe` with progress and exact resume; see :class:`RecipeTrainer` for the arguments."""
 
-    def _plan(self) -> list[Stage]:
+    def plan(self) -> list[Stage]:
+        """See :class:`fastroute.training.Trainer`."""
         r = self.recipe
         return [
-            *super()._plan(),
+            *super().plan(),
             Stage("classifier", r.classifier_steps, r.classifier_rate, "classifier"),
             Stage("joint", r.joint_steps, r.joint_rate, "joint"),
             Stage("routing", r.routing_steps, r.routing_rate, "routing"),
         ]
 
-    def _parameters(self, stage: Stage) -> list[nn.Parameter]:
+    def parameters(self, stage: Stage) -> list[nn.Parameter]:
+        """See :class:`fastroute.training.Trainer`."""
         if stage.branch is not None:
-            return super()._parameters(stage)
+            return super().parameters(stage)
         return list((self.model if stage.kind == "joint" else self.model.classifier).parameters())
 
     def _system_loss(self, stage: Stage, lr: Tensor, hr: Tensor, rng: np.random.Generator) -> StepResult:
@@ -183,9 +209,9 @@ class Trainer(BranchTrainer):
                 errors = (outputs.clamp(0, 1) - hr[:, None]).square().mean(dim=(2, 3, 4))
                 chosen = errors.gather(1, probability.argmax(dim=1, keepdim=True)).mean()
                 loss = routing_loss(probability, errors, self.cost, self.recipe.routing_price)
-                return loss, chosen, partial(class_shares, probability.detach())
+                return StepResult(loss, chosen, partial(class_shares, probability.detach()))
             output = (probability[:, :, None, None, None] * outputs).sum(dim=1)
         r = self.recipe
         loss = r.image_weight * F.l1_loss(output, hr)
         loss = loss + r.class_weight * class_loss(probability) + r.average_weight * average_loss(probability)
-        return loss, F.mse_loss(output.detach(), hr), partial(class_shares, probability.detach())
+        return StepResult(loss, F.mse_loss(output.detach(), hr), partial(class_shares, probability.detach()))

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from functools import lru_cache
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -93,6 +94,9 @@ class Pool:
         where = np.concatenate(positions).astype(np.int32)[order]
         return Pool(lrs, hrs, where, psnr_all[order].astype(np.float32), patch, scale, len(paths))
 
+    def __len__(self) -> int:
+        return len(self.positions)
+
     def class_range(self, k: int, num_classes: int) -> tuple[int, int]:
         """Patches of difficulty class `k`: equal shares by rank, 0 the easiest."""
         total = len(self.positions)
@@ -143,6 +147,40 @@ class Pool:
             hrs.append(hr)
         # Bytes travel while a GPU works on what came before.
         lr, hr = (to_device(torch.stack(x), device or torch.device("cpu")).float().div_(255) for x in (lrs, hrs))
+        return lr, hr
+
+
+class Sized(Protocol):
+    """A data set by number, such as a :class:`torch.utils.data.Dataset`."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]: ...
+
+
+class Pairs:
+    """Batches of a data set of one's own.
+
+    Args:
+        dataset: its items are pairs of tensors, (C, p, p) and (C, P, P), all of one size, float in [0, 1] or uint8.
+
+    Raises:
+        ValueError: it is empty.
+    """
+
+    def __init__(self, dataset: Sized) -> None:
+        if not len(dataset):
+            raise ValueError("train: data must hold at least one pair; it is empty")
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def batch(self, indices: np.ndarray, rng: np.random.Generator, share: slice, device: torch.device) -> tuple[Tensor, Tensor]:
+        """The pairs of `indices[share]` as float32, as they are."""
+        pairs = [self.dataset[int(index)] for index in indices[share]]
+        lr, hr = (to_device(torch.stack(images), device) for images in zip(*pairs, strict=True))
+        lr, hr = (x.float().div_(255) if x.dtype == torch.uint8 else x.float() for x in (lr, hr))
         return lr, hr
 
 

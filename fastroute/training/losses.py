@@ -76,7 +76,7 @@ def routing_loss(probability: Tensor, errors: Tensor, cost: Tensor, price: float
 
 
 def expected_cost(probability: Tensor, cost: Tensor) -> Tensor:  # [N, K], [K]
-    """Mean cost of the choices as a fraction of the most expensive class's: CDNSR, equation 3."""
+    """E(F) / C_max: the mean cost of the choices, CDNSR, equation 2, as a fraction of the most expensive class's."""
     probability = _checked(probability, "expected_cost")
     # On a GPU the numbers could only be looked at by waiting for all work before.
     if cost.shape != probability.shape[1:] or (cost.device.type == "cpu" and not bool((cost > 0).all())):
@@ -85,10 +85,9 @@ def expected_cost(probability: Tensor, cost: Tensor) -> Tensor:  # [N, K], [K]
 
 
 def flops_loss(probability: Tensor, cost: Tensor, alpha: float) -> Tensor:  # [N, K], [K]
-    """CDNSR's regularisation, equation 4: what the expected cost is above its target.
+    """CDNSR's regularisation, equation 3: max(0, E(F) / C_max - alpha), what the expected cost is above its target.
 
-    max(0, expected cost - alpha), divided by the range of the costs, 1 - min / max: 0 where the target is met. With one class,
-    or with costs all alike, there is nothing to save.
+    E(F) is that of all processes, see :func:`expected_cost`.
 
     Args:
         probability: (N, K), rows summing to 1; in training those of the Gumbel softmax.
@@ -100,9 +99,7 @@ def flops_loss(probability: Tensor, cost: Tensor, alpha: float) -> Tensor:  # [N
     """
     if not 0 <= alpha <= 1:
         raise ValueError(f"flops_loss: alpha must lie in [0, 1]; got {alpha}")
-    spread = 1 - cost.min() / cost.max()
-    spread = torch.where(spread > 0, spread, 1).to(probability)
-    return (process_mean(expected_cost(probability, cost)) - alpha).clamp(min=0) / spread
+    return (process_mean(expected_cost(probability, cost)) - alpha).clamp(min=0)
 
 
 def cdnsr_loss(
@@ -114,7 +111,7 @@ def cdnsr_loss(
     lambda_reg: float,
     image_weight: float = 1000.0,
 ) -> Tensor:
-    """CDNSR's loss, equations 1 and 2: absolute error of the mixture, and the price of its FLOPs.
+    """CDNSR's loss, equations 1 to 4: absolute error of the mixture, and the price of its FLOPs.
 
     image_weight * mean |output - target| + lambda_reg * :func:`flops_loss`. `image_weight` is that of the published training.
     """

@@ -11,16 +11,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastroute.models.carn import CARN, RGB_MEAN
-from fastroute.models.fsrcnn import FSRCNN
-from fastroute.models.pcsr import MLP, PCSR
+from fastroute.models.carn import RGB_MEAN
+from fastroute.models.pcsr import BACKBONES, MLP, PCSR, encoder_of
+from fastroute.pixel.pixel_router import PixelRouter
 from fastroute.reference.pixel_mlp import bilinear_reference
 from fastroute.runtime.transfer import to_device
-from fastroute.training.base import BaseTrainer, Stage, StepResult, check_backbone, check_settings, class_shares
+from fastroute.training.base import RecipeTrainer, class_shares, routed
+from fastroute.training.checks import check_backbone, check_settings
 from fastroute.training.data import downscale, to_uint8
 from fastroute.training.losses import average_loss
 from fastroute.training.optimizers import check_optimizer
 from fastroute.training.start import Start, start_encoder
+from fastroute.training.trainer import Stage, StepResult
+from fastroute.training.validation import Upscale
 
 
 @dataclass(frozen=True)
@@ -28,8 +31,9 @@ class Recipe:
     """What is trained, and for how long.
 
     Attributes:
-        backbone: of the encoder, "fsrcnn" or "carn".
+        backbone: of the encoder, "fsrcnn", "carn", "srresnet" or "rcan"; "own" for a model given in Python.
         width: of the encoder.
+        blocks: of the encoder: residual blocks of SRResNet, or those of each group of RCAN; 0 for as many as published.
         upsamplers: hidden widths of each class's MLP, cheapest first; an empty one is plain bilinear interpolation.
         classifier: hidden widths of the classifier's MLP.
         scales: whole upscaling factors; every batch has one of them, drawn evenly.
@@ -48,6 +52,7 @@ class Recipe:
 
     backbone: str = "fsrcnn"
     width: int = 48
+    blocks: int = 0
     upsamplers: tuple[tuple[int, ...], ...] = ((10, 10, 10), (58, 58, 58, 58))
     classifier: tuple[int, ...] = ()
     scales: tuple[int, ...] = (4,)
@@ -64,13 +69,15 @@ class Recipe:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_settings(self, ("width", "patch", "heavy_steps", "light_steps", "batch"), ("pixels", "seed", "average_weight"))
+        check_settings(
+            self, ("width", "patch", "heavy_steps", "light_steps", "batch"), ("pixels", "seed", "average_weight", "blocks")
+        )
         if len(self.upsamplers) < 2 or not self.upsamplers[-1]:
             raise ValueError(f"train: upsamplers must be at least two, the last not empty; got {self.upsamplers}")
         if not self.scales or min(self.scales) < 1 or list(self.scales) != sorted(set(self.scales)):
             raise ValueError(f"train: scales must be positive and rise; got {self.scales}")
         check_optimizer(self.optimizer)
-        check_backbone(self.backbone, ("fsrcnn", "carn"))
+        check_backbone(self.backbone, BACKBONES)
         for name, mlps in (("upsamplers", self.upsamplers), ("classifier", (self.classifier,))):
             if any(w < 1 for widths in mlps for w in widths):
                 raise ValueError(f"train: {name}: widths of an MLP must be at least 1; got {getattr(self, name)}")
@@ -81,41 +88,54 @@ class Recipe:
         return max(self.scales)
 
 
-class Trainer(BaseTrainer):
-    """Runs a :class:`Recipe` with progress and exact resume; see :class:`BaseTrainer` for the arguments.
+class Trainer(RecipeTrainer):
+    """Runs a :class:`Recipe` with progress and exact resume; see :class:`RecipeTrainer` for the arguments.
 
     `init` may also be one network of the encoder's backbone and width, or a ClassSR model whose most expensive branch is such a
     network. The encoder takes its layers up to the features.
     """
 
-    def _build(self) -> nn.Module:
-        r = self.recipe
-        carn = r.backbone == "carn"
-        encoder = CARN(r.width, upsample=False) if carn else FSRCNN(r.width, upsample=False)
-        return PCSR.build(encoder, [hidden or None for hidden in r.upsamplers], r.classifier, RGB_MEAN if carn else None)
+    system = "pcsr"
 
-    def _start_from(self, start: Start) -> None:
+    def build(self) -> nn.Module:
+        """See :class:`RecipeTrainer`."""
+        r = self.recipe
+        sizes = {"width": r.width} | ({"blocks": r.blocks} if r.blocks else {})
+        mean = RGB_MEAN if r.backbone == "carn" else None
+        return PCSR.build(encoder_of(r.backbone, **sizes), [hidden or None for hidden in r.upsamplers], r.classifier, mean)
+
+    def upscale(self, stage: Stage) -> Upscale:
+        """The most expensive upsampler everywhere while it learns, then the classes that the classifier chooses."""
+        router = PixelRouter(self.model, scale=self.recipe.scale)
+        return routed(router, **({"budget": 1.0} if stage.kind == "heavy" else {}))
+
+    def start_from(self, start: Start) -> None:
+        """See :class:`RecipeTrainer`."""
         if any(key.startswith("encoder.") for key in start.state):
-            super()._start_from(start)
+            super().start_from(start)
         else:
             start_encoder(self.model.encoder, start)
 
-    def _plan(self) -> list[Stage]:
+    def plan(self) -> list[Stage]:
+        """See :class:`fastroute.training.Trainer`."""
         r = self.recipe
         return [
             Stage("encoder and most expensive upsampler", r.heavy_steps, r.learning_rate, "heavy"),
             Stage("other upsamplers and classifier", r.light_steps, r.light_rate, "light"),
         ]
 
-    def _parameters(self, stage: Stage) -> list[nn.Parameter]:
+    def parameters(self, stage: Stage) -> list[nn.Parameter]:
+        """See :class:`fastroute.training.Trainer`."""
         if stage.kind == "heavy":
             return [*self.model.encoder.parameters(), *self.model.upsamplers[-1].parameters()]
         return [*self.model.upsamplers[:-1].parameters(), *self.model.classifier.parameters()]
 
-    def _clip(self, stage: Stage) -> float:
+    def largest_norm(self, stage: Stage) -> float:
+        """See :class:`fastroute.training.Trainer`."""
         return 10.0 * (self.recipe.image_weight if stage.kind == "light" else 1)
 
-    def _loss(self, stage: Stage, rng: np.random.Generator) -> StepResult:
+    def loss(self, stage: Stage, rng: np.random.Generator) -> StepResult:
+        """See :class:`fastroute.training.Trainer`."""
         r = self.recipe
         lr, hr = self._draw(rng)
         scale = hr.shape[2] // lr.shape[2]
@@ -128,18 +148,18 @@ class Trainer(BaseTrainer):
         if stage.kind == "heavy":
             # Squared, as PSNR counts.
             loss = F.mse_loss(heavy, target)
-            return 100 * loss, loss.detach(), lambda: f", x{scale}"
+            return StepResult(100 * loss, loss.detach(), lambda: f", x{scale}")
         probability = run_mlp(self.model.classifier, features, chosen, scale).softmax(dim=-1)
         outputs = [bilinear + run_mlp(mlp, features, chosen, scale) for mlp in self.model.upsamplers[:-1]]
         mixed = (torch.stack([*outputs, heavy], dim=-1) * probability[..., None, :]).sum(dim=-1)
         pixels = probability.flatten(0, -2)
         loss = r.image_weight * F.l1_loss(mixed, target) + r.average_weight * average_loss(pixels)
-        return loss, F.mse_loss(mixed.detach(), target), partial(class_shares, pixels.detach())
+        return StepResult(loss, F.mse_loss(mixed.detach(), target), partial(class_shares, pixels.detach()))
 
     def _draw(self, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
         """A batch of one scale. For smaller factors than the pool's, part of each HR patch is reduced anew."""
         r = self.recipe
-        lr, hr = self._batch(self.pool.draw(0, len(self.pool.positions), r.batch, rng), rng)
+        lr, hr = self.batch(self.pool.draw(0, len(self.pool.positions), r.batch, rng), rng)
         scale = int(rng.choice(r.scales))
         if scale < r.scale:
             span = r.patch * scale

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,10 @@ from fastroute.models import arm as arm_models
 from fastroute.models import cdnsr as cdnsr_models
 from fastroute.models import classsr as classsr_models
 from fastroute.training import arm, cdnsr, classsr, pcsr
-from fastroute.training.base import BaseTrainer
+from fastroute.training.base import RecipeTrainer
 
 # Name: recipe with its defaults, and what runs it.
-RECIPES: dict[str, tuple[Any, type[BaseTrainer]]] = {
+RECIPES: dict[str, tuple[Any, type[RecipeTrainer]]] = {
     **{f"classsr-{b}": (classsr.Recipe(backbone=b, widths=w), classsr.Trainer) for b, w in classsr_models.WIDTHS.items()},
     **{f"cdnsr-{b}": (cdnsr.Recipe(backbone=b, widths=w), cdnsr.Trainer) for b, w in cdnsr_models.WIDTHS.items()},
     **{f"arm-{b}": (arm.Recipe(backbone=b, widths=w), arm.Trainer) for b, w in arm_models.WIDTHS.items()},
@@ -25,6 +26,15 @@ RECIPES: dict[str, tuple[Any, type[BaseTrainer]]] = {
     # The published widths.
     "pcsr-carn": (
         pcsr.Recipe(backbone="carn", width=52, upsamplers=((20,) * 3, (74,) * 4), classifier=(10, 10)),
+        pcsr.Trainer,
+    ),
+    "pcsr-srresnet": (
+        pcsr.Recipe(backbone="srresnet", width=58, upsamplers=((40,) * 3, (170,) * 4), classifier=(20, 20)),
+        pcsr.Trainer,
+    ),
+    # PCSR was not published over RCAN; upsamplers and classifier are those for SRResNet.
+    "pcsr-rcan": (
+        pcsr.Recipe(backbone="rcan", width=58, upsamplers=((40,) * 3, (170,) * 4), classifier=(20, 20)),
         pcsr.Trainer,
     ),
 }
@@ -36,6 +46,7 @@ def configure(name: str, settings: Mapping[str, str], config: str | Path | None 
     Args:
         name: a key of `RECIPES`.
         settings: by name, as text: numbers, words, numbers with commas between them, or several such lists with semicolons.
+            `scale` is one factor for recipes of several `scales` too.
         config: a YAML file of more settings, such as :func:`write_config` makes; `settings` come before those.
 
     Raises:
@@ -75,6 +86,9 @@ def write_config(path: Path, recipe: Any, comment: str) -> None:
 
 
 def _as_yaml(value: object) -> str:
+    # Words stand as they are; nothing, and what may mean more in YAML, such as a path, stands in quotes.
+    if isinstance(value, str) and not value.isidentifier():
+        return json.dumps(value)
     return f"[{', '.join(map(_as_yaml, value))}]" if isinstance(value, tuple) else str(value)
 
 
@@ -90,6 +104,10 @@ def _as_text(value: object, where: str, levels: int = 2) -> str:
 
 def _parse_all(name: str, settings: Mapping[str, str], where: str) -> dict[str, object]:
     default = RECIPES[name][0]
+    if hasattr(default, "scales") and "scale" in settings:
+        if "scales" in settings:
+            raise ValueError(f"{where}scale is one factor and scales are several; give one of them")
+        settings = {"scales" if key == "scale" else key: value for key, value in settings.items()}
     known = {field.name for field in dataclasses.fields(default)}
     if unknown := [key for key in settings if key not in known]:
         raise ValueError(f"{where}{name} has no setting {unknown[0]!r}; it has {', '.join(sorted(known))}")

@@ -14,7 +14,9 @@ from fastroute.models.checkpoints import CheckpointError, load_weights, read_che
 from fastroute.models.pcsr import rename_published
 
 # What a network has and an encoder has not.
-AFTER_FEATURES = ("tail_conv.", "upsample.", "exit.", "sub_mean.", "add_mean.")
+AFTER_FEATURES = (
+    "tail_conv.", "upsample.", "exit.", "sub_mean.", "add_mean.", "upconv1.", "upconv2.", "HRconv.", "conv_last.", "tail.",
+)  # fmt: skip
 BATCH_NORM_EPS = 1e-5
 
 
@@ -101,6 +103,7 @@ def start_encoder(encoder: nn.Module, start: Start) -> None:
     Raises:
         fastroute.CheckpointError: it does not fit; the message names the entries.
     """
-    network = start.network
-    trunk = {key: value for key, value in network.state.items() if not key.startswith(AFTER_FEATURES)}
+    network, own = start.network, encoder.state_dict()
+    # RCAN's encoder has the first of its means.
+    trunk = {key: value for key, value in network.state.items() if key in own or not key.startswith(AFTER_FEATURES)}
     start_network(encoder, network._replace(state=trunk))
