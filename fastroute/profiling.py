@@ -1,14 +1,15 @@
-"""FLOPs in two conventions, counted without running the network.
+"""FLOPs in three conventions, counted without running the network.
 
-Both count two operations per multiply-add of convolutions and linear layers. The papers count a transposed convolution's kernel
-at every *output* pixel ("paper"), which is the square of its stride times what is done ("true").
+All count two operations per multiply-add of convolutions and linear layers. The papers count a transposed convolution's kernel
+at every *output* pixel, which is the square of its stride times what is done ("true"). The tables of ClassSR, CDNSR and ARM
+("paper") count nothing else and leave the classifier out; PCSR ("pcsr") also counts batch norms, PReLUs and its classifier.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
@@ -19,7 +20,21 @@ from fastroute._arguments import real, whole
 from fastroute._contexts import on_fake_tensors
 from fastroute._copies import inference_copy
 
-CONVENTIONS = ("true", "paper")
+CONVENTIONS = ("true", "paper", "pcsr")
+# Those whose figures the last two are, in :attr:`RoutedFlops.paper`.
+TABLES, PCSR = "ClassSR", "PCSR"
+# What ClassSR's code adds for its classifier to the FLOPs that it prints for FSRCNN, per patch.
+CLASSSR_CLASSIFIER = 7.4e6
+# FLOPs that PCSR counts per number which these operators read.
+PER_INPUT = {
+    "_prelu_kernel": 1,
+    "native_batch_norm": 2,
+    "_native_batch_norm_legit": 2,
+    "_native_batch_norm_legit_no_training": 2,
+    "_batch_norm_with_update": 2,
+    "_batch_norm_no_update": 2,
+    "cudnn_batch_norm": 2,
+}
 M = TypeVar("M", bound=TorchDispatchMode)
 
 
@@ -31,18 +46,20 @@ def count_flops(model: nn.Module, input_size: Sequence[int], convention: str = "
             as TorchScript, runs on real ones.
         input_size: shape of the input, including the batch.
         convention: "true" counts as :class:`torch.utils.flop_counter.FlopCounterMode` does: multiply-adds done, times two.
-            "paper" reproduces the tables of ClassSR, CDNSR, ARM and PCSR.
+            "paper" reproduces the tables of ClassSR, CDNSR and ARM. "pcsr" counts as the code of PCSR does, from which its
+            tables are: two more per number that a batch norm reads, one per number that a PReLU reads.
 
     Raises:
         ValueError: an unknown convention.
 
-    Source: the figures of ClassSR (Kong et al., CVPR 2021), table 1, at 32 x 32 LR pixels.
+    Source: the figures of ClassSR (Kong et al., CVPR 2021), table 1, at 32 x 32 LR pixels; flops.py of PCSR (Jeong et al.,
+    ECCV 2024).
     """
     if convention not in CONVENTIONS:
         raise ValueError(f"count_flops: convention must be one of {CONVENTIONS}; got {convention!r}")
     sizes = [whole("count_flops", "input_size", n, 1 << 40) for n in input_size]
     like = next(model.parameters(), torch.empty(0, dtype=torch.float32, device="cpu"))
-    return observed(model, sizes, like.dtype, lambda: FlopCounter(paper=convention == "paper")).total
+    return observed(model, sizes, like.dtype, lambda: FlopCounter(convention)).total
 
 
 def observed(model: nn.Module, size: Sequence[int], dtype: torch.dtype, make: Callable[[], M]) -> M:
@@ -84,22 +101,25 @@ class FlopCounter(TorchDispatchMode):
     :class:`torch.utils.flop_counter.FlopCounterMode` also counts by modules, with hooks on the modules of all threads.
 
     Args:
-        paper: count the kernel of a transposed convolution at every output pixel.
+        convention: see :func:`count_flops`.
 
     Attributes:
         total: FLOPs so far.
     """
 
-    def __init__(self, paper: bool) -> None:
+    def __init__(self, convention: str) -> None:
         super().__init__()
         # Imported here, because it imports Triton if that is installed.
         from torch.utils.flop_counter import flop_registry
 
-        self.paper, self.total, self.registry = paper, 0, flop_registry
+        self.convention, self.total, self.registry = convention, 0, flop_registry
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         packet = func._overloadpacket
+        if self.convention == "pcsr" and (each := PER_INPUT.get(packet.__name__)):
+            self.total += each * args[0].numel()
+            return func(*args, **kwargs)
         if packet not in self.registry:
             # Operators that torch composes of others. Those of other namespaces, such as `prim::device`, cannot be decomposed.
             with self:
@@ -107,7 +127,7 @@ class FlopCounter(TorchDispatchMode):
             return func(*args, **kwargs) if parts is NotImplemented else parts
         out = func(*args, **kwargs)
         flops = self.registry[packet](*args, **kwargs, out_val=out)
-        if self.paper and packet is torch.ops.aten.convolution and args[6]:
+        if self.convention != "true" and packet is torch.ops.aten.convolution and args[6]:
             # Its multiply-adds are counted at every input pixel.
             flops = flops * out[0, 0].numel() // args[0][0, 0].numel()
         self.total += flops
@@ -123,16 +143,26 @@ class RoutedFlops:
         dense: FLOPs with every patch in the most expensive branch, merged likewise, and no classifier.
         one_pass: FLOPs of one pass of the most expensive network over the whole image, without overlapping patches, which is
             what a user would run instead. None if no image is known.
+        paper: whose count it is: "" for what is done; "ClassSR" for the tables of ClassSR, CDNSR and ARM, which leave the
+            classifier out of `routed`; "PCSR", whose code counts it.
     """
 
     routed: float
     dense: float
     one_pass: float | None = None
+    paper: str = ""
 
     @property
     def fraction(self) -> float:
         """Routed over dense FLOPs; 1 if there was nothing to do."""
         return self.routed / self.dense if self.dense else 1.0
+
+    def with_classifier(self, patches: float, each: float = CLASSSR_CLASSIFIER) -> RoutedFlops:
+        """The same with `each` FLOPs of a classifier for each of `patches`: what ClassSR's code prints for FSRCNN.
+
+        That code adds 7.4 M per patch there and nothing for the other networks.
+        """
+        return replace(self, routed=self.routed + each * patches)
 
     @property
     def of_one_pass(self) -> float | None:
@@ -140,13 +170,16 @@ class RoutedFlops:
         return self.routed / self.one_pass if self.one_pass else None
 
 
-def mix_flops(branch_flops: Sequence[float], counts: Sequence[float], classifier_flops: float = 0.0) -> RoutedFlops:
+def mix_flops(
+    branch_flops: Sequence[float], counts: Sequence[float], classifier_flops: float = 0.0, paper: str = ""
+) -> RoutedFlops:
     """The FLOPs of a class mix.
 
     Args:
         branch_flops: FLOPs per patch, one entry per class.
         counts: patches (or shares) per class. Regions count by their area.
-        classifier_flops: total FLOPs of the classifier, which the papers' tables leave out.
+        classifier_flops: total FLOPs of the classifier, which the tables of ClassSR, CDNSR and ARM leave out.
+        paper: see :class:`RoutedFlops`.
 
     Raises:
         ValueError: lists of different lengths.
@@ -156,4 +189,4 @@ def mix_flops(branch_flops: Sequence[float], counts: Sequence[float], classifier
     branch_flops = [real("mix_flops", "branch_flops", flops) for flops in branch_flops]
     counts = [real("mix_flops", "counts", count) for count in counts]
     routed = sum(f * n for f, n in zip(branch_flops, counts, strict=True)) + classifier_flops
-    return RoutedFlops(routed, max(branch_flops) * sum(counts))
+    return RoutedFlops(routed, max(branch_flops) * sum(counts), paper=paper)

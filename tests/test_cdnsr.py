@@ -282,9 +282,7 @@ def test_vgg19(tmp_path):
     for found, layer in zip(features(x), VGG19_LAYERS, strict=True):
         assert torch.equal(found, whole[: layer + 1](normal))
     torch.save({"conv.weight": torch.zeros(3)}, tmp_path / "other.pth")
-    with pytest.raises(
-        CheckpointError, match=r"other\.pth as VGG-19: it has no features\.0\.weight; its keys are conv"
-    ):
+    with pytest.raises(CheckpointError, match=r"other\.pth as VGG-19: it has no features\.0\.weight; its keys are conv"):
         vgg19_features(tmp_path / "other.pth")
 
 

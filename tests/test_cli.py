@@ -232,7 +232,7 @@ def test_what_the_summary_calls_its_percentages(model, source, out):
     output = call("upscale", source, out / "a.png", "--model", model, "--budget", 0.8, "--class-map", out / "map.png").output
     for words in (
         "classifier included",
-        "as the papers count",
+        "as ClassSR counts, without the classifier: ",
         "the budget of 0.8 bounds only the branches",
         "green in the class map",
     ):

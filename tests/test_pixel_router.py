@@ -17,6 +17,7 @@ from fastroute.models.fsrcnn import FSRCNN
 from fastroute.models.pcsr import PCSR
 from fastroute.pixel import pixel_rows
 from fastroute.pixel.pixel_router import PixelRouter
+from fastroute.profiling import count_flops
 from fastroute.rewrite import row_stages
 from fastroute.rewrite.optimize import optimize
 
@@ -137,7 +138,12 @@ def test_stats():
     assert stats.counts_per_class == [int((result.class_map == c).sum()) for c in range(2)]
     assert set(stats.seconds) == {"encode", "classify", "solve", "assign", "upsample", "refine", "total"}
     assert stats.flops.fraction > 0
-    assert stats.paper_flops.fraction < 1
+    # PCSR counts its classifier at every pixel, but not in what is dense.
+    light, heavy, classifier = (2 * sum(w.numel() for w, _ in mlp) for mlp in (*router._layers()[0], router._layers()[1]))
+    encoder, paper = count_flops(router.encoder, (2, 3, 9, 11), "pcsr"), stats.paper_flops
+    counts = stats.counts_per_class
+    assert paper.routed == encoder + light * counts[0] + heavy * counts[1] + classifier * sum(counts)
+    assert (paper.dense, paper.paper) == (encoder + heavy * sum(counts), "PCSR")
     assert "pixels" in str(stats)
 
 

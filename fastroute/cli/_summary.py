@@ -16,6 +16,7 @@ from fastroute.files.jobs import Plan
 from fastroute.files.many_files import Job, Outcome, Router
 from fastroute.io import Picture
 from fastroute.pixel.pixel_router import PixelRouter
+from fastroute.profiling import PCSR
 from fastroute.runtime.results import RoutingStats
 from fastroute.visualize import class_colours, colour_names
 
@@ -48,7 +49,9 @@ def tell_routing(router: Router, job: Job, stats: RoutingStats, chosen: dict[str
     flops, paper = stats.flops, stats.paper_flops
     click.echo(f"  FLOPs: {flops.routed / 1e9:.1f} G, classifier included: {100 * flops.fraction:.0f} % of the dense "
                f"{flops.dense / 1e9:.1f} G, which all {unit} in the most expensive class take")  # fmt: skip
-    click.echo(f"         as the papers count, without the classifier: {100 * paper.fraction:.0f} %")
+    counted = "with" if paper.paper == PCSR else "without"
+    if paper.paper:
+        click.echo(f"         as {paper.paper} counts, {counted} the classifier: {100 * paper.fraction:.0f} %")
     if "budget" in chosen:
         click.echo(f"         the budget of {chosen['budget']:g} bounds only the branches, not the classifier")
     seconds = stats.seconds

@@ -11,13 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastroute._contexts import on_fake_tensors
-from fastroute._copies import inference_copy
 from fastroute.models.carn import CARN, RGB_MEAN
 from fastroute.models.fsrcnn import FSRCNN
 from fastroute.models.precision import FullPrecision
 from fastroute.models.rcan import RCAN
 from fastroute.models.srresnet import SRResNet
+from fastroute.profiling import count_flops
 from fastroute.reference.adaptive_threshold import adaptive_threshold_reference
 from fastroute.reference.assign_classes import penalised_argmax
 from fastroute.reference.pixel_mlp import pixel_mlp_reference
@@ -239,7 +238,7 @@ class PCSR(FullPrecision):
             channels = int(self.encoder.channels)  # type: ignore[arg-type]
             lists = [self.parameter_lists(c)[0] for c in range(self.num_classes)]
             weights = tuple(sum(w.numel() for w in layers) for layers in lists)
-            self._costs = PixelCosts(paper_flops(self.encoder, (1, channels, COST_PATCH, COST_PATCH)), weights)
+            self._costs = PixelCosts(count_flops(self.encoder, (1, channels, COST_PATCH, COST_PATCH), "pcsr"), weights)
         return self._costs
 
     def class_cost(self, scale: float) -> list[float]:
@@ -320,31 +319,3 @@ def rename_published(key: str) -> str:
     for old, new in (("light_sampler.imnet", "upsamplers.0"), ("heavy_sampler.imnet", "upsamplers.1")):
         key = key.replace(old, new)
     return key.replace("classifier.imnet", "classifier")
-
-
-def paper_flops(module: nn.Module, size: Sequence[int]) -> int:
-    """The FLOPs of one forward pass over an input of `size` as the papers count them.
-
-    They count two per multiply-add of a convolution, two per number that a batch norm reads, and one per number that a PReLU
-    reads.
-    """
-    total = 0
-
-    def count(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:  # [...] each, [...]
-        nonlocal total
-        if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d):
-            kernel = layer.kernel_size[0] * layer.kernel_size[1]
-            total += 2 * output.numel() * (layer.in_channels // layer.groups) * kernel
-        elif isinstance(layer, nn.BatchNorm2d):
-            total += 2 * inputs[0].numel()
-        elif isinstance(layer, nn.PReLU):
-            total += inputs[0].numel()
-
-    # The hooks are on a copy, because other threads may be using the module.
-    copied = inference_copy(module, share=True)
-    for layer in copied.modules():
-        layer.register_forward_hook(count)
-    like = next(module.parameters())
-    with on_fake_tensors(), torch.no_grad():
-        copied(torch.empty(tuple(size), dtype=like.dtype, device=like.device))
-    return total

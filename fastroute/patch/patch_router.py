@@ -34,7 +34,7 @@ from fastroute.patch.passes import chosen_merge, run_bands
 from fastroute.patch.patch_memory import plan_memory
 from fastroute.patch.patch_speed import Measured, learn_patch_speed, measure_patch_speed
 from fastroute.patch.regions import Merging, SortedRegions, sort_regions
-from fastroute.profiling import RoutedFlops, mix_flops
+from fastroute.profiling import TABLES, RoutedFlops, mix_flops
 from fastroute.runtime.border import EDGE, ZERO, check_border, continued, cut, refuse_edge
 from fastroute.runtime.devices import on_device
 from fastroute.runtime.endpoints import Endpoints, home, in_memory, output_like, streamed
@@ -389,7 +389,7 @@ class PatchRouter(Router):
             most * merging.patches(),
             most * grid.height * grid.width / self.patch**2,
         )
-        paper = mix_flops(self.paper_flops, regions.patches)
+        paper = mix_flops(self.paper_flops, regions.patches, paper=TABLES)
         return RoutingStats(regions.patches, flops, paper, seconds, working_set, regions.work)
 
 

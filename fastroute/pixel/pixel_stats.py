@@ -9,7 +9,7 @@ from operator import add
 from torch import nn
 
 from fastroute.ops.pixel_mlp import Layers
-from fastroute.profiling import RoutedFlops, count_flops, mix_flops
+from fastroute.profiling import PCSR, RoutedFlops, count_flops, mix_flops
 from fastroute.runtime.results import RoutingStats
 
 # Side of the image on which the FLOPs of an encoder are counted.
@@ -66,10 +66,11 @@ class PixelFlops:
 
     def __init__(self, encoder: nn.Module, channels: int, mlps: Sequence[Layers], classifier: Layers) -> None:
         size = (1, channels, SIDE, SIDE)
-        self.encoder, self.encoder_paper = (count_flops(encoder, size, name) / SIDE**2 for name in ("true", "paper"))
+        self.encoder, self.encoder_paper = (count_flops(encoder, size, name) / SIDE**2 for name in ("true", "pcsr"))
         self.pixel, self.feature = [_per_pixel(mlp) for mlp in mlps], [_per_feature(mlp) for mlp in mlps]
-        self.paper = [2 * sum(weight.numel() for weight, _ in mlp) for mlp in mlps]
+        self.paper = [_weights(mlp) for mlp in mlps]
         self.classifier = _per_pixel(classifier), _per_feature(classifier)
+        self.classifier_paper = _weights(classifier)
         # A network without counted operations still writes its values.
         self.costs = [float(flops or size[1]) for flops in self.pixel]
 
@@ -83,7 +84,7 @@ class PixelFlops:
         return self.encoder * work.encoded + sum(self.feature) * work.features + classifier
 
     def done(self, counts: Sequence[int], work: Work) -> tuple[RoutedFlops, RoutedFlops]:
-        """The FLOPs as done, and as the papers count.
+        """The FLOPs as done, and as PCSR counts: with the classifier at every pixel, but not in what is dense.
 
         Args:
             counts: pixels per class.
@@ -91,11 +92,12 @@ class PixelFlops:
         """
         used = sum(shared for shared, n in zip(self.feature, counts, strict=True) if n)
         classifier = self.classifier[0] * work.classified + self.classifier[1] * work.products
-        true, paper = mix_flops(self.pixel, counts, classifier), mix_flops(self.paper, counts)
+        every = self.classifier_paper * work.pixels if work.classified else 0
+        true, paper = mix_flops(self.pixel, counts, classifier), mix_flops(self.paper, counts, every)
         routed = true.routed + self.encoder * work.encoded + used * work.features
         dense = true.dense + self.encoder * work.features + max(self.feature) * work.features
         encoder = self.encoder_paper * work.features
-        return RoutedFlops(routed, dense, dense), RoutedFlops(paper.routed + encoder, paper.dense + encoder)
+        return RoutedFlops(routed, dense, dense), RoutedFlops(paper.routed + encoder, paper.dense + encoder, paper=PCSR)
 
 
 def _per_pixel(layers: Layers) -> int:
@@ -103,6 +105,11 @@ def _per_pixel(layers: Layers) -> int:
     first = layers[0][0].shape if layers else (0, 4)
     # The parts of the first layer for the row and for the column are two multiply-adds per unit.
     return 2 * (sum(weight.numel() for weight, _ in layers) - first[0] * (first[1] - 2))
+
+
+def _weights(layers: Layers) -> int:
+    """The FLOPs that PCSR counts for a pixel."""
+    return 2 * sum(weight.numel() for weight, _ in layers)
 
 
 def _per_feature(layers: Layers) -> int:

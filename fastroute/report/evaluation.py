@@ -45,7 +45,8 @@ class Row:
         ssim, ssim_y: structural similarity of RGB (the mean of its channels) and of luma.
         counts: patches or pixels of each class, cheapest first.
         flops, flops_fraction: FLOPs done, classifier included, and as a fraction of the most expensive class everywhere.
-        paper_flops, paper_fraction: the same, as the papers count.
+        paper_flops, paper_fraction: the same as the paper of the system counts, see
+            :class:`fastroute.runtime.results.RoutingStats`.
         seconds: seconds of upscaling, without the measurements of a first call.
     """
 
@@ -212,8 +213,8 @@ def table(rows: Sequence[Row]) -> str:
 # The legend below a table.
 LEGEND = """\
 bicubic, PSNR: dB, of RGB, by bicubic enlargement and by the model; PSNR-Y, SSIM-Y: of luma.
-GFLOPs: done, classifier included; paper G: as the papers count, without it; of dense, of paper dense:
-beside the most expensive class everywhere, in either count.
+GFLOPs: done, classifier included; paper G: as PCSR counts, with it, or as ClassSR does, without it;
+of dense, of paper dense: beside the most expensive class everywhere, in either count.
 s: seconds of upscaling, without the measurements of a first call; per class: patches or pixels, cheapest class first."""
 
 

@@ -22,7 +22,8 @@ class RoutingStats:
         work_per_class: area that each branch ran on, in patches. It is less than `counts_per_class` where neighbouring patches
             ran as one region, whose overlaps are computed once. None for a router of pixels.
         flops: FLOPs in the true convention: multiply-adds done, classifier included, times two.
-        paper_flops: FLOPs in the papers' convention, which leaves the classifier out.
+        paper_flops: FLOPs as the paper that its `paper` names counts them: ClassSR, like CDNSR and ARM, without the classifier;
+            PCSR with it. None of them counts it in what is dense.
         seconds: wall time of each stage (classify, assign, extract, branches, stitch) and the total. The stage "tune" is always
             0: calls find out how branches run fastest on their own work, and an engine prepares them when it is requested.
             Where the last layers of the branches are computed while their patches are stitched, the time of the threads is
@@ -49,10 +50,11 @@ class RoutingStats:
         total = max(sum(self.counts_per_class), 1)
         shares = " / ".join(f"{100 * n / total:.0f} %" for n in self.counts_per_class)
         whole = self.flops.of_one_pass
+        paper = f" ({100 * self.paper_flops.fraction:.0f} % as {named} counts)" if (named := self.paper_flops.paper) else ""
         one_pass = f", {100 * whole:.0f} % of those of one pass over the image" if whole is not None else ""
         return (
             f"{total} patches, {shares} per class (cheapest first); {100 * self.flops.fraction:.0f} % of the dense FLOPs"
-            f"{one_pass} ({100 * self.paper_flops.fraction:.0f} % as the papers count); {self.seconds['total']:.2f} s, "
+            f"{one_pass}{paper}; {self.seconds['total']:.2f} s, "
             f"{100 * self.overhead:.1f} % of it routing"
         )
 
