@@ -24,10 +24,10 @@ from fastroute.catalogue import DEFAULT_MODEL, WEIGHTS, list_models
 from fastroute.engines import ANY, TORCH, check_engine
 from fastroute.grid import usual_stride
 from fastroute.models import arm as arm_models
-from fastroute.models.architectures import FIRST_LAYERS, arm_of, classsr_of, network_of, pcsr_of, widths_of
+from fastroute.models.architectures import FIRST_LAYERS, SECOND_LAYERS, arm_of, classsr_of, network_of, pcsr_of, widths_of
 from fastroute.models.arm import ARM, EdgeClassifier
 from fastroute.models.arm_tables import read_table
-from fastroute.models.checkpoints import CheckpointError, fitted, read_checkpoint, short, state_dict_of
+from fastroute.models.checkpoints import CheckpointError, fitted, read_checkpoint, short, state_dict_of, tensors_of, without_prefixes
 from fastroute.models.network import Facts
 from fastroute.models.pcsr import PCSR, PUBLISHED
 from fastroute.models.precision import check_precision
@@ -151,11 +151,12 @@ def _load(path: Path, asked: dict[str, Any]) -> PatchRouter | PixelRouter | Casc
             published_state = state_dict_of(PCSR.published_state(content), path)
             pcsr = fitted(lambda: PCSR.of_specification(content), published_state, path)
             return _pixel_router(pcsr, settings, asked)
-        state = state_dict_of(content, path)
+        tensors = tensors_of(content, path)
+        state = without_prefixes(tensors)
         if "classifier.layers.0.weight" in state:
             pcsr = fitted(lambda: pcsr_of(state, settings.get("mean")), state, path)
             return _pixel_router(pcsr, settings, asked)
-        return opening.of_state(state, path, asked) or _router(state, path, settings, asked)
+        return opening.of_state(tensors, path, asked) or _router(tensors, state, path, settings, asked)
     except CheckpointError:
         raise
     except (ValueError, ArithmeticError, LookupError, TypeError, AttributeError, RuntimeError) as error:
@@ -257,8 +258,9 @@ def _pixel_router(pcsr: PCSR, settings: Mapping[str, Any], asked: Mapping[str, A
 
 
 def _router(
-    state: dict[str, Tensor], path: Path, settings: Mapping[str, Any], asked: Mapping[str, Any]
+    tensors: dict[str, Tensor], state: dict[str, Tensor], path: Path, settings: Mapping[str, Any], asked: Mapping[str, Any]
 ) -> PatchRouter | CascadeRouter:
+    """The router of weights under the names of the file, `tensors`, and without their prefixes, `state`."""
     patch = asked.get("patch", settings.get("patch", 32))
     # The stride of a file goes with its patch.
     stride = asked.get("stride", settings.get("stride", usual_stride(patch)) if "patch" not in asked else usual_stride(patch))
@@ -287,13 +289,13 @@ def _router(
             system = fitted(partial(classsr_of, backbone, state, widths, scale, options), state, path)
             return PatchRouter(system.branches, system.classifier, patch=patch, stride=stride, scale=scale, **how)
         alone = widths_of(state, rf"{re.escape(name)}()")
-        if alone:
+        if alone and SECOND_LAYERS.get(backbone, name) in state:
             scale = _scale(state, "", path, settings, asked)
             network = fitted(partial(network_of, backbone, state, "", alone[0], scale, **options), state, path)
             return PatchRouter([network], None, patch=patch, stride=stride, scale=scale, **how)
     known = ", ".join(f"{backbone} ({name})" for backbone, name in FIRST_LAYERS.items())
     systems = "ClassSR and CDNSR (classifier.*, net1.*, …), ARM (network.*, classifier.table.*), PCSR, and networks alone: "
-    return opening.of_unknown(state, path, asked, systems + known)
+    return opening.of_unknown(tensors, path, asked, systems + known)
 
 
 def _arm_router(arm: ARM, asked: Mapping[str, Any], *, patch: int, **how: Any) -> PatchRouter:

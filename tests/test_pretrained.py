@@ -131,6 +131,55 @@ def test_architectures_that_spandrel_alone_knows(tmp_path):
         torch.testing.assert_close(router.upscale(image).image, descriptor(image[None])[0], rtol=0, atol=1e-5)
 
 
+def test_first_layers_of_equal_names(tmp_path):
+    """SwinIR and many more begin with a `conv_first` as SRResNet does, and are none."""
+    package = spandrel()
+    from spandrel.architectures.SwinIR import SwinIR
+
+    torch.manual_seed(0)
+    path = tmp_path / "swinir.pth"
+    options = {"upsampler": "pixelshuffle", "depths": [1, 1], "embed_dim": 12, "num_heads": [2, 2], "mlp_ratio": 2}
+    torch.save({"params": SwinIR(upscale=2, img_size=64, window_size=8, **options).state_dict()}, path)
+    router, image = fastroute.load(path), picture(19, 30)
+    assert router.facts[0].architecture == "SwinIR"
+    expected = package.ModelLoader().load_from_file(path)(image[None])[0]
+    torch.testing.assert_close(router.upscale(image).image.clamp(0, 1), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("layout", ["first", "second"])
+def test_older_layouts_of_rrdbnet(tmp_path, layout):
+    """Those of ESRGAN's own code, in which most networks of users are stored: the weights of the newer one, renamed."""
+    path = saved(tmp_path / "new.pth", SMALL["rrdb-x4"]())
+    layers = {"conv_first": "model.0", "conv_body": "model.1.sub.2", "conv_up1": "model.3", "conv_up2": "model.6",
+              "conv_hr": "model.8", "conv_last": "model.10"}  # fmt: skip
+    if layout == "second":
+        layers = {"conv_body": "trunk_conv", "conv_up1": "upconv1", "conv_up2": "upconv2", "conv_hr": "HRconv"}
+
+    def renamed(name: str) -> str:
+        parts = name.split(".")
+        if parts[0] != "body":
+            return ".".join([layers.get(parts[0], parts[0]), parts[1]])
+        block = f"{'model.1.sub' if layout == 'first' else 'RRDB_trunk'}.{parts[1]}.{parts[2].replace('rdb', 'RDB')}.{parts[3]}"
+        return f"{block}{'.0' if layout == 'first' else ''}.{parts[4]}"
+
+    old = tmp_path / "old.pth"
+    torch.save({renamed(name): value for name, value in torch.load(path)["params"].items()}, old)
+    image, router = picture(20, 31), fastroute.load(old)
+    assert router.facts[0].sources["architecture"] == "shapes"
+    assert torch.equal(router.upscale(image).image, fastroute.load(path).upscale(image).image)
+    expected = spandrel().ModelLoader().load_from_file(old)(image[None])[0]
+    torch.testing.assert_close(router.upscale(image).image.clamp(0, 1), expected, rtol=0, atol=1e-5)
+
+
+def test_names_out_of_a_file_do_nothing_to_a_terminal(tmp_path):
+    spandrel()
+    path = tmp_path / "unknown.pth"
+    torch.save({"\x1b[31mred\n": torch.ones(2), "x" * 100_000: torch.ones(2)}, path)
+    with pytest.raises(fastroute.CheckpointError) as caught:
+        fastroute.load(path)
+    assert str(caught.value).isprintable() and "?[31mred?" in str(caught.value) and len(str(caught.value)) < 1000
+
+
 def test_unknown_architectures_are_named(tmp_path):
     spandrel()
     path = tmp_path / "unknown.pth"
@@ -221,6 +270,21 @@ def test_networks_of_ones_own(tmp_path, monkeypatch):
         fastroute.load(3)
     again = fastroute.load(router)
     assert again is router
+
+
+def test_weights_of_five_dimensions():
+    """They have no memory format of images."""
+
+    class Gain(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gain = nn.Parameter(torch.full((1, 1, 3, 1, 1), 0.5))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return (x[:, None] * self.gain)[:, 0]
+
+    image = picture(9, 7)
+    torch.testing.assert_close(fastroute.load(Gain()).upscale(image).image, image / 2)
 
 
 def test_options_that_do_not_apply(tmp_path):

@@ -48,8 +48,9 @@ class Networks(nn.Module):
 
     def _arrange(self) -> None:
         # The format in which convolutions of many channels run fastest, on CPUs and GPUs alike.
-        for member in self.members:
-            member.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        for weight in self.parameters():
+            if weight.ndim == 4:
+                weight.data = weight.data.contiguous(memory_format=torch.channels_last)
 
     def run(self, k: int, images: Tensor) -> Tensor:  # [N, C, h, w] -> [N, C, h * scale, w * scale]
         """What network `k` makes of `images`, floating in [0, 1]; float32, or float64 as the networks are."""

@@ -25,6 +25,8 @@ FIRST_LAYERS = {
     "srresnet": "conv_first.weight",
     "rcan": "head.0.weight",
 }
+# A weight beside it that those architectures of others lack whose first layer has the same name.
+SECOND_LAYERS = {"srresnet": "recon_trunk.0.conv1.weight", "rcan": "body.0.body.0.body.0.weight"}
 MOST_PARTS = 1000
 
 

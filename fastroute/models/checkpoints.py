@@ -110,6 +110,15 @@ def state_dict_of(content: Mapping[str, Any], path: str | Path) -> dict[str, Ten
     Raises:
         CheckpointError: the checkpoint holds none.
     """
+    return without_prefixes(tensors_of(content, path))
+
+
+def tensors_of(content: Mapping[str, Any], path: str | Path) -> dict[str, Tensor]:
+    """The state dict in a checkpoint under the names that are stored: "model." may be a prefix or a part of the network.
+
+    Raises:
+        CheckpointError: the checkpoint holds none.
+    """
     # Each prefix is removed at most once.
     for _ in WRAPPERS:
         content = next((content[name] for name in WRAPPERS if isinstance(content.get(name), Mapping)), content)
@@ -119,8 +128,8 @@ def state_dict_of(content: Mapping[str, Any], path: str | Path) -> dict[str, Ten
         raise CheckpointError(f"cannot read {path}: it holds no state dict; its keys are {_some(content)}")
     for name, tensor in tensors.items():
         if reason := _unusable(tensor, name):
-            raise CheckpointError(f"cannot use {path}: {name[:60]} {reason}; weights must be plain floating tensors")
-    return without_prefixes(tensors)
+            raise CheckpointError(f"cannot use {path}: {shown(name)} {reason}; weights must be plain floating tensors")
+    return tensors
 
 
 def _array_parts() -> list[Any]:
@@ -279,9 +288,14 @@ def _as_json(metadata: Mapping[Any, Any]) -> dict[str, str]:
 
 
 def _some(names: Any) -> str:
-    listed = [str(name)[:80] for name in names]
+    listed = [shown(name) for name in names]
     more = len(listed) - NAMED_AT_MOST
     return ", ".join(listed[:NAMED_AT_MOST]) + (f" and {more} more" if more > 0 else "")
+
+
+def shown(name: object) -> str:
+    """A name out of a file as text for messages: not too long, and nothing that a terminal would act upon."""
+    return "".join(c if c.isprintable() else "?" for c in str(name)[:80])
 
 
 def short(path: str | Path) -> str:

@@ -10,12 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastroute import buffers
 from fastroute.models.adapters import Described
-from fastroute.models.checkpoints import CheckpointError, fitted
+from fastroute.models.checkpoints import CheckpointError, fitted, shown, without_prefixes
 from fastroute.models.compact import Compact
 from fastroute.models.network import AnySize, Facts
 from fastroute.models.rrdbnet import RRDBNet
 
+# RRDBNet's layers in the layouts before: of ESRGAN's first code, in which most networks of users are stored, and of its second.
+LAYERS = ("conv_first", "conv_body", "conv_up1", "conv_up2", "conv_hr", "conv_last")
+SECOND_NAMES = dict(zip(("conv_first", "trunk_conv", "upconv1", "upconv2", "HRconv", "conv_last"), LAYERS, strict=True))
+FIRST_NAMES = {"model.0": "conv_first", "model.3": "conv_up1", "model.6": "conv_up2", "model.8": "conv_hr", "model.10": "conv_last"}
+BLOCK = re.compile(r"(?:model\.1\.sub|RRDB_trunk)\.(\d{1,4})\.(?:RDB([123])\.conv([1-5])(?:\.0)?\.)?(weight|bias)")
 # The weights by which they are known.
 COMPACT, RRDB = ("body.0.weight", "body.1.weight"), ("conv_first.weight", "body.0.rdb1.conv1.weight", "conv_last.weight")
 SHAPES = "shapes"
@@ -23,16 +29,37 @@ MOST_LAYERS = 1000
 
 
 def own_network(state: Mapping[str, Tensor], path: Path) -> tuple[nn.Module, Facts] | None:
-    """The network of a state dict in the layout of Real-ESRGAN; None for another.
+    """The network of a state dict in the layout of Real-ESRGAN, or in one of ESRGAN's at a scale of 4; None for another.
+
+    Args:
+        state: under the names that are stored.
+        path: of the file, for messages.
 
     Raises:
         fastroute.CheckpointError: its entries do not fit each other.
     """
+    state = _renamed(state) or without_prefixes(dict(state))
     if all(name in state for name in RRDB):
         return _rrdb(state, path)
     if all(name in state for name in COMPACT) and _is_compact(state):
         return _compact(state, path)
     return None
+
+
+def _renamed(state: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
+    """The weights of a layout before under their names of today; None for another layout, or one with other layers."""
+    found: dict[str, Tensor] = {}
+    for name, value in state.items():
+        layer, _, kind = name.rpartition(".")
+        if m := BLOCK.fullmatch(name):
+            # The convolution behind the blocks is the last of their chain in the first layout.
+            found[f"body.{m[1]}.rdb{m[2]}.conv{m[3]}.{m[4]}" if m[2] else f"conv_body.{m[4]}"] = value
+        elif new := FIRST_NAMES.get(layer) or SECOND_NAMES.get(layer):
+            found[f"{new}.{kind}"] = value
+        else:
+            return None
+    complete = all(f"{layer}.{kind}" in found for layer in LAYERS for kind in ("weight", "bias"))
+    return found if complete and len(found) == len(state) and "conv_hr.weight" in found else None
 
 
 def _is_compact(state: Mapping[str, Tensor]) -> bool:
@@ -79,7 +106,7 @@ def spandrel_network(state: Mapping[str, Any], path: Path, known: str = "") -> t
     """The network that spandrel makes of a state dict.
 
     Args:
-        state: as published.
+        state: under the names that are stored.
         path: of the file, for messages.
         known: what else is known, for messages.
 
@@ -87,7 +114,8 @@ def spandrel_network(state: Mapping[str, Any], path: Path, known: str = "") -> t
         fastroute.CheckpointError: spandrel is not installed, cannot be imported, knows no such architecture, or the network is
             not one from images to images.
     """
-    unknown = f"{path} is of no known architecture; known are {known}; its keys begin with {', '.join(list(state)[:4])}"
+    names = ", ".join(shown(name) for name in list(state)[:4])
+    unknown = f"{path} is of no known architecture; known are {known}; its keys begin with {names}"
     try:
         import spandrel
     except ImportError as error:
@@ -101,11 +129,13 @@ def spandrel_network(state: Mapping[str, Any], path: Path, known: str = "") -> t
             f"torch ({torch.__version__})"
         ) from error
     try:
-        descriptor = spandrel.ModelLoader().load_from_state_dict(dict(state))
+        descriptor = _by_spandrel(spandrel, state)
     except spandrel.UnsupportedModelError as error:
         raise CheckpointError(f"{unknown}; spandrel {spandrel.__version__} does not know it either") from error
     except Exception as error:  # a network of others, built from shapes that nobody has checked
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        if buffers.is_exhausted(error):
+            raise
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise CheckpointError(f"cannot use {path}: spandrel cannot build it: {reason}") from error
     if not isinstance(descriptor, spandrel.ImageModelDescriptor):
         raise CheckpointError(
@@ -116,6 +146,17 @@ def spandrel_network(state: Mapping[str, Any], path: Path, known: str = "") -> t
         raise CheckpointError(f"cannot use {path}: it reads {read} channels and writes {written}; both must be the same")
     descriptor.eval()
     return Described(descriptor), described_facts(descriptor)
+
+
+def _by_spandrel(spandrel: Any, state: Mapping[str, Any]) -> Any:
+    """Its descriptor, under the names that are stored or without their prefixes."""
+    try:
+        return spandrel.ModelLoader().load_from_state_dict(dict(state))
+    except spandrel.UnsupportedModelError:
+        stripped = without_prefixes(dict(state))
+        if stripped.keys() == state.keys():
+            raise
+        return spandrel.ModelLoader().load_from_state_dict(stripped)
 
 
 def described_facts(descriptor: Any) -> Facts:
