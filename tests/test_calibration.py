@@ -290,6 +290,16 @@ def test_distill_on_the_command_line(folder, tmp_path):
     assert refused.exit_code == 2 and "decides the width alone" in refused.output
 
 
+def test_networks_of_other_channels_than_those_of_files_are_refused(folder, tmp_path):
+    save_checkpoint(tmp_path / "gray.pth", Compact(8, 1, 2, 1))
+    for command in (
+        ["calibrate", "--model", tmp_path / "gray.pth", "--cheap", "bicubic", "--out", tmp_path / "out.safetensors"],
+        ["distill", "--teacher", tmp_path / "gray.pth", "--out", tmp_path / "out.safetensors"],
+    ):
+        refused = CliRunner().invoke(main, [*map(str, command), "--images", str(folder / "images")])
+        assert refused.exit_code == 2 and "must read 3 channels" in refused.output, refused.output
+
+
 def test_a_width_by_its_cost():
     recipe = Recipe(depth=2, scale=2)
     widths = [width_for(flops, recipe) for flops in (2e4, 2e5, 2e6)]

@@ -266,11 +266,15 @@ def test_what_is_refused():
         ([], "at least one"),
         (["bicubic"], "beside interpolation"),
         ([large, small], "from the cheapest"),
+        ([small, copy.deepcopy(small), large], "leave one of them out"),
+        (["bicubic", "bicubic", large], "bicubic and bicubic cost"),
         ([small, Compact(16, 6, 4)], "one scale"),
         ([small, Compact(16, 6, 2, channels=1)], "number of channels"),
     ):
         with pytest.raises(ValueError, match=words):
             fastroute.cascade(branches)
+    with pytest.raises(ValueError, match="no classifier, by which a budget could be shared"):
+        list(fastroute.upscale_many(build(), [image], budget=0.5))
     for options, words in (
         ({"score": "none"}, "score"),
         ({"context": -1}, "context"),

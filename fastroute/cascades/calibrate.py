@@ -74,10 +74,12 @@ def calibrate(
         progress: see :meth:`fastroute.CascadeRouter.upscale`; in crops.
 
     Raises:
-        ValueError: fewer than two images, or a cascade of one network.
+        ValueError: fewer than two images, a cascade of one network, or networks of other images than those of three channels.
     """
     if router.num_classes < 2:
         raise ValueError("calibrate: a cascade has at least two networks; give a cheaper one, such as bicubic")
+    if router.channels != 3:
+        raise ValueError(f"calibrate: networks must read 3 channels, those of image files; these read {router.channels}")
     if len(paths) < 2:
         raise ValueError(f"calibrate: at least two images are needed, one of which tests the other; got {len(paths)}")
     cells: list[Measured] = []

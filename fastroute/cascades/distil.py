@@ -60,7 +60,7 @@ def distil(
         tell: is given a line of text now and then.
 
     Raises:
-        ValueError: no images, a cost that no width has, or a time that is not positive.
+        ValueError: no images, a cost that no width has, a time that is not positive, or a teacher of other channels than three.
         fastroute.CheckpointError: the teacher, the start or a saved state cannot be used.
     """
     if not minutes > 0:
@@ -69,6 +69,8 @@ def distil(
     if len(paths) < 2:
         raise ValueError(f"distill: at least two images are needed, one of which tests the student; {images} has {len(paths)}")
     name, module, facts = teacher
+    if facts.channels != 3:
+        raise ValueError(f"distill: the teacher must read 3 channels, those of image files; {name} reads {facts.channels}")
     device = device or torch.device("cpu")
     networks = Networks([module], [facts])
     # The teacher is not trained, so it may be fastest in float32.

@@ -92,6 +92,9 @@ def check_costs(op: str, costs: Sequence[float], names: Sequence[str]) -> None:
     Raises:
         ValueError: they do not.
     """
+    for (a, b), (one, other) in zip(pairwise(costs), pairwise(names), strict=False):
+        if a == b:
+            raise ValueError(f"{op}: branches must differ in cost; {one} and {other} cost {a:.4g} each: leave one of them out")
     rising = all(a < b for a, b in pairwise(costs))
     if len(costs) != len(names) or not rising or not costs[0] > 0:
         told = ", ".join(f"{name} {cost:.4g}" for name, cost in zip(names, costs, strict=False))
