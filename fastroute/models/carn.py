@@ -116,6 +116,12 @@ class CARN(nn.Module):
             return x
         return self.add_mean(self.exit(self.upsample(x)).to(sums_of(dtype)))
 
+    @torch.no_grad()
+    def fold(self) -> None:
+        """For inference, fold the last mixing of colours into the convolution before it."""
+        if isinstance(self.add_mean, MeanConvolution) and isinstance(self.exit, nn.Conv2d):
+            self.add_mean = self.add_mean.folded_into(self.exit)
+
 
 class MeanShift(FullPrecision):
     """Adds a colour, which is not part of the state dict."""
@@ -138,6 +144,19 @@ class MeanConvolution(FullPrecision, nn.Conv2d):
             self.weight.copy_(torch.eye(len(colour))[:, :, None, None])
             if self.bias is not None:
                 self.bias.copy_(torch.tensor(list(colour)))
+
+    @torch.no_grad()
+    def folded_into(self, layer: nn.Conv2d, unit: float = 1.0) -> MeanShift:
+        """Let `layer`, in front of this one, mix the colours and divide them by `unit`.
+
+        Returns what is left to add. It stays apart, because in a half type the layer would round it away.
+        """
+        assert layer.bias is not None and self.bias is not None  # for the type checker
+        matrix = self.weight[:, :, 0, 0].double() / unit
+        weight, bias = torch.einsum("oc,cikl->oikl", matrix, layer.weight.double()), matrix @ layer.bias.double()
+        layer.weight.copy_(weight)
+        layer.bias.copy_(bias)
+        return MeanShift((self.bias.double() / unit).tolist()).to(layer.weight.device)
 
 
 def cascade(x: Tensor, blocks: Iterable[nn.Module], merges: Iterable[nn.Module]) -> Tensor:  # [B, C, h, w]

@@ -20,7 +20,13 @@ from fastroute.models.rrdbnet import RRDBNet
 # RRDBNet's layers in the layouts before: of ESRGAN's first code, in which most networks of users are stored, and of its second.
 LAYERS = ("conv_first", "conv_body", "conv_up1", "conv_up2", "conv_hr", "conv_last")
 SECOND_NAMES = dict(zip(("conv_first", "trunk_conv", "upconv1", "upconv2", "HRconv", "conv_last"), LAYERS, strict=True))
-FIRST_NAMES = {"model.0": "conv_first", "model.3": "conv_up1", "model.6": "conv_up2", "model.8": "conv_hr", "model.10": "conv_last"}
+FIRST_NAMES = {
+    "model.0": "conv_first",
+    "model.3": "conv_up1",
+    "model.6": "conv_up2",
+    "model.8": "conv_hr",
+    "model.10": "conv_last",
+}
 BLOCK = re.compile(r"(?:model\.1\.sub|RRDB_trunk)\.(\d{1,4})\.(?:RDB([123])\.conv([1-5])(?:\.0)?\.)?(weight|bias)")
 # The weights by which they are known.
 COMPACT, RRDB = ("body.0.weight", "body.1.weight"), ("conv_first.weight", "body.0.rdb1.conv1.weight", "conv_last.weight")

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from fastroute.models.carn import RGB_MEAN, MeanConvolution, MeanShift
+from fastroute.models.carn import RGB_MEAN, MeanConvolution
 from fastroute.models.precision import HALVES, sums_of
 
 
@@ -125,20 +125,13 @@ class RCAN(nn.Module):
 
         The mean of the input is not folded: the convolution after it pads with zeros, which then means the mean colour.
         """
-        if not isinstance(self.add_mean, nn.Conv2d) or self.tail is None:
+        if not isinstance(self.add_mean, MeanConvolution) or self.tail is None:
             return
-        first, last, back = self.sub_mean, self.tail[-1], self.add_mean
+        first, last = self.sub_mean, self.tail[-1]
         assert isinstance(first, nn.Conv2d) and isinstance(last, nn.Conv2d)  # for the type checker
-        assert last.bias is not None and back.bias is not None
-        matrix = back.weight[:, :, 0, 0].double()
-        weight = torch.einsum("oc,cikl->oikl", matrix, last.weight.double())
-        bias = matrix @ last.bias.double() + back.bias.double()
         first.weight.mul_(self.input_range)
-        last.weight.copy_(weight / self.input_range)
-        # The mean is added separately, because in a half type the layer before it would round it away.
-        mean = back.bias.double() / self.input_range
-        last.bias.copy_(bias / self.input_range - mean)
-        self.add_mean, self.input_range = MeanShift(mean.tolist()).to(last.weight.device), 1.0
+        self.add_mean = self.add_mean.folded_into(last, self.input_range)
+        self.input_range = 1.0
 
 
 def conv3(fan_in: int, fan_out: int) -> nn.Conv2d:
