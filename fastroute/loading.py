@@ -27,7 +27,15 @@ from fastroute.models import arm as arm_models
 from fastroute.models.architectures import FIRST_LAYERS, SECOND_LAYERS, arm_of, classsr_of, network_of, pcsr_of, widths_of
 from fastroute.models.arm import ARM, EdgeClassifier
 from fastroute.models.arm_tables import read_table
-from fastroute.models.checkpoints import CheckpointError, fitted, read_checkpoint, short, state_dict_of, tensors_of, without_prefixes
+from fastroute.models.checkpoints import (
+    CheckpointError,
+    fitted,
+    read_checkpoint,
+    short,
+    state_dict_of,
+    tensors_of,
+    without_prefixes,
+)
 from fastroute.models.network import Facts
 from fastroute.models.pcsr import PCSR, PUBLISHED
 from fastroute.models.precision import check_precision

@@ -272,7 +272,9 @@ def share_budget(router: PatchRouter | PixelRouter, limit: Budget, count: int, o
     """
     limit.check(op)
     if not isinstance(router, PatchRouter | PixelRouter):
-        raise ValueError(f"{op}: networks over regions have no classifier, by which a budget could be shared; give each image one")
+        raise ValueError(
+            f"{op}: networks over regions have no classifier, by which a budget could be shared; give each image one"
+        )
     refuse_edge(op, router)
     if limit == Budget():
         raise ValueError(f"{op}: give one of budget, budget_flops and budget_ms")

@@ -109,6 +109,9 @@ class FixedPixelRouter(nn.Module):
         # A copy, because a graph refers to weights by their addresses, and the router's weights may move.
         networks = router.networks
         self.encoder, self.compute_dtype, self.mlps = inference_copy(router.encoder), router.dtype, networks.mlps
+        # A compiler or an export sees the kernels that ran before, and the weights that were transformed for them.
+        with torch.no_grad():
+            self.encoder(torch.zeros((1, router.channels, 8, 8), dtype=self.compute_dtype, device=self.device))
         self.classifier = networks.classifier
         if adaptive:
             self.classifier = odds(networks.classifier)

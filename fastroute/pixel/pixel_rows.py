@@ -136,6 +136,8 @@ class PixelMemory:
         self.units = max((weight.shape[0] for mlp in mlps for weight, _ in mlp), default=1)
         device = next(encoder.parameters()).device
         x = torch.zeros(1, self.channels, 2 * PROBE, PROBE, dtype=dtype, device=device)
+        with torch.no_grad():
+            encoder(x)  # a first run may prepare weights
         with torch.no_grad(), LiveBytes() as live:
             if self.in_bands:
                 for _ in rows_in_bands(encoder, lambda rows, cols: x[:, :, rows, cols], 2 * PROBE, PROBE, 0, PROBE):

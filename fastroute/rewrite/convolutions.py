@@ -65,6 +65,14 @@ class FusedConv2d(nn.Conv2d):
                 return False
         return True
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FusedConv2d:
+        self._ran_by_kernel = False
+        return super()._apply(fn, recurse)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Copies find it out again.
+        return {**vars(self), "_ran_by_kernel": False}
+
     def _slope(self, slope: float | None) -> float | None:
         """`slope` or that of the rectifier; None without one, or if every channel has its own."""
         rectifier = self._modules["rectifier"] if slope is None else None
@@ -80,7 +88,7 @@ class FusedConv2d(nn.Conv2d):
             return None if rectifier is None else rectifier.weight.expand(self.out_channels)  # type: ignore[operator]
         if self._filled is None or self._filled[0] != slope:
             with torch.inference_mode(False):
-                self._filled = slope, torch.full((self.out_channels,), slope)
+                self._filled = slope, torch.full((self.out_channels,), slope, dtype=torch.float32, device="cpu")
         return self._filled[1]
 
     def _rectified(self, y: Tensor, slope: float | None) -> Tensor:  # [B, O, H, W]
@@ -123,7 +131,9 @@ class WinogradConv2d(FusedConv2d):
         `out` and `context` are those of :func:`fastroute.conv3x3`.
         """
         shuffle *= self.shuffle
-        if self.has_kernel(*((x,) if residual is None else (x, residual))):
+        # A compiler cannot transform weights, and may begin to trace anywhere.
+        traced = torch.compiler.is_compiling() and self.transformed is None
+        if self.has_kernel(*((x,) if residual is None else (x, residual))) and not traced:
             weight, bias = self._transformed(shuffle, factor), self._bias(factor)
             arguments = (x, weight, bias, self._slopes(slope), residual, self.out_channels, shuffle, context)
             if out is None:
@@ -156,13 +166,13 @@ class WinogradConv2d(FusedConv2d):
                 self.transformed = made = transformed_weight(weight.detach() * factor, self.groups, shuffle)
         return made
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> WinogradConv2d:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FusedConv2d:
         self.transformed = self._source = None
         return super()._apply(fn, recurse)
 
     def __getstate__(self) -> dict[str, Any]:
         # Copies and pickles make it again.
-        return {**vars(self), "_source": None, "_buffers": {**self._buffers, "transformed": None}}
+        return {**super().__getstate__(), "_source": None, "_buffers": {**self._buffers, "transformed": None}}
 
 
 class PixelConv2d(FusedConv2d):
