@@ -131,9 +131,7 @@ class WinogradConv2d(FusedConv2d):
         `out` and `context` are those of :func:`fastroute.conv3x3`.
         """
         shuffle *= self.shuffle
-        # A compiler cannot transform weights, and may begin to trace anywhere.
-        traced = torch.compiler.is_compiling() and self.transformed is None
-        if self.has_kernel(*((x,) if residual is None else (x, residual))) and not traced:
+        if self.has_kernel(*((x,) if residual is None else (x, residual))):
             weight, bias = self._transformed(shuffle, factor), self._bias(factor)
             arguments = (x, weight, bias, self._slopes(slope), residual, self.out_channels, shuffle, context)
             if out is None:
@@ -153,17 +151,35 @@ class WinogradConv2d(FusedConv2d):
 
     def _transformed(self, shuffle: int, factor: float) -> Tensor:  # [36, G, C / G, P]
         """The transformed weight, made anew whenever the weight has changed."""
-        if torch.compiler.is_compiling() and self.transformed is not None:
-            return self.transformed
-        weight, source, made = self._parameters["weight"], self._source, self._buffers["transformed"]
+        # In this order: another thread writes them in the other one.
+        weight, source = self._parameters["weight"], self._source
+        made = self._buffers["transformed"]
+        if torch.compiler.is_compiling():
+            return self._transform(shuffle, factor) if made is None else made
         assert weight is not None  # for the type checker
-        state = (-1 if weight.is_inference() else weight._version, shuffle, factor)
-        same = source is not None and source[0] is weight and source[1].data_ptr() == weight.data_ptr() and source[2] == state
-        if not same or made is None:
-            with torch.inference_mode(False), torch.no_grad():
-                # The values are kept, so that no others can take their place in memory.
-                self._source = (weight, weight.detach(), state)
-                self.transformed = made = transformed_weight(weight.detach() * factor, self.groups, shuffle)
+        if (
+            made is None
+            or source is None
+            or source[0] is not weight
+            or source[1].data_ptr() != weight.data_ptr()
+            or source[2] != self._state(shuffle, factor)
+        ):
+            return self._transform(shuffle, factor)
+        return made
+
+    def _state(self, shuffle: int, factor: float) -> tuple[int, int, float]:
+        """The version of the weight, and what else the transformed weight depends on."""
+        weight = self._parameters["weight"]
+        assert weight is not None  # for the type checker
+        return (-1 if weight.is_inference() else weight._version, shuffle, factor)
+
+    @torch.compiler.disable
+    def _transform(self, shuffle: int, factor: float) -> Tensor:  # [36, G, C / G, P]
+        with torch.inference_mode(False), torch.no_grad():
+            state, values = self._state(shuffle, factor), self.weight.detach()
+            made = self.transformed = transformed_weight(values * factor, self.groups, shuffle)
+            # The values are kept, so that no others can take their place in memory.
+            self._source = (self.weight, values, state)
         return made
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FusedConv2d:
