@@ -11,11 +11,16 @@ from support import random
 from torch import Tensor, nn
 
 import fastroute
+from fastroute.cascades import memory
+from fastroute.cascades import router as router_module
 from fastroute.cascades.cells import CELL, Cells, Rectangle, edge_scores
-from fastroute.cascades.plan import PASS, cover, exact_cover, make_plan, spent
-from fastroute.cascades.run import FADE, pieces_of, run_plan
+from fastroute.cascades.decision import Decision
+from fastroute.cascades.plan import PASS, Plan, cover, exact_cover, make_plan, spent
+from fastroute.cascades.router import CascadeRouter
+from fastroute.cascades.run import FADE, Limits, edges_of, layers_of, pieces_of
 from fastroute.models.arm import edge_score
 from fastroute.models.compact import Compact
+from fastroute.models.network import Facts
 
 SIZES = [(1, 1), (32, 32), (33, 31), (70, 100), (300, 20)]
 
@@ -128,6 +133,21 @@ def test_scores_are_those_of_patches(size):
     assert bool((scores >= 0).all())
 
 
+def drawn(plan: Plan, image: Tensor, networks: list[nn.Module], rows: int, limits: Limits | None = None) -> Tensor:
+    """The result of a plan at a scale of 2, in bands of some rows."""
+    pieces = [pieces_of(plan.cells, regions, plan.context, limits) for regions in plan.regions]
+    layers = layers_of(plan, pieces, networks, lambda at: image[:, at.top : at.bottom, at.left : at.right], 2)
+    output = torch.zeros(3, 2 * image.shape[1], 2 * image.shape[2])
+    with torch.inference_mode():
+        for top in range(0, image.shape[1], rows):
+            band = output[:, 2 * top : 2 * (top + rows)]
+            for layer in layers:
+                layer.compute(min(top + rows, image.shape[1]))
+                layer.draw(band, top)
+    assert not any(layer.results or layer.active for layer in layers)
+    return output
+
+
 def test_regions_within_the_reach_of_a_context_are_exact():
     """With as much context as a network sees, every pixel is that of the whole image, but for the blends."""
     image = random((3, 150, 200), seed=4).clamp(0, 1)
@@ -136,9 +156,7 @@ def test_regions_within_the_reach_of_a_context_are_exact():
     cells = Cells(150, 200)
     for seed in range(4):
         plan = make_plan(random_map(cells, 2, seed), cells, [1.0, 40.0], 3 + FADE)
-        output = torch.full((3, 300, 400), float("nan"))
-        with torch.inference_mode():
-            run_plan(plan, image, networks, output, 2)
+        output = drawn(plan, image, networks, 150)
         ids = plan.class_ids.repeat_interleave(2 * CELL, 0).repeat_interleave(2 * CELL, 1)[:300, :400]
         high = ids == 1
         torch.testing.assert_close(output[:, high], whole[1][:, high], rtol=0, atol=1e-6)
@@ -152,13 +170,34 @@ def test_regions_within_the_reach_of_a_context_are_exact():
 
 def test_pieces_within_a_limit():
     cells = Cells(170, 90)
-    pieces = pieces_of(cells, [cells.whole], 8, largest=60 * 60)
+    pieces = pieces_of(cells, [cells.whole], 8, Limits(60 * 60))
     count = torch.zeros(170, 90)
     for piece in pieces:
         inner, outer = piece.inner, piece.outer
         count[inner.top : inner.bottom, inner.left : inner.right] += 1
         assert outer.area <= 60 * 60 and outer.holds(inner) and piece.fading.holds(inner) and outer.holds(piece.fading)
     assert bool((count == 1).all())
+    low = pieces_of(cells, [cells.whole], 8, Limits(tallest=70))
+    assert len(low) == 4 and all(piece.inner.right == 90 and piece.inner.bottom - piece.inner.top <= 64 for piece in low)
+
+
+@pytest.mark.parametrize("limits", [None, Limits(80 * 80, 64)])
+def test_bands_of_any_height_give_the_same_bits(limits):
+    image, cells = random((3, 150, 200), seed=4).clamp(0, 1), Cells(150, 200)
+    networks = [Local(0, 0.5).eval(), Local(2, 0.8).eval(), Local(3, 1.0).eval()]
+    for seed in range(3):
+        plan = make_plan(random_map(cells, 3, seed), cells, [1.0, 40.0, 400.0], 9)
+        whole = drawn(plan, image, networks, 150, limits)
+        for rows in (1, 7, 32, 70):
+            assert torch.equal(drawn(plan, image, networks, rows, limits), whole)
+
+
+def test_bands_end_where_pieces_that_do_not_fade_do():
+    cells = Cells(200, 90)
+    strips = pieces_of(cells, [cells.whole], 8, Limits(tallest=128), fade=0)
+    assert edges_of([strips], 200, 50) == [0, 50, 96, 146, 196, 200]
+    assert edges_of([pieces_of(cells, [cells.whole], 8)], 200, 90) == [0, 90, 180, 200]
+    assert edges_of([[]], 1, 50) == [0, 1]
 
 
 def build(classes: int = 3) -> fastroute.CascadeRouter:
@@ -240,12 +279,54 @@ def test_it_is_a_module():
     assert router.double().upscale(image.double(), budget=0.5).image.dtype == torch.float64
 
 
-def test_streams_are_the_same():
-    router, image = build(), random((3, 100, 70), torch.uint8, seed=12)
-    result = torch.zeros(3, 200, 140, dtype=torch.uint8)
-    reader = fastroute.ArrayReader(image.numpy(), channels_first=True)
-    router.stream(reader, fastroute.ArrayWriter(result.numpy(), channels_first=True), budget=0.5, memory_limit=None)
-    assert torch.equal(result, router.upscale(image, budget=0.5).image)
+class Counted(fastroute.ArrayReader):
+    """Notes how much is read at a time."""
+
+    most = 0
+
+    def read(self, y0: int, y1: int, x0: int, x1: int) -> Tensor:
+        self.most = max(self.most, (y1 - y0) * (x1 - x0))
+        return super().read(y0, y1, x0, x1)
+
+
+@pytest.mark.parametrize("limit", [None, 8_000_000])
+@pytest.mark.parametrize("step", [1, 48])
+@pytest.mark.parametrize("choice", [{"budget": 0.5}, {"budget": 1}, {"budget": 0.05}])
+def test_streams_are_the_same(limit, step, choice):
+    router, image = build(), random((3, 200, 150), torch.uint8, seed=12)
+    result = torch.zeros(3, 400, 300, dtype=torch.uint8)
+    reader = Counted(image.numpy(), channels_first=True)
+    writer = fastroute.ArrayWriter(result.numpy(), channels_first=True, row_step=step)
+    streamed = router.stream(reader, writer, memory_limit=limit, **choice)
+    expected = router.upscale(image, memory_limit=limit, **choice)
+    assert torch.equal(result, expected.image) and torch.equal(streamed.class_map, expected.class_map)
+    assert limit is None or streamed.stats.working_set <= limit
+    assert (reader.most < 200 * 150) == (limit is not None) or choice == {"budget": 0.5}
+
+
+def test_a_limit_that_no_cell_fits_into_is_refused_with_one_that_does():
+    router, image = build(), random((3, 200, 150), seed=12)
+    with pytest.raises(ValueError, match=r"memory_limit must be at least \d+ bytes") as caught:
+        router.upscale(image, budget=0.5, memory_limit=1000)
+    least = int(str(caught.value).split("at least ")[1].split(" ")[0])
+    assert router.upscale(image, budget=0.5, memory_limit=least).stats.working_set <= least
+    with pytest.raises(ValueError, match="memory_limit"):
+        router.upscale(image, budget=0.5, memory_limit=least - 1)
+
+
+def test_strips_of_a_network_that_sees_no_further_are_its_whole_result(monkeypatch):
+    monkeypatch.setattr(memory, "TWICE", 1.0)
+    monkeypatch.setattr(router_module, "SMALL", 0)
+    monkeypatch.setitem(memory.ACTIVATIONS, "cpu", 100_000)
+    image = random((3, 200, 150), seed=3)
+    network = Compact(16, 6, 2)
+    facts = Facts("Compact", 2, 3, reach=8)
+    router = CascadeRouter([network], [facts], Decision())
+    with torch.inference_mode():
+        expected = network(image[None])[0]
+    result = router.upscale(image)
+    assert result.stats.work_per_class[0] > 200 * 150 / CELL**2
+    torch.testing.assert_close(result.image, expected, rtol=0, atol=1e-6)
 
 
 def test_what_is_refused():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -12,6 +13,8 @@ from torch.nn import functional as F
 from fastroute.models.arm import edge_strength
 
 CELL = 32
+# Rows of an image that are scored at a time: whole rows of cells.
+ROWS = 2 * CELL
 
 
 class Rectangle(NamedTuple):
@@ -86,6 +89,23 @@ def cell_means(values: Tensor, side: int = CELL) -> Tensor:  # [B, C, H, W] -> [
     return F.avg_pool2d(values, side, ceil_mode=True, count_include_pad=False)
 
 
+def scores_by_rows(read: Callable[[Rectangle], Tensor], cells: Cells) -> Tensor:  # [rows, cols]
+    """:func:`edge_scores` of an image that is read in bands of rows, float64 on the CPU.
+
+    Args:
+        read: gives pixels (C, h, w) in [0, 1].
+        cells: of the image.
+    """
+    found = []
+    for top in range(0, cells.height, ROWS):
+        bottom = min(top + ROWS, cells.height)
+        # The strength of an edge at a pixel depends on its neighbours.
+        above, below = min(top, 1), min(cells.height - bottom, 1)
+        part = edges(read(Rectangle(top - above, 0, bottom + below, cells.width))[None])
+        found.append(cell_means(part[:, :, above : part.shape[2] - below], cells.side)[0, 0])
+    return torch.cat(found).double().cpu()
+
+
 def edge_scores(images: Tensor, side: int = CELL) -> Tensor:  # [B, C, H, W] -> [B, rows, cols]
     """Mean strength of the edges of every cell, see :func:`fastroute.models.arm.edge_strength`.
 
@@ -93,6 +113,11 @@ def edge_scores(images: Tensor, side: int = CELL) -> Tensor:  # [B, C, H, W] -> 
         images: floating in [0, 1]; of another number of channels than three their mean counts.
         side: of a cell.
     """
+    return cell_means(edges(images), side)[:, 0]
+
+
+def edges(images: Tensor) -> Tensor:  # [B, C, H, W] -> [B, 1, H, W]
+    """The strength of edges at every pixel of images in [0, 1]; of another number of channels than three their mean counts."""
     if images.shape[1] != 3:
         images = images.mean(dim=1, keepdim=True).expand(-1, 3, -1, -1)
     # A single row or column has no neighbours to be reflected.
@@ -100,4 +125,4 @@ def edge_scores(images: Tensor, side: int = CELL) -> Tensor:  # [B, C, H, W] -> 
     height, width = images.shape[-2:]
     if any(more):
         images = F.pad(images, (0, more[1], 0, more[0]), mode="replicate")
-    return cell_means(edge_strength(images)[..., :height, :width], side)[:, 0]
+    return edge_strength(images)[..., :height, :width]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,29 +14,53 @@ from torch import Tensor, nn
 
 from fastroute._arguments import real, whole
 from fastroute._contexts import ordinarily
-from fastroute.cascades.cells import CELL, Cells, edge_scores
+from fastroute.cascades.cells import CELL, Cells, Rectangle, scores_by_rows
 from fastroute.cascades.decision import Decision, Target, choose
+from fastroute.cascades.memory import SMALL, Footprint, Memory, footprint, memory_within, strips
 from fastroute.cascades.networks import Networks, unsupported_half
 from fastroute.cascades.plan import Plan
-from fastroute.cascades.run import Piece, pieces_of, run_plan
+from fastroute.cascades.run import FADE, Limits, Piece, Read, edges_of, layers_of, pieces_of
 from fastroute.engines import TORCH
 from fastroute.models.network import INTERNAL, Facts
-from fastroute.models.precision import probed_dtype
+from fastroute.models.precision import probed_dtype, sums_of
 from fastroute.ops import _checks as check
 from fastroute.profiling import RoutedFlops
-from fastroute.runtime.endpoints import home, output_like
-from fastroute.runtime.memory_plan import AUTO, Limit, check_limit, limit_on, pass_bytes
+from fastroute.runtime.endpoints import Endpoints, home, in_memory, output_like, streamed
+from fastroute.runtime.memory_plan import AUTO, Limit, check_limit, limit_on
 from fastroute.runtime.progress import Progress, shown
 from fastroute.runtime.protocols import Reader, Writer, check_reader
 from fastroute.runtime.results import RoutingStats, Stopwatch, Streamed, Upscaled
 from fastroute.runtime.router import Router
+from fastroute.runtime.sinks import Sink
 from fastroute.runtime.threads import patiently
+from fastroute.runtime.transfer import to_device
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-# Side of the input on which memory is counted.
-MEASURED = 64
+# Pixels of context that make the result of a whole image, if they are no more, even where none is asked for.
+FARTHEST = 40
+
+
+@dataclass(frozen=True)
+class Call:
+    """What one call asks for.
+
+    Attributes:
+        op: its name.
+        target: by what classes are chosen.
+        maps: int64 [B, rows, cols], where they are given.
+        limit: bytes to hold at most.
+        progress: see :meth:`CascadeRouter.upscale`.
+        at_least: take more than `limit` where a single cell does.
+    """
+
+    op: str
+    target: Target
+    maps: Tensor | None
+    limit: int | None
+    progress: Progress
+    at_least: bool = False
 
 
 class CascadeRouter(Router):
@@ -67,7 +93,7 @@ class CascadeRouter(Router):
         self.branch_flops = self.networks.flops()
         self.costs = [float(cost) for cost in costs] if costs is not None else list(self.branch_flops)
         self.register_buffer("_place", torch.empty(0), persistent=False)
-        self._pixel_bytes: int | None = None
+        self._memory: list[Footprint] | None = None
 
     scale: int
 
@@ -99,7 +125,7 @@ class CascadeRouter(Router):
         return self.networks.exact_in(device, dtype)
 
     def _moved(self) -> None:
-        self.networks.dtype = self.dtype
+        self.networks.dtype, self._memory = self.dtype, None
 
     @ordinarily
     @torch.inference_mode()
@@ -126,7 +152,7 @@ class CascadeRouter(Router):
             context: pixels around a region that are computed and cropped; default what is calibrated, or 16.
             progress: show a progress bar, or call this function with how many pieces are done and how many there are.
             memory_limit: bytes to hold at most beside `image` and the result: regions are no larger. It changes the result
-                slightly, since networks of a large receptive field see less.
+                slightly where networks see further than the context.
 
         Returns:
             :class:`fastroute.Upscaled`, with the classes in which the cells ran. A floating image is not clamped; an integer
@@ -137,26 +163,17 @@ class CascadeRouter(Router):
                 class map of another shape or with ids out of range.
             TypeError: an unsupported dtype.
         """
-        images = check.images("upscale", image, self.channels, home(image, self.device))
-        check_limit("upscale", memory_limit)
+        op = "upscale"
+        images = check.images(op, image, self.channels, home(image, self.device))
+        check_limit(op, memory_limit)
         target = self._target(budget, fidelity, class_map, context)
+        maps = self._class_maps(class_map, images.shape)
         size = (images.shape[2] * self.scale, images.shape[3] * self.scale)
-        output = output_like("upscale", images, (*images.shape[:2], *size))
-        watch = Stopwatch(self.device)
-        maps = self._class_maps(class_map, images)
-        plans = []
-        largest = self._largest(memory_limit)
-        with self.lock, patiently(self.device):
-            for n in range(images.shape[0]):
-                pixels = _floating(images[n].to(self.device), self.dtype)
-                plan = self._plan(pixels, target, None if maps is None else maps[n], watch)
-                result = self._run(plan, pixels, largest, watch, progress)
-                with watch.stage("stitch"):
-                    _store(result, output[n])
-                plans.append(plan)
-        with torch.inference_mode(False):
-            ids = torch.stack([plan.class_ids for plan in plans]).clone().to(images.device)
-        stats = self._stats(plans, watch)
+        output = output_like(op, images, (*images.shape[:2], *size))
+        reads = [partial(_cut, one) for one in images]
+        call = Call(op, target, maps, memory_limit, progress)
+        ids, stats = self._run(in_memory(images, output, self.device), reads, call)
+        ids = ids.to(images.device)
         return Upscaled(output, ids, stats) if image.ndim == 4 else Upscaled(output[0], ids[0], stats)
 
     @ordinarily
@@ -173,34 +190,32 @@ class CascadeRouter(Router):
         progress: Progress = False,
         memory_limit: Limit = AUTO,
     ) -> Streamed:
-        """Super-resolve what a reader gives into a writer; the image and its result are held in memory meanwhile.
+        """Super-resolve what a reader gives into a writer: neither the image nor its result is held in memory as a whole.
+
+        Pieces of the image are read where they are needed, and rows written as soon as nothing more changes them. With the same
+        `memory_limit` the result is that of :meth:`upscale`, bit for bit.
 
         Args:
             reader: gives the image, see :class:`fastroute.Reader`.
             writer: takes the result, see :class:`fastroute.Writer`.
             budget, fidelity, class_map, context, progress: see :meth:`upscale`.
-            memory_limit: bytes that the networks may take, see :meth:`upscale`.
+            memory_limit: bytes to hold at most, or None for no limit. By default, "auto", it is 512 MiB, or 8 GiB for a router
+                on a GPU, or what a single cell takes where that is more.
 
         Raises:
             ValueError, TypeError: see :meth:`upscale`.
         """
-        check_reader("stream", reader, self.channels, check.FLOATING + check.INTEGER_IMAGE)
+        op = "stream"
+        check_reader(op, reader, self.channels, check.FLOATING + check.INTEGER_IMAGE)
         limit = limit_on(self.device, memory_limit)
-        _, height, width = reader.shape
-        result = self.upscale(
-            reader.read(0, height, 0, width),
-            budget=budget,
-            fidelity=fidelity,
-            class_map=class_map,
-            context=context,
-            progress=progress,
-            memory_limit=limit,
-        )
-        step = max(int(getattr(writer, "row_step", 1)), 1)
-        rows = max(step, 256 // step * step)
-        for top in range(0, result.image.shape[1], rows):
-            writer.write(top, 0, result.image[:, top : top + rows].cpu())
-        return Streamed(result.class_map, result.stats)
+        check_limit(op, limit)
+        target = self._target(budget, fidelity, class_map, context)
+        channels, height, width = reader.shape
+        maps = self._class_maps(class_map, (1, channels, height, width))
+        ends = streamed(reader, writer, self.output_size(height, width), self.device)
+        call = Call(op, target, maps, limit, progress, memory_limit == AUTO)
+        ids, stats = self._run(ends, [lambda where: reader.read(where.top, where.bottom, where.left, where.right)], call)
+        return Streamed(ids[0], stats)
 
     def pixel_map(self, class_map: Tensor, size: Sequence[int]) -> Tensor:  # [rows, cols] -> [H, W]
         """The class of every pixel of a result of that height and width."""
@@ -239,60 +254,123 @@ class CascadeRouter(Router):
             raise ValueError(f"{op}: fidelity must be above 0 and below 200 dB; got {fidelity}")
         return self.decision.target(self.num_classes, budget, fidelity, class_map is not None, context)
 
-    def _class_maps(self, class_map: Tensor | None, images: Tensor) -> Tensor | None:  # [B, rows, cols]
+    def _class_maps(self, class_map: Tensor | None, size: Sequence[int]) -> Tensor | None:  # [B, rows, cols]
         if class_map is None:
             return None
         op = "upscale"
         check.tensor(op, "class_map", class_map)
         check.dtype(op, "class_map", class_map.dtype, check.INDEX)
-        cells = Cells(*images.shape[2:])
-        shape = (images.shape[0], cells.rows, cells.cols)
+        cells = Cells(*size[2:])
+        shape = (size[0], cells.rows, cells.cols)
         if tuple(class_map.shape) not in ((shape[1:], shape) if shape[0] == 1 else (shape,)):
             raise ValueError(f"{op}: class_map must be {shape} for this image; got {tuple(class_map.shape)}")
         check.in_range(op, "class_map", class_map, self.num_classes)
         return class_map.reshape(shape).to("cpu", torch.int64)
 
-    def _plan(self, pixels: Tensor, target: Target, class_ids: Tensor | None, watch: Stopwatch) -> Plan:  # [C, H, W]
-        cells = Cells(*pixels.shape[1:])
+    def _run(self, ends: Endpoints, reads: Sequence[Read], call: Call) -> tuple[Tensor, RoutingStats]:  # [B, rows, cols]
+        """All images from where they are read to where they are written, one band of rows after the other."""
+        watch, device = Stopwatch(self.device), self.device
+        cells = Cells(*ends.source.shape[2:])
+        takes, values = self._footprints(cells, call.limit), self.channels * self.scale**2 * cells.width
+        memory = memory_within(call.op, call.limit, takes, values, self._context(call.target), call.at_least)
+        plans, pieces = [], []
+        with self.lock, patiently(device), ends.opened(memory.rows, memory.rows * self.scale) as sink:
+            for n, raw in enumerate(reads):
+
+                def read(where: Rectangle, raw: Read = raw) -> Tensor:
+                    return _floating(to_device(raw(where), device), self.dtype)
+
+                plans.append(self._plan(read, cells, call, n, watch))
+                pieces.append(self._pieces(plans[-1], call, memory))
+                self._write(plans[-1], pieces[-1], read, sink, n, memory.rows, call.progress, watch)
+        with torch.inference_mode(False):
+            ids = torch.stack([plan.class_ids for plan in plans]).clone()
+        held = max(memory.held(own, cells.height) for own in pieces)
+        return ids, self._stats(plans, pieces, held, watch)
+
+    def _plan(self, read: Read, cells: Cells, call: Call, number: int, watch: Stopwatch) -> Plan:
+        class_ids = None if call.maps is None else call.maps[number]
         if self.facts[-1].tiling == INTERNAL or self.num_classes == 1:
             class_ids = torch.full((cells.rows, cells.cols), self.num_classes - 1)
         scores = None
-        if class_ids is None and not target.everywhere:
+        if class_ids is None and not call.target.everywhere:
             with watch.stage("classify"):
-                scores = edge_scores(pixels[None])[0].double().cpu()
+                scores = scores_by_rows(read, cells)
         with watch.stage("assign"):
-            return choose(self.decision, target, cells, self.costs, scores, class_ids, self.align)
+            return choose(self.decision, call.target, cells, self.costs, scores, class_ids, self.align)
 
-    def _run(self, plan: Plan, pixels: Tensor, largest: int | None, watch: Stopwatch, progress: Progress) -> Tensor:
-        result = pixels.new_empty(pixels.shape[0], pixels.shape[1] * self.scale, pixels.shape[2] * self.scale)
+    def _pieces(self, plan: Plan, call: Call, memory: Memory) -> list[list[Piece]]:
+        """The pieces of each class."""
+        found = []
+        for k, regions in enumerate(plan.regions):
+            reach, context, limits, fade = self.facts[k].reach, plan.context, memory.limits, FADE
+            if regions == (plan.cells.whole,) and reach is not None and reach <= FARTHEST and call.target.context is None:
+                # Pieces of as much context as the network sees are those of the whole image: there is nothing to blend.
+                context, fade = -(-reach // self.align) * self.align, 0
+                if call.limit is None:
+                    size = plan.cells.height, plan.cells.width
+                    takes = self._footprints(plan.cells, None)[k]
+                    limits = Limits(tallest=strips(*size, context, takes, self.device))
+            found.append(pieces_of(plan.cells, regions, context, limits, fade))
+        return found
+
+    def _write(
+        self, plan: Plan, pieces: Sequence[Sequence[Piece]], read: Read, sink: Sink, number: int, rows: int,
+        progress: Progress, watch: Stopwatch,
+    ) -> None:  # fmt: skip
+        """The bands of one image, through its layers, into `sink`."""
         networks = [partial(self.networks.run, k) for k in range(self.num_classes)]
-        total = sum(len(pieces_of(plan.cells, regions, plan.context, largest)) for regions in plan.regions)
-        with watch.stage("branches"), shown(progress, total, "region") as bar:
+        images, exact = (number, number + 1), sums_of(self.dtype)
+        with shown(progress, sum(map(len, pieces)), "region") as bar:
+            layers = layers_of(plan, pieces, networks, read, self.scale, bar.update)
+            for top, bottom in pairwise(edges_of(pieces, plan.cells.height, rows)):
+                with watch.stage("branches"):
+                    for layer in layers:
+                        layer.compute(bottom)
+                with watch.stage("stitch"):
+                    target = sink.band(images, (self.scale * top, self.scale * bottom))[0]
+                    own = target.dtype == exact and target.device == self.device
+                    band = target if own else torch.empty(target.shape, dtype=exact, device=self.device)
+                    # What is blended with what is there must be finite.
+                    band.zero_()
+                    for layer in layers:
+                        layer.draw(band, top)
+                    if not own:
+                        _store(band, target)
+                    sink.done()
 
-            def done(k: int, piece: Piece) -> None:
-                bar.update()
+    def _context(self, target: Target) -> int:
+        """The most context that a call may choose."""
+        table = self.decision.table
+        if target.context is not None:
+            return target.context
+        reach = [facts.reach for facts in self.facts if facts.reach is not None and facts.reach <= FARTHEST]
+        return max([*reach, *(table.contexts if table is not None else [self.decision.context])]) + self.align - 1
 
-            run_plan(plan, pixels, networks, result, self.scale, largest, done)
-        return result
+    def _footprints(self, cells: Cells, limit: int | None) -> list[Footprint]:
+        """What each network takes; it is found out where a limit or the size of the image asks for it."""
+        if limit is None and cells.height * cells.width < SMALL:
+            return [Footprint(0, 0)] * self.num_classes
+        if self._memory is None:
+            networks = zip(self.networks.members, self.facts, strict=True)
+            self._memory = [footprint(member, facts, self.dtype) for member, facts in networks]
+        return self._memory
 
-    def _largest(self, limit: int | None) -> int | None:
-        """LR pixels of a pass within `limit` bytes."""
-        if limit is None:
-            return None
-        if self._pixel_bytes is None:
-            size = (1, self.channels, *self.facts[-1].padded(MEASURED, MEASURED))
-            self._pixel_bytes = -(-2 * pass_bytes(self.networks.members[-1], size, self.dtype) // (size[2] * size[3]))
-        return max(limit // self._pixel_bytes, CELL * CELL)
-
-    def _stats(self, plans: Sequence[Plan], watch: Stopwatch) -> RoutingStats:
+    def _stats(
+        self, plans: Sequence[Plan], pieces: Sequence[Sequence[Sequence[Piece]]], held: int, watch: Stopwatch
+    ) -> RoutingStats:
         stages = ("tune", "classify", "assign", "branches", "stitch")
         seconds = {**dict.fromkeys(stages, 0.0), **watch.finish()}
         counts = [sum(int((plan.class_ids == k).sum()) for plan in plans) for k in range(self.num_classes)]
-        work = [sum(plan.work()[k] for plan in plans) for k in range(self.num_classes)]
+        work = [sum(piece.outer.area for own in pieces for piece in own[k]) for k in range(self.num_classes)]
         routed = sum(flops * pixels for flops, pixels in zip(self.branch_flops, work, strict=True))
         dense = self.branch_flops[-1] * sum(plan.cells.height * plan.cells.width for plan in plans)
         flops = RoutedFlops(routed, dense, dense)
-        return RoutingStats(counts, flops, flops, seconds, 0, [pixels / CELL**2 for pixels in work])
+        return RoutingStats(counts, flops, flops, seconds, held, [pixels / CELL**2 for pixels in work])
+
+
+def _cut(image: Tensor, where: Rectangle) -> Tensor:  # [C, H, W] -> [C, h, w]
+    return image[:, where.top : where.bottom, where.left : where.right]
 
 
 def _floating(pixels: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,4 +1,4 @@
-"""The regions of a plan through their networks, and their results into one image."""
+"""The regions of a plan through their networks, and their results into bands of rows, from top to bottom."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ FADE = 4
 TOGETHER = 96 * 96
 
 Network = Callable[[Tensor], Tensor]
+# From where pixels lie in the image to these pixels, floating in [0, 1].
+Read = Callable[[Rectangle], Tensor]
 
 
 @dataclass(frozen=True)
@@ -34,127 +36,168 @@ class Piece:
     fading: Rectangle
 
 
-def pieces_of(cells: Cells, regions: Sequence[Rectangle], context: int, largest: int | None = None) -> list[Piece]:
-    """The pieces of `regions`, none of more than `largest` pixels unless it is a single cell.
+@dataclass(frozen=True)
+class Limits:
+    """How large pieces may be; a single cell is always allowed.
+
+    Attributes:
+        largest: pixels with their context; None for no limit.
+        tallest: pixels of height without it; None for no limit. Results are held as long as the rows they lie in.
+    """
+
+    largest: int | None = None
+    tallest: int | None = None
+
+
+def pieces_of(
+    cells: Cells, regions: Sequence[Rectangle], context: int, limits: Limits | None = None, fade: int = FADE
+) -> list[Piece]:
+    """The pieces of `regions` by rows, each within `limits`.
 
     Args:
         cells: of the image.
         regions: in cells.
         context: pixels around a region that are cropped.
-        largest: regions beyond are cut between their cells.
+        limits: regions beyond are cut between their cells.
+        fade: pixels of the context that are blended, at most.
     """
-    parts = [part for region in regions for part in _parts(cells, region, context, largest)]
-    fade = min(FADE, context)
-    return [Piece(cells.pixels(part), cells.pixels(part, context), cells.pixels(part, fade)) for part in parts]
+    limits = limits or Limits()
+    parts = [part for region in regions for part in _parts(cells, region, context, limits)]
+    fade = min(fade, context)
+    found = [Piece(cells.pixels(part), cells.pixels(part, context), cells.pixels(part, fade)) for part in parts]
+    return sorted(found, key=lambda piece: (piece.fading.top, piece.fading.left))
 
 
-def _parts(cells: Cells, region: Rectangle, context: int, largest: int | None) -> Iterator[Rectangle]:
+def _parts(cells: Cells, region: Rectangle, context: int, limits: Limits) -> Iterator[Rectangle]:
     height, width = region.bottom - region.top, region.right - region.left
-    if largest is None or (height == 1 and width == 1) or cells.pixels(region, context).area <= largest:
+    high = limits.tallest is not None and height > 1 and height * cells.side > limits.tallest
+    large = limits.largest is not None and cells.pixels(region, context).area > limits.largest
+    if not high and (not large or (height == 1 and width == 1)):
         yield region
         return
-    if height >= width:
+    if high or height >= width:
         middle = region.top + height // 2
         halves = region._replace(bottom=middle), region._replace(top=middle)
     else:
         middle = region.left + width // 2
         halves = region._replace(right=middle), region._replace(left=middle)
     for half in halves:
-        yield from _parts(cells, half, context, largest)
+        yield from _parts(cells, half, context, limits)
 
 
-def run_plan(
-    plan: Plan,
-    image: Tensor,  # [C, H, W]
-    networks: Sequence[Network],
-    output: Tensor,  # [C, H * scale, W * scale], float32
-    scale: int,
-    largest: int | None = None,
-    done: Callable[[int, Piece], None] = lambda k, piece: None,
-) -> None:
-    """Fill `output`: the regions of each class over those of the classes below.
+class Layer:
+    """One class of a plan over those below it: pieces are computed when a band needs them, and kept until the last that does.
 
-    Where regions of one class meet they fade into each other; around them the class fades out over what lies below. A pixel of
-    a region is its own network's, but for `FADE` pixels along another region of its class.
+    Where pieces meet they fade into each other; around them the class fades out over what lies below. A pixel of a piece is its
+    own network's, but for `FADE` pixels along another piece of its class. All of this is the same whatever the bands.
 
     Args:
-        plan: what runs where.
-        image: floating in [0, 1].
-        networks: of each class, from (N, C, h, w) to (N, C, h * scale, w * scale).
-        output: overwritten.
-        scale: of the networks.
-        largest: pixels of a pass at most, see :func:`pieces_of`.
-        done: called with the class and the piece after each piece.
+        pieces: of the class, see :func:`pieces_of`.
+        network: from (N, C, h, w) to (N, C, h * scale, w * scale).
+        read: gives the pixels of the image.
+        scale: of the network.
+        lowest: whether nothing lies below.
+        done: called after each piece.
     """
-    # What is blended with what is there must be finite.
-    output.zero_()
-    first = True
-    for k, regions in enumerate(plan.regions):
-        pieces = pieces_of(plan.cells, regions, plan.context, largest)
-        if not pieces:
-            continue
-        if len(pieces) == 1 and pieces[0].inner == plan.cells.pixels(plan.cells.whole):
-            output.copy_(networks[k](image[None])[0])
-            done(k, pieces[0])
-        else:
-            _layer(k, pieces, image, networks[k], output, scale, first, done)
-        first = False
 
+    def __init__(
+        self,
+        pieces: Sequence[Piece],
+        network: Network,
+        read: Read,
+        scale: int,
+        lowest: bool,
+        done: Callable[[], object] = lambda: None,
+    ) -> None:
+        self.pieces, self.network, self.read, self.scale, self.lowest, self.done = pieces, network, read, scale, lowest, done
+        self.alone = alone_of(pieces)
+        self.batch_of = {n: batch for batch in batches(pieces) for n in batch}
+        self.begun, self.active = 0, list[int]()
+        self.results: dict[int, Tensor] = {}
 
-def _layer(
-    k: int,
-    pieces: list[Piece],
-    image: Tensor,
-    network: Network,
-    output: Tensor,
-    scale: int,
-    lowest: bool,
-    done: Callable[[int, Piece], None],
-) -> None:
-    """The pieces of one class over what is there."""
-    alone = alone_of(pieces)
-    total = torch.zeros_like(output) if not all(alone) else None
-    weight = torch.zeros_like(output[:1]) if total is not None else None
-    for numbers in batches(pieces):
-        results = network(torch.stack([_cut(image, pieces[n].outer) for n in numbers]))
+    def compute(self, bottom: int) -> None:
+        """The results of all pieces that reach above row `bottom`."""
+        while self.begun < len(self.pieces) and self.pieces[self.begun].fading.top < bottom:
+            self.active.append(self.begun)
+            if self.begun not in self.results:
+                self._run(self.batch_of[self.begun])
+            self.begun += 1
+
+    def _run(self, numbers: Sequence[int]) -> None:
+        cut = [self.read(self.pieces[n].outer) for n in numbers]
+        results = self.network(torch.stack(cut) if len(cut) > 1 else cut[0][None])
         for n, result in zip(numbers, results, strict=True):
-            piece = pieces[n]
-            ramp = fading(piece, scale, output.device)
-            shown = _cut(result, _within(piece.fading, piece.outer, scale)).to(output.dtype)
-            target = _cut(output, _scaled(piece.fading, scale))
-            if alone[n] or total is None or weight is None:
-                # Nothing lies below the lowest class: what fades out there is written over.
-                _blend(target, shown, ramp, lowest)
-            else:
-                _cut(total, _scaled(piece.fading, scale)).addcmul_(shown, ramp)
-                _cut(weight, _scaled(piece.fading, scale)).add_(ramp)
-            done(k, piece)
-    if total is not None and weight is not None:
-        for n, piece in enumerate(pieces):
-            if alone[n]:
+            piece = self.pieces[n]
+            shown = _cut(result, _within(piece.fading, piece.outer, self.scale))
+            # A batch is held as long as any of its parts; what is most of its memory is not copied.
+            self.results[n] = shown if len(numbers) == 1 and 2 * shown.numel() > result.numel() else shown.clone()
+            self.done()
+
+    def draw(self, band: Tensor, top: int) -> None:  # [C, rows * scale, W * scale], floating
+        """Put what is there of rows from `top` on over `band`, and let go of what no later band needs."""
+        scale = self.scale
+        bottom = top + band.shape[1] // scale
+        shared = [n for n in self.active if not self.alone[n]]
+        total = torch.zeros_like(band) if shared else band[:, :0]
+        weight = torch.zeros_like(band[:1]) if shared else band[:1, :0]
+        for n in self.active:
+            place = self.pieces[n].fading
+            first, last = max(place.top, top), min(place.bottom, bottom)
+            if last <= first:
                 continue
-            place = _scaled(piece.fading, scale)
-            sums, weights, target = _cut(total, place), _cut(weight, place), _cut(output, place)
-            # Each pixel once, though several pieces may reach it: its weight is cleared.
-            covered = weights > 0
-            mean = sums / weights.clamp(min=1e-6)
-            share = torch.ones_like(weights) if lowest else weights.clamp(max=1)
-            target.copy_(torch.where(covered, torch.lerp(target, mean, share), target))
-            weights.zero_()
+            shown = self.results[n][:, scale * (first - place.top) : scale * (last - place.top)].to(band.dtype)
+            ramp = fading(self.pieces[n], scale, first, last, band)
+            where = _scaled(Rectangle(first - top, place.left, last - top, place.right), scale)
+            if not self.alone[n]:
+                _cut(total, where).addcmul_(shown, ramp)
+                _cut(weight, where).add_(ramp)
+            elif self.lowest:
+                # Nothing lies below: what fades out there is written over.
+                _cut(band, where).copy_(shown)
+            else:
+                _cut(band, where).lerp_(shown, ramp)
+        if shared:
+            mean = total.div_(weight.clamp(min=1e-6))
+            share = torch.ones_like(weight) if self.lowest else weight.clamp(max=1)
+            band.copy_(torch.where(weight > 0, torch.lerp(band, mean, share), band))
+        for n in [n for n in self.active if self.pieces[n].fading.bottom <= bottom]:
+            self.active.remove(n)
+            del self.results[n]
 
 
-def _blend(target: Tensor, shown: Tensor, ramp: Tensor, lowest: bool) -> None:
-    if lowest:
-        target.copy_(shown)
-    else:
-        target.lerp_(shown, ramp)
+def layers_of(
+    plan: Plan, pieces: Sequence[Sequence[Piece]], networks: Sequence[Network], read: Read, scale: int,
+    done: Callable[[], object] = lambda: None,
+) -> list[Layer]:  # fmt: skip
+    """The classes of a plan that have pieces, the lowest first."""
+    made: list[Layer] = []
+    for own, network in zip(pieces, networks, strict=True):
+        if own:
+            made.append(Layer(own, network, read, scale, not made, done))
+    return made
+
+
+def edges_of(pieces: Sequence[Sequence[Piece]], height: int, rows: int) -> list[int]:
+    """Where bands of at most `rows` rows begin and end: also between pieces that do not fade, so that no band needs both."""
+    between = {piece.inner.top for own in pieces for piece in own if piece.inner == piece.fading}
+    edges = [0]
+    for end in sorted({*between, height}):
+        edges += range(edges[-1] + rows, end, rows)
+        edges += [end] if end > edges[-1] else []
+    return edges
 
 
 def alone_of(pieces: Sequence[Piece]) -> list[bool]:
-    """Which pieces reach into no other."""
-    return [
-        not any(_meet(one.fading, other.fading) for m, other in enumerate(pieces) if m != n) for n, one in enumerate(pieces)
-    ]
+    """Which pieces, given by rows, reach into no other."""
+    alone = [True] * len(pieces)
+    for n, one in enumerate(pieces):
+        for m in range(n + 1, len(pieces)):
+            other = pieces[m].fading
+            if other.top >= one.fading.bottom:
+                break
+            if _meet(one.fading, other):
+                alone[n] = alone[m] = False
+    return alone
 
 
 def _meet(a: Rectangle, b: Rectangle) -> bool:
@@ -173,19 +216,19 @@ def batches(pieces: Sequence[Piece]) -> Iterator[list[int]]:
             yield numbers[begin : begin + together]
 
 
-def fading(piece: Piece, scale: int, device: torch.device) -> Tensor:  # [1, h, w]
-    """Weights of a piece over what it fades into: 1 on its own pixels, falling to nothing around them."""
+def fading(piece: Piece, scale: int, first: int, last: int, like: Tensor) -> Tensor:  # [1, (last - first) * scale, w]
+    """Weights of rows `first` to `last` of a piece over what it fades into: 1 on its own pixels, falling around them."""
     inner, outer = piece.inner, piece.fading
-    rows = _ramp(inner.top - outer.top, inner.bottom - inner.top, outer.bottom - inner.bottom, scale, device)
-    cols = _ramp(inner.left - outer.left, inner.right - inner.left, outer.right - inner.right, scale, device)
-    return rows[:, None].mul(cols)[None]
+    rows = _ramp(inner.top - outer.top, inner.bottom - inner.top, outer.bottom - inner.bottom, scale, like)
+    cols = _ramp(inner.left - outer.left, inner.right - inner.left, outer.right - inner.right, scale, like)
+    return rows[scale * (first - outer.top) : scale * (last - outer.top), None].mul(cols)[None]
 
 
-def _ramp(before: int, own: int, after: int, scale: int, device: torch.device) -> Tensor:
+def _ramp(before: int, own: int, after: int, scale: int, like: Tensor) -> Tensor:
     def rise(pixels: int) -> Tensor:
-        return (torch.arange(pixels * scale, device=device, dtype=torch.float32) + 0.5) / max(pixels * scale, 1)
+        return (torch.arange(pixels * scale, device=like.device, dtype=like.dtype) + 0.5) / max(pixels * scale, 1)
 
-    return torch.cat([rise(before), torch.ones(own * scale, device=device), rise(after).flip(0)])
+    return torch.cat([rise(before), like.new_ones(own * scale), rise(after).flip(0)])
 
 
 def _cut(image: Tensor, where: Rectangle) -> Tensor:  # [C, H, W] -> [C, h, w]

@@ -27,7 +27,7 @@ Source = str | Path | nn.Module | Callable[[Tensor], Tensor] | Any
 
 def bicubic(scale: int, channels: int) -> tuple[nn.Module, Facts]:
     """Interpolation, which needs no network."""
-    return Bicubic(scale, channels), Facts(BICUBIC, scale, channels)
+    return Bicubic(scale, channels), Facts(BICUBIC, scale, channels, reach=2)
 
 
 def is_named_code(source: object) -> bool:

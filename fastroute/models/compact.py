@@ -53,4 +53,4 @@ class Compact(nn.Module):
         if dtype in HALVES:
             # What the layers find is small: the image that it is added to stays float32.
             x, found = x.to(sums_of(dtype)), found.to(sums_of(dtype))
-        return found + F.interpolate(x, scale_factor=float(self.scale), mode="nearest")
+        return found.add_(F.interpolate(x, scale_factor=float(self.scale), mode="nearest"))

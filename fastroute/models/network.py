@@ -23,6 +23,7 @@ class Facts:
             equal sides.
         tiling: "supported"; "discouraged" where the network goes by what the whole image is like; "internal" where it makes
             tiles by itself.
+        reach: pixels beyond which nothing changes a pixel's result; None where that is unknown, or far.
         halves: the half types in which it computes well.
         sources: where these facts are from: "shapes" of weights, "spandrel", "file", "probe" for a run of the network.
     """
@@ -36,6 +37,7 @@ class Facts:
     tiling: str = SUPPORTED
     halves: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16)
     sources: dict[str, str] = field(default_factory=dict)
+    reach: int | None = None
 
     @property
     def any_size(self) -> bool:

@@ -20,13 +20,7 @@ from fastroute.models.rrdbnet import RRDBNet
 # RRDBNet's layers in the layouts before: of ESRGAN's first code, in which most networks of users are stored, and of its second.
 LAYERS = ("conv_first", "conv_body", "conv_up1", "conv_up2", "conv_hr", "conv_last")
 SECOND_NAMES = dict(zip(("conv_first", "trunk_conv", "upconv1", "upconv2", "HRconv", "conv_last"), LAYERS, strict=True))
-FIRST_NAMES = {
-    "model.0": "conv_first",
-    "model.3": "conv_up1",
-    "model.6": "conv_up2",
-    "model.8": "conv_hr",
-    "model.10": "conv_last",
-}
+FIRST_NAMES = dict(zip((f"model.{n}" for n in (0, 3, 6, 8, 10)), (LAYERS[0], *LAYERS[2:]), strict=True))
 BLOCK = re.compile(r"(?:model\.1\.sub|RRDB_trunk)\.(\d{1,4})\.(?:RDB([123])\.conv([1-5])(?:\.0)?\.)?(weight|bias)")
 # The weights by which they are known.
 COMPACT, RRDB = ("body.0.weight", "body.1.weight"), ("conv_first.weight", "body.0.rdb1.conv1.weight", "conv_last.weight")
@@ -85,7 +79,9 @@ def _compact(state: Mapping[str, Tensor], path: Path) -> tuple[nn.Module, Facts]
             f"cannot use {path}: its last layer must have {channels} channels times the square of a scale; it has {len(end)}"
         )
     network = fitted(lambda: Compact(len(first), last // 2 - 1, scale, channels), state, path)
-    return network, Facts("Compact", scale, channels, sources=dict.fromkeys(("architecture", "scale", "channels"), SHAPES))
+    known = dict.fromkeys(("architecture", "scale", "channels", "reach"), SHAPES)
+    # Each convolution sees a pixel further.
+    return network, Facts("Compact", scale, channels, sources=known, reach=last // 2 + 1)
 
 
 def _rrdb(state: Mapping[str, Tensor], path: Path) -> tuple[nn.Module, Facts]:
