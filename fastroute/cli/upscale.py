@@ -25,10 +25,12 @@ from fastroute.cli._common import (
     running_options,
     tell_measuring,
 )
+from fastroute.cli._types import Pixels, ShardType
 
 if TYPE_CHECKING:
     from fastroute.cascades.router import CascadeRouter
     from fastroute.files.many_files import Job
+    from fastroute.files.shards import Shard
     from fastroute.patch.patch_router import PatchRouter
     from fastroute.pixel.pixel_router import PixelRouter
 
@@ -40,25 +42,6 @@ ZARR = ".zarr"
 LOSSY = (".jpg", ".jpeg", ".jpe", ".jfif", ".webp")
 # From this many pixels on, encoding takes some seconds.
 SLOW_TO_WRITE = 1 << 25
-
-
-class Pixels(click.ParamType):
-    """A positive whole number, or "none"."""
-
-    name = "pixels"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | str | None:
-        """The number, or None for no limit."""
-        if value in (None, "auto"):
-            return value
-        if value == "none":
-            return None
-        try:
-            # Both 300000000 and 3e8 are accepted.
-            number = int(float(value))
-        except (ValueError, OverflowError):
-            number = 0
-        return number if number > 0 else self.fail(f"it must be a positive number or none; got {value}", param, ctx)
 
 
 @click.command("upscale", cls=Command)
@@ -110,6 +93,8 @@ class Pixels(click.ParamType):
               "for no limit.  [default: about 179 million]")  # fmt: skip
 @click.option("--resume", is_flag=True, help="Skip inputs whose result is in folder OUT already and not older. Refused if "
               "the last run into that folder had other settings.")  # fmt: skip
+@click.option("--shard", type=ShardType(), metavar="K/N", help="Upscale only share K of N of the inputs, about as many pixels "
+              "as every other: one share on each machine. auto takes K and N from a Slurm array or from torchrun.")  # fmt: skip
 @click.option("--overwrite", is_flag=True, help="Allow a result to overwrite its input. Any other file is replaced anyway.")
 @click.option("--memory-limit", type=click.IntRange(min=1), metavar="MB",
               help="Work in bands within this much memory. For one IN and OUT this includes reading and writing; for a folder, "
@@ -137,6 +122,7 @@ def command(
     white: float | None,
     max_pixels: int | str | None,
     resume: bool,
+    shard: Shard | None,
     overwrite: bool,
     memory_limit: int | None,
     shared_budget: bool,
@@ -213,9 +199,14 @@ def command(
         if not folder and (named or target.exists()):
             what = "it is a folder" if sources[0].is_dir() else "there are several inputs"
             raise click.UsageError(f"cannot read {sources[0]} into the one file {target}: {what}, so OUT must be a folder")
-        upscale_many(task, sources, target, class_map, file_format, resume, shared_budget)
+        if shard is not None and shared_budget:
+            raise click.UsageError("--shared-budget needs all inputs in one process; leave out --shard, or give each image one")
+        if shard is not None and overwrite:
+            raise click.UsageError("--shard must find the same inputs in every process; leave out --overwrite")
+        upscale_many(task, sources, target, class_map, file_format, resume, shared_budget, shard)
         return
-    for flag, given in (("--resume", resume), ("--format", file_format), ("--shared-budget", shared_budget)):
+    several = (("--resume", resume), ("--format", file_format), ("--shared-budget", shared_budget), ("--shard", shard))
+    for flag, given in several:
         if given:
             raise click.UsageError(
                 f"{flag} is for an OUT that is a folder; {target} is none (a / at its end would make it one)"
@@ -291,8 +282,9 @@ def upscale_many(
     file_format: str | None,
     resume: bool,
     shared_budget: bool,
+    shard: Shard | None,
 ) -> None:
-    """Whatever is found in `sources`, into the folder `target`."""
+    """Whatever is found in `sources`, or a share of it, into the folder `target`."""
     from fastroute.cli._summary import tell_many
     from fastroute.files import jobs, many_files
     from fastroute.io import SUFFIXES
@@ -310,6 +302,12 @@ def upscale_many(
         jobs.check_distinct(made.jobs)
         if not task.overwrite:
             jobs.check_apart([(made.jobs[0].source, class_map)])
+    if shard is not None:
+        found, made.jobs = len(made.jobs), shard.share(made.jobs)
+        if not task.quiet:
+            click.echo(f"shard {shard}: {len(made.jobs)} of {found} images")
+        if not made.jobs:
+            return
     router, chosen = task.load()
     settings = task.settings(format=file_format, **{"shared-budget": shared_budget or None})
     since = jobs.begin_run(target, settings, resume)
