@@ -10,6 +10,7 @@ from functools import cache
 import pytest
 import torch
 from networks import picture, random_classsr
+from torch import nn
 
 import fastroute
 from fastroute import FixedPatchRouter, FixedPixelRouter, PatchRouter, TileGrid
@@ -118,3 +119,17 @@ def test_a_value_that_is_too_large_is_found_wherever_it_lies(router):
         x[image, 2, row, column] = 3.0
         with pytest.raises(ValueError, match=r"upscale: a floating image must lie in about .* like 3: divide by 255"):
             router().upscale(x)
+
+
+def test_values_without_a_bound():
+    """Of a network of HDR images none is refused, wherever it lies, and nothing is clamped."""
+    x = torch.rand(1, 3, 70, 141)
+    x[0, 2, 68, 77], x[0, 1, 3, 3] = 3e4, -7.0
+    network = nn.Conv2d(3, 3, 1)
+    for router in (
+        PatchRouter([network], patch=32, stride=28, scale=1, value_range=None),
+        fastroute.tiled(network, patch=32, overlap=4, value_range=None),
+    ):
+        assert torch.allclose(router.upscale(x).image, network(x), rtol=1e-5, atol=1e-4)
+    with pytest.raises(ValueError, match=r"like 30000: divide by 255, or give the router of an HDR network value_range=None"):
+        PatchRouter([network], patch=32, stride=28, scale=1).upscale(x)

@@ -132,7 +132,8 @@ def test_dtypes(dtype, refine):
 
 
 def test_stats():
-    router = PixelRouter(make_model())
+    model = make_model()
+    router = PixelRouter(model)
     result = router.upscale(torch.rand(2, 3, 9, 11), scale=2)
     stats = result.stats
     assert stats.counts_per_class == [int((result.class_map == c).sum()) for c in range(2)]
@@ -140,7 +141,7 @@ def test_stats():
     assert stats.flops.fraction > 0
     # PCSR counts its classifier at every pixel, but not in what is dense.
     light, heavy, classifier = (2 * sum(w.numel() for w, _ in mlp) for mlp in (*router._layers()[0], router._layers()[1]))
-    encoder, paper = count_flops(router.encoder, (2, 3, 9, 11), "pcsr"), stats.paper_flops
+    encoder, paper = count_flops(model.encoder, (2, 3, 9, 11), "pcsr"), stats.paper_flops
     counts = stats.counts_per_class
     assert paper.routed == encoder + light * counts[0] + heavy * counts[1] + classifier * sum(counts)
     assert (paper.dense, paper.paper) == (encoder + heavy * sum(counts), "PCSR")

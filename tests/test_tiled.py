@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import fastroute
-from fastroute import tiled
+from fastroute import PatchRouter, tiled
 from fastroute.patch import patch_router
 
 pytestmark = pytest.mark.usefixtures("quick_tuning")
@@ -137,3 +137,48 @@ def test_is_a_module():
 def test_errors(kind, args, words):
     with pytest.raises(kind, match=words):
         tiled(**{"model": network(2, 1), "patch": 16} | args)
+
+
+class Levels(nn.Module):
+    """A network of values in 0 … 255, which adds 3 levels above 100 of them and none below."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 1, bias=False)
+        nn.init.dirac_(self.conv.weight)
+
+    def forward(self, x):
+        return self.conv(x) + 3 * (x > 100)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.float32])
+@torch.no_grad()
+def test_networks_of_another_range(dtype):
+    """They and their classifier get levels, whatever the type of the image; images stay as they are."""
+    values = torch.arange(3 * 40 * 45).reshape(1, 3, 40, 45) * 37 % 240
+    values[..., :16] //= 4
+    image = {torch.uint8: values.to(dtype), torch.uint16: (values * 257).to(dtype), torch.float32: values / 255}[dtype]
+    unit = {torch.uint8: 1, torch.uint16: 257, torch.float32: 1 / 255}[dtype]
+
+    def classifier(patches):
+        bright = patches.mean(dim=(1, 2, 3)) > 115
+        return torch.stack([~bright, bright], dim=1).float()
+
+    plain = tiled(Levels(), patch=16, overlap=4, scale=1, value_range=255)
+    routed = PatchRouter([nn.Identity(), Levels()], classifier, patch=16, stride=16, scale=1, value_range=255)
+    expected = values + 3 * (values > 100)
+    tolerance = 1e-6 if dtype == torch.float32 else 0
+    assert (plain(image).double() - expected.double() * unit).abs().max() <= tolerance
+    result = routed.upscale(image)
+    assert set(result.class_map.flatten().tolist()) == {0, 1}
+    chosen = result.class_map.repeat_interleave(16, 1).repeat_interleave(16, 2)[:, :32, :32].bool()
+    own = torch.where(chosen[:, None], expected[..., :32, :32], values[..., :32, :32])
+    assert (result.image[..., :24, :24].double() - own[..., :24, :24].double() * unit).abs().max() <= tolerance
+    # Without the option the network sees nothing above 1.
+    assert (tiled(Levels(), patch=16, overlap=4, scale=1)(image).double() - values.double() * unit).abs().max() <= tolerance
+
+
+@pytest.mark.parametrize("value", [0, -1.0, float("inf"), float("nan")])
+def test_impossible_ranges(value):
+    with pytest.raises(ValueError, match="PatchRouter: value_range must be positive and finite, or None; got"):
+        tiled(nn.Conv2d(3, 3, 1), patch=16, value_range=value)

@@ -95,7 +95,7 @@ class SharedPatchBudget(SharedBudget):
     def look(self, image: Tensor) -> None:  # [B, C, H, W] or [C, H, W]
         """See :class:`SharedBudget`."""
         router = self.router
-        pixels = check.images(self.op, image, router.channels, home(image, router.device))
+        pixels = check.images(self.op, image, router.channels, home(image, router.device), bounded=router.bounded)
         grid = router.grid(*pixels.shape[2:])
         watch = Stopwatch(router.device)
         found = score_image(router.classifier, TensorSource(pixels, router.device), grid, router.num_classes)

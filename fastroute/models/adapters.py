@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastroute._arguments import real
+from fastroute.models.arm import Bicubic
 from fastroute.models.precision import FullPrecision
 
 # The largest difference of two log scores of one patch that float32 can hold above the smallest score a budget distinguishes.
@@ -48,6 +49,31 @@ class Described(nn.Module):
         return self.descriptor(x)
 
 
+class Ranged(nn.Module):
+    """A network of another range of values, for values in [0, 1]: they are multiplied before it, and what it makes is divided.
+
+    Args:
+        network: maps values in [0, white].
+        white: above 0, not 1.
+        divide: whether its output is an image too; a classifier's is not.
+    """
+
+    def __init__(self, network: nn.Module, white: float, divide: bool = True) -> None:
+        super().__init__()
+        self.network, self.white, self.divide = network, white, divide
+        if isinstance(channels := getattr(network, "channels", None), int):
+            self.channels = channels
+
+    def forward(self, x: Tensor) -> Tensor:  # [N, C, H, W] -> [...]
+        """See the class."""
+        result = self.network(x * self.white)
+        return result / self.white if self.divide else result
+
+    def extra_repr(self) -> str:
+        """The range, which distinguishes measured speeds."""
+        return f"white={self.white:g}, divide={self.divide}"
+
+
 def as_module(op: str, name: str, network: object) -> nn.Module:
     """`network` as a module: itself, the network of a spandrel model, or a module that calls a function.
 
@@ -63,6 +89,27 @@ def as_module(op: str, name: str, network: object) -> nn.Module:
     if callable(network) and not isinstance(network, type):
         return Function(network)
     raise TypeError(f"{op}: {name} must be a torch.nn.Module, a spandrel model or a function; got {type(network).__name__}")
+
+
+def in_range(op: str, value_range: float | None, name: str, network: object) -> nn.Module:
+    """`network` as a module for values in [0, 1] if it takes values in [0, value_range], or as it is for None.
+
+    Args:
+        op, name: "PatchRouter", and "branches" or "classifier", for messages.
+        value_range: what white is to the network.
+        network: see :func:`as_module`.
+
+    Raises:
+        TypeError: it can be no module.
+        ValueError: `value_range` is not positive and finite.
+    """
+    white = 1.0 if value_range is None else real(op, "value_range", value_range)
+    if not 0 < white < math.inf:
+        raise ValueError(f"{op}: value_range must be positive and finite, or None; got {value_range}")
+    module = as_module(op, name, network)
+    # An interpolation is the same in every range.
+    alike = type(module) in (Bicubic, nn.Identity)
+    return module if white == 1 or alike else Ranged(module, white, name != "classifier")
 
 
 class ScoreClassifier(FullPrecision):

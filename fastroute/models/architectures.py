@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -88,7 +89,8 @@ def arm_of(state: Mapping[str, Tensor], scale: int, patch: int) -> ARM:
             # Nothing is built until the numbers agree with the weights.
             if widths[-1:] != whole or not all(isinstance(w, int) and 0 < w <= whole[0] for w in widths):
                 raise ValueError(f"its widths must rise to {whole[0]}, that of its network; they are {widths}")
-            return ARM(backbone, widths, scale, bins=state["classifier.table.psnr"].shape[-1], patch=patch)
+            make = partial(arm_models.BACKBONES[backbone], **_sizes(backbone, state, "network.", whole[0]))
+            return ARM(make, widths, scale, bins=state["classifier.table.psnr"].shape[-1], patch=patch)
     raise ValueError(
         "it has a table, but no network of a known architecture; its keys begin with " + ", ".join(list(state)[:4])
     )
@@ -106,7 +108,7 @@ def pcsr_of(state: Mapping[str, Tensor], mean: Sequence[float] | None = None) ->
     for backbone, name in FIRST_LAYERS.items():
         width = widths_of(state, rf"encoder\.{re.escape(name)}()")
         if width and backbone in ENCODERS:
-            encoder = encoder_of(backbone, width=width[0], **_encoder_options(backbone, state, width[0]))
+            encoder = encoder_of(backbone, width=width[0], **_sizes(backbone, state, "encoder.", width[0]))
             classifier = widths("classifier")
             # An MLP without layers is a free class.
             hidden = [layers[:-1] if (layers := widths(rf"upsamplers\.{k}")) else None for k in range(min(classifier[-1], 256))]
@@ -114,20 +116,20 @@ def pcsr_of(state: Mapping[str, Tensor], mean: Sequence[float] | None = None) ->
     raise ValueError(f"it has a pixel classifier, but no known encoder; its keys begin with {', '.join(list(state)[:4])}")
 
 
-def _encoder_options(backbone: str, state: Mapping[str, Tensor], width: int) -> dict[str, int]:
-    """The options of an encoder, besides its width, that follow from the shapes of its weights."""
+def _sizes(backbone: str, state: Mapping[str, Tensor], prefix: str, width: int) -> dict[str, int]:
+    """The options of a network, besides its width, that follow from the shapes of its weights under `prefix`."""
     if backbone == "srresnet":
-        return {"blocks": max(1, count_parts(state, "encoder.", r"recon_trunk\.(\d+)\.conv1\.weight"))}
+        return {"blocks": max(1, count_parts(state, prefix, r"recon_trunk\.(\d+)\.conv1\.weight"))}
     if backbone == "rcan":
-        return _rcan_options(state, "encoder.", width)
+        return _rcan_options(state, prefix, width)
     if backbone == "carn":
-        inner = state.get("encoder.b1.b1.body.0.weight")
+        inner = state.get(f"{prefix}b1.b1.body.0.weight")
         return {
             "groups": width // inner.shape[1] if inner is not None and inner.ndim == 4 and 0 < inner.shape[1] <= width else 4
         }
-    shrink = state.get("encoder.body_conv.0.0.weight")
+    shrink = state.get(f"{prefix}body_conv.0.0.weight")
     narrow = len(shrink) if shrink is not None and shrink.ndim == 4 and len(shrink) >= 3 else 12
-    return {"shrink": narrow, "depth": count_parts(state, "encoder.", r"body_conv\.(\d+)\.weight", 4)}
+    return {"shrink": narrow, "depth": count_parts(state, prefix, r"body_conv\.(\d+)\.weight", 4)}
 
 
 def count_parts(state: Mapping[str, Tensor], prefix: str, pattern: str, dimensions: int | None = None) -> int:

@@ -28,14 +28,14 @@ LARGEST_PSNR = 100.0
 UNWANTED = -80.0
 
 
-def carn(width: int, scale: int) -> CARN:
+def carn(width: int, scale: int, groups: int = 4) -> CARN:
     """CARN as ARM trains it: with biases instead of batch norms, and with the mean colour in two convolutions."""
-    return CARN(width, scale, mean_layers=True, batch_norm=False)
+    return CARN(width, scale, groups, mean_layers=True, batch_norm=False)
 
 
 # For each backbone, a function of width and scale that makes it in ARM's form, and the published widths.
 # RCAN's come from ClassSR.
-BACKBONES: dict[str, Callable[[int, int], nn.Module]] = {"fsrcnn": FSRCNN, "carn": carn, "srresnet": SRResNet, "rcan": RCAN}
+BACKBONES: dict[str, Callable[..., nn.Module]] = {"fsrcnn": FSRCNN, "carn": carn, "srresnet": SRResNet, "rcan": RCAN}
 WIDTHS = {"fsrcnn": (16, 36, 56), "carn": (36, 52, 64), "srresnet": (36, 52, 64), "rcan": (36, 50, 64)}
 
 

@@ -181,10 +181,12 @@ def index(op: str, name: str, x: Tensor | None, length: int | None) -> None:  # 
         raise ValueError(f"{op}: {name} must have {length} entries; got {x.shape[0]}")
 
 
-def images(op: str, image: Tensor, channels: int, device: torch.device, sides: str = "H, W") -> Tensor:  # [B, C, H, W]
+def images(
+    op: str, image: Tensor, channels: int, device: torch.device, sides: str = "H, W", bounded: bool = True
+) -> Tensor:  # [B, C, H, W]
     """`image` as a batch: (B, C, H, W) or (C, H, W) of `channels` channels, not empty, on `device`.
 
-    Of a floating image on the CPU no value exceeds 2, wherever it lies; on a GPU none is looked at.
+    Of a floating image on the CPU no value exceeds 2, wherever it lies, if it is `bounded`; on a GPU none is looked at.
     """
     tensor(op, "image", image)
     if image.ndim not in (3, 4):
@@ -198,10 +200,10 @@ def images(op: str, image: Tensor, channels: int, device: torch.device, sides: s
     if batch.device != device:
         raise ValueError(f"{op}: image must be on {device}, where the networks are; got {batch.device}")
     # All of it, so that where a value lies makes no difference; a GPU would have to be waited for, so none of it there.
-    if batch.is_floating_point() and looks_at(batch):
+    if bounded and batch.is_floating_point() and looks_at(batch):
         # What is expanded repeats itself; `amax` copies nothing.
         own = batch[tuple(slice(0, None if stride else 1) for stride in batch.stride())]
         if (largest := own.amax().item()) > 2:
             wanted = f"a floating image must lie in about [0, 1]; it has values like {largest:g}"
-            raise ValueError(f"{op}: {wanted}: divide by 255?")
+            raise ValueError(f"{op}: {wanted}: divide by 255, or give the router of an HDR network value_range=None")
     return batch

@@ -233,7 +233,7 @@ class FixedPatchRouter(nn.Module):
     @torch.no_grad()
     def _counts(self, router: PatchRouter, sample: Tensor) -> list[list[int]]:  # [B, C, H, W]
         """The number of patches of each class in each call of a sample."""
-        images = check.images(self.OP, sample, router.channels, sample.device).to(self.device)
+        images = check.images(self.OP, sample, router.channels, sample.device, bounded=router.bounded).to(self.device)
         grid = router.grid(*images.shape[2:])
         if self.only is not None:
             return [[int(c == self.only) for c in range(self.num_classes)]]

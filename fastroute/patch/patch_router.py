@@ -17,7 +17,7 @@ from fastroute.budget.limits import Budget
 from fastroute.budget.speed import Speed, Speeds
 from fastroute.engines import ANY
 from fastroute.grid import TileGrid
-from fastroute.models.adapters import as_module
+from fastroute.models.adapters import in_range
 from fastroute.ops import _checks as check
 from fastroute.patch.assignment import (
     ClassRequest,
@@ -86,6 +86,8 @@ class PatchRouter(Router):
         coverage: "full", or "crop" to drop what lies beyond the last whole stride, see :class:`fastroute.TileGrid`. The result
             is then smaller.
         rounded: clamp every patch to [0, 1] and round it to 8 bits before patches are merged, as published code does.
+        value_range: what white is to branches and classifier, such as 255; images stay in [0, 1] all the same. None lets
+            floating images have any values, for networks of HDR images.
 
     Raises:
         ValueError: no branches, impossible sizes, or a `merge` above 1 for branches that take no other size than a patch.
@@ -118,6 +120,7 @@ class PatchRouter(Router):
         merge: int | None = None,
         coverage: str = "full",
         rounded: bool = False,
+        value_range: float | None = 1.0,
     ) -> None:
         super().__init__()
         if not 0 < len(branches) <= MOST_CLASSES:
@@ -127,7 +130,7 @@ class PatchRouter(Router):
             if number is not None:
                 whole("PatchRouter", name, number, LARGEST_SPAN)
         TileGrid(patch, patch, patch, stride, scale, coverage)  # raises for impossible sizes
-        self.coverage, self.rounded = coverage, rounded
+        self.coverage, self.rounded, self.bounded = coverage, rounded, value_range is not None
         whole("PatchRouter", "patch * scale", patch * scale, LARGEST_SPAN)
         costs = None if costs is None else [real("PatchRouter", "costs", cost) for cost in costs]
         make_window(window, patch * scale, stride * scale)
@@ -135,8 +138,9 @@ class PatchRouter(Router):
         self.num_classes, self.border = len(branches), check_border("PatchRouter", border)
         if costs is not None and len(costs) != len(branches):
             raise ValueError(f"PatchRouter: costs must have one entry per branch, {len(branches)}; got {len(costs)}")
-        self.classifier = None if classifier is None else inference_copy(as_module("PatchRouter", "classifier", classifier))
-        modules = [as_module("PatchRouter", "branches", branch) for branch in branches]
+        taken = partial(in_range, "PatchRouter", value_range)
+        self.classifier = None if classifier is None else inference_copy(taken("classifier", classifier))
+        modules = [taken("branches", branch) for branch in branches]
         try:
             self.networks = Branches(modules, patch, optimized, channels, batch, scale, tune)
         except RuntimeError as error:
@@ -153,14 +157,12 @@ class PatchRouter(Router):
         self.branch_flops, self.paper_flops = self.networks.flops, self.networks.paper_flops
         # A network without counted operations still writes its values.
         self.flop_costs = [float(f or self.channels * (patch * scale) ** 2) for f in self.branch_flops]
-        self.costs = list(costs) if costs is not None else self.flop_costs
-        self.speeds = Speeds()
+        self.costs, self.speeds = list(costs) if costs is not None else self.flop_costs, Speeds()
 
     def __repr__(self) -> str:
-        dtype = str(self.dtype).removeprefix("torch.")
         return (
             f"PatchRouter({self.num_classes} branches, patch={self.patch}, stride={self.stride}, scale={self.scale}, "
-            f"{dtype} on {self.device})"
+            f"{str(self.dtype).removeprefix('torch.')} on {self.device})"
         )
 
     def _before_halving(self, device: torch.device, dtype: torch.dtype) -> None:
@@ -234,10 +236,10 @@ class PatchRouter(Router):
         Raises:
             ValueError: a wrong rank, number of channels or device, an empty image, an impossible budget, a class map of
                 another shape or with ids out of range, a limit below the least that is needed, which the message names, or, on
-                the CPU, a floating image with a value above 2. Nothing has been computed then.
+                the CPU, a floating image with a value above 2, unless `value_range` is None. Nothing has been computed then.
             TypeError: an unsupported dtype.
         """
-        images = check.images("upscale", image, self.channels, home(image, self.device))
+        images = check.images("upscale", image, self.channels, home(image, self.device), bounded=self.bounded)
         images = continued(images) if self.border == EDGE else images
         limit = Budget(budget, budget_flops, budget_ms)
         call = self._checked(images.shape, images.dtype, limit, penalty, class_map, promote, memory_limit, progress)

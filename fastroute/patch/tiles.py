@@ -33,6 +33,7 @@ def tiled(
     channels: int | None = None,
     tune: bool = True,
     merge: int | None = None,
+    value_range: float | None = 1.0,
 ) -> PatchRouter:
     """Run a network over overlapping tiles, so that an image of any size takes the memory of a few tiles.
 
@@ -54,6 +55,7 @@ def tiled(
         channels: number of channels of the images. Default: what the model names or its first convolution reads, else 3.
         merge: side of a block of tiles, 1, 2, 4 or 8, that runs as one larger tile, whose overlaps are computed once. Default:
             as many as 512 MiB allow, up to 4, and 1 for a network that takes no other size than `patch`.
+        value_range: what white is to the network, such as 255, or None for HDR images; see :class:`fastroute.PatchRouter`.
         tune: find out on the work of calls how the network runs fastest, see :class:`fastroute.PatchRouter`.
 
     Returns:
@@ -82,7 +84,8 @@ def tiled(
     network = as_module("tiled", "model", model)
     factor = probe_scale(network, patch, channels) if scale is None else scale
     options = {"window": window, "batch": batch, "channels": channels, "tune": tune, "merge": merge}
-    return PatchRouter([network], None, patch=patch, stride=step, scale=factor, **options)  # type: ignore[arg-type]
+    sizes = {"patch": patch, "stride": step, "scale": factor}
+    return PatchRouter([network], None, **sizes, **options, value_range=value_range)  # type: ignore[arg-type]
 
 
 @torch.inference_mode()

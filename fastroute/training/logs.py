@@ -48,6 +48,7 @@ class CsvLog:
                 kept = [
                     row for row in csv.DictReader(file) if (row.get("steps") or "").isdigit() and int(row["steps"]) <= steps
                 ]
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
             writer.writeheader()

@@ -156,7 +156,8 @@ class Trainer:
             raise ValueError(f"train: precision must be one of {', '.join(PRECISIONS)}; got {precision!r}")
         if recipe.batch % distributed.size():
             raise ValueError(f"train: batch must be a multiple of the processes, {distributed.size()}; got {recipe.batch}")
-        self.data: Any = data if hasattr(data, "batch") else Pairs(data)
+        ready: Any = data
+        self.data: Data = ready if callable(getattr(data, "batch", None)) else Pairs(ready)
         self.recipe, self.state_path, self.save_every = recipe, Path(state_path), save_every
         self.device, self.precision = torch.device(device), precision
         self.validation, self.logs, self.resume = validation, tuple(logs), resume
