@@ -239,7 +239,7 @@ def commit() -> str:
         found = subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=ROOT, check=False)
         return found.stdout.strip()
 
-    written = [f":!{path}" for path in ("benchmarks/results", "README.md", "docs/benchmarks.md")]
+    written = [f":!{path}" for path in ("benchmarks/results", "README.md", "docs/benchmarks.md", "docs/pretrained.md")]
     changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", *written)
     return (git("describe", "--always") or "unknown") + ("-dirty" if changed else "")
 
@@ -274,9 +274,10 @@ def device_folder(results: Path | None = None) -> Path:
     return (results or RESULTS) / re.sub(r"[^a-z0-9]+", "-", str(device_facts()["device"]).lower()).strip("-")
 
 
-def save(name: str, rows: list[dict], notes: str, results: Path | None = None) -> Path:
-    """Write `rows` to <results>/<device>/<name>.json and return the path."""
+def save(name: str, rows: list[dict], notes: str, results: Path | None = None, command: str | None = None) -> Path:
+    """Write `rows` to <results>/<device>/<name>.json and return the path; `command` is that which measured, if not pytest."""
     facts, folder = device_facts(), device_folder(results)
+    facts |= {} if command is None else {"command": command}
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps({"facts": facts, "notes": notes, "rows": rows}, indent=1, default=asdict) + "\n"
     io.write_atomically(folder / f"{name}.json", lambda file: file.write(text.encode()))

@@ -6,15 +6,17 @@ import importlib.util
 import json
 import re
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
+from benchmarks import cascade_tables
 from benchmarks.measure import RESULTS, ROOT
 from fastroute import io
 
 # The sections that each page has, and has once.
 PAGES = {
-    ROOT / "README.md": ("headline",),
+    ROOT / "README.md": ("headline", "cascade_today"),
+    ROOT / "docs" / "pretrained.md": ("cascade_savings", "cascade_pictures"),
     ROOT / "docs" / "benchmarks.md": (
         "operators",
         "headline_details",
@@ -264,6 +266,27 @@ def pixel_routing(folder: Path) -> str:
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n" + footers(contents)
+
+
+def cascade_today(folder: Path) -> str:
+    """Real-ESRGAN as people run it today, beside dense and routed runs."""
+    return of_cascades(folder, cascade_tables.today_table)
+
+
+def cascade_savings(folder: Path) -> str:
+    """What routing Real-ESRGAN saves, by fidelity and by what stands beside it."""
+    return of_cascades(folder, cascade_tables.savings_table)
+
+
+def cascade_pictures(folder: Path) -> str:
+    """Every picture at one fidelity."""
+    return of_cascades(folder, cascade_tables.pictures_table)
+
+
+def of_cascades(folder: Path, table: Callable[[Sequence[dict]], str]) -> str:
+    """A table of the result of `benchmarks.cascades`."""
+    content = json.loads((folder / "cascades.json").read_text())
+    return table(content["rows"]) + footer(content)
 
 
 def quality(folder: Path) -> str:
