@@ -123,5 +123,5 @@ def triton_launchers(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         return getattr(modules[op], "_".join(filter(None, (op, overload, "triton"))))(*args, **out)
 
     for name in [*(f"fastroute.ops.{op}" for op in operators()), "fastroute.patch.fixed_patches"]:
-        monkeypatch.setattr(sys.modules[name], "call", call)
+        monkeypatch.setattr(importlib.import_module(name), "call", call)
     yield launched

@@ -10,7 +10,7 @@ import fastroute
 from benchmarks.measure import device
 from benchmarks.ops._common import OURS, SCALE, Case, Variant, cases, compare, compiled, known, same_classes
 from benchmarks.setting import Setting
-from fastroute.reference.assign_classes import assign_classes_reference
+from fastroute.reference.assign_classes import assign_classes_budget_reference, assign_classes_reference
 
 # The expensive upsampler of PCSR-FSRCNN costs about this much more than the cheap one.
 COST = (1.0, 4.0)
@@ -46,10 +46,11 @@ def run_case(decision: str, case: Case, setting: Setting) -> dict:
     result, ours = known(lambda: fastroute.assign_classes(*args))
     variants: dict[str, Variant | str] = {OURS: ours}
     if decision == "penalty":
-        expected, variants["reference"] = known(lambda: assign_classes_reference(*args))
+        plain = (score, cost, penalty, torch.uint8)
+        expected, variants["reference"] = known(lambda: assign_classes_reference(*plain))
         close = same_classes(expected)
         close(result)
-        variants["reference, compiled"] = compiled(assign_classes_reference, *args, check=close, setting=setting, case=case)
+        variants["reference, compiled"] = compiled(assign_classes_reference, *plain, check=close, setting=setting, case=case)
         peer = "divide and argmax"
         variants[peer] = Variant(lambda: by_argmax(score), close)
     else:
@@ -58,7 +59,8 @@ def run_case(decision: str, case: Case, setting: Setting) -> dict:
         # Scores that are exactly alike change class together here; a sort parts them. In half precision many are alike.
         close = same_classes(result, 1e-5 if case.dtype == torch.float32 else 1e-2)
         if result.numel() <= LARGEST_FOR_REFERENCE:
-            variants["reference"] = Variant(lambda: assign_classes_reference(*args), same_classes(result))
+            searched = (score, cost, BUDGET, None, False, torch.uint8)
+            variants["reference"] = Variant(lambda: assign_classes_budget_reference(*searched)[1], same_classes(result))
         else:
             variants["reference"] = "too slow to be timed at this size: its search is a hundred passes"
         variants["reference, compiled"] = "reads counts back at every step of its search, where a compiled graph ends"

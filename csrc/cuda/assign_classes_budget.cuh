@@ -39,9 +39,10 @@ struct PerClass {
     double value[kMostClasses];
 };
 
-struct Budget {
+struct Prices {
     PerClass log_cost, share;  // log2 of the cost, and its fraction of the most expensive
     double allowed;            // of the mean share
+    bool logits;               // scores are logits
 };
 
 // An interval of penalties whose upper end fits the budget. `settled`: nothing is left to bisect.
@@ -70,14 +71,15 @@ struct BudgetState {
 
 // The class of one item at a penalty: argmax of log2(score) - penalty · log2(cost), the lowest class on a tie.
 template <typename T>
-__device__ int choose(const T* score, const Items& items, const Budget& budget, double penalty) {
+__device__ int choose(const T* score, const Items& items, const Prices& prices, double penalty) {
+    const auto at = [&](int k) { return static_cast<double>(static_cast<Work<T>>(score[k * items.length])); };
+    double most = -kLargest;
+    for (int k = 0; prices.logits && k < items.classes; ++k) most = larger(most, finite_logit(at(k)));
     int best = 0;
     double value = 0;
     for (int k = 0; k < items.classes; ++k) {
-        const double s = static_cast<double>(static_cast<Work<T>>(score[k * items.length]));
-        // NaN counts as the smallest: a budget holds whatever the scores are.
-        const double log = log2(s > kSmallest ? s : kSmallest), log_score = log < kMostLog ? log : kMostLog;
-        const double other = add(log_score, -multiply(penalty, budget.log_cost.value[k]));
+        const double log = prices.logits ? log_of_logit(finite_logit(at(k)), most) : log_of_score(at(k));
+        const double other = add(log, -multiply(penalty, prices.log_cost.value[k]));
         if (k == 0 || other > value) value = other, best = k;
     }
     return best;
@@ -96,7 +98,7 @@ int passes_for(double bound) {
     return 1 + halvings + static_cast<int>(blocks_for(53, kSteps));
 }
 
-// How a pass cuts an interval. The first tries 0 alone: nearly all items differ between its ends.
+// How a pass cuts an interval. The first tries its middle alone: between the widest ends nearly all items differ.
 enum class Cut { middle, halves_down, halves_up, five_steps };
 
 __device__ __forceinline__ Cut cut_of(const Interval& interval) {
@@ -110,7 +112,7 @@ __device__ void spread(const Interval& interval, double* penalty) {
     penalty[0] = interval.low, penalty[kPenalties] = interval.high;
     const Cut cut = cut_of(interval);
     if (cut == Cut::middle) {
-        for (int at = 1; at < kPenalties; ++at) penalty[at] = 0;
+        for (int at = 1; at < kPenalties; ++at) penalty[at] = multiply(0.5, add(interval.low, interval.high));
     } else if (cut == Cut::halves_down) {
         for (int at = kPenalties - 1; at > 0; --at) penalty[at] = multiply(0.5, penalty[at + 1]);
     } else if (cut == Cut::halves_up) {
@@ -127,7 +129,7 @@ __device__ void spread(const Interval& interval, double* penalty) {
 // What the steps of one pass make of an interval. counts [kPenalties, K] hold, from one penalty to the next, the change
 // of the number of items of each class; `open` items differ between the ends. All threads of a block call this.
 __device__ Interval narrowed(const Interval& interval, const Count* counts, Count open, const Items& items,
-                             const Budget& budget) {
+                             const Prices& prices) {
     FASTROUTE_SHARED(int, fits, [kPenalties]);
     FASTROUTE_SHARED(double, penalty, [kPenalties + 1]);
     if (interval.settled != 0) return interval;
@@ -138,9 +140,9 @@ __device__ Interval narrowed(const Interval& interval, const Count* counts, Coun
         for (int64_t k = 0; k < items.classes; ++k) {
             Count number = 0;
             for (int p = 0; p <= static_cast<int>(threadIdx.x); ++p) number += counts[p * items.classes + k];
-            sum = add(sum, multiply(static_cast<double>(number), budget.share.value[k]));
+            sum = add(sum, multiply(static_cast<double>(number), prices.share.value[k]));
         }
-        fits[threadIdx.x] = sum / static_cast<double>(items.count()) <= budget.allowed + kBudgetSlack ? 1 : 0;
+        fits[threadIdx.x] = sum / static_cast<double>(items.count()) <= prices.allowed + kBudgetSlack ? 1 : 0;
     }
     __syncthreads();
     Interval next = interval;
@@ -171,7 +173,7 @@ __device__ Interval narrowed(const Interval& interval, const Count* counts, Coun
 // Counts the items of this block, every `step`-th of them from `first` on, in shared memory [kPenalties · K + 1]. All
 // threads of the block call this.
 template <typename T>
-__device__ void count_items(const T* score, const Items& items, const Budget& budget, const Interval& interval,
+__device__ void count_items(const T* score, const Items& items, const Prices& prices, const Interval& interval,
                             int64_t first, int64_t step, unsigned* counts) {
     FASTROUTE_SHARED(double, penalty, [kPenalties + 1]);
     const Cut cut = cut_of(interval);
@@ -183,8 +185,8 @@ __device__ void count_items(const T* score, const Items& items, const Budget& bu
     __syncthreads();
     for (int64_t n = first; n < items.count(); n += step) {
         const T* own = score + n / items.length * items.classes * items.length + n % items.length;
-        const int expensive = choose(own, items, budget, penalty[0]);
-        const int cheap = choose(own, items, budget, penalty[kPenalties]);
+        const int expensive = choose(own, items, prices, penalty[0]);
+        const int cheap = choose(own, items, prices, penalty[kPenalties]);
         atomicAdd(&counts[expensive], 1u);
         if (expensive == cheap) continue;
         atomicAdd(&counts[kPenalties * items.classes], 1u);
@@ -199,7 +201,7 @@ __device__ void count_items(const T* score, const Items& items, const Budget& bu
         int here = down ? cheap : expensive;
         for (int tried = 1; tried <= tries && (here != goal || cut == Cut::five_steps); ++tried) {
             const int p = down ? kPenalties - tried : tried;
-            const int next = choose(own, items, budget, penalty[p]);
+            const int next = choose(own, items, prices, penalty[p]);
             if (down) {
                 change(p + 1, next, here);
             } else {
@@ -215,13 +217,13 @@ __device__ void count_items(const T* score, const Items& items, const Budget& bu
 template <typename T>
 __global__ void __launch_bounds__(kBudgetThreads, 2)
     assign_classes_pass_kernel(const T* __restrict__ score,  // [B, K, L]
-                               Items items, const __grid_constant__ Budget budget, int pass, BudgetState state) {
+                               Items items, const __grid_constant__ Prices prices, int pass, BudgetState state) {
     FASTROUTE_DYNAMIC_SHARED(unsigned, counts);
     const int64_t entries = kPenalties * items.classes + 1;
     Interval interval = state.intervals[pass % 2];
     if (pass > 0) {
         const Count* before = state.turn(pass - 1, items.classes);
-        interval = narrowed(interval, before, before[entries - 1], items, budget);
+        interval = narrowed(interval, before, before[entries - 1], items, prices);
     }
     if (blockIdx.x == 0) {
         // The next pass counts here: nobody else looks at it now.
@@ -229,7 +231,7 @@ __global__ void __launch_bounds__(kBudgetThreads, 2)
         if (threadIdx.x == 0) state.intervals[(pass + 1) % 2] = interval;
     }
     if (interval.settled != 0) return;
-    count_items(score, items, budget, interval, int64_t{blockIdx.x} * kBudgetThreads + threadIdx.x,
+    count_items(score, items, prices, interval, int64_t{blockIdx.x} * kBudgetThreads + threadIdx.x,
                 int64_t{gridDim.x} * kBudgetThreads, counts);
     __syncthreads();
     // Differences wrap around, and do so in the same way in a wider type when their sign is kept.
@@ -244,24 +246,24 @@ __global__ void __launch_bounds__(kBudgetThreads, 2)
 template <typename T>
 __global__ void __launch_bounds__(kBudgetThreads, 2)
     assign_classes_finish_kernel(const T* __restrict__ score,  // [B, K, L]
-                                 Items items, const __grid_constant__ Budget budget, int passes, BudgetState state) {
+                                 Items items, const __grid_constant__ Prices prices, int passes, BudgetState state) {
     FASTROUTE_DYNAMIC_SHARED(unsigned, counts);
     const int64_t entries = kPenalties * items.classes + 1;
     Interval interval = state.intervals[passes % 2];
     if (passes > 0) {
         const Count* before = state.turn(passes - 1, items.classes);
-        interval = narrowed(interval, before, before[entries - 1], items, budget);
+        interval = narrowed(interval, before, before[entries - 1], items, prices);
     }
     Count* total = state.turn(passes, items.classes);
     while (interval.settled == 0) {
-        count_items(score, items, budget, interval, threadIdx.x, kBudgetThreads, counts);
+        count_items(score, items, prices, interval, threadIdx.x, kBudgetThreads, counts);
         __syncthreads();
         for (int64_t e = threadIdx.x; e < entries; e += kBudgetThreads) {
             total[e] = static_cast<Count>(static_cast<long long>(static_cast<int>(counts[e])));
         }
         // Every thread reads what all wrote; narrowed() waits before it reads, and its result is the same in all.
         __syncthreads();
-        interval = narrowed(interval, total, total[entries - 1], items, budget);
+        interval = narrowed(interval, total, total[entries - 1], items, prices);
     }
     if (threadIdx.x == 0) state.intervals[(passes + 1) % 2] = interval;
 }

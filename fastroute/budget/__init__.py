@@ -1,1 +1,1 @@
-"""Budgets: the cost of classes, and the exponent of the cost that fits. It knows scores and costs, but no router. Internal."""
+"""Budgets: what a call may spend, and the speed of classes. It knows scores and costs, but no router. Internal."""

@@ -90,9 +90,16 @@ def most_expensive(costs: Sequence[float]) -> int:
 
 def assign_within(score: Tensor, costs: Sequence[float], allowed: float) -> Tensor:  # [N, K] -> [N]
     """Classes that together cost at most `allowed`, spent where scores gain most; all the cheapest if that is too little."""
-    most, number = max(costs), max(score.shape[0], 1)
-    share = min(max(allowed / (number * most), min(costs) / most), 1.0)
-    return assign_classes(score, costs, budget=share)
+    return assign_classes(score, costs, budget=affordable_share(costs, allowed, score.shape[0]))
+
+
+def affordable_share(costs: Sequence[float], allowed: float, number: int) -> float:
+    """The mean cost of `number` items that cost `allowed` together, as a fraction of the most expensive class's.
+
+    It is at least that of the cheapest class, and at most 1.
+    """
+    most = max(costs)
+    return min(max(allowed / (max(number, 1) * most), min(costs) / most), 1.0)
 
 
 def duration(ms: float) -> str:

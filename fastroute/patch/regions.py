@@ -9,7 +9,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from fastroute.budget.limits import most_expensive
+from fastroute.budget.limits import affordable_share, most_expensive
 from fastroute.grid import TileGrid
 from fastroute.ops.assign_classes import assign_classes
 from fastroute.ops.group_by_class import group_by_class
@@ -93,8 +93,7 @@ def assign_merged(
         allowed: budget of all patches, in the unit of `costs`.
         spent: computes what classes cost as regions.
     """
-    most, number = max(costs), max(score.shape[0], 1)
-    low, high = min(max(allowed / (number * most), min(costs) / most), 1.0), 1.0
+    number, low, high = score.shape[0], affordable_share(costs, allowed, score.shape[0]), 1.0
     if score.device.type != "cpu":
         shares = [low + (high - low) * n / (AT_ONCE - 1) for n in range(AT_ONCE)]
         tried = torch.stack([assign_classes(score, costs, budget=share) for share in shares])

@@ -163,6 +163,4 @@ class FixedPixelRouter(nn.Module):
             return adaptive_threshold(torch.sigmoid(logits[:, 0]), torch.uint8)
         if self.budget is None:
             return assign_classes(logits, [1.0] * self.num_classes, dtype=torch.uint8)
-        # In a half type many probabilities would be equal and change class together.
-        score = logits.softmax(dim=1, dtype=torch.promote_types(logits.dtype, torch.float32))
-        return assign_classes(score, self.costs, budget=self.budget, dtype=torch.uint8)
+        return assign_classes(logits, self.costs, budget=self.budget, dtype=torch.uint8, logits=True)

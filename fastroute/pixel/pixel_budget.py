@@ -9,13 +9,29 @@ last bands of an image are held to what is left, so that the budget is never exc
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
-from fastroute.budget.exponent import BUDGET_SLACK, Sample, classes_at, logarithms, solve, spent
+from fastroute.budget.limits import affordable_share
 from fastroute.budget.speed import Speed
+from fastroute.ops.assign_classes import solve_classes
 from fastroute.pixel.pixel_stats import Work
+
+
+class Sample(NamedTuple):
+    """Scores of some pixels of an image.
+
+    Attributes:
+        scores: [1, K, n] float32, logits of all classes relative to the first one's.
+        weight: number of output pixels that each of them stands for.
+    """
+
+    scores: Tensor
+    weight: float
 
 
 @dataclass(frozen=True)
@@ -35,7 +51,7 @@ class WaitingImage:
     @property
     def whole(self) -> bool:
         """Whether all pixels are in the sample, so that the image need not be classified again."""
-        return self.sample.scores.shape[1] == self.work.pixels
+        return self.sample.scores.shape[2] == self.work.pixels
 
 
 @dataclass
@@ -79,21 +95,23 @@ class PixelBudget:
         """
         ahead = (dataclasses.replace(image.work, classified=0) if image.whole else image.work for image in self.waiting)
         rest = sum(ahead, start=work)
-        samples = [sample, *(image.sample for image in self.waiting)]
-        searched = sum(s.scores.shape[1] for s in samples)
+        scores = pooled([sample, *(image.sample for image in self.waiting)])
         if self.speed is not None:
             # The time of this search is still to come too.
-            self.left = self.total - self.before - elapsed - fixed_ms(self.speed, rest) - self.speed.solve * searched
-        self.searched += searched
-        penalty, cost = solve(samples, self.cost, self.left)
-        self.pixels, self.mean = rest.pixels, cost / max(rest.pixels, 1)
-        return penalty
+            spent = fixed_ms(self.speed, rest) + self.speed.solve * scores.shape[2]
+            self.left = self.total - self.before - elapsed - spent
+        self.searched += scores.shape[2]
+        penalty, ids = self._solved(scores, self.left, rest.pixels)
+        counts = count_classes(ids, len(self.cost))
+        found = torch.cat([penalty[None], counts.double()]).tolist()  # the one wait for the device
+        self.pixels, self.mean = rest.pixels, self._price(found[1:]) / ids.numel()
+        return found[0]
 
     def tight(self, pixels: int) -> bool:
         """Whether `pixels` more in the most expensive class would leave too little for the others in the cheapest one."""
         return self.left - pixels * max(self.cost) < (self.pixels - pixels) * min(self.cost)
 
-    def take(self, scores: Tensor, penalty: float, reserve: float) -> Tensor:  # [K - 1, n] -> uint8 [n]
+    def take(self, scores: Tensor, penalty: float, reserve: float) -> Tensor:  # [1, K, n] -> [n]
         """The classes of the next pixels at the exponent `penalty`, or at a larger one if they would cost too much.
 
         Args:
@@ -101,19 +119,43 @@ class PixelBudget:
             penalty: the exponent.
             reserve: the cost that is reserved for each of the pixels that follow.
         """
-        logs, number = logarithms(self.cost), scores.shape[1]
-        allowed = max(self.left - (self.pixels - number) * reserve, number * min(self.cost))
-        ids = classes_at(scores, penalty, logs)
-        if spent(ids, self.cost) > allowed * (1 + BUDGET_SLACK):
-            penalty = solve([Sample(scores, 1.0)], self.cost, allowed)[0]
-            ids = classes_at(scores, penalty, logs)
+        number = scores.shape[2]
+        ids = self._solved(scores, self.left - (self.pixels - number) * reserve, number, penalty)[1][0]
         self.spend(ids)
         return ids
 
     def spend(self, ids: Tensor) -> None:  # [...]
-        """Record that these pixels have their classes."""
-        self.left -= spent(ids, self.cost)
+        """Record that these pixels have their classes. Waits for them."""
+        self.left -= self._price(count_classes(ids, len(self.cost)).tolist())
         self.pixels -= ids.numel()
+
+    def _solved(self, scores: Tensor, allowed: float, number: int, penalty: float | None = None) -> tuple[Tensor, Tensor]:
+        # [1, K, n] -> [], [1, n]
+        """The exponent, at least `penalty`, at which `number` pixels cost at most `allowed`; and their classes."""
+        share = affordable_share(self.cost, allowed, number)
+        return solve_classes(scores, self.cost, share, penalty, torch.uint8, logits=True)
+
+    def _price(self, counts: Sequence[float]) -> float:
+        return sum(n * cost for n, cost in zip(counts, self.cost, strict=True))
+
+
+def pooled(samples: Sequence[Sample]) -> Tensor:  # [1, K, n]
+    """The scores of several samples, of which each stands for the same number of pixels: some of the denser samples."""
+    most, parts = max(sample.weight for sample in samples), []
+    for sample in samples:
+        number = sample.scores.shape[2]
+        kept = max(round(number * sample.weight / most), 1)
+        at = torch.arange(kept, device=sample.scores.device) * number // kept
+        parts.append(sample.scores if kept == number else sample.scores.index_select(2, at))
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+
+
+def count_classes(ids: Tensor, number: int) -> Tensor:  # [...] -> [K]
+    """How many of `ids` belong to each of `number` classes, counted without waiting for the device."""
+    if ids.device.type == "cpu":
+        return torch.bincount(ids.flatten(), minlength=number)
+    # There `bincount` would read back the largest id to find out how many there are.
+    return torch.stack([(ids == c).sum() for c in range(number)])
 
 
 def fixed_ms(speed: Speed, work: Work) -> float:

@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from fastroute import buffers
 from fastroute._levels import to_float
-from fastroute.budget.exponent import Sample
 from fastroute.models.pcsr import relative_coordinates
 from fastroute.models.precision import sums_of
 from fastroute.ops import _checks as check
@@ -19,6 +19,7 @@ from fastroute.ops.assign_classes import assign_classes
 from fastroute.ops.pixel_mlp import Layers, pixel_mlp
 from fastroute.ops.refine_boundaries import refine_boundaries
 from fastroute.pixel import pixel_rows
+from fastroute.pixel.pixel_budget import Sample, count_classes
 from fastroute.pixel.pixel_networks import PixelNetworks
 from fastroute.pixel.pixel_rows import Window, budget_sample, sampled_rows
 from fastroute.pixel.pixel_stats import Work
@@ -180,6 +181,10 @@ class PixelImage:
         with self.watch.stage("classify"):
             return self._mlp(held, window, [layers], (begin, end))
 
+    def _scores(self, features: RowStream, begin: int, end: int) -> Tensor:  # [1, K, rows, W]
+        """The logits relative to those of the first class, whose own are 0."""
+        return F.pad(self._logits(features, odds(self.networks.classifier), begin, end).float(), (0, 0, 0, 0, 1, 0))
+
     def _classes(self, features: RowStream, solved: Tensor | float) -> Iterator[list[Tensor]]:  # [1, H, W]
         """The classes of all rows, band by band: uint8 [1, rows, W]."""
         device = self.place.device
@@ -200,9 +205,9 @@ class PixelImage:
         for begin, end in self.grid.bands():
             pixels = (end - begin) * self.grid.size[1]
             if self.budget is not None and isinstance(solved, float) and self.budget.tight(pixels):
-                scores = self._logits(features, odds(self.networks.classifier), begin, end)
+                scores = self._scores(features, begin, end)
                 with self.watch.stage("assign"):
-                    ids = self.budget.take(scores[0].flatten(1).float(), solved, self.budget.mean)
+                    ids = self.budget.take(scores.flatten(2), solved, self.budget.mean)
                 yield [ids.view(1, end - begin, -1)]
                 continue
             logits = self._logits(features, layers, begin, end)
@@ -242,13 +247,13 @@ class PixelImage:
         """The scores of about `pixels` pixels, in rows spread over the image, or of all pixels if there are no more."""
         bands = list(sampled_rows(self.grid, pixels))
         (height, width), rows = self.grid.size, sum(end - begin for begin, end in bands)
-        scores = torch.empty(self.networks.num_classes - 1, rows, width, dtype=torch.float32, device=self.place.device)
+        scores = torch.empty(1, self.networks.num_classes, rows, width, dtype=torch.float32, device=self.place.device)
         top = 0
         for begin, end in bands:
-            scores[:, top : top + end - begin] = self._logits(features, odds(self.networks.classifier), begin, end)[0]
+            scores[:, :, top : top + end - begin] = self._scores(features, begin, end)
             top += end - begin
             self._release(lr, features, begin)
-        return Sample(scores.flatten(1), height / rows)
+        return Sample(scores.flatten(2), height / rows)
 
     def _two_means(self, lr: RowStream, features: RowStream) -> Tensor:
         samples = []
@@ -285,14 +290,6 @@ def upsample(
     image = pixel_mlp(residual, [[]], size, None, residual, rows, place)
     # Without a layer in any class there is nothing to add, and the number of channels is unknown.
     return image.add_(pixel_mlp(features, mlps, size, class_map, None, rows, place)) if any(mlps) else image
-
-
-def count_classes(ids: Tensor, number: int) -> Tensor:  # [...] -> [K]
-    """How many of `ids` belong to each of `number` classes, counted without waiting for the device."""
-    if ids.device.type == "cpu":
-        return torch.bincount(ids.flatten(), minlength=number)
-    # There `bincount` would read back the largest id to find out how many there are.
-    return torch.stack([(ids == c).sum() for c in range(number)])
 
 
 def shifted(bias: Tensor, shifts: Sequence[float]) -> Tensor:  # [K]

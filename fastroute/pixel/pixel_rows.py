@@ -29,7 +29,7 @@ ADAPTIVE_SAMPLE = 1 << 25
 # The least number of sampled pixels of an image whose turn under a shared budget is still to come.
 WAITING_SAMPLE = 1 << 16
 # Bytes per sampled pixel: for the logit of a class and a search in it, and for a score, which is held twice.
-BUDGET_BYTES, ADAPTIVE_BYTES = 14, 20
+BUDGET_BYTES, ADAPTIVE_BYTES = 18, 20
 # Rows and columns of the band on which the memory of an encoder is counted.
 PROBE = 16
 

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 
 from fastroute._arguments import LARGEST_IMAGE, real, whole
-from fastroute.budget.exponent import only_class
 from fastroute.budget.limits import Budget, check_possible, duration, most_expensive, refuse_below
 from fastroute.budget.speed import Speed
+from fastroute.ops.assign_classes import BUDGET_SLACK
 from fastroute.pixel import pixel_rows
 from fastroute.pixel.pixel_budget import PixelBudget, fixed_ms
 from fastroute.pixel.pixel_networks import PixelNetworks
@@ -243,6 +243,24 @@ def plan(
         return ClassRule(cost, only=only), None
     shares = [c / max(cost) for c in cost]
     return ClassRule(shares, budgeted=True), PixelBudget(list(cost), classified, speed, limit.ms or 0.0, 1e3 * (seconds or 0.0))
+
+
+def only_class(costs: Sequence[float], most: int, pixels: int, unclassified: float, classified: float) -> int | None:
+    """The class of all pixels if there is nothing to choose, else None.
+
+    It is the most expensive class if the budget suffices for it everywhere, and the cheapest class if classifying leaves too
+    little for any other.
+
+    Args:
+        costs: cost of a pixel in each class.
+        most: the most expensive class.
+        pixels: number of pixels.
+        unclassified, classified: what all pixels together may cost if they are not classified, and if they are.
+    """
+    cheapest = min(range(len(costs)), key=costs.__getitem__)
+    if len(costs) == 1 or unclassified >= pixels * max(costs) * (1 - BUDGET_SLACK):
+        return most
+    return cheapest if classified < pixels * costs[cheapest] else None
 
 
 def factor_of(work: Work) -> float:

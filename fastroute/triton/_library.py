@@ -40,6 +40,8 @@ def load() -> None:
 
 
 def _load() -> None:
+    # Beside the modules of the operators, this one registers an overload.
+    importlib.import_module("fastroute.ops._upsampled")
     for path in sorted(Path(__file__).parent.glob("[!_]*.py")):
         op = path.stem
         if op in MODULES or op in FAILED:

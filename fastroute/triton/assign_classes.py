@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastroute.ops._checks import ID_TYPES
-from fastroute.reference.assign_classes import BUDGET_SLACK, SMALLEST, penalty_range
+from fastroute.reference.assign_classes import BUDGET_SLACK, logarithms_, penalty_range
 from fastroute.triton._common import (
     FLOATING,
     INTERPRETED,
@@ -32,7 +32,7 @@ from fastroute.triton._common import (
 )
 
 # Costs are values of the host: the launcher cannot run on the symbols of a trace.
-OPAQUE = ("assign_classes",)
+OPAQUE = ("assign_classes", "assign_classes.budget")
 
 # A pass leaves 1 / CUTS of the interval, and a little for rounding: so many passes leave two neighbouring doubles of any.
 BITS, PASSES = (8, 10) if INTERPRETED else (4, 18)
@@ -191,6 +191,7 @@ def assign_classes_choose_kernel(
     state,  # [PASSES + 1, 2]
     totals,  # [PASSES, CUTS, K2]
     out,  # [N]
+    solved,  # []
     low: tl.int64,
     high: tl.int64,
     threshold: tl.int64,
@@ -201,9 +202,11 @@ def assign_classes_choose_kernel(
     BITS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The classes at the upper end of what the passes have left."""
+    """The classes at the upper end of what the passes have left, and this penalty."""
     low, high = interval(state, totals, prices + classes, low, high, threshold, total, classes, step, K2, BITS)
     penalty = penalty_of(high)
+    if tl.program_id(0) == 0:
+        tl.store(solved, penalty)
     item = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     best = tl.full((BLOCK,), 0, tl.int32)
     most = tl.full((BLOCK,), 0, tl.float64)
@@ -220,22 +223,12 @@ def assign_classes_triton(
     score: Tensor,  # [N, K, ...]
     cost: Tensor,  # [K]
     penalty: float,
-    budget: float | None,
     id_bytes: int,
 ) -> Tensor:  # [N, ...]
     """See :func:`fastroute.assign_classes`."""
-    if score.device.type == "cpu" and bool(score.isnan().any()):
-        raise ValueError("assign_classes: score must not be NaN")
-    out = torch.empty((score.shape[0], *score.shape[2:]), dtype=ID_TYPES[id_bytes], device=score.device)
-    if out.numel() > 0:
-        if budget is None:
-            _by_penalty(score, cost, penalty, out)
-        else:
-            _by_budget(score, cost, budget, out)
-    return out
-
-
-def _by_penalty(score: Tensor, cost: Tensor, penalty: float, out: Tensor) -> None:  # [B, K, n], [K], [B, n]
+    out = _empty_classes(score, id_bytes)
+    if out.numel() == 0:
+        return out
     batch, classes = score.shape[:2]
     scale = None
     if penalty != 0:
@@ -253,28 +246,45 @@ def _by_penalty(score: Tensor, cost: Tensor, penalty: float, out: Tensor) -> Non
     launch(
         assign_classes_kernel, batch * ceil_div(length, BLOCK), flat, scale, out, length, classes, *flat.stride(), **constants
     )
+    return out
 
 
-def _by_budget(score: Tensor, cost: Tensor, budget: float, out: Tensor) -> None:  # [B, K, n], [K], [B, n]
+def assign_classes_budget_triton(
+    score: Tensor,  # [N, K, ...]
+    cost: Tensor,  # [K]
+    budget: float,
+    penalty: float | None,
+    logits: bool,
+    id_bytes: int,
+) -> tuple[Tensor, Tensor]:  # [], [N, ...]
+    """See :func:`fastroute.ops.assign_classes.solve_classes`."""
+    out, (low, high) = _empty_classes(score, id_bytes), penalty_range(cost, penalty)
     device, classes, total = score.device, score.shape[1], out.numel()
+    solved = torch.full((), low, dtype=torch.float64, device=device)
+    if total == 0:
+        return solved, out
     logs = torch.empty((classes, total), dtype=torch.float64, device=device)
     logs.view(classes, *out.shape).copy_(score.movedim(1, 0))
-    # An infinite score counts as the largest number, NaN as the smallest: the budget holds whatever the scores are.
-    logs.nan_to_num_(nan=0.0).clamp_(min=SMALLEST).log2_()
+    logarithms_(logs, 0, logits)
     costs = cost.double()
     prices = _on_device(torch.cat([costs.log2(), costs / costs.max()]), device)
-    low, high = penalty_range(cost)
     k2 = next_power(classes)
     state = torch.empty((PASSES + 1, 2), dtype=torch.int64, device=device)
     totals = torch.zeros((PASSES, CUTS, k2), dtype=torch.int64, device=device)
-    # The lower end is negative: its integer is that of its absolute value, negated.
-    ends = (-_bits(-low), _bits(high), _bits(budget + BUDGET_SLACK))
+    ends = (_place(low), _place(high), _bits(budget + BUDGET_SLACK))
     for step in range(PASSES):
         arguments = (logs, prices, state, totals, *ends, total, classes, step)
         programs = ceil_div(total, ITEMS * STEPS)
         launch(assign_classes_count_kernel, programs, *arguments, **_count_constants(k2), num_warps=_count_warps(k2))
-    found = (logs, prices, state, totals, out, *ends, total, classes, PASSES)
+    found = (logs, prices, state, totals, out, solved, *ends, total, classes, PASSES)
     launch(assign_classes_choose_kernel, ceil_div(total, BLOCK), *found, K2=k2, BITS=BITS, BLOCK=BLOCK)
+    return solved, out
+
+
+def _empty_classes(score: Tensor, id_bytes: int) -> Tensor:  # [N, K, ...] -> [N, ...]
+    if score.device.type == "cpu" and bool(score.isnan().any()):
+        raise ValueError("assign_classes: score must not be NaN")
+    return torch.empty((score.shape[0], *score.shape[2:]), dtype=ID_TYPES[id_bytes], device=score.device)
 
 
 def _count_constants(k2: int) -> dict:
@@ -290,6 +300,11 @@ def _bits(value: float) -> int:
     """The bits of a double as an integer."""
     bits: int = struct.unpack("<q", struct.pack("<d", value))[0]
     return bits
+
+
+def _place(value: float) -> int:
+    """The integer that stands for a penalty: of a negative one, that of its absolute value, negated."""
+    return _bits(value) if value >= 0 else -_bits(-value)
 
 
 def _on_device(values: Tensor, device: torch.device) -> Tensor:  # [K]
@@ -314,7 +329,7 @@ def variants() -> Iterator[Variant]:
     outputs = [torch.int64, torch.int32, torch.uint8]
     sizes = dict.fromkeys(("length", "classes", "score_b", "score_k", "score_l", "total", "step", "first", "count"), "i32")
     wide = dict.fromkeys(("low", "high", "threshold", *(f"v{n}" for n in range(PACK))), "i64")
-    buffers = {"logs": "*fp64", "prices": "*fp64", "state": "*i64", "totals": "*i64", "scale": "*fp64"}
+    buffers = {"logs": "*fp64", "prices": "*fp64", "state": "*i64", "totals": "*i64", "scale": "*fp64", "solved": "*fp64"}
     rest = {**sizes, **wide, **buffers, "out": "*fp64"}
     for dtype in FLOATING:
         for scale in ({}, {"scale": None}):

@@ -12,7 +12,7 @@ from torch import Tensor
 import fastroute
 from fastroute import TileGrid
 from fastroute.reference.adaptive_threshold import adaptive_threshold_reference
-from fastroute.reference.assign_classes import assign_classes_reference
+from fastroute.reference.assign_classes import assign_classes_budget_reference
 from fastroute.reference.extract_patches import extract_patches_reference
 from fastroute.reference.merge_regions import merge_regions_reference
 from fastroute.reference.stitch_patches import stitch_patches_reference
@@ -104,8 +104,9 @@ def test_gradient_of_an_index_out_of_range():
 
 def test_nan_scores_get_some_class():
     score = torch.full((7, 3), math.nan)
-    for budget in (None, 0.5):
-        ids = OPS.assign_classes(score, torch.tensor([1.0, 2.0, 4.0], dtype=torch.float64), 0.0, budget, 8)
+    cost = torch.tensor([1.0, 2.0, 4.0], dtype=torch.float64)
+    solved = [OPS.assign_classes.budget(score, cost, 0.5, None, logits, 8)[1] for logits in (False, True)]
+    for ids in (OPS.assign_classes(score, cost, 0.0, 8), *solved):
         assert ids.min() >= 0
         assert ids.max() < 3
 
@@ -127,8 +128,9 @@ def test_budget_that_takes_many_steps(items):
     # Equal scores of 1 change class at a penalty of 2^-1074.
     score, cost = torch.ones(items, 3), torch.tensor([4.0, 2.0, 1.0], dtype=torch.float64)
     for budget in (0.25, 0.5, 1.0):
-        expected = assign_classes_reference(score, cost, 0.0, budget, torch.int64)
-        assert torch.equal(OPS.assign_classes(score, cost, 0.0, budget, 8), expected)
+        for least, logits in ((None, False), (None, True), (-0.3, False), (0.0, True)):
+            expected = assign_classes_budget_reference(score, cost, budget, least, logits, torch.int64)[1]
+            assert torch.equal(OPS.assign_classes.budget(score, cost, budget, least, logits, 8)[1], expected)
 
 
 # None costs 1 in some: rounding then turns the order of equal scores back and forth as the penalty grows.
@@ -162,8 +164,11 @@ def test_budget_of_ties(cost, items, dtype):
     for score in scores if items < 4096 else scores[::3]:
         for part in (0.0, 0.3, 0.5, 0.77, 1.0):
             budget = least + (1 - least) * part
-            expected = assign_classes_reference(score, prices, 0.0, budget, torch.uint8)
-            assert torch.equal(OPS.assign_classes(score, prices, 0.0, budget, 1), expected), (score[0], budget)
+            expected = assign_classes_budget_reference(score, prices, budget, None, False, torch.uint8)[1]
+            assert torch.equal(OPS.assign_classes.budget(score, prices, budget, None, False, 1)[1], expected), (
+                score[0],
+                budget,
+            )
 
 
 def vast(count: int, dtype: torch.dtype) -> Tensor:

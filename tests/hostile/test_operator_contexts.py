@@ -312,7 +312,7 @@ MIXED = {
     "stitch_patches": lambda: OPS.stitch_patches(rand(4, 1, 4, 4), None, META, 8, 8, 4, 4, 1, False, 1, None, 0, 8),
     "extract_patches": lambda: OPS.extract_patches(rand(1, 4, 8, 8), None, META, None, 4, 4, False, None, False, 4, 4),
     "refine_boundaries": lambda: OPS.refine_boundaries(rand(1, 1, 8, 8), CLASSES.to("meta"), 0, 8),
-    "assign_classes": lambda: OPS.assign_classes(rand(3, 4), META.double(), 0.0, None, 1),
+    "assign_classes": lambda: OPS.assign_classes(rand(3, 4), META.double(), 0.0, 1),
     "cell_mlp": lambda: OPS.cell_mlp(rand(1, 1, 4, 8), [rand(4, 16)], [META], 0.1, 4, 1, 1),
 }
 

@@ -9,9 +9,9 @@ from torch import Tensor
 from torch.library import opcheck
 
 from fastroute import assign_classes
-from fastroute.reference.assign_classes import assign_classes_reference
+from fastroute.reference.assign_classes import assign_classes_budget_reference, assign_classes_reference
 
-OP = torch.ops.fastroute.assign_classes.default
+OP, WITHIN = torch.ops.fastroute.assign_classes.default, torch.ops.fastroute.assign_classes.budget
 COSTS = {1: [3.0], 2: [1.0, 4.0], 3: [141.0, 304.0, 468.0], 5: [5.0, 1.0, 2.0, 2.5, 9.0]}
 LAYOUTS = ("contiguous", "channels_last", "sliced", "transposed")
 
@@ -22,7 +22,10 @@ def probabilities(*shape: int, dtype=torch.float32, device="cpu", seed: int = 0)
 
 
 def reference(score: Tensor, cost: list[float], penalty=0.0, budget=None, dtype=torch.int64) -> Tensor:
-    return assign_classes_reference(score, torch.tensor(cost, dtype=torch.float64), penalty, budget, dtype)
+    prices = torch.tensor(cost, dtype=torch.float64)
+    if budget is None:
+        return assign_classes_reference(score, prices, penalty, dtype)
+    return assign_classes_budget_reference(score, prices, budget, None, False, dtype)[1]
 
 
 def lay_out(x: Tensor, layout: str) -> Tensor:
@@ -121,9 +124,11 @@ def test_opcheck(operator, grad):
     cost = torch.tensor(COSTS[3], dtype=torch.float64)
     for shape in ((0, 3), (7, 3), (2, 3, 4, 5)):
         score = probabilities(*shape, device=operator.device).requires_grad_(grad)
-        for penalty, budget in ((0.0, None), (0.5, None), (0.0, 0.7)):
-            for dtype in few((torch.int64, torch.uint8), shape[0]):
-                opcheck(OP, (score, cost, penalty, budget, dtype.itemsize))
+        for dtype in few((torch.int64, torch.uint8), shape[0]):
+            for penalty in (0.0, 0.5):
+                opcheck(OP, (score, cost, penalty, dtype.itemsize))
+            for penalty, logits in ((None, False), (0.5, True)):
+                opcheck(WITHIN, (score, cost, 0.7, penalty, logits, dtype.itemsize))
 
 
 def test_no_gradient(backend):

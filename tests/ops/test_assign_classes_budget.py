@@ -9,6 +9,8 @@ from test_assign_classes import COSTS, LAYOUTS, lay_out, probabilities, referenc
 from torch import Tensor
 
 from fastroute import assign_classes
+from fastroute.ops.assign_classes import solve_classes
+from fastroute.reference.assign_classes import assign_classes_budget_reference
 
 OPS = ("assign_classes",)
 # What a budget may be exceeded by, as the operator allows, and the rounding of a mean.
@@ -183,3 +185,67 @@ def test_nearly_equal_costs(backend):
     assert (assign_classes(score, cost, budget=0.5) == 0).all()
     assert (assign_classes(score, cost, budget=1.0) == 2).all()
     assert share(assign_classes(score, cost, budget=0.75), cost) <= 0.75 + SLACK
+
+
+def logits_of(n: int, classes: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    generator = torch.Generator().manual_seed(n)
+    return (3 * torch.randn(n, classes, dtype=torch.float64, generator=generator) + 10).to(dtype).to(device)
+
+
+@pytest.mark.parametrize("dtype", FLOATING, ids=str)
+def test_logits_and_least_penalties_against_reference(kernel, dtype):
+    # On a CPU the search of many items begins between two penalties that a sample suggests.
+    for n, classes, budget in ((1, 2, 0.5), (300, 3, 0.6), *([(70_001, 2, 0.5)] if kernel.name == "cpu" else [])):
+        score, cost = logits_of(n, classes, dtype, kernel.device), COSTS[classes]
+        prices = torch.tensor(cost, dtype=torch.float64)
+        for least, logits in ((None, True), (-0.4, True), (1.3, True), (1e9, True), (0.0, False)):
+            x = score if logits else logits_of(n, classes, torch.float64, kernel.device).softmax(1)
+            penalty, ids = solve_classes(x, cost, budget, least, logits=logits)
+            expected, classes_there = assign_classes_budget_reference(x, prices, budget, least, logits, torch.int64)
+            assert penalty.shape == () and penalty.dtype == torch.float64 and penalty.device == x.device
+            assert (penalty - expected).abs() <= 1e-12 * (1 + expected.abs())
+            # Boundary band: the item at the found penalty may lie on either side of it.
+            assert (ids != classes_there).sum() <= 1 and share(ids, cost) <= budget + SLACK
+
+
+def test_logits_tell_what_probabilities_do_not(backend):
+    # Their probabilities are 1 in float32.
+    score = torch.stack([torch.zeros(5), torch.tensor([20.0, 24.0, 22.0, 21.0, 23.0])], dim=1).to(backend.device)
+    for expensive in range(6):
+        ids = assign_classes(score, [1.0, 2.0], budget=(5 + expensive) / 10, logits=True)
+        assert ids.sum() == expensive and (ids * score[:, 1]).sum() == sum(sorted([20, 24, 22, 21, 23])[5 - expensive :])
+
+
+def test_logits_under_a_penalty(backend):
+    score = torch.tensor([[0.0, 1.0], [0.0, 2.0], [0.0, -3.0]], device=backend.device)
+    # 2 log(3) = 2.2 and 0.5 log(3) = 0.55.
+    for penalty, expected in ((2.0, [0, 0, 0]), (0.5, [1, 1, 0]), (-5.0, [1, 1, 1]), (0.0, [1, 1, 0])):
+        assert assign_classes(score, [1.0, 3.0], penalty, logits=True).tolist() == expected
+
+
+def test_an_offset_of_logits_decides_nothing(backend):
+    score = logits_of(200, 3, torch.float64, backend.device)
+    for offset in (-1e6, 1e3):
+        for budget in budgets(COSTS[3], 3):
+            actual = assign_classes(score.round() + offset, COSTS[3], budget=budget, logits=True)
+            same(actual, assign_classes(score.round(), COSTS[3], budget=budget, logits=True))
+
+
+def test_infinite_score_as_logits(backend):
+    inf = float("inf")
+    score = torch.tensor([[0.0, inf], [inf, 0.0], [-inf, 0.0], [0.0, -inf], [inf, inf], [0.0, 1.0]], device=backend.device)
+    assert assign_classes(score, [2.0, 1.0], budget=0.75, logits=True).tolist() == [1, 0, 1, 0, 0, 1]
+    assert assign_classes(score, [2.0, 1.0], budget=1.0, logits=True).tolist() == [0] * 6
+    assert assign_classes(score, [2.0, 1.0], budget=0.5, logits=True).tolist() == [1] * 6
+
+
+def test_a_least_penalty_is_kept(backend):
+    score = probabilities(50, 2, device=backend.device)
+    penalty, ids = solve_classes(score, [1.0, 4.0], 0.6)
+    for least in (float(penalty) - 1, float(penalty)):
+        found, again = solve_classes(score, [1.0, 4.0], 0.6, least)
+        assert found == penalty
+        same(again, ids)
+    # At a larger one less is spent.
+    found, fewer = solve_classes(score, [1.0, 4.0], 0.6, float(penalty) + 0.5)
+    assert found == float(penalty) + 0.5 and fewer.sum() < ids.sum()
