@@ -40,7 +40,10 @@ def convolve(
         y = rectify_(y, slope)
     if shuffle > 1:
         y = F.pixel_shuffle(y, shuffle)
-    return y if residual is None else y.add_(residual)
+    if residual is None:
+        return y
+    # The gradient of a rectifier needs its result.
+    return y.add_(residual) if slope is None else y + residual
 
 
 def merge_pixels(

@@ -131,9 +131,10 @@ class WinogradConv2d(FusedConv2d):
         `out` and `context` are those of :func:`fastroute.conv3x3`.
         """
         shuffle *= self.shuffle
-        if self.has_kernel(*((x,) if residual is None else (x, residual))):
-            weight, bias = self._transformed(shuffle, factor), self._bias(factor)
-            arguments = (x, weight, bias, self._slopes(slope), residual, self.out_channels, shuffle, context)
+        runs = self.has_kernel(*((x,) if residual is None else (x, residual)))
+        weight = self._transformed(shuffle, factor) if runs else None
+        if weight is not None:
+            arguments = (x, weight, self._bias(factor), self._slopes(slope), residual, self.out_channels, shuffle, context)
             if out is None:
                 return torch.ops.fastroute.conv3x3.default(*arguments)
             return torch.ops.fastroute.conv3x3.out(*arguments, out=out)
@@ -142,20 +143,21 @@ class WinogradConv2d(FusedConv2d):
         if shuffle > 1:
             y = F.pixel_shuffle(y, shuffle)
         if residual is not None:
-            y = y.add_(residual)
+            # The gradient of a rectifier needs its result.
+            y = y + residual if y.requires_grad else y.add_(residual)
         return y if out is None else out.copy_(y)
 
     def _bias(self, factor: float) -> Tensor | None:  # -> [O]
         bias = self._parameters["bias"]
         return bias if bias is None or factor == 1 else bias * factor
 
-    def _transformed(self, shuffle: int, factor: float) -> Tensor:  # [36, G, C / G, P]
-        """The transformed weight, made anew whenever the weight has changed."""
+    def _transformed(self, shuffle: int, factor: float) -> Tensor | None:  # [36, G, C / G, P]
+        """The transformed weight, made anew whenever the weight has changed. A compiler makes none."""
         # In this order: another thread writes them in the other one.
         weight, source = self._parameters["weight"], self._source
         made = self._buffers["transformed"]
         if torch.compiler.is_compiling():
-            return self._transform(shuffle, factor) if made is None else made
+            return made
         assert weight is not None  # for the type checker
         if (
             made is None
@@ -173,7 +175,6 @@ class WinogradConv2d(FusedConv2d):
         assert weight is not None  # for the type checker
         return (-1 if weight.is_inference() else weight._version, shuffle, factor)
 
-    @torch.compiler.disable
     def _transform(self, shuffle: int, factor: float) -> Tensor:  # [36, G, C / G, P]
         with torch.inference_mode(False), torch.no_grad():
             state, values = self._state(shuffle, factor), self.weight.detach()
