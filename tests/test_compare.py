@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import math
 import re
 from io import BytesIO
 
@@ -16,11 +17,15 @@ from PIL import Image
 
 import fastroute
 from fastroute import io, quality
+from fastroute.cascades.calibrate import Calibration
+from fastroute.cascades.decision import Table
+from fastroute.cascades.stored import save_cascade
 from fastroute.cli import main
 from fastroute.models.checkpoints import save_checkpoint
+from fastroute.models.compact import Compact
 from fastroute.models.fsrcnn import FSRCNN
 from fastroute.models.pcsr import PCSR
-from fastroute.report.comparison import BICUBIC, bicubic, compare, labels
+from fastroute.report.comparison import BICUBIC, STRONGER, bicubic, compare, labels
 from fastroute.report.comparison_page import SHOWN_PIXELS, find_detail, render, write_page
 
 pytestmark = pytest.mark.usefixtures("quick_tuning")
@@ -211,6 +216,33 @@ def test_the_page_holds_everything_itself(models, image):
 def test_a_result_like_the_reference_is_called_identical(models, image):
     found = compare(image, [models / "plain.safetensors"], reference=bicubic(image, (90, 122)), runs=1)
     assert "<td>identical</td>" in render(found, "photo.png")
+
+
+def test_cascades_beside_their_dense_runs(tmp_path):
+    """A page for a network and a cascade over it: one dense run, how near the routed one comes to it, and where it differs."""
+    torch.manual_seed(0)
+    image = torch.full((3, 96, 192), 100, dtype=torch.uint8)
+    image[:, :, 128:] = torch.randint(0, 256, (3, 96, 64), dtype=torch.uint8)
+    save_checkpoint(tmp_path / "heavy.safetensors", Compact(16, 6, 2))
+    save_checkpoint(tmp_path / "light.safetensors", Compact(8, 1, 2))
+    names = [tmp_path / "light.safetensors", tmp_path / "heavy.safetensors"]
+    scores, contexts = torch.tensor([1.0, 200.0]).double(), (8,)
+    table = Table(scores, torch.tensor([[1e-6, 1e-1], [1e-9, 1e-9]]).double(), contexts, fidelity=20.0)
+    save_cascade(tmp_path / "routed.safetensors", names, Calibration(table, (0.05, 1.0), 2, 10, 20.0, (20.0,)))
+    found = compare(image, [tmp_path / "routed.safetensors", tmp_path / "heavy.safetensors"], runs=1)
+    first, dense, routed = found.variants
+    assert (dense.name, routed.name) == ("heavy, dense", "routed, routed") and routed.dense is dense
+    apart = (routed.image.int() - dense.image.int()).abs()
+    assert 0 < int((apart > 0).sum()) < apart.numel()
+    assert routed.near == pytest.approx(-10 * math.log10(float((apart / 255).double().square().mean())), abs=1e-3)
+    assert torch.equal(routed.difference, (apart * STRONGER).clamp(max=31 * STRONGER).to(torch.uint8))
+    assert dense.near is None and first.near is None
+    page = render(found, "a picture")
+    near = f"{routed.near:.2f} dB"
+    assert page.count(near) == 3 and "PSNR to dense" in page and "Differences to the dense results" in page
+    assert 'sides[0].value = "picture1"' in page
+    alone = compare(image, [tmp_path / "routed.safetensors"], runs=1)
+    assert [v.name for v in alone.variants] == ["bicubic", "routed, dense", "routed, routed"]
 
 
 def test_a_failed_write_keeps_the_old_page(models, image, tmp_path, monkeypatch):

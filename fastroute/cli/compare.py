@@ -71,7 +71,8 @@ def command(
     **options: Any,
 ) -> None:
     """Enlarge image IN by bicubic interpolation and by every model, dense and routed. Writes one HTML page with a slider
-    between the results, class maps, FLOPs, times and, given a reference, PSNR.
+    between the results, class maps, FLOPs, times and, given a reference, PSNR. Of a cascade that `fastroute calibrate` wrote it
+    also shows the difference to the dense result.
     """
     from fastroute import io
     from fastroute.report.comparison import compare
@@ -108,5 +109,7 @@ def command(
             facts.append(f"{variant.stats.flops.routed / 1e9:,.1f} GFLOPs")
         if variant.quality:
             facts.append(f"PSNR {variant.quality['psnr']:.2f} dB")
+        if variant.near is not None and variant.dense is not None:
+            facts.append(f"{variant.near:.2f} dB to {variant.dense.name}")
         click.echo(f"  {variant.name}: {', '.join(facts)}")
     click.echo(f"wrote {target} ({target.stat().st_size / 1e6:.1f} MB)")

@@ -29,7 +29,9 @@ from fastroute.runtime.results import RoutingStats, Stopwatch, Upscaled
 from fastroute.runtime.tuning import cpu_name
 from fastroute.visualize import class_overlay
 
-BICUBIC = "bicubic"
+BICUBIC, DENSE = "bicubic", "dense"
+# A picture of differences shows this many times their size.
+STRONGER = 8
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,8 @@ class Variant:
         class_map: the class map, as in :class:`fastroute.Upscaled`; None if nothing was routed.
         classes: picture of the class map, uint8 (3, H, W).
         dense: the variant of the same model with everything in the most expensive class.
+        near: PSNR in dB to `dense`, which is what a cascade is to come near to; infinite where they are equal. None for others.
+        difference: picture of the difference between the two, `STRONGER` times as strong, uint8 (3, H, W); None like `near`.
     """
 
     name: str
@@ -55,6 +59,8 @@ class Variant:
     class_map: Tensor | None = None
     classes: Tensor | None = None
     dense: Variant | None = None
+    near: float | None = None
+    difference: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -98,7 +104,8 @@ def compare(
 
     Args:
         image: uint8 (3, h, w).
-        models: names or files, as :func:`fastroute.load` takes them. A network without classes is dense only.
+        models: names or files, as :func:`fastroute.load` takes them. A network without classes is dense only. Beside the
+            network alone, a cascade whose most expensive network it is does not run dense again.
         budgets: route within each of these. Default: the model decides.
         reference: uint8 image of the result's size to compare with.
         downscale: reduce `image` by the factor first. The image, cut to a multiple of the factor, is then the reference.
@@ -157,8 +164,13 @@ def compare(
 
     lr = image.to(device)
     calls: dict[str, Callable[[], Upscaled]] = {}
+    known = {name: alone_of(routers, name) for name in routers}
+    own = {name: choices(router, budgets) for name, router in routers.items()}
+    for name in known:
+        if known[name] != name:
+            del own[name][DENSE]
     for name, router in routers.items():
-        for label, options in choices(router, budgets).items():
+        for label, options in own[name].items():
             check_budget(router, options.get("budget"), factor, f"{name}, {label}")
             calls[f"{name}, {label}"] = caller(router, lr, factor, options, f"{name}, {label}")
     enlarged = bicubic(lr, (height, width))
@@ -180,25 +192,53 @@ def compare(
         return {} if reference is None else quality.compare(result.cpu(), reference, math.ceil(factor))
 
     variants = [Variant(BICUBIC, enlarged.cpu(), statistics.median(seconds[BICUBIC]), measured(enlarged))]
-    for name, router in routers.items():
-        dense = None
-        for label in choices(router, budgets):
+    dense: dict[str, Variant] = {}
+    # A cascade that goes without a dense run of its own comes after the network that has it.
+    for name in sorted(routers, key=lambda name: known[name] != name):
+        router = routers[name]
+        for label in own[name]:
             key = f"{name}, {label}"
             result = results.pop(key)
             picture, median = result.image.cpu(), statistics.median(seconds[key])
-            if dense is None:
-                dense = Variant(key, picture, median, measured(picture), result.stats)
-                variants.append(dense)
+            if label == DENSE:
+                dense[name] = Variant(key, picture, median, measured(picture), result.stats)
+                variants.append(dense[name])
                 continue
+            target = dense[known[name]]
             grid = None
             if isinstance(router, PatchRouter):
                 grid = router.grid(*lr.shape[1:])
-            class_map = result.class_map.cpu()
+            class_map, near, difference = result.class_map.cpu(), None, None
             if isinstance(router, CascadeRouter):
                 class_map = router.pixel_map(class_map, picture.shape[1:])
+                near, difference = nearness(picture, target.image)
             overlay = class_overlay(picture, class_map, grid, router.num_classes)
-            variants.append(Variant(key, picture, median, measured(picture), result.stats, class_map, overlay, dense))
+            found = measured(picture)
+            variants.append(Variant(key, picture, median, found, result.stats, class_map, overlay, target, near, difference))
     return Comparison(image, reference, factor, variants, runs, machine(torch.device(device)))
+
+
+def nearness(image: Tensor, dense: Tensor) -> tuple[float, Tensor]:  # [3, H, W] uint8 twice
+    """PSNR in dB of one to the other, and a picture of their difference."""
+    # In 8 bits: wider integers would take eight times the memory of the images.
+    apart = torch.maximum(image, dense) - torch.minimum(image, dense)
+    counts = torch.bincount(apart.flatten().int(), minlength=256).double()
+    square = float((counts * torch.arange(256).double().square()).sum() / counts.sum())
+    return 10 * math.log10(255**2 / square) if square else math.inf, apart.clamp_(max=255 // STRONGER).mul_(STRONGER)
+
+
+def alone_of(routers: dict[str, PatchRouter | PixelRouter | CascadeRouter], name: str) -> str:
+    """The name of the model that is the most expensive network of cascade `name` alone, or `name`."""
+    router = routers[name]
+    if not isinstance(router, CascadeRouter) or router.num_classes == 1:
+        return name
+    weights = router.networks.members[-1].state_dict()
+    for other, alone in routers.items():
+        if isinstance(alone, CascadeRouter) and alone.num_classes == 1 and weights:
+            state = alone.networks.members[0].state_dict()
+            if state.keys() == weights.keys() and all(torch.equal(value, weights[key]) for key, value in state.items()):
+                return other
+    return name
 
 
 def labels(models: Sequence[str | Path]) -> list[str]:
@@ -237,7 +277,7 @@ def common_scale(routers: dict[str, PatchRouter | PixelRouter | CascadeRouter], 
 
 def choices(router: PatchRouter | PixelRouter | CascadeRouter, budgets: Sequence[float]) -> dict[str, dict[str, Any]]:
     """The arguments of `upscale` by the name of the variant, dense first."""
-    dense: dict[str, dict[str, Any]] = {"dense": {"budget": 1.0}}
+    dense: dict[str, dict[str, Any]] = {DENSE: {"budget": 1.0}}
     undecided = isinstance(router, PatchRouter) and router.classifier is None
     if isinstance(router, CascadeRouter):
         undecided = not budgets and not router.decides

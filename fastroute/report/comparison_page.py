@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastroute import __version__, io
-from fastroute.report.comparison import BICUBIC, Comparison, Variant, shown_size
+from fastroute.report.comparison import BICUBIC, STRONGER, Comparison, Variant, shown_size
 from fastroute.visualize import class_colours, colour_names
 
 # The pixels of a picture under the slider and of a class map. With these limits a page of ten pictures stays below about 10 MB.
@@ -75,6 +75,9 @@ def render(comparison: Comparison, name: str, detail: Box | None = None) -> str:
     if min(left, top) < 0 or min(across, down) < 1 or left + across > width or top + down > height:
         raise ValueError(f"detail must lie in the result, {width} x {height}; got left {left}, top {top}, {across} x {down}")
 
+    best = next((v for v in reversed(others) if v.class_map is not None), others[-1])
+    # What a cascade is to come near to is more telling beside it than interpolation.
+    beside = best.dense if best.near is not None and best.dense is not None else first
     pictures = {variant.name: variant.image for variant in comparison.variants}
     pictures |= {f"{v.name}: classes": v.classes for v in comparison.variants if v.classes is not None}
     if comparison.reference is not None:
@@ -95,8 +98,8 @@ def render(comparison: Comparison, name: str, detail: Box | None = None) -> str:
         pictures="\n".join(
             f'<img id="{ids[name]}" alt="{html.escape(name)}" src="{data}">' for name, (data, _) in shown.items()
         ),
-        left=ids[BICUBIC],
-        right=ids[next((v for v in reversed(others) if v.class_map is not None), others[-1]).name],
+        left=ids[beside.name],
+        right=ids[best.name],
         shown=html.escape(told_detail(box, whole, shown[BICUBIC][1])),
         caption=html.escape(
             "FLOPs: two for each multiply-add done, classifiers included; dense: everything in the most expensive class. Time: "
@@ -104,7 +107,7 @@ def render(comparison: Comparison, name: str, detail: Box | None = None) -> str:
         ),
         columns=columns(comparison),
         rows="\n".join(row(variant, comparison) for variant in comparison.variants),
-        maps=maps(comparison, None if whole else box),
+        maps=maps(comparison, None if whole else box) + differences(comparison, None if whole else box),
         footer=html.escape(f"fastroute {__version__}, torch {torch.__version__}"),
     )
 
@@ -171,6 +174,7 @@ def told_detail(box: Box, whole: bool, sides: tuple[int, int]) -> str:
 def columns(comparison: Comparison) -> str:
     """The header of the table."""
     names = ["picture", *(["PSNR", "SSIM"] if comparison.reference is not None else [])]
+    names += ["PSNR to dense"] if told_nearness(comparison) else []
     names += ["FLOPs", "FLOPs / dense", "as papers count", "time", "time / dense", "classes, cheapest first"]
     return "".join(f'<th scope="col">{name}</th>' for name in names)
 
@@ -180,7 +184,9 @@ def row(variant: Variant, comparison: Comparison) -> str:
     cells = []
     if comparison.reference is not None:
         psnr = variant.quality["psnr"]
-        cells += [f"{psnr:.2f} dB" if math.isfinite(psnr) else "identical", f"{variant.quality['ssim']:.4f}"]
+        cells += [decibels(psnr), f"{variant.quality['ssim']:.4f}"]
+    if told_nearness(comparison):
+        cells.append("" if variant.near is None else decibels(variant.near))
     stats, dense = variant.stats, variant.dense or variant
     if stats is None or dense.stats is None:
         cells += ["", "", "", shown_seconds(variant.seconds), "", ""]
@@ -194,6 +200,16 @@ def row(variant: Variant, comparison: Comparison) -> str:
             "" if variant.class_map is None else shares(stats.counts_per_class),
         ]
     return f'<tr><th scope="row">{html.escape(variant.name)}</th>{"".join(f"<td>{cell}</td>" for cell in cells)}</tr>'
+
+
+def told_nearness(comparison: Comparison) -> bool:
+    """Whether any variant is to come near to a dense one."""
+    return any(variant.near is not None for variant in comparison.variants)
+
+
+def decibels(psnr: float) -> str:
+    """A PSNR as text."""
+    return f"{psnr:.2f} dB" if math.isfinite(psnr) else "identical"
 
 
 def percent(part: float, whole: float) -> str:
@@ -232,6 +248,23 @@ def maps(comparison: Comparison, box: Box | None) -> str:
         figures.append(f'<figure><img alt="class map of {name}" src="{data}"><figcaption>{name}</figcaption></figure>')
     return (
         f"<h2>Class maps</h2>\n{''.join(legends[number] for number in sorted(legends))}\n"
+        f'<div class="maps">\n{chr(10).join(figures)}\n</div>'
+    )
+
+
+def differences(comparison: Comparison, box: Box | None) -> str:
+    """What cascades made otherwise than their dense runs."""
+    found = [(variant, variant.difference) for variant in comparison.variants if variant.difference is not None]
+    figures = []
+    for variant, difference in found:
+        assert variant.near is not None and variant.dense is not None  # there is a difference
+        data, _ = encode(difference, MAP_WIDTH * max(1, MAP_WIDTH * difference.shape[1] // difference.shape[2]), box)
+        words = html.escape(f"{variant.name} and {variant.dense.name}: PSNR {decibels(variant.near)}")
+        figures.append(f'<figure><img alt="difference of {words}" src="{data}"><figcaption>{words}</figcaption></figure>')
+    if not figures:
+        return ""
+    return (
+        f'\n<h2>Differences to the dense results</h2>\n<p class="soft">{STRONGER} times as strong.</p>\n'
         f'<div class="maps">\n{chr(10).join(figures)}\n</div>'
     )
 
