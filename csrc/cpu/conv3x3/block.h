@@ -168,7 +168,7 @@ FASTROUTE_SIMD void multiply_tiles(const float* a, int64_t a_row, const float* b
     for (; t < tiles; ++t) multiply<1, Vectors>(a + t * a_row, a_row, b, b_row, depth, to + t * to_row, to_row);
 }
 
-// The same for at most four outputs, as colours are: narrow vectors take a fraction of the time.
+// The same for at most four outputs, such as colours: narrow vectors take a fraction of the time.
 #if FASTROUTE_BYTES > 16
 template <int Rows>
 FASTROUTE_TARGET __attribute__((noinline)) void multiply_few(const float* a, int64_t a_row, const float* b,
@@ -253,23 +253,27 @@ FASTROUTE_TARGET __attribute__((noinline)) void run_block(const Problem& p, int6
     for (int64_t group = 0; group < p.groups; ++group) {
         for (int64_t first = 0; first < p.columns; first += kMostVectors * kLanes) {
             const int64_t vectors = std::min<int64_t>(kMostVectors, (p.columns - first) / kLanes);
+            // Without a shuffle, the last few outputs stand alone in a vector; what stands beside them is never
+            // written.
+            const int64_t last = p.shown / kLanes * kLanes, rest = p.shown % kLanes;
+            const bool few =
+                p.shuffle == 1 && 0 < rest && rest <= 4 && first <= last && last < first + vectors * kLanes;
+            const int64_t whole = few ? (last - first) / kLanes : vectors, to_row = vectors * kLanes;
             for (int64_t point = 0; point < kPoints; ++point) {
                 const float* a = ws.transformed + point * p.transformed_plane() + group * p.in;
                 const float* b = p.weight + (point * p.groups + group) * p.in * p.columns + first;
                 float* to = ws.products + point * p.products_plane();
-                // Colours; what stands in the other lanes of a vector is never written.
-                if (p.columns == kPad && p.shown <= 4) {
-                    multiply_few_tiles(a, row, b, p.columns, p.in, to, vectors * kLanes, count);
-                    continue;
-                }
-                switch (vectors) {
+                switch (whole) {
 #if FASTROUTE_BYTES == 64
-                    case 4: multiply_tiles<4>(a, row, b, p.columns, p.in, to, 4 * kLanes, count); break;
-                    case 3: multiply_tiles<3>(a, row, b, p.columns, p.in, to, 3 * kLanes, count); break;
+                    case 4: multiply_tiles<4>(a, row, b, p.columns, p.in, to, to_row, count); break;
+                    case 3: multiply_tiles<3>(a, row, b, p.columns, p.in, to, to_row, count); break;
 #endif
-                    case 2: multiply_tiles<2>(a, row, b, p.columns, p.in, to, 2 * kLanes, count); break;
-                    default: multiply_tiles<1>(a, row, b, p.columns, p.in, to, kLanes, count); break;
+                    case 2: multiply_tiles<2>(a, row, b, p.columns, p.in, to, to_row, count); break;
+                    case 1: multiply_tiles<1>(a, row, b, p.columns, p.in, to, to_row, count); break;
+                    default: break;
                 }
+                const int64_t at = whole * kLanes;
+                if (few) multiply_few_tiles(a, row, b + at, p.columns, p.in, to + at, to_row, count);
             }
             for (int64_t t = 0; t < count; ++t) {
                 const float* products = ws.products + t * vectors * kLanes;
