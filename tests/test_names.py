@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import fastroute
+from fastroute.backends import PRODUCTS
 
 ROOT = Path(__file__).parents[1]
 OPS = sorted(path.stem for path in (ROOT / "fastroute" / "ops").glob("*.py") if not path.stem.startswith("_"))
@@ -27,6 +28,12 @@ def test_public_function(op):
     function = getattr(fastroute, op)
     assert inspect.isfunction(function)
     assert function.__module__ == f"fastroute.ops.{op}"
+
+
+def test_what_an_operator_takes_is_public():
+    for name in ("conv3x3_weight", "Conv3x3Weight"):
+        assert getattr(fastroute, name).__module__ == "fastroute.ops.conv3x3"
+    assert "conv3x3_weight" in fastroute.__all__
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -63,17 +70,17 @@ def test_cpu_kernel(op):
     assert not folder.exists() or len(list(folder.iterdir())) > 2
     source = ((folder if folder.exists() else folder.parent) / f"{op}.cpp").read_text()
     common = ROOT / "csrc" / "common" / f"{op}.h"
-    # What devices have in common stands once; cell_mlp has no other.
-    assert common.exists() or op == "cell_mlp"
+    # What devices have in common stands once; those that run by a GPU's own products have no other.
+    assert common.exists() or op in PRODUCTS
     assert re.search(rf"\b{op}\(", common.read_text() if common.exists() else source)
-    assert f'FASTROUTE_IMPL(m, "{op}", {op})' in source.replace("pixel_mlp::", "").replace("cell_mlp::", "")
+    assert f'FASTROUTE_IMPL(m, "{op}", {op})' in source.replace(f"{op}::", "")
 
 
 @pytest.mark.parametrize("op", OPS)
 def test_other_kernels(op):
     cuda, triton = ROOT / "csrc" / "cuda" / f"{op}.cu", ROOT / "fastroute" / "triton" / f"{op}.py"
     if cuda.exists():
-        assert f'FASTROUTE_IMPL(m, "{op}", {op})' in cuda.read_text().replace("pixel_mlp::", "")
+        assert f'FASTROUTE_IMPL(m, "{op}", {op})' in cuda.read_text().replace(f"{op}::", "")
         assert re.search(rf"\b{op}\(", (ROOT / "tests" / "cuda" / "races" / f"{op}.cpp").read_text())
     if triton.exists():
         assert re.search(rf"^def {op}_triton\(", triton.read_text(), re.MULTILINE)

@@ -93,15 +93,18 @@ Tensor conv1x1(const std::vector<Tensor>& images,        // [B, C, H, W] each
     int64_t channels = 0;
     for (const Tensor& image : images) {
         p.images.push_back(checked_view("an image", image, images[0]));
-        channels += image.size(1);
+        FASTROUTE_CHECK(!__builtin_add_overflow(channels, image.size(1), &channels), kOp,
+                        ": the images have too many channels");
     }
     check_floats("weight", weight, 2);
-    FASTROUTE_CHECK(weight.size(1) == channels && weight.size(0) >= 1, kOp, ": weight must have ", channels,
-                    " columns, the channels of all images, and at least one row; got (", weight.size(0), ", ",
-                    weight.size(1), ")");
+    FASTROUTE_CHECK(weight.size(1) == channels && channels >= 1 && weight.size(0) >= 1, kOp, ": weight must have ",
+                    channels,
+                    " columns, the channels of all images, and a row for each output, at least one of both; got (",
+                    weight.size(0), ", ", weight.size(1), ")");
     const int64_t batch = images[0].size(0), height = images[0].size(2), width = images[0].size(3);
     p.outputs = weight.size(0);
-    checked_product(kOp, "weight", {p.outputs + kPad, channels + 1});
+    checked_product(kOp, "weight", {p.outputs, channels});
+    checked_product(kOp, "weight", {p.outputs + kPad, channels});
     p.columns = (p.outputs + kPad - 1) / kPad * kPad;
     const auto biases = per_column("bias", bias, 0, p), slopes = per_column("slope", slope, 1, p);
     p.adds = residual.has_value(), p.rectified = slope.has_value();

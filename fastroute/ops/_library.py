@@ -18,6 +18,7 @@ from torch import Tensor
 from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
 from torch._library.autograd import Info, make_autograd_impl
 from torch.autograd import forward_ad
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from fastroute import buffers
 from fastroute.backends import EXTENSION, BackendError, requested, select
@@ -67,6 +68,31 @@ def register(
     OPERATORS[name] = Operator(reference, fake, backward, setup_context, once)
     LIBRARY.impl(name, as_kernel(name, reference), "CompositeExplicitAutograd")
     register_rules(LIBRARY, NAMESPACE, name)
+
+
+def by_reference(reference: Callable[..., Any]) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """`backward` and `setup_context` of an operator without a kernel for gradients: `reference` runs again and is differentiated."""
+
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:  # [...]
+        leaves, ctx.structure = tree_flatten(inputs)
+        ctx.leaves = [None if isinstance(x, Tensor) else x for x in leaves]
+        ctx.places = [n for n, x in enumerate(leaves) if isinstance(x, Tensor)]
+        ctx.save_for_backward(*(leaves[n] for n in ctx.places))
+
+    def backward(ops: Any, ctx: Any, grad: Tensor) -> tuple:  # [...]
+        leaves = list(ctx.leaves)
+        for n, x in zip(ctx.places, ctx.saved_tensors, strict=True):
+            leaves[n] = x
+        wanted = [n for n in ctx.places if leaves[n].requires_grad]
+        # Only for a second derivative is the first one itself to be differentiated.
+        twice = torch.is_grad_enabled()
+        with torch.enable_grad():
+            found = reference(*tree_unflatten(leaves, ctx.structure))
+        grads = torch.autograd.grad(found, [leaves[n] for n in wanted], grad, create_graph=twice, allow_unused=True)
+        known = dict(zip(wanted, grads, strict=True))
+        return tuple(tree_unflatten([known.get(n) for n in range(len(leaves))], ctx.structure))
+
+    return backward, setup_context
 
 
 def in_own_dtype(reference: Callable[..., Any]) -> Callable[..., Any]:
@@ -232,7 +258,7 @@ def is_transformed(values: Any) -> bool:
     return forward_ad._current_level >= 0 and _has_tangents(values)
 
 
-def _in_plain_torch(op: str, reference: Callable[..., Any], *args: Any, **out: Any) -> Any:
+def in_plain_torch(op: str, reference: Callable[..., Any], *args: Any, **out: Any) -> Any:
     """The reference under torch.func: every transform knows plain PyTorch."""
     if (request := requested()) not in (None, "reference"):
         raise BackendError(
@@ -261,7 +287,7 @@ def call(name: str, reference: Callable[..., Any], device: torch.device, *args: 
     transformed = not compiling and is_transformed((args, list(out.values())))
     # Classes and places have no derivative, and the operators know vmap.
     if transformed and (out or backend == "reference" or OPERATORS[packet].backward is not None):
-        return _in_plain_torch(packet, reference, *args, **out)
+        return in_plain_torch(packet, reference, *args, **out)
     # A compiled graph holds the operator, whose kernel may well be the reference, unless the reference was asked for.
     if backend == "reference" and (requested() or not compiling):
         run: Callable[..., Any] = in_own_dtype(reference)

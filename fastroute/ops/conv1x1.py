@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastroute.ops import _checks as check
-from fastroute.ops._library import call, is_transformed, register
+from fastroute.ops._library import by_reference, call, in_own_dtype, in_plain_torch, is_transformed, register
 from fastroute.reference.conv1x1 import conv1x1_reference
 
 # A name, a tensor if there is one, and the shape that it must have.
@@ -59,6 +59,8 @@ def conv1x1(
     ECCV 2018, section 3.2.
     """
     op = "conv1x1"
+    if not isinstance(images, Tensor | Sequence):
+        raise TypeError(f"{op}: images must be a torch.Tensor or a sequence of them; got {type(images).__name__}")
     parts = [images] if isinstance(images, Tensor) else list(images)
     if not parts:
         raise ValueError(f"{op}: images must hold at least one")
@@ -69,9 +71,9 @@ def conv1x1(
         weight = weight.flatten(1)
     check.rank(op, "weight", weight, "(O, C) or (O, C, 1, 1)", 2)
     channels = sum(image.shape[1] for image in parts)
-    if weight.shape[0] < 1 or weight.shape[1] != channels:
+    if 0 in weight.shape or weight.shape[1] != channels:
         raise ValueError(
-            f"{op}: weight must be (O, C), O at least 1 and C the {channels} channels of all images; got {tuple(weight.shape)}"
+            f"{op}: weight must be (O, C), C the {channels} channels of all images, both at least 1; got {tuple(weight.shape)}"
         )
     batch, _, height, width = parts[0].shape
     outputs = weight.shape[0]
@@ -89,11 +91,16 @@ def conv1x1(
         check.dtype(op, "every tensor", x.dtype, (torch.float32,))
         check.same_device(op, "the first image", parts[0], "every tensor", x)
     differentiated = torch.is_grad_enabled() and any(x.requires_grad for x in given)
-    if parts[0].device.type != "cpu" or differentiated or is_transformed(given):
-        return conv1x1_plain(parts, weight, bias, slope, residual)
-    return call(op, _reference, parts[0].device, parts, weight, bias, slope, residual)
+    arguments = (parts, weight, bias, slope, residual)
+    if is_transformed(given):
+        result: Tensor = in_plain_torch(op, conv1x1_plain, *arguments)
+        return result
+    if parts[0].device.type != "cpu" or differentiated:
+        return conv1x1_plain(*arguments)
+    return call(op, _reference, parts[0].device, *arguments)
 
 
+@in_own_dtype
 def conv1x1_plain(
     images: Sequence[Tensor],  # [B, C, H, W] each
     weight: Tensor,  # [O, C of all images]
@@ -103,7 +110,9 @@ def conv1x1_plain(
 ) -> Tensor:  # [B, O, H, W]
     """The same by PyTorch's own layers."""
     joined = images[0] if len(images) == 1 else torch.cat(list(images), dim=1)
-    y = F.conv2d(joined, weight[:, :, None, None], bias)
+    # PyTorch's convolutions refuse an image without rows.
+    empty = joined.new_zeros(joined.shape[0], weight.shape[0], *joined.shape[2:]) if 0 in joined.shape[2:] else None
+    y = F.conv2d(joined, weight[:, :, None, None], bias) if empty is None else empty
     if residual is not None:
         y = y + residual
     return y if slope is None else F.prelu(y, slope)
@@ -143,9 +152,12 @@ def _reference(
         check.dtype(op, name, given_tensor.dtype, (torch.float32,))
         if tuple(given_tensor.shape) != expected:
             raise ValueError(f"{op}: {name} must be {expected}; got {tuple(given_tensor.shape)}")
-    if shape[1] < 1 or weight.shape[1] != sum(x.shape[1] for x in images):
-        raise ValueError(f"{op}: weight must have one column for each channel of all images; got {tuple(weight.shape)}")
+    if 0 in weight.shape or weight.shape[1] != sum(x.shape[1] for x in images):
+        raise ValueError(
+            f"{op}: weight must have a column for each channel of all images and a row for each output, at least one of both; "
+            f"got {tuple(weight.shape)}"
+        )
     return conv1x1_reference(images, weight, bias, slope, residual)
 
 
-register("conv1x1", _reference, _fake)
+register("conv1x1", _reference, _fake, *by_reference(conv1x1_reference))

@@ -9,14 +9,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastroute.ops import _checks as check
-from fastroute.ops._library import call, is_transformed, register
+from fastroute.ops._library import by_reference, call, in_own_dtype, in_plain_torch, is_transformed, register
 from fastroute.reference.conv3x3 import PAD, SIDE, TAPS, conv3x3_reference, transformed_weight
 
 SCHEMAS = [
     "conv3x3(Tensor image, Tensor weight, Tensor? bias, Tensor? slope, Tensor? residual, SymInt channels, int shuffle, "
     "int context=0) -> Tensor",
     "conv3x3.out(Tensor image, Tensor weight, Tensor? bias, Tensor? slope, Tensor? residual, SymInt channels, int shuffle, "
-    "int context=0, *, Tensor(a!) out) -> Tensor(a!)",
+    "int context=0, *, Tensor(a!) out) -> ()",
 ]
 
 
@@ -106,19 +106,24 @@ def conv3x3(
     """
     op = "conv3x3"
     prepared = weight if isinstance(weight, Conv3x3Weight) else None
-    kernel, shuffle = (prepared.weight, prepared.shuffle) if prepared is not None else (weight, 1)
-    assert isinstance(kernel, Tensor)
+    kernel, shuffle = (weight.weight, weight.shuffle) if isinstance(weight, Conv3x3Weight) else (weight, 1)
     groups = _check(image, kernel, bias, slope, residual, out, shuffle, context)
     given = [x for x in (image, kernel, bias, slope, residual, out) if x is not None]
-    differentiated = torch.is_grad_enabled() and any(x.requires_grad for x in given)
-    if image.device.type != "cpu" or differentiated or is_transformed(given):
-        y = conv3x3_plain(image, kernel, bias, slope, residual, groups, shuffle, context)
-        return y if out is None else out.copy_(y)
+    written = {} if out is None else {"out": out}
+    plain = (image, kernel, bias, slope, residual, groups, shuffle, context)
+    if is_transformed(given):
+        result: Tensor = in_plain_torch(op, conv3x3_plain, *plain, **written)
+        return result
+    if out is not None and image.device.type != "cpu":
+        check.written(op, "out", out, given[:-1])
+        with torch.no_grad():
+            return out.copy_(conv3x3_plain(*plain))
+    if image.device.type != "cpu" or (out is None and torch.is_grad_enabled() and any(x.requires_grad for x in given)):
+        return conv3x3_plain(*plain)
     transformed = prepared.transformed if prepared is not None else transformed_weight(kernel.detach(), groups, shuffle)
     arguments = (image, transformed, bias, slope, residual, kernel.shape[0], shuffle, context)
-    if out is None:
-        return call(op, _reference, image.device, *arguments)
-    return call(op, _reference_out, image.device, *arguments, out=out)
+    found: Tensor | None = call(op, _reference if out is None else _reference_out, image.device, *arguments, **written)
+    return found if out is None else out
 
 
 def _check(
@@ -162,6 +167,7 @@ def _check(
     return groups
 
 
+@in_own_dtype
 def conv3x3_plain(
     image: Tensor,  # [B, C, H, W]
     weight: Tensor,  # [O, C / G, 3, 3]
@@ -173,7 +179,10 @@ def conv3x3_plain(
     context: int = 0,
 ) -> Tensor:  # [B, O / s / s, H s, W s]
     """The same by PyTorch's own layers."""
-    y = F.conv2d(image, weight, bias, padding=(1 - context, 1), groups=groups)
+    # PyTorch's convolutions refuse an image without rows.
+    rows = image.shape[2] - 2 * context
+    empty = image.new_zeros(image.shape[0], weight.shape[0], rows, image.shape[3]) if 0 in (rows, image.shape[3]) else None
+    y = F.conv2d(image, weight, bias, padding=(1 - context, 1), groups=groups) if empty is None else empty
     if slope is not None:
         y = F.prelu(y, slope)
     y = F.pixel_shuffle(y, shuffle)
@@ -238,14 +247,15 @@ def _reference_out(
     context: int = 0,
     *,
     out: Tensor,  # [B, O / s / s, H s, W s]
-) -> Tensor:  # [B, O / s / s, H s, W s]
+) -> None:
     check.written("conv3x3", "out", out, [x for x in (image, weight, bias, slope, residual) if x is not None])
     y = _reference(image, weight, bias, slope, residual, channels, shuffle, context)
     check.dtype("conv3x3", "out", out.dtype, (torch.float32,))
     if y.shape != out.shape:
         raise ValueError(f"conv3x3: out must be {tuple(y.shape)}; got {tuple(out.shape)}")
-    return out.copy_(y)
+    with torch.no_grad():
+        out.copy_(y)
 
 
-register("conv3x3", _reference, _fake)
-register("conv3x3.out", _reference_out, lambda *args, out: out)
+register("conv3x3", _reference, _fake, *by_reference(conv3x3_reference))
+register("conv3x3.out", _reference_out, lambda *args, out: None)

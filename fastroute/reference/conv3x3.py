@@ -81,7 +81,7 @@ def conv3x3_reference(
     height -= 2 * context
     groups = weight.shape[1]
     a, _, b = (matrix.to(image) for matrix in transforms())
-    down, across = -(-height // TILE), -(-width // TILE)
+    down, across = (max(1, -(-size // TILE)) for size in (height, width))
     around = F.pad(image, (1, 1 + across * TILE - width, 1 - context, 1 + down * TILE - height - context))
     tiles = around.unfold(2, SIDE, TILE).unfold(3, SIDE, TILE)
     points = torch.einsum("ai,nchwij,bj->abnhwc", b, tiles, b).reshape(SIDE**2, -1, groups, inputs // max(groups, 1))

@@ -42,9 +42,13 @@ class FusedConv2d(nn.Conv2d):
         self.train(layer.training)
 
     def has_kernel(self, *inputs: Tensor) -> bool:  # [B, C, H, W] each
-        """Whether the operator's kernel runs for `inputs`. A compiler sees what ran last."""
+        """Whether the operator's kernel runs for `inputs`. A compiler takes it where it ran last and could run."""
         if torch.compiler.is_compiling():
-            return self._ran_by_kernel
+            graded = torch.is_grad_enabled()
+            return self._ran_by_kernel and all(
+                x.dtype == torch.float32 and x.device.type == "cpu" and not (graded and x.requires_grad)
+                for x in (self.weight, *inputs)
+            )
         runs = self._is_plain(*inputs) and not torch.jit.is_tracing() and select(self.OPERATOR, inputs[0].device) == "cpu"
         if runs is not self._ran_by_kernel:
             self._ran_by_kernel = runs
@@ -135,9 +139,12 @@ class WinogradConv2d(FusedConv2d):
         weight = self._transformed(shuffle, factor) if runs else None
         if weight is not None:
             arguments = (x, weight, self._bias(factor), self._slopes(slope), residual, self.out_channels, shuffle, context)
-            if out is None:
-                return torch.ops.fastroute.conv3x3.default(*arguments)
-            return torch.ops.fastroute.conv3x3.out(*arguments, out=out)
+            if out is None or torch.compiler.is_compiling():
+                y = torch.ops.fastroute.conv3x3.default(*arguments)
+                # Compilers take no slice as what an operator writes.
+                return y if out is None else out.copy_(y)
+            torch.ops.fastroute.conv3x3.out(*arguments, out=out)
+            return out
         y = F.conv2d(x, self.weight, self.bias, padding=(1 - context, 1), groups=self.groups)
         y = self._rectified(y if factor == 1 else y * factor, slope)
         if shuffle > 1:

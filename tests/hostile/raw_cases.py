@@ -24,12 +24,15 @@ from torch import Tensor
 
 from fastroute import buffers
 from fastroute.ops._library import OPERATORS, public_name
+from fastroute.reference.conv3x3 import transformed_weight
 
 BIG = (2**31 - 1, 2**31, 2**31 + 1, 2**32, 2**62, 2**63 - 1)
 INTS = (0, -1, -(2**63), 1, 2, 3, 5, 7, *BIG)
 FLOATS = (math.nan, math.inf, -math.inf, 0.0, -1.0, 1e-300, 1e308)
 # What an error may be.
 ERRORS = (ValueError, TypeError, RuntimeError, MemoryError)
+# Arguments that a call writes.
+WRITTEN = ("out", "spent")
 # Bytes that a process may map beyond those of torch; sizes of hostile calls lie far above or far below.
 ROOM = 3 << 30
 # A library of kernels that is loaded over those of the package.
@@ -52,6 +55,7 @@ LAYERS = [rand(2, 3), rand(2), rand(2), rand(16, 2, 3, 3), rand(16)]
 COST = torch.tensor([1.0, 2.0, 4.0], dtype=torch.float64)
 GEOMETRY = {"height": 8, "width": 8, "patch": 4, "stride": 3, "scale": 1, "crop": False}
 NINE = rand(9, 2, 4, 4)
+KERNEL, GROUPED = transformed_weight(rand(8, 3, 3, 3), 1, 2), transformed_weight(rand(6, 2, 3, 3), 2, 1)
 # A good call of every operator, by the names of its arguments. The second and third calls are of other paths.
 GOOD: list[tuple[str, dict[str, Any]]] = [
     ("extract_patches", dict(image=rand(2, 3, 8, 9), order=ints(3, 0, 17), mean=rand(3), std=rand(3), patch=4, stride=3,
@@ -98,6 +102,15 @@ GOOD: list[tuple[str, dict[str, Any]]] = [
                       span=3, step=2)),
     ("_cell_mlp_backward", dict(grad=rand(1, 2, 3, 3), image=rand(1, 2, 4, 12), weights=[rand(5, 8), rand(3, 5)],
                                 biases=[rand(5), rand(3)], slope=0.1, cell=2, span=3, step=2)),
+    ("conv1x1", dict(images=[rand(2, 2, 3, 5), rand(2, 1, 3, 5)], weight=rand(4, 3), bias=rand(4), slope=rand(4),
+                     residual=rand(2, 4, 3, 5))),
+    ("conv1x1", dict(images=[rand(1, 19, 2, 7)], weight=rand(17, 19), bias=None, slope=None, residual=None)),
+    ("conv3x3", dict(image=rand(2, 3, 5, 6), weight=KERNEL, bias=rand(8), slope=rand(8), residual=rand(2, 2, 10, 12),
+                     channels=8, shuffle=2, context=0)),
+    ("conv3x3", dict(image=rand(1, 4, 9, 3), weight=GROUPED, bias=None, slope=None, residual=None, channels=6, shuffle=1,
+                     context=1)),
+    ("conv3x3.out", dict(image=rand(2, 3, 5, 6), weight=KERNEL, bias=rand(8), slope=None, residual=rand(2, 2, 10, 12),
+                         channels=8, shuffle=2, context=0, out=rand(2, 10, 12, 2).permute(0, 3, 1, 2))),
     ("pixel_mlp", dict(features=rand(1, 3, 2, 2), weights=[rand(5, 7), rand(2, 5)], biases=[rand(5), rand(2)], depths=[2, 0],
                        height=5, width=6, class_map=classes(1, 5, 6), residual=rand(1, 2, 2, 2), relative=rand(11) - 0.5,
                        row_begin=1, row_end=5)),
@@ -185,8 +198,8 @@ def cases() -> dict[str, tuple[str, dict[str, Any]]]:
         if "out" in good:
             for argument, value in good.items():
                 if isinstance(value, Tensor) and argument != "out" and value.numel() >= good["out"].numel():
-                    alias = value.clone()
-                    into = alias.flatten()[: good["out"].numel()].view(good["out"].shape)
+                    alias = value.clone(memory_format=torch.contiguous_format)
+                    into = alias.as_strided(good["out"].shape, good["out"].stride())
                     found[f"{number}-{op}-{argument}-is_out"] = (op, {**good, argument: alias, "out": into})
     return found
 
@@ -196,9 +209,24 @@ def overload(name: str) -> torch._ops.OpOverload:
     return getattr(getattr(torch.ops.fastroute, packet), rest or "default")
 
 
+def own(given: dict[str, Any]) -> dict[str, Any]:
+    """`given`, with what a call may write of its own; what is an input too stays so."""
+    read = {place(x) for key, x in given.items() if key not in WRITTEN}
+    return {key: fresh(x) if key in WRITTEN and place(x) not in read - {0} else x for key, x in given.items()}
+
+
+def place(value: Any) -> int:
+    """The address of a tensor, 0 of all else."""
+    held = isinstance(value, Tensor) and value.layout is torch.strided and value.device.type == "cpu"
+    return value.data_ptr() if held else 0
+
+
 def fresh(value: Any) -> Any:
-    """What a call may write, of its own."""
-    return value.clone() if isinstance(value, Tensor) and value.is_contiguous() and value.layout is torch.strided else value
+    """A copy of `value` where it is dense."""
+    if not isinstance(value, Tensor) or value.layout is not torch.strided:
+        return value
+    dense = value.is_contiguous() or (value.ndim == 4 and value.is_contiguous(memory_format=torch.channels_last))
+    return value.clone() if dense else value
 
 
 def compare(op: str, given: dict[str, Any], result: Any, wrote: dict[str, Any]) -> str:
@@ -209,12 +237,12 @@ def compare(op: str, given: dict[str, Any], result: Any, wrote: dict[str, Any]) 
         bool(x.isfinite().all()) for x in (*given["batches"], *given["layers"])
     ):
         return ""
-    args = {key: fresh(value) if key in ("out", "spent") else value for key, value in given.items()}
+    args = own(given)
     tensors = [x for x in args.values() if isinstance(x, Tensor)]
     if any(x.device.type == "meta" for x in tensors):
         return ""
-    positional = [value for key, value in args.items() if key not in ("out", "spent")]
-    keywords = {key: value for key, value in args.items() if key in ("out", "spent")}
+    positional = [value for key, value in args.items() if key not in WRITTEN]
+    keywords = {key: value for key, value in args.items() if key in WRITTEN}
     try:
         expected = OPERATORS[op].reference(*positional, **keywords)
     except ERRORS as error:
@@ -240,10 +268,10 @@ def compare(op: str, given: dict[str, Any], result: Any, wrote: dict[str, Any]) 
 
 def outcome(op: str, given: dict[str, Any]) -> str:
     """One line: "error …", "right", or, beginning with "WRONG", what is wrong."""
-    args = {key: fresh(value) if key in ("out", "spent") else value for key, value in given.items()}
+    args = own(given)
     try:
         result = overload(op)(**args)
-        wrote = {key: args[key] for key in ("out", "spent") if key in args}
+        wrote = {key: args[key] for key in WRITTEN if key in args}
         if any(isinstance(x, Tensor) and x.device.type == "meta" for x in (result, *wrote.values())):
             return "right: on meta"
         # Under a sanitizer, whose processes have no limit of memory, the reference would take all there is.

@@ -135,6 +135,26 @@ def test_cell_mlp(cell, span, step, slope):
 
 
 @campaign
+@given(mostly[1], mostly[2], st.one_of(st.just(0), edge))
+def test_conv3x3(groups, shuffle, context):
+    image, weight = rand(1, 4, 5, 6), rand(8, 4, 3, 3)
+
+    def run() -> Tensor:
+        return fastroute.conv3x3(image, fastroute.conv3x3_weight(weight, groups, shuffle), context=context)
+
+    refused_or_right(("conv3x3",), run)
+
+
+@campaign
+@given(st.lists(edge, min_size=6, max_size=6))
+def test_conv1x1_of_edges(values):
+    image = torch.tensor([float(x) for x in values]).view(1, 2, 1, 3)
+    refused_or_right(
+        ("conv1x1",), lambda: fastroute.conv1x1(image, torch.tensor([[1.0, 0.5], [-1.0, 2.0]]), slope=torch.zeros(2))
+    )
+
+
+@campaign
 @given(mostly[8], mostly[8], edge, edge)
 def test_pixel_mlp(height, width, begin, end):
     for rows in (None, (begin, end), (0, end)):

@@ -30,6 +30,8 @@ def rand(*shape: int) -> Tensor:
 CLASSES = (rand(1, 8, 8) * 2).to(torch.uint8)
 GROUPS = fastroute.group_by_class(torch.tensor([1, 0, 1, 0]), 2)
 MLP = [(rand(6, 7), rand(6) - 0.5), (rand(2, 6) - 0.5, rand(2))]
+KERNEL, POINTS = rand(3, 2, 3, 3) - 0.5, rand(3, 2) - 0.5
+TRANSFORMED = fastroute.conv3x3_weight(KERNEL).transformed
 CELL = [(rand(5, 16) - 0.5, rand(5)), (rand(2, 5), rand(2))]
 
 
@@ -49,6 +51,8 @@ SMOOTH = {
     "refine_boundaries": Case(lambda x: fastroute.refine_boundaries(x, CLASSES.to(x.device)), rand(1, 2, 8, 8)),
     "pixel_mlp": Case(lambda x: fastroute.pixel_mlp(x, [to_device(MLP, x)], (8, 8)), rand(1, 3, 4, 4), linear=False),
     "cell_mlp": Case(lambda x: fastroute.cell_mlp(x, to_device(CELL, x), 4, 2, 1), rand(1, 1, 8, 8), linear=False),
+    "conv1x1": Case(lambda x: fastroute.conv1x1([x, x], torch.cat([POINTS, POINTS], 1).to(x.device)), rand(1, 2, 5, 6)),
+    "conv3x3": Case(lambda x: fastroute.conv3x3(x, KERNEL.to(x.device)), rand(1, 2, 5, 6)),
 }
 INDICES = {
     "group_by_class": Case(lambda x: fastroute.group_by_class((x * 2).long(), 2).order, rand(40)),
@@ -64,6 +68,12 @@ WRITERS = {
     "refine_boundaries": Case(
         lambda x, out=None: fastroute.refine_boundaries(x, CLASSES, out=torch.empty(1, 2, 8, 8) if out is None else out),
         rand(1, 2, 8, 8),
+    ),
+    "conv3x3": Case(
+        lambda x, out=None: fastroute.conv3x3(
+            x, KERNEL, out=torch.empty(1, 5, 6, 3).permute(0, 3, 1, 2) if out is None else out
+        ),
+        rand(1, 2, 5, 6),
     ),
 }
 
@@ -291,6 +301,8 @@ RAW = {
     "refine_boundaries": lambda x: OPS.refine_boundaries(x, CLASSES, 0, 8),
     "pixel_mlp": lambda x: OPS.pixel_mlp(x, [w for w, _ in MLP], [b for _, b in MLP], [2], 8, 8, None, None, None, 0, 8),
     "cell_mlp": lambda x: OPS.cell_mlp(x, [w for w, _ in CELL], [b for _, b in CELL], 0.1, 4, 2, 1),
+    "conv1x1": lambda x: OPS.conv1x1([x, x], torch.cat([POINTS, POINTS], 1), None, None, None),
+    "conv3x3": lambda x: OPS.conv3x3(x, TRANSFORMED, None, None, None, 3, 1),
 }
 
 
@@ -314,6 +326,8 @@ MIXED = {
     "refine_boundaries": lambda: OPS.refine_boundaries(rand(1, 1, 8, 8), CLASSES.to("meta"), 0, 8),
     "assign_classes": lambda: OPS.assign_classes(rand(3, 4), META.double(), 0.0, 1),
     "cell_mlp": lambda: OPS.cell_mlp(rand(1, 1, 4, 8), [rand(4, 16)], [META], 0.1, 4, 1, 1),
+    "conv1x1": lambda: OPS.conv1x1([rand(1, 2, 4, 8)], rand(4, 2), META, None, None),
+    "conv3x3": lambda: OPS.conv3x3(rand(1, 2, 4, 8), TRANSFORMED, META[:3], None, None, 3, 1),
 }
 
 

@@ -42,6 +42,8 @@ CALLS: dict[str, Callable[[], object]] = {
     ),
     "adaptive_threshold": lambda: fastroute.adaptive_threshold(large()),
     "cell_mlp": lambda: fastroute.cell_mlp(large(1), [(torch.zeros(64, 16), torch.zeros(64))], 4, 1, 1),
+    "conv1x1": lambda: fastroute.conv1x1(large(), torch.zeros(3, 3)),
+    "conv3x3": lambda: fastroute.conv3x3(large(), torch.zeros(3, 3, 3, 3)),
     "pixel_mlp": lambda: fastroute.pixel_mlp(torch.rand(1, 3, 8, 8), [[(torch.rand(3, 7), torch.rand(3))]], (SIDE, SIDE)),
     "refine_boundaries": lambda: fastroute.refine_boundaries(large(), large(1, torch.uint8)[:, 0]),
     "gather_groups": lambda: fastroute.gather_groups(

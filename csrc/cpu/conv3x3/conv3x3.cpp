@@ -115,6 +115,8 @@ Problem checked(const Tensor& image,   // [B, C, H, W]
               .bias = nullptr,
               .slope = nullptr};
     checked_product(kOp, "the result", {p.images, channels, p.height, p.width});
+    // Each alone too: where there is no image, the product is 0.
+    checked_product(kOp, "its height", {p.height, shuffle}), checked_product(kOp, "its width", {p.width, shuffle});
     p.x.data += context * p.x.row;
     if (residual.has_value()) {
         check_floats("residual", *residual, 4);
@@ -157,13 +159,13 @@ Tensor conv3x3(const Tensor& image,                    // [B, C, H, W]
     return out;
 }
 
-Tensor conv3x3_out(const Tensor& image,                    // [B, C, H, W]
-                   const Tensor& weight,                   // [36, G, C / G, P]
-                   const std::optional<Tensor>& bias,      // [O]
-                   const std::optional<Tensor>& slope,     // [O]
-                   const std::optional<Tensor>& residual,  // [B, O / s / s, H s, W s]
-                   int64_t channels, int64_t shuffle, int64_t context,
-                   const Tensor& out) {  // [B, O / s / s, H s, W s]
+void conv3x3_out(const Tensor& image,                    // [B, C, H, W]
+                 const Tensor& weight,                   // [36, G, C / G, P]
+                 const std::optional<Tensor>& bias,      // [O]
+                 const std::optional<Tensor>& slope,     // [O]
+                 const std::optional<Tensor>& residual,  // [B, O / s / s, H s, W s]
+                 int64_t channels, int64_t shuffle, int64_t context,
+                 const Tensor& out) {  // [B, O / s / s, H s, W s]
     Problem p = checked(image, weight, residual, channels, shuffle, context);
     check_floats("out", out, 4);
     check_shape("out", out, p);
@@ -174,7 +176,6 @@ Tensor conv3x3_out(const Tensor& image,                    // [B, C, H, W]
     }
     check_written(kOp, "out", out, inputs);
     run(p, weight, bias, slope, out);
-    return out;
 }
 
 }  // namespace
