@@ -33,6 +33,8 @@ OPERATORS = (
     *IN_FULL,
     "stitch_patches_upsampled",
     "cell_mlp",
+    "conv3x3",
+    "conv1x1",
     "merge_regions",
     "gather_groups",
     "scatter_groups",
