@@ -217,6 +217,7 @@ def test_shipped_models_under_autocast(name):
         assert torch.equal(other.image, plain.image) and torch.equal(other.class_map, plain.class_map)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FIXED)
 def test_graphs_of_a_fixed_size_under_autocast(name):
     make, call = FIXED[name]

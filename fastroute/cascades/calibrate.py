@@ -112,7 +112,7 @@ def measure(router: CascadeRouter, crop: Tensor, picture: int, contexts: Sequenc
     side, last = CELL * router.scale, router.num_classes - 1
     dense = router.networks.run(last, image).clamp(0, 1)
 
-    def error(result: Tensor, target: Tensor) -> Tensor:  # [rows, cols]
+    def error(result: Tensor, target: Tensor) -> Tensor:  # [1, C, H, W], [1, C, H, W] -> [rows, cols]
         squares = (result.clamp(0, 1) - target).square().mean(dim=1, keepdim=True)
         return cell_means(squares, side)[0, 0].double().cpu()
 
@@ -203,6 +203,12 @@ def _planned(cell: Measured, table: Table, costs: Sequence[float]) -> tuple[Plan
     return plan, table.expected(cell.scores), cell.cells.areas()
 
 
-def _found(cell: Measured, plan: Plan, expected: Tensor, table: Table, areas: Tensor) -> float:
+def _found(
+    cell: Measured,
+    plan: Plan,
+    expected: Tensor,  # [K, rows, cols]
+    table: Table,
+    areas: Tensor,  # [rows, cols]
+) -> float:
     """The error of a plan: that measured of the cheaper classes, that expected of regions."""
     return error_of(plan, torch.cat([cell.errors, expected[-1:]]), replace(table, margin=1.0), areas)

@@ -107,8 +107,8 @@ def choose(
     target: Target,
     cells: Cells,
     costs: Sequence[float],
-    scores: Tensor | None,
-    class_ids: Tensor | None,
+    scores: Tensor | None,  # [rows, cols]
+    class_ids: Tensor | None,  # [rows, cols]
     align: int = 1,
 ) -> Plan:
     """The cheapest plan found that meets `target`.
@@ -146,7 +146,7 @@ def choose(
 
 def _searched(
     table: Table | None, target: Target, cells: Cells, costs: Sequence[float], scores: Tensor, context: int
-) -> tuple[float, Plan]:
+) -> tuple[float, Plan]:  # [rows, cols]
     """A plan with this context that meets `target`, and its expected error: the price of an error is halved in on."""
     expected = _expected(table, scores, len(costs))
     areas, most = cells.areas(), costs[-1]
@@ -196,7 +196,7 @@ def _expected(table: Table | None, scores: Tensor, classes: int) -> Tensor:  # [
     return own * falls[:, None, None]
 
 
-def error_of(plan: Plan, expected: Tensor, table: Table | None, areas: Tensor) -> float:  # [K, rows, cols]
+def error_of(plan: Plan, expected: Tensor, table: Table | None, areas: Tensor) -> float:  # [K, rows, cols], [rows, cols]
     """The mean squared error that is expected of a plan."""
     classes = plan.class_ids
     own = expected.gather(0, classes[None])[0]

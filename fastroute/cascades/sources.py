@@ -108,10 +108,10 @@ def probed(op: str, module: nn.Module, scale: int | None = None) -> Facts:
     return Facts(type(module).__name__, factor, channels, least, multiple, sources=dict.fromkeys(names, PROBE))
 
 
-def _fits(found: Tensor | Exception, multiple: int, factor: int) -> bool:
+def _fits(found: Tensor | Exception, multiple: int, factor: int) -> bool:  # [B, C, H, W]
     height = multiple * (PROBED // multiple + 1)
     return isinstance(found, Tensor) and tuple(found.shape[-2:]) == (factor * height, factor * PROBED)
 
 
-def _fits_least(found: Tensor | Exception, side: int, factor: int) -> bool:
+def _fits_least(found: Tensor | Exception, side: int, factor: int) -> bool:  # [B, C, H, W]
     return isinstance(found, Tensor) and tuple(found.shape[-2:]) == (factor * side, factor * side)

@@ -107,7 +107,7 @@ def learn(cells: Sequence[Measured], contexts: Sequence[int]) -> Learnt:
     return Learnt(middles, torch.cat([cheap, last[None]]), tuple(shares), min(max(within, 1e-3), 1.0))
 
 
-def _ratio(parts: Sequence[tuple[int, Tensor, Tensor]], middles: Tensor, errors: Tensor) -> float:
+def _ratio(parts: Sequence[tuple[int, Tensor, Tensor]], middles: Tensor, errors: Tensor) -> float:  # [n], [n]
     """The errors measured over those expected of the cheapest class at the same scores."""
     if not parts:
         return 0.0
