@@ -175,7 +175,7 @@ class Once:
         def replay(x: Tensor):
             if x.device != GPU:
                 found = tolist(x)
-                if x.dtype == torch.int64 and x.ndim == 1:
+                if x.dtype in (torch.int64, torch.float64) and x.ndim == 1:
                     self.values.append(found)
                 return found
             self.read += 1
@@ -225,6 +225,23 @@ def test_pixels_read_back_once(monkeypatch, options):
     with no_waits(monkeypatch) as seen:
         router.upscale(image, scale=2, **options)
     assert once.read == 1 and "pixel_mlp" in seen.names
+
+
+@pytest.mark.parametrize(("sample", "each"), [(1 << 22, 2), (2000, 6)], ids=["whole", "rows"])
+@pytest.mark.parametrize("classes", [2, 3])
+def test_a_budget_of_pixels_waits_for_no_step_of_its_search(monkeypatch, classes, sample, each):
+    """Once for the exponent of each image, once for its classes, or those of each of its five bands; and once for all counts."""
+    monkeypatch.setattr(pixel_rows, "OUTPUT_BAND", {"cpu": 500})
+    monkeypatch.setattr(pixel_rows, "BUDGET_SAMPLE", sample)
+    monkeypatch.setattr(pixel_rows, "WAITING_SAMPLE", 700)
+    hidden = ([5], [40, 40]) if classes == 2 else (None, [5], [40, 40])
+    router, image, once = PixelRouter(make_model(hidden=hidden)), picture(2, 3, 30, 20), Once(monkeypatch)
+    router.upscale(image, scale=2, budget=0.8)
+    router.to(GPU)
+    image = image.to(GPU)
+    with no_waits(monkeypatch) as seen:
+        router.upscale(image, scale=2, budget=0.8)
+    assert once.read == 2 * each + 1 and not once.values and "assign_classes" in seen.names
 
 
 def test_counting_classes(monkeypatch):
