@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import math
 
@@ -156,6 +157,39 @@ def test_command(images, tmp_path, name):
         path.unlink()
         assert call(name, "--images", images, "--out", tmp_path, *settings).exit_code == 0
         assert equal(read_checkpoint(path)[0], first)
+
+
+def test_pcsr_for_one_other_factor(images, tmp_path):
+    """--scale, as for the other recipes; what is written runs at that factor by itself."""
+    options = [f"--set={setting}" for setting in SMOKES["pcsr-fsrcnn"] if "scales" not in setting]
+    result = call("pcsr-fsrcnn", "--scale", 2, "--images", images, "--out", tmp_path, *options)
+    assert result.exit_code == 0 and f"wrote {tmp_path / 'pcsr-fsrcnn-x2.safetensors'}" in result.output, result.output
+    router = fastroute.load(tmp_path / "pcsr-fsrcnn-x2.safetensors")
+    assert router.scale == 2 and router.upscale(torch.rand(3, 20, 31)).image.shape == (3, 40, 62)
+    refused = call("pcsr-fsrcnn", "--scale", 2, "--set", "scales=2,4", "--images", images, "--out", tmp_path)
+    assert refused.exit_code and "train: scale is one factor and scales are several; give one of them" in refused.output
+
+
+@pytest.mark.parametrize("name", list(SMOKES))
+def test_validation_logs_and_resuming(images, tmp_path, name):
+    pytest.importorskip("skimage")
+    command = [name, "--images", images, "--out", tmp_path, *(f"--set={setting}" for setting in SMOKES[name])]
+    absent = call(*command, "--resume")
+    assert absent.exit_code and f"there is nothing to resume: {tmp_path / 'state.pt'} does not exist" in absent.output
+    watched = [*command, "--validate", images, "--validate-every", 1, "--log", "csv"]
+    result = call(*watched)
+    assert result.exit_code == 0 and ": validation " in result.output, result.output
+    rows = list(csv.DictReader((tmp_path / "log.csv").open()))
+    found = [row for row in rows if row["validation_psnr"]]
+    assert len(found) >= 2 and all(5 < float(row["validation_psnr"]) < 60 for row in found)
+    assert all(0 < float(row["validation_ssim"]) <= 1 for row in found)
+    image = torch.rand(3, 20, 24)
+    for file in ("best", "last", f"{name}-x4"):
+        assert fastroute.load(tmp_path / f"{file}.safetensors").upscale(image).image.shape == (3, 80, 96)
+    assert equal(*(read_checkpoint(tmp_path / f"{file}.safetensors")[0] for file in ("last", f"{name}-x4")))
+    # Nothing is left to train, or everything.
+    assert ": validation " not in call(*watched, "--resume").output
+    assert ": validation " in call(*watched, "--no-resume").output
 
 
 @pytest.mark.parametrize(("name", "patch", "stride"), [("cdnsr", 16, 12), ("cdnsr", 5, 4), ("arm", 7, 6), ("arm", 33, 29)])
