@@ -71,7 +71,7 @@ def register(
 
 
 def by_reference(reference: Callable[..., Any]) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """`backward` and `setup_context` of an operator without a kernel for gradients: `reference` runs again and is differentiated."""
+    """`backward` and `setup_context` of an operator that is differentiated by running `reference` again."""
 
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:  # [...]
         leaves, ctx.structure = tree_flatten(inputs)

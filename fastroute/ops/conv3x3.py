@@ -122,7 +122,7 @@ def conv3x3(
         return conv3x3_plain(*plain)
     transformed = prepared.transformed if prepared is not None else transformed_weight(kernel.detach(), groups, shuffle)
     arguments = (image, transformed, bias, slope, residual, kernel.shape[0], shuffle, context)
-    found: Tensor | None = call(op, _reference if out is None else _reference_out, image.device, *arguments, **written)
+    found: Tensor = call(op, _reference if out is None else _reference_out, image.device, *arguments, **written)
     return found if out is None else out
 
 

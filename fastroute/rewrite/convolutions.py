@@ -190,6 +190,10 @@ class WinogradConv2d(FusedConv2d):
             self._source = (self.weight, values, state)
         return made
 
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        super()._load_from_state_dict(*arguments)
+        self.transformed = self._source = None
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FusedConv2d:
         self.transformed = self._source = None
         return super()._apply(fn, recurse)

@@ -66,9 +66,9 @@ def test_channels_of_one_image_may_be_read_and_written(asked):
     with fastroute.use_backend(asked):
         expected = fastroute.conv3x3(whole[:, :8].clone(), weight)
         fastroute.conv3x3(whole[:, :8], weight, out=whole[:, 8:])
-        with pytest.raises(ValueError, match="^conv3x3: out must not share memory with an input"):
+        with pytest.raises(ValueError, match=r"^conv3x3: out must not share memory with an input"):
             fastroute.conv3x3(whole[:, :8], weight, out=whole[:, 7:23])
-        with pytest.raises(ValueError, match="^conv3x3: out must not share memory between its own elements"):
+        with pytest.raises(ValueError, match=r"^conv3x3: out must not share memory between its own elements"):
             fastroute.conv3x3(whole[:, :8], weight, out=torch.zeros(2, 5, 1, 16).expand(2, 5, 6, 16).permute(0, 3, 1, 2))
     assert torch.equal(whole[:, 8:], expected)
 

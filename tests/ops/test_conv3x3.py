@@ -210,11 +210,11 @@ def test_out_is_refused(asked):
     image, weight = normal(1, 4, 6, 6).contiguous(memory_format=torch.channels_last), normal(4, 4, 3, 3)
     channels_last = image.clone()
     with use_backend(asked):
-        with pytest.raises(ValueError, match="^conv3x3: out must not share memory with an input"):
+        with pytest.raises(ValueError, match=r"^conv3x3: out must not share memory with an input"):
             conv3x3(image, weight, out=image)
-        with pytest.raises(ValueError, match="^conv3x3: out must not share memory with an input"):
+        with pytest.raises(ValueError, match=r"^conv3x3: out must not share memory with an input"):
             conv3x3(image, weight, residual=channels_last, out=channels_last)
-        with pytest.raises(ValueError, match="^conv3x3: out must not share memory between its own elements"):
+        with pytest.raises(ValueError, match=r"^conv3x3: out must not share memory between its own elements"):
             conv3x3(image, weight, out=torch.zeros(1, 6, 1, 4).expand(1, 6, 6, 4).permute(0, 3, 1, 2))
         with pytest.raises(ValueError, match=r"^conv3x3: out must have its channels side by side"):
             conv3x3(image, weight, out=torch.zeros(1, 4, 6, 6))
