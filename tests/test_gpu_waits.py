@@ -230,7 +230,7 @@ def test_pixels_read_back_once(monkeypatch, options):
 @pytest.mark.parametrize(("sample", "each"), [(1 << 22, 2), (2000, 6)], ids=["whole", "rows"])
 @pytest.mark.parametrize("classes", [2, 3])
 def test_a_budget_of_pixels_waits_for_no_step_of_its_search(monkeypatch, classes, sample, each):
-    """Once for the exponent of each image, once for its classes, or those of each of its five bands; and once for all counts."""
+    """Once for the exponent of each image, once for the classes of it or of each of its five bands, and once for all counts."""
     monkeypatch.setattr(pixel_rows, "OUTPUT_BAND", {"cpu": 500})
     monkeypatch.setattr(pixel_rows, "BUDGET_SAMPLE", sample)
     monkeypatch.setattr(pixel_rows, "WAITING_SAMPLE", 700)
