@@ -16,7 +16,7 @@ from fastroute import PatchRouter, TileGrid, stitch_patches
 from fastroute.models.checkpoints import load_weights, read_checkpoint, save_checkpoint, state_dict_of
 from fastroute.models.classsr import ClassSR, PatchClassifier
 from fastroute.models.fsrcnn import FSRCNN
-from fastroute.training.losses import average_loss, class_loss
+from fastroute.training.losses import average_loss, class_loss, routing_loss
 
 pytestmark = pytest.mark.usefixtures("quick_tuning")
 # The recorded numbers are float32 results of another order of sums.
@@ -145,7 +145,12 @@ def test_hand_computed_losses(rows, of_class, of_average):
     assert average_loss(probability).item() == pytest.approx(of_average, abs=1e-12)
 
 
-@pytest.mark.parametrize("loss", [class_loss, average_loss])
+def routed(probability: torch.Tensor) -> torch.Tensor:
+    errors = torch.tensor([[3e-3, 1e-3, 9e-4], [2e-3, 2e-3, 1e-3], [1e-3, 1e-3, 1e-3]], dtype=torch.float64)
+    return routing_loss(probability, errors, torch.tensor([0.2, 0.5, 1.0], dtype=torch.float64), 1e-3)
+
+
+@pytest.mark.parametrize("loss", [class_loss, average_loss, routed])
 def test_loss_gradient(loss):
     # Away from ties, where an absolute difference has a kink.
     probability = torch.tensor([[0.61, 0.28, 0.11], [0.2, 0.35, 0.45], [0.05, 0.9, 0.05 + 1e-2]], dtype=torch.float64)

@@ -156,7 +156,8 @@ class Trainer(BranchTrainer):
             return branches if self.helper is None else [*branches, *self.helper.parameters()]
         return [*self.model.classifier.parameters(), *branches]
 
-    def _system_loss(self, stage: Stage, lr: Tensor, hr: Tensor, rng: np.random.Generator) -> StepResult:
+    def system_loss(self, stage: Stage, lr: Tensor, hr: Tensor, rng: np.random.Generator) -> StepResult:
+        """See :class:`BranchTrainer`."""
         r, distill = self.recipe, stage.kind == "distill"
         # `step` counts the steps done, so the temperature is that of an uninterrupted run.
         self.model.temperature = r.last_temperature if distill else annealed(

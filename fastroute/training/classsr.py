@@ -154,15 +154,15 @@ class BranchTrainer(RecipeTrainer):
         indices = self.draw(stage, rng)
         lr, hr = self.batch(indices, rng)
         if stage.branch is None:
-            return self._system_loss(stage, lr, hr, rng)
+            return self.system_loss(stage, lr, hr, rng)
         bicubic = to_device(torch.from_numpy(10 ** (-self.pool.psnr[indices[self.rows]] / 10)).to(lr.dtype), self.device)
         # Squared, as PSNR counts: the error of strong edges decides, which the absolute one undervalues.
         errors = (self.model.branches[stage.branch](lr) - hr).square().mean(dim=(1, 2, 3))
         weights = (LEVEL / (bicubic + FLAT)) ** self.recipe.balance
         return StepResult(100 * (weights * errors).mean(), errors.detach().mean(), lambda: "")
 
-    def _system_loss(self, stage: Stage, lr: Tensor, hr: Tensor, rng: np.random.Generator) -> StepResult:
-        """Loss of the stages after the branches; see :meth:`Trainer.loss`."""
+    def system_loss(self, stage: Stage, lr: Tensor, hr: Tensor, rng: np.random.Generator) -> StepResult:
+        """Loss of the stages after the branches, for pairs of patches; see :meth:`fastroute.training.Trainer.loss`."""
         raise NotImplementedError(f"a stage {stage.name!r} without a loss")
 
     def draw(self, stage: Stage, rng: np.random.Generator) -> np.ndarray:
@@ -198,7 +198,8 @@ class Trainer(BranchTrainer):
             return super().parameters(stage)
         return list((self.model if stage.kind == "joint" else self.model.classifier).parameters())
 
-    def _system_loss(self, stage: Stage, lr: Tensor, hr: Tensor, rng: np.random.Generator) -> StepResult:
+    def system_loss(self, stage: Stage, lr: Tensor, hr: Tensor, rng: np.random.Generator) -> StepResult:
+        """See :class:`BranchTrainer`."""
         if stage.kind == "joint":
             output, probability = self.model.mixture(lr)
         else:
