@@ -47,7 +47,7 @@ def savings_table(rows: Sequence[dict]) -> str:
             f"{max(row['time'] for row in own):.2f}",
             f"{sum(row['psnr'] >= fidelity for row in own)} of {len(own)}",
             f"{min(row['psnr'] for row in own):.1f} dB",
-            f"{max(row['difference'] for row in own):.2f}",
+            f"{max(row['border'] for row in own):.2f}",
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"

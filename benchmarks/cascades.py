@@ -21,7 +21,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -35,7 +35,7 @@ from benchmarks import measure
 from benchmarks.baselines.engines import Engines, Run, by_onnxruntime
 from benchmarks.cascade_tables import FASTROUTE, TODAY, savings_table
 from fastroute import io
-from fastroute.cascades.calibrate import CONTEXTS, crops_of, learnt_from, measured_costs
+from fastroute.cascades.calibrate import CONTEXTS, best_of_scores, crops_of, measured_costs
 from fastroute.cascades.calibrate import measure as measured
 from fastroute.cascades.cells import CELL, Cells, edge_scores
 from fastroute.cascades.decision import Decision
@@ -82,44 +82,29 @@ def psnr(a: Tensor, b: Tensor) -> float:
     return -10 * math.log10(max(float((a.clamp(0, 1) - b.clamp(0, 1)).square().mean()), 1e-12))
 
 
-@dataclass(frozen=True)
-class Borders:
-    """Gradients where classes meet, beside those next to it.
+def borders(routed: Tensor, dense: Tensor, class_map: Tensor, scale: int) -> float:  # [C, H, W] twice, [rows, cols]
+    """How much faster the difference to the dense result changes where classes meet than it does next to it.
 
-    Attributes:
-        difference: mean difference of the gradients of two results across the `FADE` pixels of a border, relative to that
-            further inside the cheaper cell; 0 without a border.
-        gradient: mean gradient of the routed result across a border, relative to that of the dense result there.
+    A class fades out over `FADE` pixels of the cell of a cheaper one. Along every side of such a cell the difference is
+    averaged, which leaves what the eye would follow: gradients of these means over the pixels that fade, relative to those
+    further inside the cheaper cell. 0 where no classes meet.
     """
-
-    difference: float
-    gradient: float
-
-
-def borders(routed: Tensor, dense: Tensor, class_map: Tensor, scale: int) -> Borders:  # [C, H, W] twice, [rows, cols]
-    """How much stronger edges are where classes meet.
-
-    A class fades out over `FADE` pixels of the cell of a cheaper one. What the eye would see there is a difference to the dense
-    result that changes faster than it does further inside that cell.
-    """
-    sums = torch.zeros(6, dtype=torch.float64)
+    sums = torch.zeros(4, dtype=torch.float64)
+    side, fade = CELL * scale, FADE * scale
     for turned in (False, True):
-        result, expected = (x.clamp(0, 1).transpose(1, 2) if turned else x.clamp(0, 1) for x in (routed, dense))
-        ids = class_map.t() if turned else class_map
-        # Differences from one column to the next: [H, W - 1].
-        apart = (result - expected).diff(dim=2).abs().mean(dim=0)
-        own, others = result.diff(dim=2).abs().mean(dim=0), expected.diff(dim=2).abs().mean(dim=0)
-        side, fade = CELL * scale, FADE * scale
+        apart, ids = routed.clamp(0, 1) - dense.clamp(0, 1), class_map
+        if turned:
+            apart, ids = apart.transpose(1, 2), ids.t()
         for row, col in (ids[:, 1:] != ids[:, :-1]).nonzero().tolist():
-            rows, at = slice(row * side, (row + 1) * side), (col + 1) * side
-            cheaper_right = bool(ids[row, col] > ids[row, col + 1])
-            near = slice(at - 1, at + fade) if cheaper_right else slice(at - fade - 1, at)
-            far = slice(at + fade, at + 3 * fade) if cheaper_right else slice(at - 3 * fade - 1, at - fade - 1)
-            parts = apart[rows, near], apart[rows, far]
-            sums += torch.tensor([*(v for part in parts for v in (float(part.sum()), part.numel())),
-                                  float(own[rows, near].sum()), float(others[rows, near].sum())])  # fmt: skip
+            at = (col + 1) * side
+            slopes = apart[:, row * side : (row + 1) * side].mean(dim=1).diff(dim=1).abs().mean(dim=0)
+            if ids[row, col] > ids[row, col + 1]:
+                parts = slopes[at - 1 : at + fade], slopes[at + fade : at + 3 * fade]
+            else:
+                parts = slopes[at - fade - 1 : at], slopes[at - 3 * fade - 1 : at - fade - 1]
+            sums += torch.tensor([value for part in parts for value in (float(part.sum()), part.numel())])
     across, inside = (float(sums[n] / sums[n + 1].clamp(min=1)) for n in (0, 2))
-    return Borders(across / max(inside, 1e-9) if across else 0.0, float(sums[4] / sums[5]) if sums[5] > 0 else 1.0)
+    return across / max(inside, 1e-9)
 
 
 def tiles_of_today(network: nn.Module, image: Tensor) -> Tensor:  # [1, C, H, W]
@@ -232,7 +217,7 @@ def calibrated(
             cells.append(measured(router, crop, number, contexts))
         print(f"  calibration: {number + 1} of {len(paths)} pictures", flush=True)
     if cache is not None:
-        plain = [(c.picture, (c.cells.height, c.cells.width), c.scores, c.errors, c.border, c.inner) for c in cells]
+        plain = [(c.picture, (c.cells.height, c.cells.width), c.scores, c.errors, c.border, c.inner, c.image) for c in cells]
         io.write_atomically(cache, lambda file: torch.save({"key": key, "cells": plain}, file))
     return cells
 
@@ -247,7 +232,9 @@ def cascades_of(
         own = [costs[n] for n in (*numbers, 2)]
         made = fastroute.cascade([sources[n] for n in (*numbers, 2)], costs=own).to("cpu", dtype)
         parts = [replace(c, errors=c.errors[list(numbers)]) for c in cells]
-        made.decision = Decision(learnt_from(parts, own, PROMISED, contexts).table)
+        learnt = best_of_scores(parts, own, PROMISED, contexts)
+        print(f"  {name}: of the dense cost by score {learnt.tried}, margin {learnt.table.margin:.2f}", flush=True)
+        made.decision = Decision(learnt.table, score=learnt.score)
         found[name] = made
     return found
 
@@ -286,7 +273,7 @@ def routed_rows(
             yield {
                 "op": f"{name}, {size}, {label} dB", "kind": "picture", "picture": name, "size": size, "cheap": cheap,
                 "fidelity": fidelity, "psnr": psnr(found.image[0], expected), "time": seconds[label] / base,
-                "flops": found.stats.flops.of_one_pass, "difference": seen.difference, "gradient": seen.gradient,
+                "flops": found.stats.flops.of_one_pass, "border": seen,
                 "edges": strength, "times": {**times, f"fastroute {cheap}": measure.summary([seconds[label]])},
             }  # fmt: skip
 
@@ -335,7 +322,7 @@ def run(asked: argparse.Namespace) -> list[dict]:
         for row in routed_rows(name, size, crop, dense, cascades, asked.fidelity, asked.turns):
             rows.append(row)
             print(f"  {row['op']}: {row['psnr']:.1f} dB, time {row['time']:.2f}, FLOPs {row['flops'] or 0:.2f}, borders "
-                  f"{row['difference']:.2f}, {row['gradient']:.3f}", flush=True)  # fmt: skip
+                  f"{row['border']:.2f}", flush=True)  # fmt: skip
     return rows
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +17,7 @@ from fastroute.cascades.cells import CELL, Cells, Rectangle, cell_means, edge_sc
 from fastroute.cascades.decision import Decision, Table, Target, choose, error_of
 from fastroute.cascades.plan import Plan
 from fastroute.cascades.router import CascadeRouter
+from fastroute.cascades.score import CellScore, fit_score
 from fastroute.cascades.table_fit import Learnt, Measured, learn
 from fastroute.degradation import downscale, to_uint8
 from fastroute.runtime.progress import Progress, shown
@@ -30,6 +31,8 @@ SIDE, REGION = 8, 4
 FOLDS = 4
 # Of the pictures tested, this share must keep its promise; and none may miss it by more than `WORST` dB.
 KEPT, WORST = 0.95, 1.5
+# The scores that are tried.
+EDGE, LEARNT = "edge", "learned"
 # Side and number of the runs by which times are taken.
 TIMED, RUNS = 96, 3
 
@@ -43,6 +46,9 @@ class Calibration:
         costs: measured seconds of a pixel in each class, relative to the last.
         pictures, cells: from how many it was learnt.
         promised, reached: dB of the mean expected and found, by picture tested.
+        spent: share of the dense cost that pictures take which are planned by what others taught, in the mean.
+        score: by which cells are told apart; None for the strength of their edges.
+        tried: `spent` of each score that was tried, by its name.
     """
 
     table: Table
@@ -51,6 +57,9 @@ class Calibration:
     cells: int
     promised: float
     reached: tuple[float, ...]
+    spent: float = 1.0
+    score: CellScore | None = None
+    tried: dict[str, float] = field(default_factory=dict)
 
 
 def calibrate(
@@ -89,8 +98,18 @@ def calibrate(
             for crop in crops_of(io.read_image(path), crops, rng):
                 cells.append(measure(router, crop, number, contexts))
                 bar.update()
-    costs = measured_costs(router)
-    return learnt_from(cells, costs, fidelity, contexts)
+    return best_of_scores(cells, measured_costs(router), fidelity, contexts)
+
+
+def best_of_scores(
+    cells: Sequence[Measured], costs: Sequence[float], fidelity: float, contexts: Sequence[int] = CONTEXTS
+) -> Calibration:
+    """The better of two scores on pictures held out: the strength of edges, and one that is learnt."""
+    learners = {EDGE: None} if any(c.image is None for c in cells) else {EDGE: None, LEARNT: fit_score}
+    tried = {name: learnt_from(cells, costs, fidelity, contexts, learner) for name, learner in learners.items()}
+    # That which needs no learning, where it is as good.
+    best = min(tried, key=lambda name: tried[name].spent)
+    return replace(tried[best], tried={name: found.spent for name, found in tried.items()})
 
 
 def crops_of(image: Tensor, count: int, rng: np.random.Generator) -> list[Tensor]:  # uint8 [C, H, W]
@@ -119,22 +138,51 @@ def measure(router: CascadeRouter, crop: Tensor, picture: int, contexts: Sequenc
     scores = edge_scores(image)[0].double().cpu()
     errors = torch.stack([error(router.networks.run(k, image), dense) for k in range(last)])
     border, inner = [], []
-    if min(cells.rows, cells.cols) >= REGION + 2:
-        top, left = (cells.rows - REGION) // 2, (cells.cols - REGION) // 2
-        region = Rectangle(top, left, top + REGION, left + REGION)
-        within = torch.zeros(REGION, REGION, dtype=torch.bool)
-        within[1:-1, 1:-1] = True
+    region = region_of(cells)
+    if region is not None:
         own = cells.pixels(region)
         target = _cut(dense, own, router.scale)
-        region_scores = scores[region.top : region.bottom, region.left : region.right]
+        at_border, within = parted(scores, region)
         for context in contexts:
             outer = cells.pixels(region, context)
             result = router.networks.run(last, _cut(image, outer, 1))
             place = Rectangle(own.top - outer.top, own.left - outer.left, own.bottom - outer.top, own.right - outer.left)
             found = error(_cut(result, place, router.scale), target)
-            border.append((context, region_scores[~within], found[~within]))
-            inner.append((context, region_scores[within], found[within]))
-    return Measured(picture, cells, scores, errors, tuple(border), tuple(inner))
+            found_border, found_within = parted(found, Rectangle(0, 0, REGION, REGION))
+            border.append((context, at_border, found_border))
+            inner.append((context, within, found_within))
+    return Measured(picture, cells, scores, errors, tuple(border), tuple(inner), crop.cpu())
+
+
+def region_of(cells: Cells) -> Rectangle | None:
+    """The region whose errors are measured, in the middle; None of a crop that is too small."""
+    if min(cells.rows, cells.cols) < REGION + 2:
+        return None
+    top, left = (cells.rows - REGION) // 2, (cells.cols - REGION) // 2
+    return Rectangle(top, left, top + REGION, left + REGION)
+
+
+def parted(values: Tensor, region: Rectangle) -> tuple[Tensor, Tensor]:  # [rows, cols] -> [M] twice
+    """Those of the cells of a region along its border, and within it."""
+    own = values[region.top : region.bottom, region.left : region.right]
+    within = torch.zeros_like(own, dtype=torch.bool)
+    within[1:-1, 1:-1] = True
+    return own[~within], own[within]
+
+
+def rescored(cells: Measured, score: CellScore) -> Measured:
+    """The same cells by another score; those without pixels as they are."""
+    if cells.image is None:
+        return cells
+    scores = score(cells.image[None].float() / 255, cells.scores.float()).double()
+    region = region_of(cells.cells)
+    if region is None:
+        return replace(cells, scores=scores)
+    border, within = parted(scores, region)
+    return replace(
+        cells, scores=scores, border=tuple((context, border, found) for context, _, found in cells.border),
+        inner=tuple((context, within, found) for context, _, found in cells.inner),
+    )  # fmt: skip
 
 
 def _cut(image: Tensor, where: Rectangle, scale: int) -> Tensor:  # [1, C, H, W]
@@ -164,21 +212,45 @@ def measured_costs(router: CascadeRouter) -> tuple[float, ...]:
 
 
 def learnt_from(
-    cells: Sequence[Measured], costs: Sequence[float], fidelity: float, contexts: Sequence[int] = CONTEXTS
+    cells: Sequence[Measured],
+    costs: Sequence[float],
+    fidelity: float,
+    contexts: Sequence[int] = CONTEXTS,
+    learn_score: Callable[[Sequence[Measured]], CellScore] | None = None,
 ) -> Calibration:
-    """The table of all cells, with a margin that most of the pictures would have needed when the others taught."""
+    """The table of all cells, with a margin that most of the pictures would have needed when the others taught.
+
+    Args:
+        cells: as measured.
+        costs: of the networks.
+        fidelity: in dB.
+        contexts: from which calls choose.
+        learn_score: from cells to a score by which they are told apart; default that which they have.
+    """
+
+    def scored(taught: Sequence[Measured]) -> Callable[[Measured], Measured]:
+        score = None if learn_score is None else learn_score(taught)
+        return lambda own: own if score is None else rescored(own, score)
+
     pictures = sorted({c.picture for c in cells})
-    needed: list[float] = []
+    tests: list[tuple[Measured, Table]] = []
     for fold in range(min(FOLDS, len(pictures))):
         tested = set(pictures[fold::FOLDS])
-        taught = _table(learn([c for c in cells if c.picture not in tested], contexts), contexts, fidelity)
-        needed += [needed_margin(c, taught, costs) for c in cells if c.picture in tested]
+        others = [c for c in cells if c.picture not in tested]
+        of = scored(others)
+        taught = _table(learn([of(c) for c in others], contexts), contexts, fidelity)
+        tests += [(of(c), taught) for c in cells if c.picture in tested]
     # At least that of which `KEPT` would have been enough, and what the worst needed but for `WORST` dB.
-    order = torch.tensor(sorted(needed), dtype=torch.float64)
+    order = torch.tensor(sorted(needed_margin(c, taught, costs) for c, taught in tests), dtype=torch.float64)
     margin = max(1.0, float(torch.quantile(order, KEPT)), float(order[-1]) / 10 ** (WORST / 10))
-    table = replace(_table(learn(cells, contexts), contexts, fidelity), margin=margin)
-    reached = tuple(foretold(c, table, costs) for c in cells)
-    return Calibration(table, tuple(costs), len(pictures), sum(c.scores.numel() for c in cells), fidelity, reached)
+    plans = [_planned(c, replace(taught, margin=margin), costs)[0] for c, taught in tests]
+    spent = sum(plan.cost for plan in plans) / sum(plan.cells.height * plan.cells.width for plan in plans)
+    score = None if learn_score is None else learn_score(cells)
+    own = [c if score is None else rescored(c, score) for c in cells]
+    table = replace(_table(learn(own, contexts), contexts, fidelity), margin=margin)
+    reached = tuple(foretold(c, table, costs) for c in own)
+    number = sum(c.scores.numel() for c in cells)
+    return Calibration(table, tuple(costs), len(pictures), number, fidelity, reached, spent, score)
 
 
 def _table(found: Learnt, contexts: Sequence[int], fidelity: float) -> Table:

@@ -89,20 +89,27 @@ def cell_means(values: Tensor, side: int = CELL) -> Tensor:  # [B, C, H, W] -> [
     return F.avg_pool2d(values, side, ceil_mode=True, count_include_pad=False)
 
 
-def scores_by_rows(read: Callable[[Rectangle], Tensor], cells: Cells) -> Tensor:  # [rows, cols]
-    """:func:`edge_scores` of an image that is read in bands of rows, float64 on the CPU.
+# From an image [1, C, H, W] in [0, 1] and the edge scores of its cells to other scores, both [rows, cols].
+Score = Callable[[Tensor, Tensor], Tensor]
+
+
+def scores_by_rows(read: Callable[[Rectangle], Tensor], cells: Cells, score: Score | None = None) -> Tensor:  # [rows, cols]
+    """Scores of an image that is read in bands of rows, float64 on the CPU.
 
     Args:
         read: gives pixels (C, h, w) in [0, 1].
         cells: of the image.
+        score: instead of :func:`edge_scores`.
     """
     found = []
     for top in range(0, cells.height, ROWS):
         bottom = min(top + ROWS, cells.height)
         # The strength of an edge at a pixel depends on its neighbours.
         above, below = min(top, 1), min(cells.height - bottom, 1)
-        part = edges(read(Rectangle(top - above, 0, bottom + below, cells.width))[None])
-        found.append(cell_means(part[:, :, above : part.shape[2] - below], cells.side)[0, 0])
+        pixels = read(Rectangle(top - above, 0, bottom + below, cells.width))[None]
+        own = slice(above, pixels.shape[2] - below)
+        strength = cell_means(edges(pixels)[:, :, own], cells.side)[0, 0]
+        found.append(strength if score is None else score(pixels[:, :, own], strength))
     return torch.cat(found).double().cpu()
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastroute.cascades.cells import Cells
+from fastroute.cascades.cells import Cells, Score
 from fastroute.cascades.plan import Plan, make_plan
 
 # Without a calibration: pixels of context, and how the expected error of a class falls from one to the next.
@@ -75,11 +75,13 @@ class Decision:
         table: of errors; None before a calibration.
         thresholds: of scores, one less than there are classes; a cell's class is the number of those that its score exceeds.
         context: pixels, without a table.
+        score: of cells; None for the strength of their edges.
     """
 
     table: Table | None = None
     thresholds: tuple[float, ...] | None = None
     context: int = CONTEXT
+    score: Score | None = None
 
     def target(self, classes: int, budget: float | None, fidelity: float | None, mapped: bool, context: int | None) -> Target:
         """What a call asks for.

@@ -295,7 +295,7 @@ class CascadeRouter(Router):
         scores = None
         if class_ids is None and not call.target.everywhere:
             with watch.stage("classify"):
-                scores = scores_by_rows(read, cells)
+                scores = scores_by_rows(read, cells, self.decision.score)
         with watch.stage("assign"):
             return choose(self.decision, call.target, cells, self.costs, scores, class_ids, self.align)
 

@@ -18,6 +18,7 @@ from fastroute import io
 from fastroute.cascades.decision import Decision, Table
 from fastroute.cascades.opening import Opener, check_costs, open_all, refuse_patches
 from fastroute.cascades.router import CascadeRouter
+from fastroute.cascades.score import stored_score
 from fastroute.cascades.sources import BICUBIC
 from fastroute.catalogue import list_models
 from fastroute.models.checkpoints import CheckpointError
@@ -52,6 +53,8 @@ def save_cascade(path: Path, branches: Sequence[str | Path], calibration: Calibr
         "contexts": torch.tensor(table.contexts, dtype=torch.int64),
         "shares": torch.tensor(table.shares, dtype=torch.float64),
     }
+    if calibration.score is not None:
+        tensors |= calibration.score.tensors()
     content = {
         **about,
         "branches": [_entry(branch, path) for branch in branches],
@@ -62,6 +65,8 @@ def save_cascade(path: Path, branches: Sequence[str | Path], calibration: Calibr
         "pictures": calibration.pictures,
         "cells": calibration.cells,
         "reached": [round(value, 2) for value in calibration.reached],
+        "score": "edge" if calibration.score is None else "learned",
+        "tried": {name: round(value, 4) for name, value in calibration.tried.items()},
     }
     data = save({name: tensor.contiguous() for name, tensor in tensors.items()}, {CASCADE: json.dumps(content)})
     try:
@@ -115,6 +120,11 @@ def read_cascade(
             raise ValueError("it must name at least two networks")
         table = _table(content, about, len(branches))
         costs = [_number(cost, "costs", 0.0) for cost in about["costs"]]
+        kind = about.get("score", "edge")
+        if kind not in ("edge", "learned"):
+            raise ValueError(f"its score is {str(kind)[:40]!r}, which is unknown")
+        # Calibrations are of networks of three channels.
+        score = stored_score(content, 3) if kind == "learned" else None
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise CheckpointError(f"cannot use {path}: no whole cascade: {str(error)[:200]}") from error
     sources = [_source(branch, path) for branch in branches]
@@ -127,7 +137,9 @@ def read_cascade(
         check_costs("load", costs, names)
     except ValueError as error:
         raise CheckpointError(f"cannot use {path}: {error}") from error
-    return CascadeRouter([module for _, module, _ in opened], [facts for _, _, facts in opened], Decision(table), costs, names)
+    return CascadeRouter(
+        [module for _, module, _ in opened], [facts for _, _, facts in opened], Decision(table, score=score), costs, names
+    )
 
 
 def _table(content: Mapping[str, Tensor], about: Mapping[str, Any], classes: int) -> Table:

@@ -28,6 +28,7 @@ class Measured:
             picture.
         border, inner: scores and errors of cells that the most expensive class computed in a region, by the region's context:
             (context, scores [M], errors [M]) of cells along the region's border and within it.
+        image: uint8 [C, H, W], its pixels, from which other scores may be computed.
     """
 
     picture: int
@@ -36,6 +37,7 @@ class Measured:
     errors: Tensor
     border: tuple[tuple[int, Tensor, Tensor], ...] = ()
     inner: tuple[tuple[int, Tensor, Tensor], ...] = ()
+    image: Tensor | None = None
 
 
 def fit(scores: Tensor, errors: Tensor, edges: Tensor) -> Tensor:  # [N], [K, N], [bins + 1] -> [K, bins]

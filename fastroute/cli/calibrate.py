@@ -74,6 +74,9 @@ def command(
         return
     click.echo(f"{found.cells:,} cells of {found.pictures} pictures; costs relative to {Path(model).stem}: " + ", ".join(
         f"{Path(name).stem} {cost:.3f}" for name, cost in zip(branches[:-1], found.costs, strict=False)))  # fmt: skip
+    spent = ", ".join(f"{name} {share:.2f}" for name, share in found.tried.items())
+    which = "that which is learned" if found.score is not None else "the strength of edges"
+    click.echo(f"of the dense cost, pictures held out take by score: {spent}; {which} is kept")
     kept = sum(value >= fidelity for value in found.reached)
     least = min(found.reached)
     click.echo(f"promised {fidelity:g} dB, reached by {kept} of {len(found.reached)} crops, the least {least:.1f} dB; expected "
