@@ -67,7 +67,7 @@ def begins(router, reader, **options) -> bool:
 @pytest.mark.parametrize("size", [(600, 800), (9000, 12000)])
 def test_the_default_limit_suits_a_gpu(monkeypatch, size):
     gpu_sizes(monkeypatch)
-    routers: list = [fastroute.load(name) for name in fastroute.list_models()]
+    routers: list = [router for name in fastroute.list_models() if (router := fastroute.load(name)).num_classes > 1]
     for router in routers:
         if isinstance(router, PatchRouter):
             # The most that may pass together.

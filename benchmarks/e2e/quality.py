@@ -106,7 +106,8 @@ def networks(setting: Setting) -> dict[str, Callable[[Tensor], Tensor | Upscaled
         found |= {key: run for key, run in variants(name, router).items() if "budget" not in key}
     for model in fastroute.list_models():
         router = fastroute.load(model, device=device())
-        if getattr(router, "scale", images.SCALE) == images.SCALE:
+        # A student is judged by its teacher.
+        if router.num_classes > 1 and router.scale == images.SCALE:
             found |= variants(TITLES.get(model, model), router)
     return found
 
