@@ -7,6 +7,7 @@ at every *output* pixel, which is the square of its stride times what is done ("
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -57,9 +58,14 @@ def count_flops(model: nn.Module, input_size: Sequence[int], convention: str = "
     """
     if convention not in CONVENTIONS:
         raise ValueError(f"count_flops: convention must be one of {CONVENTIONS}; got {convention!r}")
+    return count_each(model, input_size)[convention]
+
+
+def count_each(model: nn.Module, input_size: Sequence[int]) -> dict[str, int]:
+    """:func:`count_flops` by convention, from one pass."""
     sizes = [whole("count_flops", "input_size", n, 1 << 40) for n in input_size]
     like = next(model.parameters(), torch.empty(0, dtype=torch.float32, device="cpu"))
-    return observed(model, sizes, like.dtype, lambda: FlopCounter(convention)).total
+    return observed(model, sizes, like.dtype, FlopCounter).totals
 
 
 def observed(model: nn.Module, size: Sequence[int], dtype: torch.dtype, make: Callable[[], M]) -> M:
@@ -100,25 +106,22 @@ class FlopCounter(TorchDispatchMode):
 
     :class:`torch.utils.flop_counter.FlopCounterMode` also counts by modules, with hooks on the modules of all threads.
 
-    Args:
-        convention: see :func:`count_flops`.
-
     Attributes:
-        total: FLOPs so far.
+        totals: FLOPs so far by convention, see :func:`count_flops`.
     """
 
-    def __init__(self, convention: str) -> None:
+    def __init__(self) -> None:
         super().__init__()
         # Imported here, because it imports Triton if that is installed.
         from torch.utils.flop_counter import flop_registry
 
-        self.convention, self.total, self.registry = convention, 0, flop_registry
+        self.totals, self.registry = dict.fromkeys(CONVENTIONS, 0), flop_registry
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         packet = func._overloadpacket
-        if self.convention == "pcsr" and (each := PER_INPUT.get(packet.__name__)):
-            self.total += each * args[0].numel()
+        if each := PER_INPUT.get(packet.__name__):
+            self.totals["pcsr"] += each * args[0].numel()
             return func(*args, **kwargs)
         if packet not in self.registry:
             # Operators that torch composes of others. Those of other namespaces, such as `prim::device`, cannot be decomposed.
@@ -127,10 +130,12 @@ class FlopCounter(TorchDispatchMode):
             return func(*args, **kwargs) if parts is NotImplemented else parts
         out = func(*args, **kwargs)
         flops = self.registry[packet](*args, **kwargs, out_val=out)
-        if self.convention != "true" and packet is torch.ops.aten.convolution and args[6]:
+        self.totals["true"] += flops
+        if packet is torch.ops.aten.convolution and args[6]:
             # Its multiply-adds are counted at every input pixel.
-            flops = flops * out[0, 0].numel() // args[0][0, 0].numel()
-        self.total += flops
+            flops = flops * math.prod(out.shape[2:]) // max(math.prod(args[0].shape[2:]), 1)
+        self.totals["paper"] += flops
+        self.totals["pcsr"] += flops
         return out
 
 

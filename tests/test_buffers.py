@@ -67,6 +67,7 @@ print(int(kept), resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library decides for itself")
+@pytest.mark.slow
 def test_freed_memory_is_kept_for_training():
     """Pages that the system maps in the later steps; else it depends on where other things happen to lie."""
     given_back = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}

@@ -187,9 +187,14 @@ def test_strict_in_both_directions():
     assert torch.equal(model.head_conv[0].weight, before + 1)
 
 
-@pytest.mark.parametrize("wrapper", [None, *WRAPPERS])
 @pytest.mark.parametrize(
-    "prefix", ["", "module.", "_orig_mod.", "model.", "net_g.", "module._orig_mod.", "model.net_g.module."]
+    ("wrapper", "prefix"),
+    [
+        *((wrapper, "") for wrapper in (None, *WRAPPERS)),
+        *((None, prefix) for prefix in ("module.", "_orig_mod.", "model.", "net_g.", "model.net_g.module.")),
+        (WRAPPERS[0], "module._orig_mod."),
+        (WRAPPERS[-1], "model.net_g.module."),
+    ],
 )
 def test_wrappers_and_prefixes(tmp_path, wrapper, prefix):
     system = random_classsr((3, 4), 4)

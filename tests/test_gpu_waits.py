@@ -193,8 +193,7 @@ class Brightness(nn.Module):
 
 
 @pytest.mark.parametrize("cells", [True, False])
-@pytest.mark.parametrize("options", [{}, {"budget": 0.8}, {"class_map": True}], ids=str)
-@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize(("options", "count"), [({}, 1), ({}, 3), ({"budget": 0.8}, 3), ({"class_map": True}, 3)], ids=str)
 def test_patches_read_back_once(monkeypatch, cells, options, count):
     """And nothing is copied from the host."""
     monkeypatch.setattr(patch_router, "PATCHES_PER_BAND", 8)

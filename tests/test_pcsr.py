@@ -201,8 +201,8 @@ def psnr(image: Tensor, hr: Tensor) -> float:
 def test_trained_networks_beat_bicubic(data: Path) -> None:
     """Any slip in a forward pass costs far more than these margins; a shifted transposed convolution costs 5 dB."""
     hr = read_image(data / "images" / "test2k" / "EveningGlow.jpg")
-    top, left = (hr.shape[1] - 768) // 2, (hr.shape[2] - 768) // 2
-    hr = hr[None, :, top : top + 768, left : left + 768] / 255
+    top, left = (hr.shape[1] - 384) // 2, (hr.shape[2] - 384) // 2
+    hr = hr[None, :, top : top + 384, left : left + 384] / 255
     lr = F.interpolate(hr, scale_factor=0.25, mode="bicubic", antialias=True).mul(255).round().clamp(0, 255) / 255
     bicubic = psnr(F.interpolate(lr, scale_factor=4, mode="bicubic"), hr)
 

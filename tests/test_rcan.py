@@ -98,14 +98,14 @@ def test_fast_form(memory_format):
     torch.testing.assert_close(optimize(fast)(x), fast(x), rtol=0, atol=0)
 
 
-def test_branches_as_the_papers_print_them(data_folder):
+@pytest.mark.parametrize("number", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2))])
+def test_branches_as_the_papers_print_them(data_folder, number):
     table = json.loads((data_folder / "fixtures" / "paper-tables.json").read_text())["branch_flops"]["rcan"]
     assert tuple(table["widths"]) == WIDTHS["rcan"]
-    for width, printed in zip(table["widths"], table["flops"], strict=True):
-        with torch.device("meta"):
-            flops = count_flops(RCAN(width), PATCH, "paper")
-        # 19.908 G is printed 19.90: less than one unit off either way.
-        assert abs(flops - printed) < 0.01e9
+    with torch.device("meta"):
+        flops = count_flops(RCAN(table["widths"][number]), PATCH, "paper")
+    # 19.908 G is printed 19.90: less than one unit off either way.
+    assert abs(flops - table["flops"][number]) < 0.01e9
 
 
 def test_true_convention_counts_the_real_pass():

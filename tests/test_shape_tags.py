@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1] / "fastroute"
-PACKAGES = ("ops", "reference", "triton", "models", "rewrite", "runtime", "budget", "patch", "pixel", "files")
+PACKAGES = ("ops", "reference", "triton", "models", "rewrite", "runtime", "budget", "patch", "pixel", "cascades", "files")
 TENSOR = re.compile(r"(torch\.)?Tensor|(Sequence|Iterable|list|tuple)\[Tensor( \| None)?(, \.\.\.)?\]")
 
 

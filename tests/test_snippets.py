@@ -30,6 +30,7 @@ def findings(code: str, folder: Path, cache: Path) -> str:
     return result.stdout
 
 
+@pytest.mark.slow
 def test_the_readme_passes_mypy(tmp_path: Path, cache: Path):
     # In order, in one module, as one would paste them. Lines of an error are those of the README.
     lines: list[str] = []
@@ -39,6 +40,7 @@ def test_the_readme_passes_mypy(tmp_path: Path, cache: Path):
     assert findings("\n".join(lines) + "\n", tmp_path, cache) == ""
 
 
+@pytest.mark.slow
 def test_mypy_notices_what_is_wrong(tmp_path: Path, cache: Path):
     wrong = {
         "router.upscale(image, bugdet=0.7)": 'Unexpected keyword argument "bugdet"',

@@ -211,6 +211,7 @@ for router in (PatchRouter(system.branches, system.classifier, batch=16), PixelR
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
+@pytest.mark.slow
 def test_memory_is_what_is_stated():
     """The allocator gives everything back at once here: what it keeps differs from run to run, and hides what is used again."""
     limit = 150_000_000

@@ -12,7 +12,7 @@ from fastroute.models.fsrcnn import FSRCNN
 from fastroute.models.mixed import MIXED
 from fastroute.models.precision import HALVES, round_weights, sums_of
 from fastroute.ops._upsampled import Upsampler, Upsamplers, upsamples
-from fastroute.profiling import count_flops
+from fastroute.profiling import count_each
 from fastroute.rewrite.convolutions import is_faster_in_float32
 from fastroute.rewrite.optimize import interpolation, optimize, parameter_dtype, split_shuffle, split_upsampler
 from fastroute.runtime.memory_plan import REARRANGED, pass_bytes
@@ -47,8 +47,8 @@ class PreparedNetworks:
     def __init__(self, branches: Sequence[nn.Module], patch: int, optimized: bool, channels: int | None, scale: int) -> None:
         self.channels, self.scale, self.optimized = channels or guess_channels(branches), scale, optimized
         self.size = (1, self.channels, patch, patch)
-        self.flops = [count_flops(branch, self.size) for branch in branches]
-        self.paper_flops = [count_flops(branch, self.size, "paper") for branch in branches]
+        counted = [count_each(branch, self.size) for branch in branches]
+        self.flops, self.paper_flops = [flops["true"] for flops in counted], [flops["paper"] for flops in counted]
         self._wholly_rounded = [any(isinstance(m, WHOLLY_ROUNDED) for m in branch.modules()) for branch in branches]
         prepared = [optimize(b) if optimized else inference_copy(b) for b in branches]
         split = [split_shuffle(branch) for branch in prepared]

@@ -9,7 +9,7 @@ from operator import add
 from torch import nn
 
 from fastroute.ops.pixel_mlp import Layers
-from fastroute.profiling import PCSR, RoutedFlops, count_flops, mix_flops
+from fastroute.profiling import PCSR, RoutedFlops, count_each, mix_flops
 from fastroute.runtime.results import RoutingStats
 
 # Side of the image on which the FLOPs of an encoder are counted.
@@ -66,7 +66,8 @@ class PixelFlops:
 
     def __init__(self, encoder: nn.Module, channels: int, mlps: Sequence[Layers], classifier: Layers) -> None:
         size = (1, channels, SIDE, SIDE)
-        self.encoder, self.encoder_paper = (count_flops(encoder, size, name) / SIDE**2 for name in ("true", "pcsr"))
+        flops = count_each(encoder, size)
+        self.encoder, self.encoder_paper = flops["true"] / SIDE**2, flops["pcsr"] / SIDE**2
         self.pixel, self.feature = [_per_pixel(mlp) for mlp in mlps], [_per_feature(mlp) for mlp in mlps]
         self.paper = [_weights(mlp) for mlp in mlps]
         self.classifier = _per_pixel(classifier), _per_feature(classifier)

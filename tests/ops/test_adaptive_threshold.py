@@ -60,9 +60,9 @@ def test_table(backend, score, expected, dtype):
 
 @pytest.mark.parametrize("dtype", FLOATING, ids=str)
 @pytest.mark.parametrize("shape", [(0, 4), (3, 0), (2, 1), (3, 17), (2, 9, 31), (1, 250, 301), (2, 3, 4, 5)], ids=str)
-def test_sweep(backend, shape, dtype):
+def test_sweep(kernel, shape, dtype):
     for seed in few(range(3)):
-        score = scores(*shape, dtype=dtype, device=backend.device, seed=seed)
+        score = scores(*shape, dtype=dtype, device=kernel.device, seed=seed)
         for ids in DTYPES:
             agrees(adaptive_threshold(score, ids), score, ids)
         strided = torch.stack([score, -score], dim=-1)[..., 0]

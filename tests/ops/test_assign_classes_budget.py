@@ -94,10 +94,10 @@ def test_no_smaller_penalty_fits(backend, classes):
 
 @pytest.mark.parametrize("dtype", FLOATING, ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_sweep_against_reference(backend, layout, dtype):
+def test_sweep_against_reference(kernel, layout, dtype):
     for shape in ((1,), (300,), (2, 7, 19), (1, 1, 33), (0,)):
         for classes, cost in COSTS.items():
-            score = probabilities(shape[0], classes, *shape[1:], dtype=dtype, device=backend.device)
+            score = probabilities(shape[0], classes, *shape[1:], dtype=dtype, device=kernel.device)
             for budget in budgets(cost, 3):
                 ids = assign_classes(lay_out(score, layout), cost, budget=budget)
                 # The operator allows this much more than was asked for.

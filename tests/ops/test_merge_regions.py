@@ -93,11 +93,11 @@ def test_table_of_a_last_row(backend):
 
 
 @pytest.mark.parametrize("merge", MERGES)
-def test_sweep_of_geometries(backend, merge):
+def test_sweep_of_geometries(kernel, merge):
     for turn, (height, width, patch, stride, coverage) in enumerate(few([GEOMETRIES[::4], GEOMETRIES])[-1]):
         grid = TileGrid(height, width, patch, stride, coverage=coverage)
         for batch in few((0, 1, 3), turn + merge):
-            ids = random_ids(batch * grid.num_patches, 3, backend.device, seed=turn)
+            ids = random_ids(batch * grid.num_patches, 3, kernel.device, seed=turn)
             for promote in few((True, False), turn):
                 check(ids, grid, COSTS, merge, promote)
 

@@ -78,19 +78,19 @@ def test_table(backend):
 
 
 @pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
-def test_sweep_of_geometries(backend, geometry):
+def test_sweep_of_geometries(kernel, geometry):
     height, width, patch, stride, coverage = geometry
     cases = [(0, 2, 1), (1, 1, 2), (2, 3, 1), (1, 5, 3), (2, 1, 4)]
     pairs = zip(cases, (*WINDOWS, None), strict=True)
     for (b, c, scale), window in few(pairs, GEOMETRIES.index(geometry)):
         grid = TileGrid(height, width, patch, stride, scale, coverage)
         window = lopsided(patch * scale) if window is None else window
-        patches = patches_for(grid, b, c, device=backend.device)
+        patches = patches_for(grid, b, c, device=kernel.device)
         image = stitch_patches(patches, grid, window)
         assert image.shape == (b, c, *grid.output_size)
         assert image.is_contiguous()
         same(image, reference(patches, grid, window))
-        inverse = shuffled(len(patches), backend.device)
+        inverse = shuffled(len(patches), kernel.device)
         same(stitch_patches(patches, grid, window, inverse), reference(patches, grid, window, inverse))
         same(stitch_patches(patches, grid, window, inverse), stitch_patches(patches[inverse], grid, window))
 

@@ -96,15 +96,15 @@ def test_table(backend):
 
 
 @pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
-def test_sweep_of_geometries(backend, geometry):
+def test_sweep_of_geometries(kernel, geometry):
     height, width, patch, stride, coverage = geometry
     cases = [(0, 2, 1, 4), (1, 1, 2, 8), (2, 3, 1, 4), (1, 5, 3, 2), (2, 1, 4, 4)]
     pairs = zip(cases, (*WINDOWS, None), strict=True)
     for (b, c, scale, merge), window in few(pairs, GEOMETRIES.index(geometry)):
         grid = TileGrid(height, width, patch, stride, scale, coverage)
         window = lopsided(patch * scale) if window is None else window
-        held = Held(grid, b, merge, backend.device)
-        batches = held.random(c) or [random((0, c, patch * scale, patch * scale), device=backend.device)]
+        held = Held(grid, b, merge, kernel.device)
+        batches = held.random(c) or [random((0, c, patch * scale, patch * scale), device=kernel.device)]
         image = held.stitch(batches, window)
         assert image.shape == (b, c, *grid.output_size)
         assert image.is_contiguous()

@@ -106,6 +106,7 @@ def assign(score):
     ],
     ids=lambda x: getattr(x, "__name__", None),
 )
+@pytest.mark.slow
 def test_compiler_sees_the_kernels(monkeypatch, function, shape, kernels):
     names = traced(monkeypatch, function, torch.zeros(shape, dtype=torch.int64 if function is group else torch.float32))
     assert len([name for name in names if "triton_kernel_wrapper" in name]) == kernels, names
@@ -133,6 +134,7 @@ WRITTEN = {
 
 
 @pytest.mark.parametrize("op", OPS)
+@pytest.mark.slow
 def test_compiler_knows_what_is_written(monkeypatch, op):
     """torch copies an input that it takes for written, captures no CUDA graph with it, and refuses an expanded one."""
     import triton
