@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 import fastroute
 from fastroute import io
+from fastroute.cascades import score
 from fastroute.cascades.calibrate import learnt_from
 from fastroute.cascades.cells import CELL, Cells, edge_scores
 from fastroute.cascades.decision import Table
@@ -137,6 +138,12 @@ def test_fidelity_is_kept_where_the_table_is_right():
     assert bool((result.class_map == 1).all()) and torch.equal(result.image, dense)
 
 
+@pytest.fixture(autouse=True)
+def quick_score(monkeypatch):
+    """The learned score needs no more than to be there."""
+    monkeypatch.setattr(score, "STEPS", 3)
+
+
 def run(*arguments: object) -> str:
     result = CliRunner().invoke(main, [str(argument) for argument in arguments])
     assert result.exit_code == 0, result.output
@@ -148,6 +155,7 @@ def test_from_a_folder_to_a_routed_picture(folder, tmp_path):
     told = run("calibrate", "--model", folder / "heavy.pth", "--cheap", folder / "light.safetensors", "--cheap", "bicubic",
                "--images", folder / "images", "--out", out, "--fidelity", "30")  # fmt: skip
     assert "promised 30 dB" in told and "cells of 4 pictures" in told
+    assert "held out take by score: edge " in told and ", learned " in told
     router = fastroute.load(out)
     assert router.names == ["bicubic", "light", "heavy"] and router.num_classes == 3
     assert router.decision.table is not None and router.decision.table.fidelity == 30.0
