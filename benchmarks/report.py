@@ -138,6 +138,10 @@ def operators(folder: Path) -> str:
     return "\n".join(lines) + "\n" + footers(contents)
 
 
+# Backbones as their papers write them.
+BACKBONES = {"carn": "CARN", "srresnet": "SRResNet", "fsrcnn": "FSRCNN"}
+
+
 def headline_rows(folder: Path) -> tuple[list[dict], str]:
     """The rows of all headline results, and where they come from."""
     contents = results(folder, sorted(path.stem for path in folder.glob("headline_*.json")), "headline_")
@@ -155,7 +159,7 @@ def headline(folder: Path) -> str:
     for row in rows:
         times, routed = row["times"], row["routed"]
         cells = [
-            f"{row['backbone'].upper()}, {row['precision']} ({row['lr_size'][0]} x {row['lr_size'][1]})",
+            f"{BACKBONES[row['backbone']]}, {row['precision']} ({row['lr_size'][0]} x {row['lr_size'][1]})",
             f"{row['fastest_dense']}: {milliseconds(times[row['fastest_dense']])}",
             f"{row['engine']}: {milliseconds(times[routed])}",
             f"**{row['of_fastest_dense'][routed]:.2f}**",
