@@ -10,8 +10,8 @@ namespace fastroute::conv3x3 {
 // Tiles of 4 x 4 outputs, computed from 6 x 6 inputs by products at 36 points.
 inline constexpr int64_t kTile = 4, kPoints = 36;
 // The numbers at which the transforms evaluate polynomials, beside 0 and infinity: ±kNear and ±kFar. These lose the
-// fewest bits of all pairs of short binary fractions: errors at 64 channels are 2 to 3 times those of plain float32 sums, and half
-// those of the usual 1 and 2.
+// fewest bits of all pairs of short binary fractions: errors at 64 channels are 2 to 3 times those of plain float32
+// sums, and half those of the usual 1 and 2.
 inline constexpr float kNear = 0.75f, kFar = 1.5f;
 // Channels are padded to whole vectors of the widest instruction set.
 inline constexpr int64_t kPad = 16;
