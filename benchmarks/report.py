@@ -150,7 +150,13 @@ def headline_rows(folder: Path) -> tuple[list[dict], str]:
 
 def headline(folder: Path) -> str:
     """Routed whole images beside the fastest dense engine, which runs the most expensive branch in one pass."""
-    rows, origin = headline_rows(folder)
+    rows, _ = headline_rows(folder)
+    runs = [json.loads(path.read_text())["facts"] for path in sorted(folder.glob("headline_*.json"))]
+    commits = ", ".join(dict.fromkeys(facts["commit"] for facts in runs))
+    origin = (
+        f"{runs[0]['device']}; torch {runs[0]['torch']}, commit {commits}; medians of alternating runs at a factor of 4. "
+        "[All measurements](docs/benchmarks.md) say how."
+    )
     lines = [
         "| network, precision (LR size) | fastest dense engine | fastroute, routed | **routed / dense, time** | "
         "routed / dense, FLOPs of one pass |",
@@ -166,7 +172,7 @@ def headline(folder: Path) -> str:
             f"{row['flops_of_one_pass'][routed]:.2f}",
         ]
         lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n" + origin
+    return "\n".join(lines) + f"\n\n{origin}\n"
 
 
 def headline_details(folder: Path) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from fastroute import PatchRouter, TileGrid, io
 from fastroute.degradation import make_pair
 from fastroute.models.arm import ARM, BACKBONES, Bicubic, EdgeClassifier, EdgeTable, budget_scores, edge_score
 from fastroute.models.checkpoints import load_weights, read_checkpoint, save_checkpoint, state_dict_of
+from fastroute.models.rcan import RCAN
 
 pytestmark = pytest.mark.usefixtures("quick_tuning")
 ETAS = (1e9, 3.33333e8, 1e8, 3.33333e7)
@@ -36,9 +38,13 @@ def published(data_folder, recorded):
     return arm.eval()
 
 
+# Random weights of a deep RCAN give values of millions, in which every rounding shows.
+NETWORKS = {**{name: name for name in BACKBONES}, "rcan": partial(RCAN, groups=1, blocks=1, reduction=2)}
+
+
 def random_arm(backbone: str = "fsrcnn", widths: tuple[int, ...] = (4, 8, 12), scale: int = 2, seed: int = 0) -> ARM:
     """An ARM with random weights and a table in which every class is the best somewhere."""
-    arm = ARM(backbone, widths, scale, bins=8)
+    arm = ARM(NETWORKS[backbone], widths, scale, bins=8)
     randomise(arm.network, seed)
     x = picture(40, 3, 16, 16, seed)
     score = edge_score(x)
@@ -103,7 +109,7 @@ def test_published_carn(data_folder):
 
 @pytest.mark.parametrize("backbone", list(BACKBONES))
 def test_widths_share_weights(backbone):
-    arm = randomise(ARM(backbone, (4, 8), 2)).train()
+    arm = randomise(ARM(NETWORKS[backbone], (4, 8), 2)).train()
     x = torch.rand(2, 3, 6, 7)
     branches = arm.branches
     for k in (1, 2):
@@ -264,7 +270,7 @@ def test_no_trace():
 
 def test_refusals():
     for arguments, message in (
-        (("edsr",), "backbone must be one of fsrcnn, carn, srresnet; got 'edsr'"),
+        (("edsr",), "backbone must be one of fsrcnn, carn, srresnet, rcan; got 'edsr'"),
         (("fsrcnn", (16, 8)), r"widths must rise; got \(16, 8\)"),
         (("fsrcnn", ()), "widths must rise"),
     ):

@@ -240,6 +240,7 @@ class CascadeRouter(Router):
         return height * self.scale, width * self.scale
 
     def _target(self, budget: float | None, fidelity: float | None, class_map: Tensor | None, context: int | None) -> Target:
+        # [rows, cols] of class_map
         op = "upscale"
         given = [
             name for name, value in (("budget", budget), ("fidelity", fidelity), ("class_map", class_map)) if value is not None
@@ -373,7 +374,7 @@ def _cut(image: Tensor, where: Rectangle) -> Tensor:  # [C, H, W] -> [C, h, w]
     return image[:, where.top : where.bottom, where.left : where.right]
 
 
-def _floating(pixels: Tensor, dtype: torch.dtype) -> Tensor:
+def _floating(pixels: Tensor, dtype: torch.dtype) -> Tensor:  # [C, h, w]
     """An image in [0, 1], float32, or float64 for networks of that type."""
     wanted = torch.float64 if dtype == torch.float64 else torch.float32
     if pixels.is_floating_point():
@@ -381,7 +382,7 @@ def _floating(pixels: Tensor, dtype: torch.dtype) -> Tensor:
     return pixels.to(wanted) / (255 if pixels.dtype == torch.uint8 else 65535)
 
 
-def _store(result: Tensor, output: Tensor) -> None:  # [C, H, W]
+def _store(result: Tensor, output: Tensor) -> None:  # [C, H, W], [C, H, W]
     """Into the type of the image: integers clamped and rounded half to even."""
     if output.is_floating_point():
         output.copy_(result)

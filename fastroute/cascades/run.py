@@ -224,7 +224,7 @@ def fading(piece: Piece, scale: int, first: int, last: int, like: Tensor) -> Ten
     return rows[scale * (first - outer.top) : scale * (last - outer.top), None].mul(cols)[None]
 
 
-def _ramp(before: int, own: int, after: int, scale: int, like: Tensor) -> Tensor:
+def _ramp(before: int, own: int, after: int, scale: int, like: Tensor) -> Tensor:  # [...] -> [n]
     def rise(pixels: int) -> Tensor:
         return (torch.arange(pixels * scale, device=like.device, dtype=like.dtype) + 0.5) / max(pixels * scale, 1)
 

@@ -119,5 +119,6 @@ def _log(edges: Tensor) -> Tensor:  # [...]
     return (edges + LEAST_EDGE).log()
 
 
-def _score(features: Tensor, last: Tensor, bias: Tensor) -> Tensor:  # [rows, cols, F + 1] -> [rows, cols]
+def _score(features: Tensor, last: Tensor, bias: Tensor) -> Tensor:
+    # [rows, cols, F + 1], [1, F + 1], [1] -> [rows, cols]
     return 255 * (F.linear(features, last, bias)[..., 0] / 2).clamp(-20, 0).exp()

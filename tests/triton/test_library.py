@@ -120,7 +120,9 @@ def test_compiler_sees_the_kernels(monkeypatch, function, shape, kernels):
 )
 def test_what_cannot_be_looked_into_stays_one_node(monkeypatch, function, op, argument):
     names = traced(monkeypatch, function, argument)
-    assert [name for name in names if "triton" in name] == [f"fastroute_triton.{op}.default"]
+    # Within a budget, assign_classes is an overload of its own.
+    overload = "budget" if op == "assign_classes" else "default"
+    assert [name for name in names if "triton" in name] == [f"fastroute_triton.{op}.{overload}"]
 
 
 # What a kernel writes, where it is not `out`.
