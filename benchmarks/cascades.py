@@ -124,10 +124,11 @@ def tiles_of_today(network: nn.Module, image: Tensor) -> Tensor:  # [1, C, H, W]
 
 @contextmanager
 def plain() -> Iterator[None]:
-    """RRDBNet without the tiles of its last layers, as others run it."""
+    """Networks as others run them: by PyTorch's own convolutions, and RRDBNet without the tiles of its last layers."""
     before, rrdbnet.TILE = rrdbnet.TILE, 1 << 20
     try:
-        yield
+        with fastroute.use_backend("reference"):
+            yield
     finally:
         rrdbnet.TILE = before
 
@@ -292,6 +293,7 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--cache", type=Path, help="file in which the measurements of the calibration are kept")
     parser.add_argument("--size", type=int, nargs=2, default=[HEIGHT, WIDTH], metavar=("HEIGHT", "WIDTH"), help="of the crops")
     parser.add_argument("--pictures", type=int, help="so many of each folder only")
+    parser.add_argument("--dense", action="store_true", help="only compare the ways to run the network in full")
     parser.add_argument("--save", action="store_true", help="keep the results, for the tables")
     return parser.parse_args(given)
 
@@ -308,6 +310,8 @@ def run(asked: argparse.Namespace) -> list[dict]:
     first = next(crops(test[:1], *asked.size))[2][None].float() / 255
     halves = {} if dtype == torch.float32 else {asked.precision: fastroute.load(asked.model, dtype=dtype)}
     dense.compare(first, {"float32": whole, **halves}, asked.turns)  # type: ignore[dict-item]
+    if asked.dense:
+        return dense.rows
     every = fastroute.cascade(sources).to("cpu", dtype)
     limit = begin + CALIBRATION * 60 * asked.minutes
     cells = calibrated(every, train, asked.cache, limit, CONTEXTS)

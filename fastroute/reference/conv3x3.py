@@ -53,7 +53,9 @@ def transformed_weight(weight: Tensor, groups: int, shuffle: int) -> Tensor:  # 
     inputs, parts = weight.shape[1], shuffle**2
     shown = weight.shape[0] // groups // parts
     g = transforms()[1].to(weight.device)
-    points = torch.einsum("ai,ocij,bj->aboc", g, weight.double(), g).reshape(SIDE**2, groups, shown, parts, inputs)
+    # One product: of all 9 taps of a kernel with the 36 points, rows before columns.
+    points = torch.kron(g, g) @ weight.double().reshape(-1, TAPS**2).t()
+    points = points.reshape(SIDE**2, groups, shown, parts, inputs)
     columns = F.pad(points.permute(0, 1, 4, 3, 2), (0, -shown % PAD)).flatten(3)
     return columns.to(weight.dtype).contiguous()
 
