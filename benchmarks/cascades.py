@@ -342,6 +342,8 @@ def main() -> None:
             f"calibrated for {PROMISED:g} dB on pictures apart; times relative to the fastest dense run of that precision, "
             f"{next(row['fastest'] for row in rows if row.get('precision') == asked.precision)} or fastroute's own"
         )
+        if asked.dense:
+            notes = f"{asked.model.stem}, one crop of {width} x {height}; the faster of {asked.turns} runs each"
         shown = [Path(word).name if "/" in word else word for word in sys.argv[1:]]
         command = " ".join(["python", "-m", "benchmarks.cascades", *shown])
         print(measure.save("cascades", rows, notes, command=command))
