@@ -6,7 +6,7 @@
 #include <utility>
 #include <vector>
 
-#include "common/checks.h"
+#include "common/check_float32.h"
 #include "common/huge_pages.h"
 #include "cpu/intrinsics.h"
 #include "cpu/isa.h"
@@ -54,13 +54,8 @@ decltype(&baseline::run_block) active_block() {
     return baseline::run_block;
 }
 
-void check_floats(const char* name, const Tensor& x, int64_t rank) {
-    check_cpu(kOp, name, x), check_rank(kOp, name, x, rank);
-    FASTROUTE_CHECK(x.scalar_type() == ScalarType::Float, kOp, ": ", name, " must be float32");
-}
-
 View checked_view(const char* name, const Tensor& x, const Tensor& first) {  // [B, C, H, W] each
-    check_floats(name, x, 4);
+    check_float32(kOp, name, x, 4);
     FASTROUTE_CHECK(x.size(0) == first.size(0) && x.size(2) == first.size(2) && x.size(3) == first.size(3), kOp, ": ",
                     name, " must be as many pixels as the first image, (", first.size(0), ", C, ", first.size(2), ", ",
                     first.size(3), ")");
@@ -71,7 +66,7 @@ View checked_view(const char* name, const Tensor& x, const Tensor& first) {  // 
 std::vector<float> per_column(const char* name, const std::optional<Tensor>& x, float otherwise, const Problem& p) {
     std::vector<float> found(p.columns, otherwise);
     if (!x.has_value()) return found;
-    check_floats(name, *x, 1);
+    check_float32(kOp, name, *x, 1);
     FASTROUTE_CHECK(x->size(0) == p.outputs, kOp, ": ", name, " must have one number for each of the ", p.outputs,
                     " output channels; got ", x->size(0));
     for (int64_t o = 0; o < p.outputs; ++o) found[o] = x->const_data_ptr<float>()[o * x->stride(0)];
@@ -96,7 +91,7 @@ Tensor conv1x1(const std::vector<Tensor>& images,        // [B, C, H, W] each
         FASTROUTE_CHECK(!__builtin_add_overflow(channels, image.size(1), &channels), kOp,
                         ": the images have too many channels");
     }
-    check_floats("weight", weight, 2);
+    check_float32(kOp, "weight", weight, 2);
     FASTROUTE_CHECK(weight.size(1) == channels && channels >= 1 && weight.size(0) >= 1, kOp, ": weight must have ",
                     channels,
                     " columns, the channels of all images, and a row for each output, at least one of both; got (",

@@ -52,6 +52,13 @@ def same_device(op: str, first: str, x: Tensor, second: str, y: Tensor | None) -
         )
 
 
+def shapes(op: str, *expected: tuple[str, Tensor | None, tuple[int, ...]]) -> None:
+    """Each tensor that is given has the shape beside it."""
+    for name, x, shape in expected:
+        if x is not None and tuple(tensor(op, name, x).shape) != shape:
+            raise ValueError(f"{op}: {name} must be {shape}; got {tuple(x.shape)}")
+
+
 def at_least(op: str, least: int, **numbers: Any) -> None:
     """Each of `numbers` is an integer, at least `least`; what a compiler does not know is left alone."""
     for name, value in numbers.items():

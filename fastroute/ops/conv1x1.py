@@ -12,9 +12,6 @@ from fastroute.ops import _checks as check
 from fastroute.ops._library import by_reference, call, in_own_dtype, in_plain_torch, is_transformed, register
 from fastroute.reference.conv1x1 import conv1x1_reference
 
-# A name, a tensor if there is one, and the shape that it must have.
-Expected = tuple[str, Tensor | None, tuple[int, ...]]
-
 SCHEMAS = [
     "conv1x1(Tensor[] images, Tensor weight, Tensor? bias, Tensor? slope, Tensor? residual) -> Tensor",
 ]
@@ -77,15 +74,13 @@ def conv1x1(
         )
     batch, _, height, width = parts[0].shape
     outputs = weight.shape[0]
-    expected: list[Expected] = [("an image", x, (batch, x.shape[1], height, width)) for x in parts]
-    expected += [
+    check.shapes(
+        op,
+        *(("an image", x, (batch, x.shape[1], height, width)) for x in parts),
         ("bias", bias, (outputs,)),
         ("slope", slope, (outputs,)),
         ("residual", residual, (batch, outputs, height, width)),
-    ]
-    for name, given_tensor, shape in expected:
-        if given_tensor is not None and tuple(check.tensor(op, name, given_tensor).shape) != shape:
-            raise ValueError(f"{op}: {name} must be {shape}; got {tuple(given_tensor.shape)}")
+    )
     given = [x for x in (*parts, weight, bias, slope, residual) if x is not None]
     for x in given:
         check.dtype(op, "every tensor", x.dtype, (torch.float32,))
@@ -144,14 +139,17 @@ def _reference(
     for x in images:
         check.rank(op, "an image", x, "(B, C, H, W)", 4)
     shape = (images[0].shape[0], weight.shape[0], *images[0].shape[2:])
-    named: list[Expected] = [("an image", x, (shape[0], x.shape[1], *shape[2:])) for x in images]
-    named += [("bias", bias, shape[1:2]), ("slope", slope, shape[1:2]), ("residual", residual, shape)]
-    for name, given_tensor, expected in [*named, ("weight", weight, tuple(weight.shape))]:
-        if given_tensor is None:
-            continue
-        check.dtype(op, name, given_tensor.dtype, (torch.float32,))
-        if tuple(given_tensor.shape) != expected:
-            raise ValueError(f"{op}: {name} must be {expected}; got {tuple(given_tensor.shape)}")
+    given = {"weight": weight, "bias": bias, "slope": slope, "residual": residual}
+    for name, x_or_none in (*(("an image", x) for x in images), *given.items()):
+        if x_or_none is not None:
+            check.dtype(op, name, x_or_none.dtype, (torch.float32,))
+    check.shapes(
+        op,
+        *(("an image", x, (shape[0], x.shape[1], *shape[2:])) for x in images),
+        ("bias", bias, shape[1:2]),
+        ("slope", slope, shape[1:2]),
+        ("residual", residual, shape),
+    )
     if 0 in weight.shape or weight.shape[1] != sum(x.shape[1] for x in images):
         raise ValueError(
             f"{op}: weight must have a column for each channel of all images and a row for each output, at least one of both; "

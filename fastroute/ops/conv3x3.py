@@ -152,20 +152,25 @@ def _check(
             f"{op}: the {outputs} output channels of weight must be a multiple of its {groups} groups"
             + (f" times {shuffle**2}, for the pixel shuffle" if shuffle > 1 else "")
         )
-    if context not in (0, 1) or image.shape[2] < 2 * context:
-        raise ValueError(f"{op}: context must be 0, or 1 for an image of at least 2 rows; got {context}")
-    shape = (image.shape[0], outputs // shuffle**2, (image.shape[2] - 2 * context) * shuffle, image.shape[3] * shuffle)
-    named = {"bias": (bias, (outputs,)), "slope": (slope, (outputs,)), "residual": (residual, shape), "out": (out, shape)}
-    for name, (x, expected) in named.items():
-        if x is not None and tuple(check.tensor(op, name, x).shape) != expected:
-            raise ValueError(f"{op}: {name} must be {expected}; got {tuple(x.shape)}")
-    for name, x in (("image", image), ("weight", weight), *((name, x) for name, (x, _) in named.items())):
+    shape = _result_shape(image, outputs, shuffle, context)
+    vector = (outputs,)
+    check.shapes(op, ("bias", bias, vector), ("slope", slope, vector), ("residual", residual, shape), ("out", out, shape))
+    named = {"image": image, "weight": weight, "bias": bias, "slope": slope, "residual": residual, "out": out}
+    for name, x in named.items():
         if x is not None:
             check.dtype(op, name, x.dtype, (torch.float32,))
             check.same_device(op, "image", image, name, x)
     if out is not None and out.shape[1] > 1 and out.stride(1) != 1:
         raise ValueError(f"{op}: out must have its channels side by side (channels_last); its strides are {out.stride()}")
     return groups
+
+
+def _result_shape(image: Tensor, channels: int, shuffle: int, context: int) -> tuple[int, ...]:  # [B, C, H, W]
+    """The shape of the result."""
+    if context not in (0, 1) or image.shape[2] < 2 * context:
+        raise ValueError(f"conv3x3: context must be 0, or 1 for an image of at least 2 rows; got {context}")
+    rows = image.shape[2] - 2 * context
+    return image.shape[0], channels // shuffle**2, rows * shuffle, image.shape[3] * shuffle
 
 
 @in_own_dtype
@@ -225,12 +230,8 @@ def _reference(
     if not whole or points != SIDE**2 or columns != parts * -(-channels // (groups * parts) // PAD) * PAD:
         raise ValueError(f"{op}: weight must be ({SIDE**2}, groups, C / groups, P) for this image, as conv3x3_weight gives it")
     check.product(op, "the result", image.shape[0], channels, image.shape[2], image.shape[3])
-    if context not in (0, 1) or image.shape[2] < 2 * context:
-        raise ValueError(f"{op}: context must be 0, or 1 for an image of at least 2 rows; got {context}")
-    shape = (image.shape[0], channels // parts, (image.shape[2] - 2 * context) * shuffle, image.shape[3] * shuffle)
-    for name, x, expected in (("bias", bias, (channels,)), ("slope", slope, (channels,)), ("residual", residual, shape)):
-        if x is not None and tuple(x.shape) != expected:
-            raise ValueError(f"{op}: {name} must be {expected}; got {tuple(x.shape)}")
+    shape = _result_shape(image, channels, shuffle, context)
+    check.shapes(op, ("bias", bias, (channels,)), ("slope", slope, (channels,)), ("residual", residual, shape))
     for name, x in (("image", image), ("weight", weight), ("bias", bias), ("slope", slope), ("residual", residual)):
         if x is not None:
             check.dtype(op, name, x.dtype, (torch.float32,))

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -122,7 +123,7 @@ def vgg19_features(path: str | Path) -> FeatureStack:
     return FeatureStack(network)
 
 
-class Distillation(nn.Module):
+class Distillation(nn.Module, ABC):
     """A loss that draws students to their teacher and away from blurred images, which both do not learn from it.
 
     Args:
@@ -157,13 +158,13 @@ class Distillation(nn.Module):
             raise ValueError(f"{type(self).__name__}: negatives must hold at least one image; got none")
         return self._embed(teacher), self._embed(negatives)
 
+    @abstractmethod
     def _embed(self, images: Tensor) -> list[Tensor]:  # [N, C, P, P]
         """What is compared of images."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _compare(self, students: list[Tensor], teachers: list[Tensor], blurred: list[Tensor]) -> Tensor:
         """The loss of one student."""
-        raise NotImplementedError
 
 
 class ContrastiveLoss(Distillation):

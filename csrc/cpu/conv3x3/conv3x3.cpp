@@ -10,7 +10,7 @@
 #include <utility>
 #include <vector>
 
-#include "common/checks.h"
+#include "common/check_float32.h"
 #include "common/huge_pages.h"
 #include "common/written.h"
 #include "cpu/intrinsics.h"
@@ -31,11 +31,6 @@ decltype(&baseline::run_block) active_block() {
     if (active_isa() == Isa::avx2) return avx2::run_block;
 #endif
     return baseline::run_block;
-}
-
-void check_floats(const char* name, const Tensor& x, int64_t rank) {
-    check_cpu(kOp, name, x), check_rank(kOp, name, x, rank);
-    FASTROUTE_CHECK(x.scalar_type() == ScalarType::Float, kOp, ": ", name, " must be float32");
 }
 
 template <typename T>
@@ -62,7 +57,7 @@ std::vector<float> per_column(const char* name, const std::optional<Tensor>& x, 
     std::vector<float> found(p.groups * p.columns, otherwise);
     if (!x.has_value()) return found;
     const int64_t parts = p.shuffle * p.shuffle, outputs = p.groups * p.shown * parts;
-    check_floats(name, *x, 1);
+    check_float32(kOp, name, *x, 1);
     FASTROUTE_CHECK(x->size(0) == outputs, kOp, ": ", name, " must have one number for each of the ", outputs,
                     " output channels; got ", x->size(0));
     const float* from = x->const_data_ptr<float>();
@@ -77,7 +72,7 @@ std::vector<float> per_column(const char* name, const std::optional<Tensor>& x, 
 Problem checked(const Tensor& image,   // [B, C, H, W]
                 const Tensor& weight,  // [36, G, C / G, P]
                 const std::optional<Tensor>& residual, int64_t channels, int64_t shuffle, int64_t context) {
-    check_floats("image", image, 4), check_floats("weight", weight, 4);
+    check_float32(kOp, "image", image, 4), check_float32(kOp, "weight", weight, 4);
     check_at_least(kOp, "channels", channels, 1), check_at_least(kOp, "shuffle", shuffle, 1);
     FASTROUTE_CHECK(context == 0 || (context == 1 && image.size(2) >= 2), kOp,
                     ": context must be 0, or 1 for an image of at least 2 rows; got ", context);
@@ -119,7 +114,7 @@ Problem checked(const Tensor& image,   // [B, C, H, W]
     checked_product(kOp, "its height", {p.height, shuffle}), checked_product(kOp, "its width", {p.width, shuffle});
     p.x.data += context * p.x.row;
     if (residual.has_value()) {
-        check_floats("residual", *residual, 4);
+        check_float32(kOp, "residual", *residual, 4);
         check_shape("residual", *residual, p);
         p.residual = view_of<const float>(*residual);
     }
@@ -167,7 +162,7 @@ void conv3x3_out(const Tensor& image,                    // [B, C, H, W]
                  int64_t channels, int64_t shuffle, int64_t context,
                  const Tensor& out) {  // [B, O / s / s, H s, W s]
     Problem p = checked(image, weight, residual, channels, shuffle, context);
-    check_floats("out", out, 4);
+    check_float32(kOp, "out", out, 4);
     check_shape("out", out, p);
     FASTROUTE_CHECK(out.stride(1) == 1 || out.size(1) == 1, kOp, ": out must have its channels side by side");
     std::vector<Tensor> inputs{image, weight};
