@@ -1,6 +1,7 @@
 """The operators; importing this package registers all of them as ``torch.ops.fastroute.*``."""
 
 from fastroute.ops import (
+    _upsampled,  # noqa: F401, registers an overload of stitch_patches
     adaptive_threshold,
     assign_classes,
     cell_mlp,
