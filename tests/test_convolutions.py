@@ -20,9 +20,9 @@ from fastroute.models.rcan import RCAN
 from fastroute.models.rrdbnet import RRDBNet
 from fastroute.models.srresnet import SRResNet
 from fastroute.rewrite.convolutions import (
+    Conv1x1,
+    Conv3x3,
     FusedConv2d,
-    PixelConv2d,
-    WinogradConv2d,
     is_faster_in_float32,
     is_rectifier,
     replace_convolutions,
@@ -97,7 +97,7 @@ def test_foreign_module():
     result = optimize(network)
     alike(result, network, picture())
     plain = nn.Conv2d
-    assert kinds(result) == [WinogradConv2d, PixelConv2d, WinogradConv2d, plain, plain, plain, plain]
+    assert kinds(result) == [Conv3x3, Conv1x1, Conv3x3, plain, plain, plain, plain]
     # What the module itself calls stays a layer.
     assert isinstance(result.head[1], nn.PReLU) and result.head[0].rectifier is None
 
@@ -111,7 +111,7 @@ def test_sequences(groups, rectifier):
     alike(result, network, picture(2, 16, 9, 7))
     first = result[0]
     # One pass over the image, unless the shuffle would mix groups.
-    assert type(first) is WinogradConv2d and first.shuffle == 2
+    assert type(first) is Conv3x3 and first.shuffle == 2
     assert (first.rectifier is None) == (rectifier is None)
     assert [type(layer) for layer in result if not isinstance(layer, FusedConv2d | nn.Identity)] == []
 
@@ -238,7 +238,7 @@ def test_modules_of_others_keep_their_sequences():
     """Anything may look at the layers of a sequence that is not owned."""
     network = nn.Sequential(nn.Conv2d(4, 8, 3, padding=1), nn.ReLU())
     result = replace_convolutions(network)
-    assert [type(layer) for layer in result] == [WinogradConv2d, nn.ReLU]
+    assert [type(layer) for layer in result] == [Conv3x3, nn.ReLU]
 
 
 @needs_kernels

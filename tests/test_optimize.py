@@ -13,7 +13,7 @@ from torch import nn
 
 from fastroute.models.fsrcnn import FSRCNN, TransposedConv2d
 from fastroute.models.subpixel import SubpixelPlan, dense_equivalent
-from fastroute.rewrite.convolutions import PixelConv2d, WinogradConv2d
+from fastroute.rewrite.convolutions import Conv1x1, Conv3x3
 from fastroute.rewrite.optimize import OneSlope, optimize, parameter_dtype, simplify, split_shuffle
 
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
@@ -95,7 +95,7 @@ def test_nested_sequences_are_flattened():
     result = check(model, images())
     assert [type(layer) for layer in simplify(model)] == [nn.Conv2d, OneSlope, nn.Conv2d, nn.PixelShuffle]
     # The slope is taken over by the convolution before it.
-    assert [type(layer) for layer in result] == [PixelConv2d, nn.Identity, nn.Conv2d, nn.PixelShuffle]
+    assert [type(layer) for layer in result] == [Conv1x1, nn.Identity, nn.Conv2d, nn.PixelShuffle]
     assert split_shuffle(result)[1] == 2
 
 
@@ -107,7 +107,7 @@ def test_subclass_of_sequential_keeps_its_forward():
     model = nn.Sequential(nn.Conv2d(3, 4, 1), Residual(nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4), nn.PReLU()))
     result = check(randomise(model, 8), images())
     assert isinstance(result[1], Residual)
-    assert [type(layer) for layer in result[1]] == [WinogradConv2d, nn.BatchNorm2d, nn.PReLU]
+    assert [type(layer) for layer in result[1]] == [Conv3x3, nn.BatchNorm2d, nn.PReLU]
 
 
 def test_module_that_reads_parts_of_a_sequence():

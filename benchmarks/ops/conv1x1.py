@@ -20,7 +20,7 @@ LAYERS = {"2 x 64 to 64": (2, 64, 64), "4 x 64 to 64": (4, 64, 64), "3 x 36 to 3
 SIZES = {"patches": (32, 32, 32), "image": (1, 270, 480)}
 SMOKE_SIZES = {"smoke": (2, 16, 18)}
 # Sums of up to 256 terms, added in another order.
-TOLERANCE = 1e-5
+TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
 
 def plain(images: Sequence[Tensor], weight: Tensor, bias: Tensor) -> Tensor:  # [B, C, H, W] each, [O, C, 1, 1], [O]
@@ -28,18 +28,19 @@ def plain(images: Sequence[Tensor], weight: Tensor, bias: Tensor) -> Tensor:  # 
     return F.relu_(F.conv2d(torch.cat(list(images), dim=1), weight, bias))
 
 
-def run_case(layer: str, size: str, shape: tuple[int, int, int], setting: Setting) -> dict:
-    """One layer on images of one size."""
+def run_case(layer: str, size: str, shape: tuple[int, int, int], dtype: torch.dtype, setting: Setting) -> dict:
+    """One layer on images of one size, in one type."""
     number, channels, outputs = LAYERS[layer]
     batch, height, width = shape
-    contiguous = [torch.rand(batch, channels, height, width, device=device()) for _ in range(number)]
+    where = {"device": device(), "dtype": dtype}
+    contiguous = [torch.rand(batch, channels, height, width, **where) for _ in range(number)]
     images = [x.contiguous(memory_format=torch.channels_last) for x in contiguous]
-    weight = torch.randn(outputs, number * channels, 1, 1, device=device()) / (number * channels) ** 0.5
-    bias, slope = torch.randn(outputs, device=device()), torch.zeros(outputs, device=device())
+    weight = torch.randn(outputs, number * channels, 1, 1, **where) / (number * channels) ** 0.5
+    bias, slope = torch.randn(outputs, **where), torch.zeros(outputs, **where)
     last = weight.contiguous(memory_format=torch.channels_last)
 
     expected, usual = known(partial(plain, images, last, bias))
-    check = close(expected, TOLERANCE)
+    check = close(expected, TOLERANCES[dtype])
     variants: dict[str, Variant | str] = {
         OURS: Variant(lambda: fastroute.conv1x1(images, weight, bias, slope), check),
         "fastroute, contiguous": Variant(lambda: fastroute.conv1x1(contiguous, weight, bias, slope), check),
@@ -50,8 +51,9 @@ def run_case(layer: str, size: str, shape: tuple[int, int, int], setting: Settin
     variants[f"{PEER}, compiled"] = run if isinstance(run, str) else Variant(run, check, foreign=True)
     flops = 2 * batch * height * width * weight.numel()
     bytes_moved = sum(x.nbytes for x in images) + expected.nbytes + weight.nbytes
-    label = f"conv1x1, {layer}, {batch} x {height} x {width}, float32"
-    facts = {"size": size, "dtype": "float32", "setup": layer}
+    kind = str(dtype).removeprefix("torch.")
+    label = f"conv1x1, {layer}, {batch} x {height} x {width}, {kind}"
+    facts = {"size": size, "dtype": kind, "setup": layer}
     return compare(label, variants, bytes_moved, PEER, setting, flops, **facts)
 
 
@@ -60,5 +62,6 @@ def test_conv1x1(setting: Setting) -> None:
     """Merges of several images, of patches and of an image."""
     torch.manual_seed(0)
     sizes = SMOKE_SIZES if setting.smoke else SIZES
-    rows = [run_case(layer, size, shape, setting) for layer in LAYERS for size, shape in sizes.items()]
+    cases = [(layer, size, shape, dtype) for dtype in TOLERANCES for layer in LAYERS for size, shape in sizes.items()]
+    rows = [run_case(*case, setting) for case in cases]
     setting.save("conv1x1", rows, "with bias and ReLU; channels_last unless named; medians of alternating runs, warm")

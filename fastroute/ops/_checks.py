@@ -44,6 +44,17 @@ def dtype(op: str, name: str, got: torch.dtype, allowed: Iterable[torch.dtype]) 
         raise TypeError(f"{op}: {name} must be one of {names}; got {str(got).removeprefix('torch.')}")
 
 
+def convolution_dtype(op: str, name: str, got: torch.dtype, image: torch.dtype | None) -> None:
+    """`got` is a type of an argument of a convolution whose image has the type `image`; None for the image itself.
+
+    The numbers of whole channels, bias and slope, may be float32 beside bfloat16.
+    """
+    if image is None:
+        dtype(op, name, got, (torch.float32, torch.bfloat16))
+    else:
+        dtype(op, name, got, dict.fromkeys((image, torch.float32 if name in ("bias", "slope") else image)))
+
+
 def same_device(op: str, first: str, x: Tensor, second: str, y: Tensor | None) -> None:  # [...], [...]
     """`y`, when given, is where `x` is."""
     if y is not None and x.device != y.device:

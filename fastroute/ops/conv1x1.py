@@ -32,19 +32,19 @@ def conv1x1(
     >>> y = fastroute.conv1x1([x, block(x)], layer.weight, layer.bias, slope=torch.zeros(64))  # relu(layer(cat([x, block(x)])))
 
     Args:
-        images: (B, C, H, W) float32, one or several; their numbers of channels may differ.
-        weight: (O, C) or (O, C, 1, 1) float32, C the channels of all images together.
-        bias: (O,) float32. Default: none.
-        slope: (O,) float32, the factor of negative numbers: zeros for ReLU, one number for a leaky ReLU, the weight of a
+        images: (B, C, H, W) float32 or bfloat16, one or several; their numbers of channels may differ.
+        weight: (O, C) or (O, C, 1, 1), C the channels of all images together.
+        bias: (O,), also float32. Default: none.
+        slope: (O,), also float32, the factor of negative numbers: zeros for ReLU, one number for a leaky ReLU, the weight of a
             PReLU. Default: no rectifier.
-        residual: (B, O, H, W) float32, added before the rectifier. Default: none.
+        residual: (B, O, H, W), added before the rectifier. Default: none.
 
     Returns:
-        (B, O, H, W) float32, channels_last.
+        (B, O, H, W), channels_last. Sums are float32 and rounded once, at the end.
 
     Raises:
         ValueError: shapes that do not match, tensors on several devices, no image.
-        TypeError: another dtype.
+        TypeError: another dtype, or tensors of several dtypes.
 
     Differentiable: yes: where a gradient is needed, PyTorch's own convolution runs.
     Deterministic: yes, bit for bit, for any number of threads.
@@ -83,7 +83,8 @@ def conv1x1(
     )
     given = [x for x in (*parts, weight, bias, slope, residual) if x is not None]
     for x in given:
-        check.dtype(op, "every tensor", x.dtype, (torch.float32,))
+        name = "bias" if x is bias else "slope" if x is slope else "every tensor"
+        check.convolution_dtype(op, name, x.dtype, None if x is parts[0] else parts[0].dtype)
         check.same_device(op, "the first image", parts[0], "every tensor", x)
     differentiated = torch.is_grad_enabled() and any(x.requires_grad for x in given)
     arguments = (parts, weight, bias, slope, residual)
@@ -107,10 +108,11 @@ def conv1x1_plain(
     joined = images[0] if len(images) == 1 else torch.cat(list(images), dim=1)
     # PyTorch's convolutions refuse an image without rows.
     empty = joined.new_zeros(joined.shape[0], weight.shape[0], *joined.shape[2:]) if 0 in joined.shape[2:] else None
+    bias = None if bias is None else bias.to(joined.dtype)
     y = F.conv2d(joined, weight[:, :, None, None], bias) if empty is None else empty
     if residual is not None:
         y = y + residual
-    return y if slope is None else F.prelu(y, slope)
+    return y if slope is None else F.prelu(y, slope.to(y.dtype))
 
 
 def _fake(
@@ -142,7 +144,7 @@ def _reference(
     given = {"weight": weight, "bias": bias, "slope": slope, "residual": residual}
     for name, x_or_none in (*(("an image", x) for x in images), *given.items()):
         if x_or_none is not None:
-            check.dtype(op, name, x_or_none.dtype, (torch.float32,))
+            check.convolution_dtype(op, name, x_or_none.dtype, None if x_or_none is images[0] else images[0].dtype)
     check.shapes(
         op,
         *(("an image", x, (shape[0], x.shape[1], *shape[2:])) for x in images),

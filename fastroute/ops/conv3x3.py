@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from fastroute.ops import _checks as check
 from fastroute.ops._library import by_reference, call, in_own_dtype, in_plain_torch, is_transformed, register
-from fastroute.reference.conv3x3 import PAD, SIDE, TAPS, conv3x3_reference, transformed_weight
+from fastroute.reference.conv3x3 import PAD, SIDE, TAPS, conv3x3_reference, paired_weight, transformed_weight
 
 SCHEMAS = [
     "conv3x3(Tensor image, Tensor weight, Tensor? bias, Tensor? slope, Tensor? residual, SymInt channels, int shuffle, "
@@ -25,7 +25,8 @@ class Conv3x3Weight(NamedTuple):
 
     Attributes:
         weight: (O, C / G, 3, 3), as it was given.
-        transformed: (36, G, C / G, P), its values at the 36 points of a tile.
+        transformed: (36, G, C / G, P), its values at the 36 points of a tile; in bfloat16 (9, G, pairs, P, 2), the kernel of
+            every tap for the pairs of the C / G channels.
         shuffle: factor of the pixel shuffle behind the convolution; 1 for none.
     """
 
@@ -38,7 +39,7 @@ def conv3x3_weight(weight: Tensor, groups: int = 1, shuffle: int = 1) -> Conv3x3
     """Transform the weight of a convolution once, for many calls of :func:`conv3x3`.
 
     Args:
-        weight: (O, C / groups, 3, 3) float32.
+        weight: (O, C / groups, 3, 3) float32 or bfloat16.
         groups: groups of channels. O is a multiple of groups * shuffle².
         shuffle: factor of a pixel shuffle behind the convolution, which then costs nothing.
 
@@ -47,14 +48,21 @@ def conv3x3_weight(weight: Tensor, groups: int = 1, shuffle: int = 1) -> Conv3x3
     """
     op = "conv3x3_weight"
     check.rank(op, "weight", weight, "(O, C / groups, 3, 3)", 4)
-    check.dtype(op, "weight", weight.dtype, (torch.float32,))
+    check.convolution_dtype(op, "weight", weight.dtype, None)
     check.at_least(op, 1, groups=groups, shuffle=shuffle)
     if weight.shape[2:] != (TAPS, TAPS) or 0 in weight.shape or weight.shape[0] % (groups * shuffle**2):
         raise ValueError(
             f"{op}: weight must be (O, C / groups, 3, 3), O a multiple of groups * shuffle² = {groups * shuffle**2}; got "
             f"{tuple(weight.shape)}"
         )
-    return Conv3x3Weight(weight, transformed_weight(weight.detach(), groups, shuffle), shuffle)
+    return Conv3x3Weight(weight, kernel_weight(weight.detach(), groups, shuffle), shuffle)
+
+
+def kernel_weight(
+    weight: Tensor, groups: int, shuffle: int
+) -> Tensor:  # [O, C / G, 3, 3] -> [36, G, C / G, P] or [9, G, pairs, P, 2]
+    """What the kernel reads: see :class:`Conv3x3Weight`."""
+    return (paired_weight if weight.dtype == torch.bfloat16 else transformed_weight)(weight, groups, shuffle)
 
 
 def conv3x3(
@@ -71,33 +79,35 @@ def conv3x3(
     By Winograd's minimal filtering F(4 x 4, 3 x 3): 36 products for every 16 outputs and input channel, where a direct
     convolution needs 144. Errors are about 1e-6 of the largest value at 64 channels per group, two to three times those of
     direct float32 sums, and about 1e-5 at 200 channels. The transforms, the products, the rectifier, the pixel shuffle and the
-    sum happen tile by tile inside the caches.
+    sum happen tile by tile inside the caches. In bfloat16, whose numbers are too short for that, by direct float32 sums, which
+    are rounded once.
 
     >>> prepared = fastroute.conv3x3_weight(layer.weight)  # once
     >>> y = fastroute.conv3x3(x, prepared, layer.bias, slope=torch.zeros(64))  # relu(layer(x))
 
     Args:
-        image: (B, C, H, W) float32.
-        weight: what :func:`conv3x3_weight` gives; or (O, C / G, 3, 3) float32 in G groups, which is then transformed in every
+        image: (B, C, H, W) float32 or bfloat16; all other tensors have its dtype, but
+            `bias` and `slope` may be float32.
+        weight: what :func:`conv3x3_weight` gives; or (O, C / G, 3, 3) in G groups, which is then transformed in every
             call.
-        bias: (O,) float32, added to the sums. Default: none.
-        slope: (O,) float32, the factor of negative numbers: zeros for ReLU, one number for a leaky ReLU, the weight of a
+        bias: (O,), added to the sums. Default: none.
+        slope: (O,), the factor of negative numbers: zeros for ReLU, one number for a leaky ReLU, the weight of a
             PReLU. Default: no rectifier.
-        residual: (B, O / s², H s, W s) float32, added last, behind the pixel shuffle by s of `weight`. Default: none.
+        residual: (B, O / s², H s, W s), added last, behind the pixel shuffle by s of `weight`. Default: none.
         out: write into this tensor, for example some channels of a larger one, whose channels lie side by side
-            (channels_last). Of the shape of the result, float32. Default: a new tensor.
+            (channels_last). Of the shape of the result. Default: a new tensor.
         context: 1 if the first and last row of `image` are neighbours that are read and have no result, as in a band of a
             larger image. The result then has the height H - 2. Default: 0, zeros above and below.
 
     Returns:
-        (B, O / s², H s, W s) float32, channels_last; `out` when it is given.
+        (B, O / s², H s, W s), channels_last; `out` when it is given.
 
     Raises:
         ValueError: shapes that do not match, tensors on several devices, or an `out` that shares memory with an input.
-        TypeError: another dtype.
+        TypeError: another dtype, or tensors of several dtypes.
 
     Differentiable: yes, without `out`: where a gradient is needed, PyTorch's own convolution runs.
-    Deterministic: yes, bit for bit, for any number of threads. A number that is not finite spreads over its tile.
+    Deterministic: yes, bit for bit, for any number of threads. In float32 a number that is not finite spreads over its tile.
     Synchronises: no.
     CUDA-graph safe: yes; on a GPU PyTorch's own convolution runs.
     Memory layout: any strides, channels_last images are read fastest; writes channels_last.
@@ -121,7 +131,7 @@ def conv3x3(
             return out.copy_(conv3x3_plain(*plain))
     if image.device.type != "cpu" or (out is None and torch.is_grad_enabled() and any(x.requires_grad for x in given)):
         return conv3x3_plain(*plain)
-    transformed = prepared.transformed if prepared is not None else transformed_weight(kernel.detach(), groups, shuffle)
+    transformed = prepared.transformed if prepared is not None else kernel_weight(kernel.detach(), groups, shuffle)
     arguments = (image, transformed, bias, slope, residual, kernel.shape[0], shuffle, context)
     found: Tensor = call(op, _reference if out is None else _reference_out, image.device, *arguments, **written)
     return found if out is None else out
@@ -158,7 +168,7 @@ def _check(
     named = {"image": image, "weight": weight, "bias": bias, "slope": slope, "residual": residual, "out": out}
     for name, x in named.items():
         if x is not None:
-            check.dtype(op, name, x.dtype, (torch.float32,))
+            check.convolution_dtype(op, name, x.dtype, None if x is image else image.dtype)
             check.same_device(op, "image", image, name, x)
     if out is not None and out.shape[1] > 1 and out.stride(1) != 1:
         raise ValueError(f"{op}: out must have its channels side by side (channels_last); its strides are {out.stride()}")
@@ -188,16 +198,17 @@ def conv3x3_plain(
     # PyTorch's convolutions refuse an image without rows.
     rows = image.shape[2] - 2 * context
     empty = image.new_zeros(image.shape[0], weight.shape[0], rows, image.shape[3]) if 0 in (rows, image.shape[3]) else None
+    bias = None if bias is None else bias.to(image.dtype)
     y = F.conv2d(image, weight, bias, padding=(1 - context, 1), groups=groups) if empty is None else empty
     if slope is not None:
-        y = F.prelu(y, slope)
+        y = F.prelu(y, slope.to(y.dtype))
     y = F.pixel_shuffle(y, shuffle)
     return y if residual is None else y + residual
 
 
 def _fake(
     image: Tensor,  # [B, C, H, W]
-    weight: Tensor,  # [36, G, C / G, P]
+    weight: Tensor,  # [36, G, C / G, P] or [9, G, pairs, P, 2]
     bias: Tensor | None,  # [O]
     slope: Tensor | None,  # [O]
     residual: Tensor | None,  # [B, O / s / s, H s, W s]
@@ -211,7 +222,7 @@ def _fake(
 
 def _reference(
     image: Tensor,  # [B, C, H, W]
-    weight: Tensor,  # [36, G, C / G, P]
+    weight: Tensor,  # [36, G, C / G, P] or [9, G, pairs, P, 2]
     bias: Tensor | None,  # [O]
     slope: Tensor | None,  # [O]
     residual: Tensor | None,  # [B, O / s / s, H s, W s]
@@ -221,26 +232,30 @@ def _reference(
 ) -> Tensor:  # [B, O / s / s, H s, W s]
     op = "conv3x3"
     check.rank(op, "image", image, "(B, C, H, W)", 4)
-    check.rank(op, "weight", weight, "(36, G, C / G, P)", 4)
+    direct = image.dtype == torch.bfloat16
+    wanted = f"({TAPS**2}, G, pairs of C / G, P, 2)" if direct else f"({SIDE**2}, G, C / G, P)"
+    check.rank(op, "weight", weight, wanted, 5 if direct else 4)
     check.at_least(op, 1, channels=channels, shuffle=shuffle)
     check.product(op, "a pixel", shuffle, shuffle)
-    points, groups, inputs, columns = weight.shape
-    parts = shuffle**2
-    whole = groups >= 1 and inputs >= 1 and channels % (groups * parts) == 0 and image.shape[1] == groups * inputs
-    if not whole or points != SIDE**2 or columns != parts * -(-channels // (groups * parts) // PAD) * PAD:
-        raise ValueError(f"{op}: weight must be ({SIDE**2}, groups, C / groups, P) for this image, as conv3x3_weight gives it")
+    groups, parts = weight.shape[1], shuffle**2
+    whole = groups >= 1 and channels % (groups * parts) == 0 and image.shape[1] >= groups and image.shape[1] % groups == 0
+    inputs = image.shape[1] // max(groups, 1)
+    first, *rest = (TAPS**2, -(-inputs // 2), 2) if direct else (SIDE**2, inputs)
+    columns = parts * -(-channels // max(groups * parts, 1) // PAD) * PAD
+    if not whole or tuple(weight.shape) != (first, groups, rest[0], columns, *rest[1:]):
+        raise ValueError(f"{op}: weight must be {wanted} for this image, as conv3x3_weight gives it")
     check.product(op, "the result", image.shape[0], channels, image.shape[2], image.shape[3])
     shape = _result_shape(image, channels, shuffle, context)
     check.shapes(op, ("bias", bias, (channels,)), ("slope", slope, (channels,)), ("residual", residual, shape))
     for name, x in (("image", image), ("weight", weight), ("bias", bias), ("slope", slope), ("residual", residual)):
         if x is not None:
-            check.dtype(op, name, x.dtype, (torch.float32,))
+            check.convolution_dtype(op, name, x.dtype, None if x is image else image.dtype)
     return conv3x3_reference(image, weight, bias, slope, residual, channels, shuffle, context)
 
 
 def _reference_out(
     image: Tensor,  # [B, C, H, W]
-    weight: Tensor,  # [36, G, C / G, P]
+    weight: Tensor,  # [36, G, C / G, P] or [9, G, pairs, P, 2]
     bias: Tensor | None,  # [O]
     slope: Tensor | None,  # [O]
     residual: Tensor | None,  # [B, O / s / s, H s, W s]
@@ -252,7 +267,7 @@ def _reference_out(
 ) -> None:
     check.written("conv3x3", "out", out, [x for x in (image, weight, bias, slope, residual) if x is not None])
     y = _reference(image, weight, bias, slope, residual, channels, shuffle, context)
-    check.dtype("conv3x3", "out", out.dtype, (torch.float32,))
+    check.dtype("conv3x3", "out", out.dtype, (image.dtype,))
     if y.shape != out.shape:
         raise ValueError(f"conv3x3: out must be {tuple(y.shape)}; got {tuple(out.shape)}")
     with torch.no_grad():

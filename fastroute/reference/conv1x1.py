@@ -16,8 +16,11 @@ def conv1x1_reference(
     """See :func:`fastroute.conv1x1`.
 
     y = W x + bias + residual at every pixel, x the channels of all images one after the other, then slope · y where y is
-    negative.
+    negative. In bfloat16 all of it is computed in float32 and rounded at the end.
     """
+    if images[0].dtype == torch.bfloat16:
+        rest = (None if x is None else x.float() for x in (bias, slope, residual))
+        return conv1x1_reference([x.float() for x in images], weight.float(), *rest).to(torch.bfloat16)
     y = torch.cat(images, dim=1).permute(0, 2, 3, 1) @ weight.t()
     if bias is not None:
         y = y + bias

@@ -1,4 +1,4 @@
-"""Reference of `conv3x3`: Winograd's F(4 x 4, 3 x 3) tile by tile, and the transform of its weights."""
+"""Reference of `conv3x3`: Winograd's F(4 x 4, 3 x 3) tile by tile, direct sums in bfloat16, and the weights of both."""
 
 from __future__ import annotations
 
@@ -60,9 +60,34 @@ def transformed_weight(weight: Tensor, groups: int, shuffle: int) -> Tensor:  # 
     return columns.to(weight.dtype).contiguous()
 
 
+def paired_weight(weight: Tensor, groups: int, shuffle: int) -> Tensor:  # [O, C / G, 3, 3] -> [9, G, pairs, P, 2]
+    """The kernel of every tap with the columns of :func:`transformed_weight`, those of two input channels in turn.
+
+    The last of an odd number of channels stands behind zeros.
+    """
+    parts, inputs = shuffle**2, weight.shape[1]
+    shown = weight.shape[0] // groups // parts
+    taps = weight.reshape(groups, shown, parts, inputs, TAPS**2).permute(4, 0, 3, 2, 1)
+    columns = F.pad(taps, (0, -shown % PAD)).flatten(3)
+    if inputs % 2:
+        columns = torch.cat([columns[:, :, :-1], torch.zeros_like(columns[:, :, -1:]), columns[:, :, -1:]], dim=2)
+    return columns.unflatten(2, (-1, 2)).transpose(3, 4).contiguous()
+
+
+def unpaired_weight(
+    paired: Tensor, inputs: int, channels: int, shuffle: int
+) -> Tensor:  # [9, G, pairs, P, 2] -> [O, C / G, 3, 3]
+    """The inverse of :func:`paired_weight`, for `inputs` channels of a group and `channels` outputs."""
+    groups, parts = paired.shape[1], shuffle**2
+    taps = paired.transpose(3, 4).flatten(2, 3).unflatten(3, (parts, -1))[..., : channels // groups // parts]
+    if inputs % 2:
+        taps = torch.cat([taps[:, :, : inputs - 1], taps[:, :, -1:]], dim=2)
+    return taps.permute(1, 4, 3, 2, 0).reshape(channels, inputs, TAPS, TAPS)
+
+
 def conv3x3_reference(
     image: Tensor,  # [B, C, H, W]
-    weight: Tensor,  # [36, G, C / G, P]
+    weight: Tensor,  # [36, G, C / G, P] or, in bfloat16, [9, G, pairs, P, 2]
     bias: Tensor | None,  # [O]
     slope: Tensor | None,  # [O]
     residual: Tensor | None,  # [B, O / s / s, H s, W s]
@@ -78,7 +103,19 @@ def conv3x3_reference(
 
     over the channels c of its group, then y + bias, slope · y where that is negative, a pixel shuffle, and y + residual.
     With `context` the first tile begins at the second row, and the first and last row are not outside of the image.
+
+    In bfloat16 all of it is computed in float32 and rounded at the end, y by direct sums over taps and channels.
     """
+    if weight.ndim == 5:
+        groups = weight.shape[1]
+        kernel = unpaired_weight(weight, image.shape[1] // groups, channels, shuffle).float()
+        size = image.shape[0], channels, image.shape[2] - 2 * context, image.shape[3]
+        # PyTorch's convolutions refuse an image without rows.
+        y = image.new_zeros(size, dtype=torch.float32)
+        if y.numel():
+            y = F.conv2d(image.float(), kernel, padding=(1 - context, 1), groups=groups)
+        bias, slope, residual = (None if x is None else x.float() for x in (bias, slope, residual))
+        return _followed(y, bias, slope, residual, shuffle).to(image.dtype)
     batch, inputs, height, width = image.shape
     height -= 2 * context
     groups = weight.shape[1]
@@ -93,6 +130,17 @@ def conv3x3_reference(
     y = torch.einsum("ia,tgoab,jb->tgoij", a, products.unflatten(3, (SIDE, SIDE)), a)
     y = y.reshape(batch, down, across, channels, TILE, TILE).permute(0, 3, 1, 4, 2, 5)
     y = y.reshape(batch, channels, down * TILE, across * TILE)[:, :, :height, :width]
+    return _followed(y, bias, slope, residual, shuffle)
+
+
+def _followed(
+    y: Tensor,  # [B, O, H, W]
+    bias: Tensor | None,  # [O]
+    slope: Tensor | None,  # [O]
+    residual: Tensor | None,  # [B, O / s / s, H s, W s]
+    shuffle: int,
+) -> Tensor:  # [B, O / s / s, H s, W s], channels_last
+    """What follows the sums."""
     if bias is not None:
         y = y + bias[:, None, None]
     if slope is not None:

@@ -1,4 +1,4 @@
-"""Convolutions that run by the kernels `conv3x3` and `conv1x1` where these apply: in float32, on a CPU."""
+"""Convolutions that run by the kernels `conv3x3` and `conv1x1` where these apply: on a CPU, in float32 or bfloat16."""
 
 from __future__ import annotations
 
@@ -11,12 +11,14 @@ from torch.nn import functional as F
 
 from fastroute.backends import select
 from fastroute.models.fused import rectify_
-from fastroute.ops.conv3x3 import TAPS, transformed_weight
+from fastroute.ops.conv3x3 import TAPS, kernel_weight
 
 # With fewer channels per group, the transforms take longer than what they save.
 FEWEST = 3
 RECTIFIERS = (nn.ReLU, nn.LeakyReLU, nn.PReLU)
 PLAIN = (Tensor, nn.Parameter)
+# Those in which the kernels are faster than PyTorch's layers: they multiply bfloat16 by one instruction set alone.
+DTYPES = (torch.float32, torch.bfloat16) if torch.cpu._is_avx512_bf16_supported() else (torch.float32,)
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -46,7 +48,7 @@ class FusedConv2d(nn.Conv2d):
         if torch.compiler.is_compiling():
             graded = torch.is_grad_enabled()
             return self._ran_by_kernel and all(
-                x.dtype == torch.float32 and x.device.type == "cpu" and not (graded and x.requires_grad)
+                x.dtype == self.weight.dtype and x.device.type == "cpu" and not (graded and x.requires_grad)
                 for x in (self.weight, *inputs)
             )
         runs = self._is_plain(*inputs) and not torch.jit.is_tracing() and select(self.OPERATOR, inputs[0].device) == "cpu"
@@ -55,17 +57,14 @@ class FusedConv2d(nn.Conv2d):
         return runs
 
     def _is_plain(self, *inputs: Tensor) -> bool:  # [B, C, H, W] each
-        """Whether weight and inputs are plain float32 tensors on the CPU, none of which needs a gradient."""
+        """Whether weight and inputs are plain tensors of one of the dtypes on the CPU, none of which needs a gradient."""
         graded = torch.is_grad_enabled()
         # Called for every layer of every pass, so attributes are taken from where they lie.
-        for x in (self._parameters["weight"], *inputs):
-            if (
-                x is None
-                or x.dtype is not torch.float32
-                or type(x) not in PLAIN
-                or not x.is_cpu
-                or (graded and x.requires_grad)
-            ):
+        weight = self._parameters["weight"]
+        if weight is None or weight.dtype not in DTYPES:
+            return False
+        for x in (weight, *inputs):
+            if x.dtype is not weight.dtype or type(x) not in PLAIN or not x.is_cpu or (graded and x.requires_grad):
                 return False
         return True
 
@@ -103,7 +102,7 @@ class FusedConv2d(nn.Conv2d):
         return y if self.rectifier is None else self.rectifier(y)
 
 
-class WinogradConv2d(FusedConv2d):
+class Conv3x3(FusedConv2d):
     """A 3 x 3 convolution that runs by :func:`fastroute.conv3x3`."""
 
     OPERATOR = "conv3x3"
@@ -158,8 +157,8 @@ class WinogradConv2d(FusedConv2d):
         bias = self._parameters["bias"]
         return bias if bias is None or factor == 1 else bias * factor
 
-    def _transformed(self, shuffle: int, factor: float) -> Tensor | None:  # [36, G, C / G, P]
-        """The transformed weight, made anew whenever the weight has changed. A compiler makes none."""
+    def _transformed(self, shuffle: int, factor: float) -> Tensor | None:  # [36, G, C / G, P] or [9, G, pairs, P, 2]
+        """The weight as the kernel reads it, made anew whenever the weight has changed. A compiler makes none."""
         # In this order: another thread writes them in the other one.
         weight, source = self._parameters["weight"], self._source
         made = self._buffers["transformed"]
@@ -182,10 +181,10 @@ class WinogradConv2d(FusedConv2d):
         assert weight is not None  # for the type checker
         return (-1 if weight.is_inference() else weight._version, shuffle, factor)
 
-    def _transform(self, shuffle: int, factor: float) -> Tensor:  # [36, G, C / G, P]
+    def _transform(self, shuffle: int, factor: float) -> Tensor:  # [36, G, C / G, P] or [9, G, pairs, P, 2]
         with torch.inference_mode(False), torch.no_grad():
             state, values = self._state(shuffle, factor), self.weight.detach()
-            made = self.transformed = transformed_weight(values * factor, self.groups, shuffle)
+            made = self.transformed = kernel_weight(values * factor, self.groups, shuffle)
             # The values are kept, so that no others can take their place in memory.
             self._source = (self.weight, values, state)
         return made
@@ -203,7 +202,7 @@ class WinogradConv2d(FusedConv2d):
         return {**super().__getstate__(), "_source": None, "_buffers": {**self._buffers, "transformed": None}}
 
 
-class PixelConv2d(FusedConv2d):
+class Conv1x1(FusedConv2d):
     """A 1 x 1 convolution of one group that runs by :func:`fastroute.conv1x1`."""
 
     OPERATOR = "conv1x1"
@@ -229,7 +228,7 @@ class PixelConv2d(FusedConv2d):
         return self._rectified(y if residual is None else y + residual, slope)
 
 
-def replacement(layer: nn.Module) -> type[WinogradConv2d | PixelConv2d] | None:
+def replacement(layer: nn.Module) -> type[Conv3x3 | Conv1x1] | None:
     """What can replace `layer` and is faster, if it is such a convolution."""
     # A subclass may compute something else; a hook may look at the layer or change its weight.
     if type(layer) is not nn.Conv2d or _is_hooked(layer):
@@ -239,8 +238,8 @@ def replacement(layer: nn.Module) -> type[WinogradConv2d | PixelConv2d] | None:
     if found != ((size, size), (1, 1), (1, 1), (size // 2, size // 2), "zeros"):
         return None
     if size == TAPS and min(layer.in_channels, layer.out_channels) // layer.groups >= FEWEST:
-        return WinogradConv2d
-    return PixelConv2d if size == 1 and layer.groups == 1 else None
+        return Conv3x3
+    return Conv1x1 if size == 1 and layer.groups == 1 else None
 
 
 def is_rectifier(layer: nn.Module | None) -> bool:
@@ -298,7 +297,7 @@ def _take_over(sequence: nn.Module, outermost: bool) -> None:
             rectifier = following[0][1]
             taken.append(following.pop(0)[0])
         stays = outermost and len(following) == 1
-        if kind is WinogradConv2d and following and not stays and _is_fusible(following[0][1], layer):
+        if kind is Conv3x3 and following and not stays and _is_fusible(following[0][1], layer):
             shuffle = following[0][1].upscale_factor  # type: ignore[union-attr, assignment]
             taken.append(following[0][0])
         sequence._modules[name] = kind(layer, rectifier, shuffle)  # type: ignore[arg-type]
@@ -325,5 +324,5 @@ def is_faster_in_float32(module: nn.Module, device: torch.device) -> bool:
     sizes = {True: 0, False: 0}
     for layer in module.modules():
         if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d):
-            sizes[isinstance(layer, WinogradConv2d) and layer.groups == 1] += layer.weight.numel()
+            sizes[isinstance(layer, Conv3x3) and layer.groups == 1] += layer.weight.numel()
     return sizes[True] > sizes[False]

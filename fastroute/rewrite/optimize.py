@@ -15,7 +15,7 @@ from fastroute.models.fsrcnn import TransposedConv2d
 from fastroute.models.precision import sums_of
 from fastroute.models.subpixel import SubpixelPlan, dense_equivalent
 from fastroute.ops._upsampled import SIZES, Upsampler, bias_of
-from fastroute.rewrite.convolutions import FusedConv2d, PixelConv2d, WinogradConv2d, replace_convolutions
+from fastroute.rewrite.convolutions import Conv1x1, Conv3x3, FusedConv2d, replace_convolutions
 
 
 class OneSlope(nn.LeakyReLU):
@@ -111,7 +111,7 @@ def _rectified_convolution(layers: list[nn.Module]) -> tuple[nn.Conv2d, nn.Leaky
 def _convolution(layer: nn.Module, rectified: bool = False) -> nn.Conv2d | None:
     """`layer` if it is a plain square convolution that keeps the size, with a rectifier taken over or without one."""
     # A subclass may compute something else.
-    if type(layer) not in (nn.Conv2d, WinogradConv2d, PixelConv2d):
+    if type(layer) not in (nn.Conv2d, Conv3x3, Conv1x1):
         return None
     if isinstance(layer, FusedConv2d) and ((layer.rectifier is not None) != rectified or layer.shuffle > 1):
         return None

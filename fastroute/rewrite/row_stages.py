@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from fastroute.models.carn import CARN, CascadingBlock, EfficientResidualBlock
 from fastroute.models.srresnet import SLOPE, ResidualBlock, SRResNet
-from fastroute.rewrite.convolutions import PixelConv2d, WinogradConv2d
+from fastroute.rewrite.convolutions import Conv1x1, Conv3x3
 
 
 class LayerStage(ABC):
@@ -52,7 +52,7 @@ class Product(LayerStage):
 
     def push(self, x: Tensor, last: bool) -> Tensor:  # [B, C, n, w]
         """See :class:`LayerStage`."""
-        if isinstance(self.layer, PixelConv2d):
+        if isinstance(self.layer, Conv1x1):
             return self.layer(x)
         weight = self.layer.weight.flatten(1)
         return F.linear(x.permute(0, 2, 3, 1), weight, self.layer.bias).permute(0, 3, 1, 2)
@@ -77,7 +77,7 @@ class RowConvolution(LayerStage):
         layer = self.layer
         if rows.shape[2] <= 2 * self.pad:
             return x.new_zeros(b, layer.out_channels, 0, w)
-        if isinstance(layer, WinogradConv2d):
+        if isinstance(layer, Conv3x3):
             return layer.fused(rows, context=1)
         return F.conv2d(rows, layer.weight, layer.bias, padding=(0, self.pad), groups=layer.groups)
 
@@ -138,7 +138,7 @@ class Merge:
     def push(self, parts: Sequence[Tensor], last: bool) -> Tensor:  # [B, C, n, w] each -> [B, C', n, w]
         """Merge parts that hold the same rows."""
         assert isinstance(self.first, nn.Conv2d)
-        if isinstance(self.first, PixelConv2d):
+        if isinstance(self.first, Conv1x1):
             return self.rest.push(self.first.fused(parts), last)
         b, _, n, w = parts[0].shape
         # Each part has its own product, added to those before: joining the parts would move more than the product reads.

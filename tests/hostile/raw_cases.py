@@ -24,7 +24,7 @@ from torch import Tensor
 
 from fastroute import buffers
 from fastroute.ops._library import OPERATORS, public_name
-from fastroute.reference.conv3x3 import transformed_weight
+from fastroute.reference.conv3x3 import paired_weight, transformed_weight
 
 BIG = (2**31 - 1, 2**31, 2**31 + 1, 2**32, 2**62, 2**63 - 1)
 INTS = (0, -1, -(2**63), 1, 2, 3, 5, 7, *BIG)
@@ -41,6 +41,10 @@ SANITIZED = os.environ.get("FASTROUTE_SANITIZED", "")
 
 def rand(*shape: int) -> Tensor:
     return torch.rand(shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+def half(*shape: int) -> Tensor:
+    return rand(*shape).bfloat16()
 
 
 def ints(*values: int) -> Tensor:
@@ -111,6 +115,12 @@ GOOD: list[tuple[str, dict[str, Any]]] = [
                      context=1)),
     ("conv3x3.out", dict(image=rand(2, 3, 5, 6), weight=KERNEL, bias=rand(8), slope=None, residual=rand(2, 2, 10, 12),
                          channels=8, shuffle=2, context=0, out=rand(2, 10, 12, 2).permute(0, 3, 1, 2))),
+    ("conv1x1", dict(images=[half(2, 2, 3, 5), half(2, 1, 3, 5)], weight=half(4, 3), bias=rand(4), slope=half(4),
+                     residual=half(2, 4, 3, 5))),
+    ("conv3x3", dict(image=half(2, 3, 5, 6), weight=paired_weight(half(8, 3, 3, 3), 1, 2), bias=rand(8), slope=half(8),
+                     residual=half(2, 2, 10, 12), channels=8, shuffle=2, context=0)),
+    ("conv3x3", dict(image=half(1, 6, 9, 3), weight=paired_weight(half(3, 6, 3, 3), 1, 1), bias=None, slope=None,
+                     residual=None, channels=3, shuffle=1, context=1)),
     ("pixel_mlp", dict(features=rand(1, 3, 2, 2), weights=[rand(5, 7), rand(2, 5)], biases=[rand(5), rand(2)], depths=[2, 0],
                        height=5, width=6, class_map=classes(1, 5, 6), residual=rand(1, 2, 2, 2), relative=rand(11) - 0.5,
                        row_begin=1, row_end=5)),

@@ -1,6 +1,7 @@
 // conv3x3: out[b, o, y, x] = residual[b, o, y, x] + rectify(bias[o] + Σ_{c, i, j} w[o, c, i, j] · image[b, c, y - 1 +
 // i, x - 1 + j]), pixels outside of the image being 0 and the sum over the channels of o's group, by Winograd's minimal
-// filtering F(4 x 4, 3 x 3): 36 products for every 16 outputs and input channel instead of 144.
+// filtering F(4 x 4, 3 x 3): 36 products for every 16 outputs and input channel instead of 144. In bfloat16, whose
+// numbers are too short for it, by direct sums: direct.h.
 // Work mapping: tiles of 4 x 4 outputs are numbered over all images; blocks of them are transformed, multiplied at one
 // point after the other, and transformed back inside the caches. One item per block.
 #include "cpu/conv3x3/plan.h"
@@ -10,9 +11,12 @@
 #include <utility>
 #include <vector>
 
-#include "common/check_float32.h"
+#include "common/checks.h"
+#include "common/dispatch.h"
 #include "common/huge_pages.h"
+#include "common/numbers.h"
 #include "common/written.h"
+#include "cpu/conv3x3/direct.h"
 #include "cpu/intrinsics.h"
 #include "cpu/isa.h"
 
@@ -33,19 +37,24 @@ decltype(&baseline::run_block) active_block() {
     return baseline::run_block;
 }
 
+void check_kind(const char* name, const Tensor& x, ScalarType type, int64_t rank) {
+    check_cpu(kOp, name, x), check_rank(kOp, name, x, rank);
+    FASTROUTE_CHECK(x.scalar_type() == type, kOp, ": ", name, " must have the dtype of the image");
+}
+
 template <typename T>
 View<T> view_of(const Tensor& x) {  // [B, C, H, W]
     View<T> view{nullptr, x.stride(0), x.stride(1), x.stride(2), x.stride(3)};
     if constexpr (std::is_const_v<T>) {
-        view.data = x.const_data_ptr<float>();
+        view.data = x.const_data_ptr<std::remove_const_t<T>>();
     } else {
-        view.data = x.mutable_data_ptr<float>();
+        view.data = x.mutable_data_ptr<T>();
     }
     return view;
 }
 
 // `x` has the shape of the result.
-void check_shape(const char* name, const Tensor& x, const Problem& p) {  // [B, O / s / s, H s, W s]
+void check_shape(const char* name, const Tensor& x, const Shape& p) {  // [B, O / s / s, H s, W s]
     const int64_t channels = p.groups * p.shown, height = p.height * p.shuffle, width = p.width * p.shuffle;
     FASTROUTE_CHECK(x.size(0) == p.images && x.size(1) == channels && x.size(2) == height && x.size(3) == width, kOp,
                     ": ", name, " must have the shape of the result, (", p.images, ", ", channels, ", ", height, ", ",
@@ -53,84 +62,65 @@ void check_shape(const char* name, const Tensor& x, const Problem& p) {  // [B, 
 }
 
 // One number per output in the order of a weight's columns: `x` or, where there is none, `otherwise`.
-std::vector<float> per_column(const char* name, const std::optional<Tensor>& x, float otherwise, const Problem& p) {
+template <typename T>
+std::vector<float> per_column(const char* name, const std::optional<Tensor>& x, float otherwise, const Shape& p) {
     std::vector<float> found(p.groups * p.columns, otherwise);
     if (!x.has_value()) return found;
     const int64_t parts = p.shuffle * p.shuffle, outputs = p.groups * p.shown * parts;
-    check_float32(kOp, name, *x, 1);
-    FASTROUTE_CHECK(x->size(0) == outputs, kOp, ": ", name, " must have one number for each of the ", outputs,
-                    " output channels; got ", x->size(0));
-    const float* from = x->const_data_ptr<float>();
-    for (int64_t o = 0; o < outputs; ++o) {
+    FASTROUTE_CHECK(x->dim() == 1 && x->size(0) == outputs, kOp, ": ", name, " must have one number for each of the ",
+                    outputs, " output channels");
+    read_numbers<T>(kOp, name, *x, [&](int64_t o, float value) {
         const int64_t channel = o / parts, column = o % parts * p.lanes + channel % p.shown;
-        found[channel / p.shown * p.columns + column] = from[o * x->stride(0)];
-    }
+        found[channel / p.shown * p.columns + column] = value;
+    });
     return found;
 }
 
-// A call, checked: everything but the place of its result.
-Problem checked(const Tensor& image,   // [B, C, H, W]
-                const Tensor& weight,  // [36, G, C / G, P]
-                const std::optional<Tensor>& residual, int64_t channels, int64_t shuffle, int64_t context) {
-    check_float32(kOp, "image", image, 4), check_float32(kOp, "weight", weight, 4);
+// The shape of a call, checked, `direct` for weights of bfloat16.
+Shape checked(const Tensor& image,   // [B, C, H, W]
+              const Tensor& weight,  // [36, G, C / G, P] or [9, G, pairs, P, 2]
+              bool direct, int64_t channels, int64_t shuffle, int64_t context) {
+    check_kind("weight", weight, image.scalar_type(), direct ? 5 : 4);
     check_at_least(kOp, "channels", channels, 1), check_at_least(kOp, "shuffle", shuffle, 1);
     FASTROUTE_CHECK(context == 0 || (context == 1 && image.size(2) >= 2), kOp,
                     ": context must be 0, or 1 for an image of at least 2 rows; got ", context);
-    const int64_t height = image.size(2) - 2 * context;
     const int64_t groups = weight.size(1), parts = checked_product(kOp, "a pixel", {shuffle, shuffle});
     FASTROUTE_CHECK(groups >= 1 && channels % groups == 0 && channels / groups % parts == 0, kOp, ": the ", channels,
                     " output channels must be a multiple of groups * shuffle * shuffle, ", groups, " * ", parts);
-    const int64_t shown = channels / groups / parts;
+    const int64_t shown = channels / groups / parts, in = image.size(1) / groups;
     FASTROUTE_CHECK(shown <= std::numeric_limits<int64_t>::max() - kPad, kOp, ": channels is too large; got ",
                     channels);
     const int64_t columns = checked_product(kOp, "weight", {parts, padded(shown)});
-    FASTROUTE_CHECK(weight.size(0) == kPoints && weight.size(2) >= 1 && image.size(1) % groups == 0 &&
-                        weight.size(2) == image.size(1) / groups && weight.size(3) == columns,
-                    kOp, ": weight must be (", kPoints, ", groups, C / groups, ", columns,
-                    ") for this image, as conv3x3_weight gives it");
-    Problem p{.images = image.size(0),
-              .height = height,
-              .width = image.size(3),
-              .channels = image.size(1),
-              .context = context,
-              .groups = groups,
-              .in = weight.size(2),
-              .shuffle = shuffle,
-              .shown = shown,
-              .lanes = padded(shown),
-              .columns = columns,
-              .down = height / kTile + (height % kTile > 0),
-              .across = image.size(3) / kTile + (image.size(3) % kTile > 0),
-              .tiles = tiles_per_block(image.size(1)),
-              .rectified = false,
-              .x = view_of<const float>(image),
-              .residual = {},
-              .y = {},
-              .weight = nullptr,
-              .bias = nullptr,
-              .slope = nullptr};
+    const bool whole = image.size(1) >= 1 && image.size(1) % groups == 0 && weight.size(3) == columns;
+    const bool fits = direct ? weight.size(0) == 9 && weight.size(2) == in / 2 + in % 2 && weight.size(4) == 2
+                             : weight.size(0) == kPoints && weight.size(2) == in;
+    FASTROUTE_CHECK(whole && fits, kOp, ": weight must be ",
+                    direct ? "(9, groups, pairs of C / groups, " : "(36, groups, C / groups, ", columns,
+                    direct ? ", 2)" : ")", " for this image, as conv3x3_weight gives it");
+    const Shape p{.images = image.size(0),
+                  .height = image.size(2) - 2 * context,
+                  .width = image.size(3),
+                  .channels = image.size(1),
+                  .context = context,
+                  .groups = groups,
+                  .in = in,
+                  .shuffle = shuffle,
+                  .shown = shown,
+                  .lanes = padded(shown),
+                  .columns = columns,
+                  .rectified = false,
+                  .weight = nullptr,
+                  .bias = nullptr,
+                  .slope = nullptr};
     checked_product(kOp, "the result", {p.images, channels, p.height, p.width});
     // Each alone too: where there is no image, the product is 0.
     checked_product(kOp, "its height", {p.height, shuffle}), checked_product(kOp, "its width", {p.width, shuffle});
-    p.x.data += context * p.x.row;
-    if (residual.has_value()) {
-        check_float32(kOp, "residual", *residual, 4);
-        check_shape("residual", *residual, p);
-        p.residual = view_of<const float>(*residual);
-    }
     return p;
 }
 
-void run(Problem& p, const Tensor& weight,    // [36, G, C / G, P]
-         const std::optional<Tensor>& bias,   // [O]
-         const std::optional<Tensor>& slope,  // [O]
-         const Tensor& out) {                 // [B, O / s / s, H s, W s]
-    const auto biases = per_column("bias", bias, 0, p), slopes = per_column("slope", slope, 1, p);
-    if (out.numel() == 0) return;
-    const Tensor dense = as_contiguous(weight);
-    p.rectified = slope.has_value();
-    p.weight = dense.const_data_ptr<float>(), p.bias = biases.data(), p.slope = slopes.data();
-    p.y = view_of<float>(out);
+void run(Problem& p) {
+    p.down = p.height / kTile + (p.height % kTile > 0), p.across = p.width / kTile + (p.width % kTile > 0);
+    p.tiles = tiles_per_block(p.channels);
     const int64_t total = p.images * p.down * p.across, blocks = (total + p.tiles - 1) / p.tiles;
     const auto run_block = active_block();
     parallel(blocks, 1, [&](int64_t begin, int64_t end) {
@@ -140,37 +130,92 @@ void run(Problem& p, const Tensor& weight,    // [36, G, C / G, P]
     });
 }
 
+void run(Direct& p) {
+    p.pairs = p.in / 2 + p.in % 2;
+    run_direct(p);
+}
+
+// Everything but the check of `out` where it is given. P is Problem or Direct, T the numbers of the tensors.
+template <typename P, typename T>
+Tensor convolved(const Tensor& image,                    // [B, C, H, W]
+                 const Tensor& weight,                   // [36, G, C / G, P] or [9, G, pairs, P, 2]
+                 const std::optional<Tensor>& bias,      // [O]
+                 const std::optional<Tensor>& slope,     // [O]
+                 const std::optional<Tensor>& residual,  // [B, O / s / s, H s, W s]
+                 int64_t channels, int64_t shuffle, int64_t context,
+                 const std::optional<Tensor>& given) {  // [B, O / s / s, H s, W s]
+    P p{};
+    const ScalarType type = image.scalar_type();
+    static_cast<Shape&>(p) = checked(image, weight, std::is_same_v<P, Direct>, channels, shuffle, context);
+    p.x = view_of<const T>(image);
+    p.x.data += context * p.x.row;
+    if (residual.has_value()) {
+        check_kind("residual", *residual, type, 4);
+        check_shape("residual", *residual, p);
+        p.residual = view_of<const T>(*residual);
+    }
+    if (given.has_value()) {
+        check_kind("out", *given, type, 4);
+        check_shape("out", *given, p);
+        FASTROUTE_CHECK(given->stride(1) == 1 || given->size(1) == 1, kOp, ": out must have its channels side by side");
+        std::vector<Tensor> inputs{image, weight};
+        for (const auto& x : {bias, slope, residual}) {
+            if (x.has_value()) inputs.push_back(*x);
+        }
+        check_written(kOp, "out", *given, inputs);
+    }
+    const auto biases = per_column<T>("bias", bias, 0, p), slopes = per_column<T>("slope", slope, 1, p);
+    const Tensor out =
+        given.has_value()
+            ? *given
+            : prefer_huge_pages(empty_tensor(kOp, "the result",
+                                             {p.images, p.groups * p.shown, p.height * shuffle, p.width * shuffle},
+                                             type, image, torch::headeronly::MemoryFormat::ChannelsLast));
+    if (out.numel() == 0) return out;
+    const Tensor dense = as_contiguous(weight);
+    p.rectified = slope.has_value();
+    p.weight = reinterpret_cast<const float*>(dense.const_data_ptr<T>());
+    p.bias = biases.data(), p.slope = slopes.data();
+    p.y = view_of<T>(out);
+    run(p);
+    return out;
+}
+
+Tensor by_type(const Tensor& image,                    // [B, C, H, W]
+               const Tensor& weight,                   // [36, G, C / G, P] or [9, G, pairs, P, 2]
+               const std::optional<Tensor>& bias,      // [O]
+               const std::optional<Tensor>& slope,     // [O]
+               const std::optional<Tensor>& residual,  // [B, O / s / s, H s, W s]
+               int64_t channels, int64_t shuffle, int64_t context,
+               const std::optional<Tensor>& out) {  // [B, O / s / s, H s, W s]
+    check_cpu(kOp, "image", image), check_rank(kOp, "image", image, 4);
+    const auto run_as = [&](auto convolve) {
+        return convolve(image, weight, bias, slope, residual, channels, shuffle, context, out);
+    };
+    switch (image.scalar_type()) {
+        case ScalarType::Float: return run_as(convolved<Problem, float>);
+        case ScalarType::BFloat16: return run_as(convolved<Direct, BFloat16>);
+        default: fail(kOp, ": image must be float32 or bfloat16");
+    }
+}
+
 Tensor conv3x3(const Tensor& image,                    // [B, C, H, W]
-               const Tensor& weight,                   // [36, G, C / G, P]
+               const Tensor& weight,                   // [36, G, C / G, P] or [9, G, pairs, P, 2]
                const std::optional<Tensor>& bias,      // [O]
                const std::optional<Tensor>& slope,     // [O]
                const std::optional<Tensor>& residual,  // [B, O / s / s, H s, W s]
                int64_t channels, int64_t shuffle, int64_t context) {
-    Problem p = checked(image, weight, residual, channels, shuffle, context);
-    const Tensor out = prefer_huge_pages(
-        empty_tensor(kOp, "the result", {p.images, p.groups * p.shown, p.height * shuffle, p.width * shuffle},
-                     ScalarType::Float, image, torch::headeronly::MemoryFormat::ChannelsLast));
-    run(p, weight, bias, slope, out);
-    return out;
+    return by_type(image, weight, bias, slope, residual, channels, shuffle, context, std::nullopt);
 }
 
 void conv3x3_out(const Tensor& image,                    // [B, C, H, W]
-                 const Tensor& weight,                   // [36, G, C / G, P]
+                 const Tensor& weight,                   // [36, G, C / G, P] or [9, G, pairs, P, 2]
                  const std::optional<Tensor>& bias,      // [O]
                  const std::optional<Tensor>& slope,     // [O]
                  const std::optional<Tensor>& residual,  // [B, O / s / s, H s, W s]
                  int64_t channels, int64_t shuffle, int64_t context,
                  const Tensor& out) {  // [B, O / s / s, H s, W s]
-    Problem p = checked(image, weight, residual, channels, shuffle, context);
-    check_float32(kOp, "out", out, 4);
-    check_shape("out", out, p);
-    FASTROUTE_CHECK(out.stride(1) == 1 || out.size(1) == 1, kOp, ": out must have its channels side by side");
-    std::vector<Tensor> inputs{image, weight};
-    for (const auto& x : {bias, slope, residual}) {
-        if (x.has_value()) inputs.push_back(*x);
-    }
-    check_written(kOp, "out", out, inputs);
-    run(p, weight, bias, slope, out);
+    by_type(image, weight, bias, slope, residual, channels, shuffle, context, out);
 }
 
 }  // namespace

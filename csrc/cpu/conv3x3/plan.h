@@ -1,9 +1,12 @@
 // What conv3x3 prepares once per call, the constants of its transforms, and the buffers of a thread.
 #pragma once
 
+#include <torch/headeronly/util/BFloat16.h>
+
 #include <algorithm>
 #include <cstdint>
 #include <memory>
+#include <vector>
 
 namespace fastroute::conv3x3 {
 
@@ -22,7 +25,7 @@ inline constexpr int64_t kMostTiles = 48, kFewestTiles = 12, kBlockBytes = 768 <
 
 inline int64_t padded(int64_t channels) { return (channels + kPad - 1) / kPad * kPad; }
 
-// A float32 image (B, C, H, W) by its strides, in elements.
+// An image (B, C, H, W) by its strides, in elements.
 template <typename T>
 struct View {
     T* data;
@@ -33,19 +36,37 @@ struct View {
     }
 };
 
-struct Problem {
+// What is the same for all types.
+struct Shape {
     int64_t images, height, width, channels;  // height of what is written
     int64_t context;                          // rows above and below that are read and not written
     int64_t groups, in;                       // groups, and inputs of each
     int64_t shuffle;                          // a pixel of the output becomes shuffle x shuffle pixels
     int64_t shown, lanes;                     // channels of a group in such a pixel, and the same in whole vectors
     int64_t columns;                          // outputs of a group: shuffle * shuffle * lanes
-    int64_t down, across, tiles;              // tiles of an image, and of a block
     bool rectified;
+    const float *weight, *bias, *slope;  // see below; [groups][columns]; [groups][columns]
+};
+
+// bfloat16, by direct sums. The weight: [9][groups][pairs][columns] pairs of numbers, each pair in the place of a
+// float.
+struct Direct : Shape {
+    int64_t pairs;                          // of inputs of a group
+    View<const c10::BFloat16> x, residual;  // residual.data may be null
+    View<c10::BFloat16> y;                  // behind the shuffle, as residual is
+};
+
+// The same to few channels: weights with all taps in columns, [pairs][columns], and as many zeros as columns.
+struct Few {
+    int64_t columns = 0;
+    std::vector<float> weight, zeros;
+};
+
+// float32, by Winograd's method. The weight: [kPoints][groups][in][columns].
+struct Problem : Shape {
+    int64_t down, across, tiles;    // tiles of an image, and of a block
     View<const float> x, residual;  // residual.data may be null
     View<float> y;                  // behind the shuffle, as residual is
-    const float* weight;            // [kPoints][groups][in][columns]
-    const float *bias, *slope;      // [groups][columns]
 
     // Planes lie one line further apart than they are large, so that their lines fall into different sets of a cache.
     int64_t transformed_plane() const { return tiles * padded(channels) + kPad; }

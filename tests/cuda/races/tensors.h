@@ -29,6 +29,11 @@ inline Tensor floats(const std::vector<int64_t>& size) {
     return tensor<float>(size, ScalarType::Float, [](int64_t n) { return static_cast<float>(n % 97) / 97.0f; });
 }
 
+inline Tensor halves(const std::vector<int64_t>& size) {
+    return tensor<fastroute::BFloat16>(size, ScalarType::BFloat16,
+                                       [](int64_t n) { return static_cast<float>(n % 97) / 97.0f; });
+}
+
 inline Tensor integers(int64_t count, int64_t step, int64_t limit) {
     return tensor<int64_t>({count}, ScalarType::Long, [&](int64_t n) { return n * step % limit; });
 }

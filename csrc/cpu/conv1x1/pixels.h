@@ -10,7 +10,7 @@ inline constexpr int kMostVectors = FASTROUTE_BYTES == 64 ? 4 : 2;
 
 // `Pixels` pixels and `Vectors` vectors of outputs, from column `first` on. `at` is the first of the pixels.
 template <int Pixels, int Vectors>
-FASTROUTE_TARGET __attribute__((noinline)) void run_pixels(const Problem& p, const Run& run, int64_t at,
+FASTROUTE_TARGET __attribute__((noinline)) void run_pixels(const Problem<float>& p, const Run& run, int64_t at,
                                                            int64_t first) {
     Floats sum[Pixels][Vectors];
 #pragma GCC unroll 4
@@ -20,7 +20,7 @@ FASTROUTE_TARGET __attribute__((noinline)) void run_pixels(const Problem& p, con
         for (int i = 0; i < Pixels; ++i) sum[i][v] = bias;
     }
     const float* b = p.weight + first;
-    for (const View& image : p.images) {
+    for (const View<float>& image : p.images) {
         const float* a = image.at(run) + at * image.pixel;
         for (int64_t k = 0; k < image.channels; ++k, a += image.channel, b += p.columns) {
             Floats weight[Vectors];
@@ -44,7 +44,7 @@ FASTROUTE_TARGET __attribute__((noinline)) void run_pixels(const Problem& p, con
         for (int i = 0; i < Pixels; ++i) {
             Floats value = sum[i][v];
             if (p.adds) {
-                const View& residual = p.residual;
+                const View<float>& residual = p.residual;
                 const float* from = residual.at(run) + (at + i) * residual.pixel + channel * residual.channel;
                 const bool dense = count == kLanes && residual.channel == 1;
                 value = value + (dense ? load(from) : load_some(from, residual.channel, count));
@@ -57,7 +57,7 @@ FASTROUTE_TARGET __attribute__((noinline)) void run_pixels(const Problem& p, con
 
 // Blocks of registers leave room for a vector of weights and the broadcast.
 template <int Vectors>
-FASTROUTE_SIMD void run_vectors(const Problem& p, const Run& run, int64_t begin, int64_t end, int64_t first) {
+FASTROUTE_SIMD void run_vectors(const Problem<float>& p, const Run& run, int64_t begin, int64_t end, int64_t first) {
     constexpr int pixels = FASTROUTE_BYTES == 64 ? (Vectors == 4 ? 6 : Vectors == 3 ? 8 : 12) : Vectors == 2 ? 6 : 12;
     int64_t at = begin;
     for (; at + pixels <= end; at += pixels) run_pixels<pixels, Vectors>(p, run, at, first);
@@ -65,7 +65,7 @@ FASTROUTE_SIMD void run_vectors(const Problem& p, const Run& run, int64_t begin,
 }
 
 // Pixels [begin, end) of a run.
-FASTROUTE_TARGET __attribute__((noinline)) void run_block(const Problem& p, const Run& run, int64_t begin,
+FASTROUTE_TARGET __attribute__((noinline)) void run_block(const Problem<float>& p, const Run& run, int64_t begin,
                                                           int64_t end) {
     for (int64_t first = 0; first < p.columns; first += kMostVectors * kLanes) {
         switch (std::min<int64_t>(kMostVectors, (p.columns - first) / kLanes)) {
