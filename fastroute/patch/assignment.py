@@ -13,6 +13,7 @@ from fastroute.budget.speed import Speed
 from fastroute.grid import TileGrid
 from fastroute.ops import _checks as check
 from fastroute.ops.assign_classes import assign_classes
+from fastroute.patch.bands import Band
 from fastroute.patch.classify import Scores, classify_patches
 from fastroute.patch.regions import Merging, assign_merged
 from fastroute.runtime.progress import Progress
@@ -66,12 +67,14 @@ class PatchCall:
         classes: how classes are chosen.
         memory_limit: the largest number of bytes to hold, or None for no limit.
         progress: see :meth:`PatchRouter.upscale`.
+        bands: the bands of a section, which are those of the image of which it is a part; None for images as a whole.
     """
 
     merging: Merging
     classes: ClassRequest
     memory_limit: int | None = None
     progress: Progress = False
+    bands: list[Band] | None = None
 
 
 def check_request(
@@ -143,25 +146,44 @@ def assign_patches(
     if request.class_map is not None:
         return request.class_map.reshape(-1).to(source.device, torch.int64), 0
     limit, speed, unit = request.limit, request.speed, request.unit_costs(costs)
-    number, whole = source.shape[0] * merging.grid.num_patches, source.shape[0] * merging.patches()
-    if len(unit) == 1 or affords_all(limit, whole, number, unit, speed):
-        # Decided by the user's cost, not by time: a small network may have been slow when it was measured.
-        most = most_expensive(costs.own if limit.flops is None else unit)
-        return torch.full((number,), most, dtype=torch.int64, device=source.device), 0
+    number = source.shape[0] * merging.grid.num_patches
+    if (only := only_class(request, costs, source.shape[0], merging)) is not None:
+        return torch.full((number,), only, dtype=torch.int64, device=source.device), 0
     with watch.stage("classify"):
         scores = score_image(classifier, source, merging.grid, len(unit))
     with watch.stage("assign"):
-        if limit.fraction is not None and merging.merge > 1:
-            return within(scores.score, unit, limit.fraction * whole * max(unit), merging), scores.flops
-        if limit.flops is not None:
-            least = whole * min(unit) + scores.flops
-            refuse_below("upscale", "budget_flops", limit.flops, least, f"{least:.4g}")
-            return within(scores.score, unit, limit.flops - scores.flops, merging), scores.flops
         if limit.ms is not None and speed is not None:
             # The classifier may still be running.
             spent = 1e3 * (watch.elapsed() - watch.seconds.get("tune", 0.0))
             return within(scores.score, unit, limit.ms - spent - number * speed.rest, merging), scores.flops
-        return assign_classes(scores.score, unit, request.penalty, limit.fraction), scores.flops
+        return assign_scores(scores, source.shape[0], merging, request, costs), scores.flops
+
+
+def only_class(request: ClassRequest, costs: PatchCosts, images: int, merging: Merging) -> int | None:
+    """The class of all patches if there is nothing to choose, so that none needs to be classified; else None."""
+    limit, unit = request.limit, request.unit_costs(costs)
+    whole, number = images * merging.patches(), images * merging.grid.num_patches
+    if len(unit) > 1 and not affords_all(limit, whole, number, unit, request.speed):
+        return None
+    # Decided by the user's cost, not by time: a small network may have been slow when it was measured.
+    return most_expensive(costs.own if limit.flops is None else unit)
+
+
+def assign_scores(scores: Scores, images: int, merging: Merging, request: ClassRequest, costs: PatchCosts) -> Tensor:  # [N]
+    """Classes of all patches by their scores, within a budget that is no time.
+
+    Raises:
+        ValueError: the budget of FLOPs is less than the classifier and the cheapest class take.
+    """
+    limit, unit = request.limit, request.unit_costs(costs)
+    whole = images * merging.patches()
+    if limit.fraction is not None and merging.merge > 1:
+        return within(scores.score, unit, limit.fraction * whole * max(unit), merging)
+    if limit.flops is not None:
+        least = whole * min(unit) + scores.flops
+        refuse_below("upscale", "budget_flops", limit.flops, least, f"{least:.4g}")
+        return within(scores.score, unit, limit.flops - scores.flops, merging)
+    return assign_classes(scores.score, unit, request.penalty, limit.fraction)
 
 
 def within(score: Tensor, costs: Sequence[float], allowed: float, merging: Merging) -> Tensor:  # [N, K] -> [N]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TypeGuard
 from weakref import WeakKeyDictionary
@@ -18,13 +19,16 @@ from fastroute.patch.bands import band_around
 from fastroute.profiling import count_flops
 from fastroute.runtime.devices import on_device
 from fastroute.runtime.memory_plan import REARRANGED, pass_bytes
-from fastroute.runtime.rows import Source, TensorSource
+from fastroute.runtime.rows import Source, Span, TensorSource
 from fastroute.runtime.transfer import to_device
 
 # Cells per band of the image, which is read from a file at once and shared by the threads: a whole image 960 pixels wide.
 CELLS_PER_BAND = {"cpu": 32768, "cuda": 1 << 20}
 # Bytes that a batch of extracted patches may take in a classifier. More does not fit a CPU's caches; a GPU needs more work.
 BATCH_BYTES = {"cpu": 16 << 20, "cuda": 256 << 20}
+# About how many patches a block of tile rows has. Patches of two blocks are never classified in one batch, so blocks can be
+# classified by several processes, and no batch reads rows that lie far apart.
+BLOCK_PATCHES = 8192
 
 
 @dataclass(frozen=True)
@@ -58,28 +62,71 @@ def classify_patches(classifier: nn.Module, image: Tensor | Source, grid: TileGr
         ValueError: the classifier returns another shape than (N, K).
     """
     source = TensorSource(image, image.device) if isinstance(image, Tensor) else image
-    batch = source.shape[0]
+    score = score_rows(classifier, source, grid, (0, grid.rows))
+    return Scores(score, source.shape[0] * classifying_flops(classifier, source.shape[1], grid))
+
+
+def block_rows(grid: TileGrid) -> int:
+    """The number of tile rows of a block, see :func:`score_rows`."""
+    return max(1, BLOCK_PATCHES // grid.cols)
+
+
+def score_rows(classifier: nn.Module, source: Source, grid: TileGrid, rows: Span) -> Tensor:  # [N, K]
+    """The scores of the patches of some tile rows of every image: those that :func:`classify_patches` gives, bit for bit.
+
+    Args:
+        classifier, source, grid: see :func:`classify_patches`.
+        rows: first tile row and one past the last: the bounds of blocks of `block_rows`, or the end of the grid.
+    """
+    batch, (first, end) = source.shape[0], rows
     if not cellwise(classifier, grid):
-        numbers, places = (torch.arange(batch * grid.num_patches, device=at) for at in ("cpu", source.device))
-        return _by_patch(classifier, source, grid, numbers, places)
+        own = torch.arange(first * grid.cols, end * grid.cols)
+        numbers = (torch.arange(batch)[:, None] * grid.num_patches + own).flatten()
+        return _by_patch(classifier, source, grid, numbers)
     assert isinstance(classifier, PatchClassifier)  # for the type checker; cellwise has seen it
-    cell = classifier.CELL
-    rows = [i for i, y in enumerate(grid.row_origins) if y % cell == 0]
-    cols = [j for j, x in enumerate(grid.col_origins) if x % cell == 0]
-    score, flops = _by_cell(classifier, source, grid, rows, cols)  # [B, rows, cols, K]
-    if len(rows) == grid.rows and len(cols) == grid.cols:
-        return Scores(score.flatten(0, 2), flops)
-    full = score.new_empty(batch, grid.rows, grid.cols, score.shape[-1])
-    full[:, : len(rows), : len(cols)] = score
+    on_rows, cols = cell_rows(grid)
+    inner = [i for i in on_rows if first <= i < end]
+    score = _by_cell(classifier, source, grid, inner, cols)  # [B, rows, cols, K]
+    if len(inner) == end - first and len(cols) == grid.cols:
+        return score.flatten(0, 2)
+    full = score.new_empty(batch, end - first, grid.cols, score.shape[-1])
+    full[:, : len(inner), : len(cols)] = score
     # Only the last row and column can be off the cells.
-    off = torch.ones(batch, grid.rows, grid.cols, dtype=torch.bool)
-    off[:, : len(rows), : len(cols)] = False
-    numbers = off.flatten().nonzero().squeeze(1)
-    places = to_device(numbers, full.device)
-    rest = _by_patch(classifier, source, grid, numbers, places)
+    off = torch.ones(batch, end - first, grid.cols, dtype=torch.bool)
+    off[:, : len(inner), : len(cols)] = False
+    places = off.flatten().nonzero().squeeze(1)
+    image = places // ((end - first) * grid.cols)
+    numbers = places + first * grid.cols + image * (grid.num_patches - (end - first) * grid.cols)
     full = full.flatten(0, 2)
-    full[places] = rest.score
-    return Scores(full, flops + rest.flops)
+    full[to_device(places, full.device)] = _by_patch(classifier, source, grid, numbers)
+    return full
+
+
+def cell_rows(grid: TileGrid) -> tuple[list[int], list[int]]:
+    """The tile rows and columns that begin with a cell."""
+    cell = PatchClassifier.CELL
+    return [i for i, y in enumerate(grid.row_origins) if y % cell == 0], [
+        j for j, x in enumerate(grid.col_origins) if x % cell == 0
+    ]
+
+
+def classifying_flops(classifier: nn.Module, channels: int, grid: TileGrid) -> int:
+    """Multiply-adds of :func:`classify_patches` for one image, times two."""
+    each = _patch_flops(classifier, (1, channels, grid.patch, grid.patch))
+    if not cellwise(classifier, grid):
+        return grid.num_patches * each
+    assert isinstance(classifier, PatchClassifier)  # for the type checker; cellwise has seen it
+    (rows, cols), layers = cell_rows(grid), _Layers(classifier)
+    height, width = covered_cells(grid, rows, cols)
+    # The averages are counted as the product that computes them.
+    products = height * width * layers.per_cell + len(rows) * len(cols) * layers.per_patch
+    return 2 * products + (grid.num_patches - len(rows) * len(cols)) * each
+
+
+def covered_cells(grid: TileGrid, rows: list[int], cols: list[int]) -> tuple[int, int]:
+    """The rows and columns of cells that some patch of these tile rows and columns covers, from the first of the image on."""
+    ends = grid.row_origins[rows[-1]], grid.col_origins[cols[-1]]
+    return (ends[0] + grid.patch) // PatchClassifier.CELL, (ends[1] + grid.patch) // PatchClassifier.CELL
 
 
 def classifying_bytes(classifier: nn.Module, source: Source, grid: TileGrid) -> int:
@@ -138,19 +185,20 @@ class _Layers:
 
 def _by_cell(
     classifier: PatchClassifier, source: Source, grid: TileGrid, rows: list[int], cols: list[int]
-) -> tuple[Tensor, int]:
+) -> Tensor:  # [B, rows, cols, K]
     cell, layers = classifier.CELL, _Layers(classifier)
     row_cells = [grid.row_origins[i] // cell for i in rows]
     span = grid.patch // cell
-    height, width = row_cells[-1] + span, grid.col_origins[cols[-1]] // cell + span  # cells that some patch covers
+    height, width = covered_cells(grid, cell_rows(grid)[0], cols)
     batch = source.shape[0]
 
     logits = layers.weight.new_empty(batch, len(rows), len(cols), len(layers.bias))
     count = max(1, on_device(CELLS_PER_BAND, source.device) // width)
     for b in range(batch):
-        # Rows of cells, averaged along the row, until the last patch over them is done.
-        held, begin, row = torch.empty(0), 0, 0
-        for top in range(0, height, count):
+        # Rows of cells, averaged along the row, until the last patch over them is done. Bands are those of the whole image.
+        begin = row_cells[0] // count * count if rows else height
+        held, row = torch.empty(0), 0
+        for top in range(begin, height, count):
             bottom = min(top + count, height)
             band = source.get((b, b + 1), (top * cell, bottom * cell))[:, :, :, : width * cell]
             means = cell_mlp(band, layers.inner, cell, span, grid.stride // cell)[0]
@@ -160,11 +208,10 @@ def _by_cell(
                 # Tile rows are computed one after the other, so that the numbers do not depend on how many rows the image has.
                 torch.addmm(layers.bias, average, layers.weight.t(), out=logits[b, row])
                 row += 1
-            if row < len(rows):
-                held, begin = held[row_cells[row] - begin :], row_cells[row]
-    # The averages are counted as the product that computes them.
-    products = height * width * layers.per_cell + len(rows) * len(cols) * layers.per_patch
-    return torch.softmax(logits, dim=-1), 2 * batch * products
+            if row == len(rows):
+                break
+            held, begin = held[row_cells[row] - begin :], row_cells[row]
+    return torch.softmax(logits, dim=-1)
 
 
 # Kept by the size of an input, because counting takes longer than classifying.
@@ -197,24 +244,35 @@ def score_patches(classifier: nn.Module, patches: Tensor) -> Tensor:  # [n, C, p
     return classifier(patches)
 
 
-def _by_patch(classifier: nn.Module, source: Source, grid: TileGrid, numbers: Tensor, places: Tensor) -> Scores:  # [n], [n]
-    """The scores of the patches `numbers`, ascending and on the CPU. `places` are the same numbers on the source's device."""
+def _by_patch(classifier: nn.Module, source: Source, grid: TileGrid, numbers: Tensor) -> Tensor:  # [n] -> [n, K]
+    """The scores of the patches `numbers`, ascending and on the CPU."""
     dtype = next((p.dtype for p in classifier.parameters()), torch.float32)
     size = (1, source.shape[1], grid.patch, grid.patch)
     pieces: list[Tensor] = []
     count = patches_per_batch(classifier, size, source.device)
-    for chunk, here in zip(numbers.split(count), places.split(count), strict=True) if len(numbers) else []:
-        band = band_around(chunk, grid)
+    places = to_device(numbers, source.device)
+    for begin, end in _batches(numbers, grid, count):
+        band = band_around(numbers[begin:end], grid)
         pixels, part = band.read(source, grid)
-        order = here - band.first_patch(grid)
+        order = places[begin:end] - band.first_patch(grid)
         piece = score_patches(classifier, extract_patches(pixels, part, order=order, dtype=dtype))
-        if piece.ndim != 2 or piece.shape[0] != chunk.shape[0]:
-            raise ValueError(
-                f"classifier: must map ({chunk.shape[0]}, C, p, p) to ({chunk.shape[0]}, K); got {tuple(piece.shape)}"
-            )
+        if piece.ndim != 2 or piece.shape[0] != end - begin:
+            raise ValueError(f"classifier: must map ({end - begin}, C, p, p) to ({end - begin}, K); got {tuple(piece.shape)}")
         pieces.append(piece)
-    flops = _patch_flops(classifier, size) * numbers.shape[0]
     if not pieces:
         # Without any patch, a dummy patch shows the number of classes.
-        return Scores(classifier(torch.zeros(size, dtype=dtype, device=source.device))[:0], 0)
-    return Scores(torch.cat(pieces), flops)
+        return classifier(torch.zeros(size, dtype=dtype, device=source.device))[:0]
+    return torch.cat(pieces)
+
+
+def _batches(numbers: Tensor, grid: TileGrid, count: int) -> Iterator[Span]:  # [n]
+    """Where batches of at most `count` of the patches `numbers` begin and end. None lies in two blocks of a large image."""
+    lengths, rows = [len(numbers)], block_rows(grid)
+    if rows < grid.rows:
+        block = numbers // grid.num_patches * grid.rows + numbers % grid.num_patches // grid.cols // rows
+        lengths = torch.unique_consecutive(block, return_counts=True)[1].tolist()
+    begin = 0
+    for length in lengths:
+        for first in range(begin, begin + length, count):
+            yield first, min(first + count, begin + length)
+        begin += length

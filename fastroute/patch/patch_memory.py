@@ -44,6 +44,7 @@ def plan_memory(
     classifying = 0 if classifier is None else classifying_bytes(classifier, endpoints.source, grid)
     batch, produced = networks.batch_bytes(device, max(merging.sizes)), networks.produced_bytes(device)
     plan = plan_patches(grid, bands, endpoints.source, extracted, produced, batch, classifying, in_bands, endpoints.step)
+    plan = replace(plan, fixed=plan.fixed + endpoints.held)
     if not rounded:
         return plan
     # Rounded patches are merged in a band of their own, in float32.

@@ -33,8 +33,8 @@ from fastroute.patch.branches import Branches
 from fastroute.patch.passes import chosen_merge, run_bands
 from fastroute.patch.patch_memory import plan_memory
 from fastroute.patch.patch_speed import Measured, learn_patch_speed, measure_patch_speed
-from fastroute.patch.regions import Merging, SortedRegions, sort_regions
-from fastroute.profiling import TABLES, RoutedFlops, mix_flops
+from fastroute.patch.regions import Merging, patch_stats, sort_regions
+from fastroute.patch.sections import sectioned
 from fastroute.runtime.border import EDGE, ZERO, check_border, continued, cut, refuse_edge
 from fastroute.runtime.devices import on_device
 from fastroute.runtime.endpoints import Endpoints, home, in_memory, output_like, streamed
@@ -262,6 +262,7 @@ class PatchRouter(Router):
         penalty: float = 0.0,
         class_map: Tensor | None = None,  # [1, rows, cols] or [rows, cols]
         promote: bool | None = None,
+        rows: tuple[int, int] | None = None,
         progress: Progress = False,
         memory_limit: Limit = AUTO,
     ) -> Streamed:
@@ -275,6 +276,9 @@ class PatchRouter(Router):
                 count towards the time where the computation waits for them.
             memory_limit: the largest number of bytes to hold, or None for no limit. By default, "auto", it is 512 MiB, or 8 GiB
                 on a GPU, whose bands and batches are larger. It does not change the result, which is that of :meth:`upscale`.
+            rows: write only these rows of the result, the first and one past the last; needs the `class_map` of the whole
+                image. They have the bits of a run over all rows with `promote` as given, and need no more of the image than a
+                band above and below. So several processes can share one image.
 
         Raises:
             ValueError, TypeError: see :meth:`upscale`. Nothing has been read or written then.
@@ -282,8 +286,12 @@ class PatchRouter(Router):
         """
         refuse_edge("stream", self)
         check_reader("stream", reader, self.channels, check.FLOATING + check.INTEGER_IMAGE)
-        limit, most = Budget(budget, budget_flops, budget_ms), limit_on(self.device, memory_limit)
-        call = self._checked((1, *reader.shape), reader.dtype, limit, penalty, class_map, promote, most, progress)
+        limit, most, bands = Budget(budget, budget_flops, budget_ms), limit_on(self.device, memory_limit), None
+        if rows is not None:
+            grid = self.grid(*reader.shape[1:])
+            part = sectioned("stream", reader, writer, rows, class_map, grid, self._bands(1, grid))
+            reader, writer, class_map, bands = part.reader, part.writer, part.class_map, part.bands
+        call = self._checked((1, *reader.shape), reader.dtype, limit, penalty, class_map, promote, most, progress, bands)
         if most is not None:
             buffers.give_back()
         maps, stats = self._run(streamed(reader, writer, call.merging.grid.output_size, self.device), call)
@@ -307,6 +315,7 @@ class PatchRouter(Router):
         promote: bool | None,
         memory_limit: int | None,
         progress: Progress,
+        bands: list[Band] | None = None,
     ) -> PatchCall:
         """The validated arguments of a call for images of `shape` (B, C, H, W)."""
         merging = Merging(self.grid(*shape[2:]), self.merge, class_map is None if promote is None else promote)
@@ -316,14 +325,14 @@ class PatchRouter(Router):
         if limit.ms is not None and class_map is None:
             speed = self.speed(dtype)
             check_least_time(limit.ms, (speed, self.speeds.measured(speed)), shape[0], merging)
-        return PatchCall(merging, ClassRequest(limit, penalty, class_map, speed), memory_limit, progress)
+        return PatchCall(merging, ClassRequest(limit, penalty, class_map, speed), memory_limit, progress, bands)
 
     _costs = property(lambda self: PatchCosts(self.costs, self.flop_costs))
 
     def _run(self, endpoints: Endpoints, call: PatchCall) -> tuple[Tensor, RoutingStats]:  # [B, rows, cols]
         """Upscale the images from their source to their sink. Returns the class map and statistics."""
         source, merging, watch = endpoints.source, call.merging, Stopwatch(self.device)
-        bands = plan_bands(source.shape[0], merging.grid, self._patches_per_band(), self.merge)
+        bands = call.bands or self._bands(source.shape[0], merging.grid)
         plan = self._memory_plan(endpoints, merging, bands, not endpoints.in_place)
         rows = plan.rows(call.memory_limit)
         lowest = partial(self._memory_plan, endpoints, merging, bands, True)
@@ -340,7 +349,8 @@ class PatchRouter(Router):
             )
         with torch.inference_mode(False):
             maps = regions.class_ids.to(torch.uint8, copy=True).view(source.shape[0], merging.grid.rows, merging.grid.cols)
-        stats = self._stats(source.shape[0], merging, regions, flops, watch, plan.bytes(rows))
+        counted, used = (self.branch_flops, self.paper_flops), plan.bytes(rows)
+        stats = patch_stats(*counted, source.shape[0], merging, regions, flops, watch.finish(), used)
         self.networks.remember()
         # A speed that nobody has asked for is not kept up to date.
         if (known := self.speeds.known.get(self._place_of(source.dtype))) is not None:
@@ -373,26 +383,12 @@ class PatchRouter(Router):
         )
         return measure_patch_speed(parts, self.channels, self.grid(self.patch, self.patch), dtype, self.device)
 
-    def _patches_per_band(self) -> int:
-        most = on_device(HELD_BYTES, self.device)
-        return max(1, min(PATCHES_PER_BAND, most // self.networks.produced_bytes(self.device)))
+    def _bands(self, images: int, grid: TileGrid) -> list[Band]:
+        patches = min(PATCHES_PER_BAND, on_device(HELD_BYTES, self.device) // self.networks.produced_bytes(self.device))
+        return plan_bands(images, grid, max(1, patches), self.merge)
 
     def _memory_plan(self, endpoints: Endpoints, merging: Merging, bands: list[Band], in_bands: bool) -> WorkingSet:
         return plan_memory(self.networks, self.classifier, self.rounded, endpoints, merging, bands, in_bands)
-
-    def _stats(
-        self, images: int, merging: Merging, regions: SortedRegions, classifier_flops: int, watch: Stopwatch, working_set: int
-    ) -> RoutingStats:
-        stages = ("tune", "classify", "assign", "extract", "branches", "stitch")
-        seconds = {**dict.fromkeys(stages, 0.0), **watch.finish()}
-        most, grid = images * max(self.branch_flops), merging.grid
-        flops = RoutedFlops(
-            mix_flops(self.branch_flops, regions.work, classifier_flops).routed,
-            most * merging.patches(),
-            most * grid.height * grid.width / self.patch**2,
-        )
-        paper = mix_flops(self.paper_flops, regions.patches, paper=TABLES)
-        return RoutingStats(regions.patches, flops, paper, seconds, working_set, regions.work)
 
 
 def _weights_loaded(router: nn.Module, _: object) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -15,6 +15,8 @@ from fastroute.ops.assign_classes import assign_classes
 from fastroute.ops.group_by_class import group_by_class
 from fastroute.ops.merge_regions import Regions, merge_regions, region_pixels
 from fastroute.patch.bands import Band, band_of_patches
+from fastroute.profiling import TABLES, RoutedFlops, mix_flops
+from fastroute.runtime.results import RoutingStats
 
 # The search for merged classes ends when this share of the budget is spent, or after this many steps, each of which assigns and
 # merges all patches.
@@ -195,3 +197,34 @@ def sort_regions(class_ids: Tensor, costs: Sequence[float], merging: Merging, ba
             work[number // len(shapes)] += (offsets[at + 1] - offsets[at]) * sizes[number % len(shapes)]
     patches = [totals[c + 1] - totals[c] for c in range(classes)]
     return SortedRegions(class_ids, region, sorted_by.order, sorted_by.inverse, offsets, shapes, patches, work)
+
+
+def patch_stats(
+    flops: Sequence[int],
+    paper_flops: Sequence[int],
+    images: int,
+    merging: Merging,
+    regions: SortedRegions,
+    classifier_flops: int,
+    seconds: Mapping[str, float],
+    working_set: int,
+) -> RoutingStats:
+    """The statistics of a call.
+
+    Args:
+        flops, paper_flops: FLOPs of a patch in each branch, as done and as the papers count them.
+        images: number of images.
+        merging, regions: how their patches ran.
+        classifier_flops: FLOPs of the classifier.
+        seconds: times of the stages, and the total.
+        working_set: bytes held.
+    """
+    stages = ("tune", "classify", "assign", "extract", "branches", "stitch")
+    most, grid = images * max(flops), merging.grid
+    done = RoutedFlops(
+        mix_flops(flops, regions.work, classifier_flops).routed,
+        most * merging.patches(),
+        most * grid.height * grid.width / grid.patch**2,
+    )
+    paper = mix_flops(paper_flops, regions.patches, paper=TABLES)
+    return RoutingStats(regions.patches, done, paper, {**dict.fromkeys(stages, 0.0), **seconds}, working_set, regions.work)

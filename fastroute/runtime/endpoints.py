@@ -30,12 +30,14 @@ class Endpoints:
         make_sink: makes the destination for bands of a given number of output rows.
         in_place: whether input and output are read and written where they lie.
         step: number of output rows that are written together.
+        held: bytes that the writer holds on its own.
     """
 
     source: Source
     make_sink: Callable[[int], Sink]
     in_place: bool
     step: int = 1
+    held: int = 0
 
     @contextmanager
     def opened(self, rows_in: int, rows_out: int) -> Iterator[Sink]:
@@ -71,12 +73,12 @@ def streamed(reader: Reader, writer: Writer, size: tuple[int, int], device: torc
     """From a reader to a writer of `size`."""
     source = ReaderSource(reader, device)
     shape = (1, source.shape[1], *size)
-    step = int(getattr(writer, "row_step", 1))
+    step, held = int(getattr(writer, "row_step", 1)), int(getattr(writer, "held", 0))
 
     def store(span: Span, top: int, band: Tensor) -> None:  # [images, C, rows, W]
         writer.write(top, 0, band[0])
 
-    return Endpoints(source, lambda rows: BandSink(store, shape, source.dtype, device, rows, step), False, step)
+    return Endpoints(source, lambda rows: BandSink(store, shape, source.dtype, device, rows, step), False, step, held)
 
 
 def output_like(op: str, images: Tensor, size: tuple[int, ...]) -> Tensor:  # [B, C, H, W]
