@@ -91,10 +91,11 @@ SLOW_TO_WRITE = 1 << 25
 @click.option("--white", type=float, metavar="VALUE", help="Value of white in floating-point images, say 255.  [default: 1]")
 @click.option("--max-pixels", type=Pixels(), metavar="N", default="auto", help="Read images of up to this many pixels, or none "
               "for no limit.  [default: about 179 million]")  # fmt: skip
-@click.option("--resume", is_flag=True, help="Skip inputs whose result is in folder OUT already and not older. Refused if "
-              "the last run into that folder had other settings.")  # fmt: skip
-@click.option("--shard", type=ShardType(), metavar="K/N", help="Upscale only share K of N of the inputs, about as many pixels "
-              "as every other: one share on each machine. auto takes K and N from a Slurm array or from torchrun.")  # fmt: skip
+@click.option("--resume", is_flag=True, help="Skip inputs whose result is in folder OUT already and not older, or with --shard "
+              "bands of one image that are done. Refused if the last run into OUT had other settings.")  # fmt: skip
+@click.option("--shard", type=ShardType(), metavar="K/N", help="Upscale only share K of N of the inputs, or of the rows of one "
+              "image, about as many pixels as every other: one share on each machine. auto takes K and N from a Slurm array or "
+              "from torchrun. `fastroute join OUT` completes one image.")  # fmt: skip
 @click.option("--overwrite", is_flag=True, help="Allow a result to overwrite its input. Any other file is replaced anyway.")
 @click.option("--memory-limit", type=click.IntRange(min=1), metavar="MB",
               help="Work in bands within this much memory. For one IN and OUT this includes reading and writing; for a folder, "
@@ -205,12 +206,17 @@ def command(
             raise click.UsageError("--shard must find the same inputs in every process; leave out --overwrite")
         upscale_many(task, sources, target, class_map, file_format, resume, shared_budget, shard)
         return
-    several = (("--resume", resume), ("--format", file_format), ("--shared-budget", shared_budget), ("--shard", shard))
-    for flag, given in several:
+    one_image = () if shard is not None and named else (("--shard", shard), ("--resume", resume))
+    for flag, given in (*one_image, ("--format", file_format), ("--shared-budget", shared_budget)):
         if given:
             raise click.UsageError(
                 f"{flag} is for an OUT that is a folder; {target} is none (a / at its end would make it one)"
             )
+    if shard is not None:
+        from fastroute.cli._image_share import upscale_share
+
+        upscale_share(task, sources[0], target, class_map, resume, shard)
+        return
     upscale_one(task, sources[0], target, class_map)
 
 

@@ -121,7 +121,7 @@ def upscale_file(
         shape = (channels, *size)
         held = opened.held + (again.held if again.pixels is not opened.pixels else 0)
         rest = None if limit is None else left_of(limit, held, target, shape, opened.dtype)
-        with open_writer(target, shape, opened, quality) as writer, _whole_limit(limit, rest):
+        with open_writer(target, shape, opened, quality) as writer, whole_limit("upscale_file", limit, rest):
             writer = ResultWriter(writer, again, gray, size)
             result = router.stream(reader, writer, progress=progress, memory_limit=rest, **routing)
         notes = (*opened.origin.notes, *lost(target, opened))
@@ -129,7 +129,7 @@ def upscale_file(
 
 
 @contextmanager
-def _whole_limit(limit: int | None, rest: int | None) -> Iterator[None]:
+def whole_limit(op: str, limit: int | None, rest: int | None) -> Iterator[None]:
     """Name the limit that the user gave in errors of the router, which knows only what is left of it."""
     try:
         yield
@@ -139,6 +139,6 @@ def _whole_limit(limit: int | None, rest: int | None) -> Iterator[None]:
             raise
         least = int(found[1]) + limit - rest
         raise ValueError(
-            f"upscale_file: memory_limit must be at least {least} bytes ({least / 1e6:.0f} MB) here, of which "
+            f"{op}: memory_limit must be at least {least} bytes ({least / 1e6:.0f} MB) here, of which "
             f"{(limit - rest) / 1e6:.0f} MB hold what is decoded or encoded whole; got {limit}"
         ) from error

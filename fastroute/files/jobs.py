@@ -168,6 +168,15 @@ def check_apart(pairs: Sequence[tuple[Path, Path]]) -> None:
             )
 
 
+def is_done(job: Job, since: float = 0.0) -> bool:
+    """Whether the results of a job exist and are not older than its source or than `since`, in seconds."""
+    try:
+        age = max(job.source.stat().st_mtime_ns, int(since * 1e9))
+        return all(path.stat().st_mtime_ns >= age for path in (job.target, job.class_map) if path is not None)
+    except OSError:
+        return False
+
+
 def begin_run(folder: str | Path, settings: Mapping[str, Any], resume: bool) -> float | None:
     """Remember the settings with which results go into `folder`, in the user's cache.
 

@@ -15,7 +15,7 @@ from fastroute import buffers, io
 from fastroute.backends import BackendError
 from fastroute.budget.limits import Budget
 from fastroute.cascades.router import CascadeRouter
-from fastroute.files.jobs import Job, check_apart, check_distinct, make_plan, plan_jobs
+from fastroute.files.jobs import Job, check_apart, check_distinct, is_done, make_plan, plan_jobs
 from fastroute.files.pictures import upscaled_picture
 from fastroute.files.shared_budget import share_budget
 from fastroute.io.files import remove_parts, why_not_writable
@@ -204,15 +204,6 @@ def _ahead(
             job = rest.popleft()
             reading.append((job, readers.submit(read_job, job, drop_alpha, **reading_options)))
         yield reading.popleft()
-
-
-def is_done(job: Job, since: float = 0.0) -> bool:
-    """Whether the results of a job exist and are not older than its source or than `since`, in seconds."""
-    try:
-        age = max(job.source.stat().st_mtime_ns, int(since * 1e9))
-        return all(path.stat().st_mtime_ns >= age for path in (job.target, job.class_map) if path is not None)
-    except OSError:
-        return False
 
 
 def _blocked(job: Job) -> str:

@@ -140,16 +140,41 @@ def new_folder(path: str | Path) -> Iterator[Path]:
     part = path.parent / f"{part_prefix(path)}{secrets.token_hex(6)}.part"
     try:
         yield part
-        old = part.with_name(f"{part_prefix(path)}{secrets.token_hex(6)}.part")
-        if path.exists():
-            path.rename(old)
+        replace_folder(part, path)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def replace_folder(part: Path, path: Path) -> None:
+    """Give the folder `part` the name `path`, after which an old folder of that name is removed."""
+    old = path.parent / f"{part_prefix(path)}{secrets.token_hex(6)}.part"
+    if path.exists():
+        path.rename(old)
+    try:
+        part.rename(path)
+    except BaseException:
+        if old.exists():
+            old.rename(path)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def published_folder(path: str | Path) -> Iterator[Path]:
+    """A new folder that gets the name `path` when the block ends, unless another process has been first: then that one stays.
+
+    All processes find the same folder afterwards, and find it complete.
+    """
+    path = Path(path)
+    part = path.parent / f"{part_prefix(path)}{secrets.token_hex(6)}.part"
+    try:
+        part.mkdir()
+        yield part
         try:
             part.rename(path)
-        except BaseException:
-            if old.exists():
-                old.rename(path)
-            raise
-        shutil.rmtree(old, ignore_errors=True)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
     finally:
         shutil.rmtree(part, ignore_errors=True)
 
