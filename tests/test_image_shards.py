@@ -119,7 +119,9 @@ def test_gray_alpha_and_depth(small, router, tmp_path, dtype, channels, out):
     pixels = image.permute(1, 2, 0).numpy()
     extra = {"extrasamples": ["unassalpha"]} if channels in (2, 4) else {}
     kind = "minisblack" if channels < 3 else "rgb"
-    tifffile.imwrite(tmp_path / "in.tif", pixels if channels > 1 else pixels[:, :, 0], photometric=kind, rowsperstrip=9, **extra)
+    tifffile.imwrite(
+        tmp_path / "in.tif", pixels if channels > 1 else pixels[:, :, 0], photometric=kind, rowsperstrip=9, **extra
+    )
     upscale_file(tmp_path / "in.tif", tmp_path / f"one-{out}", router, budget=0.9)
     large = LargeImage(tmp_path / "in.tif", tmp_path / out, Budget(0.9))
     for number in (1, 2):
@@ -225,7 +227,8 @@ def test_no_two_processes_write_one_band(small, router, source, tmp_path):
     large = LargeImage(source, tmp_path / "a.zarr", Budget(0.9))
     image_shards.begin(large, router)
     folder = Parts(large.target).folder
-    hold = "import sys; from fastroute.files.parts import Parts\nwith Parts(sys.argv[1]).claimed(2, 4, 'bands'): print(1, flush=True); input()"
+    hold = "import sys; from fastroute.files.parts import Parts\nwith Parts(sys.argv[1]).claimed(2, 4, 'bands'): "
+    hold += "print(1, flush=True); input()"
     with subprocess.Popen([sys.executable, "-c", hold, large.target], stdin=-1, stdout=-1) as other:
         assert other.stdout.readline() == b"1\n"
         with pytest.raises(ValueError, match=r"another process is working on bands 0 to 6; is the same shard running twice\?"):

@@ -113,7 +113,8 @@ def test_shards_give_what_one_run_gives(model, tmp_path, monkeypatch):
         (["--shard", "4/3"], "from 1 to the number of shards; got 4/3"),
         (["--shard", "3"], "such as 3/16; got '3'"),
         (["--shard", "-1/3"], "such as 3/16; got '-1/3'"),
-        (["--shard", "1/2", "--shared-budget", "--budget", "0.7"], "--shared-budget needs all inputs in one process"),
+        (["--shard", "1/2", "--shared-budget", "--budget-ms", "9"], "budget_ms must be left out with shards"),
+        (["--shard", "1/2", "--shared-budget"], "--shared-budget needs --budget"),
         (["--shard", "1/2", "--overwrite"], "--shard must find the same inputs in every process"),
     ],
 )
@@ -122,14 +123,6 @@ def test_what_is_refused(model, tmp_path, options, words):
     result = CliRunner().invoke(main, ["upscale", str(folder), f"{tmp_path / 'out'}/", "--model", str(model), *options])
     assert result.exit_code == 2 and words in " ".join(result.output.split())
     assert not (tmp_path / "out").exists()
-
-
-def test_one_file_has_no_shards(model, tmp_path):
-    source = photos(tmp_path / "in", 1) / "0000.png"
-    result = CliRunner().invoke(
-        main, ["upscale", str(source), str(tmp_path / "out.png"), "--model", str(model), "--shard", "1/2"]
-    )
-    assert result.exit_code == 2 and "--shard is for an OUT that is a folder" in " ".join(result.output.split())
 
 
 @pytest.mark.slow

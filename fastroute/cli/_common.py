@@ -276,3 +276,11 @@ def cheap_router(model: str, cheap: Sequence[str], running: dict[str, Any]) -> C
                 if str(error).startswith(name):
                     raise click.BadParameter(str(error).removeprefix(name), param_hint=flag) from error
             raise
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder and those above it, if they are missing."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise click.ClickException(f"cannot make the folder {folder}: {error.strerror}") from error

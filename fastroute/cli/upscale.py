@@ -20,6 +20,7 @@ from fastroute.cli._common import (
     check_deciding,
     check_routing,
     load_router,
+    make_folder,
     model_options,
     running_of,
     running_options,
@@ -200,8 +201,6 @@ def command(
         if not folder and (named or target.exists()):
             what = "it is a folder" if sources[0].is_dir() else "there are several inputs"
             raise click.UsageError(f"cannot read {sources[0]} into the one file {target}: {what}, so OUT must be a folder")
-        if shard is not None and shared_budget:
-            raise click.UsageError("--shared-budget needs all inputs in one process; leave out --shard, or give each image one")
         if shard is not None and overwrite:
             raise click.UsageError("--shard must find the same inputs in every process; leave out --overwrite")
         upscale_many(task, sources, target, class_map, file_format, resume, shared_budget, shard)
@@ -213,7 +212,7 @@ def command(
                 f"{flag} is for an OUT that is a folder; {target} is none (a / at its end would make it one)"
             )
     if shard is not None:
-        from fastroute.cli._image_share import upscale_share
+        from fastroute.cli._shares import upscale_share
 
         upscale_share(task, sources[0], target, class_map, resume, shard)
         return
@@ -308,18 +307,23 @@ def upscale_many(
         jobs.check_distinct(made.jobs)
         if not task.overwrite:
             jobs.check_apart([(made.jobs[0].source, class_map)])
+    everything = tuple(made.jobs)
     if shard is not None:
-        found, made.jobs = len(made.jobs), shard.share(made.jobs)
+        made.jobs = shard.share(everything)
         if not task.quiet:
-            click.echo(f"shard {shard}: {len(made.jobs)} of {found} images")
+            click.echo(f"shard {shard}: {len(made.jobs)} of {len(everything)} images")
         if not made.jobs:
             return
     router, chosen = task.load()
     settings = task.settings(format=file_format, **{"shared-budget": shared_budget or None})
+    if shard is not None and shared_budget:
+        from fastroute.cli._shares import share_classes
+
+        chosen, shared_budget = share_classes(task, router, chosen, target, everything, settings, shard), False
     since = jobs.begin_run(target, settings, resume)
     for folder in (target, None if as_file else class_map):
         if folder is not None:
-            _make_folder(folder)
+            make_folder(folder)
     outcomes = many_files.run_jobs(
         router, made.jobs, resume, task.drop_alpha, shared_budget, reading=task.reading, since=since or 0.0, **task.saving,
         **chosen, **task.limit,
@@ -393,10 +397,3 @@ def _stream(job: Job, task: Task) -> None:
         tell_routing(router, job, written.stats, chosen)
         for note in getattr(written, "notes", ()):
             click.echo(f"  {note}")
-
-
-def _make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise click.ClickException(f"cannot make the folder {folder}: {error.strerror}") from error

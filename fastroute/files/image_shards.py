@@ -237,7 +237,7 @@ def upscale_bands(
         writer = ResultWriter(ArrayRows(parts.path("image"), layout, parts.mark), again, gray, layout.shape[1:])
         with whole_limit(OP, memory_limit, rest):
             done = router.stream(
-                PictureReader(opened, router.channels), writer, class_map=torch.from_numpy(classes), promote=True,
+                PictureReader(opened, router.channels), writer, class_map=torch.from_numpy(np.array(classes)), promote=True,
                 rows=layout.rows(*bands), progress=progress, memory_limit=rest,
             )  # fmt: skip
     return done.stats

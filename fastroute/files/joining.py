@@ -38,6 +38,12 @@ def join(target: str | Path, progress: Progress = False) -> bool:
         raise ValueError(f"join: there is neither {target} nor {parts.folder}; run the shards first")
     facts = parts.facts()
     if "layout" not in facts:
+        gone = [name for name in parts.noted("results")["names"] if not (target / name).is_file()]
+        if gone:
+            raise ValueError(
+                f"join: {target} lacks {len(gone)} results, such as {gone[0]}; run the shards again with --resume, or remove "
+                f"{parts.folder}"
+            )
         parts.remove()
         return True
     layout, image = Layout.from_json(facts["layout"]), parts.path("image")

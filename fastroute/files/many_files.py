@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, cast
+
+from torch import Tensor
 
 from fastroute import buffers, io
 from fastroute.backends import BackendError
@@ -80,6 +82,7 @@ def run_jobs(
     reading: Mapping[str, Any] | None = None,
     since: float = 0.0,
     progress: Progress = False,
+    class_map_of: Callable[[Job], Tensor] | None = None,
     **options: Any,
 ) -> Iterator[Outcome]:
     """Run the jobs. Threads read and write files while the router works.
@@ -98,6 +101,8 @@ def run_jobs(
         since: see :func:`fastroute.files.jobs.begin_run`.
         progress: show a progress bar, or call this function with the number of jobs that have ended and the number of all jobs.
             If it raises, the run ends as after Ctrl-C: files that are being written are completed, and no others are begun.
+        class_map_of: returns the classes of the patches of a job's picture, instead of a budget, see
+            :mod:`fastroute.files.folder_shards`.
         options: arguments of the router's `upscale`, such as `budget`.
 
     Yields:
@@ -109,7 +114,8 @@ def run_jobs(
     """
     check_quality("run_jobs", quality)
     saving = {} if quality is None else {"quality": quality}
-    outcomes = _run_jobs(router, jobs, resume, drop_alpha, shared_budget, saving, dict(reading or {}), since, options)
+    given = (saving, dict(reading or {}), since, class_map_of, options)
+    outcomes = _run_jobs(router, jobs, resume, drop_alpha, shared_budget, *given)
     with closing(outcomes), shown(progress, len(jobs), "image") as bar:
         for outcome in outcomes:
             bar.update()
@@ -125,6 +131,7 @@ def _run_jobs(
     saving: Mapping[str, Any],
     reading_options: Mapping[str, Any],
     since: float,
+    class_map_of: Callable[[Job], Tensor] | None,
     options: dict[str, Any],
 ) -> Generator[Outcome, None, None]:
     """See :func:`run_jobs`."""
@@ -148,7 +155,7 @@ def _run_jobs(
     try:
         if shared is not None:
             seen: list[Job] = []
-            for job, future in _ahead(rest, readers, drop_alpha, reading_options):
+            for job, future in read_ahead(rest, readers, drop_alpha, reading_options):
                 try:
                     picture = future.result()
                     check_result_fits(router, job, picture, **options)
@@ -176,6 +183,8 @@ def _run_jobs(
             try:
                 picture = future.result()
                 check_result_fits(router, job, picture, **options)
+                if class_map_of is not None:
+                    upscale = partial(router.upscale, class_map=class_map_of(job), promote=True, **options)
                 result, upscaled = upscaled_picture(picture, router.device, upscale)
             except BackendError:
                 raise
@@ -194,7 +203,7 @@ def _run_jobs(
         writers.shutdown(cancel_futures=True)
 
 
-def _ahead(
+def read_ahead(
     jobs: Sequence[Job], readers: ThreadPoolExecutor, drop_alpha: bool, reading_options: Mapping[str, Any]
 ) -> Iterator[tuple[Job, Future[io.Picture]]]:
     """The pictures of all jobs, read ahead while earlier ones are processed."""

@@ -30,7 +30,8 @@ class Parts:
     """
 
     def __init__(self, target: str | Path) -> None:
-        self.target = target_of(target)
+        # A folder may be called ".".
+        self.target = Path(os.path.abspath(target_of(target)))
         self.folder = self.target.with_name(f"{self.target.name}.parts")
 
     @property
@@ -101,7 +102,8 @@ class Parts:
             array = make()
             with published_folder(self.path(name)) as new:
                 np.save(new / "array.npy", array)
-        found: np.ndarray = np.load(self.path(name, "array.npy"))
+        # A process of many needs only some of it.
+        found: np.ndarray = np.load(self.path(name, "array.npy"), mmap_mode="r")
         return found
 
     def mark(self, numbers: Sequence[int]) -> None:

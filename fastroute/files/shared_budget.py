@@ -16,6 +16,7 @@ from fastroute.budget.limits import Budget, assign_within, check_possible, durat
 from fastroute.grid import TileGrid
 from fastroute.ops import _checks as check
 from fastroute.patch.assignment import score_image
+from fastroute.patch.classify import Scores
 from fastroute.patch.patch_router import PatchRouter
 from fastroute.patch.regions import Merging, assign_merged
 from fastroute.pixel.pixel_budget import PixelBudget, WaitingImage
@@ -77,7 +78,7 @@ class SharedPatchBudget(SharedBudget):
         # This refuses an impossible budget before anything is read.
         check_possible(router.costs, limit.fraction)
         check_limit(op, options.get("memory_limit"))
-        self.router, self.options, self.dtype = router, options, torch.uint8
+        self.router, self.options, self.dtype, self.classifier = router, options, torch.uint8, router.classifier
         self.sizes: list[tuple[int, int, int]] = []
         self.grids: list[TileGrid] = []
         self.scores: list[Tensor] = []
@@ -98,10 +99,21 @@ class SharedPatchBudget(SharedBudget):
         pixels = check.images(self.op, image, router.channels, home(image, router.device), bounded=router.bounded)
         grid = router.grid(*pixels.shape[2:])
         watch = Stopwatch(router.device)
-        found = score_image(router.classifier, TensorSource(pixels, router.device), grid, router.num_classes)
-        self.seconds.append(watch.finish()["total"])
+        found = score_image(self.classifier, TensorSource(pixels, router.device), grid, router.num_classes)
+        self.add(pixels.shape[0], grid, found, watch.finish()["total"])
         self.dtype = image.dtype
-        self.sizes.append((pixels.shape[0], grid.rows, grid.cols))
+
+    def add(self, images: int, grid: TileGrid, found: Scores, seconds: float = 0.0) -> None:
+        """Record scores that :meth:`look` has found, perhaps in another process.
+
+        Args:
+            images: number of images of the batch.
+            grid: where their patches lie.
+            found: the scores of their patches.
+            seconds: time that this took.
+        """
+        self.seconds.append(seconds)
+        self.sizes.append((images, grid.rows, grid.cols))
         self.grids.append(grid)
         self.scores.append(found.score)
         self.flops.append(found.flops)

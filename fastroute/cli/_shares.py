@@ -1,15 +1,17 @@
-"""`fastroute upscale --shard` of one image."""
+"""`fastroute upscale --shard` where processes must agree: on one image, and on a budget that images share."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import click
 
 if TYPE_CHECKING:
     from fastroute.cli.upscale import Task
+    from fastroute.files.jobs import Job
+    from fastroute.files.many_files import Router
     from fastroute.files.shards import Shard
 
 
@@ -47,3 +49,26 @@ def upscale_share(task: Task, source: Path, target: Path, class_map: Path | None
         else f"all {done.bands} are done: run fastroute join {target}"
     )
     click.echo(f"shard {shard}: {done.written} bands written{there}; {rest}")
+
+
+def share_classes(
+    task: Task,
+    router: Router,
+    chosen: dict[str, Any],
+    target: Path,
+    everything: tuple[Job, ...],
+    settings: dict[str, Any],
+    shard: Shard,
+) -> dict[str, Any]:
+    """Classify all images with the other shards, under one budget. Returns the options of the router without it."""
+    from fastroute.budget.limits import Budget
+    from fastroute.files import folder_shards
+
+    names = ("budget", "budget_flops", "budget_ms")
+    limit = Budget(*(chosen.get(name) for name in names))
+    folder = folder_shards.SharedFolder(target, everything, limit, task.reading, task.drop_alpha, settings)
+    folder_shards.begin(folder, router)
+    patches = cast("Any", router)
+    folder_shards.classify_jobs(folder, patches, shard, progress=not task.quiet)
+    class_map_of = folder_shards.agree_on_classes(folder, patches)
+    return {**{name: value for name, value in chosen.items() if name not in names}, "class_map_of": class_map_of}
