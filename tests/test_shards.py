@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import random
 import shlex
@@ -19,6 +20,7 @@ from PIL import Image
 
 from fastroute.cli import main
 from fastroute.files.jobs import Job, plan_jobs
+from fastroute.files.joining import join
 from fastroute.files.shards import Shard, pixels_of
 from fastroute.models.checkpoints import save_checkpoint
 
@@ -161,5 +163,10 @@ def test_the_script_for_slurm(model, tmp_path):
         array = {"SLURM_ARRAY_TASK_ID": str(task), "SLURM_ARRAY_TASK_MIN": "7", "SLURM_ARRAY_TASK_COUNT": "2"}
         command = ["bash", str(SCRIPT), str(folder), str(tmp_path / "out"), "--model", str(model)]
         subprocess.run(command, env={**os.environ, **array, "PATH": path, "SLURM_CPUS_PER_TASK": "1"}, check=True)
+        if importlib.util.find_spec("zarr"):
+            command[2:4] = [str(folder / "0000.png"), str(tmp_path / "image.zarr")]
+            subprocess.run(command, env={**os.environ, **array, "PATH": path, "SLURM_CPUS_PER_TASK": "1"}, check=True)
     assert len(contents(tmp_path / "out")) == 4
+    if importlib.util.find_spec("zarr"):
+        assert join(tmp_path / "image.zarr"), "one image"
     assert subprocess.run(["bash", str(SCRIPT), "in"], capture_output=True, check=False).returncode == 2
