@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import _register_namedtuple
 
 from fastroute._arguments import LARGEST_IMAGE, whole
 from fastroute.ops import _checks as check
@@ -26,6 +27,10 @@ class FixedUpscaled(NamedTuple):
     image: Tensor
     class_map: Tensor
     overflow: Tensor
+
+
+# So that programs that return one can be saved; what loads them must have imported it too.
+_register_namedtuple(FixedUpscaled, serialized_type_name="fastroute.FixedUpscaled")
 
 
 def check_shape(op: str, shape: Sequence[int], channels: int) -> tuple[int, ...]:
