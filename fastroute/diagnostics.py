@@ -19,6 +19,19 @@ def operators() -> list[str]:
     return sorted(path.stem for path in (Path(__file__).parent / "ops").glob("[!_]*.py"))
 
 
+def needs(reason: str, device: str) -> str:
+    """Why a backend cannot run on `device`, without tensors that nobody has made yet."""
+    return reason.replace(f"the tensors are on {device}", f"it needs {'a GPU' if device == 'cpu' else 'a CPU'}")
+
+
+def devices() -> dict[str, str]:
+    """The devices of this machine by torch's names, described."""
+    found = {"cpu": f"{platform.machine()}, {torch.get_num_threads()} threads"}
+    if torch.cuda.is_available():
+        found |= {f"cuda:{i}": torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())}
+    return found
+
+
 @dataclass(frozen=True)
 class Info:
     """Versions, devices, and for each operator and device the backends with the reasons why one cannot run.
@@ -52,9 +65,7 @@ class Info:
                 for name, why in table.items():
                     if why and name not in reasons:
                         # Reasons that differ only in the operator are listed once.
-                        reason = why[0].removesuffix(f" of {op}")
-                        kind = "a GPU" if device == "cpu" else "a CPU"
-                        reasons[name] = reason.replace(f"the tensors are on {device}", f"it needs {kind}")
+                        reasons[name] = needs(why[0].removesuffix(f" of {op}"), device)
             lines += [f"  {name} cannot run here: {why}" for name, why in reasons.items()]
         return "\n".join(lines)
 
@@ -84,12 +95,10 @@ def info() -> Info:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             versions[package] = "not installed"
-    devices = {"cpu": f"{platform.machine()}, {torch.get_num_threads()} threads"}
-    if torch.cuda.is_available():
-        devices |= {f"cuda:{i}": torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())}
+    found = devices()
     table = {
         name: {op: {b: unsupported_reasons(op, b, torch.device(name)) for b in BACKENDS} for op in operators()}
-        for name in devices
+        for name in found
     }
-    chosen = {name: {op: select(op, torch.device(name)) for op in operators()} for name in devices}
-    return Info(versions, dict(EXTENSION.info), devices, table, chosen)
+    chosen = {name: {op: select(op, torch.device(name)) for op in operators()} for name in found}
+    return Info(versions, dict(EXTENSION.info), found, table, chosen)
