@@ -1,45 +1,55 @@
 """Builds the C++ extension; everything else about the package stands in pyproject.toml.
 
-    fastroute/_C.*.so   csrc/module.cpp                                        a pybind11 module: what was built
-    fastroute/_ops.so   csrc/library.cpp, csrc/cpu/**/*.cpp, csrc/cuda/*.cu    the operators, without Python symbols
+    fastroute/_ops.so       csrc/library.cpp, csrc/cpu/**/*.cpp, csrc/cuda/*.cu    the operators, without Python symbols
+    fastroute/_build.json   what was built, or why there is no extension
 
-Sources are found by name; ninja builds them in build/ and rebuilds what an edit, of a header too, makes stale.
+Nothing in either depends on the version of Python, so one wheel serves all of them. The compilers and the torch to build
+against are found by building/, which also has the hooks of pip. Sources are found by name; ninja builds them in build/ and
+rebuilds what an edit, of a header too, makes stale.
 
 Environment:
     CXX, CXXFLAGS, LDFLAGS, MAX_JOBS   as everywhere.
     FASTROUTE_NO_EXTENSION=1           build no extension: the reference backend runs.
+    FASTROUTE_TORCH=FOLDER             the torch package to build against. Default: that of the environment, see
+                                       building/target_torch.py.
     FASTROUTE_BUILD_CUDA=1 or 0        build the CUDA kernels whatever torch this is, or leave them out. Default: where
-                                       there are both nvcc (CUDACXX, CUDA_HOME or PATH) and a CUDA torch.
+                                       there are both a CUDA torch and an nvcc (CUDACXX, CUDA_HOME or PATH) of the same
+                                       major version.
     FASTROUTE_CUDA_ARCHS="80 90"       compute capabilities to build for.
+    FASTROUTE_LOCAL_VERSION=cu13       what the version of the wheel ends in, after a plus sign.
     FASTROUTE_DEBUG=1                  -O0 -g and assertions.
 """
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import json
 import os
+import platform
 import re
 import shlex
 import shutil
 import subprocess
 import sys
 import sysconfig
-import tempfile
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
+sys.path.insert(0, str(ROOT / "building"))
 
-# The oldest torch whose stable ABI has all that the kernels call; one build serves it and later ones.
-STABLE_ABI = (2, 10)
-STANDARD = "c++20"
-CUDA_ARCHS = ("80", "90", "100")
+from target_torch import STABLE_ABI, NoTorch, Torch, target_torch  # noqa: E402, found by the line above
+from toolchain import STANDARD, Cuda, compiler_name, find_compiler, find_cuda  # noqa: E402
+
 DEBUG = os.environ.get("FASTROUTE_DEBUG") == "1"
+# Instruction sets for which the CPU kernels have code (csrc/cpu/isa.h); the machine that runs them decides which is used.
+CPU_ISAS = ["baseline", *(["avx2", "avx512", "avx512_bf16"] if platform.machine() == "x86_64" else [])]
 
 # Kernels choose their instruction set at run time, so there is no -march; contraction of a * b + c would make results
 # depend on the compiler.
@@ -47,66 +57,20 @@ CXX_FLAGS = [
     *(["-O0", "-g", "-UNDEBUG"] if DEBUG else ["-O3", "-DNDEBUG"]),
     *(f"-std={STANDARD}", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-Wall", "-Wextra"),
 ]
-
-
-def find_compiler() -> tuple[list[str], str]:
-    """A command that compiles and links C++20; or an empty one and why there is none."""
-    if os.environ.get("FASTROUTE_NO_EXTENSION") == "1":
-        return [], "FASTROUTE_NO_EXTENSION=1 is set"
-    if not sys.platform.startswith("linux"):
-        return [], f"the extension is built on Linux only, this is {sys.platform}"
-    named = os.environ.get("CXX")
-    candidates = [shlex.split(named)] if named else [["c++"], ["g++"], ["clang++"]]
-    reason = "no C++ compiler was found (c++, g++ or clang++)"
-    with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder, "probe.cpp")
-        source.write_text("#include <span>\nint size(std::span<const char> s) { return static_cast<int>(s.size()); }\n")
-        for candidate in candidates:
-            if shutil.which(candidate[0]) is None:
-                reason = f"the C++ compiler named by CXX was not found ({named})" if named else reason
-                continue
-            probe = [*candidate, f"-std={STANDARD}", "-fPIC", "-shared", str(source), "-o", f"{folder}/probe.so"]
-            if subprocess.run(probe, capture_output=True, check=False).returncode == 0:
-                return candidate, ""
-            reason = f"'{shlex.join(candidate)}' cannot build a C++20 shared library"
-    return [], reason
-
-
 COMPILER, NO_COMPILER = find_compiler()
-
-
-def find_nvcc(torch_cuda: str | None) -> str | None:
-    """The nvcc that builds csrc/cuda/*.cu, or None when those are left out."""
-    wanted = os.environ.get("FASTROUTE_BUILD_CUDA", "")
-    if wanted == "0" or not list(CSRC.glob("cuda/*.cu")) or not (torch_cuda or wanted == "1"):
-        return None
-    home = os.environ.get("CUDA_HOME")
-    nvcc = os.environ.get("CUDACXX") or shutil.which("nvcc", path=f"{home}/bin" if home else None)
-    if nvcc is None and wanted == "1":
-        raise SystemExit("FASTROUTE_BUILD_CUDA=1, but nvcc was not found: set CUDACXX or CUDA_HOME, or add it to PATH")
-    return nvcc
-
-
-def first_match(pattern: str, command: list[str]) -> str:
-    """The first group of `pattern` in what `command` prints."""
-    found = re.search(pattern, subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-    return found[1] if found else "unknown"
-
-
-def cuda_archs(nvcc: str) -> list[str]:
-    """Compute capabilities to build for: those asked for, or the usual ones that this nvcc knows."""
-    asked = os.environ.get("FASTROUTE_CUDA_ARCHS", "").replace(".", "").replace(",", " ").split()
-    wrong = [arch for arch in asked if not re.fullmatch(r"\d{2,3}", arch)]
-    if wrong:
-        raise SystemExit(f"FASTROUTE_CUDA_ARCHS must list compute capabilities, as in '8.0 9.0'; got {', '.join(wrong)}")
-    known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout.split()
-    return sorted(asked, key=int) or [arch for arch in CUDA_ARCHS if f"compute_{arch}" in known]
 
 
 def write_if_changed(path: Path, text: str) -> None:
     """Write `path`, but leave its time alone when it already says this: its dependants then stay fresh."""
-    if not path.exists() or path.read_text() != text:
-        path.write_text(text)
+    # Whatever the locale is: paths are bytes.
+    content = os.fsencode(text)
+    if not path.exists() or path.read_bytes() != content:
+        path.write_bytes(content)
+
+
+def write_build(folder: Path, info: dict[str, object]) -> None:
+    """Say in the package what was built."""
+    (folder / "_build.json").write_text(json.dumps(info, indent=1) + "\n", encoding="utf-8")
 
 
 def ninja_command() -> list[str]:
@@ -130,36 +94,26 @@ def escape(path: Path) -> str:
 
 
 class BuildExtension(build_ext):
-    """Builds both shared objects with one ninja file."""
+    """Builds the shared object by ninja."""
 
     def get_ext_filename(self, fullname: str) -> str:
         """`_ops.so` bears no Python version: nothing in it depends on one."""
-        if fullname.rpartition(".")[2] == "_ops":
-            return os.path.join(*fullname.split(".")) + ".so"
-        return super().get_ext_filename(fullname)
+        return os.path.join(*fullname.split(".")) + ".so"
 
     def build_extensions(self) -> None:
-        """Write the generated headers and the ninja file, run it, and put the results where setuptools wants them."""
+        """Write the generated header and the ninja file, run it, and put the result where setuptools wants it."""
         try:
-            import pybind11
-            import torch
-        except ImportError as error:
-            raise SystemExit(f"building fastroute needs {error.name}: pip install it and try again") from None
-        if tuple(int(part) for part in torch.__version__.split(".")[:2]) < STABLE_ABI:
-            raise SystemExit(f"fastroute needs torch 2.10 or newer; this is torch {torch.__version__}")
+            torch = target_torch()
+        except NoTorch as error:
+            raise SystemExit(str(error)) from None
+        cuda = find_cuda(torch.cuda)
+        kernels = f"CUDA kernels for {', '.join(cuda.archs)}" if cuda.nvcc else f"no CUDA kernels: {cuda.left_out}"
+        print(f"fastroute: built against {torch}; {kernels}", flush=True)
 
-        folder = ROOT / "build" / f"ninja-{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
+        folder = ROOT / "build" / f"ninja-{sysconfig.get_platform()}"
         folder.mkdir(parents=True, exist_ok=True)
-        nvcc = find_nvcc(torch.version.cuda)
-        archs = cuda_archs(nvcc) if nvcc else []
-        self.write_headers(folder, str(torch.__version__), nvcc, archs)
-
-        torch_folder = Path(torch.__file__).parent
-        module_includes = ["-isystem", pybind11.get_include(), "-isystem", sysconfig.get_path("include")]
-        write_if_changed(
-            folder / "build.ninja",
-            ninja_file(folder, module_includes, torch_folder, nvcc, archs),
-        )
+        digest = self.write_schemas(folder)
+        write_if_changed(folder / "build.ninja", ninja_file(folder, torch, cuda))
         jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
         result = subprocess.run([*ninja_command(), "-C", str(folder), *jobs], check=False)
         if result.returncode != 0:
@@ -172,10 +126,30 @@ class BuildExtension(build_ext):
             target.parent.mkdir(parents=True, exist_ok=True)
             # A new file in the old one's place: a process that has the old one loaded keeps it.
             target.unlink(missing_ok=True)
-            shutil.copy2(folder / f"{extension.name.rpartition('.')[2]}.so", target)
+            shutil.copy2(folder / "_ops.so", target)
+            write_build(
+                target.parent,
+                {
+                    "compiler": compiler_name(COMPILER),
+                    "debug": DEBUG,
+                    "cpu_isas": CPU_ISAS,
+                    "cuda": bool(cuda.nvcc),
+                    "cuda_left_out": cuda.left_out,
+                    "nvcc": cuda.version or None,
+                    "cuda_archs": cuda.archs,
+                    "torch_version": torch.version,
+                    "stable_abi": ".".join(map(str, STABLE_ABI)),
+                    "schema_digest": digest,
+                },
+            )
 
-    def write_headers(self, folder: Path, torch_version: str, nvcc: str | None, archs: list[str]) -> None:
-        """`schemas.h`, read from fastroute/ops/*.py, and `build_config.h`, for `build_info()`."""
+    def copy_extensions_to_source(self) -> None:
+        """Of a build in place or an editable install: what was built lies beside the sources."""
+        super().copy_extensions_to_source()
+        shutil.copy2(Path(self.build_lib, "fastroute", "_build.json"), ROOT / "fastroute")
+
+    def write_schemas(self, folder: Path) -> str:
+        """Write `schemas.h`, read from fastroute/ops/*.py, and give its fingerprint."""
         path = ROOT / "fastroute" / "ops" / "_schemas.py"
         spec = importlib.util.spec_from_file_location("_schemas", path)
         assert spec is not None and spec.loader is not None
@@ -187,15 +161,7 @@ class BuildExtension(build_ext):
             folder / "schemas.h",
             f"#pragma once\n\ninline constexpr const char* FASTROUTE_SCHEMAS[] = {{\n{lines}}};\n",
         )
-        values = {
-            "SCHEMA_DIGEST": module.digest(schemas),
-            "TORCH_VERSION": torch_version,
-            "STABLE_ABI": ".".join(map(str, STABLE_ABI)),
-            "NVCC_VERSION": first_match(r"release ([\d.]+)", [nvcc, "--version"]) if nvcc else "",
-            "CUDA_ARCHS": " ".join(archs),
-        }
-        defines = "".join(f"#define FASTROUTE_{name} {json.dumps(value)}\n" for name, value in values.items())
-        write_if_changed(folder / "build_config.h", f"#pragma once\n\n{defines}")
+        return str(module.digest(schemas))
 
 
 def operator_size(source: Path) -> int:
@@ -204,8 +170,9 @@ def operator_size(source: Path) -> int:
     return sum(path.stat().st_size for path in (source.parent.iterdir() if own else [source]))
 
 
-def ninja_file(folder: Path, module_includes: list[str], torch_folder: Path, nvcc: str | None, archs: list[str]) -> str:
+def ninja_file(folder: Path, torch: Torch, cuda: Cuda) -> str:
     """The text of the ninja file."""
+    torch_folder, nvcc = torch.folder, cuda.nvcc
     includes = [f"-I{CSRC}", f"-I{folder}"]
     cxx = quote(*COMPILER, *shlex.split(os.environ.get("CXXFLAGS", "")), *CXX_FLAGS, *includes)
     link = quote(*COMPILER, "-shared", *shlex.split(os.environ.get("LDFLAGS", "")))
@@ -235,31 +202,33 @@ def ninja_file(folder: Path, module_includes: list[str], torch_folder: Path, nvc
 
     rule("cxx", f"{cxx} {quote(*prefix_maps)} $flags -MMD -MF $out.d -c $in -o $out", "compile", depends=True)
     rule("link", f"{link} $in -o $out $libs", "link")
-    build("_C.so", "link", build_objects("cxx", [CSRC / "module.cpp"], quote(*module_includes)))
     # The largest operators first, so that none is left for the end.
     sources = [*sorted(CSRC.glob("cpu/**/*.cpp"), key=operator_size, reverse=True), CSRC / "library.cpp"]
     objects = build_objects("cxx", sources, quote(*ops_flags))
     if nvcc:
         host = [flag for flag in CXX_FLAGS if flag.startswith(("-f", "-W"))] + prefix_maps
-        cuda = [nvcc, "-ccbin", COMPILER[-1]]
-        code = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
+        command = [nvcc, "-ccbin", COMPILER[-1]]
+        code = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in cuda.archs]
         # A device newer than the last one compiles its PTX when it first runs it.
-        code.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")
+        code.append(f"-gencode=arch=compute_{cuda.archs[-1]},code=compute_{cuda.archs[-1]}")
         flags = ["-O3", f"-std={STANDARD}", "-DUSE_CUDA", *code, "-Xcompiler", ",".join(host), *includes]
         depends = "--generate-dependencies-with-compile --dependency-output $out.d"
-        rule("nvcc", f"{quote(*cuda, *flags)} $flags {depends} -c $in -o $out", "compile", depends=True)
+        rule("nvcc", f"{quote(*command, *flags)} $flags {depends} -c $in -o $out", "compile", depends=True)
         # nvcc links too: it knows where its runtime lies, and takes the static one.
-        rule("nvlink", f"{quote(*cuda, *code, '-cudadevrt=none', '-shared')} $in -o $out $libs", "link")
+        rule("nvlink", f"{quote(*command, *code, '-cudadevrt=none', '-shared')} $in -o $out $libs", "link")
         objects += build_objects("nvcc", sorted(CSRC.glob("cuda/*.cu")), quote(*ops_flags))
     build("_ops.so", "nvlink" if nvcc else "link", objects, libs=quote(*ops_libs))
     return "\n\n".join(text) + "\n"
 
 
 class BuildPython(build_py):
-    """Says so when there will be no extension."""
+    """Copies the Python files, and says so when there will be no extension."""
 
     def run(self) -> None:
         """Copy the Python files; in an editable install without an extension, drop one left from before."""
+        if not self.editable_mode:
+            # It may hold files that are gone from the sources.
+            shutil.rmtree(Path(self.build_lib) / "fastroute", ignore_errors=True)
         super().run()
         if COMPILER:
             return
@@ -268,9 +237,16 @@ class BuildPython(build_py):
             "For the fast one, install a C++20 compiler (for example g++) and install fastroute again."
         )
         if self.editable_mode:
-            for pattern in ("_C.*.so", "_ops*.so"):
-                for library in (ROOT / "fastroute").glob(pattern):
-                    library.unlink()
+            (ROOT / "fastroute" / "_ops.so").unlink(missing_ok=True)
+        write_build(ROOT / "fastroute" if self.editable_mode else Path(self.build_lib) / "fastroute", {"reason": NO_COMPILER})
+
+
+class Wheel(bdist_wheel):
+    """A wheel for every version of Python."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        """No version of Python or of its ABI; the platform if there is an extension."""
+        return "py3", "none", super().get_tag()[2]
 
 
 def relative(*patterns: str) -> list[str]:
@@ -278,13 +254,22 @@ def relative(*patterns: str) -> list[str]:
     return sorted(str(path.relative_to(ROOT)) for pattern in patterns for path in CSRC.glob(pattern))
 
 
+def version() -> str:
+    """The version of the package, read from its source text, and the local one of this build."""
+    text = (ROOT / "fastroute" / "__init__.py").read_text(encoding="utf-8")
+    found = re.search(r"^__version__ = (.*)$", text, re.MULTILINE)
+    assert found is not None
+    local = os.environ.get("FASTROUTE_LOCAL_VERSION")
+    return str(ast.literal_eval(found[1])) + (f"+{local}" if local else "")
+
+
 setup(
-    cmdclass={"build_ext": BuildExtension, "build_py": BuildPython},
+    version=version(),
+    cmdclass={"build_ext": BuildExtension, "build_py": BuildPython, "bdist_wheel": Wheel},
     ext_modules=[
-        Extension("fastroute._C", relative("module.cpp")),
         Extension(
             "fastroute._ops", relative("library.cpp", "cpu/**/*.cpp", "cuda/*.cu"), depends=relative("**/*.h", "**/*.cuh")
-        ),
+        )
     ]
     if COMPILER
     else [],

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.machinery
 import importlib.metadata
+import json
 import os
 import re
+import sys
 import threading
 import warnings
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -21,6 +23,7 @@ VARIABLE = "FASTROUTE_BACKEND"
 # The oldest Triton and the lowest compute capability for which the kernels are compiled and tested.
 TRITON_VERSION = (3, 6)
 CAPABILITY = (8, 0)
+REMEDY = "run `pip install .` again in a copy of the source, with a C++20 compiler such as g++"
 
 # Operators that consist of matrix products: a GPU runs them by torch's own products, whatever backend is requested.
 PRODUCTS = frozenset({"cell_mlp", "conv1x1", "conv3x3"})
@@ -34,7 +37,7 @@ class Extension:
     """The compiled operators, which are loaded once, when an operator is first imported. Nothing is compiled.
 
     Attributes:
-        info: the result of `_C.build_info()`; empty without an extension.
+        info: how it was built, as `_build.json` says; empty without an extension.
         reasons: why there is no extension; empty if it is loaded.
         looked_for: whether loading it has been tried.
     """
@@ -57,30 +60,45 @@ class Extension:
             )
 
     def _load(self, schema_digest: str) -> None:
+        folder = Path(__file__).parent
         try:
-            module: ModuleType = importlib.import_module("fastroute._C")
-        except ImportError as error:
-            missing = isinstance(error, ModuleNotFoundError)
-            self.reasons = [
-                "the C++ extension was not built (install g++ and run `pip install .` again)"
-                if missing
-                else f"the C++ extension failed to load: {error}"
-            ]
+            info = json.loads((folder / "_build.json").read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            self.reasons = [_not_built(folder.parent)]
             return
-        info = dict(module.build_info())
+        if "reason" in info:
+            self.reasons = [f"the C++ extension was not built, because {info['reason']} ({REMEDY})"]
+            return
         if info["schema_digest"] != schema_digest:
             self.reasons = ["the C++ extension was built from other sources: run `pip install .` again"]
             return
-        libraries = sorted(Path(__file__).parent.glob("_ops*.so"))
-        if not libraries:
+        library = folder / "_ops.so"
+        if not library.exists():
             self.reasons = ["the library of C++ operators (_ops.so) is missing: run `pip install .` again"]
             return
         try:
-            torch.ops.load_library(str(libraries[0]))
+            torch.ops.load_library(str(library))
         except (OSError, RuntimeError) as error:
             self.reasons = [f"the C++ operators failed to load: {error}"]
             return
         self.info = info
+
+
+def _not_built(root: Path) -> str:
+    """Why nothing says how the package in `root` was built: it is a source folder, or files of the package are missing."""
+    if not (root / "setup.py").exists():
+        return f"the C++ extension was not built ({REMEDY})"
+    elsewhere = [path for path in sys.path if Path(path or ".").resolve() != root.resolve()]
+    installed = importlib.machinery.PathFinder.find_spec("fastroute", elsewhere)
+    if installed is not None and installed.origin is not None:
+        return (
+            f"Python imports fastroute from the source folder {root}, which was not built, instead of the one installed in "
+            f"{Path(installed.origin).parent}: start Python in another folder"
+        )
+    return (
+        f"Python imports fastroute from the source folder {root}, which was not built: run `pip install .` and start Python in "
+        "another folder, or `pip install --editable .`"
+    )
 
 
 EXTENSION = Extension()
@@ -132,7 +150,8 @@ def _cuda_reasons(op: str, index: int | None) -> list[str]:
     if extension.reasons:
         return extension.reasons
     if not extension.info["cuda"]:
-        return ["the C++ extension was built without CUDA kernels (install nvcc and run `pip install .` again)"]
+        why = extension.info["cuda_left_out"]
+        return [f"the C++ extension was built without CUDA kernels, because {why}; `pip install .` builds it again"]
     if not torch._C._dispatch_has_kernel_for_dispatch_key(f"fastroute::{op}", "CUDA"):
         return [f"this version has no cuda kernel of {op}"]
     built = [(int(arch[:-1]), int(arch[-1])) for arch in extension.info["cuda_archs"]]
