@@ -135,16 +135,9 @@ def _run_jobs(
     options: dict[str, Any],
 ) -> Generator[Outcome, None, None]:
     """See :func:`run_jobs`."""
-    rest: deque[Job] = deque()
-    for job in jobs:
-        if resume and is_done(job, since):
-            yield Outcome(job, skipped=True)
-        elif reason := _blocked(job):
-            yield Outcome(job, reason)
-        else:
-            rest.append(job)
-    remove_parts(path for job in rest for path in (job.target, job.class_map) if path is not None)
-    shared, number = None, 0
+    ended, left = sort_out(jobs, resume, since)
+    yield from ended
+    rest, shared, number = deque(left), None, 0
     if shared_budget and rest:
         limit = Budget(*(options.pop(name, None) for name in ("budget", "budget_flops", "budget_ms")))
         shared = share_budget(cast(Any, router), limit, len(rest), "upscale", **options)
@@ -163,7 +156,7 @@ def _run_jobs(
                 except BackendError:
                     raise
                 except Exception as error:
-                    yield Outcome(job, _reason(job, error))
+                    yield Outcome(job, reason_of(job, error))
                     continue
                 seen.append(job)
             shared.settle()
@@ -189,7 +182,7 @@ def _run_jobs(
             except BackendError:
                 raise
             except Exception as error:
-                yield Outcome(job, _reason(job, error))
+                yield Outcome(job, reason_of(job, error))
                 continue
             size = result.color.numel() * result.color.itemsize
             notes = (*picture.origin.notes, *io.not_kept(job.target, result))
@@ -215,6 +208,24 @@ def read_ahead(
         yield reading.popleft()
 
 
+def sort_out(jobs: Sequence[Job], resume: bool, since: float = 0.0) -> tuple[list[Outcome], list[Job]]:
+    """The outcomes of jobs that are skipped or cannot be written, and the jobs that are left.
+
+    Temporary files of the latter, which a killed run may have left, are removed. For the arguments see :func:`run_jobs`.
+    """
+    ended: list[Outcome] = []
+    rest: list[Job] = []
+    for job in jobs:
+        if resume and is_done(job, since):
+            ended.append(Outcome(job, skipped=True))
+        elif reason := _blocked(job):
+            ended.append(Outcome(job, reason))
+        else:
+            rest.append(job)
+    remove_parts(path for job in rest for path in (job.target, job.class_map) if path is not None)
+    return ended, rest
+
+
 def _blocked(job: Job) -> str:
     """Why the results of a job cannot be written; empty if they can."""
     for path in (job.target, job.class_map):
@@ -228,11 +239,12 @@ def _ended(written: tuple[Outcome, int, Future[None]]) -> Outcome:
     try:
         future.result()
     except Exception as error:
-        return Outcome(outcome.job, _reason(outcome.job, error))
+        return Outcome(outcome.job, reason_of(outcome.job, error))
     return outcome
 
 
-def _reason(job: Job, error: BaseException) -> str:
+def reason_of(job: Job, error: BaseException) -> str:
+    """Why `error` kept a job from being done, for its outcome."""
     if isinstance(error, io.ImageError):
         return str(error)
     if buffers.is_exhausted(error) and not buffers.ADVISED.search(str(error)):

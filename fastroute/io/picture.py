@@ -77,6 +77,14 @@ class Picture:
     metadata: Metadata = Metadata()
     origin: Origin = Origin()
 
+    @classmethod
+    def of_channels(cls, channels: Tensor) -> Picture:  # [C, H, W]
+        """A picture of 1 channel for gray or 3 for RGB, and one more with alpha."""
+        alpha = channels[-1] if channels.shape[0] % 2 == 0 else None
+        if channels.shape[0] <= 2:
+            return cls(channels[:1].expand(3, -1, -1), alpha, "gray")
+        return cls(channels[:3], alpha)
+
     @property
     def bits(self) -> int:
         """The bits per channel: 8, 16, or 32 for floating point."""

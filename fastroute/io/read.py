@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import replace
+from io import BytesIO
 from pathlib import Path
 from typing import Protocol
 
@@ -98,10 +99,8 @@ class OpenPicture:
         if check is not None:
             with explained(self.path):
                 check()
-        planes = self.read(0, self.height, 0, self.width)
-        alpha = planes[-1] if self.alpha else None
-        color = planes[:1].expand(3, -1, -1) if self.channels < 3 else planes[:3]
-        return Picture(color, alpha, self.kind, self.metadata, self.origin)
+        plain = Picture.of_channels(self.read(0, self.height, 0, self.width))
+        return replace(plain, kind=self.kind, metadata=self.metadata, origin=self.origin)
 
 
 class _InMemory:
@@ -114,7 +113,12 @@ class _InMemory:
 
 @contextmanager
 def open_picture(
-    path: str | Path, *, max_pixels: int | str | None = AUTO, white: float = 1.0, memory: int | None = None
+    path: str | Path,
+    *,
+    max_pixels: int | str | None = AUTO,
+    white: float = 1.0,
+    memory: int | None = None,
+    data: bytes | None = None,
 ) -> Iterator[OpenPicture]:
     """Open the picture of a file; see :func:`read_picture` for the other arguments and the errors.
 
@@ -125,8 +129,9 @@ def open_picture(
         raise ValueError(f"read_picture: white must be positive and finite; got {white}")
     limit = Limits(pixel_limit() if isinstance(max_pixels, str) else max_pixels, memory)
     with explained(path):
-        _check_file(path)
-        with open(path, "rb") as file:
+        if data is None:
+            _check_file(path)
+        with open(path, "rb") if data is None else BytesIO(data) as file:
             name = format_of_bytes(file.read(HEAD))
             file.seek(0)
             if name != "TIFF":
@@ -139,7 +144,7 @@ def open_picture(
     from fastroute.io import tiff_read
 
     with explained(path):
-        tiff = tifffile.TiffFile(path)
+        tiff = tifffile.TiffFile(path if data is None else BytesIO(data))
     with tiff:
         with explained(path):
             source = tiff_read.TiffSource(tiff, limit, white)
@@ -150,7 +155,9 @@ def open_picture(
         yield OpenPicture(path, opened, facts, held)
 
 
-def read_picture(path: str | Path, *, max_pixels: int | str | None = AUTO, white: float = 1.0) -> Picture:
+def read_picture(
+    path: str | Path, *, max_pixels: int | str | None = AUTO, white: float = 1.0, data: bytes | None = None
+) -> Picture:
     """Read an image file: PNG, JPEG, WebP, TIFF, BMP, GIF, Netpbm, AVIF, HEIF or JPEG 2000, recognised by its content.
 
     The picture is turned upright according to its EXIF orientation. Gray, RGB and palette pictures keep their alpha channel and
@@ -163,13 +170,14 @@ def read_picture(path: str | Path, *, max_pixels: int | str | None = AUTO, white
         max_pixels: a larger picture is refused before anything is allocated; None for no limit. By default, "auto", twice
             ``PIL.Image.MAX_IMAGE_PIXELS``.
         white: the value that floating-point samples have where they are white, say 255.
+        data: the content of the file, if it is in memory. Messages still name `path`.
 
     Raises:
         TypeError, ValueError: `white` is no positive number.
         ImageError: the file is missing, unreadable, no image, damaged, cut short or too large; or of a kind that is not known:
             signed samples, or floating point beyond [0, 2] once divided by `white`, or not a number.
     """
-    with open_picture(path, max_pixels=max_pixels, white=white) as opened:
+    with open_picture(path, max_pixels=max_pixels, white=white, data=data) as opened:
         return opened.picture()
 
 

@@ -107,7 +107,7 @@ def write_picture(path: str | Path, picture: Picture, *, quality: int | None = N
     name = format_of(path)
     try:
         picture = picture.as_bits(min(picture.bits, max(FORMATS[name].bits)))
-        pixels = _interleaved(picture, FORMATS[name].alpha)
+        pixels = interleaved(picture, FORMATS[name].alpha)
         write_atomically(path, lambda file: _encode(file, picture, pixels, name, quality))
     except Exception as error:  # libraries may raise anything
         if is_exhausted(error) or str(error) in NO_MEMORY:
@@ -131,12 +131,7 @@ def write_image(path: str | Path, image: Tensor) -> None:  # [C, H, W]
         image = image.float()
     if image.dtype not in BITS:
         raise ValueError(f"write_image: image must be uint8, uint16 or floating; got {image.dtype}")
-    image = image.cpu()
-    alpha = image[-1] if image.shape[0] % 2 == 0 else None
-    if image.shape[0] <= 2:
-        write_picture(path, Picture(image[:1].expand(3, -1, -1), alpha, "gray"))
-    else:
-        write_picture(path, Picture(image[:3], alpha))
+    write_picture(path, Picture.of_channels(image.cpu()))
 
 
 def _encode(file: BinaryIO, picture: Picture, pixels: np.ndarray, name: str, quality: int | None) -> None:
@@ -164,7 +159,7 @@ def _as_gray(picture: Picture, name: str) -> bool:
     return picture.kind == "gray" and name != "WEBP"
 
 
-def _interleaved(picture: Picture, with_alpha: bool) -> np.ndarray:  # -> [H, W] or [H, W, C]
+def interleaved(picture: Picture, with_alpha: bool) -> np.ndarray:  # -> [H, W] or [H, W, C]
     """The channels side by side, with gray as a single channel."""
     planes = [*picture.color[: 1 if picture.kind == "gray" else 3]]
     if with_alpha and picture.alpha is not None:
