@@ -1,6 +1,6 @@
 """Every public name of the package, and where it lies; ``__init__.py`` loads them on first use."""
 
-from . import files, io, models, profiling, report, training, visualize
+from . import files, io, models, profiling, ray, report, training, visualize
 from .backends import BackendError, use_backend
 from .cascades.router import CascadeRouter
 from .cascading import cascade
@@ -89,6 +89,7 @@ __all__ = [
     "optimize",
     "pixel_mlp",
     "profiling",
+    "ray",
     "refine_boundaries",
     "report",
     "scatter_groups",

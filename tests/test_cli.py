@@ -203,6 +203,7 @@ def test_names_are_there_whatever_the_program_is_called(tmp_path):
         fastroute.cli.main(standalone_mode=False)
         assert fastroute.list_models() and callable(fastroute.info) and fastroute.profiling.count_flops
         assert set(fastroute.__all__) <= set(dir(fastroute)) and all(getattr(fastroute, name) for name in fastroute.__all__)
+        assert callable(fastroute.ray.Upscaler) and "ray" not in sys.modules
     """
     process = python("-c", textwrap.dedent(code))
     output, errors = process.communicate(timeout=60)

@@ -62,7 +62,9 @@ def _is_users(error: Exception) -> bool:
     if isinstance(error, ImportError):
         return 'pip install ".[' in str(error)
     # Click stops by an error of this kind too, perhaps before anything is imported.
-    torch, backends = sys.modules.get("torch"), sys.modules.get("fastroute.backends")
+    torch, backends, ray = (sys.modules.get(name) for name in ("torch", "fastroute.backends", "fastroute.ray"))
+    if ray and isinstance(error, ray.ClusterError):
+        return True
     return bool(torch and backends and isinstance(error, (backends.BackendError, torch.OutOfMemoryError)))
 
 

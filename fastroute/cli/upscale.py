@@ -26,6 +26,7 @@ from fastroute.cli._common import (
     running_options,
     tell_measuring,
 )
+from fastroute.cli._ray import checking, on_ray, ray_option
 from fastroute.cli._types import Pixels, ShardType
 
 if TYPE_CHECKING:
@@ -97,6 +98,7 @@ SLOW_TO_WRITE = 1 << 25
 @click.option("--shard", type=ShardType(), metavar="K/N", help="Upscale only share K of N of the inputs, or of the rows of one "
               "image, about as many pixels as every other: one share on each machine. auto takes K and N from a Slurm array or "
               "from torchrun. `fastroute join OUT` completes one image.")  # fmt: skip
+@ray_option
 @click.option("--overwrite", is_flag=True, help="Allow a result to overwrite its input. Any other file is replaced anyway.")
 @click.option("--memory-limit", type=click.IntRange(min=1), metavar="MB",
               help="Work in bands within this much memory. For one IN and OUT this includes reading and writing; for a folder, "
@@ -125,6 +127,7 @@ def command(
     max_pixels: int | str | None,
     resume: bool,
     shard: Shard | None,
+    ray: str | None,
     overwrite: bool,
     memory_limit: int | None,
     shared_budget: bool,
@@ -201,15 +204,19 @@ def command(
         if not folder and (named or target.exists()):
             what = "it is a folder" if sources[0].is_dir() else "there are several inputs"
             raise click.UsageError(f"cannot read {sources[0]} into the one file {target}: {what}, so OUT must be a folder")
+        if ray is not None and shared_budget:
+            raise click.UsageError("--shared-budget needs all inputs in one process; leave out --ray, or give each image one")
         if shard is not None and overwrite:
             raise click.UsageError("--shard must find the same inputs in every process; leave out --overwrite")
-        upscale_many(task, sources, target, class_map, file_format, resume, shared_budget, shard)
+        upscale_many(task, sources, target, class_map, file_format, resume, shared_budget, shard, ray)
         return
-    one_image = () if shard is not None and named else (("--shard", shard), ("--resume", resume))
-    for flag, given in (*one_image, ("--format", file_format), ("--shared-budget", shared_budget)):
+    several: dict[str, object] = {"format": file_format, "shared-budget": shared_budget, "ray": ray is not None}
+    if shard is None or not named:
+        several |= {"resume": resume, "shard": shard}
+    for name, given in several.items():
         if given:
             raise click.UsageError(
-                f"{flag} is for an OUT that is a folder; {target} is none (a / at its end would make it one)"
+                f"--{name} is for an OUT that is a folder; {target} is none (a / at its end would make it one)"
             )
     if shard is not None:
         from fastroute.cli._shares import upscale_share
@@ -288,6 +295,7 @@ def upscale_many(
     resume: bool,
     shared_budget: bool,
     shard: Shard | None,
+    ray: str | None,
 ) -> None:
     """Whatever is found in `sources`, or a share of it, into the folder `target`."""
     from fastroute.cli._summary import tell_many
@@ -314,7 +322,8 @@ def upscale_many(
             click.echo(f"shard {shard}: {len(made.jobs)} of {len(everything)} images")
         if not made.jobs:
             return
-    router, chosen = task.load()
+    router, chosen = (task if ray is None else checking(task)).load()
+    run_jobs = many_files.run_jobs if ray is None else on_ray(task, ray)
     settings = task.settings(format=file_format, **{"shared-budget": shared_budget or None})
     if shard is not None and shared_budget:
         from fastroute.cli._shares import share_classes
@@ -324,7 +333,7 @@ def upscale_many(
     for folder in (target, None if as_file else class_map):
         if folder is not None:
             make_folder(folder)
-    outcomes = many_files.run_jobs(
+    outcomes = run_jobs(
         router, made.jobs, resume, task.drop_alpha, shared_budget, reading=task.reading, since=since or 0.0, **task.saving,
         **chosen, **task.limit,
     )  # fmt: skip

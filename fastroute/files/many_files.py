@@ -177,7 +177,8 @@ def _run_jobs(
                 picture = future.result()
                 check_result_fits(router, job, picture, **options)
                 if class_map_of is not None:
-                    upscale = partial(router.upscale, class_map=class_map_of(job), promote=True, **options)
+                    decided: dict[str, Any] = {"class_map": class_map_of(job), "promote": True}
+                    upscale = partial(router.upscale, **decided, **options)
                 result, upscaled = upscaled_picture(picture, router.device, upscale)
             except BackendError:
                 raise
