@@ -24,6 +24,15 @@ VARIABLE = "FASTROUTE_BACKEND"
 TRITON_VERSION = (3, 6)
 CAPABILITY = (8, 0)
 REMEDY = "run `pip install .` again in a copy of the source, with a C++20 compiler such as g++"
+# The names under which Triton for NVIDIA GPUs is installed: from PyPI, on Windows, and with PyTorch's nightly builds.
+TRITON = ("triton", "triton-windows", "pytorch-triton")
+# The names of its builds for other GPUs alone. AMD also installs one as "triton", beside a torch that tells what it is for.
+OTHER_TRITONS = {
+    "pytorch-triton-rocm": "AMD",
+    "triton-rocm": "AMD",
+    "pytorch-triton-xpu": "Intel",
+    "triton-xpu": "Intel",
+}
 
 # Operators that consist of matrix products: a GPU runs them by torch's own products, whatever backend is requested.
 PRODUCTS = frozenset({"cell_mlp", "conv1x1", "conv3x3"})
@@ -120,16 +129,21 @@ def unsupported_reasons(op: str, backend: str, device: torch.device) -> list[str
             return [f"the tensors are on {device}"]
         return loaded_extension().reasons
     if device.type != "cuda" and not (backend == "triton" and device.type == "cpu"):
-        return [f"the tensors are on {device}"]
+        other = "" if device.type in ("cpu", "meta") else "; the kernels are those of NVIDIA GPUs"
+        return [f"the tensors are on {device}{other}"]
     if _is_products(op, backend, device):
         return ["matrix products of torch run it there (backend reference)"]
+    # AMD's torch calls its devices "cuda" too.
+    if device.type == "cuda" and torch.version.hip is not None:
+        return [f"this torch is built for AMD GPUs (ROCm {torch.version.hip}); the kernels are those of NVIDIA GPUs"]
     return _triton_reasons(op, device.type, device.index) if backend == "triton" else _cuda_reasons(op, device.index)
 
 
 def _triton_reasons(op: str, device_type: str, index: int | None) -> list[str]:
-    version = _installed_version("triton")
+    version = next(filter(None, map(installed_version, TRITON)), None)
     if version is None:
-        return ['triton is not installed (run `pip install ".[gpu]"` in a copy of the source)']
+        others = [f"; {name} is for {maker} GPUs" for name, maker in OTHER_TRITONS.items() if installed_version(name)]
+        return [f'triton is not installed (run `pip install ".[gpu]"` in a copy of the source){"".join(others)}']
     if _release(version) < TRITON_VERSION:
         return [f"triton {version} is older than {'.'.join(map(str, TRITON_VERSION))}"]
     if device_type == "cpu" and not _interpreted():
@@ -158,10 +172,23 @@ def _cuda_reasons(op: str, index: int | None) -> list[str]:
     found = torch.cuda.get_device_capability(index)
     # Machine code of an architecture runs on it and on later ones of the same generation. The last one is also built as PTX,
     # which the driver translates for all later ones.
-    if found >= built[-1] or any(found[0] == major and found[1] >= minor for major, minor in built):
-        return []
-    names = ", ".join(map(_dotted, built))
-    return [f"the device is of compute capability {_dotted(found)}, the extension was built for {names}"]
+    native = any(found[0] == major and found[1] >= minor for major, minor in built)
+    if not native and found < built[-1]:
+        names = ", ".join(map(_dotted, built))
+        return [f"the device is of compute capability {_dotted(found)}, the extension was built for {names}"]
+    driver, nvcc = _driver_version(), _release(extension.info.get("nvcc") or "")
+    # A driver runs machine code of any CUDA of its own generation, and translates PTX of those that it knows.
+    if driver is not None and (nvcc[0] > driver[0] or (nvcc > driver and not native)):
+        what = f"the driver knows CUDA {_dotted(driver)}, the extension was built by nvcc {_dotted(nvcc)}"
+        return [f"{what} (update the driver, or build with an older nvcc)"]
+    return []
+
+
+def _driver_version() -> tuple[int, int] | None:
+    """The CUDA version that the driver knows; None where torch cannot tell. No device is initialised."""
+    ask = getattr(torch._C, "_cuda_getDriverVersion", None)
+    number = ask() if ask is not None else 0
+    return (number // 1000, number % 1000 // 10) if number else None
 
 
 @functools.cache
@@ -191,7 +218,8 @@ def _interpreted() -> bool:
 
 
 @functools.cache
-def _installed_version(package: str) -> str | None:
+def installed_version(package: str) -> str | None:
+    """The version of an installed distribution; None if there is none of this name."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -202,7 +230,7 @@ def _dotted(capability: tuple[int, int]) -> str:
     return f"{capability[0]}.{capability[1]}"
 
 
-def _release(version: str) -> tuple[int, ...]:
+def _release(version: str) -> tuple[int, int]:
     """The leading numbers of a version: (3, 6) of "3.6.0+git1234"."""
     found = re.match(r"(\d+)\.(\d+)", version)
     return (int(found[1]), int(found[2])) if found else (0, 0)

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import platform
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from fastroute.backends import BACKENDS, EXTENSION, select, unsupported_reasons
+from fastroute.backends import BACKENDS, EXTENSION, OTHER_TRITONS, TRITON, installed_version, select, unsupported_reasons
 
-PACKAGES = ("torch", "triton", "numpy", "pillow", "tifffile", "imagecodecs", "safetensors")
+PACKAGES = ("torch", "numpy", "pillow", "tifffile", "imagecodecs", "safetensors")
 
 
 def operators() -> list[str]:
@@ -90,11 +89,9 @@ def info() -> Info:
     from fastroute import __version__
 
     versions = {"fastroute": __version__, "python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            versions[package] = "not installed"
+    tritons = [name for name in (*TRITON, *OTHER_TRITONS) if installed_version(name)] or TRITON[:1]
+    for package in (PACKAGES[0], *tritons, *PACKAGES[1:]):
+        versions[package] = installed_version(package) or "not installed"
     found = devices()
     table = {
         name: {op: {b: unsupported_reasons(op, b, torch.device(name)) for b in BACKENDS} for op in operators()}

@@ -41,6 +41,9 @@ PIECE, SMALLEST = 64, 16
 TILE, WARPS, MANY_WARPS = 64 * WIDER, 4, 8
 # Widest layers whose activations, and bytes of weights that, a program keeps on the chip.
 WIDEST_HALF, WIDEST_TF32, RESIDENT_BYTES = 128, 64, 64 << 10
+# Compute capabilities, times ten, whose matrix products read weights in shared memory: Hopper's and those of Blackwell in data
+# centres. Blackwell in desktops, 12.0, multiplies as Ampere does.
+KEEPING = range(90, 120)
 # Programs of a persistent kernel per multiprocessor: about as many as run at once.
 PROGRAMS = 4
 # Tables of floats; all others hold 64-bit integers.
@@ -56,7 +59,7 @@ class Plan:
     channels: int
     dtype: torch.dtype  # of the products
     precision: str = "ieee"
-    keep_weights: bool = False  # where there is room: from Hopper on, products read them in shared memory
+    keep_weights: bool = False  # where there is room, on a GPU whose products read them in shared memory
 
     @property
     def wide(self) -> bool:
@@ -123,8 +126,9 @@ def multiprocessors(device: torch.device) -> int:
 
 
 def keeps_weights(device: torch.device) -> bool:
-    """Whether weights that a program keeps lie in shared memory; before Hopper they would take registers."""
-    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (9, 0)
+    """Whether weights that a program keeps lie in shared memory; elsewhere they would take registers."""
+    major, minor = torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
+    return 10 * major + minor in KEEPING
 
 
 def pixel_mlp_triton(
@@ -307,8 +311,8 @@ def variants() -> Iterator[Variant]:
             if plan.constants == kept.constants:
                 yield from class_variants(plan, types, ARCHS)
             else:
-                yield from class_variants(plan, types, tuple(arch for arch in ARCHS if arch < 90))
-                yield from class_variants(kept, types, tuple(arch for arch in ARCHS if arch >= 90))
+                yield from class_variants(plan, types, tuple(arch for arch in ARCHS if arch not in KEEPING))
+                yield from class_variants(kept, types, tuple(arch for arch in ARCHS if arch in KEEPING))
             if widths[:1] == (256,):
                 yield from prepare_variants(plan, prepared)
     yield from list_variants()
