@@ -15,7 +15,7 @@ from fastroute.files import many_files
 from fastroute.models.carn import CARN
 from fastroute.models.fsrcnn import FSRCNN
 from fastroute.models.pcsr import PCSR
-from fastroute.patch import branches, classify, patch_router, patch_speed
+from fastroute.patch import branches, classify, passes, patch_memory, patch_speed
 from fastroute.pixel import pixel_image, pixel_rows, pixel_speed
 from fastroute.pixel.pixel_rows import PixelGrid, PixelMemory
 from fastroute.runtime import memory_plan, tuning
@@ -33,7 +33,7 @@ def make_router(**options) -> PatchRouter:
 
 def gpu_sizes(monkeypatch) -> None:
     """The CPU's sizes become a GPU's, but for the default limit."""
-    for module in (branches, patch_speed, classify, patch_router, pixel_image, pixel_speed, pixel_rows, memory_plan):
+    for module in (branches, passes, patch_speed, classify, patch_memory, pixel_image, pixel_speed, pixel_rows, memory_plan):
         for name, table in list(vars(module).items()):
             if isinstance(table, dict) and set(table) == {"cpu", "cuda"} and name != "DEFAULT_LIMIT":
                 monkeypatch.setattr(module, name, {"cpu": table["cuda"]})
@@ -67,6 +67,7 @@ def begins(router, reader, **options) -> bool:
 @pytest.mark.parametrize("size", [(600, 800), (9000, 12000)])
 def test_the_default_limit_suits_a_gpu(monkeypatch, size):
     gpu_sizes(monkeypatch)
+    monkeypatch.setattr(patch_memory, "PATCHES_PER_BAND", {"cpu": 1024})  # the fewest to which a GPU goes down
     routers: list = [router for name in fastroute.list_models() if (router := fastroute.load(name)).num_classes > 1]
     for router in routers:
         if isinstance(router, PatchRouter):
@@ -86,7 +87,7 @@ def test_the_default_limit_suits_any_scale_on_a_gpu(scale):
     for encoder in (FSRCNN(56, upsample=False), CARN(64, upsample=False)):
         router = PixelRouter(PCSR.build(encoder, hidden, [16]))
         for lr in ((600, 800), (6000, 8000), (700, 90_000)):
-            grid = PixelGrid(lr, tuple(round(n * scale) for n in lr), CUDA)
+            grid = PixelGrid(lr, tuple(round(n * scale) for n in lr), CUDA, pixel_rows.BAND_PARTS[-1])
             used = router.memory.working_set(grid, grid.overlapping, 0, 4, True)
             fits = memory_plan.limit_on(CUDA, "auto")
             assert used.bytes(used.block) <= fits
@@ -129,9 +130,10 @@ def test_encoder_bands_on_a_gpu(monkeypatch):
 def test_bands_of_pixels():
     lr, size = (4000, 3000), (16000, 12000)
     assert len(PixelGrid(lr, size).bands()) == -(-16000 * 12000 // (1 << 20))
-    assert len(PixelGrid(lr, size, CUDA).bands()) == -(-16000 * 12000 // (1 << 23))
+    assert len(PixelGrid(lr, size, CUDA).bands()) == -(-16000 * 12000 // (1 << 25))
     # At a small factor the rows of the image count.
-    assert len(PixelGrid(lr, lr, CUDA).bands()) == -(-4000 * 3000 // (1 << 20))
+    assert len(PixelGrid(lr, lr, CUDA).bands()) == -(-4000 * 3000 // (1 << 21))
+    assert len(PixelGrid(lr, size, CUDA, 4).bands()) == -(-16000 * 12000 // (1 << 23))
 
 
 def test_batches_on_a_gpu(monkeypatch, tmp_path):
@@ -180,7 +182,7 @@ def test_speeds_on_a_gpu_are_measured_on_many_patches(monkeypatch):
     assert set(sizes) == {1024}
     # A budget classifies the picture once, or its scores were counted twice.
     height, width = pixel_speed.PICTURE["cuda"]
-    assert 16 * height * width <= pixel_rows.BUDGET_SAMPLE
+    assert 16 * height * width <= pixel_rows.BUDGET_SAMPLE["cuda"]
 
 
 def test_threads_of_a_folder():

@@ -11,7 +11,7 @@ from torch import nn
 from fastroute import PatchRouter, TileGrid, buffers
 from fastroute.models.classsr import ClassSR
 from fastroute.models.fsrcnn import FSRCNN
-from fastroute.patch import patch_router
+from fastroute.patch import patch_memory
 from fastroute.patch.bands import plan_bands
 
 pytestmark = pytest.mark.usefixtures("quick_tuning")
@@ -101,7 +101,7 @@ def test_dtypes_and_ranks(router, system, dtype, rank):
 def test_bands_change_nothing(router, monkeypatch, per_band, batch, height, width):
     image = picture(batch, 3, height, width, seed=per_band)
     whole = router.upscale(image)
-    monkeypatch.setattr(patch_router, "PATCHES_PER_BAND", per_band)
+    monkeypatch.setattr(patch_memory, "PATCHES_PER_BAND", {"cpu": per_band})
     grid = TileGrid(height, width, PATCH, STRIDE, SCALE)
     bands = plan_bands(batch, grid, per_band)
     assert sum((b.images[1] - b.images[0]) * (b.rows[1] - b.rows[0]) for b in bands) == batch * grid.rows
@@ -115,7 +115,7 @@ def test_bands_change_nothing(router, monkeypatch, per_band, batch, height, widt
 @pytest.mark.parametrize("stride", [4, 5, 8, 16, 28, 31, 32])
 @pytest.mark.parametrize("per_band", [256, 3])
 def test_strides(system, monkeypatch, stride, per_band):
-    monkeypatch.setattr(patch_router, "PATCHES_PER_BAND", per_band)
+    monkeypatch.setattr(patch_memory, "PATCHES_PER_BAND", {"cpu": per_band})
     small = ClassSR.fsrcnn((3, 4), 2)
     randomise(small, 3).eval()
     router = PatchRouter(small.branches, system.classifier, patch=32, stride=stride, scale=2, merge=1)
@@ -215,7 +215,7 @@ def test_half_precision_networks():
 
 def test_every_output_pixel_is_written(router, poisoned, monkeypatch):
     for size, per_band in (((45, 61), 256), ((45, 61), 4), ((3, 30), 1)):
-        monkeypatch.setattr(patch_router, "PATCHES_PER_BAND", per_band)
+        monkeypatch.setattr(patch_memory, "PATCHES_PER_BAND", {"cpu": per_band})
         assert router.upscale(picture(2, 3, *size)).image.isfinite().all()
 
 
@@ -251,7 +251,7 @@ def test_patches_of_many_earlier_bands(monkeypatch, stride):
     ids = torch.randint(0, 3, (grid.rows, grid.cols), generator=torch.Generator().manual_seed(0))
     expected = router.upscale(image, class_map=ids).image
     for per_band in (1, 2 * grid.cols, 5 * grid.cols):
-        monkeypatch.setattr(patch_router, "PATCHES_PER_BAND", per_band)
+        monkeypatch.setattr(patch_memory, "PATCHES_PER_BAND", {"cpu": per_band})
         torch.testing.assert_close(router.upscale(image, class_map=ids).image, expected, rtol=0, atol=1e-6)
 
 

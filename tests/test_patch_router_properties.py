@@ -13,7 +13,7 @@ from torch import nn
 
 from fastroute import PatchRouter, TileGrid
 from fastroute.patch import branches as branches_module
-from fastroute.patch import patch_router
+from fastroute.patch import patch_memory
 from fastroute.runtime.tuning import Setting
 
 
@@ -59,7 +59,7 @@ def test_routing_is_the_plain_loop(grid, batch, per_band, shuffled, window, seed
     generator = torch.Generator().manual_seed(seed)
     class_map = torch.randint(0, 2, (batch, grid.rows, grid.cols), generator=generator)
     expected = routed_plainly(image, grid, networks, class_map.flatten(), window)
-    with mock.patch.object(patch_router, "PATCHES_PER_BAND", per_band):
+    with mock.patch.object(patch_memory, "PATCHES_PER_BAND", {"cpu": per_band}):
         result = router.upscale(image, class_map=class_map)
     torch.testing.assert_close(result.image.double(), expected, rtol=0, atol=1e-5)
     assert torch.equal(result.class_map, class_map)
@@ -67,8 +67,8 @@ def test_routing_is_the_plain_loop(grid, batch, per_band, shuffled, window, seed
 
 @given(grids(), st.integers(0, 5), st.integers(1, 60))
 def test_bands_cover_every_tile_row_once_in_order(grid, batch, per_band):
-    with mock.patch.object(patch_router, "PATCHES_PER_BAND", per_band):
-        bands = patch_router.plan_bands(batch, grid, per_band)
+    with mock.patch.object(patch_memory, "PATCHES_PER_BAND", {"cpu": per_band}):
+        bands = patch_memory.plan_bands(batch, grid, per_band)
     rows = [(b, row) for band in bands for b in range(*band.images) for row in range(*band.rows)]
     assert rows == [(b, row) for b in range(batch) for row in range(grid.rows)]
     for band in bands:

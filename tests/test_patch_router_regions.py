@@ -13,7 +13,7 @@ from torch.nn import functional as F
 import fastroute
 from fastroute import Bicubic, PatchRouter, TileGrid, io, merge_regions, stitch_patches
 from fastroute.cli import main
-from fastroute.patch import patch_router
+from fastroute.patch import patch_memory
 from fastroute.patch.regions import Merging
 from fastroute.reference.stitch_patches import patches_of_regions
 from fastroute.runtime.protocols import ArrayReader, ArrayWriter
@@ -84,7 +84,7 @@ def test_a_free_class_and_other_last_layers():
 @pytest.mark.parametrize("per_band", [1, 30, 60])
 def test_bands_and_streams_change_nothing(router, monkeypatch, per_band):
     whole = router.upscale(IMAGE)
-    monkeypatch.setattr(patch_router, "PATCHES_PER_BAND", per_band)
+    monkeypatch.setattr(patch_memory, "PATCHES_PER_BAND", {"cpu": per_band})
     banded = router.upscale(IMAGE)
     assert torch.equal(banded.class_map, whole.class_map)
     torch.testing.assert_close(banded.image, whole.image, rtol=0, atol=1e-6)

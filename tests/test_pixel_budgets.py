@@ -19,9 +19,13 @@ from fastroute import PixelRouter, io, upscale_many
 from fastroute.budget.speed import Speed
 from fastroute.pixel import pixel_image, pixel_router, pixel_rows, pixel_speed
 from fastroute.pixel.pixel_budget import PixelBudget, Sample, WaitingImage, pooled
+from fastroute.pixel.pixel_image import PixelImage
 from fastroute.pixel.pixel_rows import PixelGrid
 from fastroute.pixel.pixel_stats import Work
+from fastroute.pixel.request import ClassRule, Request, make_grid
 from fastroute.runtime.protocols import ArrayReader, ArrayWriter
+from fastroute.runtime.results import Stopwatch
+from fastroute.runtime.rows import TensorSource
 
 HIDDEN = {2: ([5], [40, 40]), 3: (None, [5], [40, 40])}
 IMAGE = picture(1, 3, 15, 20, seed=1)[0]
@@ -42,7 +46,7 @@ def router(request) -> PixelRouter:
 @pytest.fixture
 def sampled(monkeypatch):
     """Rows are sampled, and images cut into many bands."""
-    monkeypatch.setattr(pixel_rows, "BUDGET_SAMPLE", 4000)
+    monkeypatch.setattr(pixel_rows, "BUDGET_SAMPLE", {"cpu": 4000})
     monkeypatch.setattr(pixel_rows, "WAITING_SAMPLE", 300)
     monkeypatch.setattr(pixel_rows, "OUTPUT_BAND", {"cpu": 500})
 
@@ -120,7 +124,7 @@ def test_a_stream_has_the_same_budgets(router):
 def test_milliseconds_become_classes(monkeypatch, whole):
     """A speed that nobody has, so slow that the time of the test itself is next to nothing."""
     if not whole:
-        monkeypatch.setattr(pixel_rows, "BUDGET_SAMPLE", 4000)
+        monkeypatch.setattr(pixel_rows, "BUDGET_SAMPLE", {"cpu": 4000})
     speed = Speed([10.0, 50.0], 5.0, 2.0, encode=20.0)
     for share in (0.2, 0.7):
         budget = PIXELS * (speed.rest + 10 + share * 40) + (0 if whole else PIXELS * speed.classify)
@@ -400,3 +404,22 @@ def test_one_class_has_nothing_to_choose(monkeypatch):
     assert router.upscale(IMAGE, budget_ms=1e6).stats.counts_per_class == [PIXELS]
     with pytest.raises(ValueError, match="budget_ms must be at least"):
         router.upscale(IMAGE, budget_ms=1e-6)
+
+
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize(("scale", "step"), [(4.0, 3), (2.0, 7), (3.0, 5), (1.5, 4), (0.7, 3)])
+def test_sampled_rows_have_the_logits_of_the_whole_image(keep, scale, step):
+    """Rows that are classified together, each with the features that it reads."""
+    router, image = PixelRouter(make_model()), picture(1, 3, 24, 17)
+    grid = make_grid((24, 17), scale, None, router.device)[0]
+    request, source = Request(grid, ClassRule([1.0, 2.0], budgeted=True)), TensorSource(image, router.device)
+    one, other = (PixelImage(router.networks, source, 0, request, kept, Stopwatch(router.device)) for kept in (True, keep))
+    whole = one._logits(one._start()[1], one.relative, 0, grid.size[0])
+    rows = range(step // 2, grid.size[0], step)
+    found = other._logits_of(other._start()[1], other.relative, rows)
+    assert not found[:, 0].any() and found.shape[2] == len(rows) > 4
+    expected = whole[:, :, rows.start :: step]
+    # The size of a pixel is a power of two where its product with a weight is exact.
+    if scale in (4.0, 2.0):
+        assert torch.equal(found, expected)
+    assert (found - expected).abs().max() <= 1e-6 * expected.abs().max()

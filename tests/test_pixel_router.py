@@ -100,7 +100,7 @@ def test_bands_change_no_bit(monkeypatch, band):
 
 @pytest.mark.parametrize("sample", [1 << 21, 500])
 def test_budget(monkeypatch, sample):
-    monkeypatch.setattr(pixel_rows, "BUDGET_SAMPLE", sample)
+    monkeypatch.setattr(pixel_rows, "BUDGET_SAMPLE", {"cpu": sample})
     model = make_model(hidden=(None, [5], [40, 40]))
     router = PixelRouter(model)
     lr = torch.rand(1, 3, 15, 20)

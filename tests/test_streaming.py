@@ -13,7 +13,7 @@ from test_pixel_router import make_model
 from torch import nn
 
 from fastroute import PatchRouter, PixelRouter
-from fastroute.patch import patch_router
+from fastroute.patch import patch_memory, patch_router
 from fastroute.pixel import pixel_image, pixel_router, pixel_rows
 from fastroute.runtime import memory_plan
 from fastroute.runtime.endpoints import in_bands
@@ -80,7 +80,7 @@ def check(router, image, step=1, **options):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", [(1, 1), (9, 40), (101, 61), (64, 45)])
 def test_patches(patches, monkeypatch, dtype, size):
-    monkeypatch.setattr(patch_router, "PATCHES_PER_BAND", 8)
+    monkeypatch.setattr(patch_memory, "PATCHES_PER_BAND", {"cpu": 8})
     image = as_image(picture(1, 3, *size, seed=size[0]), dtype)[0]
     for step in (1, 16):
         heights = check(patches, image, step)
@@ -90,7 +90,7 @@ def test_patches(patches, monkeypatch, dtype, size):
 @pytest.mark.parametrize(("patch", "stride"), [(8, 8), (16, 5), (32, 28)])
 @pytest.mark.parametrize("options", [{"budget": 0.85}, {"penalty": 0.4}, {"budget": 1}], ids=str)
 def test_patch_sizes_and_choices(monkeypatch, patch, stride, options):
-    monkeypatch.setattr(patch_router, "PATCHES_PER_BAND", 20)
+    monkeypatch.setattr(patch_memory, "PATCHES_PER_BAND", {"cpu": 20})
     check(make_patch_router(patch, stride), as_image(picture(1, 3, 75, 50), torch.uint8)[0], 7, **options)
 
 
@@ -100,7 +100,7 @@ def test_classifier_of_another_kind(monkeypatch):
             bright = patches.mean(dim=(1, 2, 3))
             return torch.stack([1.02 - bright, bright], dim=1)
 
-    monkeypatch.setattr(patch_router, "PATCHES_PER_BAND", 8)
+    monkeypatch.setattr(patch_memory, "PATCHES_PER_BAND", {"cpu": 8})
     system = random_classsr((3, 5), 4, 16)
     check(PatchRouter(system.branches, Brightness(), patch=16, stride=12, scale=4), picture(1, 3, 101, 61)[0])
 
@@ -136,8 +136,8 @@ def test_sampled_decisions(pixels, monkeypatch, options):
     monkeypatch.setattr(pixel_rows, "ENCODER_BAND", {"cpu": 100})
     image = picture(1, 3, 120, 33)[0]
     whole = pixels.upscale(image, scale=2, **options).class_map
-    for name in ("BUDGET_SAMPLE", "ADAPTIVE_SAMPLE"):
-        monkeypatch.setattr(pixel_rows, name, 4000)
+    monkeypatch.setattr(pixel_rows, "BUDGET_SAMPLE", {"cpu": 4000})
+    monkeypatch.setattr(pixel_rows, "ADAPTIVE_SAMPLE", 4000)
     runs = []
     monkeypatch.setattr(pixel_image, "rows_in_bands", lambda *args: runs.append(1) or rows_in_bands(*args))
     rows_in_bands = pixel_rows.rows_in_bands
@@ -169,7 +169,7 @@ def test_encoder_that_needs_the_whole_image(monkeypatch):
 @pytest.mark.parametrize("size", [(9, 14), (70, 40)])
 def test_images_on_the_host(patches, pixels, monkeypatch, batch, size):
     """Bands that go to a device and back, as for a GPU, here to the same device."""
-    monkeypatch.setattr(patch_router, "PATCHES_PER_BAND", 8)
+    monkeypatch.setattr(patch_memory, "PATCHES_PER_BAND", {"cpu": 8})
     image = picture(batch, 3, *size)
     for router, module in ((patches, patch_router), (pixels, pixel_router)):
         expected = router.upscale(image)
@@ -219,7 +219,7 @@ def test_refused_readers(request, name):
 
 @pytest.mark.parametrize("name", ["patches", "pixels"])
 def test_an_error_of_the_writer_is_raised(request, name, monkeypatch):
-    monkeypatch.setattr(patch_router, "PATCHES_PER_BAND", 8)
+    monkeypatch.setattr(patch_memory, "PATCHES_PER_BAND", {"cpu": 8})
     monkeypatch.setattr(pixel_rows, "OUTPUT_BAND", {"cpu": 2000})
 
     class Full:

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 import fastroute
 from fastroute import PatchRouter, tiled
-from fastroute.patch import patch_router
+from fastroute.patch import patch_memory
 
 pytestmark = pytest.mark.usefixtures("quick_tuning")
 
@@ -28,7 +28,7 @@ def network(reach: int, scale: int, channels: int = 3, seed: int = 0) -> nn.Modu
 @pytest.mark.parametrize(("reach", "patch", "scale"), [(3, 16, 2), (4, 16, 1), (5, 13, 3), (2, 16, 4)])
 @torch.no_grad()
 def test_crop_is_the_whole_image_when_the_overlap_covers_the_reach(height, width, reach, patch, scale, monkeypatch):
-    monkeypatch.setattr(patch_router, "PATCHES_PER_BAND", 7)
+    monkeypatch.setattr(patch_memory, "PATCHES_PER_BAND", {"cpu": 7})
     model, image = network(reach, scale), picture(2, 3, height, width, seed=height)
     for overlap in (2 * reach, 2 * reach + 1):
         result = tiled(model, patch=patch, overlap=overlap)(image)
@@ -40,7 +40,7 @@ def test_crop_is_the_whole_image_when_the_overlap_covers_the_reach(height, width
 def test_large_tiles_are_held_in_small_number(monkeypatch):
     image, router = picture(1, 3, 200, 40), tiled(network(3, 4), patch=16, overlap=6, batch=8)
     whole = router.upscale(image)
-    monkeypatch.setattr(patch_router, "HELD_BYTES", {"cpu": 8 * router.networks.produced_bytes(image.device)})
+    monkeypatch.setattr(patch_memory, "HELD_BYTES", {"cpu": 8 * router.networks.produced_bytes(image.device)})
     few = router.upscale(image)
     assert torch.equal(few.image, whole.image)
     # Of 80 tiles 8 are held, and a row that the next ones overlap.

@@ -17,7 +17,7 @@ from fastroute import PatchRouter, PixelRouter, io
 from fastroute.files import readers, writers
 from fastroute.files.file_to_file import upscale_file
 from fastroute.io.tiff_read import TiffSource
-from fastroute.patch import patch_router
+from fastroute.patch import patch_memory
 
 tifffile = pytest.importorskip("tifffile")
 zarr = pytest.importorskip("zarr")
@@ -42,7 +42,7 @@ def rows_last(image):
 
 
 def test_png_to_tiff_to_zarr(router, image, tmp_path, monkeypatch):
-    monkeypatch.setattr(patch_router, "PATCHES_PER_BAND", 20)
+    monkeypatch.setattr(patch_memory, "PATCHES_PER_BAND", {"cpu": 20})
     done = upscale_file(tmp_path / "in.png", tmp_path / "out.tif", router, budget=0.9)
     expected = router.upscale(image, budget=0.9)
     with tifffile.TiffFile(tmp_path / "out.tif") as file:
@@ -115,7 +115,7 @@ def test_types_are_kept(router, tmp_path, dtype, ending):
 @pytest.mark.parametrize("ending", ["tif", "zarr"])
 @pytest.mark.parametrize("before", [False, True])
 def test_an_interrupted_run_leaves_what_was_there(router, image, tmp_path, monkeypatch, ending, before):
-    monkeypatch.setattr(patch_router, "PATCHES_PER_BAND", 20)
+    monkeypatch.setattr(patch_memory, "PATCHES_PER_BAND", {"cpu": 20})
     target = tmp_path / f"out.{ending}"
     if before:
         upscale_file(tmp_path / "in.png", target, router, budget=1)

@@ -19,7 +19,7 @@ from fastroute.models.srresnet import SRResNet
 from fastroute.profiling import count_flops
 from fastroute.reference.adaptive_threshold import adaptive_threshold_reference
 from fastroute.reference.assign_classes import penalised_argmax
-from fastroute.reference.pixel_mlp import pixel_mlp_reference
+from fastroute.reference.pixel_mlp import pixel_mlp_reference, placed_axis
 from fastroute.reference.refine_boundaries import refine_boundaries_reference
 
 # The side of the LR patch for which the published code counts the FLOPs of the classes.
@@ -312,6 +312,11 @@ def relative_coordinates(features: Tensor, size: tuple[int, int]) -> Tensor:  # 
         nearest = F.grid_sample(centres[None, None, None], grid, mode="nearest", align_corners=False)[0, 0, 0]
         axes.append(((place - nearest) * small)[:large])
     return torch.cat(axes)
+
+
+def features_read(size: int, relative: Tensor) -> Tensor:  # [n] -> [n]
+    """Along one axis of `size` features, the feature that each output pixel reads at coordinates such as the above."""
+    return placed_axis(size, len(relative), relative)
 
 
 def rename_published(key: str) -> str:

@@ -171,11 +171,20 @@ class Branches(PreparedNetworks):
         """Whether the measurements of branch `c` are complete."""
         return self.batch is not None or not self.tune or not enabled() or self._search(c, device).best is not None
 
+    def trials(self, c: int, device: torch.device) -> int:
+        """The number of trials of branch `c` so far, while it is measured."""
+        return 0 if self.settled(c, device) else self._search(c, device).made
+
     def collect(self) -> None:
         """Record the times of the trials. On a GPU, all work must be done."""
         while self._timed:
             trial = self._timed.pop(0)
             trial.search.add(trial.shape, trial.setting, trial.seconds / (trial.patches * trial.shape[0] * trial.shape[1]))
+
+    @property
+    def measuring(self) -> bool:
+        """Whether there are trials whose time is still to be recorded."""
+        return bool(self._timed)
 
     def remember(self) -> None:
         """Store the measurements at the end of a call, when its work on the device is done."""

@@ -203,15 +203,32 @@ def _by_cell(
             band = source.get((b, b + 1), (top * cell, bottom * cell))[:, :, :, : width * cell]
             means = cell_mlp(band, layers.inner, cell, span, grid.stride // cell)[0]
             held = torch.cat([held, means]) if len(held) else means
-            while row < len(rows) and row_cells[row] + span <= bottom:
-                average = held[row_cells[row] - begin :][:span].mean(dim=0)
-                # Tile rows are computed one after the other, so that the numbers do not depend on how many rows the image has.
-                torch.addmm(layers.bias, average, layers.weight.t(), out=logits[b, row])
-                row += 1
+            done = row
+            while done < len(rows) and row_cells[done] + span <= bottom:
+                done += 1
+            starts = [at - begin for at in row_cells[row:done]]
+            # A CPU computes tile rows one after the other, so that the numbers do not depend on how many rows the image has.
+            for part in [range(n, n + 1) for n in range(len(starts))] if held.device.type == "cpu" else [range(len(starts))]:
+                average = _row_means(held, [starts[n] for n in part], span).flatten(0, 1)
+                to = logits[b, row + part.start : row + part.stop].flatten(0, 1)
+                torch.addmm(layers.bias, average, layers.weight.t(), out=to)
+            row = done
             if row == len(rows):
                 break
             held, begin = held[row_cells[row] - begin :], row_cells[row]
     return torch.softmax(logits, dim=-1)
+
+
+def _row_means(rows: Tensor, starts: list[int], span: int) -> Tensor:  # [n, m, F] -> [starts, m, F]
+    """The means of `span` rows from each of `starts` on, which are at equal distances but for the last one."""
+    if len(starts) == 1:
+        return rows[starts[0] :][:span].mean(dim=0, keepdim=True)
+    if not starts:
+        return rows[:0]
+    step = starts[1] - starts[0]
+    even = [start for n, start in enumerate(starts) if start == starts[0] + n * step]
+    means = rows[even[0] : even[-1] + span].unfold(0, span, step).mean(dim=-1)
+    return means if len(even) == len(starts) else torch.cat([means, _row_means(rows, starts[len(even) :], span)])
 
 
 # Kept by the size of an input, because counting takes longer than classifying.

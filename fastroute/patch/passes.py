@@ -21,6 +21,7 @@ from fastroute.patch.branches import Branches
 from fastroute.patch.regions import SortedRegions
 from fastroute.patch.workspace import Workspace
 from fastroute.profiling import observed
+from fastroute.runtime.devices import on_device
 from fastroute.runtime.memory_plan import LiveBytes
 from fastroute.runtime.progress import Progress, shown
 from fastroute.runtime.results import Stopwatch
@@ -31,6 +32,9 @@ from fastroute.runtime.threads import side_by_side, workers
 # The default side of a block in patches, and the bytes that a region of this size may take in a branch. The result depends on
 # both, so they are the same on every machine.
 MERGE, REGION_BYTES = 4, 512 << 20
+# Networks of fewer FLOPs per LR pixel run patches of several classes on their own. Every class and shape of region is a pass of
+# its own, whose launches take a GPU longer than the overlaps that a region saves.
+LEAST_MERGED = {"cpu": 0, "cuda": 200_000}
 
 
 @dataclass(frozen=True)
@@ -86,13 +90,12 @@ def run_bands(
     workspace = Workspace(grid, source.shape[1], networks.shuffle, window, networks.split(device)[1])
     with shown(progress, regions.class_ids.numel(), "patch") as bar:
         for number, band in enumerate(bands):
-            groups = list(regions.of_band(number))
+            groups = list(regions.of_band(number, band.first_patch(grid)))
             with watch.stage("extract"):
                 pixels, part = band.read(source, grid)
                 extract = partial(extract_patches, pixels, part, dtype=networks.taken)
                 formats = {c: networks.setting(c, device).memory_format for c, _, _ in groups}
-                first = band.first_patch(grid)
-                jobs = [(c, extract(order=order - first, memory_format=formats[c], size=shape)) for c, shape, order in groups]
+                jobs = [(c, extract(order=order, memory_format=formats[c], size=shape)) for c, shape, order in groups]
             for (c, shape, _), results in zip(groups, run_regions(networks, jobs, watch), strict=True):
                 workspace.put([in_levels(result) for result in results] if rounded else results, c, shape)
             with watch.stage("stitch"):
@@ -182,6 +185,9 @@ def chosen_merge(networks: Branches, stride: int, asked: int | None) -> int:
     """
     if asked is not None and (isinstance(asked, bool) or asked not in MERGES):
         raise ValueError(f"PatchRouter: merge must be one of {MERGES}, or None; got {asked!r}")
+    pixels, several = networks.size[2] * networks.size[3], len(networks.modules) > 1
+    if asked is None and several and max(networks.flops) < pixels * on_device(LEAST_MERGED, networks.device):
+        return 1
     takes = asked == 1 or takes_regions(networks, stride)
     if asked is not None and not takes:
         raise ValueError(f"PatchRouter: merge must be 1 for branches that take no other size than a patch; got {asked}")

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+import torch
 from torch import nn
 
 from fastroute.grid import TileGrid
-from fastroute.patch.bands import Band, first_covering
+from fastroute.patch.bands import Band, first_covering, plan_bands
 from fastroute.patch.branches import Branches
 from fastroute.patch.classify import classifying_bytes
 from fastroute.patch.regions import Merging
+from fastroute.runtime.devices import on_device
 from fastroute.runtime.endpoints import Endpoints
-from fastroute.runtime.memory_plan import WorkingSet
+from fastroute.runtime.memory_plan import WorkingSet, spare
 from fastroute.runtime.rows import Source
 
+# The most patches whose outputs are held at a time: enough for full batches of every class. Of large patches fewer are held,
+# but always a whole row of tiles. A GPU takes as many as memory allows.
+PATCHES_PER_BAND = {"cpu": 1024, "cuda": 1 << 20}
+HELD_BYTES = {"cpu": 64 << 20, "cuda": 1 << 30}
 # Bytes per patch for its scores, its class, and its place in two orders.
 INDEX = 96
 
@@ -51,6 +57,45 @@ def plan_memory(
     rows = max((end - begin for begin, end in (band.output(grid) for band in bands)), default=0)
     images = max((band.images[1] - band.images[0] for band in bands), default=1)
     return replace(plan, fixed=plan.fixed + 4 * images * channels * rows * grid.output_size[1])
+
+
+# From bands to the working set with them.
+PlanOf = Callable[[list[Band]], WorkingSet]
+
+
+def patches_per_band(networks: Branches, device: torch.device) -> list[int]:
+    """The most patches of a band. A GPU has fewer where less memory is allowed, the last number in any case."""
+    most = max(1, min(on_device(PATCHES_PER_BAND, device), on_device(HELD_BYTES, device) // networks.produced_bytes(device)))
+    numbers = [most]
+    while device.type != "cpu" and numbers[-1] > PATCHES_PER_BAND["cpu"]:
+        numbers.append(max(numbers[-1] // 2, PATCHES_PER_BAND["cpu"]))
+    return numbers
+
+
+def fewest_bands(
+    sizes: Sequence[int], source: Source, merging: Merging, plan_of: PlanOf, limit: int | None
+) -> tuple[list[Band], WorkingSet]:
+    """The fewest bands whose working set fits, and the working set. The result does not depend on the bands.
+
+    Args:
+        sizes: numbers of patches of a band that are tried, the last one in any case.
+        source: the images.
+        merging: the grid, and how its patches merge.
+        plan_of: gives the working set with some bands.
+        limit: the largest number of bytes to hold, or None for no limit.
+    """
+    allowed = spare(source.device) if limit is None else limit
+    for patches in sizes:
+        bands = plan_bands(source.shape[0], merging.grid, patches, merging.merge)
+        plan = plan_of(bands)
+        if plan.bytes(1) <= allowed:
+            break
+    return bands, plan
+
+
+def least_memory(sizes: Sequence[int], source: Source, merging: Merging, plan_of: PlanOf) -> WorkingSet:
+    """The working set with the smallest of :func:`fewest_bands`."""
+    return fewest_bands(sizes[-1:], source, merging, plan_of, None)[1]
 
 
 def plan_patches(

@@ -31,12 +31,11 @@ from fastroute.patch.assignment import (
 from fastroute.patch.bands import Band, plan_bands
 from fastroute.patch.branches import Branches
 from fastroute.patch.passes import chosen_merge, run_bands
-from fastroute.patch.patch_memory import plan_memory
+from fastroute.patch.patch_memory import fewest_bands, least_memory, patches_per_band, plan_memory
 from fastroute.patch.patch_speed import Measured, learn_patch_speed, measure_patch_speed
 from fastroute.patch.regions import Merging, patch_stats, sort_regions
 from fastroute.patch.sections import sectioned
 from fastroute.runtime.border import EDGE, ZERO, check_border, continued, cut, refuse_edge
-from fastroute.runtime.devices import on_device
 from fastroute.runtime.endpoints import Endpoints, home, in_memory, output_like, streamed
 from fastroute.runtime.memory_plan import AUTO, Limit, WorkingSet, advised, check_limit, limit_on
 from fastroute.runtime.progress import Progress
@@ -47,10 +46,6 @@ from fastroute.runtime.threads import patiently
 from fastroute.runtime.tuning import tuning_key
 from fastroute.windows import make_window
 
-# Patches whose outputs are held at a time: enough for full batches of every class. Of large patches fewer are held, but always
-# a whole row of tiles.
-PATCHES_PER_BAND = 1024
-HELD_BYTES = {"cpu": 64 << 20, "cuda": 1 << 30}
 # Class maps are uint8.
 MOST_CLASSES = 256
 
@@ -77,7 +72,7 @@ class PatchRouter(Router):
         merge: side of a block of patches, 1, 2, 4 or 8: neighbouring patches of one class within it run as one region, whose
             overlaps are computed once and have no seams, see :func:`fastroute.merge_regions`. 1 runs every patch on its own, as
             published code does. Default: the largest side up to 4 for which a region takes no more than 512 MiB on its way
-            through a branch; 1 for branches that take no other size than a patch.
+            through a branch; 1 for branches that take no other size than a patch and, on a GPU, for several small networks.
         tune: find out, on the work of calls, which batches and memory format are fastest. This computes nothing twice, ends
             after some images and is remembered. Until then results may differ in their last bits from call to call. Without
             it, or with FASTROUTE_TUNE=0, a remembered outcome is used, else what suits most networks.
@@ -152,7 +147,7 @@ class PatchRouter(Router):
         self.branches, self.shuffle = self.networks.modules, self.networks.shuffle
         self.register_buffer("_place", torch.empty(0, device=self.networks.device), persistent=False)
         self.register_load_state_dict_post_hook(_weights_loaded)
-        self.merge = chosen_merge(self.networks, stride, merge)
+        self._asked_merge, self.merge = merge, chosen_merge(self.networks, stride, merge)
         self.channels, self.dtype = self.networks.channels, self.networks.dtype
         self.branch_flops, self.paper_flops = self.networks.flops, self.networks.paper_flops
         # A network without counted operations still writes its values.
@@ -173,6 +168,8 @@ class PatchRouter(Router):
 
     def _moved(self) -> None:
         self.networks.moved()
+        if self._asked_merge is None:
+            self.merge = chosen_merge(self.networks, self.stride, None)
 
     @ordinarily
     def compile(self, engine: str = ANY) -> PatchRouter:  # type: ignore[override]
@@ -332,10 +329,14 @@ class PatchRouter(Router):
     def _run(self, endpoints: Endpoints, call: PatchCall) -> tuple[Tensor, RoutingStats]:  # [B, rows, cols]
         """Upscale the images from their source to their sink. Returns the class map and statistics."""
         source, merging, watch = endpoints.source, call.merging, Stopwatch(self.device)
-        bands = call.bands or self._bands(source.shape[0], merging.grid)
-        plan = self._memory_plan(endpoints, merging, bands, not endpoints.in_place)
-        rows = plan.rows(call.memory_limit)
-        lowest = partial(self._memory_plan, endpoints, merging, bands, True)
+        limit, plan_of = call.memory_limit, partial(self._memory_plan, endpoints, merging)
+        sizes = patches_per_band(self.networks, self.device)
+        lowest = partial(least_memory, sizes, source, merging, partial(plan_of, True))
+        if call.bands is None:
+            bands, plan = fewest_bands(sizes, source, merging, partial(plan_of, not endpoints.in_place), limit)
+        else:
+            bands, plan = call.bands, plan_of(not endpoints.in_place, call.bands)
+        rows = plan.rows(limit)
         with (
             patiently(self.device),
             advised("upscale", self.device, plan.bytes(rows), lowest, endpoints.in_place),
@@ -349,11 +350,15 @@ class PatchRouter(Router):
             )
         with torch.inference_mode(False):
             maps = regions.class_ids.to(torch.uint8, copy=True).view(source.shape[0], merging.grid.rows, merging.grid.cols)
-        counted, used = (self.branch_flops, self.paper_flops), plan.bytes(rows)
-        stats = patch_stats(*counted, source.shape[0], merging, regions, flops, watch.finish(), used)
+        known = self.speeds.known.get(self._place_of(source.dtype))
+        watch.stop()
+        counted = (self.branch_flops, self.paper_flops, source.shape[0], merging, regions, flops, watch, plan.bytes(rows))
+        # What is measured, to run faster or to keep a budget of time, is waited for.
+        later = watch.later and known is None and not self.networks.measuring
+        stats = RoutingStats.when_asked(partial(patch_stats, *counted), later)
         self.networks.remember()
         # A speed that nobody has asked for is not kept up to date.
-        if (known := self.speeds.known.get(self._place_of(source.dtype))) is not None:
+        if known is not None:
             learn_patch_speed(known, stats, watch.parts)
         return maps, stats
 
@@ -384,10 +389,10 @@ class PatchRouter(Router):
         return measure_patch_speed(parts, self.channels, self.grid(self.patch, self.patch), dtype, self.device)
 
     def _bands(self, images: int, grid: TileGrid) -> list[Band]:
-        patches = min(PATCHES_PER_BAND, on_device(HELD_BYTES, self.device) // self.networks.produced_bytes(self.device))
-        return plan_bands(images, grid, max(1, patches), self.merge)
+        """Bands that fit in any memory."""
+        return plan_bands(images, grid, patches_per_band(self.networks, self.device)[-1], self.merge)
 
-    def _memory_plan(self, endpoints: Endpoints, merging: Merging, bands: list[Band], in_bands: bool) -> WorkingSet:
+    def _memory_plan(self, endpoints: Endpoints, merging: Merging, in_bands: bool, bands: list[Band]) -> WorkingSet:
         return plan_memory(self.networks, self.classifier, self.rounded, endpoints, merging, bands, in_bands)
 
 

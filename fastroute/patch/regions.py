@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -16,7 +16,7 @@ from fastroute.ops.group_by_class import group_by_class
 from fastroute.ops.merge_regions import Regions, merge_regions, region_pixels
 from fastroute.patch.bands import Band, band_of_patches
 from fastroute.profiling import TABLES, RoutedFlops, mix_flops
-from fastroute.runtime.results import RoutingStats
+from fastroute.runtime.results import RoutingStats, Stopwatch
 
 # The search for merged classes ends when this share of the budget is spent, or after this many steps, each of which assigns and
 # merges all patches.
@@ -151,13 +151,19 @@ class SortedRegions:
         own = len(self.patches) * len(self.shapes)
         return own if self.region is None else own + 1
 
-    def of_band(self, number: int) -> Iterator[tuple[int, Shape, Tensor]]:
-        """For each class and shape that band `number` contains: the class, the shape, and the patches that begin a region."""
+    def of_band(self, number: int, patch: int) -> Iterator[tuple[int, Shape, Tensor]]:
+        """For each class and shape that band `number` contains: the class, the shape, and the patches that begin a region.
+
+        Patches are numbered from `patch` on, the first one of the band.
+        """
         first = number * self._groups
+        top = self.offsets[first]
+        order = self.order[top : top + self.regions_of(number)]
+        order = order - patch if patch else order
         for group in range(len(self.patches) * len(self.shapes)):
             begin, end = self.offsets[first + group], self.offsets[first + group + 1]
             if begin < end:
-                yield group // len(self.shapes), self.shapes[group % len(self.shapes)], self.order[begin:end]
+                yield group // len(self.shapes), self.shapes[group % len(self.shapes)], order[begin - top : end - top]
 
     def regions_of(self, number: int) -> int:
         """How many regions band `number` has."""
@@ -206,7 +212,7 @@ def patch_stats(
     merging: Merging,
     regions: SortedRegions,
     classifier_flops: int,
-    seconds: Mapping[str, float],
+    watch: Stopwatch,
     working_set: int,
 ) -> RoutingStats:
     """The statistics of a call.
@@ -216,7 +222,7 @@ def patch_stats(
         images: number of images.
         merging, regions: how their patches ran.
         classifier_flops: FLOPs of the classifier.
-        seconds: times of the stages, and the total.
+        watch: has measured the stages.
         working_set: bytes held.
     """
     stages = ("tune", "classify", "assign", "extract", "branches", "stitch")
@@ -227,4 +233,6 @@ def patch_stats(
         most * grid.height * grid.width / grid.patch**2,
     )
     paper = mix_flops(paper_flops, regions.patches, paper=TABLES)
-    return RoutingStats(regions.patches, done, paper, {**dict.fromkeys(stages, 0.0), **seconds}, working_set, regions.work)
+    return RoutingStats(
+        regions.patches, done, paper, {**dict.fromkeys(stages, 0.0), **watch.finish()}, working_set, regions.work
+    )

@@ -7,11 +7,10 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from fastroute import buffers
 from fastroute._levels import to_float
-from fastroute.models.pcsr import relative_coordinates
+from fastroute.models.pcsr import features_read
 from fastroute.models.precision import sums_of
 from fastroute.ops import _checks as check
 from fastroute.ops.adaptive_threshold import adaptive_threshold
@@ -28,6 +27,9 @@ from fastroute.rewrite.row_stages import MIN_ROWS, rows_in_bands
 from fastroute.runtime.results import Stopwatch
 from fastroute.runtime.rows import RowStream, Source, TensorSource
 from fastroute.runtime.sinks import Sink
+
+# The column of a first layer that reads the height of a pixel. The last ones read its position and its size, y before x.
+CELL_Y = -2
 
 
 class PixelImage:
@@ -53,8 +55,9 @@ class PixelImage:
         self.refine, self.keep, self.watch, self.passes = request.refine, keep, watch, 0
         self.turn = request.first + number
         self.started: tuple[RowStream, RowStream] | None = None
-        like = torch.empty(1, dtype=networks.dtype, device=networks.device).expand(1, 1, *self.grid.lr)
-        self.place = relative_coordinates(like, self.grid.size)
+        self.place = networks.memory.place(self.grid)
+        self.odds = odds(networks.classifier) if request.rule.adaptive else []
+        self.relative = relative_to_first(networks.classifier) if request.rule.budgeted else []
 
     def look(self, pixels: int, hold: bool) -> Sample:
         """The scores of about `pixels` pixels, computed before the turn of this image.
@@ -73,7 +76,7 @@ class PixelImage:
         self,
         class_map: Tensor | None,  # [1, H, W]
         sink: Sink,
-        counts: Tensor,  # [K]
+        counts: list[Tensor],  # [K] each
         done: Callable[[int], object],
     ) -> None:
         """Write the result into `sink` and its classes into `class_map`, if given; add the pixels of each class to `counts`."""
@@ -95,11 +98,13 @@ class PixelImage:
             window = self.grid.window(top, bottom)
             near = classes.rows(top, bottom)
             with self.watch.stage("assign"):
-                counts += count_classes(near[:, begin - top : end - top], len(counts))
+                counts.append(count_classes(near[:, begin - top : end - top], self.networks.num_classes))
             held = features.rows(*window.features)  # encodes, outside of the time of what follows
             with self.watch.stage("upsample"):
-                chosen = near.new_zeros(1, window.height, near.shape[2])
-                chosen[:, slice(*window.within(top, bottom))] = near
+                chosen = near
+                if window.output != (top, bottom):
+                    chosen = near.new_zeros(1, window.height, near.shape[2])
+                    chosen[:, slice(*window.within(top, bottom))] = near
                 residual = to_float(lr.rows(*window.features), sums_of(self.networks.dtype))
                 band = self._mlp(held, window, self.networks.mlps, (top, bottom), chosen, residual)
             with self.watch.stage("refine"):
@@ -131,8 +136,9 @@ class PixelImage:
             with self.watch.stage("encode"):
                 features = networks.encoder(self._normalised(lr.rows(0, height)))
             return lr, RowStream((), features, height)
-        whole = None
-        if self.keep:
+        whole, (h, w) = None, self.grid.lr
+        # Where the encoder makes all rows at once, they are kept as they come.
+        if self.keep and networks.memory.encoder_band(self.grid)[0] < h * w:
             size = (1, *self.grid.lr, networks.memory.depth)
             whole = buffers.empty(size, networks.dtype, networks.device).permute(0, 3, 1, 2)
         return lr, RowStream(self._encode(lr), whole, room=networks.memory.rows_held(self.grid))
@@ -171,8 +177,9 @@ class PixelImage:
     ) -> Tensor:  # [1, C, rows, W]
         """`pixel_mlp` on the features of a window, with the same numbers as on the whole."""
         height, width = self.grid.size
-        place = torch.cat([self.place[slice(*window.output)], self.place[height:]])
-        size = (window.height, width)
+        place, size = self.place, (window.height, width)
+        if window.output != (0, height):
+            place = torch.cat([place[slice(*window.output)], place[height:]])
         return upsample(features, mlps, size, classes, residual, window.within(*rows), place)
 
     def _logits(self, features: RowStream, layers: Layers, begin: int, end: int) -> Tensor:  # [1, K, rows, W]
@@ -181,9 +188,30 @@ class PixelImage:
         with self.watch.stage("classify"):
             return self._mlp(held, window, [layers], (begin, end))
 
-    def _scores(self, features: RowStream, begin: int, end: int) -> Tensor:  # [1, K, rows, W]
-        """The logits relative to those of the first class, whose own are 0."""
-        return F.pad(self._logits(features, odds(self.networks.classifier), begin, end).float(), (0, 0, 0, 0, 1, 0))
+    def _logits_of(self, features: RowStream, layers: Layers, rows: range) -> Tensor:  # [1, K, rows, W]
+        """The logits of some rows, which lie side by side or at equal distances."""
+        if rows.step == 1:
+            return self._logits(features, layers, rows.start, rows.stop)
+        (h, _), (height, width) = self.grid.lr, self.grid.size
+        spread = slice(rows.start, rows.stop, rows.step)
+        # As in `pixel_mlp`: where rows lie half way between two features, their coordinates decide which one they read.
+        read = features_read(h, self.place[:height])[spread]
+        parts, gathered = ([rows] if self.keep else [rows[n : n + 1] for n in range(len(rows))]), []
+        for part in parts:
+            first, last = self.grid.window(part[0], part[-1] + 1).features
+            held = features.rows(first, last).permute(0, 2, 3, 1)  # encodes, outside of the time of what follows
+            with self.watch.stage("classify"):
+                gathered.append(held.index_select(1, read[: len(part)] - first))
+            read = read[len(part) :]
+            if not self.keep:
+                features.release(first)
+        with self.watch.stage("classify"):
+            own = (gathered[0] if len(gathered) == 1 else torch.cat(gathered, dim=1)).permute(0, 3, 1, 2)
+            # Every row has a feature row of its own here, but a pixel keeps its height.
+            weight = layers[0][0].clone()
+            weight[:, CELL_Y] *= h / height
+            place = torch.cat([self.place[:height][spread].clamp(-1, 1), self.place[height:]])
+            return upsample(own, [[(weight, layers[0][1]), *layers[1:]]], (len(rows), width), None, None, None, place)
 
     def _classes(self, features: RowStream, solved: Tensor | float) -> Iterator[list[Tensor]]:  # [1, H, W]
         """The classes of all rows, band by band: uint8 [1, rows, W]."""
@@ -197,15 +225,14 @@ class PixelImage:
             return
         layers = self.networks.classifier
         if isinstance(solved, Tensor):
-            layers = odds(layers)
-        else:
+            layers = self.odds
+        elif any(shifts := [solved * math.log(c) for c in self.rule.cost]):
             # argmax of softmax(z) / cost^k is argmax of z - k · log(cost): a change of the last bias.
-            shifts = [solved * math.log(c) for c in self.rule.cost]
             layers = last_layer(layers, lambda w, b: (w, shifted(b, shifts)))
         for begin, end in self.grid.bands():
             pixels = (end - begin) * self.grid.size[1]
             if self.budget is not None and isinstance(solved, float) and self.budget.tight(pixels):
-                scores = self._scores(features, begin, end)
+                scores = self._logits(features, self.relative, begin, end)
                 with self.watch.stage("assign"):
                     ids = self.budget.take(scores.flatten(2), solved, self.budget.mean)
                 yield [ids.view(1, end - begin, -1)]
@@ -238,30 +265,34 @@ class PixelImage:
             )
             # Only budgets in milliseconds need the elapsed time, and wait for it.
             elapsed = 0.0 if self.budget.speed is None else 1e3 * self.watch.elapsed()
-            penalty = self.budget.solve(sample, todo, elapsed)
-            if not whole:
-                return penalty
-            return self.budget.take(sample.scores, penalty, min(self.budget.cost)).view(1, height, width)
+            if whole:
+                return self.budget.classes(sample, todo, elapsed).view(1, height, width)
+            return self.budget.solve(sample, todo, elapsed)
 
     def _sample(self, lr: RowStream, features: RowStream, pixels: int) -> Sample:
         """The scores of about `pixels` pixels, in rows spread over the image, or of all pixels if there are no more."""
-        bands = list(sampled_rows(self.grid, pixels))
-        (height, width), rows = self.grid.size, sum(end - begin for begin, end in bands)
-        scores = torch.empty(1, self.networks.num_classes, rows, width, dtype=torch.float32, device=self.place.device)
-        top = 0
-        for begin, end in bands:
-            scores[:, :, top : top + end - begin] = self._scores(features, begin, end)
-            top += end - begin
-            self._release(lr, features, begin)
+        parts = sampled_rows(self.grid, pixels)
+        (height, width), rows, top = self.grid.size, sum(map(len, parts)), 0
+        scores = torch.empty(0)
+        for part in parts:
+            own = self._logits_of(features, self.relative, part)
+            if len(parts) == 1:
+                scores = own
+            elif top == 0:
+                scores = own.new_empty(1, own.shape[1], rows, width)
+            if len(parts) > 1:
+                scores[:, :, top : top + len(part)] = own
+            top += len(part)
+            self._release(lr, features, part[0])
         return Sample(scores.flatten(2), height / rows)
 
     def _two_means(self, lr: RowStream, features: RowStream) -> Tensor:
         samples = []
-        for begin, end in sampled_rows(self.grid, pixel_rows.ADAPTIVE_SAMPLE):
-            samples.append(torch.sigmoid(self._logits(features, odds(self.networks.classifier), begin, end)[:, 0]))
-            self._release(lr, features, begin)
+        for part in sampled_rows(self.grid, pixel_rows.ADAPTIVE_SAMPLE):
+            samples.append(torch.sigmoid(self._logits_of(features, self.odds, part)[:, 0]))
+            self._release(lr, features, part[0])
         with self.watch.stage("assign"):
-            score = torch.cat(samples, dim=1)
+            score = samples[0] if len(samples) == 1 else torch.cat(samples, dim=1)
             labels = adaptive_threshold(score, torch.uint8)
             if score.shape[1] == self.grid.size[0]:
                 return labels
@@ -300,6 +331,11 @@ def shifted(bias: Tensor, shifts: Sequence[float]) -> Tensor:  # [K]
 def odds(layers: Layers) -> list[tuple[Tensor, Tensor]]:
     """The logits of all classes but the first, relative to the first one's."""
     return last_layer(layers, lambda w, b: (w[1:] - w[:1], b[1:] - b[:1]))
+
+
+def relative_to_first(layers: Layers) -> list[tuple[Tensor, Tensor]]:
+    """The logits of all classes relative to the first one's, whose own are 0."""
+    return last_layer(layers, lambda w, b: (w - w[:1], b - b[:1]))
 
 
 def last_layer(layers: Layers, change: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:

@@ -30,7 +30,7 @@ from fastroute.pixel.request import PixelOptions, Request, factor_of, looking_ah
 from fastroute.rewrite.optimize import optimize, parameter_dtype
 from fastroute.runtime.border import EDGE, ZERO, check_border, continued, cut, refuse_edge
 from fastroute.runtime.endpoints import Endpoints, home, in_memory, output_like, streamed
-from fastroute.runtime.memory_plan import AUTO, Limit, WorkingSet, advised, limit_on
+from fastroute.runtime.memory_plan import AUTO, Limit, WorkingSet, advised, limit_on, spare
 from fastroute.runtime.progress import Progress, shown
 from fastroute.runtime.protocols import Reader, Writer, check_reader
 from fastroute.runtime.results import Stopwatch, Streamed, Upscaled
@@ -44,6 +44,7 @@ class PixelPlan:
     """The memory plan of a run.
 
     Attributes:
+        request: the request, with bands as large as memory allows.
         waiting: images that are sampled before their turn.
         keep: whether all features of an image are kept, so that it is encoded once.
         held: images whose features are kept from the sampling to their turn.
@@ -51,6 +52,7 @@ class PixelPlan:
         used: total bytes.
     """
 
+    request: Request
     waiting: int
     keep: bool
     held: int
@@ -165,9 +167,9 @@ class PixelRouter(Router):
                 than 33 million pixels, a sample of rows is used.
             refine: smooth cheap pixels beside more expensive ones.
             budget: mean cost of the chosen classes as a fraction of that of the most expensive one, encoder included. The
-                penalty is then solved for; for an output of more than 4 million pixels, on a sample of rows, but the budget is
-                still kept. 1 sends every pixel to the most expensive class. Images of a batch share one budget, as images of a
-                folder do under :func:`fastroute.upscale_many`: it is spent where it helps most.
+                penalty is then solved for; for an output of more than 4 million pixels, or 67 million on a GPU, on a sample of
+                rows, but the budget is still kept. 1 sends every pixel to the most expensive class. Images of a batch share
+                one budget, as images of a folder do under :func:`fastroute.upscale_many`: it is spent where it helps most.
             progress: show a progress bar, or call this function with the number of bands done and the number of all bands. If
                 it raises, the call ends.
             memory_limit: the largest number of bytes to hold beside `image`, the result and its class map. It does not change
@@ -291,11 +293,13 @@ class PixelRouter(Router):
 
     def _run(self, endpoints: Endpoints, request: Request, class_map: Tensor | None) -> PixelStats:  # [B, H, W]
         """Upscale the images from their source to their sink."""
-        source, grid, networks, watch = endpoints.source, request.grid, self.networks, Stopwatch(self.device)
+        source, networks, watch = endpoints.source, self.networks, Stopwatch(self.device)
         number, before = source.shape[0], 0 if request.budget is None else request.budget.searched
         plan = self._plan(endpoints, request, number)
-        lowest = partial(self._working_set, endpoints, request, plan.waiting, grid.overlapping, True)
-        counts = torch.zeros(self.num_classes, dtype=torch.int64, device=self.device)
+        request, grid = plan.request, plan.request.grid
+        smallest = request.in_parts(request.band_parts[-1])
+        lowest = partial(self._working_set, endpoints, smallest, plan.waiting, smallest.grid.overlapping, True)
+        counts: list[Tensor] = []
         images = [PixelImage(networks, source, n, request, plan.keep, watch) for n in range(number)]
         with (
             patiently(self.device),
@@ -311,9 +315,11 @@ class PixelRouter(Router):
         for n in range(number):
             ahead = looking_ahead(grid, waiting_sample(number)) if plan.waiting and n else Work()
             done += request.rule.work(grid) + ahead
-        stats = self._stats(counts.tolist(), done, watch, plan.used)
+        known = self.speeds.known.get(self._place_of(source.dtype, factor_of(done)))
+        watch.stop()
+        stats = PixelStats.when_asked(partial(self._stats, counts, done, watch, plan.used), watch.later and known is None)
         # A speed that nobody has asked for is not kept up to date.
-        if (known := self.speeds.known.get(self._place_of(source.dtype, factor_of(done)))) is not None:
+        if known is not None:
             encoded = sum(image.passes for image in images) * grid.lr[0] * grid.lr[1]
             searched = 0 if request.budget is None else request.budget.searched - before
             done = dataclasses.replace(done, encoded=encoded)
@@ -321,9 +327,20 @@ class PixelRouter(Router):
         return stats
 
     def _plan(self, endpoints: Endpoints, request: Request, number: int) -> PixelPlan:
-        """The memory plan for `number` images."""
+        """The memory plan for `number` images, with the fewest bands that fit."""
+        limit, waiting = request.memory_limit, 0 if request.budget is None or request.looked else number - 1
+        allowed = spare(self.device) if limit is None else limit
+        for parts in request.band_parts:
+            request = request.in_parts(parts)
+            keep, held, working = self._held(endpoints, request, waiting)
+            if working.bytes(1) <= allowed:
+                break
+        rows = working.rows(limit)
+        return PixelPlan(request, waiting, keep, held, rows, working.bytes(rows))
+
+    def _held(self, endpoints: Endpoints, request: Request, waiting: int) -> tuple[bool, int, WorkingSet]:
+        """Whether all features of an image are kept, for how many images to come, and the working set."""
         grid, limit, streamed = request.grid, request.memory_limit, not endpoints.in_place
-        waiting = 0 if request.budget is None or request.looked else number - 1
         keep = grid.overlapping or not self.memory.in_bands
         # With all features held, two passes encode the image only once.
         if not keep and request.rule.solved:
@@ -334,9 +351,7 @@ class PixelRouter(Router):
             free = (limit_on(self.device, AUTO) or 0) if limit is None else limit - needed
             held = min(waiting, max(free, 0) // each)
         working = self._working_set(endpoints, request, waiting, keep, streamed)
-        working = dataclasses.replace(working, fixed=working.fixed + held * each)
-        rows = working.rows(limit)
-        return PixelPlan(waiting, keep, held, rows, working.bytes(rows))
+        return keep, held, dataclasses.replace(working, fixed=working.fixed + held * each)
 
     def _working_set(self, endpoints: Endpoints, request: Request, waiting: int, keep: bool, in_bands: bool) -> WorkingSet:
         grid = request.grid
@@ -344,11 +359,16 @@ class PixelRouter(Router):
         # The logits of the images to come, and the memory of a search in them.
         pixels = min(waiting_sample(waiting + 1) + grid.size[1], grid.size[0] * grid.size[1])
         sampled += waiting * pixels * BUDGET_BYTES * self.num_classes
+        sampled += self.memory.gathered(grid) if request.rule.solved else 0
         return self.memory.working_set(grid, keep, sampled, endpoints.source.dtype.itemsize, in_bands, endpoints.step)
 
-    def _stats(self, counts: list[int], work: Work, watch: Stopwatch, working_set: int) -> PixelStats:
+    def _stats(self, counts: list[Tensor], work: Work, watch: Stopwatch, working_set: int) -> PixelStats:  # [K] each
         stages = {"encode": 0.0, "classify": 0.0, "solve": 0.0, "assign": 0.0, "upsample": 0.0, "refine": 0.0}
-        return PixelStats(counts, *self.flops.done(counts, work), {**stages, **watch.finish()}, working_set)
+        # The one wait for the device, if nobody else has waited.
+        found = (
+            (counts[0] if len(counts) == 1 else torch.stack(counts).sum(dim=0)).tolist() if counts else [0] * self.num_classes
+        )
+        return PixelStats(found, *self.flops.done(found, work), {**stages, **watch.finish()}, working_set)
 
 
 def _look(images: list[PixelImage], request: Request, plan: PixelPlan) -> None:

@@ -4,34 +4,42 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from fastroute.models.pcsr import relative_coordinates
 from fastroute.ops.pixel_mlp import Layers
 from fastroute.rewrite.row_stages import MAX_COLUMNS, MIN_ROWS, make_stage, rows_in_bands, unsupported_reasons
 from fastroute.runtime.devices import on_device
 from fastroute.runtime.memory_plan import ACTIVATIONS, REARRANGED, LiveBytes, WorkingSet
 
-# Pixels of a band, of the output and of the encoder's input. They bound the memory, but give threads enough work.
-OUTPUT_BAND = {"cpu": 1 << 20, "cuda": 1 << 23}
+# The most pixels of a band, of the output and of the encoder's input. They bound the memory, but give threads enough work. A
+# GPU takes an 8K image in one band, if memory allows.
+OUTPUT_BAND = {"cpu": 1 << 20, "cuda": 1 << 25}
 ENCODER_BAND = {"cpu": 1 << 14, "cuda": 1 << 21}
 # Pixels of the image that an output band corresponds to. In a GPU's large bands, the features count too.
-INPUT_BAND = {"cpu": sys.maxsize, "cuda": 1 << 20}
-# Under a budget, an image of at most this many output pixels is classified as a whole. A larger one is first classified on rows
-# spread over it, with a quarter as many pixels, because single rows take several times as long per pixel. For 2-means, the
-# second number is the limit.
-BUDGET_SAMPLE = 1 << 22
+INPUT_BAND = {"cpu": sys.maxsize, "cuda": 1 << 21}
+# By how many a GPU divides these numbers where less memory is allowed, the last one in any case.
+BAND_PARTS = (1, 2, 4)
+# Under a budget, an image of at most this many output pixels is classified as a whole. On a GPU it then waits for nothing. A
+# larger one is first classified on rows spread over it, with a quarter as many pixels. For 2-means, the second number is the
+# limit.
+BUDGET_SAMPLE = {"cpu": 1 << 22, "cuda": 1 << 26}
 ADAPTIVE_SAMPLE = 1 << 25
+# Pixels of rows spread over an image that are classified together: their features are gathered first.
+SAMPLE_BAND = {"cpu": 1 << 16, "cuda": 1 << 23}
 # The least number of sampled pixels of an image whose turn under a shared budget is still to come.
 WAITING_SAMPLE = 1 << 16
 # Bytes per sampled pixel: for the logit of a class and a search in it, and for a score, which is held twice.
 BUDGET_BYTES, ADAPTIVE_BYTES = 18, 20
 # Rows and columns of the band on which the memory of an encoder is counted.
 PROBE = 16
+# The largest number of sizes of images whose coordinates are kept.
+PLACES = 16
 
 # Tensors that come and go with each band lie in the C library's heap, which takes up to this many times as much. Once large
 # blocks have been freed, all but the largest allocations share the heap, and the gaps between them fit nothing larger.
@@ -69,11 +77,13 @@ class PixelGrid:
     Attributes:
         lr, size: height and width of the image and of the output.
         device: the device that processes them, which decides how large a band is.
+        parts: by how many the size of a band is divided to save memory.
     """
 
     lr: tuple[int, int]
     size: tuple[int, int]
     device: torch.device = HOST
+    parts: int = 1
 
     def window(self, begin: int, end: int) -> Window:
         """The features that output rows `begin` to `end` read, and one row more on either side.
@@ -91,8 +101,8 @@ class PixelGrid:
     def bands(self) -> list[tuple[int, int]]:
         """The rows (first, one past the last) of bands of nearly equal height."""
         height, width = self.size
-        count = -(-height * width // on_device(OUTPUT_BAND, self.device))
-        count = max(count, -(-self.lr[0] * self.lr[1] // on_device(INPUT_BAND, self.device)))
+        count = -(-height * width * self.parts // on_device(OUTPUT_BAND, self.device))
+        count = max(count, -(-self.lr[0] * self.lr[1] * self.parts // on_device(INPUT_BAND, self.device)))
         edges = [height * i // count for i in range(count + 1)]
         return [(a, b) for a, b in pairwise(edges) if b > a]
 
@@ -130,7 +140,7 @@ class PixelMemory:
     def __init__(
         self, encoder: nn.Module, mlps: Sequence[Layers], channels: int, depth: int, classes: int, dtype: torch.dtype
     ) -> None:
-        self.channels, self.depth, self.classes, self.itemsize = channels, depth, classes, dtype.itemsize
+        self.channels, self.depth, self.classes, self.itemsize, self.dtype = channels, depth, classes, dtype.itemsize, dtype
         self.in_bands = not unsupported_reasons(encoder)
         self.reach = make_stage(encoder).reach if self.in_bands else 0
         self.units = max((weight.shape[0] for mlp in mlps for weight, _ in mlp), default=1)
@@ -144,9 +154,24 @@ class PixelMemory:
                     live.mark()
             else:
                 encoder(x)
+        self._places: dict[tuple[object, ...], Tensor] = {}
         # The bytes that layers keep, per column, and those alive while a band passes, per pixel of the band.
         self.kept = live.marked // PROBE
         self.passing = REARRANGED * live.most // (PROBE * (PROBE if self.in_bands else 2 * PROBE))
+
+    def place(self, grid: PixelGrid) -> Tensor:  # [H + W]
+        """The coordinates of :func:`fastroute.models.pcsr.relative_coordinates`, kept for the next images of the same size."""
+        key = (grid.lr, grid.size, grid.device)
+        if key not in self._places:
+            # An ordinary tensor, whatever the context is.
+            with torch.inference_mode(False):
+                like = torch.empty(1, dtype=self.dtype, device=grid.device).expand(1, 1, *grid.lr)
+                found = relative_coordinates(like, grid.size)
+            if len(self._places) >= PLACES:
+                self._places.clear()
+            self._places[key] = found
+            return found
+        return self._places[key]
 
     def encoder_band(self, grid: PixelGrid) -> tuple[int, int]:
         """About how many pixels pass the encoder together, and the largest number of their columns."""
@@ -160,6 +185,13 @@ class PixelMemory:
     def features(self, grid: PixelGrid, keep: bool) -> int:
         """The bytes of the features that are held."""
         return grid.lr[1] * self.depth * self.itemsize * (grid.lr[0] if keep else self.rows_held(grid))
+
+    def gathered(self, grid: PixelGrid) -> int:
+        """The bytes of the features of sampled rows that are classified together."""
+        rows = min(on_device(SAMPLE_BAND, grid.device) // grid.size[1] + 1, grid.size[0])
+        # Rows that are gathered one by one are joined; a GPU holds their first layer too.
+        each = 2 * self.depth * self.itemsize + (0 if grid.device.type == "cpu" else 4 * self.units)
+        return rows * grid.lr[1] * each
 
     def rows_held(self, grid: PixelGrid) -> int:
         """The number of feature rows held if not all are: those of a band that is upsampled, and of one that is classified."""
@@ -213,18 +245,23 @@ class PixelMemory:
 
 def budget_sample(grid: PixelGrid) -> int:
     """The number of pixels on which a budget is solved."""
-    return BUDGET_SAMPLE if grid.size[0] * grid.size[1] <= BUDGET_SAMPLE else BUDGET_SAMPLE // 4
+    whole = on_device(BUDGET_SAMPLE, grid.device)
+    return whole if grid.size[0] * grid.size[1] <= whole else whole // 4
 
 
 def waiting_sample(images: int) -> int:
     """The number of pixels that are sampled before its turn in each of several images."""
-    return max(WAITING_SAMPLE, BUDGET_SAMPLE // max(images, 1))
+    return max(WAITING_SAMPLE, BUDGET_SAMPLE["cpu"] // max(images, 1))
 
 
-def sampled_rows(grid: PixelGrid, pixels: int) -> Iterator[tuple[int, int]]:
-    """Bands of all rows if the output has at most `pixels` pixels, else single rows at equal distances."""
+def sampled_rows(grid: PixelGrid, pixels: int) -> list[range]:
+    """The rows on which an image is sampled, in parts that are classified together.
+
+    They are all rows, band by band, if the output has at most `pixels` pixels, else rows at equal distances.
+    """
     step = grid.sample(pixels)
     if step <= 1:
-        yield from grid.bands()
-    else:
-        yield from ((y, y + 1) for y in range(step // 2, grid.size[0], step))
+        return [range(*band) for band in grid.bands()]
+    rows = range(step // 2, grid.size[0], step)
+    together = max(on_device(SAMPLE_BAND, grid.device) // grid.size[1], 1)
+    return [rows[first : first + together] for first in range(0, len(rows), together)]

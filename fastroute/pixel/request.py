@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -72,7 +72,7 @@ def looking_ahead(grid: PixelGrid, pixels: int) -> Work:
 
 def looking(grid: PixelGrid, pixels: int) -> Work:
     """The work for a sample of about `pixels` pixels on features that are already held."""
-    rows = sum(end - begin for begin, end in sampled_rows(grid, pixels))
+    rows = sum(map(len, sampled_rows(grid, pixels)))
     return Work(classified=rows * grid.size[1], products=min(rows, grid.lr[0]) * grid.lr[1])
 
 
@@ -96,6 +96,20 @@ class Request:
     memory_limit: int | None = None
     first: int = 0
     looked: bool = False
+
+    @property
+    def band_parts(self) -> tuple[int, ...]:
+        """The numbers by which the size of a band may be divided to save memory, without an influence on the result."""
+        grid = self.grid
+        if grid.device.type == "cpu":
+            return (1,)
+        # Bands of a sampled image are held to the budget one by one.
+        bound = self.rule.budgeted and grid.size[0] * grid.size[1] > budget_sample(grid)
+        return pixel_rows.BAND_PARTS[-1:] if bound else pixel_rows.BAND_PARTS
+
+    def in_parts(self, parts: int) -> Request:
+        """The same request with bands of a size divided by `parts`."""
+        return replace(self, grid=replace(self.grid, parts=parts))
 
 
 def make_grid(

@@ -14,7 +14,7 @@ CHUNK = 4096
 
 def chunk_on(device: torch.device) -> int:
     """Cells that go through all layers together; other devices than CPUs want larger products."""
-    return CHUNK if device.type == "cpu" else 16 * CHUNK
+    return CHUNK if device.type == "cpu" else 64 * CHUNK
 
 
 def cell_mlp_reference(

@@ -10,12 +10,12 @@ from torch.nn import functional as F
 CHUNK = 300_000
 
 
-def nearest_axis(size: int, out_size: int) -> tuple[Tensor, Tensor]:
+def nearest_axis(size: int, out_size: int, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
     """Along one axis, the feature that each output pixel reads and twice its distance from that feature's centre.
 
     Returns the index, int64 [out_size], and the relative coordinate times `out_size`, an exact int64 [out_size].
     """
-    doubled = (2 * torch.arange(out_size) + 1) * size
+    doubled = (2 * torch.arange(out_size, device=device) + 1) * size
     index = doubled // (2 * out_size)
     # Half way between two features the even one is read, as round-to-nearest-even does.
     tie = doubled % (2 * out_size) == 0
@@ -28,7 +28,7 @@ def placed_axis(size: int, out_size: int, relative: Tensor) -> Tensor:  # [out_s
 
     The one nearest to the pixel or one of the two beside it: whichever centre lies `relative` away. NaN reads the nearest.
     """
-    index, exact = (t.to(relative.device) for t in nearest_axis(size, out_size))
+    index, exact = nearest_axis(size, out_size, relative.device)
     further = exact.double() / max(out_size, 1) - relative.double()
     return (index + (further > 1).long() - (further < -1).long()).clamp(0, max(size - 1, 0))
 

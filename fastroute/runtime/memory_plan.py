@@ -69,6 +69,12 @@ def limit_on(device: torch.device, limit: Limit) -> int | None:
     return on_device(DEFAULT_LIMIT, device) if isinstance(limit, str) and limit == AUTO else limit
 
 
+def spare(device: torch.device) -> int:
+    """The bytes that a call without a limit may take to work on more at a time: a quarter of a GPU's memory at most."""
+    most = on_device(DEFAULT_LIMIT, device)
+    return min(most, torch.cuda.get_device_properties(device).total_memory // 4) if device.type == "cuda" else most
+
+
 def check_limit(op: str, limit: int | None) -> None:
     """Check that `limit` is a positive number of bytes.
 

@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from fastroute.profiling import RoutedFlops
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+# Two threads that ask for the same statistics find them once.
+_finding = threading.RLock()
+
 
 @dataclass(frozen=True)
 class RoutingStats:
     """Statistics of one call of `upscale`.
+
+    On a GPU they are found when the first of them is asked for, which waits for the call to end; `upscale` itself returns while
+    the device still computes.
 
     Attributes:
         counts_per_class: number of patches that went through each branch, cheapest first.
@@ -28,7 +40,7 @@ class RoutingStats:
             0: calls find out how branches run fastest on their own work, and an engine prepares them when it is requested.
             Where the last layers of the branches are computed while their patches are stitched, the time of the threads is
             divided between the two stages. On a GPU a stage is the time that the device took for it; during the rest of the
-            total the device waited for the host.
+            total the device waited for the host. The total is then the time from the first kernel to the last.
         working_set: the largest number of bytes held beside the image and the result; for a streamed run, the largest number
             held at all. It is a model of what is allocated, without the program itself.
     """
@@ -37,8 +49,34 @@ class RoutingStats:
     flops: RoutedFlops
     paper_flops: RoutedFlops
     seconds: dict[str, float]
-    working_set: int = 0
-    work_per_class: list[float] | None = None
+    # Made by factories, because a default value would hide one that is still to be found.
+    working_set: int = field(default_factory=int)
+    work_per_class: list[float] | None = field(default_factory=lambda: None)
+
+    @classmethod
+    def when_asked(cls, find: Callable[[], Self], later: bool) -> Self:
+        """The statistics that `find` returns; with `later`, it is called when the first of them is asked for."""
+        if not later:
+            return find()
+        made = object.__new__(cls)
+        vars(made)["_find"] = find
+        return made
+
+    def __getattr__(self, name: str) -> Any:
+        # Called only for what is not there: anything, until it has been found.
+        with _finding:
+            find = vars(self).get("_find")
+            if find is not None and not name.startswith("__"):
+                vars(self).update(vars(find()))
+                del vars(self)["_find"]
+        if name not in vars(self):
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return vars(self)[name]
+
+    def __getstate__(self) -> dict[str, Any]:
+        if "_find" in vars(self):
+            _ = self.seconds  # what waits for a device belongs to this process
+        return vars(self)
 
     @property
     def overhead(self) -> float:
@@ -97,8 +135,8 @@ class Streamed:
 class Stopwatch:
     """Wall time by stage.
 
-    On a GPU a stage lasts from one event of the current stream to another. Nothing waits for the events, so `seconds` and
-    `parts` include the stage only after :meth:`finish`.
+    On a GPU a stage lasts from one event of the current stream to another, and the total from the start to :meth:`stop`.
+    Nothing waits for the events, so `seconds` and `parts` include the stage only after :meth:`finish`.
     """
 
     device: torch.device
@@ -106,11 +144,26 @@ class Stopwatch:
     parts: dict[int, float] = field(default_factory=dict)
     start: float = field(default_factory=time.perf_counter)
     pending: list[tuple[str, int | None, torch.cuda.Event, torch.cuda.Event]] = field(default_factory=list)
+    ends: list[torch.cuda.Event] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if self.later:
+            self.ends.append(self._event())
+
+    @property
+    def later(self) -> bool:
+        """Whether times are known only after a wait."""
+        return self.device.type == "cuda"
+
+    def stop(self) -> None:
+        """End the total here; :meth:`finish` does so where nobody has."""
+        if self.later and len(self.ends) == 1:
+            self.ends.append(self._event())
 
     @contextmanager
     def stage(self, name: str, part: int | None = None) -> Iterator[None]:
         """Add the time of the ``with`` block to stage `name`, and to class `part` where one is given."""
-        if self.device.type == "cuda":
+        if self.later:
             before = self._event()
             yield
             self.pending.append((name, part, before, self._event()))
@@ -135,13 +188,20 @@ class Stopwatch:
 
     def elapsed(self) -> float:
         """The seconds since the start, once the device has finished its work."""
-        if self.device.type == "cuda":
+        if self.later:
             torch.cuda.synchronize(self.device)
         return time.perf_counter() - self.start
 
     def finish(self) -> dict[str, float]:
         """The seconds of all stages, and the total."""
-        total = self.elapsed()
+        if self.later:
+            self.stop()
+            first, last = self.ends
+            if not last.query():
+                last.synchronize()
+            total = first.elapsed_time(last) / 1e3
+        else:
+            total = self.elapsed()
         for name, part, begin, end in self.pending:
             self._add(name, part, begin.elapsed_time(end) / 1e3)
         self.pending.clear()

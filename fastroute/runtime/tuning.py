@@ -30,7 +30,7 @@ logger = logging.getLogger("fastroute")
 PIXELS = (1 << 13, 1 << 12, 1 << 14, 1 << 15)
 # The same for passes side by side, each of which has the caches of its own processor.
 PARALLEL_PIXELS = (1 << 12, 1 << 11, 1 << 13, 1 << 14)
-GPU_PIXELS = (1 << 18, 1 << 15, 1 << 16, 1 << 17, 1 << 19, 1 << 20)
+GPU_PIXELS = (1 << 20, 1 << 15, 1 << 16, 1 << 17, 1 << 18, 1 << 19)
 # The least number of pixels of a trial: times that are too short cannot be compared.
 TRIAL_PIXELS = {"cpu": 1 << 15, "cuda": 1 << 20}
 # Trials of each candidate, and the most trials if those of one candidate disagree.
@@ -182,6 +182,12 @@ class SettingSearch:
                     for setting, times in trials.items()
                 ]
         CACHE.remember(self.key, entry)
+
+    @property
+    def made(self) -> int:
+        """The number of trials that have been timed since the search began; 0 again once it has ended."""
+        with self._lock:
+            return sum(len(times) for trials in self._trials.values() for times in trials.values())
 
     @property
     def _first(self) -> list[Setting]:
