@@ -43,7 +43,7 @@ test: $(VENV)/installed
 
 # For the time between two edits: all tests but those marked `slow`.
 LEFT_OUT := compilers and what they compile (Triton and its interpreter, nvcc and the emulated GPU, sanitizers, Inductor, \
-	graphs of whole routers, OpenVINO, narrower instruction sets), browsers and the site, mypy, training, examples, smoke runs of benchmarks, and \
+	graphs of whole routers, OpenVINO, narrower instruction sets), browsers and the site, mypy, Ray clusters, training, examples, smoke runs of benchmarks, and \
 	processes that are killed or whose memory is measured
 test-fast: $(VENV)/installed
 	$(TEST) -m "not soak and not slow"
