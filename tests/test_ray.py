@@ -211,6 +211,7 @@ def test_an_image_whose_worker_died_is_alone_and_given_up_at_last(router, tmp_pa
 def test_paths_hold_for_any_working_directory(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "model.pth").touch()
+    (tmp_path / "classsr-fsrcnn-x4").mkdir()
     models = ["model.pth", "classsr-fsrcnn-x4", "package.module:function", None]
     assert [runs.found_anywhere(model) for model in models] == [f"{tmp_path}/model.pth", *models[1:]]
 

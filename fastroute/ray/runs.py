@@ -128,7 +128,7 @@ def _run(
 
 def found_anywhere(model: Any) -> Any:
     """`model`, whose path is absolute if it is a file: workers have a working directory of their own."""
-    return os.path.abspath(model) if isinstance(model, str | Path) and os.path.exists(model) else model
+    return os.path.abspath(model) if isinstance(model, str | Path) and os.path.isfile(model) else model
 
 
 def _room(ray: Any, num_cpus: float, num_gpus: float) -> int:
