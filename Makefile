@@ -12,6 +12,7 @@
 #   make benchmark-compare BASE=<commit>  is the working tree, or HEAD=<commit>, slower than BASE? Fails if it is
 #   make docs       the documentation in build/docs
 #   make wheel      a wheel in dist/                                    make clean    remove all of the above
+#   make wheels     audited wheels in dist/: for CPUs, and for each major version of CUDA (CUDA="/usr/local/cuda-13 ..."; CUDA= for none)
 #
 # Variables: PYTHON, the Python that makes the environment; TORCH, what pip installs where torch is missing; WORKERS, the
 # processes that run the tests. A machine with a GPU may want:  make build TORCH="torch --index-url <the index of its CUDA version>"
@@ -24,10 +25,10 @@ PIP := $(RUN) -m pip --disable-pip-version-check
 CPP := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 CPP_TESTS := $(shell find tests -name '*.cpp' -o -name '*.h')
 # What the extension and the installed metadata are made of; an edit of other Python files needs no new install.
-SOURCES := pyproject.toml setup.py fastroute/__init__.py $(wildcard fastroute/ops/*.py) $(CPP)
+SOURCES := pyproject.toml setup.py $(wildcard building/*.py) fastroute/__init__.py $(wildcard fastroute/ops/*.py) $(CPP)
 
 .DELETE_ON_ERROR:
-.PHONY: docs demo test test-fast soak test-gpu-sanitize lint lint-ruff lint-format lint-types lint-layers lint-cpp format build benchmark benchmark-compare wheel clean
+.PHONY: docs demo test test-fast soak test-gpu-sanitize lint lint-ruff lint-format lint-types lint-layers lint-cpp format build benchmark benchmark-compare wheel wheels clean
 
 demo: $(VENV)/built
 	mkdir -p demo
@@ -102,14 +103,16 @@ format: $(VENV)/dev
 	$(RUN) -m ruff format .
 	$(VENV)/bin/clang-format -i $(CPP) $(CPP_TESTS)
 
-# build/lib* may hold files that are gone from the sources.
 wheel: $(VENV)/torch
-	rm -rf build/lib* build/bdist*
 	$(PIP) wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
+
+wheels: $(VENV)/built
+	$(PIP) install --quiet "fastroute[wheels]"
+	$(RUN) building/wheels.py $(if $(filter undefined,$(origin CUDA)),,--cuda $(CUDA))
 
 clean:
 	rm -rf $(VENV) build dist demo *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
-	rm -f fastroute/_C*.so fastroute/_ops*.so
+	rm -f fastroute/_ops.so fastroute/_build.json
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The files below record what has been done to the environment.
@@ -117,11 +120,10 @@ clean:
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
-# The build requirements of pyproject.toml: without isolation pip leaves them to us. Isolated, it would fetch a torch of
-# its own to build against.
+# The build requirements of pyproject.toml: without isolation pip leaves them to us.
 $(VENV)/torch: pyproject.toml | $(VENV)/bin/python
 	@$(RUN) -c "import torch" 2>/dev/null || { echo "Installing $(TORCH): a large download."; $(PIP) install --quiet $(TORCH); }
-	$(PIP) install --quiet "setuptools>=77" wheel pybind11 ninja numpy
+	$(PIP) install --quiet "setuptools>=77" ninja
 	touch $@
 
 # The demo needs no more than this.

@@ -84,12 +84,17 @@ def find_cuda(torch_cuda: str | None) -> Cuda:
         if wanted == "1":
             raise SystemExit("FASTROUTE_BUILD_CUDA=1, but nvcc was not found: set CUDACXX or CUDA_HOME, or add it to PATH")
         return Cuda(None, left_out="nvcc was not found")
-    version = first_match(r"release ([\d.]+)", [nvcc, "--version"])
+    version = nvcc_version(nvcc)
     # A program of one major version of CUDA needs a driver of that version, which torch alone may not need.
     if torch_cuda and wanted != "1" and version.split(".")[0] != torch_cuda.split(".")[0]:
         words = f"nvcc is of CUDA {version} and torch of CUDA {torch_cuda} (FASTROUTE_BUILD_CUDA=1 builds them all the same)"
         return Cuda(None, left_out=words)
     return Cuda(nvcc, version, cuda_archs(nvcc))
+
+
+def nvcc_version(nvcc: str) -> str:
+    """The version of an nvcc, such as "13.0"."""
+    return first_match(r"release ([\d.]+)", [nvcc, "--version"])
 
 
 def cuda_archs(nvcc: str) -> tuple[str, ...]:
