@@ -38,6 +38,7 @@ from .runtime.fixed_size import FixedUpscaled
 from .runtime.protocols import ArrayReader, ArrayWriter, Reader, Writer
 from .runtime.results import RoutingStats, Streamed, Upscaled
 from .runtime.router import Router
+from .warming import Warmed, warmup
 from .windows import make_window
 
 __version__: str
@@ -66,6 +67,7 @@ __all__ = [
     "TileGrid",
     "Upscaled",
     "UpscaledFile",
+    "Warmed",
     "Writer",
     "adaptive_threshold",
     "assign_classes",
@@ -101,4 +103,5 @@ __all__ = [
     "upscale_picture",
     "use_backend",
     "visualize",
+    "warmup",
 ]

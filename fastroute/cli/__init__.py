@@ -16,7 +16,7 @@ import click
 from fastroute import __version__
 
 # In the order in which the help lists them.
-COMMANDS = ("upscale", "join", "compare", "evaluate", "train", "distill", "calibrate", "models", "info")
+COMMANDS = ("upscale", "join", "compare", "evaluate", "train", "distill", "calibrate", "warmup", "models", "info")
 
 
 class Group(click.Group):
