@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from fastroute.cli.upscale import Task
+    from fastroute.cli._task import Task
     from fastroute.files.many_files import Job, Outcome, Router
 
 # Addresses that Ray knows beside HOST:PORT: a running cluster, and a new one of this machine.

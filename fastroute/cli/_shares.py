@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 import click
 
 if TYPE_CHECKING:
-    from fastroute.cli.upscale import Task
+    from fastroute.cli._task import Task
     from fastroute.files.jobs import Job
     from fastroute.files.many_files import Router
     from fastroute.files.shards import Shard

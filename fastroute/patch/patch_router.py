@@ -331,12 +331,11 @@ class PatchRouter(Router):
         source, merging, watch = endpoints.source, call.merging, Stopwatch(self.device)
         limit, plan_of = call.memory_limit, partial(self._memory_plan, endpoints, merging)
         sizes = patches_per_band(self.networks, self.device)
-        lowest = partial(least_memory, sizes, source, merging, partial(plan_of, True))
         if call.bands is None:
             bands, plan = fewest_bands(sizes, source, merging, partial(plan_of, not endpoints.in_place), limit)
         else:
             bands, plan = call.bands, plan_of(not endpoints.in_place, call.bands)
-        rows = plan.rows(limit)
+        rows, lowest = plan.rows(limit), partial(least_memory, sizes, source, merging, partial(plan_of, True))
         with (
             patiently(self.device),
             advised("upscale", self.device, plan.bytes(rows), lowest, endpoints.in_place),
@@ -354,8 +353,9 @@ class PatchRouter(Router):
         watch.stop()
         counted = (self.branch_flops, self.paper_flops, source.shape[0], merging, regions, flops, watch, plan.bytes(rows))
         # What is measured, to run faster or to keep a budget of time, is waited for.
-        later = watch.later and known is None and not self.networks.measuring
-        stats = RoutingStats.when_asked(partial(patch_stats, *counted), later)
+        stats = RoutingStats.when_asked(
+            partial(patch_stats, *counted), watch.later and known is None and not self.networks.measuring
+        )
         self.networks.remember()
         # A speed that nobody has asked for is not kept up to date.
         if known is not None:
