@@ -168,8 +168,7 @@ class PatchRouter(Router):
 
     def _moved(self) -> None:
         self.networks.moved()
-        if self._asked_merge is None:
-            self.merge = chosen_merge(self.networks, self.stride, None)
+        self.merge = chosen_merge(self.networks, self.stride, None) if self._asked_merge is None else self.merge
 
     @ordinarily
     def compile(self, engine: str = ANY) -> PatchRouter:  # type: ignore[override]
