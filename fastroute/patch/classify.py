@@ -80,9 +80,13 @@ def score_rows(classifier: nn.Module, source: Source, grid: TileGrid, rows: Span
     """
     batch, (first, end) = source.shape[0], rows
     if not cellwise(classifier, grid):
-        own = torch.arange(first * grid.cols, end * grid.cols)
-        numbers = (torch.arange(batch)[:, None] * grid.num_patches + own).flatten()
-        return _by_patch(classifier, source, grid, numbers)
+        # Made on the device: a copy from the host would wait.
+        numbers, places = (
+            torch.arange(batch, device=at)[:, None] * grid.num_patches
+            + torch.arange(first * grid.cols, end * grid.cols, device=at)
+            for at in ("cpu", source.device)
+        )
+        return _by_patch(classifier, source, grid, numbers.flatten(), places.flatten())
     assert isinstance(classifier, PatchClassifier)  # for the type checker; cellwise has seen it
     on_rows, cols = cell_rows(grid)
     inner = [i for i in on_rows if first <= i < end]
@@ -94,11 +98,11 @@ def score_rows(classifier: nn.Module, source: Source, grid: TileGrid, rows: Span
     # Only the last row and column can be off the cells.
     off = torch.ones(batch, end - first, grid.cols, dtype=torch.bool)
     off[:, : len(inner), : len(cols)] = False
-    places = off.flatten().nonzero().squeeze(1)
-    image = places // ((end - first) * grid.cols)
-    numbers = places + first * grid.cols + image * (grid.num_patches - (end - first) * grid.cols)
-    full = full.flatten(0, 2)
-    full[to_device(places, full.device)] = _by_patch(classifier, source, grid, numbers)
+    here, own = off.flatten().nonzero().squeeze(1), (end - first) * grid.cols
+    there, full = to_device(here, full.device), full.flatten(0, 2)
+    # The same numbers among all patches, on both devices.
+    numbers, places = (n + first * grid.cols + n // own * (grid.num_patches - own) for n in (here, there))
+    full[there] = _by_patch(classifier, source, grid, numbers, places)
     return full
 
 
@@ -261,13 +265,14 @@ def score_patches(classifier: nn.Module, patches: Tensor) -> Tensor:  # [n, C, p
     return classifier(patches)
 
 
-def _by_patch(classifier: nn.Module, source: Source, grid: TileGrid, numbers: Tensor) -> Tensor:  # [n] -> [n, K]
-    """The scores of the patches `numbers`, ascending and on the CPU."""
+def _by_patch(
+    classifier: nn.Module, source: Source, grid: TileGrid, numbers: Tensor, places: Tensor
+) -> Tensor:  # [n], [n] -> [n, K]
+    """The scores of the patches `numbers`, ascending and on the CPU. `places` are the same numbers on the source's device."""
     dtype = next((p.dtype for p in classifier.parameters()), torch.float32)
     size = (1, source.shape[1], grid.patch, grid.patch)
     pieces: list[Tensor] = []
     count = patches_per_batch(classifier, size, source.device)
-    places = to_device(numbers, source.device)
     for begin, end in _batches(numbers, grid, count):
         band = band_around(numbers[begin:end], grid)
         pixels, part = band.read(source, grid)
