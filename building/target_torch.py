@@ -86,7 +86,7 @@ def ask(python: str, environment: dict[str, str]) -> list[Path]:
         found = subprocess.run([python, "-c", WHERE], env=environment, cwd=os.sep, capture_output=True, text=True, check=False)
     except OSError:
         return []
-    return [Path(line) for line in found.stdout.splitlines()] if found.returncode == 0 else []
+    return [Path(line) for line in found.stdout.splitlines() if line] if found.returncode == 0 else []
 
 
 def read_torch(folder: Path) -> Torch | None:
