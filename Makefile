@@ -112,7 +112,7 @@ wheels: $(VENV)/built
 
 clean:
 	rm -rf $(VENV) build dist demo *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
-	rm -f fastroute/_ops.so fastroute/_build.json
+	rm -f fastroute/_C*.so fastroute/_ops.so fastroute/_build.json
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The files below record what has been done to the environment.
@@ -123,7 +123,7 @@ $(VENV)/bin/python:
 # The build requirements of pyproject.toml: without isolation pip leaves them to us.
 $(VENV)/torch: pyproject.toml | $(VENV)/bin/python
 	@$(RUN) -c "import torch" 2>/dev/null || { echo "Installing $(TORCH): a large download."; $(PIP) install --quiet $(TORCH); }
-	$(PIP) install --quiet "setuptools>=77" ninja
+	$(PIP) install --quiet "setuptools>=77" ninja pybind11
 	touch $@
 
 # The demo needs no more than this.

@@ -2,8 +2,10 @@
 
     fastroute/_ops.so       csrc/library.cpp, csrc/cpu/**/*.cpp, csrc/cuda/*.cu    the operators, without Python symbols
     fastroute/_build.json   what was built, or why there is no extension
+    fastroute/_C.*.so       csrc/module.cpp, by pybind11: what the compiler says of it; left out where there are no headers of
+                            Python or no pybind11, and of no use to another version of Python
 
-Nothing in either depends on the version of Python, so one wheel serves all of them. The compilers and the torch to build
+Nothing that is needed depends on the version of Python, so one wheel serves all of them. The compilers and the torch to build
 against are found by building/, which also has the hooks of pip. Sources are found by name; ninja builds them in build/ and
 rebuilds what an edit, of a header too, makes stale.
 
@@ -17,6 +19,7 @@ Environment:
                                        major version.
     FASTROUTE_CUDA_ARCHS="80 90"       compute capabilities to build for.
     FASTROUTE_LOCAL_VERSION=cu13       what the version of the wheel ends in, after a plus sign.
+    FASTROUTE_PYTHON_MODULE=0          leave out _C.
     FASTROUTE_DEBUG=1                  -O0 -g and assertions.
 """
 
@@ -48,6 +51,7 @@ from target_torch import STABLE_ABI, NoTorch, Torch, target_torch  # noqa: E402,
 from toolchain import STANDARD, Cuda, compiler_name, find_compiler, find_cuda  # noqa: E402
 
 DEBUG = os.environ.get("FASTROUTE_DEBUG") == "1"
+MODULE = "_C" + str(sysconfig.get_config_var("EXT_SUFFIX"))
 # Instruction sets for which the CPU kernels have code (csrc/cpu/isa.h); the machine that runs them decides which is used.
 CPU_ISAS = ["baseline", *(["avx2", "avx512", "avx512_bf16"] if platform.machine() == "x86_64" else [])]
 
@@ -127,6 +131,10 @@ class BuildExtension(build_ext):
             # A new file in the old one's place: a process that has the old one loaded keeps it.
             target.unlink(missing_ok=True)
             shutil.copy2(folder / "_ops.so", target)
+            for old in target.parent.glob("_C.*.so"):
+                old.unlink()
+            if headers():
+                shutil.copy2(folder / "_C.so", target.parent / MODULE)
             write_build(
                 target.parent,
                 {
@@ -146,7 +154,11 @@ class BuildExtension(build_ext):
     def copy_extensions_to_source(self) -> None:
         """Of a build in place or an editable install: what was built lies beside the sources."""
         super().copy_extensions_to_source()
-        shutil.copy2(Path(self.build_lib, "fastroute", "_build.json"), ROOT / "fastroute")
+        for old in (ROOT / "fastroute").glob("_C.*.so"):
+            old.unlink()
+        for built in ("_build.json", MODULE):
+            if Path(self.build_lib, "fastroute", built).exists():
+                shutil.copy2(Path(self.build_lib, "fastroute", built), ROOT / "fastroute")
 
     def write_schemas(self, folder: Path) -> str:
         """Write `schemas.h`, read from fastroute/ops/*.py, and give its fingerprint."""
@@ -162,6 +174,18 @@ class BuildExtension(build_ext):
             f"#pragma once\n\ninline constexpr const char* FASTROUTE_SCHEMAS[] = {{\n{lines}}};\n",
         )
         return str(module.digest(schemas))
+
+
+def headers() -> list[str]:
+    """The folders of Python's and pybind11's headers; none if one of them is missing, or the module is not wanted."""
+    python = sysconfig.get_path("include")
+    if os.environ.get("FASTROUTE_PYTHON_MODULE") == "0" or not Path(python, "Python.h").exists():
+        return []
+    try:
+        import pybind11
+    except ImportError:
+        return []
+    return [python, pybind11.get_include()]
 
 
 def operator_size(source: Path) -> int:
@@ -217,6 +241,9 @@ def ninja_file(folder: Path, torch: Torch, cuda: Cuda) -> str:
         # nvcc links too: it knows where its runtime lies, and takes the static one.
         rule("nvlink", f"{quote(*command, *code, '-cudadevrt=none', '-shared')} $in -o $out $libs", "link")
         objects += build_objects("nvcc", sorted(CSRC.glob("cuda/*.cu")), quote(*ops_flags))
+    if headers():
+        flags = [flag for folder in headers() for flag in ("-isystem", folder)]
+        build("_C.so", "link", build_objects("cxx", [CSRC / "module.cpp"], quote(*flags)), libs="")
     build("_ops.so", "nvlink" if nvcc else "link", objects, libs=quote(*ops_libs))
     return "\n\n".join(text) + "\n"
 
@@ -268,7 +295,9 @@ setup(
     cmdclass={"build_ext": BuildExtension, "build_py": BuildPython, "bdist_wheel": Wheel},
     ext_modules=[
         Extension(
-            "fastroute._ops", relative("library.cpp", "cpu/**/*.cpp", "cuda/*.cu"), depends=relative("**/*.h", "**/*.cuh")
+            "fastroute._ops",
+            relative("library.cpp", "module.cpp", "cpu/**/*.cpp", "cuda/*.cu"),
+            depends=relative("**/*.h", "**/*.cuh"),
         )
     ]
     if COMPILER

@@ -36,7 +36,8 @@ def nvccs(homes: Iterable[Path]) -> dict[str, Path]:
 
 def build(nvcc: Path | None, major: str, to: Path) -> Path:
     """Build, tag and audit a wheel, for CPUs without `nvcc`; the file in `to`."""
-    environment = {**os.environ, "FASTROUTE_BUILD_CUDA": "0", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environment = {**os.environ, "FASTROUTE_BUILD_CUDA": "0", "FASTROUTE_PYTHON_MODULE": "0", "PATH": path}
     if nvcc:
         environment |= {"FASTROUTE_BUILD_CUDA": "1", "CUDACXX": str(nvcc), "FASTROUTE_LOCAL_VERSION": f"cu{major}"}
     with tempfile.TemporaryDirectory() as temporary:

@@ -90,7 +90,16 @@ class Extension:
         except (OSError, RuntimeError) as error:
             self.reasons = [f"the C++ operators failed to load: {error}"]
             return
-        self.info = info
+        self.info = {**info, **_compiled()}
+
+
+def _compiled() -> dict[str, Any]:
+    """What the compiler says, if the module that asks it was built for this version of Python."""
+    try:
+        module = importlib.import_module("fastroute._C")
+    except ImportError:
+        return {}
+    return dict(module.build_info())
 
 
 def _not_built(root: Path) -> str:
