@@ -1,5 +1,5 @@
-// The Python module `_C`: what the compiler says of the extension that it has built. It is made for one version of Python
-// and optional; the operators themselves live in _ops.so, which has no Python in it.
+// The Python module `_C`: what the compiler says of the extension that it has built. It is made for one version of
+// Python and optional; the operators themselves live in _ops.so, which has no Python in it.
 
 #include <pybind11/pybind11.h>
 
