@@ -71,12 +71,9 @@ def round_operand(x, PRECISION: tl.constexpr):
     """A number of a product. As TF32 it is rounded to nearest, ties away from zero: the product would cut its last bits off."""
     if PRECISION != "tf32":
         return x
-    elif INTERPRETED:
+    else:
         bits = (x.to(tl.uint32, bitcast=True) + 0x1000) & 0xFFFFE000
         return tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
-    else:
-        bits = tl.inline_asm_elementwise("cvt.rna.tf32.f32 $0, $1;", "=r,f", [x], tl.uint32, True, 1)
-        return bits.to(tl.float32, bitcast=True)
 
 
 @triton.jit
