@@ -23,11 +23,9 @@ from fastroute.rewrite.convolutions import (
     Conv1x1,
     Conv3x3,
     FusedConv2d,
-    is_faster_in_float32,
-    is_rectifier,
-    replace_convolutions,
 )
 from fastroute.rewrite.optimize import optimize, simplify
+from fastroute.rewrite.replace import is_faster_in_float32, is_rectifier, replace_convolutions
 
 needs_kernels = pytest.mark.skipif(bool(EXTENSION.reasons), reason="; ".join(EXTENSION.reasons))
 CPU = torch.device("cpu")

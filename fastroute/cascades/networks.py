@@ -13,8 +13,8 @@ from fastroute.models.mixed import MIXED
 from fastroute.models.network import AnySize, Facts
 from fastroute.models.precision import HALVES, round_weights, sums_of
 from fastroute.profiling import count_flops
-from fastroute.rewrite.convolutions import is_faster_in_float32, replace_convolutions
 from fastroute.rewrite.optimize import parameter_dtype
+from fastroute.rewrite.replace import is_faster_in_float32, replace_convolutions
 
 # Side of the input on which FLOPs are counted.
 COUNTED = 64

@@ -13,8 +13,8 @@ from fastroute.models.mixed import MIXED
 from fastroute.models.precision import HALVES, round_weights, sums_of
 from fastroute.ops._upsampled import Upsampler, Upsamplers, upsamples
 from fastroute.profiling import count_each
-from fastroute.rewrite.convolutions import is_faster_in_float32
 from fastroute.rewrite.optimize import interpolation, optimize, parameter_dtype, split_shuffle, split_upsampler
+from fastroute.rewrite.replace import is_faster_in_float32
 from fastroute.runtime.memory_plan import REARRANGED, pass_bytes
 
 Modules = Sequence[nn.Module] | nn.ModuleList

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,9 @@ from fastroute.models.fsrcnn import TransposedConv2d
 from fastroute.models.precision import sums_of
 from fastroute.models.subpixel import SubpixelPlan, dense_equivalent
 from fastroute.ops._upsampled import SIZES, Upsampler, bias_of
-from fastroute.rewrite.convolutions import Conv1x1, Conv3x3, FusedConv2d, replace_convolutions
+from fastroute.rewrite.convolutions import Conv1x1, Conv3x3, FusedConv2d
+from fastroute.rewrite.replace import replace_convolutions
+from fastroute.rewrite.sequence import FusedSequential, takes_all
 
 
 class OneSlope(nn.LeakyReLU):
@@ -67,8 +70,14 @@ def simplify(branch: nn.Module) -> nn.Module:
 def split_shuffle(branch: nn.Module) -> tuple[nn.Module, int]:
     """`branch` without its final pixel shuffle, and that shuffle's factor; (branch, 1) if it ends in another way."""
     if isinstance(branch, nn.Sequential) and len(branch) > 1 and isinstance(branch[-1], nn.PixelShuffle):
-        return nn.Sequential(*list(branch)[:-1]), int(branch[-1].upscale_factor)
+        return like(branch, list(branch)[:-1]), int(branch[-1].upscale_factor)
     return branch, 1
+
+
+def like(branch: nn.Module, layers: Sequence[nn.Module]) -> nn.Sequential:
+    """A sequence of some layers of `branch`, which run as they do there."""
+    made = nn.Sequential(*layers)
+    return FusedSequential(made) if isinstance(branch, FusedSequential) and takes_all(layers) else made
 
 
 def split_upsampler(branch: nn.Module, shuffle: int) -> tuple[nn.Module, Upsampler] | None:
@@ -76,7 +85,9 @@ def split_upsampler(branch: nn.Module, shuffle: int) -> tuple[nn.Module, Upsampl
 
     Returns None if it does not end with layers for which there is a kernel, or if nothing else would be left.
     """
-    layers = [layer for layer in branch if type(layer) is not nn.Identity] if type(branch) is nn.Sequential else []
+    layers: list[nn.Module] = []
+    if type(branch) in (nn.Sequential, FusedSequential):
+        layers += [layer for layer in branch.children() if type(layer) is not nn.Identity]
     last = _convolution(layers.pop()) if layers else None
     if last is None or (shuffle, last.kernel_size[0]) not in SIZES or sums_of(last.weight.dtype) != torch.float32:
         return None
@@ -93,7 +104,7 @@ def split_upsampler(branch: nn.Module, shuffle: int) -> tuple[nn.Module, Upsampl
     expand, expand_bias, slope, weight, bias = (
         tensor.detach().float().contiguous() for tensor in (expand, expand_bias, slope, last.weight, bias_of(last))
     )
-    return nn.Sequential(*layers), Upsampler(expand, expand_bias, slope, weight, bias, shuffle)
+    return like(branch, layers), Upsampler(expand, expand_bias, slope, weight, bias, shuffle)
 
 
 def _rectified_convolution(layers: list[nn.Module]) -> tuple[nn.Conv2d, nn.LeakyReLU, int] | None:
