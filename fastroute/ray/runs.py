@@ -139,18 +139,22 @@ def _room(ray: Any, num_cpus: float, num_gpus: float) -> int:
 
 
 class Begun:
-    """How often the work on each image was begun: an actor on the machine of the program that runs the jobs."""
+    """How often the work on each image was begun and not ended: an actor on the machine of the program that runs the jobs."""
 
     def __init__(self) -> None:
         self.times: Counter[int] = Counter()
 
     def count(self, number: int) -> int:
-        """How often image `number` was begun so far."""
+        """How often image `number` was begun and not ended."""
         return self.times[number]
 
     def begin(self, number: int) -> None:
         """Count once more."""
         self.times[number] += 1
+
+    def end(self, number: int) -> None:
+        """Forget the count: no worker died over the image."""
+        del self.times[number]
 
 
 def _start_begun(ray: Any) -> Any:
@@ -186,3 +190,5 @@ class CountingUpscaler(Upscaler):
                 held.enter_context(self.in_hand)
             ray.get(self.begun.begin.remote(number))
             yield ""
+            # A worker may die over another image before Ray has taken the outcome of this one. Then it is done again.
+            ray.get(self.begun.end.remote(number))
