@@ -13,7 +13,9 @@ template <typename T, typename F>
 void read_numbers(const char* op, const char* name, const Tensor& x, const F& f) {  // [N]
     check_cpu(op, name, x);
     const auto read = [&](const auto* from) {
-        for (int64_t i = 0; i < x.size(0); ++i) f(i, static_cast<float>(from[i * x.stride(0)]));
+        // Each is a call into torch.
+        const int64_t count = x.size(0), step = x.stride(0);
+        for (int64_t i = 0; i < count; ++i) f(i, static_cast<float>(from[i * step]));
     };
     if (x.scalar_type() == ScalarType::Float) return read(x.const_data_ptr<float>());
     if constexpr (std::is_same_v<T, BFloat16>) {

@@ -7,22 +7,29 @@ after the other, as PyTorch has them.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeGuard
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 
-@runtime_checkable
 class Fused(Protocol):
     """A convolution that runs together with what follows it."""
+
+    in_channels: int
+    out_channels: int
 
     def fused(self, x: Any, **following: Any) -> Tensor:
         """The layer and what follows, see :func:`convolve` and :func:`merge_pixels`."""
 
     def has_kernel(self, x: Tensor) -> bool:  # [B, C, H, W]
         """Whether `x` runs by a kernel, which can write into a given tensor."""
+
+
+def is_fused(layer: nn.Module) -> TypeGuard[Fused]:
+    """Whether `layer` is such a convolution. To ask a protocol takes longer than some layers."""
+    return hasattr(type(layer), "fused")
 
 
 def convolve(
@@ -33,7 +40,7 @@ def convolve(
     residual: Tensor | None = None,  # [B, O / s / s, H s, W s]
 ) -> Tensor:  # [B, O / s / s, H s, W s]
     """A convolution, a leaky ReLU with `slope`, a pixel shuffle by `shuffle` and a sum with `residual`; each if it is given."""
-    if isinstance(layer, Fused):
+    if is_fused(layer):
         return layer.fused(x, slope=slope, shuffle=shuffle, residual=residual)
     y = layer(x)
     if slope is not None:
@@ -53,7 +60,7 @@ def merge_pixels(
     slope: float | None = None,
 ) -> Tensor:  # [B, O, H, W]
     """A 1 x 1 convolution of the joined channels of `parts`, a sum with `residual` and a leaky ReLU; each if it is given."""
-    if isinstance(layer, Fused):
+    if is_fused(layer):
         return layer.fused(parts, slope=slope, residual=residual)
     y = layer(parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=1))
     if residual is not None:

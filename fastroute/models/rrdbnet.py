@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastroute.models.fused import Fused, convolve
+from fastroute.models.fused import convolve, is_fused
 
 SLOPE = 0.2
 # What a dense block and a chain of three add to their input.
@@ -37,7 +37,7 @@ class DenseBlock(nn.Module):
         """See the class."""
         layers = [getattr(self, f"conv{number}") for number in range(1, 5)]
         last = self.conv5
-        if isinstance(last, Fused) and last.has_kernel(x):
+        if is_fused(last) and last.has_kernel(x):
             # Each layer writes its channels behind those that it reads, so that nothing is joined.
             size = (x.shape[0], last.in_channels, *x.shape[2:])
             joined = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)

@@ -101,11 +101,17 @@ std::vector<float> per_column(const char* name, const std::optional<Tensor>& x, 
 template <typename T>
 std::vector<float> packed_weight(const Tensor& weight, const Problem<T>& p, int64_t channels, bool pairs) {  // [O, C]
     const T* from = weight.const_data_ptr<T>();
+    // Each is a call into torch.
+    const int64_t row = weight.stride(0), step = weight.stride(1);
     if (!pairs) {
         std::vector<float> packed(channels * p.columns);
-        for (int64_t o = 0; o < p.outputs; ++o) {
-            for (int64_t c = 0; c < channels; ++c)
-                packed[c * p.columns + o] = from[o * weight.stride(0) + c * weight.stride(1)];
+        // A line of outputs at a time, so that no line is written in parts.
+        for (int64_t first = 0; first < p.outputs; first += kPad) {
+            const int64_t last = std::min(first + kPad, p.outputs);
+            for (int64_t c = 0; c < channels; ++c) {
+                for (int64_t o = first; o < last; ++o)
+                    packed[c * p.columns + o] = from[o * row + c * step];
+            }
         }
         return packed;
     }
@@ -114,11 +120,14 @@ std::vector<float> packed_weight(const Tensor& weight, const Problem<T>& p, int6
     std::vector<float> packed(rows * p.columns);
     T* to = reinterpret_cast<T*>(packed.data());
     for (const View<T>& image : p.images) {
-        for (int64_t c = 0; c < image.channels; ++c) {
-            for (int64_t o = 0; o < p.outputs; ++o)
-                to[(c / 2 * p.columns + o) * 2 + c % 2] = from[o * weight.stride(0) + c * weight.stride(1)];
+        for (int64_t first = 0; first < p.outputs; first += kPad) {
+            const int64_t last = std::min(first + kPad, p.outputs);
+            for (int64_t c = 0; c < image.channels; ++c) {
+                for (int64_t o = first; o < last; ++o)
+                    to[(c / 2 * p.columns + o) * 2 + c % 2] = from[o * row + c * step];
+            }
         }
-        from += image.channels * weight.stride(1);
+        from += image.channels * step;
         to += (image.channels + 1) / 2 * p.columns * 2;
     }
     return packed;

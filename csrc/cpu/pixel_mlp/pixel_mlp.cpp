@@ -82,12 +82,14 @@ bool read_classes(const Tensor& map, const Block& block, int64_t first_row, uint
                   std::vector<int64_t>& counts) {
     const auto limit = static_cast<T>(counts.size() - 1);
     const T* data = map.const_data_ptr<T>() + block.image * map.stride(0);
+    // A call into torch, which is not for every pixel.
+    const int64_t step = map.stride(2);
     bool good = true;
     std::fill(counts.begin(), counts.end(), 0);
     for (int64_t y = block.y0; y < block.y1; ++y) {
         const T* row = data + (first_row + y) * map.stride(1);
         for (int64_t x = block.x0; x < block.x1; ++x) {
-            const T id = row[x * map.stride(2)];
+            const T id = row[x * step];
             good &= id >= 0 && id <= limit;
             const auto known = static_cast<uint8_t>(good ? id : 0);
             *classes++ = known;
