@@ -109,8 +109,7 @@ std::vector<float> packed_weight(const Tensor& weight, const Problem<T>& p, int6
         for (int64_t first = 0; first < p.outputs; first += kPad) {
             const int64_t last = std::min(first + kPad, p.outputs);
             for (int64_t c = 0; c < channels; ++c) {
-                for (int64_t o = first; o < last; ++o)
-                    packed[c * p.columns + o] = from[o * row + c * step];
+                for (int64_t o = first; o < last; ++o) packed[c * p.columns + o] = from[o * row + c * step];
             }
         }
         return packed;
