@@ -41,7 +41,7 @@ STEP = 4099
 KNOWN = (
     Known("classsr-fsrcnn-x4", "patches", "002d97ff4b72ff69983bff51557f6fa9c58d585c7d76ffff93c480"),
     Known("pcsr-fsrcnn-x4", "pixels", "002d4aee4b7ce1699815ff516b5b6faf808d583f7a76d9ff93c487"),
-    Known("realesrgan-x4plus-student", "cascade", "022e38bc4c799d6a9931c05268706f9e668d58589074e3f492c689"),
+    Known("realesrgan-x4plus-student", "cascade", "032d5ecb4c73936a9747c351637c6e95818c585a8675e9d190bf6c"),
 )
 # Engines compile networks, one of which tells enough.
 NETWORK = Known("classsr-fsrcnn-x4", "its first network", "022d6dff4b78ff69982bff51779a6fd0828d58568376ffff93d3a7")
