@@ -1,10 +1,11 @@
 // stitch_patches: out[b, c, Y, X] = Σ_i wy[i, Y] · Σ_j wx[j, X] · patch(i, j)[c, Y - y_i, X - x_j], the sums over the
-// tile rows i and tile columns j that cover the pixel. Its kernel is in stitch_patches_forward.cuh. A patch in a region
-// is read where a table says, which a kernel before makes. The adjoint takes one thread per pixel of a patch.
+// tile rows i and tile columns j that cover the pixel. One kernel makes tables, among them where every patch lies; one
+// copies what a single tile makes, and one blends the rest. The adjoint takes one thread per pixel of a patch.
 #include "common/stitch_patches.h"
 
 #include "cuda/counting_sort.cuh"
-#include "cuda/stitch_patches_forward.cuh"
+#include "cuda/stitch_patches_blend.cuh"
+#include "cuda/stitch_patches_copy.cuh"
 
 namespace fastroute {
 namespace {
@@ -17,49 +18,44 @@ void check_on_device(const Stitching& call) {
                     ": the image must be below 2^30 pixels wide");
     FASTROUTE_CHECK(call.target.batch == 0 || call.target.count > 0, kOp,
                     ": patches must hold at least one row where inverse is not empty");
+    const Tensor& first = call.batches.front();
+    FASTROUTE_CHECK(first.stride(1) < kMaxBlocks && first.stride(2) < kMaxBlocks, kOp,
+                    ": strides of a patch must be below 2^31; give .contiguous() patches");
 }
 
-// Where every row of several tensors lies; nothing for one tensor.
-std::optional<Tensor> row_table(const Queue& queue, const Batches& batches, int64_t count) {
-    if (batches.size() == 1) return std::nullopt;
-    const int64_t size[] = {count};
-    const Tensor table = torch::stable::empty({size, 1}, ScalarType::Long, std::nullopt, batches.front().device());
-    int64_t first = 0;
-    for (size_t begin = 0; begin < batches.size(); begin += kBatches) {
-        BatchList list{};
-        int64_t rows = 0;
-        for (size_t b = begin; b < std::min(batches.size(), begin + kBatches); ++b) {
-            const Tensor& batch = batches[b];
-            rows += batch.size(0);
-            list.data[b - begin] = static_cast<const char*>(batch.const_data_ptr());
-            list.end[b - begin] = rows;
-            list.step[b - begin] = batch.stride(0) * static_cast<int64_t>(batch.element_size());
-        }
-        list.first = first;
-        queue.launch(stitch_patches_rows_kernel, blocks_for(rows, kThreads), kThreads, 0, list, rows,
-                     static_cast<const void**>(table.mutable_data_ptr()));
-        first += rows;
-    }
-    return table;
-}
+// The tables of a call, made by one launch for every `kBatches` tensors.
+template <typename W>
+struct Tables {
+    Tensor places, memory;
+    AxisTables<W> axes;
+};
 
-// Where every patch is read within its region.
-Tensor region_table(const Queue& queue, const Stitching& call) {
+template <typename W>
+Tables<W> make_tables(const Queue& queue, const Stitching& call, int pack) {
     const Batches& batches = call.batches;
-    const Tensor &some = batches.front(), &inverse = *call.places.inverse, &region = *call.places.region;
-    const int64_t patches = inverse.size(0), channels = some.size(1);
-    const RegionFormat format{.channels = static_cast<int>(channels),
-                              .bytes = static_cast<int>(some.element_size()),
-                              .factor = static_cast<int>(call.geometry.scale / call.shuffle),
-                              .planar = some.is_contiguous()};
-    const int64_t bytes[] = {patches * static_cast<int64_t>(sizeof(RegionPlace))};
-    const Tensor table = torch::stable::empty({bytes, 1}, ScalarType::Byte, std::nullopt, some.device());
-    RegionList list{};
+    const Geometry& geometry = call.geometry;
+    const Tensor& first = batches.front();
+    const std::optional<Tensor>&inverse = call.places.inverse, &region = call.places.region;
+    const PlaceFormat format{.n = first.stride(0) * static_cast<int64_t>(first.element_size()),
+                             .c = static_cast<int>(first.stride(1)),
+                             .y = static_cast<int>(first.stride(2)),
+                             .channels = static_cast<int>(first.size(1)),
+                             .bytes = static_cast<int>(first.element_size()),
+                             .factor = static_cast<int>(geometry.scale / call.shuffle),
+                             .planar = first.is_contiguous()};
+    const int64_t patches = call.target.batch * geometry.num_patches();
+    const int64_t place_bytes[] = {patches * static_cast<int64_t>(sizeof(Place))};
+    const int64_t axis_bytes[] = {AxisTables<W>::bytes(geometry, pack)};
+    const Tensor places = torch::stable::empty({place_bytes, 1}, ScalarType::Byte, std::nullopt, first.device());
+    const Tensor memory = torch::stable::empty({axis_bytes, 1}, ScalarType::Byte, std::nullopt, first.device());
+    const AxisTables<W> axes(memory.mutable_data_ptr(), geometry, pack);
+    const W* window = checked_window<W>(call.window, geometry.span());
+    PlaceList list{};
     for (size_t begin = 0; begin < batches.size(); begin += kBatches) {
         list.first += list.rows, list.rows = 0;
         for (size_t b = begin; b < std::min(batches.size(), begin + kBatches); ++b) {
             const Tensor& batch = batches[b];
-            FASTROUTE_CHECK(channels * batch.size(2) * batch.size(3) < kMaxBlocks, kOp,
+            FASTROUTE_CHECK(!call.regions() || batch.size(1) * batch.size(2) * batch.size(3) < kMaxBlocks, kOp,
                             ": a region must have fewer than 2^31 elements");
             list.rows += batch.size(0);
             list.data[b - begin] = static_cast<const char*>(batch.const_data_ptr());
@@ -67,11 +63,69 @@ Tensor region_table(const Queue& queue, const Stitching& call) {
             list.height[b - begin] = static_cast<int>(batch.size(2));
             list.width[b - begin] = static_cast<int>(batch.size(3));
         }
-        queue.launch(stitch_patches_regions_kernel, blocks_for(patches, kThreads), kThreads, 0, list, format,
-                     inverse.const_data_ptr<int64_t>(), region.const_data_ptr<int64_t>(), patches, call.target.count,
-                     call.geometry, static_cast<RegionPlace*>(table.mutable_data_ptr()));
+        const int64_t items = (begin == 0 ? axes.entries(geometry) : 0) + patches;
+        queue.launch(stitch_patches_tables_kernel<W>, blocks_for(items, kThreads), kThreads, 0,
+                     begin == 0 ? window : nullptr, geometry, axes, list, format,
+                     inverse.has_value() ? inverse->const_data_ptr<int64_t>() : nullptr,
+                     region.has_value() ? region->const_data_ptr<int64_t>() : nullptr, patches, call.target.count,
+                     static_cast<Place*>(places.mutable_data_ptr()));
     }
-    return table;
+    return {places, memory, axes};
+}
+
+// Whether packs of `out` begin at multiples of 16 bytes, and an index of 32 bits counts them.
+template <typename Out>
+bool is_aligned(const Tensor& out) {
+    bool aligned = reinterpret_cast<uintptr_t>(out.const_data_ptr()) % 16 == 0;
+    int64_t last = 0;
+    for (int d = 0; d < 3; ++d) {
+        aligned &= out.stride(d) % kPack<Out> == 0 || out.size(d) == 1;
+        last += out.stride(d) * (out.size(d) - 1);
+    }
+    return aligned && last / kPack<Out> < kMaxBlocks;
+}
+
+// How pixels of `call` are copied: in vectors where all that a pack reads begins at multiples of 16 bytes.
+template <typename T, typename Out>
+CopyLayout copy_layout(const Stitching& call, int64_t pixel, const Tensor& out) {
+    constexpr int V = kPack<T>, N = kPack<Out>;
+    const Geometry& geometry = call.geometry;
+    const Tensor& first = call.batches.front();
+    bool aligned = call.target.channels == kCopied && is_aligned<Out>(out);
+    for (const Tensor& batch : call.batches) {
+        aligned &= reinterpret_cast<uintptr_t>(batch.const_data_ptr()) % 16 == 0;
+        aligned &= !call.regions() || pixel > 1 || batch.size(3) % V == 0;
+    }
+    const auto in_vectors = [](int64_t elements) { return elements % V == 0; };
+    if (!call.regions()) {
+        aligned &= in_vectors(first.stride(0)) && in_vectors(first.stride(2));
+    }
+    if (!aligned) return CopyLayout::any;
+    const int64_t side = geometry.scale * geometry.x.stride, last = geometry.scale * geometry.x.last_origin();
+    if (call.shuffle == 1 && pixel == 1 && in_vectors(first.stride(1)) && first.stride(1) < kMaxBlocks &&
+        in_vectors(side) && in_vectors(last) && in_vectors(geometry.span())) {
+        return CopyLayout::rows;
+    }
+    const bool values = call.shuffle == 4 && pixel == kCopied * 16 && (call.regions() || first.stride(1) == 1);
+    return values && geometry.scale % 4 == 0 && N % 4 == 0 ? CopyLayout::shuffled : CopyLayout::any;
+}
+
+// Copies, of a layout that `copy_layout` finds.
+template <typename T, typename Out, CopyLayout kLayout>
+void run_copies(const Queue& queue, const StitchPlan<Work<T>>& plan, int64_t batch, const Tensor& out) {
+    CopyRows rows{.at = {},
+                  .image = static_cast<unsigned>(plan.image_step / kPack<Out>),
+                  .row = static_cast<unsigned>(plan.row_step / kPack<Out>)};
+    for (int at = 0; kLayout != CopyLayout::any && at < kCopied * kGroup; ++at) {
+        const int64_t first = at / kGroup * plan.channel_step + at % kGroup * plan.row_step;
+        rows.at[at] = reinterpret_cast<uint4*>(out.mutable_data_ptr<Out>() + first);
+    }
+    const int64_t groups = std::max(plan.end_group() - plan.first_group(), 0);
+    const int64_t blocks =
+        batch * blocks_for(groups, kRun * (kCopyThreads / 32)) * blocks_for(plan.tables.packs, 32 * kWide<T, kLayout>);
+    FASTROUTE_CHECK(blocks <= kMaxBlocks, kOp, ": the images are too large for one call; give fewer of them");
+    queue.launch(stitch_patches_copy_kernel<T, Out, kLayout>, blocks, kCopyThreads, 0, plan, rows,
+                 out.mutable_data_ptr<Out>());
 }
 
 template <typename T>
@@ -82,50 +136,44 @@ void run_stitch_patches(const Stitching& call, const Tensor& out) {
     const Target& target = call.target;
     const Tensor& first = call.batches.front();
     const Queue queue(kOp, first);
-    std::optional<Tensor> rows, regions;
-    if (call.regions()) {
-        regions = region_table(queue, call);
-    } else {
-        rows = row_table(queue, call.batches, target.count);
-    }
-    const bool one = !rows.has_value() && !regions.has_value();
-    // Of regions it is the channels, or 1, whatever an axis of one pixel says.
-    const int64_t pixel = !call.regions() ? first.stride(3) : first.is_contiguous() ? 1 : first.size(1);
-    const int64_t bytes[] = {AxisTables<W>::bytes(geometry)};
-    const Tensor memory = torch::stable::empty({bytes, 1}, ScalarType::Byte, std::nullopt, first.device());
-    const StitchPlan<T> plan{
-        .patches = one ? first.const_data_ptr<T>() : nullptr,
-        .rows = rows.has_value() ? static_cast<const void* const*>(rows->const_data_ptr()) : nullptr,
-        .regions = regions.has_value() ? static_cast<const RegionPlace*>(regions->const_data_ptr()) : nullptr,
-        .layout = {.n = first.stride(0),
-                   .c = first.stride(1),
-                   .y = first.stride(2),
-                   .x = pixel,
-                   .shuffle = static_cast<int>(call.shuffle)},
-        .inverse = call.places.inverse.has_value() ? call.places.inverse->const_data_ptr<int64_t>() : nullptr,
-        .count = target.count,
-        .tables = make_tables<W>(queue, call.window, geometry, memory),
-        .stride = static_cast<int>(geometry.y.stride),
-        .last_y = static_cast<int>(geometry.y.last_origin()),
-        .last_x = static_cast<int>(geometry.x.last_origin()),
-        .tile_rows = static_cast<int>(geometry.y.count()),
-        .tile_cols = static_cast<int>(geometry.x.count()),
-        .scale = static_cast<int>(geometry.scale),
-        .span = static_cast<int>(geometry.span()),
-        .row_begin = static_cast<int>(call.row_begin),
-        .height = static_cast<int>(target.rows),
-        .width = static_cast<int>(target.width),
-        .channels = target.channels,
-        .image_step = out.stride(0),
-        .channel_step = out.stride(1),
-        .row_step = out.stride(2)};
-    const int64_t total = target.batch * target.channels * blocks_for(target.rows, kBlockRows<T>) *
-                          blocks_for(target.width, 32 * kPack<T>);
+    const Tables<W> tables = make_tables<W>(queue, call, 16 / static_cast<int>(out.element_size()));
+    const StitchPlan<W> plan{.places = static_cast<const Place*>(tables.places.const_data_ptr()),
+                             // Of regions it is the channels, or 1, whatever an axis of one pixel says.
+                             .x = !call.regions()         ? first.stride(3)
+                                  : first.is_contiguous() ? 1
+                                                          : first.size(1),
+                             .shuffle = static_cast<int>(call.shuffle),
+                             .tables = tables.axes,
+                             .stride = static_cast<int>(geometry.y.stride),
+                             .last_y = static_cast<int>(geometry.y.last_origin()),
+                             .last_x = static_cast<int>(geometry.x.last_origin()),
+                             .tile_rows = static_cast<int>(geometry.y.count()),
+                             .tile_cols = static_cast<int>(geometry.x.count()),
+                             .scale = static_cast<int>(geometry.scale),
+                             .span = static_cast<int>(geometry.span()),
+                             .row_begin = static_cast<int>(call.row_begin),
+                             .height = static_cast<int>(target.rows),
+                             .width = static_cast<int>(target.width),
+                             .channels = target.channels,
+                             .image_step = out.stride(0),
+                             .channel_step = out.stride(1),
+                             .row_step = out.stride(2)};
     dispatch_image(kOp, out.scalar_type(), [&](auto zero) {
         using Out = decltype(zero);
-        const auto kernel =
-            regions.has_value() ? stitch_patches_kernel<T, Out, true> : stitch_patches_kernel<T, Out, false>;
-        queue.launch(kernel, total, kThreads, 0, plan, total, out.mutable_data_ptr<Out>());
+        // Results that are wider than the patches, or round to another half type, are not worth kernels of their own.
+        constexpr bool vectors = !kPrecise<T, Out> && (std::is_same_v<T, Out> || std::is_integral_v<Out>);
+        CopyLayout layout = CopyLayout::any;
+        if constexpr (vectors) {
+            layout = copy_layout<T, Out>(call, plan.x, out);
+            if (layout == CopyLayout::rows) run_copies<T, Out, CopyLayout::rows>(queue, plan, target.batch, out);
+            if (layout == CopyLayout::shuffled) {
+                run_copies<T, Out, CopyLayout::shuffled>(queue, plan, target.batch, out);
+            }
+        }
+        if (layout == CopyLayout::any) run_copies<T, Out, CopyLayout::any>(queue, plan, target.batch, out);
+        const int64_t total =
+            target.batch * blocks_for(target.rows, kBlendRows) * blocks_for(target.width, 32 * kPiece<T, Out>);
+        queue.launch(stitch_patches_blend_kernel<T, Out>, total, kThreads, 0, plan, total, out.mutable_data_ptr<Out>());
     });
 }
 
@@ -175,9 +223,13 @@ void run_stitch_patches_backward(const StitchingBackward& call, const Tensor& ou
                       numbers->mutable_data_ptr<int64_t>(), static_cast<int64_t*>(nullptr),
                       start->mutable_data_ptr<int64_t>());
     }
-    const int64_t bytes[] = {AxisTables<W>::bytes(geometry)};
+    const int64_t bytes[] = {AxisTables<W>::bytes(geometry, 0)};
     const Tensor memory = torch::stable::empty({bytes, 1}, ScalarType::Byte, std::nullopt, grad.device());
-    const AxisTables<W> tables = make_tables<W>(queue, call.window, geometry, memory);
+    const AxisTables<W> tables(memory.mutable_data_ptr(), geometry, 0);
+    queue.launch(stitch_patches_tables_kernel<W>, blocks_for(tables.entries(geometry), kThreads), kThreads, 0,
+                 checked_window<W>(call.window, geometry.span()), geometry, tables, PlaceList{}, PlaceFormat{},
+                 static_cast<const int64_t*>(nullptr), static_cast<const int64_t*>(nullptr), 0, 0,
+                 static_cast<Place*>(nullptr));
     const int64_t* none = nullptr;
     queue.launch(_stitch_patches_backward_kernel<T>, blocks_for(out.numel(), kThreads), kThreads, 0,
                  grad.const_data_ptr<T>(), start.has_value() ? start->const_data_ptr<int64_t>() : none,

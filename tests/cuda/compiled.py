@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,25 +30,36 @@ class Kernel(NamedTuple):
     shared: int
 
 
-def nvcc_reason() -> str | None:
-    """Why nothing can be compiled for a GPU; None when it can."""
+def nvcc_reason(archs: Sequence[str] = ARCHS) -> str | None:
+    """Why nothing can be compiled for these GPUs; None when it can."""
     if builds.NVCC is None or not Path(builds.NVCC).exists():
         return "nvcc was not found (CUDACXX, CUDA_HOME or PATH)"
     known = subprocess.run([builds.NVCC, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout.split()
-    missing = [arch for arch in ARCHS if f"compute_{arch}" not in known]
+    missing = [arch for arch in archs if f"compute_{arch}" not in known]
     return f"this nvcc does not know sm_{', sm_'.join(missing)}" if missing else None
+
+
+def command(archs: Sequence[str]) -> list[str | Path]:
+    """nvcc, but for what it makes of which source."""
+    codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
+    flags = ["-O3", "-std=c++20", "-DUSE_CUDA", "-Xptxas", "-v", *codes, builds.ABI, *builds.INCLUDES]
+    return [str(builds.NVCC), "-ccbin", builds.CXX[-1], *flags]
+
+
+def cubin(source: Path, arch: str) -> tuple[Path, list[str | Path]]:
+    """Where the machine code of one source for one architecture is kept, and what makes it."""
+    making = [*command([arch]), "-cubin", source]
+    return builds.CACHE / f"{source.stem}-{arch}-{builds.digest(making, [source, *builds.headers()])}.cubin", making
 
 
 def report(source: Path) -> str:
     """What ptxas says while nvcc compiles one source for all architectures."""
-    codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ARCHS]
-    command = [builds.NVCC, "-ccbin", builds.CXX[-1], "-O3", "-std=c++20", "-DUSE_CUDA", "-Xptxas", "-v", *codes, builds.ABI]
     # Of device code alone: the shim's compiler warns of the host's.
-    command += [*builds.INCLUDES, "-fatbin", source]
-    path = builds.CACHE / f"{source.stem}-{builds.digest(command, [source, *builds.headers()])}.ptxas"
+    making = [*command(ARCHS), "-fatbin", source]
+    path = builds.CACHE / f"{source.stem}-{builds.digest(making, [source, *builds.headers()])}.ptxas"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        text = builds.run([*command, "-o", path.with_suffix(".fatbin")])
+        text = builds.run([*making, "-o", path.with_suffix(".fatbin")])
         if "warning" in text:
             raise RuntimeError(text)
         path.with_suffix(".fatbin").unlink()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import builds
 import compiled
 import pytest
+import sass
 
 REASON = compiled.nvcc_reason()
 pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
@@ -21,3 +22,11 @@ def test_no_spills(source):
     assert any(kernel.name.startswith(("gather_rows", source.stem, "sort_")) for kernel in found)
     assert not [kernel for kernel in found if kernel.spills]
     assert max(kernel.shared for kernel in found) <= STATIC_SHARED
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sass.reason() is not None, reason=str(sass.reason()))
+@pytest.mark.parametrize("arch", sass.ARCHS)
+@pytest.mark.parametrize("path", sass.FAST_PATHS, ids=lambda path: path.name)
+def test_instructions_per_pixel(path, arch):
+    assert sass.count(path, arch) <= path.most

@@ -20,6 +20,7 @@ ROOT = Path(__file__).parents[2]
 # `TRITON_INTERPRET=1 python -m pytest tests/ops -k triton-cpu` runs them all.
 LAYOUTS = "transposed or expanded or channels_last"
 GEOMETRIES = "(sweep_of_geometries and not 11 and not 17)"
+VECTORS = "(in_vectors and (hann or bfloat16 or uint16 or float32))"
 POISONED = "(poisoned and not float32)"
 ROWS = "(test_rows and (crop or uint8)) or (in_rows and not float32 and not 2-2)"
 TYPES = "(types and (float64 or (sliced and not float32)))"
@@ -37,7 +38,7 @@ REPEATED = {
     "40-classes",
     "refine_boundaries": "(sweep and not float32 and not 22)",
     "scatter_groups": "complex64 or int16 or uint8",
-    "stitch_patches": f"{POISONED} or {LAYOUTS} or inductor or through_shuffle or {ROWS} or {TYPES}",
+    "stitch_patches": f"{VECTORS} or {POISONED} or {LAYOUTS} or inductor or through_shuffle or {ROWS} or {TYPES}",
 }
 
 

@@ -9,6 +9,9 @@ int main() {
     const Tensor shuffled = floats({12, 8, 8, 8}), out = floats({1, 2, 9, 34});
     fastroute::stitch_batches_out({shuffled, shuffled}, inverse, std::nullopt, window, 20, 17, 8, 5, 2, false, 2, 3, 12,
                                   out);
+    // Three channels in vectors: 2 x 2 patches of 16 pixels cover 28 x 28.
+    stitch_patches(floats({4, 3, 32, 32}), std::nullopt, floats({32}), 28, 28, 16, 12, 2, false, 1, ScalarType::Float,
+                   0, 56);
     // Regions of two shapes, of which some do not hold the patch that is said to lie in them.
     const Tensor wide = floats({3, 2, 16, 26}), high = floats({2, 2, 26, 16}), region = integers(12, 1, 7);
     fastroute::stitch_batches_out({wide, high}, integers(12, 5, 5), region, window, 20, 17, 8, 5, 2, false, 1, 0, 40,

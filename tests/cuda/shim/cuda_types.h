@@ -42,6 +42,20 @@ inline __half __float2half(float x) { return {x}; }
 inline float __half2float(__half x) { return x; }
 inline __half2 __floats2half2_rn(float x, float y) { return {x, y}; }
 inline float2 __half22float2(__half2 v) { return {v.x, v.y}; }
+// A product of two halves is exact in float, so that it is rounded once.
+inline __half2 __hmul2(__half2 a, __half2 b) { return {float{a.x} * float{b.x}, float{a.y} * float{b.y}}; }
+inline __half __half_sat(__half x) { return float{x} > 0 ? (float{x} < 1 ? float{x} : 1.0f) : 0.0f; }
+inline __half2 __hmul2_sat(__half2 a, __half2 b) {
+    const __half2 product = __hmul2(a, b);
+    return {__half_sat(product.x), __half_sat(product.y)};
+}
+// Byte n is that which the n-th digit of `select` numbers in the eight bytes of a and b.
+inline unsigned __byte_perm(unsigned a, unsigned b, unsigned select) {
+    const uint64_t bytes = uint64_t{b} << 32 | a;
+    unsigned result = 0;
+    for (int n = 0; n < 4; ++n) result |= (bytes >> (select >> 4 * n & 7u) * 8 & 0xffu) << 8 * n;
+    return result;
+}
 inline __nv_bfloat16 __float2bfloat16_rn(float x) { return {x}; }
 inline __nv_bfloat16 __float2bfloat16(float x) { return {x}; }
 inline float __bfloat162float(__nv_bfloat16 x) { return x; }

@@ -1,0 +1,108 @@
+"""Instructions per output pixel and channel in the machine code of the fast paths, which no GPU is needed to count.
+
+python tests/cuda/sass.py prints the table of docs/operators.md. A fast path is the innermost loop of its kernel that stores: it
+has no branch inside, so that its length is what a warp issues for the pixels that one turn writes.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+from typing import NamedTuple
+
+import builds
+import compiled
+
+ARCHS = ("80", "90", "120")
+# What a lane writes in one turn: 4 rows of 3 channels, in packs of 16 bytes.
+GROUP = 4 * 3 * 16
+
+
+class FastPath(NamedTuple):
+    """A kernel by its source and a pattern of the linker's name; how many pixels of a channel a lane writes in a turn, and the
+    most instructions that a turn may take for each."""
+
+    name: str
+    source: str
+    pattern: str
+    pixels: int
+    most: float
+
+
+FAST_PATHS = (
+    FastPath(
+        "`stitch_patches`, pixels of a sub-pixel convolution by 4",
+        "stitch_patches",
+        r"copy_kernelI.*Half.*hLNS.*E2E",
+        5 * GROUP,
+        1.5,
+    ),
+    FastPath("`stitch_patches`, rows of pixels", "stitch_patches", r"copy_kernelI.*Half.*hLNS.*E1E", 2 * GROUP, 2.0),
+)
+
+
+def disassembler() -> str | None:
+    """The toolkit's nvdisasm, or the one that comes with Triton."""
+    beside = Path(builds.NVCC).with_name("nvdisasm") if builds.NVCC else None
+    found = str(beside) if beside and beside.exists() else shutil.which("nvdisasm")
+    if found is None:
+        try:
+            import triton
+        except ImportError:
+            return None
+        found = triton.knobs.nvidia.nvdisasm.path
+    return found
+
+
+def reason() -> str | None:
+    """Why nothing can be counted; None when it can."""
+    return compiled.nvcc_reason(ARCHS) or (None if disassembler() else "nvdisasm was not found (CUDA toolkit or Triton)")
+
+
+def disassembled(source: Path, arch: str) -> str:
+    """Machine code of every kernel of one source, kept from run to run."""
+    cubin = builds.kept(*compiled.cubin(source, arch))
+    return builds.run([disassembler(), "-c", cubin])
+
+
+def functions(text: str) -> dict[str, list[str]]:
+    """Instructions and labels of every function by its linker's name."""
+    found: dict[str, list[str]] = {}
+    lines: list[str] = []
+    for line in text.splitlines():
+        if name := re.match(r"\s*\.text\.(\w+):", line):
+            lines = found.setdefault(name[1], [])
+        elif match := re.match(r"\s*(\.L_x_\d+:|/\*[0-9a-f]{4,}\*/\s+[^;]*)", line):
+            lines.append(match[1])
+    return found
+
+
+def turns(lines: list[str]) -> list[list[str]]:
+    """The bodies of all loops: from a label to a branch back to it."""
+    labels = {line.rstrip(":"): n for n, line in enumerate(lines) if line.startswith(".L")}
+    loops = []
+    for n, line in enumerate(lines):
+        target = re.search(r"\bBRA\b.*`\((\.L_x_\d+)\)", line)
+        if target and labels.get(target[1], n) < n:
+            loops.append([line for line in lines[labels[target[1]] : n + 1] if not line.startswith(".L")])
+    return loops
+
+
+def count(path: FastPath, arch: str) -> float:
+    """Instructions of a turn of the innermost loop that stores, per pixel and channel."""
+    code = functions(disassembled(builds.CSRC / "cuda" / f"{path.source}.cu", arch))
+    (lines,) = (lines for name, lines in code.items() if re.search(path.pattern, name))
+    storing = [loop for loop in turns(lines) if any("STG" in line for line in loop)]
+    return min(map(len, storing)) / path.pixels
+
+
+def main() -> None:
+    """Print the table."""
+    print("| fast path | " + " | ".join(f"sm_{arch}" for arch in ARCHS) + " |\n|---|" + "---:|" * len(ARCHS))
+    for path in FAST_PATHS:
+        print(f"| {path.name} | " + " | ".join(f"{count(path, arch):.2f}" for arch in ARCHS) + " |")
+
+
+if __name__ == "__main__":
+    main()
