@@ -121,8 +121,8 @@ void run_copies(const Queue& queue, const StitchPlan<Work<T>>& plan, int64_t bat
         rows.at[at] = reinterpret_cast<uint4*>(out.mutable_data_ptr<Out>() + first);
     }
     const int64_t groups = std::max(plan.end_group() - plan.first_group(), 0);
-    const int64_t blocks =
-        batch * blocks_for(groups, kRun * (kCopyThreads / 32)) * blocks_for(plan.tables.packs, 32 * kWide<T, kLayout>);
+    const int64_t blocks = batch * blocks_for(groups, kRun * (kCopyThreads / 32)) *
+                           blocks_for(plan.tables.packs, 32 * kWide<T, Out, kLayout>);
     FASTROUTE_CHECK(blocks <= kMaxBlocks, kOp, ": the images are too large for one call; give fewer of them");
     queue.launch(stitch_patches_copy_kernel<T, Out, kLayout>, blocks, kCopyThreads, 0, plan, rows,
                  out.mutable_data_ptr<Out>());

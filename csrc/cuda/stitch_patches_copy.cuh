@@ -19,11 +19,11 @@ constexpr int kRun = 4;  // groups of a warp
 // sub-pixel convolution by 4, which begin at multiples of 16 bytes.
 enum class CopyLayout { any, rows, shuffled };
 
-// Packs of a lane: as many as its registers have addresses for.
-template <typename T, CopyLayout kLayout>
-inline constexpr int kWide = kLayout == CopyLayout::shuffled                 ? (std::is_same_v<T, Half> ? 5 : 2)
-                             : kLayout == CopyLayout::rows && sizeof(T) == 2 ? 2
-                                                                             : 1;
+// Packs of a lane: as many as its registers have addresses for, with a pack of 16-bit numbers in rows one.
+template <typename T, typename Out, CopyLayout kLayout>
+inline constexpr int kWide = kLayout == CopyLayout::shuffled ? (std::is_same_v<T, Half> ? 5 : 2)
+                             : kLayout == CopyLayout::rows && sizeof(T) == 2 && sizeof(Out) == 1 ? 2
+                                                                                                 : 1;
 
 // The rows of a group for each of three channels, and steps of `out` in packs from image to image and from row to row.
 struct CopyRows {
@@ -117,9 +117,9 @@ __device__ __forceinline__ void load_two_rows(const T* from, int c_step, int ste
 // The same in vectors, of packs 32 apart, of which `tile` leaves out those below 0.
 template <CopyLayout kLayout, typename T, typename Out>
 __device__ __forceinline__ void copy_vectors(const StitchPlan<Work<T>>& plan, const CopyRows& rows, int64_t image,
-                                             int i, const int (&tile)[kWide<T, kLayout>], int pack, int first,
+                                             int i, const int (&tile)[kWide<T, Out, kLayout>], int pack, int first,
                                              int last) {
-    constexpr int N = kPack<Out>, Wide = kWide<T, kLayout>;
+    constexpr int N = kPack<Out>, Wide = kWide<T, Out, kLayout>;
     const T* from[Wide];
     int c_step[Wide], step[Wide];
 #pragma unroll
@@ -165,7 +165,7 @@ template <typename T, typename Out, CopyLayout kLayout>
 __global__ void __launch_bounds__(kCopyThreads, kLayout == CopyLayout::shuffled ? 8 : 7)
     stitch_patches_copy_kernel(const __grid_constant__ StitchPlan<Work<T>> plan, const __grid_constant__ CopyRows rows,
                                Out* __restrict__ out) {  // [B, C, rows, W·s]
-    constexpr int Wide = kWide<T, kLayout>, kWarps = kCopyThreads / 32;
+    constexpr int Wide = kWide<T, Out, kLayout>, kWarps = kCopyThreads / 32;
     const int begin = plan.first_group(), end = plan.end_group(), packs = plan.tables.packs;
     const int across = (packs + 32 * Wide - 1) / (32 * Wide);
     const int down = (end - begin + kRun * kWarps - 1) / (kRun * kWarps);
