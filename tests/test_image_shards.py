@@ -26,7 +26,7 @@ from fastroute.files.joining import join
 from fastroute.files.parts import Parts, spans
 from fastroute.files.shards import Shard
 from fastroute.models.checkpoints import save_checkpoint
-from fastroute.patch import classify, patch_router
+from fastroute.patch import classify, patch_memory
 
 zarr = pytest.importorskip("zarr", minversion="3")
 tifffile = pytest.importorskip("tifffile")
@@ -49,7 +49,7 @@ def router(model):
 @pytest.fixture
 def small(monkeypatch):
     """Bands of few patches and rows, so that a small picture has several of each."""
-    monkeypatch.setattr(patch_router, "PATCHES_PER_BAND", 200)
+    monkeypatch.setattr(patch_memory, "PATCHES_PER_BAND", {"cpu": 200})
     monkeypatch.setattr(classify, "BLOCK_PATCHES", 100)
     monkeypatch.setattr("fastroute.files.arrays.CHUNK", 96)
 

@@ -10,7 +10,7 @@ from networks import as_image, picture, random_classsr
 from support import bits
 
 from fastroute import PatchRouter
-from fastroute.patch import classify, patch_router
+from fastroute.patch import classify, patch_memory
 from fastroute.patch.classify import block_rows, classify_patches, score_rows
 from fastroute.runtime.protocols import ArrayReader
 from fastroute.runtime.row_ranges import RowsWriter
@@ -54,7 +54,7 @@ def by_rows(router, image, edges, step, ids):
     ],
 )
 def test_rows_have_the_bits_of_the_whole(monkeypatch, patch, stride, merge, window, coverage):
-    monkeypatch.setattr(patch_router, "PATCHES_PER_BAND", 20)
+    monkeypatch.setattr(patch_memory, "PATCHES_PER_BAND", {"cpu": 20})
     system = random_classsr((3, 5, 8), 4, patch)
     settings = {"patch": patch, "stride": stride, "scale": 4, "merge": merge, "window": window, "coverage": coverage}
     router = PatchRouter(system.branches, system.classifier, tune=False, **settings)
@@ -69,7 +69,7 @@ def test_rows_have_the_bits_of_the_whole(monkeypatch, patch, stride, merge, wind
 
 def test_classes_may_be_raised_as_in_the_whole(monkeypatch):
     """Classes as the classifier gives them, raised where regions form."""
-    monkeypatch.setattr(patch_router, "PATCHES_PER_BAND", 20)
+    monkeypatch.setattr(patch_memory, "PATCHES_PER_BAND", {"cpu": 20})
     system = random_classsr((3, 5, 8), 4, 16)
     router = PatchRouter(system.branches, system.classifier, patch=16, stride=12, scale=4, tune=False)
     image = picture(1, 3, 90, 61)[0]
@@ -84,7 +84,7 @@ def test_classes_may_be_raised_as_in_the_whole(monkeypatch):
 
 
 def test_a_limit_holds_and_little_is_read(monkeypatch):
-    monkeypatch.setattr(patch_router, "PATCHES_PER_BAND", 20)
+    monkeypatch.setattr(patch_memory, "PATCHES_PER_BAND", {"cpu": 20})
     system = random_classsr((3, 5), 2, 16)
     router = PatchRouter(system.branches, system.classifier, patch=16, stride=12, scale=2, tune=False)
     image, read = picture(1, 3, 400, 61)[0], []
