@@ -19,7 +19,7 @@ from fastroute.models.fsrcnn import FSRCNN
 from fastroute.patch import branches
 from fastroute.patch.branches import Branches, even_parts
 from fastroute.runtime import tuning
-from fastroute.runtime.tuning import Setting, SettingSearch, search_of
+from fastroute.runtime.tuning import Setting, search_of
 
 
 @pytest.fixture(autouse=True)
@@ -326,15 +326,3 @@ def test_routers_measure_on_photographs_too(cache, monkeypatch):
     assert best(router.networks) is not None and torch.equal(torch.get_rng_state(), state)
     again = router.upscale(image).image
     torch.testing.assert_close(again, result.image, rtol=0, atol=1e-5)
-
-
-@pytest.mark.parametrize(("alone", "parallel"), [(1.0, True), (0.9, True), (0.85, False), (1.1, True)])
-def test_one_pass_at_a_time_must_be_much_faster(cache, alone, parallel):
-    """Trials are of one shape; images have regions of many, which passes side by side balance."""
-    search = SettingSearch("key", "branch", torch.device("cpu"), threads=2)
-    for _ in range(200):
-        setting = search.trial((32, 32), 1000)
-        if setting is None:
-            break
-        search.add((32, 32), setting, 1e-6 * (1.0 if setting.parallel else alone))
-    assert search.best is not None and search.best.parallel is parallel

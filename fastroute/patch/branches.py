@@ -17,7 +17,17 @@ from fastroute.patch.prepared_networks import PreparedNetworks
 from fastroute.runtime.devices import on_device
 from fastroute.runtime.memory_plan import ACTIVATIONS
 from fastroute.runtime.threads import side_by_side, workers
-from fastroute.runtime.tuning import Setting, SettingSearch, Shape, Trial, default_setting, enabled, search_of, sizes_of
+from fastroute.runtime.tuning import (
+    SMALL_PASS,
+    Setting,
+    SettingSearch,
+    Shape,
+    Trial,
+    default_setting,
+    enabled,
+    search_of,
+    sizes_of,
+)
 
 logger = logging.getLogger("fastroute")
 
@@ -296,10 +306,12 @@ class Branches(PreparedNetworks):
             device: the device on which it runs.
             region: the largest region, in patches. Every thread may run one.
         """
+        # Small passes run side by side, see :func:`fastroute.patch.passes.run_regions`.
+        small = Setting(SMALL_PASS).batch(self.size) if device.type == "cpu" and self.batch is None else 0
         passes = (
             (self.pass_bytes(c, device), self._most(c, device), self._workers(c, device)) for c in range(len(self.modules))
         )
-        return max(int(size * max(most, region * threads)) for size, most, threads in passes)
+        return max(int(size * max(most, region * threads, small * threads)) for size, most, threads in passes)
 
     def _most(self, c: int, device: torch.device) -> int:
         threads = self._workers(c, device)

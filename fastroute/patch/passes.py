@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -28,6 +28,7 @@ from fastroute.runtime.results import Stopwatch
 from fastroute.runtime.rows import Source
 from fastroute.runtime.sinks import Sink
 from fastroute.runtime.threads import side_by_side, workers
+from fastroute.runtime.tuning import SMALL_PASS
 
 # The default side of a block in patches, and the bytes that a region of this size may take in a branch. The result depends on
 # both, so they are the same on every machine.
@@ -142,8 +143,10 @@ def run_regions(networks: Branches, jobs: Sequence[tuple[int, Tensor]], watch: S
                 results[number] = networks.run(c, patches)
         elif setting.engine != TORCH:
             compiled.setdefault(c, []).append(number)
-        elif setting.parallel:
-            module, parts, given = networks.pieces(c, patches, setting)
+        elif setting.parallel or (networks.batch is None and is_small(patches)):
+            # All threads together run a small pass badly, whatever is best for large ones.
+            small = setting if setting.parallel else replace(setting, pixels=SMALL_PASS)
+            module, parts, given = networks.pieces(c, patches, small)
             waiting += [Pass(number, c, module, part, given) for part in parts]
         else:
             with watch.stage("branches", c):
@@ -155,6 +158,11 @@ def run_regions(networks: Branches, jobs: Sequence[tuple[int, Tensor]], watch: S
             results[number] = result
     _run_waiting(networks, waiting, results, watch)
     return results
+
+
+def is_small(patches: Tensor) -> bool:  # [N, C, h, w]
+    """Whether patches, or regions, take passes for one thread each."""
+    return patches.device.type == "cpu" and patches.shape[2] * patches.shape[3] <= SMALL_PASS
 
 
 def _run_waiting(networks: Branches, waiting: list[Pass], results: list[list[Tensor]], watch: Stopwatch) -> None:

@@ -29,10 +29,10 @@ logger = logging.getLogger("fastroute")
 # many to be busy. The first number is used before anything has been measured.
 PIXELS = (1 << 13, 1 << 12, 1 << 14, 1 << 15)
 # The same for passes side by side, each of which has the caches of its own processor.
-PARALLEL_PIXELS = (1 << 13, 1 << 12, 1 << 11, 1 << 14)
-# One pass at a time must be faster than passes side by side by this factor. Trials are of one shape, where both take the same;
-# an image has regions of many shapes and classes, whose small passes all threads together run badly.
-ALONE = 1.15
+PARALLEL_PIXELS = (1 << 12, 1 << 11, 1 << 13, 1 << 14)
+# Regions of up to so many pixels take passes of so many, side by side, however larger ones run: an image has regions of many
+# shapes and classes, whose small passes all threads together run badly.
+SMALL_PASS = 1 << 13
 GPU_PIXELS = (1 << 20, 1 << 15, 1 << 16, 1 << 17, 1 << 18, 1 << 19)
 # The least number of pixels of a trial: times that are too short cannot be compared.
 TRIAL_PIXELS = {"cpu": 1 << 15, "cuda": 1 << 20}
@@ -43,7 +43,7 @@ EARNED = 1.02
 # If the median trial of a candidate exceeds its fastest one by more than this, something else was running.
 STEADY = 1.25
 # Part of every key: results that were measured in another way are measured again.
-METHOD = 5
+METHOD = 4
 # The environment variable that turns off all measuring if it is "0".
 SWITCH = "FASTROUTE_TUNE"
 # Logged when measuring begins.
@@ -207,10 +207,6 @@ class SettingSearch:
     def _ways(self) -> tuple[bool, ...]:
         return (True, False) if self.threads > 1 else (False,)
 
-    def _handicap(self, setting: Setting) -> float:
-        """By how much the times of a setting count more than others'."""
-        return ALONE if self.threads > 1 and setting.engine == TORCH and not setting.parallel else 1.0
-
     def _beside(self, parallel: bool) -> int:
         return self.threads if parallel else 1
 
@@ -232,7 +228,7 @@ class SettingSearch:
                 within = [s for s in candidates if min(trials[s]) <= EARNED * fastest]
                 self._settle(min(within, key=lambda s: s.pixels), fastest, steady)
                 return None
-            winner = min(candidates, key=lambda s: min(trials[s]) * self._handicap(s))
+            winner = min(candidates, key=lambda s: min(trials[s]))
             # Candidates that memory limits to the same number of patches count as one.
             most = max(1, largest // self._beside(winner.parallel))
             pixels = sorted(sizes_of(self.on_cpu, winner.parallel))
