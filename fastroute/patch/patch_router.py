@@ -388,7 +388,6 @@ class PatchRouter(Router):
         return measure_patch_speed(parts, self.channels, self.grid(self.patch, self.patch), dtype, self.device)
 
     def _bands(self, images: int, grid: TileGrid) -> list[Band]:
-        """Bands that fit in any memory."""
         return plan_bands(images, grid, patches_per_band(self.networks, self.device)[-1], self.merge)
 
     def _memory_plan(self, endpoints: Endpoints, merging: Merging, in_bands: bool, bands: list[Band]) -> WorkingSet:
