@@ -1,4 +1,4 @@
-// Numbers of a vector, one for each channel, that are float32 or have the type of an image.
+// Tensors beside an image: of its type, or numbers of channels, which may be float32 as well.
 #pragma once
 
 #include <type_traits>
@@ -7,6 +7,13 @@
 #include "common/dispatch.h"
 
 namespace fastroute {
+
+// `x` is a CPU tensor of `rank` dimensions and of the type of `image`, which errors name so.
+inline void check_like(const char* op, const char* name, const Tensor& x, ScalarType type, const char* image,
+                       int64_t rank) {
+    check_cpu(op, name, x), check_rank(op, name, x, rank);
+    FASTROUTE_CHECK(x.scalar_type() == type, op, ": ", name, " must have the dtype of ", image);
+}
 
 // Calls f(index, value) for each number of `x`, of type T or float32.
 template <typename T, typename F>

@@ -29,11 +29,6 @@ constexpr int64_t kPad = 16;
 // Pixels of a block: a multiple of those that registers hold, and a few kilobytes of every image.
 constexpr int64_t kBlock = 96;
 
-void check_kind(const char* name, const Tensor& x, const Tensor& first, int64_t rank) {
-    check_cpu(kOp, name, x), check_rank(kOp, name, x, rank);
-    FASTROUTE_CHECK(x.scalar_type() == first.scalar_type(), kOp, ": ", name, " must have the dtype of the first image");
-}
-
 decltype(&baseline::run_block) active_block() {
 #if FASTROUTE_X86
     if (active_isa() == Isa::avx512) return avx512::run_block;
@@ -78,7 +73,7 @@ void run_widened(Block run_block, const Problem<BFloat16>& p, const Run& run, in
 
 template <typename T>
 View<T> checked_view(const char* name, const Tensor& x, const Tensor& first) {  // [B, C, H, W] each
-    check_kind(name, x, first, 4);
+    check_like(kOp, name, x, first.scalar_type(), "the first image", 4);
     FASTROUTE_CHECK(x.size(0) == first.size(0) && x.size(2) == first.size(2) && x.size(3) == first.size(3), kOp, ": ",
                     name, " must be as many pixels as the first image, (", first.size(0), ", C, ", first.size(2), ", ",
                     first.size(3), ")");
@@ -151,7 +146,7 @@ Tensor convolved(const std::vector<Tensor>& images,        // [B, C, H, W] each
         FASTROUTE_CHECK(!__builtin_add_overflow(channels, image.size(1), &channels), kOp,
                         ": the images have too many channels");
     }
-    check_kind("weight", weight, images[0], 2);
+    check_like(kOp, "weight", weight, images[0].scalar_type(), "the first image", 2);
     FASTROUTE_CHECK(weight.size(1) == channels && channels >= 1 && weight.size(0) >= 1, kOp, ": weight must have ",
                     channels,
                     " columns, the channels of all images, and a row for each output, at least one of both; got (",

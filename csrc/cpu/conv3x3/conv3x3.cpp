@@ -37,11 +37,6 @@ decltype(&baseline::run_block) active_block() {
     return baseline::run_block;
 }
 
-void check_kind(const char* name, const Tensor& x, ScalarType type, int64_t rank) {
-    check_cpu(kOp, name, x), check_rank(kOp, name, x, rank);
-    FASTROUTE_CHECK(x.scalar_type() == type, kOp, ": ", name, " must have the dtype of the image");
-}
-
 template <typename T>
 View<T> view_of(const Tensor& x) {  // [B, C, H, W]
     View<T> view{nullptr, x.stride(0), x.stride(1), x.stride(2), x.stride(3)};
@@ -80,7 +75,7 @@ std::vector<float> per_column(const char* name, const std::optional<Tensor>& x, 
 Shape checked(const Tensor& image,   // [B, C, H, W]
               const Tensor& weight,  // [36, G, C / G, P] or [9, G, pairs, P, 2]
               bool direct, int64_t channels, int64_t shuffle, int64_t context) {
-    check_kind("weight", weight, image.scalar_type(), direct ? 5 : 4);
+    check_like(kOp, "weight", weight, image.scalar_type(), "the image", direct ? 5 : 4);
     check_at_least(kOp, "channels", channels, 1), check_at_least(kOp, "shuffle", shuffle, 1);
     FASTROUTE_CHECK(context == 0 || (context == 1 && image.size(2) >= 2), kOp,
                     ": context must be 0, or 1 for an image of at least 2 rows; got ", context);
@@ -150,12 +145,12 @@ Tensor convolved(const Tensor& image,                    // [B, C, H, W]
     p.x = view_of<const T>(image);
     p.x.data += context * p.x.row;
     if (residual.has_value()) {
-        check_kind("residual", *residual, type, 4);
+        check_like(kOp, "residual", *residual, type, "the image", 4);
         check_shape("residual", *residual, p);
         p.residual = view_of<const T>(*residual);
     }
     if (given.has_value()) {
-        check_kind("out", *given, type, 4);
+        check_like(kOp, "out", *given, type, "the image", 4);
         check_shape("out", *given, p);
         FASTROUTE_CHECK(given->stride(1) == 1 || given->size(1) == 1, kOp, ": out must have its channels side by side");
         std::vector<Tensor> inputs{image, weight};
