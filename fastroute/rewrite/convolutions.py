@@ -18,6 +18,11 @@ PLAIN = (Tensor, nn.Parameter)
 DTYPES = (torch.float32, torch.bfloat16) if torch.cpu._is_avx512_bf16_supported() else (torch.float32,)
 
 
+def version_of(weight: Tensor) -> int:  # [...]
+    """How often a weight was changed in place. Tensors made in inference mode do not count."""
+    return -1 if weight.is_inference() else weight._version
+
+
 class FusedConv2d(nn.Conv2d):
     """A convolution that keeps the size, with what follows it. Where its kernel does not apply, PyTorch's own layers run.
 
@@ -175,7 +180,7 @@ class Conv3x3(FusedConv2d):
         """The version of the weight, and what else the transformed weight depends on."""
         weight = self._parameters["weight"]
         assert weight is not None  # for the type checker
-        return (-1 if weight.is_inference() else weight._version, shuffle, factor)
+        return version_of(weight), shuffle, factor
 
     def _transform(self, shuffle: int, factor: float) -> Tensor:  # [36, G, C / G, P] or [9, G, pairs, P, 2]
         with torch.inference_mode(False), torch.no_grad():

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as modules
 
 from fastroute.backends import select
-from fastroute.rewrite.convolutions import PLAIN, Conv1x1, Conv3x3, FusedConv2d
+from fastroute.rewrite.convolutions import PLAIN, Conv1x1, Conv3x3, FusedConv2d, version_of
 
 RECTIFIERS = (nn.ReLU, nn.LeakyReLU, nn.PReLU)
 # Layers that keep the type of their input and may stand between the convolutions.
@@ -64,7 +64,7 @@ def is_hooked(layer: nn.Module) -> bool:
 
 def place_of(weight: Tensor) -> tuple[int, int]:  # [...]
     """The version and the address of a weight."""
-    return (-1 if weight.is_inference() else weight._version, weight.data_ptr())
+    return version_of(weight), weight.data_ptr()
 
 
 class FusedSequential(nn.Sequential):
