@@ -36,6 +36,7 @@ def is_rectifier(layer: nn.Module | None) -> bool:
 
 
 def _is_hooked(layer: nn.Module) -> bool:
+    """Whether `layer` has hooks of any kind, those of gradients too: it must stay what it is."""
     return any(getattr(layer, name) for name in HOOKS)
 
 

@@ -53,12 +53,12 @@ class Step(NamedTuple):
             and weight is self.weight
             and layer._parameters["bias"] is self.bias
             and place_of(weight) == self.place
-            and not is_hooked(layer)
+            and not _sees_calls(layer)
         )
 
 
-def is_hooked(layer: nn.Module) -> bool:
-    """Whether `layer` has hooks, which must see its calls."""
+def _sees_calls(layer: nn.Module) -> bool:
+    """Whether `layer` has hooks that must see its calls in inference; asked in every pass."""
     return bool(layer._forward_hooks or layer._forward_pre_hooks)
 
 
@@ -127,7 +127,7 @@ class FusedSequential(nn.Sequential):
             if not isinstance(layer, FusedConv2d):
                 steps.append(Step(layer))
                 continue
-            if type(layer) not in (Conv3x3, Conv1x1) or is_hooked(layer) or not layer.has_kernel(x):
+            if type(layer) not in (Conv3x3, Conv1x1) or _sees_calls(layer) or not layer.has_kernel(x):
                 return []
             weight = layer._parameters["weight"]
             assert weight is not None  # for the type checker
