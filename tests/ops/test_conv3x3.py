@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from fastroute import conv3x3, conv3x3_weight, use_backend
 from fastroute.reference.conv3x3 import POINTS, TILE, conv3x3_reference, transforms
 
-OPS = torch.ops.fastroute.conv3x3
+OP = torch.ops.fastroute.conv3x3
 # Image (B, C, H, W), output channels, groups, shuffle: whole tiles and parts of them, one pixel, one row, one channel, channels
 # that fill no vector, several blocks of tiles and of registers, many channels in and out, groups with and without a shuffle.
 CASES = [
@@ -282,7 +282,7 @@ def test_gradcheck_of_the_operator(operator):
     arguments = [x.requires_grad_() for x in arguments]
     assert torch.autograd.gradcheck(lambda *args: conv3x3_reference(*args, 8, 2), arguments, fast_mode=True)
     singles = [x.detach().float().requires_grad_() for x in arguments]
-    found = OPS.default(*singles, 8, 2)
+    found = OP.default(*singles, 8, 2)
     factors = normal(*found.shape)
     grads = torch.autograd.grad((found * factors).sum(), singles)
     expected = torch.autograd.grad((conv3x3_reference(*arguments, 8, 2) * factors).sum(), arguments)
@@ -300,9 +300,9 @@ def raw(case, *given: bool):
 def test_opcheck(operator, grad):
     for case, wanted in ((CASES[1], (True, True, True)), (CASES[8], (True, False, True)), (CASES[3], (False, False, False))):
         arguments = raw(case, *wanted)
-        opcheck(OPS.default, tuple(x.requires_grad_(grad) if isinstance(x, Tensor) else x for x in arguments))
+        opcheck(OP.default, tuple(x.requires_grad_(grad) if isinstance(x, Tensor) else x for x in arguments))
         if not grad:
-            opcheck(OPS.out, arguments, {"out": OPS.default(*arguments).clone()})
+            opcheck(OP.out, arguments, {"out": OP.default(*arguments).clone()})
 
 
 def test_poisoned(backend, poisoned):

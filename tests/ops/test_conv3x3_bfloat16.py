@@ -16,7 +16,8 @@ from fastroute import conv1x1, conv3x3, conv3x3_weight
 from fastroute.reference.conv3x3 import paired_weight, unpaired_weight
 
 HALF = torch.bfloat16
-OPS = torch.ops.fastroute
+OPS = ("conv1x1", "conv3x3")
+RAW = torch.ops.fastroute
 # Image (B, C, H, W), output channels, groups, shuffle: one pixel, one row, one column, groups of one channel, odd and even
 # groups, few outputs over one and several bands of rows, several vectors and blocks of outputs, with and without a shuffle.
 CASES = [
@@ -212,7 +213,7 @@ def test_gradients(backend):
     expected = torch.autograd.grad(exact3x3(*doubles, 2, 2).sum(), doubles)
     prepared = paired_weight(weight.detach(), 2, 2).requires_grad_()
     own = torch.autograd.grad(
-        OPS.conv3x3.default(image, prepared, bias, slope, residual, 8, 2).float().sum(),
+        RAW.conv3x3.default(image, prepared, bias, slope, residual, 8, 2).float().sum(),
         (image, prepared, bias, slope, residual),
     )
     own = (own[0], unpaired_weight(own[1], 2, 8, 2), *own[2:])
@@ -227,11 +228,11 @@ def test_opcheck(operator, grad):
     case = ((2, 3, 5, 7), 8, 1, 2)
     weight, *rest = (x.requires_grad_(grad) for x in parameters(case))
     image, paired = normal(*case[0]).requires_grad_(grad), paired_weight(weight.detach(), 1, 2).requires_grad_(grad)
-    opcheck(OPS.conv3x3.default, (image, paired, *rest, 8, 2, 0))
-    opcheck(OPS.conv1x1.default, ([image, image], weight.detach().flatten(1)[:, :6].requires_grad_(grad), *rest[:2], None))
+    opcheck(RAW.conv3x3.default, (image, paired, *rest, 8, 2, 0))
+    opcheck(RAW.conv1x1.default, ([image, image], weight.detach().flatten(1)[:, :6].requires_grad_(grad), *rest[:2], None))
     if not grad:
         arguments = (image, paired, *rest, 8, 2, 0)
-        opcheck(OPS.conv3x3.out, arguments, {"out": OPS.conv3x3.default(*arguments).clone()})
+        opcheck(RAW.conv3x3.out, arguments, {"out": RAW.conv3x3.default(*arguments).clone()})
 
 
 def test_poisoned(backend, poisoned):
@@ -307,9 +308,9 @@ def test_errors_past_python(asked):
             paired_weight(weight, 1, 2),
         ):
             with pytest.raises(Exception, match="conv3x3: "):
-                OPS.conv3x3.default(image, wrong, None, None, None, 8, 1)
+                RAW.conv3x3.default(image, wrong, None, None, None, 8, 1)
         with pytest.raises(Exception, match="conv1x1: "):
-            OPS.conv1x1.default([image], weight[:, :, 0, 0].float(), None, None, None)
+            RAW.conv1x1.default([image], weight[:, :, 0, 0].float(), None, None, None)
 
 
 def test_exact_numbers_of_channels(backend):
