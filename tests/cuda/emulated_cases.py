@@ -12,7 +12,7 @@ from torch import Tensor
 import fastroute
 from fastroute import TileGrid
 from fastroute.reference.adaptive_threshold import adaptive_threshold_reference
-from fastroute.reference.assign_classes import assign_classes_budget_reference
+from fastroute.reference.assign_classes import assign_classes_budget_reference, assign_classes_reference
 from fastroute.reference.extract_patches import extract_patches_reference
 from fastroute.reference.merge_regions import merge_regions_reference
 from fastroute.reference.stitch_patches import stitch_patches_reference
@@ -169,6 +169,29 @@ def test_budget_of_ties(cost, items, dtype):
                 score[0],
                 budget,
             )
+
+
+# Vectors of 16 bytes of two classes, of up to four and of more; runs that are not whole; items of one score per class.
+@pytest.mark.parametrize("shape", [(2, 64), (3, 35), (97,)], ids=str)
+@pytest.mark.parametrize("classes", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_runs_of_items_and_bits_of_a_penalty(shape, classes, dtype):
+    generator = torch.Generator().manual_seed(len(shape) * classes)
+    # Logits and powers of 2 have no logarithm to round, so that the reference's penalty has the same bits.
+    logits = torch.randn((shape[0], classes, *shape[1:]), generator=generator, dtype=torch.float64).mul(3).to(dtype)
+    cost = torch.tensor([1.0, 4.0, 2.0, 16.0, 8.0][:classes], dtype=torch.float64)
+    for penalty in (0.0, 0.75):
+        expected = assign_classes_reference(logits, cost, penalty, torch.uint8)
+        assert torch.equal(OPS.assign_classes(logits, cost, penalty, 1), expected)
+    least = float(cost.min() / cost.max())
+    for part, start in ((0.0, None), (0.3, None), (0.77, 0.1), (0.9, -0.4), (1.0, None)):
+        budget = least + (1 - least) * part
+        for expected, actual in zip(
+            assign_classes_budget_reference(logits, cost, budget, start, True, torch.int32),
+            OPS.assign_classes.budget(logits, cost, budget, start, True, 4),
+            strict=True,
+        ):
+            assert torch.equal(actual, expected)
 
 
 def vast(count: int, dtype: torch.dtype) -> Tensor:

@@ -1,7 +1,8 @@
-"""Instructions per output pixel and channel in the machine code of the fast paths, which no GPU is needed to count.
+"""Instructions per output pixel and channel, or item, in the machine code of the fast paths, which no GPU is needed to count.
 
-python tests/cuda/sass.py prints the table of docs/operators.md. A fast path is the innermost loop of its kernel that stores: it
-has no branch inside, so that its length is what a warp issues for the pixels that one turn writes.
+python tests/cuda/sass.py prints the tables of docs/operators.md. A fast path is the innermost loop of its kernel that reads or
+writes vectors. A loop within it is for what is rare and does not count; nothing else branches, or both ways count, so that the
+length is the most that a warp issues for the pixels or items of one turn.
 """
 
 from __future__ import annotations
@@ -20,16 +21,18 @@ GROUP = 4 * 3 * 16
 
 
 class FastPath(NamedTuple):
-    """A kernel by its source and a pattern of the linker's name; how many pixels of a channel a lane writes in a turn, and the
-    most instructions that a turn may take for each."""
+    """A kernel by its source and a pattern of the linker's name; how many pixels of a channel, or items, a lane writes or reads
+    in a turn; the most instructions that a turn may take for each; and what is in no other loop."""
 
     name: str
     source: str
     pattern: str
     pixels: int
     most: float
+    mark: str = r"\bSTG\b"
 
 
+LOAD = r"\bLDG\S*128\b"
 FAST_PATHS = (
     FastPath(
         "`stitch_patches`, pixels of a sub-pixel convolution by 4",
@@ -39,7 +42,10 @@ FAST_PATHS = (
         1.5,
     ),
     FastPath("`stitch_patches`, rows of pixels", "stitch_patches", r"copy_kernelI.*Half.*hLNS.*E1E", 2 * GROUP, 2.0),
+    FastPath("`assign_classes` by penalty", "assign_classes", r"classes_vector_kernelI.*Half.*hLi2E", 8, 12.0),
+    FastPath("`assign_classes` by budget, a pass", "assign_classes", r"classes_pass_kernelI.*HalfELi2E", 8, 100.0, LOAD),
 )
+DOUBLES = re.compile(r"\b(D(ADD|MUL|FMA|SETP)|MUFU\S*64H|F2F\S*F64\S*)\b")
 
 
 def disassembler() -> str | None:
@@ -78,23 +84,26 @@ def functions(text: str) -> dict[str, list[str]]:
     return found
 
 
-def turns(lines: list[str]) -> list[list[str]]:
-    """The bodies of all loops: from a label to a branch back to it."""
+def loops(lines: list[str]) -> list[range]:
+    """Where all loops lie: from a label to a branch back to it."""
     labels = {line.rstrip(":"): n for n, line in enumerate(lines) if line.startswith(".L")}
-    loops = []
-    for n, line in enumerate(lines):
-        target = re.search(r"\bBRA\b.*`\((\.L_x_\d+)\)", line)
-        if target and labels.get(target[1], n) < n:
-            loops.append([line for line in lines[labels[target[1]] : n + 1] if not line.startswith(".L")])
-    return loops
+    targets = [(n, re.search(r"\bBRA\b.*`\((\.L_x_\d+)\)", line)) for n, line in enumerate(lines)]
+    return [range(begin, n + 1) for n, target in targets if target and (begin := labels.get(target[1], n)) < n]
+
+
+def turn(path: FastPath, arch: str) -> list[str]:
+    """The instructions of a turn of the innermost loop that has the mark, without the loops within it."""
+    code = functions(disassembled(builds.CSRC / "cuda" / f"{path.source}.cu", arch))
+    (lines,) = (lines for name, lines in code.items() if re.search(path.pattern, name))
+    found = loops(lines)
+    own = min((loop for loop in found if any(re.search(path.mark, lines[n]) for n in loop)), key=len)
+    inner = {n for loop in found if loop != own and loop.start >= own.start and loop.stop <= own.stop for n in loop}
+    return [lines[n] for n in own if n not in inner and not lines[n].startswith(".L")]
 
 
 def count(path: FastPath, arch: str) -> float:
-    """Instructions of a turn of the innermost loop that stores, per pixel and channel."""
-    code = functions(disassembled(builds.CSRC / "cuda" / f"{path.source}.cu", arch))
-    (lines,) = (lines for name, lines in code.items() if re.search(path.pattern, name))
-    storing = [loop for loop in turns(lines) if any("STG" in line for line in loop)]
-    return min(map(len, storing)) / path.pixels
+    """The instructions of a turn per pixel and channel, or per item."""
+    return len(turn(path, arch)) / path.pixels
 
 
 def main() -> None:

@@ -4,6 +4,7 @@
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
+#include <algorithm>
 #include <bit>
 #include <cmath>
 #include <cstdint>
@@ -73,6 +74,11 @@ inline double __dadd_rn(double a, double b) { return a + b; }
 inline double __dsub_rn(double a, double b) { return a - b; }
 inline double __ddiv_rn(double a, double b) { return a / b; }
 inline double __fma_rn(double a, double b, double c) { return std::fma(a, b, c); }
+// As far from the logarithm as that of a device may be.
+inline float __log2f(float x) {
+    const float log = std::log2(x), off = 0x1p-22f * std::max(1.0f, std::fabs(log));
+    return std::isfinite(log) ? log + ((std::bit_cast<uint32_t>(x) >> 3 & 1u) != 0 ? off : -off) : log;
+}
 inline int __float2int_rn(float x) { return static_cast<int>(std::nearbyint(x)); }
 inline int __double2int_rn(double x) { return static_cast<int>(std::nearbyint(x)); }
 inline unsigned __float_as_uint(float x) { return std::bit_cast<unsigned>(x); }
