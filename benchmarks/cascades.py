@@ -58,7 +58,7 @@ PROMISED = 40.0
 # Real-ESRGAN's own tiles: their side, and the pixels around them that are computed and cropped.
 TILE, PAD = 256, 10
 # A way that takes so much longer in full than fastroute is not timed on every picture.
-SLOWER = 1.3
+SLOWER = 1.2
 # Of the time, the share that calibration may take.
 CALIBRATION = 0.4
 T = TypeVar("T")
