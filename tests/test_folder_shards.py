@@ -66,6 +66,14 @@ def test_shards_give_the_files_of_one_process(groups, model, tmp_path):
     assert join(tmp_path / "out") and not parts.folder.exists() and not join(tmp_path / "out")
 
 
+def test_folders_that_are_not_there_yet(groups, model, tmp_path):
+    folder, out = photos(tmp_path / "in", 4), tmp_path / "not" / "there"
+    for number in (1, 2):
+        call(model, folder, out, "--shard", f"{number}/2", "--quiet")
+    assert len(contents(out)) == 4 and join(out)
+    assert [path.name for path in out.parent.iterdir()] == ["there"]
+
+
 def test_a_budget_of_flops(groups, model, tmp_path):
     folder = photos(tmp_path / "in", 5, seed=4)
     least = re.search(r"must be at least (\S+), with", call(model, folder, tmp_path / "a", "--budget-flops", "1", code=2))

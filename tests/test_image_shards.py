@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -207,6 +208,37 @@ def test_join_after_it_was_killed(small, router, source, tmp_path):
     assert pixels_of(large.target).shape == (600, 524, 3) and not Parts(large.target).folder.exists()
     with pytest.raises(ValueError, match=r"join: there is neither .*b.zarr nor .*b.zarr.parts; run the shards first"):
         join(tmp_path / "b.zarr")
+
+
+def test_nothing_of_a_killed_process_stays(small, router, source, tmp_path, monkeypatch):
+    large = LargeImage(source, tmp_path / "a.ome.zarr", Budget(0.9))
+    image_shards.begin(large, router)
+    parts = Parts(large.target)
+    # Killed while it wrote a shard, while it began, and while it replaced an older result.
+    left = [tmp_path / ".a.ome.zarr.parts.12ab.part" / "x", tmp_path / ".a.ome.zarr.34cd.part" / "x"]
+    for path in (parts.path("image", "0", "c", "0", "3", "0.0123456789abcdef.partial"), *left):
+        path.parent.mkdir(parents=True)
+        path.write_bytes(b"half")
+    upscale_share(large, router, Shard(1, 1))
+    removed = shutil.rmtree
+
+    def half(path, **options):
+        if not (Path(path) / "facts.json").exists():
+            return removed(path, **options)
+        (Path(path) / "facts.json").unlink()
+        raise KeyboardInterrupt
+
+    # join is killed while it removes the parts.
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(shutil, "rmtree", half)
+        join(large.target)
+    assert not join(large.target)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.ome.zarr", "in.png"]
+    assert not list(large.target.rglob("*.partial"))
+    assert np.array_equal(pixels_of(large.target), router.upscale(io.read_image(source), budget=0.9).image.permute(1, 2, 0))
+    # It can be begun anew.
+    upscale_share(large, router, Shard(1, 2))
+    assert parts.done() == {0, 1, 2}
 
 
 def test_classes_are_those_of_the_first_that_has_them(small, router, source, tmp_path):

@@ -133,6 +133,26 @@ def test_a_source_folder_that_was_not_built_says_what_it_shadows(monkeypatch, tm
     assert f"instead of the one installed in {installed / 'fastroute'}: start Python in another folder" in told
 
 
+@pytest.mark.parametrize(
+    ("module", "package", "command"),
+    [
+        ("torch", "torch", ["info", "--check"]),
+        ("torch", "torch", ["upscale", "a.png", "b.png"]),
+        ("torch", "torch", ["join", "a.zarr"]),
+        ("PIL", "pillow", ["upscale", "a.png", "b.png"]),
+    ],
+)
+def test_a_requirement_that_is_missing_is_named(tmp_path, module, package, command):
+    """As in an environment from which it was removed, or into which fastroute came without its requirements."""
+    code = f"import sys; sys.modules[{module!r}] = None; from fastroute.cli import main; main()"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    told = subprocess.run(
+        [sys.executable, "-c", code, *command], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert told.returncode == 1 and "Traceback" not in told.stderr
+    assert f"Error: fastroute needs {package}, which {sys.executable} does not find: run pip install {package}" in told.stderr
+
+
 def wheel(folder: Path, **environment: str) -> Path:
     """A wheel of this source in `folder`, by the installed build requirements."""
     command = [

@@ -151,6 +151,21 @@ def test_processes_of_which_one_is_killed(model, tmp_path):
     assert not [path for path in (tmp_path / "shares").rglob("*") if path.is_file() and path.suffix != ".png"]
 
 
+@pytest.mark.parametrize(
+    ("source", "result"), [("photos", "out/"), ("photos/", "out/"), ("scan.png", "out"), ("a.zarr", "out"), ("a.zarr/", "out")]
+)
+def test_the_script_for_slurm_tells_folders_from_images(tmp_path, source, result):
+    for folder in ("photos", "a.zarr"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "scan.png").touch()
+    (tmp_path / "fastroute").write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    (tmp_path / "fastroute").chmod(0o755)
+    environment = {**os.environ, "PATH": os.pathsep.join([str(tmp_path), os.environ["PATH"]])}
+    command = ["bash", str(SCRIPT), source, "out", "--budget", "0.7"]
+    passed = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True).stdout.split()
+    assert passed == ["upscale", source.rstrip("/"), result, "--shard", "auto", "--resume", "--quiet", "--budget", "0.7"]
+
+
 @pytest.mark.slow
 def test_the_script_for_slurm(model, tmp_path):
     """As Slurm runs it, for two tasks, with the command of this environment."""

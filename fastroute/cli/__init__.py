@@ -18,6 +18,9 @@ from fastroute import __version__
 # In the order in which the help lists them.
 COMMANDS = ("upscale", "join", "compare", "evaluate", "train", "distill", "calibrate", "warmup", "models", "info")
 
+# What every command but --help needs: the names by which it is imported, and by which pip knows it.
+NEEDED = {"torch": "torch", "numpy": "numpy", "PIL": "pillow", "safetensors": "safetensors", "filelock": "filelock"}
+
 
 class Group(click.Group):
     """Imports a command when it is used. Errors that a user can fix end the command with only their message."""
@@ -46,9 +49,7 @@ class Group(click.Group):
         except (ValueError, TypeError, RuntimeError, MemoryError, ImportError, OSError) as error:
             if not _is_users(error):
                 raise
-            words = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
-            # The argument max_pixels is an option here.
-            raise click.ClickException(words.replace("raise max_pixels", "raise --max-pixels") or "out of memory") from error
+            raise click.ClickException(_words(error)) from error
 
 
 def _is_users(error: Exception) -> bool:
@@ -58,14 +59,25 @@ def _is_users(error: Exception) -> bool:
     # For example a full disk. When nobody reads the output any more, click itself ends the command.
     if isinstance(error, OSError):
         return error.errno not in (None, errno.EPIPE)
-    # Errors that name an extra to install.
+    # Errors that name an extra to install, and what is missing although fastroute requires it.
     if isinstance(error, ImportError):
-        return 'pip install ".[' in str(error)
+        return 'pip install ".[' in str(error) or (isinstance(error, ModuleNotFoundError) and error.name in NEEDED)
     # Click stops by an error of this kind too, perhaps before anything is imported.
     torch, backends, ray = (sys.modules.get(name) for name in ("torch", "fastroute.backends", "fastroute.ray"))
     if ray and isinstance(error, ray.ClusterError):
         return True
     return bool(torch and backends and isinstance(error, (backends.BackendError, torch.OutOfMemoryError)))
+
+
+def _words(error: Exception) -> str:
+    """What a user is told of an error."""
+    if isinstance(error, ModuleNotFoundError) and error.name in NEEDED:
+        package = NEEDED[error.name]
+        smaller = " (PyTorch's own index also has smaller builds for CPUs)" if package == "torch" else ""
+        return f"fastroute needs {package}, which {sys.executable} does not find: run pip install {package}{smaller}"
+    words = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
+    # The argument max_pixels is an option here.
+    return words.replace("raise max_pixels", "raise --max-pixels") or "out of memory"
 
 
 def _terminate(number: int, frame: object) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -181,9 +182,12 @@ class ArrayRows:
         side = self.row_step
         for top in range(0, pixels.shape[1], side):
             part, number = pixels[:, top : top + side], (y + top) // side
+            row = self.folder / "c" / ("0" if self.layout.ome else "") / str(number)
+            # A process that was killed may have left half a shard, under a name of zarr's own.
+            shutil.rmtree(row, ignore_errors=True)
             write_row(self.array, y + top, part.numpy(), self.layout)
             # A part counts as done only once the disk has it.
-            _flush(self.folder / "c" / ("0" if self.layout.ome else "") / str(number))
+            _flush(row)
             self.done([number])
 
 

@@ -85,6 +85,7 @@ def begin(folder: SharedFolder, router: Router) -> None:
     _budget(folder, router)
     names = [os.path.relpath(job.target, folder.target) for job in folder.jobs]
     facts = {"images": folder.inputs(), **folder.settings}
+    folder.target.parent.mkdir(parents=True, exist_ok=True)
     Parts(folder.target).begin(facts, lambda new: Parts.note(new, "results", {"names": names}))
 
 

@@ -34,6 +34,8 @@ def join(target: str | Path, progress: Progress = False) -> bool:
     target, parts = Path(target), Parts(target)
     if not parts.begun:
         if target.exists():
+            # What an earlier call that was killed has left.
+            parts.remove()
             return False
         raise ValueError(f"join: there is neither {target} nor {parts.folder}; run the shards first")
     facts = parts.facts()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from fastroute.io.files import published_folder, target_of, write_atomically
+from fastroute.io.files import new_part, published_folder, remove_parts, target_of, write_atomically
 
 # What every such folder begins with. It names what its results depend on.
 FACTS = "facts.json"
@@ -150,8 +149,11 @@ class Parts:
             yield
 
     def remove(self) -> None:
-        """Remove the folder."""
-        shutil.rmtree(self.folder)
+        """Remove the folder, and what killed processes have left of it, and of the result, beside them."""
+        if self.folder.exists():
+            # A folder of which half is gone would be taken for one that others have begun.
+            self.folder.rename(new_part(self.folder))
+        remove_parts([self.folder, self.target])
 
 
 def runs(numbers: Sequence[int]) -> list[tuple[int, int]]:

@@ -137,7 +137,7 @@ def new_folder(path: str | Path) -> Iterator[Path]:
     Until then it is called ``.NAME.….part``. A failure removes it.
     """
     path = target_of(path)
-    part = path.parent / f"{part_prefix(path)}{secrets.token_hex(6)}.part"
+    part = new_part(path)
     try:
         yield part
         replace_folder(part, path)
@@ -147,7 +147,7 @@ def new_folder(path: str | Path) -> Iterator[Path]:
 
 def replace_folder(part: Path, path: Path) -> None:
     """Give the folder `part` the name `path`, after which an old folder of that name is removed."""
-    old = path.parent / f"{part_prefix(path)}{secrets.token_hex(6)}.part"
+    old = new_part(path)
     if path.exists():
         path.rename(old)
     try:
@@ -166,7 +166,7 @@ def published_folder(path: str | Path) -> Iterator[Path]:
     All processes find the same folder afterwards, and find it complete.
     """
     path = Path(path)
-    part = path.parent / f"{part_prefix(path)}{secrets.token_hex(6)}.part"
+    part = new_part(path)
     try:
         part.mkdir()
         yield part
@@ -224,7 +224,7 @@ def _open_nameless(folder: Path) -> int | None:
 
 def _name(file: BinaryIO, path: Path) -> str:
     """Give the nameless `file` a temporary name next to `path` and return it."""
-    part = str(path.parent / f"{part_prefix(path)}{secrets.token_hex(6)}.part")
+    part = str(new_part(path))
     links = os.open(OPEN_FILES, os.O_RDONLY)
     try:
         os.link(str(file.fileno()), part, src_dir_fd=links, follow_symlinks=True)
@@ -244,6 +244,11 @@ def _name(file: BinaryIO, path: Path) -> str:
 
 def _open_part(path: Path) -> tuple[int, str]:
     return tempfile.mkstemp(dir=path.parent, prefix=part_prefix(path), suffix=".part")
+
+
+def new_part(path: Path) -> Path:
+    """A temporary name beside `path`, which `remove_parts` finds."""
+    return path.parent / f"{part_prefix(path)}{secrets.token_hex(6)}.part"
 
 
 def part_prefix(path: Path) -> str:
