@@ -13,6 +13,8 @@ from torch.nn import functional as F
 from fastroute import TileGrid, make_window, stitch_patches
 from fastroute.reference.stitch_patches import patches_of_regions, stitch_patches_reference
 
+OPS = ("stitch_patches",)
+
 # Patches begin at multiples of 48 pixels and columns of 16 bytes; 42 of these are more than a warp of a GPU has lanes.
 GRID = TileGrid(24, 168, 16, 12, scale=4)
 SPECIAL = [math.nan, math.inf, -math.inf, -0.0, 0.5, 1.0, 2.0**-24, 1.5]
