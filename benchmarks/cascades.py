@@ -37,17 +37,19 @@ from benchmarks.cascade_tables import FASTROUTE, TODAY, savings_table
 from fastroute import io
 from fastroute.cascades.calibrate import CONTEXTS, best_of_scores, crops_of, measured_costs
 from fastroute.cascades.calibrate import measure as measured
-from fastroute.cascades.cells import CELL, Cells, edge_scores
+from fastroute.cascades.cells import CELL, Cells, Rectangle, edge_scores
 from fastroute.cascades.decision import Decision
+from fastroute.cascades.measured import Measured
 from fastroute.cascades.router import CascadeRouter
 from fastroute.cascades.run import FADE
-from fastroute.cascades.table_fit import Measured
 from fastroute.degradation import downscale, to_uint8
 from fastroute.models import rrdbnet
 from fastroute.models.mixed import MIXED
 from fastroute.models.precision import PRECISIONS
 
 HEIGHT, WIDTH = 400, 640
+# Of the crop on which the ways to run the network in full are compared, at most.
+COMPARED = 200, 320
 SIZES = {"native": 1, "reduced": 4}
 # Which of interpolation and the student a cascade has beside the network itself.
 CHEAP = {"bicubic": (0,), "student": (1,), "both": (0, 1)}
@@ -55,6 +57,8 @@ CHEAP = {"bicubic": (0,), "student": (1,), "both": (0, 1)}
 PROMISED = 40.0
 # Real-ESRGAN's own tiles: their side, and the pixels around them that are computed and cropped.
 TILE, PAD = 256, 10
+# A way that takes so much longer in full than fastroute is not timed on every picture.
+SLOWER = 1.3
 # Of the time, the share that calibration may take.
 CALIBRATION = 0.4
 T = TypeVar("T")
@@ -144,7 +148,7 @@ class Dense:
     def __init__(self, router: CascadeRouter, precision: torch.dtype) -> None:
         self.network, self.precision = router.networks.members[0], precision
         self.rows: list[dict] = []
-        self.fastest = ""
+        self.fastest, self.slower = "", 1.0
 
     def ways(self, image: Tensor, precision: torch.dtype) -> dict[str, Callable[[], Run | str]]:  # [1, C, H, W]
         """All but fastroute, by name: what makes a call, or says why there is none."""
@@ -184,6 +188,7 @@ class Dense:
             peers = {way: taken for way, taken in seconds.items() if way != FASTROUTE}
             if PRECISIONS[name] == self.precision:
                 self.fastest = min(peers, key=peers.__getitem__)
+                self.slower = peers[self.fastest] / seconds[FASTROUTE]
             times = {way: measure.summary([taken]) for way, taken in seconds.items()}
             self.rows.append({"op": f"dense, {name}", "kind": "dense", "precision": name, "size": list(image.shape[2:]),
                               "fastest": min(peers, key=peers.__getitem__), "times": times, "missing": missing})  # fmt: skip
@@ -209,7 +214,10 @@ def calibrated(
     if cache is not None and cache.exists():
         held = torch.load(cache)
         if held["key"] == key:
-            return [Measured(number, Cells(*size), *rest) for number, size, *rest in held["cells"]]
+            return [
+                Measured(number, Cells(*size), *rest, tuple(Rectangle(*place) for place in places), samples)
+                for number, size, *rest, places, samples in held["cells"]
+            ]
     cells: list[Measured] = []
     for number, path in enumerate(paths):
         if number >= 4 and time.perf_counter() > until:
@@ -218,23 +226,45 @@ def calibrated(
             cells.append(measured(router, crop, number, contexts))
         print(f"  calibration: {number + 1} of {len(paths)} pictures", flush=True)
     if cache is not None:
-        plain = [(c.picture, (c.cells.height, c.cells.width), c.scores, c.errors, c.border, c.inner, c.image) for c in cells]
+        plain = [
+            (
+                c.picture,
+                (c.cells.height, c.cells.width),
+                c.scores,
+                c.errors,
+                c.border,
+                c.inner,
+                c.image,
+                [tuple(place) for place in c.places],
+                c.samples,
+            )
+            for c in cells
+        ]
         io.write_atomically(cache, lambda file: torch.save({"key": key, "cells": plain}, file))
     return cells
 
 
 def cascades_of(
-    router: CascadeRouter, sources: Sequence[str | Path], cells: Sequence[Measured], dtype: torch.dtype, contexts: Sequence[int]
+    router: CascadeRouter,
+    sources: Sequence[str | Path],
+    cells: Sequence[Measured],
+    dtype: torch.dtype,
+    contexts: Sequence[int],
+    cheap: Sequence[str],
 ) -> dict[str, CascadeRouter]:
-    """A calibrated cascade for each of `CHEAP`, whose networks are the first two of `sources` and the last."""
+    """A calibrated cascade for each of `cheap`, see `CHEAP`, whose networks are the first two of `sources` and the last."""
     costs = measured_costs(router)
     found = {}
-    for name, numbers in CHEAP.items():
+    for name, numbers in ((name, CHEAP[name]) for name in cheap):
         own = [costs[n] for n in (*numbers, 2)]
         made = fastroute.cascade([sources[n] for n in (*numbers, 2)], costs=own).to("cpu", dtype)
-        parts = [replace(c, errors=c.errors[list(numbers)]) for c in cells]
+        parts = [
+            replace(c, errors=c.errors[list(numbers)], samples=None if c.samples is None else c.samples[list(numbers)])
+            for c in cells
+        ]
         learnt = best_of_scores(parts, own, PROMISED, contexts)
-        print(f"  {name}: of the dense cost by score {learnt.tried}, margin {learnt.table.margin:.2f}", flush=True)
+        print(f"  {name}: of the dense cost by score {learnt.tried}, margin {learnt.table.margin:.2f}, {learnt.table.sampling}",
+              flush=True)  # fmt: skip
         made.decision = Decision(learnt.table, score=learnt.score)
         found[name] = made
     return found
@@ -251,8 +281,8 @@ def routed_rows(
 ) -> Iterator[dict]:
     """One crop, all ways in turn."""
     image = crop[None].float() / 255
-    calls: dict[str, Callable[[], Any]] = {dense.fastest: dense.peer(image)}
-    full = cascades["both"]
+    calls: dict[str, Callable[[], Any]] = {} if dense.slower > SLOWER else {dense.fastest: dense.peer(image)}
+    full = next(iter(cascades.values()))
     calls[FASTROUTE] = partial(full.upscale, image, budget=1)
     for cheap, router in cascades.items():
         for fidelity in fidelities:
@@ -263,14 +293,15 @@ def routed_rows(
             results[label], taken = timed(call)
             seconds[label] = min(seconds[label], taken)
     expected = results[FASTROUTE].image[0]
-    base = min(seconds[FASTROUTE], seconds[dense.fastest])
+    ways = [way for way in (dense.fastest, FASTROUTE) if way in seconds]
+    base = min(seconds[way] for way in ways)
     strength = float(edge_scores(image).mean())
     for cheap in cascades:
         for fidelity in fidelities:
             label = f"{cheap}, {fidelity:g}"
             found = results[label]
             seen = borders(found.image[0], expected, found.class_map[0], full.scale)
-            times = {way: measure.summary([seconds[way]]) for way in (dense.fastest, FASTROUTE)}
+            times = {way: measure.summary([seconds[way]]) for way in ways}
             yield {
                 "op": f"{name}, {size}, {label} dB", "kind": "picture", "picture": name, "size": size, "cheap": cheap,
                 "fidelity": fidelity, "psnr": psnr(found.image[0], expected), "time": seconds[label] / base,
@@ -287,6 +318,7 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--train", type=Path, required=True, help="folder of the pictures to calibrate on")
     parser.add_argument("--images", type=Path, required=True, help="folder of the pictures to enlarge")
     parser.add_argument("--fidelity", type=float, nargs="+", default=[36.0, 40.0])
+    parser.add_argument("--cheap", choices=CHEAP, nargs="+", default=list(CHEAP), help="what stands beside the network")
     parser.add_argument("--precision", choices=PRECISIONS, default="bfloat16")
     parser.add_argument("--turns", type=int, default=1, help="runs of each, of which the fastest counts")
     parser.add_argument("--minutes", type=float, default=math.inf, help="no further picture is begun after so long")
@@ -307,7 +339,7 @@ def run(asked: argparse.Namespace) -> list[dict]:
     whole = fastroute.load(asked.model)
     assert isinstance(whole, CascadeRouter)
     dense = Dense(whole, dtype)
-    first = next(crops(test[:1], *asked.size))[2][None].float() / 255
+    first = next(crops(test[:1], *map(min, asked.size, COMPARED)))[2][None].float() / 255
     halves = {} if dtype == torch.float32 else {asked.precision: fastroute.load(asked.model, dtype=dtype)}
     dense.compare(first, {"float32": whole, **halves}, asked.turns)  # type: ignore[dict-item]
     if asked.dense:
@@ -315,7 +347,7 @@ def run(asked: argparse.Namespace) -> list[dict]:
     every = fastroute.cascade(sources).to("cpu", dtype)
     limit = begin + CALIBRATION * 60 * asked.minutes
     cells = calibrated(every, train, asked.cache, limit, CONTEXTS)
-    cascades = cascades_of(every, sources, cells, dtype, CONTEXTS)
+    cascades = cascades_of(every, sources, cells, dtype, CONTEXTS, asked.cheap)
     margins = {name: router.decision.table.margin for name, router in cascades.items() if router.decision.table}
     used = {"op": "calibration", "kind": "calibration", "times": {}, "pictures": len({c.picture for c in cells})}
     rows: list[dict] = [*dense.rows, {**used, "margins": margins}]

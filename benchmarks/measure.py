@@ -257,6 +257,7 @@ def device_facts() -> dict[str, object]:
             versions[name] = "not installed"
     return {
         "device": torch.cuda.get_device_name(place) if place.type == "cuda" else cpu,
+        **({"instructions": torch.backends.cpu.get_cpu_capability()} if place.type == "cpu" else {}),
         "fastroute": fastroute.__version__,
         "commit": commit(),
         "torch": torch.__version__,

@@ -86,7 +86,8 @@ def footers(contents: Mapping[str, dict]) -> str:
     runs: dict[tuple[str, str], dict[str, list[str]]] = {}
     for name, content in contents.items():
         facts = content["facts"]
-        origin = f"{facts['device']}; torch {facts['torch']}, commit {facts['commit']}"
+        kind = f" ({facts['instructions']})" if "instructions" in facts else ""
+        origin = f"{facts['device']}{kind}; torch {facts['torch']}, commit {facts['commit']}"
         if "backends" in facts:
             origin += f", backend {' and '.join(facts['backends'])}"
         runs.setdefault((origin, facts["command"]), {}).setdefault(content["notes"], []).append(name)

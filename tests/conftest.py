@@ -98,7 +98,11 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 def operators_of(module: ModuleType) -> tuple[str, ...]:
     """The operators of a test file: its OPS, else the one in its name."""
-    return getattr(module, "OPS", (module.__name__.removeprefix("test_"),))
+    names: tuple[str, ...] = getattr(module, "OPS", (module.__name__.removeprefix("test_"),))
+    if unknown := set(names) - set(_library.OPERATORS):
+        # Backends would be skipped as ones that lack it.
+        raise pytest.UsageError(f"{module.__file__}: no operator is called {', '.join(unknown)}; name them in OPS")
+    return names
 
 
 def has_kernel(ops: tuple[str, ...], device: torch.device) -> bool:

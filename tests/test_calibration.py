@@ -20,13 +20,14 @@ from torch import Tensor, nn
 import fastroute
 from fastroute import io
 from fastroute.cascades import score
-from fastroute.cascades.calibrate import learnt_from
 from fastroute.cascades.cells import CELL, Cells, edge_scores
 from fastroute.cascades.decision import Table
 from fastroute.cascades.distil import width_for
+from fastroute.cascades.measured import Measured
 from fastroute.cascades.plan import make_plan
+from fastroute.cascades.promise import learnt_from
 from fastroute.cascades.student import Recipe, Student
-from fastroute.cascades.table_fit import Measured, rising
+from fastroute.cascades.table_fit import rising
 from fastroute.cascades.teacher_crops import TRAIN, Crops, crops_in, read_part
 from fastroute.cli import main
 from fastroute.models.checkpoints import save_checkpoint
@@ -158,7 +159,9 @@ def test_from_a_folder_to_a_routed_picture(folder, tmp_path):
     assert "held out take by score: edge " in told and ", learned " in told
     router = fastroute.load(out)
     assert router.names == ["bicubic", "light", "heavy"] and router.num_classes == 3
-    assert router.decision.table is not None and router.decision.table.fidelity == 30.0
+    table = router.decision.table
+    assert table is not None and table.fidelity == 30.0
+    assert table.sampling is not None and table.sampling.margin >= 1 and f"or by {table.sampling.margin:.2f}" in told
     source, target = folder / "images" / "0.png", tmp_path / "result.png"
     told = run("upscale", source, target, "--model", out, "--fidelity", "35")
     assert "cells" in told
@@ -197,6 +200,9 @@ def test_damaged_cascades_are_refused(folder, tmp_path):
     with safe_open(out, framework="pt") as file:
         about = json.loads(file.metadata()["cascade"])
     tensors = load_file(out)
+    # Files of before pictures were measured themselves.
+    save_file(tensors, out, {"cascade": json.dumps({name: value for name, value in about.items() if name != "sampling"})})
+    assert fastroute.load(out).decision.table.sampling is None
 
     def attempt(change: dict[str, object], parts: dict[str, Tensor] | None = None, text: str | None = None) -> None:
         save_file({**tensors, **(parts or {})}, out, {"cascade": text or json.dumps({**about, **change})})
@@ -220,6 +226,10 @@ def test_damaged_cascades_are_refused(folder, tmp_path):
         {"margin": 0.1},
         {"inner": -1},
         {"fidelity": "40"},
+        {"sampling": 3},
+        {"sampling": {"margin": 2.0}},
+        {"sampling": {"margin": 0.5, "least": 0.3}},
+        {"sampling": {"margin": 2.0, "least": float("inf")}},
     ):
         attempt(change)
     for parts in (

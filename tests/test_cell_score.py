@@ -11,13 +11,14 @@ from support import random
 from torch import Tensor
 
 import fastroute
-from fastroute.cascades import calibrate
+from fastroute.cascades import promise
 from fastroute.cascades import score as module
-from fastroute.cascades.calibrate import EDGE, LEARNT, Calibration, best_of_scores, region_of, rescored
+from fastroute.cascades.calibrate import EDGE, LEARNT, best_of_scores
 from fastroute.cascades.cells import CELL, Cells, Rectangle, edge_scores, scores_by_rows
+from fastroute.cascades.measured import Measured, region_of, rescored
+from fastroute.cascades.promise import Calibration
 from fastroute.cascades.score import NAMES, CellScore, fit_score, stored_score
 from fastroute.cascades.stored import save_cascade
-from fastroute.cascades.table_fit import Measured
 from fastroute.models.checkpoints import CheckpointError, save_checkpoint
 from fastroute.models.compact import Compact
 
@@ -51,7 +52,7 @@ def best(cells: list[Measured]) -> Calibration:
     """What is learnt of them, in less time than is usual."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "STEPS", 80)
-        patch.setattr(calibrate, "FOLDS", 2)
+        patch.setattr(promise, "FOLDS", 2)
         return best_of_scores(cells, [0.01, 1.0], 30.0, (8,))
 
 

@@ -17,8 +17,8 @@ from PIL import Image
 
 import fastroute
 from fastroute import io, quality
-from fastroute.cascades.calibrate import Calibration
 from fastroute.cascades.decision import Table
+from fastroute.cascades.promise import Calibration
 from fastroute.cascades.stored import save_cascade
 from fastroute.cli import main
 from fastroute.models.checkpoints import save_checkpoint

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,52 +14,24 @@ from torch import Tensor
 
 from fastroute import io
 from fastroute.cascades.cells import CELL, Cells, Rectangle, cell_means, edge_scores
-from fastroute.cascades.decision import Decision, Table, Target, choose, error_of
-from fastroute.cascades.plan import Plan
+from fastroute.cascades.measured import REGION, Measured, parted, region_of
+from fastroute.cascades.promise import Calibration, learnt_from
 from fastroute.cascades.router import CascadeRouter
-from fastroute.cascades.score import CellScore, fit_score
-from fastroute.cascades.table_fit import Learnt, Measured, learn
+from fastroute.cascades.run import cut
+from fastroute.cascades.samples import LEAST, measure_samples, places_of, samples_of
+from fastroute.cascades.score import fit_score
 from fastroute.degradation import downscale, to_uint8
 from fastroute.runtime.progress import Progress, shown
 
 CONTEXTS = (8, 12, 16, 24)
 # Each picture is used as it is and reduced: what people enlarge is the one or the other.
 SHRINKS = (1, 4)
-# Side of what is cut out of a picture, in cells, and of the region in its middle whose errors are measured.
-SIDE, REGION = 8, 4
-# Parts of the pictures each of which is tested by what the others taught.
-FOLDS = 4
-# Of the pictures tested, this share must keep its promise; and none may miss it by more than `WORST` dB.
-KEPT, WORST = 0.95, 1.5
+# Side of what is cut out of a picture, in cells.
+SIDE = 8
 # The scores that are tried.
 EDGE, LEARNT = "edge", "learned"
 # Side and number of the runs by which times are taken.
 TIMED, RUNS = 96, 3
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """What was learnt, and how well it foretells pictures from which it was not.
-
-    Attributes:
-        table: what a router decides by.
-        costs: measured seconds of a pixel in each class, relative to the last.
-        pictures, cells: from how many it was learnt.
-        promised, reached: dB of the mean expected and found, by picture tested.
-        spent: share of the dense cost that pictures take which are planned by what others taught, in the mean.
-        score: by which cells are told apart; None for the strength of their edges.
-        tried: `spent` of each score that was tried, by its name.
-    """
-
-    table: Table
-    costs: tuple[float, ...]
-    pictures: int
-    cells: int
-    promised: float
-    reached: tuple[float, ...]
-    spent: float = 1.0
-    score: CellScore | None = None
-    tried: dict[str, float] = field(default_factory=dict)
 
 
 def calibrate(
@@ -151,38 +123,10 @@ def measure(router: CascadeRouter, crop: Tensor, picture: int, contexts: Sequenc
             found_border, found_within = parted(found, Rectangle(0, 0, REGION, REGION))
             border.append((context, at_border, found_border))
             inner.append((context, within, found_within))
-    return Measured(picture, cells, scores, errors, tuple(border), tuple(inner), crop.cpu())
-
-
-def region_of(cells: Cells) -> Rectangle | None:
-    """The region whose errors are measured, in the middle; None of a crop that is too small."""
-    if min(cells.rows, cells.cols) < REGION + 2:
-        return None
-    top, left = (cells.rows - REGION) // 2, (cells.cols - REGION) // 2
-    return Rectangle(top, left, top + REGION, left + REGION)
-
-
-def parted(values: Tensor, region: Rectangle) -> tuple[Tensor, Tensor]:  # [rows, cols] -> [M] twice
-    """Those of the cells of a region along its border, and within it."""
-    own = values[region.top : region.bottom, region.left : region.right]
-    within = torch.zeros_like(own, dtype=torch.bool)
-    within[1:-1, 1:-1] = True
-    return own[~within], own[within]
-
-
-def rescored(cells: Measured, score: CellScore) -> Measured:
-    """The same cells by another score; those without pixels as they are."""
-    if cells.image is None:
-        return cells
-    scores = score(cells.image[None].float() / 255, cells.scores.float()).double()
-    region = region_of(cells.cells)
-    if region is None:
-        return replace(cells, scores=scores)
-    border, within = parted(scores, region)
-    return replace(
-        cells, scores=scores, border=tuple((context, border, found) for context, _, found in cells.border),
-        inner=tuple((context, within, found) for context, _, found in cells.inner),
-    )  # fmt: skip
+    places = places_of(scores, min(LEAST, scores.numel()))
+    pieces = samples_of(cells, places, contexts[0])
+    samples = measure_samples(pieces, router.runs(), lambda where: cut(image[0], where), router.scale)
+    return Measured(picture, cells, scores, errors, tuple(border), tuple(inner), crop.cpu(), tuple(places), samples)
 
 
 def _cut(image: Tensor, where: Rectangle, scale: int) -> Tensor:  # [1, C, H, W]
@@ -209,78 +153,3 @@ def measured_costs(router: CascadeRouter) -> tuple[float, ...]:
     for k in reversed(range(len(costs) - 1)):
         costs[k] = min(costs[k], 0.95 * costs[k + 1])
     return tuple(costs)
-
-
-def learnt_from(
-    cells: Sequence[Measured],
-    costs: Sequence[float],
-    fidelity: float,
-    contexts: Sequence[int] = CONTEXTS,
-    learn_score: Callable[[Sequence[Measured]], CellScore] | None = None,
-) -> Calibration:
-    """The table of all cells, with a margin that most of the pictures would have needed when the others taught.
-
-    Args:
-        cells: as measured.
-        costs: of the networks.
-        fidelity: in dB.
-        contexts: from which calls choose.
-        learn_score: from cells to a score by which they are told apart; default that which they have.
-    """
-
-    def scored(taught: Sequence[Measured]) -> Callable[[Measured], Measured]:
-        score = None if learn_score is None else learn_score(taught)
-        return lambda own: own if score is None else rescored(own, score)
-
-    pictures = sorted({c.picture for c in cells})
-    tests: list[tuple[Measured, Table]] = []
-    for fold in range(min(FOLDS, len(pictures))):
-        tested = set(pictures[fold::FOLDS])
-        others = [c for c in cells if c.picture not in tested]
-        of = scored(others)
-        taught = _table(learn([of(c) for c in others], contexts), contexts, fidelity)
-        tests += [(of(c), taught) for c in cells if c.picture in tested]
-    # At least that of which `KEPT` would have been enough, and what the worst needed but for `WORST` dB.
-    order = torch.tensor(sorted(needed_margin(c, taught, costs) for c, taught in tests), dtype=torch.float64)
-    margin = max(1.0, float(torch.quantile(order, KEPT)), float(order[-1]) / 10 ** (WORST / 10))
-    plans = [_planned(c, replace(taught, margin=margin), costs)[0] for c, taught in tests]
-    spent = sum(plan.cost for plan in plans) / sum(plan.cells.height * plan.cells.width for plan in plans)
-    score = None if learn_score is None else learn_score(cells)
-    own = [c if score is None else rescored(c, score) for c in cells]
-    table = replace(_table(learn(own, contexts), contexts, fidelity), margin=margin)
-    reached = tuple(foretold(c, table, costs) for c in own)
-    number = sum(c.scores.numel() for c in cells)
-    return Calibration(table, tuple(costs), len(pictures), number, fidelity, reached, spent, score)
-
-
-def _table(found: Learnt, contexts: Sequence[int], fidelity: float) -> Table:
-    return Table(found.scores, found.errors, tuple(contexts), found.shares, found.inner, 1.0, fidelity)
-
-
-def needed_margin(cell: Measured, table: Table, costs: Sequence[float]) -> float:
-    """By what the errors expected of a picture would have to be multiplied to be those found."""
-    plan, expected, areas = _planned(cell, table, costs)
-    predicted = error_of(plan, expected, table, areas)
-    return _found(cell, plan, expected, table, areas) / predicted if predicted > 0 else 1.0
-
-
-def foretold(cell: Measured, table: Table, costs: Sequence[float]) -> float:
-    """The fidelity in dB that a picture would reach."""
-    plan, expected, areas = _planned(cell, table, costs)
-    return -10 * math.log10(max(_found(cell, plan, expected, table, areas), 1e-10))
-
-
-def _planned(cell: Measured, table: Table, costs: Sequence[float]) -> tuple[Plan, Tensor, Tensor]:
-    plan = choose(Decision(table), Target(fidelity=table.fidelity), cell.cells, costs, cell.scores, None)
-    return plan, table.expected(cell.scores), cell.cells.areas()
-
-
-def _found(
-    cell: Measured,
-    plan: Plan,
-    expected: Tensor,  # [K, rows, cols]
-    table: Table,
-    areas: Tensor,  # [rows, cols]
-) -> float:
-    """The error of a plan: that measured of the cheaper classes, that expected of regions."""
-    return error_of(plan, torch.cat([cell.errors, expected[-1:]]), replace(table, margin=1.0), areas)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -16,6 +16,19 @@ from fastroute.cascades.plan import Plan, make_plan
 CONTEXT, FALL = 16, 0.1
 # A target is met by halving the range of a price so often.
 STEPS = 9
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """What a promise needs where errors were corrected by measuring cells of the picture itself.
+
+    Attributes:
+        margin: by what it multiplies the corrected errors.
+        least: by what the errors of pictures whose networks are nearest to each other are corrected.
+    """
+
+    margin: float = 1.0
+    least: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -31,6 +44,7 @@ class Table:
         inner: share of that error for a cell that lies within its region.
         margin: by what a promise multiplies all errors.
         fidelity: in dB, by default.
+        sampling: None where pictures are not measured.
     """
 
     scores: Tensor
@@ -40,6 +54,14 @@ class Table:
     inner: float = 0.25
     margin: float = 1.0
     fidelity: float = 40.0
+    sampling: Sampling | None = None
+
+    def corrected(self, ratios: Tensor) -> Table:  # [K - 1]
+        """The table of a picture on which the errors of the cheaper classes are `ratios` times those of others."""
+        errors = torch.cat([self.errors[:-1] * ratios.to(self.errors)[:, None], self.errors[-1:]])
+        return replace(
+            self, errors=errors, margin=self.margin if self.sampling is None else self.sampling.margin, sampling=None
+        )
 
     def expected(self, scores: Tensor) -> Tensor:  # [...] -> [K, ...]
         """Errors at `scores`: linear in their logarithms between the bins, constant beyond."""

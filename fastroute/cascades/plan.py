@@ -25,6 +25,7 @@ class Plan:
         context: pixels around a region that are computed and cropped.
         class_ids: int64 [rows, cols], the class in which every cell runs.
         cost: in pixels of the most expensive class.
+        sampled: pixels on which all classes ran before, to make it.
     """
 
     cells: Cells
@@ -32,6 +33,7 @@ class Plan:
     context: int
     class_ids: Tensor
     cost: float
+    sampled: int = 0
 
     def work(self) -> list[int]:
         """LR pixels that each class runs on, context included."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING
@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from fastroute._arguments import real, whole
 from fastroute._contexts import ordinarily
 from fastroute.cascades.cells import CELL, Cells, Rectangle, scores_by_rows
-from fastroute.cascades.decision import Decision, Target, choose
+from fastroute.cascades.decision import Decision, Table, Target, choose
 from fastroute.cascades.memory import SMALL, Footprint, Memory, footprint, memory_within, strips
 from fastroute.cascades.networks import Networks, unsupported_half
 from fastroute.cascades.plan import Plan
-from fastroute.cascades.run import FADE, Limits, Piece, Read, edges_of, layers_of, pieces_of
+from fastroute.cascades.run import FADE, Limits, Network, Piece, Read, cut, edges_of, floating, layers_of, pieces_of, store
+from fastroute.cascades.samples import measure_samples, sampled_plan
 from fastroute.engines import TORCH
 from fastroute.models.network import INTERNAL, Facts
 from fastroute.models.precision import probed_dtype, sums_of
@@ -170,7 +171,7 @@ class CascadeRouter(Router):
         maps = self._class_maps(class_map, images.shape)
         size = (images.shape[2] * self.scale, images.shape[3] * self.scale)
         output = output_like(op, images, (*images.shape[:2], *size))
-        reads = [partial(_cut, one) for one in images]
+        reads = [partial(cut, one) for one in images]
         call = Call(op, target, maps, memory_limit, progress)
         ids, stats = self._run(in_memory(images, output, self.device), reads, call)
         ids = ids.to(images.device)
@@ -279,7 +280,7 @@ class CascadeRouter(Router):
             for n, raw in enumerate(reads):
 
                 def read(where: Rectangle, raw: Read = raw) -> Tensor:
-                    return _floating(to_device(raw(where), device), self.dtype)
+                    return floating(to_device(raw(where), device), self.dtype)
 
                 plans.append(self._plan(read, cells, call, n, watch))
                 pieces.append(self._pieces(plans[-1], call, memory))
@@ -297,8 +298,26 @@ class CascadeRouter(Router):
         if class_ids is None and not call.target.everywhere:
             with watch.stage("classify"):
                 scores = scores_by_rows(read, cells, self.decision.score)
-        with watch.stage("assign"):
-            return choose(self.decision, call.target, cells, self.costs, scores, class_ids, self.align)
+
+        def planned(table: Table | None) -> Plan:
+            with watch.stage("assign"):
+                decision = replace(self.decision, table=table)
+                return choose(decision, call.target, cells, self.costs, scores, class_ids, self.align)
+
+        def measure(pieces: Sequence[Piece]) -> Tensor:  # [K - 1, N]
+            with watch.stage("classify"):
+                return measure_samples(pieces, self.runs(), read, self.scale)
+
+        table = self.decision.table
+        plan = planned(table)
+        if scores is None or table is None or call.target.fidelity is None:
+            return plan
+        context = -(-table.contexts[0] // self.align) * self.align
+        return sampled_plan(plan, table, scores, context, planned, measure)
+
+    def runs(self) -> list[Network]:
+        """Each class as a function of images."""
+        return [partial(self.networks.run, k) for k in range(self.num_classes)]
 
     def _pieces(self, plan: Plan, call: Call, memory: Memory) -> list[list[Piece]]:
         """The pieces of each class."""
@@ -320,10 +339,9 @@ class CascadeRouter(Router):
         progress: Progress, watch: Stopwatch,
     ) -> None:  # fmt: skip
         """The bands of one image, through its layers, into `sink`."""
-        networks = [partial(self.networks.run, k) for k in range(self.num_classes)]
         images, exact = (number, number + 1), sums_of(self.dtype)
         with shown(progress, sum(map(len, pieces)), "region") as bar:
-            layers = layers_of(plan, pieces, networks, read, self.scale, bar.update)
+            layers = layers_of(plan, pieces, self.runs(), read, self.scale, bar.update)
             for top, bottom in pairwise(edges_of(pieces, plan.cells.height, rows)):
                 with watch.stage("branches"):
                     for layer in layers:
@@ -337,7 +355,7 @@ class CascadeRouter(Router):
                     for layer in layers:
                         layer.draw(band, top)
                     if not own:
-                        _store(band, target)
+                        store(band, target)
                     sink.done()
 
     def _context(self, target: Target) -> int:
@@ -363,31 +381,9 @@ class CascadeRouter(Router):
         stages = ("tune", "classify", "assign", "branches", "stitch")
         seconds = {**dict.fromkeys(stages, 0.0), **watch.finish()}
         counts = [sum(int((plan.class_ids == k).sum()) for plan in plans) for k in range(self.num_classes)]
-        work = [sum(piece.outer.area for own in pieces for piece in own[k]) for k in range(self.num_classes)]
+        sampled = sum(plan.sampled for plan in plans)
+        work = [sampled + sum(piece.outer.area for own in pieces for piece in own[k]) for k in range(self.num_classes)]
         routed = sum(flops * pixels for flops, pixels in zip(self.branch_flops, work, strict=True))
         dense = self.branch_flops[-1] * sum(plan.cells.height * plan.cells.width for plan in plans)
         flops = RoutedFlops(routed, dense, dense)
         return RoutingStats(counts, flops, flops, seconds, held, [pixels / CELL**2 for pixels in work])
-
-
-def _cut(image: Tensor, where: Rectangle) -> Tensor:  # [C, H, W] -> [C, h, w]
-    return image[:, where.top : where.bottom, where.left : where.right]
-
-
-def _floating(pixels: Tensor, dtype: torch.dtype) -> Tensor:  # [C, h, w]
-    """An image in [0, 1], float32, or float64 for networks of that type."""
-    wanted = torch.float64 if dtype == torch.float64 else torch.float32
-    if pixels.is_floating_point():
-        return pixels.to(wanted)
-    return pixels.to(wanted) / (255 if pixels.dtype == torch.uint8 else 65535)
-
-
-def _store(result: Tensor, output: Tensor) -> None:  # [C, H, W], [C, H, W]
-    """Into the type of the image: integers clamped and rounded half to even."""
-    if output.is_floating_point():
-        output.copy_(result)
-        return
-    most = 255 if output.dtype == torch.uint8 else 65535
-    rounded = (result * most).round_().clamp_(0, most)
-    # uint16 takes no part in arithmetic, but is copied to.
-    output.copy_(rounded.to(torch.int32).to(output.dtype))

@@ -124,11 +124,11 @@ class Layer:
             self.begun += 1
 
     def _run(self, numbers: Sequence[int]) -> None:
-        cut = [self.read(self.pieces[n].outer) for n in numbers]
-        results = self.network(torch.stack(cut) if len(cut) > 1 else cut[0][None])
+        images = [self.read(self.pieces[n].outer) for n in numbers]
+        results = self.network(torch.stack(images) if len(images) > 1 else images[0][None])
         for n, result in zip(numbers, results, strict=True):
             piece = self.pieces[n]
-            shown = _cut(result, _within(piece.fading, piece.outer, self.scale))
+            shown = cut(result, within(piece.fading, piece.outer, self.scale))
             # A batch is held as long as any of its parts; what is most of its memory is not copied.
             self.results[n] = shown if len(numbers) == 1 and 2 * shown.numel() > result.numel() else shown.clone()
             self.done()
@@ -149,13 +149,13 @@ class Layer:
             ramp = fading(self.pieces[n], scale, first, last, band)
             where = _scaled(Rectangle(first - top, place.left, last - top, place.right), scale)
             if not self.alone[n]:
-                _cut(total, where).addcmul_(shown, ramp)
-                _cut(weight, where).add_(ramp)
+                cut(total, where).addcmul_(shown, ramp)
+                cut(weight, where).add_(ramp)
             elif self.lowest:
                 # Nothing lies below: what fades out there is written over.
-                _cut(band, where).copy_(shown)
+                cut(band, where).copy_(shown)
             else:
-                _cut(band, where).lerp_(shown, ramp)
+                cut(band, where).lerp_(shown, ramp)
         if shared:
             mean = total.div_(weight.clamp(min=1e-6))
             share = torch.ones_like(weight) if self.lowest else weight.clamp(max=1)
@@ -231,15 +231,35 @@ def _ramp(before: int, own: int, after: int, scale: int, like: Tensor) -> Tensor
     return torch.cat([rise(before), like.new_ones(own * scale), rise(after).flip(0)])
 
 
-def _cut(image: Tensor, where: Rectangle) -> Tensor:  # [C, H, W] -> [C, h, w]
+def cut(image: Tensor, where: Rectangle) -> Tensor:  # [C, H, W] -> [C, h, w]
+    """The pixels that lie there."""
     return image[:, where.top : where.bottom, where.left : where.right]
+
+
+def floating(pixels: Tensor, dtype: torch.dtype) -> Tensor:  # [C, h, w]
+    """An image in [0, 1], float32, or float64 for networks of that type."""
+    wanted = torch.float64 if dtype == torch.float64 else torch.float32
+    if pixels.is_floating_point():
+        return pixels.to(wanted)
+    return pixels.to(wanted) / (255 if pixels.dtype == torch.uint8 else 65535)
+
+
+def store(result: Tensor, output: Tensor) -> None:  # [C, H, W], [C, H, W]
+    """Into the type of the image: integers clamped and rounded half to even."""
+    if output.is_floating_point():
+        output.copy_(result)
+        return
+    most = 255 if output.dtype == torch.uint8 else 65535
+    rounded = (result * most).round_().clamp_(0, most)
+    # uint16 takes no part in arithmetic, but is copied to.
+    output.copy_(rounded.to(torch.int32).to(output.dtype))
 
 
 def _scaled(where: Rectangle, scale: int) -> Rectangle:
     return Rectangle(*(scale * side for side in where))
 
 
-def _within(where: Rectangle, outer: Rectangle, scale: int) -> Rectangle:
+def within(where: Rectangle, outer: Rectangle, scale: int) -> Rectangle:
     """`where` counted from the corner of `outer`, in output pixels."""
     top, left = where.top - outer.top, where.left - outer.left
     return _scaled(Rectangle(top, left, where.bottom - outer.top, where.right - outer.left), scale)

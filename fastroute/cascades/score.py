@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastroute.cascades.cells import CELL
-from fastroute.cascades.table_fit import FLOOR, Measured
+from fastroute.cascades.measured import Measured
+from fastroute.cascades.table_fit import FLOOR
 from fastroute.ops.cell_mlp import cell_mlp
 
 # Side of the squares that the features are computed of, sizes of their layers, and the slope of their leaky ReLU.

@@ -7,6 +7,7 @@ import json
 import math
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from fastroute import io
-from fastroute.cascades.decision import Decision, Table
+from fastroute.cascades.decision import Decision, Sampling, Table
 from fastroute.cascades.opening import Opener, check_costs, open_all, refuse_patches
 from fastroute.cascades.router import CascadeRouter
 from fastroute.cascades.score import stored_score
@@ -24,7 +25,7 @@ from fastroute.catalogue import list_models
 from fastroute.models.checkpoints import CheckpointError
 
 if TYPE_CHECKING:
-    from fastroute.cascades.calibrate import Calibration
+    from fastroute.cascades.promise import Calibration
 
 # The entry of the metadata that tells such a file from weights.
 CASCADE = "cascade"
@@ -61,6 +62,7 @@ def save_cascade(path: Path, branches: Sequence[str | Path], calibration: Calibr
         "costs": list(calibration.costs),
         "inner": table.inner,
         "margin": table.margin,
+        "sampling": None if table.sampling is None else asdict(table.sampling),
         "fidelity": table.fidelity,
         "pictures": calibration.pictures,
         "cells": calibration.cells,
@@ -165,7 +167,16 @@ def _table(content: Mapping[str, Tensor], about: Mapping[str, Any], classes: int
         _number(about["inner"], "inner", 0.0),
         _number(about["margin"], "margin", 1.0),
         _number(about["fidelity"], "fidelity", 0.0),
+        _sampling(about.get("sampling")),
     )
+
+
+def _sampling(told: Any) -> Sampling | None:
+    if told is None:
+        return None
+    if not isinstance(told, Mapping):
+        raise ValueError("its sampling must have a margin and a least ratio")
+    return Sampling(_number(told["margin"], "sampling's margin", 1.0), _number(told["least"], "sampling's least ratio", 0.0))
 
 
 def _number(value: object, name: str, least: float) -> float:

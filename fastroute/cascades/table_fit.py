@@ -8,36 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastroute.cascades.cells import Cells
+from fastroute.cascades.measured import Measured
 
 # Cells of a bin at least, and bins at most.
 LEAST, BINS = 24, 16
 # Errors below are those of rounding, and count as this.
 FLOOR = 1e-9
-
-
-@dataclass(frozen=True)
-class Measured:
-    """Cells of one picture.
-
-    Attributes:
-        picture: number of the file that it is from: what is learnt from one is not tested on it.
-        cells: where they lie.
-        scores: [rows, cols].
-        errors: [K - 1, rows, cols], mean squared error of each cheaper class against the most expensive one over the whole
-            picture.
-        border, inner: scores and errors of cells that the most expensive class computed in a region, by the region's context:
-            (context, scores [M], errors [M]) of cells along the region's border and within it.
-        image: uint8 [C, H, W], its pixels, from which other scores may be computed.
-    """
-
-    picture: int
-    cells: Cells
-    scores: Tensor
-    errors: Tensor
-    border: tuple[tuple[int, Tensor, Tensor], ...] = ()
-    inner: tuple[tuple[int, Tensor, Tensor], ...] = ()
-    image: Tensor | None = None
 
 
 def fit(scores: Tensor, errors: Tensor, edges: Tensor) -> Tensor:  # [N], [K, N], [bins + 1] -> [K, bins]

@@ -78,7 +78,8 @@ def command(
     which = "that which is learned" if found.score is not None else "the strength of edges"
     click.echo(f"of the dense cost, pictures held out take by score: {spent}; {which} is kept")
     kept = sum(value >= fidelity for value in found.reached)
-    least = min(found.reached)
-    click.echo(f"promised {fidelity:g} dB, reached by {kept} of {len(found.reached)} crops, the least {least:.1f} dB; expected "
-               f"errors are multiplied by {found.table.margin:.2f}")  # fmt: skip
+    sampling = found.table.sampling
+    or_by = "" if sampling is None else f", or by {sampling.margin:.2f} where cells of the picture itself are measured first"
+    click.echo(f"promised {fidelity:g} dB, reached by {kept} of {len(found.reached)} crops held out, the least "
+               f"{min(found.reached):.1f} dB; expected errors are multiplied by {found.table.margin:.2f}{or_by}")  # fmt: skip
     click.echo(f"wrote {out}; use it with: fastroute upscale IN OUT --model {out}")

@@ -1,0 +1,159 @@
+"""How near a table foretells pictures from which it was not learnt, and the margins with which its promises are kept."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from fastroute.cascades.decision import Decision, Sampling, Table, Target, choose, error_of
+from fastroute.cascades.measured import Measured, rescored
+from fastroute.cascades.samples import SHARE, ratios_of
+from fastroute.cascades.score import CellScore
+from fastroute.cascades.table_fit import learn
+
+# Parts of the pictures each of which is tested by what the others taught.
+FOLDS = 4
+# Of the pictures tested, this share must keep its promise; and none may miss it by more than `WORST` dB.
+KEPT, WORST = 0.95, 1.5
+# This share of the pictures comes nearer than what is called the nearest.
+NEAREST = 0.1
+# By what a margin is lowered as long as promises are kept.
+LOWER = 2**-0.25
+# An error that is below what rounding makes.
+EXACT = 1e-10
+
+# A crop, and a table that was learnt from other pictures.
+Test = tuple[Measured, Table]
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What was learnt, and how well it foretells pictures from which it was not.
+
+    Attributes:
+        table: what a router decides by.
+        costs: measured seconds of a pixel in each class, relative to the last.
+        pictures, cells: from how many it was learnt.
+        promised, reached: dB that were asked for, and found on each crop, planned by what other pictures taught.
+        spent: share of the dense cost that these crops take, in the mean.
+        score: by which cells are told apart; None for the strength of their edges.
+        tried: `spent` of each score that was tried, by its name.
+    """
+
+    table: Table
+    costs: tuple[float, ...]
+    pictures: int
+    cells: int
+    promised: float
+    reached: tuple[float, ...]
+    spent: float = 1.0
+    score: CellScore | None = None
+    tried: dict[str, float] = field(default_factory=dict)
+
+
+def learnt_from(
+    cells: Sequence[Measured],
+    costs: Sequence[float],
+    fidelity: float,
+    contexts: Sequence[int],
+    learn_score: Callable[[Sequence[Measured]], CellScore] | None = None,
+) -> Calibration:
+    """The table of all cells, with margins at which most of the pictures keep the promise when the others taught.
+
+    Args:
+        cells: as measured.
+        costs: of the networks.
+        fidelity: in dB.
+        contexts: from which calls choose.
+        learn_score: from cells to a score by which they are told apart; default that which they have.
+    """
+    pictures = sorted({c.picture for c in cells})
+    tests: list[Test] = []
+    for fold in range(min(FOLDS, len(pictures))):
+        tested = set(pictures[fold::FOLDS])
+        others = [c for c in cells if c.picture not in tested]
+        score = None if learn_score is None else learn_score(others)
+        taught = _taught([_scored(c, score) for c in others], contexts, fidelity)
+        tests += [(_scored(c, score), taught) for c in cells if c.picture in tested]
+    margin = least_margin(tests, costs)
+    plans = [_planned((c, replace(taught, margin=margin)), costs) for c, taught in tests]
+    sampling = None
+    if all(c.samples is not None for c in cells):
+        ratios = [_ratios(c, taught) for c, taught in tests]
+        corrected = [(c, taught.corrected(own)) for (c, taught), own in zip(tests, ratios, strict=True)]
+        nearest = torch.quantile(torch.stack([own.min() for own in ratios]), NEAREST)
+        sampling = Sampling(least_margin(corrected, costs), float(nearest))
+        for n, (c, taught) in enumerate(tests):
+            # As in a call: a crop is measured where that may pay.
+            hoped = replace(taught.corrected(nearest.expand(len(costs) - 1)), margin=sampling.margin)
+            if _planned((c, hoped), costs, SHARE).spent < plans[n].spent:
+                plans[n] = _planned((c, replace(corrected[n][1], margin=sampling.margin)), costs, SHARE)
+    spent = sum(plan.spent for plan in plans) / sum(float(c.cells.areas().sum()) for c, _ in tests)
+    score = None if learn_score is None else learn_score(cells)
+    table = replace(_taught([_scored(c, score) for c in cells], contexts, fidelity), margin=margin, sampling=sampling)
+    number = sum(c.scores.numel() for c in cells)
+    reached = tuple(plan.reached for plan in plans)
+    return Calibration(table, tuple(costs), len(pictures), number, fidelity, reached, spent, score)
+
+
+def _scored(cells: Measured, score: CellScore | None) -> Measured:
+    return cells if score is None else rescored(cells, score)
+
+
+def _taught(cells: Sequence[Measured], contexts: Sequence[int], fidelity: float) -> Table:
+    found = learn(cells, contexts)
+    return Table(found.scores, found.errors, tuple(contexts), found.shares, found.inner, 1.0, fidelity)
+
+
+def _ratios(cells: Measured, table: Table) -> Tensor:  # [K - 1]
+    assert cells.samples is not None  # asked before
+    return ratios_of(cells.samples, cells.places, table.expected(cells.scores))
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A crop as it would be computed.
+
+    Attributes:
+        spent: cost, in pixels of the most expensive class.
+        reached: dB of its result to the dense one.
+        missing: by what its expected errors would have to be multiplied to be those found.
+    """
+
+    spent: float
+    reached: float
+    missing: float
+
+
+def _planned(test: Test, costs: Sequence[float], share: float = 0.0) -> Planned:
+    """A crop by its table, and `share` of its dense cost for measuring it."""
+    own, table = test
+    expected, areas = table.expected(own.scores), own.cells.areas()
+    plan = choose(Decision(table), Target(fidelity=table.fidelity), own.cells, costs, own.scores, None)
+    # What was measured of the cheaper classes, and what is expected of regions.
+    found = error_of(plan, torch.cat([own.errors, expected[-1:]]), replace(table, margin=1.0), areas)
+    predicted = error_of(plan, expected, table, areas)
+    missing = found / predicted if predicted > 0 else 1.0
+    return Planned(plan.cost + share * float(areas.sum()), -10 * math.log10(max(found, EXACT)), missing)
+
+
+def least_margin(tests: Sequence[Test], costs: Sequence[float]) -> float:
+    """A margin at which `KEPT` of the crops keep what their tables promise, and none misses it by more than `WORST` dB.
+
+    It begins with what `KEPT` of them would have needed, and the worst but for `WORST` dB, and falls while that holds.
+    """
+    fidelity = tests[0][1].fidelity
+
+    def kept(margin: float) -> bool:
+        reached = [_planned((c, replace(table, margin=margin)), costs).reached for c, table in tests]
+        return sum(value >= fidelity for value in reached) >= KEPT * len(reached) and min(reached) >= fidelity - WORST
+
+    needed = torch.tensor([_planned((c, replace(table, margin=1.0)), costs).missing for c, table in tests], dtype=torch.float64)
+    margin = max(1.0, float(torch.quantile(needed, KEPT)), float(needed.max()) / 10 ** (WORST / 10))
+    while margin > 1 and kept(lower := max(margin * LOWER, 1.0)):
+        margin = lower
+    return margin
