@@ -1,6 +1,6 @@
-"""The kernels of `stitch_patches` that write an image, in cells. The rows and columns that a tile makes alone, at a weight of 1,
-cut the image into rectangles: those of one tile are copied, the others blended. Lanes go through the packs of neighbouring pixels
-of a cell row by row, and write all channels of a pack."""
+"""The kernels of `stitch_patches` that write an image, in cells. The rows and columns that a tile makes alone, at a weight
+of 1, cut the image into rectangles: those of one tile are copied, the others blended. Lanes go through the packs of neighbouring
+pixels of a cell row by row, and a program writes all channels of its packs."""
 
 from __future__ import annotations
 
@@ -10,14 +10,28 @@ import triton.language as tl
 from fastroute.triton._common import pixel_of, product, to_pixel, to_work
 from fastroute.triton._geometry import first_covering, last_covering, origin
 
-# What no kernel is compiled for: sizes differ from image to image, and whether packs begin where vectors do is asked at run time.
-SIZES = ("height", "width", "rows", "cols", "row_begin", "out_height", "out_width", "patch_x", "out_n", "out_c", "out_y", "odd")
+# What no kernel is compiled for: sizes differ from image to image, and whether packs begin where vectors do is found at run
+# time.
+SIZES = (
+    "height",
+    "width",
+    "rows",
+    "cols",
+    "row_begin",
+    "out_height",
+    "out_width",
+    "patch_x",
+    "out_n",
+    "out_c",
+    "out_y",
+    "odd",
+)
 ANYWHERE = ("patches", "out")
 
 
 @triton.jit
 def in_vectors(patches, out, out_n, out_c, out_y, odd, UNIT: tl.constexpr, PACK: tl.constexpr):
-    """Whether packs of patches and of `out` begin where vectors do, given that 0 in `odd` says so of all sizes of the patches."""
+    """Whether packs of patches and of `out` begin where vectors do; 0 in `odd` says so of all sizes of the patches."""
     if PACK == 1:
         return False
     else:
@@ -43,35 +57,38 @@ def pixels_at(
     step_c,
     step_y,
     step_x,
+    c,  # [LANES, 1] or one
     k,  # [LANES, 1]
-    l,  # [LANES, 1]
+    column,  # [LANES, 1]
     CHANNELS: tl.constexpr,
     SHUFFLE: tl.constexpr,
     UNIT: tl.constexpr,
     N: tl.constexpr,
     FAST: tl.constexpr,
 ):
-    """Addresses of pixels (k, l) to (k, l + N) of channel 0 of a patch. With a fused pixel shuffle of factor r, pixel (k, l) of
-    channel c is element (k / r, l / r) of channel c·r² + (k mod r)·r + l mod r."""
+    """Addresses of N pixels of channel c of a patch, from (k, column) on. With a fused pixel shuffle of factor r, pixel
+    (k, l) of channel c is element (k / r, l / r) of channel c·r² + (k mod r)·r + l mod r."""
     along = tl.arange(0, N)[None, :]
     base = patches + rounded(begin, UNIT, FAST)
     if FAST:
         size: tl.constexpr = patches.dtype.element_ty.primitive_bitwidth // 8
         base = tl.multiple_of(base, min(UNIT * size, 16))
     step_y = rounded(step_y, UNIT, FAST)
+    row = (k // SHUFFLE).to(tl.int64) * step_y
     if SHUFFLE == 1:
+        row += c * step_c
         if FAST:
-            return base + (k.to(tl.int64) * step_y + l) + along
+            return base + (row + column) + along
         else:
-            return base + (k.to(tl.int64) * step_y + l.to(tl.int64) * step_x) + along
+            return base + (row + column.to(tl.int64) * step_x) + along
     elif FAST:
         # The values of an LR pixel lie side by side.
         across: tl.constexpr = CHANNELS * SHUFFLE * SHUFFLE
-        pixel = (k // SHUFFLE).to(tl.int64) * step_y + (l // SHUFFLE).to(tl.int64) * across + k % SHUFFLE * SHUFFLE
+        pixel = row + (column // SHUFFLE).to(tl.int64) * across + (c * SHUFFLE + k % SHUFFLE) * SHUFFLE
         return base + pixel + (along // SHUFFLE * across + along % SHUFFLE)
     else:
-        pixel = (k // SHUFFLE).to(tl.int64) * step_y + (l // SHUFFLE).to(tl.int64) * step_x
-        return base + pixel + (k % SHUFFLE * SHUFFLE + l % SHUFFLE).to(tl.int64) * step_c + along
+        value = (c * SHUFFLE + k % SHUFFLE) * SHUFFLE + column % SHUFFLE
+        return base + (row + (column // SHUFFLE).to(tl.int64) * step_x + value * step_c) + along
 
 
 @triton.jit
@@ -124,11 +141,11 @@ def copy_cell(
     elif FAST:
         step_c = 1
     line, pack = first_packs(part * LANES, across, LANES)
-    for turn in range(part * LANES, total, PARTS * LANES):
+    for _ in range(part * LANES, total, PARTS * LANES):
         inside = line < total // across
         # Lanes too many read the first row again: a mask would clear registers.
         k, column = first_k + tl.where(inside, line, 0), pack * N
-        source = pixels_at(patches, begin, step_c, step_y, step_x, k, first_l + column, CHANNELS, SHUFFLE, UNIT, N, FAST)
+        source = pixels_at(patches, begin, step_c, step_y, step_x, 0, k, first_l + column, CHANNELS, SHUFFLE, UNIT, N, FAST)
         target = out + (line.to(tl.int64) * out_y + column) + along
         if CHANNELS <= 4:
             for c in tl.static_range(CHANNELS):
@@ -182,20 +199,20 @@ def stitch_patches_copy_kernel(
         begin = tl.load(places + 3 * tile)
         step_c, step_y = tl.load(places + 3 * tile + 1), tl.load(places + 3 * tile + 2)
         k = y0 - origin(i, height, PATCH, STRIDE) * SCALE
-        l = x0 - origin(j, width, PATCH, STRIDE) * SCALE
+        first_l = x0 - origin(j, width, PATCH, STRIDE) * SCALE
         image = (tile // cols // rows).to(tl.int64) * out_n
         row = (y0 - row_begin).to(tl.int64) * out_y
         if in_vectors(patches, out, out_n, out_c, out_y, odd, UNIT, PACK):
             first = out + (rounded(image, PACK, True) + rounded(row, PACK, True) + rounded(x0, PACK, True))
             across = (x1 - x0) // PACK
             copy_cell(
-                patches, begin, step_c, step_y, patch_x, k, l, across, lines * across, tl.multiple_of(first, 16), out_c, out_y,
+                patches, begin, step_c, step_y, patch_x, k, first_l, across, lines * across, tl.multiple_of(first, 16), out_c, out_y,
                 part, CHANNELS, SHUFFLE, UNIT, PACK, WORK, LANES, PARTS, True,
             )  # fmt: skip
         else:
             across = x1 - x0
             copy_cell(
-                patches, begin, step_c, step_y, patch_x, k, l, across, lines * across, out + image + row + x0, out_c, out_y,
+                patches, begin, step_c, step_y, patch_x, k, first_l, across, lines * across, out + image + row + x0, out_c, out_y,
                 part, CHANNELS, SHUFFLE, UNIT, 1, WORK, LANES, PARTS, False,
             )  # fmt: skip
 
@@ -236,38 +253,40 @@ def blend_cell(
     SPAN: tl.constexpr = PATCH * SCALE
     along = tl.arange(0, N)[None, :]
     out_c, out_y = rounded(out_c, N, FAST), rounded(out_y, N, FAST)
-    first_i, last_i = first_covering(y0 // SCALE, rows, PATCH, STRIDE), last_covering((y1 - 1) // SCALE, rows, height, PATCH, STRIDE)
-    first_j, last_j = first_covering(x0 // SCALE, cols, PATCH, STRIDE), last_covering((x1 - 1) // SCALE, cols, width, PATCH, STRIDE)
-    across = (x1 - x0) // N
-    total = (y1 - y0) * across
+    first_i = first_covering(y0 // SCALE, rows, PATCH, STRIDE)
+    last_i = last_covering((y1 - 1) // SCALE, rows, height, PATCH, STRIDE)
+    first_j = first_covering(x0 // SCALE, cols, PATCH, STRIDE)
+    last_j = last_covering((x1 - 1) // SCALE, cols, width, PATCH, STRIDE)
+    across, lines = (x1 - x0) // N, y1 - y0
+    # Rows of one channel after those of another.
     line, pack = first_packs(part * LANES, across, LANES)
-    for turn in range(part * LANES, total, PARTS * LANES):
-        inside = line < y1 - y0
-        column = pack * N
-        target = out + (line.to(tl.int64) * out_y + column) + along
-        for c in range(CHANNELS):
-            pixel_sum = tl.full((LANES, N), 0, WORK)
-            for i in range(first_i, last_i + 1):
-                k = y0 + tl.where(inside, line, 0) - origin(i, height, PATCH, STRIDE) * SCALE
-                row = (k >= 0) & (k < SPAN)
-                strip = tl.full((LANES, N), 0, WORK)
-                for j in range(first_j, last_j + 1):
-                    tile = first_tile + i * cols + j
-                    begin = tl.load(places + 3 * tile)
-                    step_c, step_y = tl.load(places + 3 * tile + 1), tl.load(places + 3 * tile + 2)
-                    if SHUFFLE == 1:
-                        step_c = rounded(step_c, UNIT, FAST)
-                    elif FAST:
-                        step_c = 1
-                    l = rounded(x0 - origin(j, width, PATCH, STRIDE) * SCALE, N, FAST) + column
-                    reads = row & (l >= 0) & (l < SPAN)
-                    source = pixels_at(patches, begin, step_c, step_y, step_x, k, l, CHANNELS, SHUFFLE, UNIT, N, FAST)
-                    pixel = tl.load(source + c * (SHUFFLE * SHUFFLE * step_c), mask=reads, other=0)
-                    weight = tl.load(weights + ((rows + j) * SPAN + l) + along, mask=reads, other=0)
-                    strip += tl.where(reads, product(to_work(pixel, WORK), weight), 0)
-                weight = tl.load(weights + (i * SPAN + k), mask=row, other=0)
-                pixel_sum += tl.where(row, product(strip, weight), 0)
-            tl.store(target + c * out_c, to_pixel(pixel_sum, out.dtype.element_ty), mask=inside)
+    for _ in range(part * LANES, CHANNELS * lines * across, PARTS * LANES):
+        inside = line < CHANNELS * lines
+        c = tl.where(inside, line // lines, 0)
+        y, column = tl.where(inside, line - c * lines, 0), pack * N
+        total = tl.full((LANES, N), 0, WORK)
+        for i in range(first_i, last_i + 1):
+            k = y0 + y - origin(i, height, PATCH, STRIDE) * SCALE
+            row = (k >= 0) & (k < SPAN)
+            strip = tl.full((LANES, N), 0, WORK)
+            for j in range(first_j, last_j + 1):
+                tile = first_tile + i * cols + j
+                begin = tl.load(places + 3 * tile)
+                step_c, step_y = tl.load(places + 3 * tile + 1), tl.load(places + 3 * tile + 2)
+                if SHUFFLE == 1:
+                    step_c = rounded(step_c, UNIT, FAST)
+                elif FAST:
+                    step_c = 1
+                at = rounded(x0 - origin(j, width, PATCH, STRIDE) * SCALE, N, FAST) + column
+                reads = row & (at >= 0) & (at < SPAN)
+                source = pixels_at(patches, begin, step_c, step_y, step_x, c, k, at, CHANNELS, SHUFFLE, UNIT, N, FAST)
+                pixel = tl.load(source, mask=reads, other=0)
+                weight = tl.load(weights + ((rows + j) * SPAN + at) + along, mask=reads, other=0)
+                strip += tl.where(reads, product(to_work(pixel, WORK), weight), 0)
+            weight = tl.load(weights + (i * SPAN + k), mask=row, other=0)
+            total += tl.where(row, product(strip, weight), 0)
+        target = out + (c.to(tl.int64) * out_c + y.to(tl.int64) * out_y + column) + along
+        tl.store(target, to_pixel(total, out.dtype.element_ty), mask=inside)
         line, pack = next_packs(line, pack, across, PARTS * LANES)
 
 
@@ -303,7 +322,7 @@ def stitch_patches_blend_kernel(
     PARTS: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """What lies beside and between: segment s of an axis, between entries s - 1 and s of `ends`, is that of one tile if s is odd.
+    """What lies beside and between: segment s of an axis, from entry s - 1 of `ends` to entry s, is that of one tile if s is odd.
     `PARTS` programs share a cell. `WIDE` cells between rows of tiles are one from end to end."""
     part = tl.program_id(0) % PARTS
     cell = tl.program_id(0) // PARTS

@@ -1,5 +1,6 @@
-"""What `stitch_patches` and its adjoint know before they start: the weights of both axes, normalised over the tiles of a pixel;
-which pixels a tile makes alone; and where in memory every patch lies. Tables in the memory of the device, made without a wait."""
+"""What `stitch_patches` and its adjoint know before they start: the weights of both axes, normalised over the tiles of a
+pixel; which pixels a tile makes alone; and where in memory every patch lies. Tables in the memory of the device, made without a
+wait."""
 
 from __future__ import annotations
 
@@ -38,8 +39,8 @@ def stitch_patches_weights_kernel(
     BLOCK: tl.constexpr,
     WIDER: tl.constexpr,
 ):
-    """Weights of every tile row and column, which sum to 1 over the tiles of a pixel; 0 outside the image. And the rows, or whole
-    packs of columns, that the tile makes alone at a weight of 1: where one of them has another weight, none."""
+    """Weights of every tile row and column, which sum to 1 over the tiles of a pixel; 0 outside the image. And the rows, or
+    whole packs of columns, that the tile makes alone at a weight of 1: where one of them has another weight, none."""
     SPAN: tl.constexpr = PATCH * SCALE
     line = tl.program_id(0) * WIDER + tl.arange(0, WIDER)[:, None]
     is_row = line < rows
@@ -109,7 +110,8 @@ def _axis_constants(patch: int, stride: int, scale: int, pack: int) -> dict[str,
 TOLD = 8
 _TENSORS = [f"batch_{number}" for number in range(TOLD)]
 _BEGINS = [f"begin_{number}" for number in range(TOLD)]
-_SIZES = ["number", "end", "total", "step_n", "step_c", "step_y", "step_x", "held_y", "held_x", "height", "width", "rows", "cols"]
+_STEPS = ["step_n", "step_c", "step_y", "step_x"]
+_SIZES = ["number", "end", "total", *_STEPS, "held_y", "held_x", "height", "width", "rows", "cols"]
 
 
 @triton.jit
@@ -160,8 +162,8 @@ def stitch_patches_places_kernel(
     FACTOR: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """For patches in rows that these tensors hold, up to row `end`: where each begins, in elements behind `patches`, and strides
-    of channels and rows. A row out of range becomes the nearest, and a patch that its region does not hold is moved into it: a
+    """For patches in rows that these tensors hold, up to row `end`: where each begins, in elements behind `patches`, and
+    strides of channels and rows. A row out of range becomes the nearest, and a patch that its region does not hold is moved into it: a
     GPU cannot raise without a wait, but nothing outside is read."""
     n = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     row = n

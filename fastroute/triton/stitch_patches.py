@@ -62,9 +62,9 @@ def _shares(source: torch.dtype, target: torch.dtype, patch: int, stride: int, s
 
 
 def _programs(pack: int, piece: int, patch: int, stride: int, scale: int) -> tuple[dict[str, int], dict[str, int]]:
-    """Lanes of a program that copies and of one that blends, and how many share a tile or a cell: each has about `TURNS` turns."""
+    """Lanes of a program that copies and of one that blends, and how many share a tile or a cell, for about `TURNS` turns."""
     if INTERPRETED:
-        return {"LANES": 512, "PARTS": 1}, {"LANES": 1024, "PARTS": 1, "WIDE": WIDE}
+        return {"LANES": 512, "PARTS": 1}, {"LANES": 4096, "PARTS": 1, "WIDE": WIDE}
     alone, beside = max(2 * stride - patch, 0) * scale, min(patch - stride, stride) * scale
     copied, blended = alone * alone // pack, beside * max(alone, beside) // piece
     copy = {"LANES": COPIED, "PARTS": max(1, ceil_div(copied, COPIED * TURNS))}

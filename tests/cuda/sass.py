@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import re
 import shutil
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
 import builds
 import compiled
+
+sys.path.append(str(Path(__file__).parents[1]))
+from machine_code import functions, storing_turn
 
 ARCHS = ("80", "90", "120")
 # What a lane writes in one turn: 4 rows of 3 channels, in packs of 16 bytes.
@@ -66,35 +70,11 @@ def disassembled(source: Path, arch: str) -> str:
     return builds.run([disassembler(), "-c", cubin])
 
 
-def functions(text: str) -> dict[str, list[str]]:
-    """Instructions and labels of every function by its linker's name."""
-    found: dict[str, list[str]] = {}
-    lines: list[str] = []
-    for line in text.splitlines():
-        if name := re.match(r"\s*\.text\.(\w+):", line):
-            lines = found.setdefault(name[1], [])
-        elif match := re.match(r"\s*(\.L_x_\d+:|/\*[0-9a-f]{4,}\*/\s+[^;]*)", line):
-            lines.append(match[1])
-    return found
-
-
-def turns(lines: list[str]) -> list[list[str]]:
-    """The bodies of all loops: from a label to a branch back to it."""
-    labels = {line.rstrip(":"): n for n, line in enumerate(lines) if line.startswith(".L")}
-    loops = []
-    for n, line in enumerate(lines):
-        target = re.search(r"\bBRA\b.*`\((\.L_x_\d+)\)", line)
-        if target and labels.get(target[1], n) < n:
-            loops.append([line for line in lines[labels[target[1]] : n + 1] if not line.startswith(".L")])
-    return loops
-
-
 def count(path: FastPath, arch: str) -> float:
     """Instructions of a turn of the innermost loop that stores, per pixel and channel."""
     code = functions(disassembled(builds.CSRC / "cuda" / f"{path.source}.cu", arch))
     (lines,) = (lines for name, lines in code.items() if re.search(path.pattern, name))
-    storing = [loop for loop in turns(lines) if any("STG" in line for line in loop)]
-    return min(map(len, storing)) / path.pixels
+    return storing_turn(lines) / path.pixels
 
 
 def main() -> None:
