@@ -1,6 +1,6 @@
 """The kernels of `stitch_patches` that write an image, in cells. The rows and columns that a tile makes alone, at a weight
-of 1, cut the image into rectangles: those of one tile are copied, the others blended. Lanes go through the packs of neighbouring
-pixels of a cell row by row, and a program writes all channels of its packs."""
+of 1, cut the image into rectangles: those of one tile are copied, the others blended. Lanes go through the packs of
+neighbouring pixels of a cell row by row, and a program writes all channels of its packs."""
 
 from __future__ import annotations
 
@@ -204,16 +204,18 @@ def stitch_patches_copy_kernel(
         row = (y0 - row_begin).to(tl.int64) * out_y
         if in_vectors(patches, out, out_n, out_c, out_y, odd, UNIT, PACK):
             first = out + (rounded(image, PACK, True) + rounded(row, PACK, True) + rounded(x0, PACK, True))
+            size: tl.constexpr = out.dtype.element_ty.primitive_bitwidth // 8
+            first = tl.multiple_of(first, min(PACK * size, 16))
             across = (x1 - x0) // PACK
             copy_cell(
-                patches, begin, step_c, step_y, patch_x, k, first_l, across, lines * across, tl.multiple_of(first, 16), out_c, out_y,
-                part, CHANNELS, SHUFFLE, UNIT, PACK, WORK, LANES, PARTS, True,
+                patches, begin, step_c, step_y, patch_x, k, first_l, across, lines * across, first, out_c, out_y, part,
+                CHANNELS, SHUFFLE, UNIT, PACK, WORK, LANES, PARTS, True,
             )  # fmt: skip
         else:
             across = x1 - x0
             copy_cell(
-                patches, begin, step_c, step_y, patch_x, k, first_l, across, lines * across, out + image + row + x0, out_c, out_y,
-                part, CHANNELS, SHUFFLE, UNIT, 1, WORK, LANES, PARTS, False,
+                patches, begin, step_c, step_y, patch_x, k, first_l, across, lines * across, out + image + row + x0, out_c,
+                out_y, part, CHANNELS, SHUFFLE, UNIT, 1, WORK, LANES, PARTS, False,
             )  # fmt: skip
 
 
@@ -322,8 +324,8 @@ def stitch_patches_blend_kernel(
     PARTS: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """What lies beside and between: segment s of an axis, from entry s - 1 of `ends` to entry s, is that of one tile if s is odd.
-    `PARTS` programs share a cell. `WIDE` cells between rows of tiles are one from end to end."""
+    """What lies beside and between: segment s of an axis, from entry s - 1 of `ends` to entry s, is that of one tile if s is
+    odd. `PARTS` programs share a cell. `WIDE` cells between rows of tiles are one from end to end."""
     part = tl.program_id(0) % PARTS
     cell = tl.program_id(0) // PARTS
     beside = rows * (cols + 1)

@@ -163,8 +163,8 @@ def stitch_patches_places_kernel(
     BLOCK: tl.constexpr,
 ):
     """For patches in rows that these tensors hold, up to row `end`: where each begins, in elements behind `patches`, and
-    strides of channels and rows. A row out of range becomes the nearest, and a patch that its region does not hold is moved into it: a
-    GPU cannot raise without a wait, but nothing outside is read."""
+    strides of channels and rows. A row out of range becomes the nearest, and a patch that its region does not hold is
+    moved into it: a GPU cannot raise without a wait, but nothing outside is read."""
     n = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     row = n
     if inverse is not None:
