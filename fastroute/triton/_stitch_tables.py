@@ -249,5 +249,6 @@ def table_variants() -> Iterator[Variant]:
         more = {**types, **dict.fromkeys(("patches", *_TENSORS), f"*{NAMES[dtype]}")}
         for missing in ((), ("region",), ("inverse", "region")):
             for steps in ("i32", "i64"):
-                constants = {"PATCH": 32, "STRIDE": 28, "FACTOR": 4, "BLOCK": BLOCK, **dict.fromkeys(missing)}
-                yield Variant(stitch_patches_places_kernel, {**more, "step_n": steps}, constants)
+                sizes_of = {"PATCH": 32, "STRIDE": 28, "FACTOR": 4, "BLOCK": BLOCK}
+                given: dict[str, Any] = {**sizes_of, **dict.fromkeys(missing)}
+                yield Variant(stitch_patches_places_kernel, {**more, "step_n": steps}, given)

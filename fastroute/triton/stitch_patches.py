@@ -118,6 +118,8 @@ def _stitch(
     rows, cols = tile_count(height, patch, stride, crop), tile_count(width, patch, stride, crop)
     batch, channels, out_height, out_width = out.shape
     first = batches[0]
+    if batch > 0 and sum(held.shape[0] for held in batches) == 0:
+        raise ValueError("stitch_patches: patches must hold at least one row where inverse is not empty")
     shares = _shares(first.dtype, out.dtype, patch, stride, scale, shuffle)
     pack, unit, piece = shares["PACK"], shares["UNIT"], shares.pop("PIECE")
     weights, ends = axis_tables(window, height, width, rows, cols, patch, stride, scale, crop, pack)
@@ -128,11 +130,11 @@ def _stitch(
     sizes = (height, width, rows, cols, row_begin, out_height, out_width, step_x, *out.stride()[:3], odd)
     constants = {"CHANNELS": channels, **_constants(first.dtype, patch, stride, scale), "SHUFFLE": shuffle, **shares}
     copy, blend = _programs(pack, piece, patch, stride, scale)
-    pointers, programs = (first, places, ends, out), batch * rows * cols * copy["PARTS"]
-    launch(stitch_patches_copy_kernel, programs, *pointers, *sizes, **constants, **copy, num_warps=WARPS)
-    pointers, programs = (first, places, ends, weights, out), batch * _blended_cells(rows, cols, blend["WIDE"]) * blend["PARTS"]
-    constants["PIECE"] = piece
-    launch(stitch_patches_blend_kernel, programs, *pointers, *sizes, **constants, **blend, num_warps=WARPS)
+    options = {**constants, **copy, "num_warps": WARPS}
+    launch(stitch_patches_copy_kernel, batch * rows * cols * copy["PARTS"], first, places, ends, out, *sizes, **options)
+    options = {**constants, "PIECE": piece, **blend, "num_warps": WARPS}
+    programs = batch * _blended_cells(rows, cols, bool(blend["WIDE"])) * blend["PARTS"]
+    launch(stitch_patches_blend_kernel, programs, first, places, ends, weights, out, *sizes, **options)
 
 
 def _blended_cells(rows: int, cols: int, wide: bool) -> int:
