@@ -20,7 +20,7 @@ from fastroute.cascades.router import CascadeRouter
 from fastroute.cascades.samples import measure_samples, number_of_samples, places_of, ratios_of, samples_of
 from fastroute.cascades.table_fit import bin_edges, fit
 
-BUDGETED = Sampling(margin=1.3, least=0.05)
+BUDGETED = Sampling((1.5, 1.4, 1.3), 0.05)
 
 
 def cascade(factor: float, sampling: Sampling | None, image: Tensor, margin: float = 1.0) -> tuple[CascadeRouter, Tensor]:
@@ -61,7 +61,15 @@ def test_cells_lie_at_even_ranks():
 
 def test_their_number_goes_by_the_image():
     assert number_of_samples(Cells(400, 640), 8) == 5 and number_of_samples(Cells(720, 1280), 8) == 20
-    assert number_of_samples(Cells(2160, 3840), 8) == 24 and number_of_samples(Cells(20, 70), 8) == 3
+    assert number_of_samples(Cells(2160, 3840), 8) == 24 and number_of_samples(Cells(340, 512), 8) == 3
+    assert number_of_samples(Cells(20, 40), 8) == 2
+    # Fewer are some of those that a calibration measures.
+    scores = torch.randperm(200, generator=torch.Generator().manual_seed(3)).reshape(10, 20).double()
+    five = sorted(places_of(scores, 5), key=lambda place: float(scores[place.top, place.left]))
+    assert set(places_of(scores, 3)) == {five[0], five[2], five[4]}
+    assert set(places_of(scores, 4)) == {five[0], five[1], five[3], five[4]}
+    sampling = Sampling((3.0, 2.0, 1.5), 0.1)
+    assert [sampling.margin(number) for number in (1, 3, 4, 5, 24)] == [3.0, 3.0, 2.0, 1.5, 1.5]
 
 
 def test_errors_are_those_of_the_cells():
@@ -115,7 +123,7 @@ def test_what_is_measured_is_counted():
 def test_nothing_is_measured_where_it_cannot_pay():
     image, calls = large(), []
     for table_factor, sampling, fidelity in (
-        (1.0, Sampling(1.0, 1.0), 38.0),  # pictures do not differ
+        (1.0, Sampling((1.0,), 1.0), 38.0),  # pictures do not differ
         (1.0, BUDGETED, 15.0),  # interpolation will do
         (1.0, BUDGETED, 110.0),  # all must be dense, whatever is found
     ):
@@ -154,7 +162,8 @@ def test_a_calibration_learns_what_measuring_is_worth():
     seeing = learnt_from([sampled(c) for c in cells], [0.01, 1.0], 40.0, (8, 16))
     assert blind.table.sampling is None and seeing.table.margin == blind.table.margin
     sampling = seeing.table.sampling
-    assert sampling is not None and 1 <= sampling.margin < 0.6 * seeing.table.margin
+    assert sampling is not None and len(sampling.margins) == 3
+    assert all(1 <= margin < 0.6 * seeing.table.margin for margin in sampling.margins)
     # The errors of the nearest pictures are e^-1.5 of the median, a fifth of it, and less of the mean.
     assert 0.05 < sampling.least < 0.5
     assert seeing.spent < blind.spent - 0.05 and min(seeing.reached) > 40 - 1.5

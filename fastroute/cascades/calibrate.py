@@ -18,7 +18,7 @@ from fastroute.cascades.measured import REGION, Measured, parted, region_of
 from fastroute.cascades.promise import Calibration, learnt_from
 from fastroute.cascades.router import CascadeRouter
 from fastroute.cascades.run import cut
-from fastroute.cascades.samples import LEAST, measure_samples, places_of, samples_of
+from fastroute.cascades.samples import TAUGHT, measure_samples, places_of, samples_of
 from fastroute.cascades.score import fit_score
 from fastroute.degradation import downscale, to_uint8
 from fastroute.runtime.progress import Progress, shown
@@ -123,7 +123,7 @@ def measure(router: CascadeRouter, crop: Tensor, picture: int, contexts: Sequenc
             found_border, found_within = parted(found, Rectangle(0, 0, REGION, REGION))
             border.append((context, at_border, found_border))
             inner.append((context, within, found_within))
-    places = places_of(scores, min(LEAST, scores.numel()))
+    places = places_of(scores, min(TAUGHT, scores.numel()))
     pieces = samples_of(cells, places, contexts[0])
     samples = measure_samples(pieces, router.runs(), lambda where: cut(image[0], where), router.scale)
     return Measured(picture, cells, scores, errors, tuple(border), tuple(inner), crop.cpu(), tuple(places), samples)

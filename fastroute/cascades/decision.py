@@ -14,6 +14,8 @@ from fastroute.cascades.plan import Plan, make_plan
 
 # Without a calibration: pixels of context, and how the expected error of a class falls from one to the next.
 CONTEXT, FALL = 16, 0.1
+# Cells of a picture that are measured at least, see :mod:`fastroute.cascades.samples`.
+FEWEST = 3
 # A target is met by halving the range of a price so often.
 STEPS = 9
 
@@ -23,12 +25,16 @@ class Sampling:
     """What a promise needs where errors were corrected by measuring cells of the picture itself.
 
     Attributes:
-        margin: by what it multiplies the corrected errors.
+        margins: by what it multiplies the corrected errors, after measuring `FEWEST` cells, one more and so on.
         least: by what the errors of pictures whose networks are nearest to each other are corrected.
     """
 
-    margin: float = 1.0
-    least: float = 1.0
+    margins: tuple[float, ...]
+    least: float
+
+    def margin(self, number: int) -> float:
+        """That after measuring `number` cells; that of the largest number known, where they are more."""
+        return self.margins[min(max(number - FEWEST, 0), len(self.margins) - 1)]
 
 
 @dataclass(frozen=True)
@@ -56,12 +62,10 @@ class Table:
     fidelity: float = 40.0
     sampling: Sampling | None = None
 
-    def corrected(self, ratios: Tensor) -> Table:  # [K - 1]
-        """The table of a picture on which the errors of the cheaper classes are `ratios` times those of others."""
+    def corrected(self, ratios: Tensor, margin: float) -> Table:  # [K - 1]
+        """The table of a picture on which the errors of the cheaper classes are `ratios` times those of others, as measured."""
         errors = torch.cat([self.errors[:-1] * ratios.to(self.errors)[:, None], self.errors[-1:]])
-        return replace(
-            self, errors=errors, margin=self.margin if self.sampling is None else self.sampling.margin, sampling=None
-        )
+        return replace(self, errors=errors, margin=margin, sampling=None)
 
     def expected(self, scores: Tensor) -> Tensor:  # [...] -> [K, ...]
         """Errors at `scores`: linear in their logarithms between the bins, constant beyond."""

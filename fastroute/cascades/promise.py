@@ -9,9 +9,9 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from fastroute.cascades.decision import Decision, Sampling, Table, Target, choose, error_of
+from fastroute.cascades.decision import FEWEST, Decision, Sampling, Table, Target, choose, error_of
 from fastroute.cascades.measured import Measured, rescored
-from fastroute.cascades.samples import SHARE, ratios_of
+from fastroute.cascades.samples import FEWER, SHARE, TAUGHT, ratios_of
 from fastroute.cascades.score import CellScore
 from fastroute.cascades.table_fit import learn
 
@@ -82,16 +82,19 @@ def learnt_from(
     margin = least_margin(tests, costs)
     plans = [_planned((c, replace(taught, margin=margin)), costs) for c, taught in tests]
     sampling = None
-    if all(c.samples is not None for c in cells):
-        ratios = [_ratios(c, taught) for c, taught in tests]
-        corrected = [(c, taught.corrected(own)) for (c, taught), own in zip(tests, ratios, strict=True)]
+    if all(len(c.places) == TAUGHT for c in cells):
+        margins = []
+        for number in range(FEWEST, TAUGHT + 1):
+            ratios = [_ratios(c, taught, number) for c, taught in tests]
+            pairs = zip(tests, ratios, strict=True)
+            margins.append(least_margin([(c, taught.corrected(own, 1.0)) for (c, taught), own in pairs], costs))
         nearest = torch.quantile(torch.stack([own.min() for own in ratios]), NEAREST)
-        sampling = Sampling(least_margin(corrected, costs), float(nearest))
-        for n, (c, taught) in enumerate(tests):
+        sampling = Sampling(tuple(margins), float(nearest))
+        for n, ((c, taught), own) in enumerate(zip(tests, ratios, strict=True)):
             # As in a call: a crop is measured where that may pay.
-            hoped = replace(taught.corrected(nearest.expand(len(costs) - 1)), margin=sampling.margin)
+            hoped = taught.corrected(nearest.expand(len(costs) - 1), margins[-1])
             if _planned((c, hoped), costs, SHARE).spent < plans[n].spent:
-                plans[n] = _planned((c, replace(corrected[n][1], margin=sampling.margin)), costs, SHARE)
+                plans[n] = _planned((c, taught.corrected(own, margins[-1])), costs, SHARE)
     spent = sum(plan.spent for plan in plans) / sum(float(c.cells.areas().sum()) for c, _ in tests)
     score = None if learn_score is None else learn_score(cells)
     table = replace(_taught([_scored(c, score) for c in cells], contexts, fidelity), margin=margin, sampling=sampling)
@@ -109,9 +112,12 @@ def _taught(cells: Sequence[Measured], contexts: Sequence[int], fidelity: float)
     return Table(found.scores, found.errors, tuple(contexts), found.shares, found.inner, 1.0, fidelity)
 
 
-def _ratios(cells: Measured, table: Table) -> Tensor:  # [K - 1]
+def _ratios(cells: Measured, table: Table, number: int) -> Tensor:  # [K - 1]
+    """What `number` of the measured cells tell, those that a call would choose."""
     assert cells.samples is not None  # asked before
-    return ratios_of(cells.samples, cells.places, table.expected(cells.scores))
+    ranked = sorted(range(TAUGHT), key=lambda n: float(cells.scores[cells.places[n].top, cells.places[n].left]))
+    chosen = [ranked[n] for n in FEWER.get(number, range(TAUGHT))]
+    return ratios_of(cells.samples[:, chosen], [cells.places[n] for n in chosen], table.expected(cells.scores))
 
 
 @dataclass(frozen=True)

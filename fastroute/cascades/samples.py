@@ -13,13 +13,15 @@ import torch
 from torch import Tensor
 
 from fastroute.cascades.cells import CELL, Cells, Rectangle
-from fastroute.cascades.decision import Table
+from fastroute.cascades.decision import FEWEST, Table
 from fastroute.cascades.plan import PASS, Plan
 from fastroute.cascades.run import Network, Piece, Read, batches, cut, pieces_of, within
 from fastroute.cascades.table_fit import FLOOR
 
-# Cells that are measured at least, and at most, and the share of the dense cost that they may take.
-LEAST, MOST, SHARE = 5, 24, 0.05
+# Cells that a calibration measures of a crop, and a call at most, and what share of the dense cost these may take.
+TAUGHT, MOST, SHARE = 5, 24, 0.05
+# Of the cells of a calibration by their ranks, those that fewer are.
+FEWER = {3: (0, 2, 4), 4: (0, 1, 3, 4)}
 # They lie at even ranks among the scores, but for the lowest and the highest: what is decided is decided between.
 RANKS = (0.2, 0.9)
 
@@ -27,14 +29,16 @@ RANKS = (0.2, 0.9)
 def number_of_samples(cells: Cells, context: int) -> int:
     """How many cells of an image are measured, with `context` pixels around each."""
     share = SHARE * cells.height * cells.width / (CELL + 2 * context) ** 2
-    return min(max(int(share), LEAST), MOST, cells.rows * cells.cols)
+    return min(max(int(share), FEWEST), MOST, cells.rows * cells.cols)
 
 
 def places_of(scores: Tensor, number: int) -> list[Rectangle]:  # [rows, cols]
     """`number` cells at even ranks of their scores, by rows."""
     order = scores.flatten().argsort(stable=True)
     low, high = RANKS
-    ranks = [int(len(order) * (low + (high - low) * (n + 0.5) / number)) for n in range(number)]
+    steps = TAUGHT if number in FEWER else number
+    shares = [low + (high - low) * (n + 0.5) / steps for n in FEWER.get(number, range(number))]
+    ranks = [int(len(order) * share) for share in shares]
     found = (divmod(int(order[rank]), scores.shape[1]) for rank in ranks)
     return sorted(Rectangle(row, col, row + 1, col + 1) for row, col in found)
 
@@ -92,7 +96,8 @@ def sampled_plan(
     if plan.cost + spent > (1 + SHARE) * cells.height * cells.width + PASS:
         return plan
     nearest = torch.full((len(table.errors) - 1,), sampling.least, dtype=torch.float64)
-    if again(table.corrected(nearest)).cost + spent >= plan.cost:
+    margin = sampling.margin(len(places))
+    if again(table.corrected(nearest, margin)).cost + spent >= plan.cost:
         return plan
     ratios = ratios_of(measure(pieces), places, table.expected(scores))
-    return replace(again(table.corrected(ratios)), sampled=spent)
+    return replace(again(table.corrected(ratios, margin)), sampled=spent)

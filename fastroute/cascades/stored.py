@@ -19,6 +19,7 @@ from fastroute import io
 from fastroute.cascades.decision import Decision, Sampling, Table
 from fastroute.cascades.opening import Opener, check_costs, open_all, refuse_patches
 from fastroute.cascades.router import CascadeRouter
+from fastroute.cascades.samples import MOST
 from fastroute.cascades.score import stored_score
 from fastroute.cascades.sources import BICUBIC
 from fastroute.catalogue import list_models
@@ -175,8 +176,12 @@ def _sampling(told: Any) -> Sampling | None:
     if told is None:
         return None
     if not isinstance(told, Mapping):
-        raise ValueError("its sampling must have a margin and a least ratio")
-    return Sampling(_number(told["margin"], "sampling's margin", 1.0), _number(told["least"], "sampling's least ratio", 0.0))
+        raise ValueError("its sampling must have margins and a least ratio")
+    margins = told["margins"]
+    if not isinstance(margins, list) or not 0 < len(margins) <= MOST:
+        raise ValueError("its sampling must have margins")
+    found = tuple(_number(margin, "sampling's margins", 1.0) for margin in margins)
+    return Sampling(found, _number(told["least"], "sampling's least ratio", 0.0))
 
 
 def _number(value: object, name: str, least: float) -> float:

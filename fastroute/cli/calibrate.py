@@ -79,7 +79,9 @@ def command(
     click.echo(f"of the dense cost, pictures held out take by score: {spent}; {which} is kept")
     kept = sum(value >= fidelity for value in found.reached)
     sampling = found.table.sampling
-    or_by = "" if sampling is None else f", or by {sampling.margin:.2f} where cells of the picture itself are measured first"
+    or_by = (
+        "" if sampling is None else f", or by {sampling.margins[-1]:.2f} where cells of the picture itself are measured first"
+    )
     click.echo(f"promised {fidelity:g} dB, reached by {kept} of {len(found.reached)} crops held out, the least "
                f"{min(found.reached):.1f} dB; expected errors are multiplied by {found.table.margin:.2f}{or_by}")  # fmt: skip
     click.echo(f"wrote {out}; use it with: fastroute upscale IN OUT --model {out}")
