@@ -156,48 +156,10 @@ def to_type(value, dtype: tl.constexpr):
 def to_pixel(value, dtype: tl.constexpr):
     """A sum as a pixel: a float is rounded; integers are [0, 1] scaled, clamped and rounded half to even, NaN being 0."""
     if dtype == tl.uint8 or dtype == tl.uint16:
+        value = tl.where(value > 0.0, tl.where(value < 1.0, value, 1.0), 0.0).to(value.dtype)
         maximum = tl.full((), 255.0 if dtype == tl.uint8 else 65535.0, value.dtype)
-        # Adding 1.5 · 2^m pushes the fraction out of the mantissa, so the addition itself rounds half to even, and the lowest
-        # bits of the sum are the integer.
+        # Adding 1.5 · 2^m pushes the fraction out of the mantissa, so the addition itself rounds half to even.
         shift = tl.full((), 6755399441055744.0 if value.dtype == tl.float64 else 12582912.0, value.dtype)
-        bits: tl.constexpr = tl.int64 if value.dtype == tl.float64 else tl.int32
-        return (product(in_unit(value), maximum) + shift).to(bits, bitcast=True).to(dtype)
+        return ((product(value, maximum) + shift) - shift).to(tl.int32).to(dtype)
     else:
         return to_type(value, dtype)
-
-
-@triton.jit
-def in_unit(value):
-    """A number clamped to [0, 1], NaN being 0."""
-    zero, one = tl.full((), 0.0, value.dtype), tl.full((), 1.0, value.dtype)
-    return tl.minimum(tl.maximum(value, zero), one)
-
-
-@triton.jit
-def pixel_of(value, work: tl.constexpr, dtype: tl.constexpr):
-    """An element as a pixel, like the sum of it alone: -0 becomes 0."""
-    if value.dtype == tl.float16 and dtype == tl.uint8:
-        # As a multiple of 2^-24 the smallest numbers of float16 are integers: the product with 255 · 2^-24 rounds half to even.
-        if INTERPRETED:
-            steps = in_unit(value) * tl.full((), 255 / (1 << 24), tl.float16)
-            return steps.to(tl.int16, bitcast=True).to(tl.uint8)
-        else:
-            return tl.inline_asm_elementwise(
-                """{
-                .reg .b32 one, step, low, high;
-                mov.b32 one, 0x3c003c00;
-                mov.b32 step, 0x00ff00ff;
-                mul.rn.sat.f16x2 low, $1, one;
-                mul.rn.sat.f16x2 high, $2, one;
-                mul.rn.f16x2 low, low, step;
-                mul.rn.f16x2 high, high, step;
-                prmt.b32 $0, low, high, 0x6420;
-                }""",
-                "=r,r,r",
-                [value],
-                dtype=tl.uint8,
-                is_pure=True,
-                pack=4,
-            )
-    else:
-        return to_pixel(to_work(value, work) + 0.0, dtype)

@@ -1,12 +1,11 @@
 """stitch_patches: out[b, c, Y, X] = Σ_i wy[i, Y] · Σ_j wx[j, X] · patch(i, j)[c, Y - y_i, X - x_j], the sums over the tile
-rows i and tile columns j that cover the pixel, columns first and products rounded on their own, as everywhere. Two kernels make
-tables, among them where every patch lies; one copies what a single tile makes, and one blends the rest."""
+rows i and tile columns j that cover the pixel, columns first and products rounded on their own, as everywhere. One program
+writes a block of one channel and every output pixel once; the weights of both axes are normalised by a kernel before. A patch
+in a region is read where a table says, which another kernel makes."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 import triton
@@ -26,58 +25,117 @@ from fastroute.triton._common import (
     ceil_div,
     launch,
     product,
+    to_pixel,
     to_type,
     to_work,
     work_type,
 )
-from fastroute.triton._geometry import origin
-from fastroute.triton._stitch_kernels import SIZES, stitch_patches_blend_kernel, stitch_patches_copy_kernel
-from fastroute.triton._stitch_tables import axis_tables, find_places, table_variants
+from fastroute.triton._geometry import first_covering, last_covering, origin
+from fastroute.triton._stitch_tables import axis_weights, region_table, table_variants
 
-# A launcher that reads several tensors by their addresses stays one node of a graph: a compiler would not know them in use.
-OPAQUE = ("stitch_patches.batches_out",)
-# Warps of a program, packs that one turn of it copies, and pieces that one blends.
-WARPS, COPIED, BLENDED = 4, 256, 128
-# Turns of a program, so that small images have enough programs and large ones do not ask for too many tables.
-TURNS = 4
-# Cells between rows of tiles from end to end: few large programs, for the interpreter, whose time goes by steps.
-WIDE = True
-# Of the gradient: warps of a program, and its elements, one for each thread.
-BACKWARD_WARPS = 8
-BLOCK = 32 * BACKWARD_WARPS
+# Warps of a program, and its elements of the gradient: one for each thread, as in `_block`.
+WARPS = 8
+BLOCK = 32 * WARPS
 
 
-def _constants(dtype: torch.dtype, patch: int, stride: int, scale: int) -> dict[str, Any]:
+# A thread has one pixel, so that alignment helps nothing; `out` may be a slice of rows, which begins anywhere.
+@triton.jit(
+    do_not_specialize=[
+        "places", "height", "width", "rows", "cols", "row_begin", "out_height", "out_width", "patch_n", "patch_c", "patch_y",
+        "out_n", "out_c", "out_y",
+    ],
+    do_not_specialize_on_alignment=["patches", "out"],
+)  # fmt: skip
+def stitch_patches_kernel(
+    patches,  # [M, C·r·r, P / r, P / r]
+    inverse,  # [N] or None
+    table,  # [N, 3], where patches in regions begin and the strides there, or None
+    weights,  # [rows + cols, P]
+    out,  # [B, C, out_height, out_width]
+    places,
+    height,
+    width,
+    rows,
+    cols,
+    row_begin,
+    out_height,
+    out_width,
+    channels,
+    patch_n,
+    patch_c,
+    patch_y,
+    patch_x,
+    out_n,
+    out_c,
+    out_y,
+    PATCH: tl.constexpr,
+    STRIDE: tl.constexpr,
+    SCALE: tl.constexpr,
+    SHUFFLE: tl.constexpr,
+    WORK: tl.constexpr,
+    BLOCK_Y: tl.constexpr,
+    BLOCK_X: tl.constexpr,
+):
+    """With a fused pixel shuffle of factor r, pixel (k, l) of channel c is element (k / r, l / r) of channel
+    c·r² + (k mod r)·r + l mod r. A place out of range adds nothing: a GPU cannot raise without a wait."""
+    SPAN: tl.constexpr = PATCH * SCALE
+    program = tl.program_id(0)
+    blocks_y, blocks_x = (out_height + BLOCK_Y - 1) // BLOCK_Y, (out_width + BLOCK_X - 1) // BLOCK_X
+    plane = program // blocks_x // blocks_y
+    image, c = (plane // channels).to(tl.int64), plane % channels
+    # One axis: of blocks of two the compiler would not see along which neighbours lie.
+    BLOCK: tl.constexpr = BLOCK_Y * BLOCK_X
+    line = (program // blocks_x % blocks_y) * BLOCK_Y + tl.arange(0, 1 if BLOCK_Y == 1 else BLOCK) // BLOCK_X
+    x = (program % blocks_x) * BLOCK_X + tl.arange(0, BLOCK) % BLOCK_X
+    y = line + row_begin
+    inside = (line < out_height) & (x < out_width)
+    first_y = first_covering(y // SCALE, rows, PATCH, STRIDE)
+    last_y = last_covering(y // SCALE, rows, height, PATCH, STRIDE)
+    first_x = first_covering(x // SCALE, cols, PATCH, STRIDE)
+    last_x = last_covering(x // SCALE, cols, width, PATCH, STRIDE)
+    total = tl.full((BLOCK,), 0, WORK)
+    # Ends of the loops are the same for a whole block: steps in which no tile covers a pixel would take as long.
+    for i in range(tl.min(first_y), tl.max(last_y) + 1):
+        row = inside & (i >= first_y) & (i <= last_y)
+        k = y - origin(i, height, PATCH, STRIDE) * SCALE
+        strip = tl.full((BLOCK,), 0, WORK)
+        for other in range(tl.max(last_x - first_x) + 1):
+            j = first_x + other
+            reads = row & (j <= last_x)
+            column = x - origin(j, width, PATCH, STRIDE) * SCALE
+            place = (image * rows + i) * cols + j
+            if inverse is not None:
+                place = tl.load(inverse + place, mask=reads, other=0)
+            if table is not None:
+                begin = tl.load(table + 3 * place, mask=reads, other=-1)
+                step_c = tl.load(table + 3 * place + 1, mask=reads, other=0)
+                step_y = tl.load(table + 3 * place + 2, mask=reads, other=0)
+                known = reads & (begin >= 0)
+            else:
+                begin, step_c, step_y = place * patch_n, patch_c, patch_y
+                known = reads & (place >= 0) & (place < places)
+            channel = (c * SHUFFLE + k % SHUFFLE) * SHUFFLE + column % SHUFFLE
+            within = (k // SHUFFLE).to(tl.int64) * step_y + (column // SHUFFLE).to(tl.int64) * patch_x
+            pixel = tl.load(patches + begin + channel.to(tl.int64) * step_c + within, mask=known, other=0)
+            weight = tl.load(weights + (rows + j) * SPAN + column, mask=(x < out_width) & (j <= last_x), other=0)
+            strip += tl.where(known, product(to_work(pixel, WORK), weight), 0)
+        weight = tl.load(weights + i * SPAN + k, mask=(line < out_height) & (i >= first_y) & (i <= last_y), other=0)
+        total += tl.where(row, product(strip, weight), 0)
+    target = image * out_n + c.to(tl.int64) * out_c + line.to(tl.int64) * out_y + x
+    tl.store(out + target, to_pixel(total, out.dtype.element_ty), mask=inside)
+
+
+def _constants(dtype: torch.dtype, patch: int, stride: int, scale: int) -> dict:
     return {"PATCH": patch, "STRIDE": stride, "SCALE": scale, "WORK": work_type(dtype)}
 
 
-def _shares(source: torch.dtype, target: torch.dtype, patch: int, stride: int, scale: int, shuffle: int) -> dict[str, int]:
-    """How pixels are shared out: `PACK` pixels at a time, as many as 16 bytes hold of the narrower type, if tiles begin and end
-    with whole packs, else 1. `UNIT` of them lie side by side in a patch and are read at once; `PIECE` are blended at once."""
-    pack = math.gcd(16 // min(source.itemsize, target.itemsize), stride * scale, patch * scale)
-    unit = min(pack, 16 // source.itemsize) if shuffle == 1 else shuffle
-    if pack % unit or unit & (unit - 1):
-        pack = unit = 1
-    return {"PACK": pack, "UNIT": unit, "PIECE": min(unit, 4) if shuffle == 1 else max(unit, min(pack, 4))}
+def _block() -> dict[str, int]:
+    """A program's block: on a device a run of one row, a pixel for each thread, so that neighbours read neighbouring pixels.
 
-
-def _programs(pack: int, piece: int, patch: int, stride: int, scale: int) -> tuple[dict[str, int], dict[str, int]]:
-    """Lanes of a program that copies and of one that blends, and how many share a tile or a cell, for about `TURNS` turns."""
-    if INTERPRETED:
-        return {"LANES": 512, "PARTS": 1}, {"LANES": 4096, "PARTS": 1, "WIDE": WIDE}
-    alone, beside = max(2 * stride - patch, 0) * scale, min(patch - stride, stride) * scale
-    copied, blended = alone * alone // pack, beside * max(alone, beside) // piece
-    copy = {"LANES": COPIED, "PARTS": max(1, ceil_div(copied, COPIED * TURNS))}
-    return copy, {"LANES": BLENDED, "PARTS": max(1, ceil_div(blended, BLENDED * TURNS)), "WIDE": False}
-
-
-def _odd(batch: Tensor, step_x: int, channels: int, of_regions: bool, unit: int, shuffle: int) -> int:  # [M_i, C·r·r, h_i, w_i]
-    """0 if runs of pixels that are read at once lie side by side and begin at multiples of their length."""
-    if shuffle > 1:
-        dense = abs(step_x - channels * shuffle**2)
-        return dense if of_regions else dense + abs(batch.stride(1) - 1) + batch.stride(0) % unit + batch.stride(2) % unit
-    steps = batch.shape[3:] if of_regions else batch.stride()[:3]
-    return abs(step_x - 1) + sum(step % unit for step in steps)
+    With more of them the compiler would let a thread have neighbours, for the sake of what it writes, and as masks allow
+    no access of several at once, all that a warp reads or writes at a time would lie apart.
+    """
+    return {"BLOCK_Y": 64, "BLOCK_X": 128} if INTERPRETED else {"BLOCK_Y": 1, "BLOCK_X": 32 * WARPS}
 
 
 def stitch_patches_out_triton(
@@ -100,46 +158,33 @@ def stitch_patches_out_triton(
     if inverse is not None:
         inverse = inverse.contiguous()
         check_places(inverse, patches.shape[0], (height, width, patch, stride, scale, crop), row_begin, row_end)
-    _stitch([patches], inverse, None, window, (height, width, patch, stride, scale, crop), shuffle, row_begin, out)
+    geometry = (height, width, patch, stride, scale, crop, shuffle)
+    _stitch(patches, inverse, None, patches.shape[0], patches.stride(), window, geometry, row_begin, out)
 
 
 def _stitch(
-    batches: list[Tensor],  # [M_i, C·r·r, h_i / r, w_i / r] each
+    patches: Tensor,  # [M, C, P, P]
     inverse: Tensor | None,  # [N]
-    region: Tensor | None,  # [N]
+    table: Tensor | None,  # [N, 3]
+    places: int,
+    steps: tuple[int, ...],
     window: Tensor,  # [P]
-    grid: tuple[int, int, int, int, int, bool],
-    shuffle: int,
+    geometry: tuple[int, int, int, int, int, bool, int],
     row_begin: int,
     out: Tensor,  # [B, C, rows, W·s]
 ) -> None:
-    """Patches, or regions that hold them."""
-    height, width, patch, stride, scale, crop = grid
+    """Patches one by one, their strides being `steps`; or by `table`, of whose pixels the last of `steps` is the stride."""
+    height, width, patch, stride, scale, crop, shuffle = geometry
     rows, cols = tile_count(height, patch, stride, crop), tile_count(width, patch, stride, crop)
+    constants = _constants(patches.dtype, patch, stride, scale)
+    weights = axis_weights(window, height, width, rows, cols, patch, stride, scale, crop)
     batch, channels, out_height, out_width = out.shape
-    first = batches[0]
-    if batch > 0 and sum(held.shape[0] for held in batches) == 0:
-        raise ValueError("stitch_patches: patches must hold at least one row where inverse is not empty")
-    shares = _shares(first.dtype, out.dtype, patch, stride, scale, shuffle)
-    pack, unit, piece = shares["PACK"], shares["UNIT"], shares.pop("PIECE")
-    weights, ends = axis_tables(window, height, width, rows, cols, patch, stride, scale, crop, pack)
-    places, step_x = find_places(batches, inverse, region, batch * rows * cols, grid, shuffle)
-    # Kernels look at the address of the first tensor. The last tile is shifted inward, by any number of pixels.
-    odd = sum(_odd(held, step_x, channels, region is not None, unit, shuffle) for held in batches)
-    odd += sum(held.data_ptr() % 16 for held in batches[1:]) + max(width - patch, 0) * scale % max(unit, piece)
-    sizes = (height, width, rows, cols, row_begin, out_height, out_width, step_x, *out.stride()[:3], odd)
-    constants = {"CHANNELS": channels, **_constants(first.dtype, patch, stride, scale), "SHUFFLE": shuffle, **shares}
-    copy, blend = _programs(pack, piece, patch, stride, scale)
-    options = {**constants, **copy, "num_warps": WARPS}
-    launch(stitch_patches_copy_kernel, batch * rows * cols * copy["PARTS"], first, places, ends, out, *sizes, **options)
-    options = {**constants, "PIECE": piece, **blend, "num_warps": WARPS}
-    programs = batch * _blended_cells(rows, cols, bool(blend["WIDE"])) * blend["PARTS"]
-    launch(stitch_patches_blend_kernel, programs, first, places, ends, weights, out, *sizes, **options)
-
-
-def _blended_cells(rows: int, cols: int, wide: bool) -> int:
-    """Cells beside those that one tile makes alone, and between their rows."""
-    return rows * (cols + 1) + (rows + 1) * (1 if wide else 2 * cols + 1)
+    block = _block()
+    programs = batch * channels * ceil_div(out_height, block["BLOCK_Y"]) * ceil_div(out_width, block["BLOCK_X"])
+    pointers = (patches, inverse, table, weights, out)
+    sizes = (places, height, width, rows, cols, row_begin, out_height, out_width, channels)
+    constants |= {"SHUFFLE": shuffle, **block}
+    launch(stitch_patches_kernel, programs, *pointers, *sizes, *steps, *out.stride()[:3], **constants, num_warps=WARPS)
 
 
 def stitch_patches_batches_out_triton(
@@ -159,16 +204,19 @@ def stitch_patches_batches_out_triton(
     *,
     out: Tensor,  # [B, C, rows, W·s]
 ) -> None:
-    """Patches or regions in several tensors, which are read where they lie."""
+    """Patches or regions in several tensors: put together first, as a kernel reads one."""
     grid = (height, width, patch, stride, scale, crop)
-    inverse = None if inverse is None else inverse.contiguous()
     if region is None or inverse is None:
-        check_places(inverse, sum(batch.shape[0] for batch in batches), grid, row_begin, row_end)
-        region = None
-    else:
-        region = region.contiguous()
-        check_regions(batches, inverse, region, grid, shuffle, row_begin, row_end)
-    _stitch(batches, inverse, region, window, grid, shuffle, row_begin, out)
+        stitch_patches_out_triton(torch.cat(batches), inverse, window, *grid, shuffle, row_begin, row_end, out=out)
+        return
+    inverse, region = inverse.contiguous(), region.contiguous()
+    check_regions(batches, inverse, region, grid, shuffle, row_begin, row_end)
+    planar = batches[0].is_contiguous()
+    flat = [(batch if planar else batch.permute(0, 2, 3, 1)).reshape(-1) for batch in batches]
+    elements = flat[0] if len(flat) == 1 else torch.cat(flat)
+    table = region_table(batches, inverse, region, planar, grid, shuffle)
+    steps = (0, 0, 0, 1 if planar else batches[0].shape[1])
+    _stitch(elements, None, table, 0, steps, window, (*grid, shuffle), row_begin, out)
 
 
 def stitch_patches_triton(
@@ -282,12 +330,12 @@ def _stitch_patches_backward_triton(
         lines, numbers = torch.sort(inverse, stable=True)
         begin = torch.searchsorted(lines, torch.arange(num_patches + 1, device=inverse.device))
     constants = _constants(grad.dtype, patch, stride, scale)
-    weights, _ = axis_tables(window, height, width, rows, cols, patch, stride, scale, crop)
+    weights = axis_weights(window, height, width, rows, cols, patch, stride, scale, crop)
     span, channels = patch * scale, grad.shape[1]
     out = torch.empty((num_patches, channels, span, span), dtype=grad.dtype, device=grad.device)
     programs = ceil_div(num_patches, WIDER) * ceil_div(channels * span * span, BLOCK)
     sizes = (num_patches, height, width, rows, cols, *grad.shape[2:], *grad.stride(), channels)
-    constants |= {"BLOCK": BLOCK, "WIDER": WIDER, "num_warps": BACKWARD_WARPS}
+    constants |= {"BLOCK": BLOCK, "WIDER": WIDER, "num_warps": WARPS}
     launch(stitch_patches_backward_kernel, programs, grad, numbers, begin, weights, out, *sizes, **constants)
     return out
 
@@ -299,38 +347,43 @@ def unsupported_reasons(device: torch.device) -> list[str]:
 
 def variants() -> Iterator[Variant]:
     """The kernels as the launchers call them."""
-    names = (*SIZES, "channels", "lines_count")
-    strides = {f"grad_{axis}": "i32" for axis in "ncyx"}
-    rest = {**dict.fromkeys(("places", "numbers", "begin"), "*i64"), "ends": "*i32", **dict.fromkeys(names, "i32"), **strides}
+    names = (
+        "places",
+        "height",
+        "width",
+        "rows",
+        "cols",
+        "row_begin",
+        "out_height",
+        "out_width",
+        "channels",
+        "lines_count",
+    )
+    sizes = dict.fromkeys((*names, "out_n", "out_c", "out_y"), "i32")
+    strides = {f"{name}_{axis}": "i32" for name in ("patch", "grad") for axis in "ncyx"}
+    rest = {**dict.fromkeys(("inverse", "table", "numbers", "begin"), "*i64"), **sizes, **strides}
 
     def types(source: torch.dtype, target: torch.dtype) -> dict[str, str]:
         work = "*fp64" if source == torch.float64 else "*fp32"
         pointers = {name: f"*{NAMES[source]}" for name in ("patches", "grad")}
         return {**rest, **pointers, "out": f"*{NAMES[target]}", "weights": work}
 
-    def forward(
-        source: torch.dtype, target: torch.dtype, shuffle: int = 1, channels: int = 3, patch: int = 32, stride: int = 28
-    ) -> Iterator[Variant]:
-        shares = _shares(source, target, patch, stride, 4, shuffle)
-        copy, blend = _programs(shares["PACK"], shares["PIECE"], patch, stride, 4)
-        constants = {"CHANNELS": channels, **_constants(source, patch, stride, 4), "SHUFFLE": shuffle, **shares}
-        options = {"num_warps": WARPS}
-        yield Variant(stitch_patches_blend_kernel, types(source, target), {**constants, **blend}, options)
-        del constants["PIECE"]
-        yield Variant(stitch_patches_copy_kernel, types(source, target), {**constants, **copy}, options)
+    def forward(source: torch.dtype, target: torch.dtype, shuffle: int = 1, missing: tuple = ("table",)) -> Variant:
+        block = {"SHUFFLE": shuffle, **_block(), **dict.fromkeys(missing)}
+        constants = {**_constants(source, 32, 28, 4), **block}
+        return Variant(stitch_patches_kernel, types(source, target), constants, {"num_warps": WARPS})
 
     for source in FLOATING:
         every = source == torch.float32
-        for target in FLOATING + INTEGER_IMAGE if every else (source, torch.uint8):
-            yield from forward(source, target)
-        yield from forward(source, source, shuffle=4)
-        yield from forward(source, torch.uint8, shuffle=4)
+        yield from (forward(source, target) for target in (FLOATING + INTEGER_IMAGE if every else (source, torch.uint8)))
+        yield forward(source, source, shuffle=4)
+        yield forward(source, torch.uint8, shuffle=4, missing=("inverse", "table"))
+        yield forward(source, source, missing=("inverse",))
+        yield forward(source, torch.uint8, shuffle=4, missing=("inverse",))
         constants = _constants(source, 32, 28, 4)
-        backward, options = {**constants, "BLOCK": BLOCK, "WIDER": WIDER}, {"num_warps": BACKWARD_WARPS}
+        backward, options = {**constants, "BLOCK": BLOCK, "WIDER": WIDER}, {"num_warps": WARPS}
         yield Variant(stitch_patches_backward_kernel, types(source, source), backward, options)
         if every:
             without = {**backward, "numbers": None, "begin": None}
             yield Variant(stitch_patches_backward_kernel, types(source, source), without, options)
-    yield from forward(torch.float16, torch.uint8, channels=64)
-    yield from forward(torch.float16, torch.uint8, shuffle=3, patch=33, stride=30)
     yield from table_variants()

@@ -10,15 +10,11 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
 import builds
 import compiled
-
-sys.path.append(str(Path(__file__).parents[1]))
-from machine_code import STORES, functions, turn
 
 ARCHS = tuple(arch for arch in ("80", "90", "120") if "FASTROUTE_TEST_ARCHS" not in os.environ or arch in compiled.ARCHS)
 # What a lane writes in one turn: 4 rows of 3 channels, in packs of 16 bytes.
@@ -34,7 +30,7 @@ class FastPath(NamedTuple):
     pattern: str
     pixels: int
     most: float
-    mark: str = STORES
+    mark: str = r"\bSTG\b"
 
 
 LOAD = r"\bLDG\S*128\b"
@@ -77,16 +73,38 @@ def disassembled(source: Path, arch: str) -> str:
     return builds.run([disassembler(), "-c", cubin])
 
 
-def turn_of(path: FastPath, arch: str) -> list[str]:
-    """The instructions of a turn of a fast path."""
+def functions(text: str) -> dict[str, list[str]]:
+    """Instructions and labels of every function by its linker's name."""
+    found: dict[str, list[str]] = {}
+    lines: list[str] = []
+    for line in text.splitlines():
+        if name := re.match(r"\s*\.text\.(\w+):", line):
+            lines = found.setdefault(name[1], [])
+        elif match := re.match(r"\s*(\.L_x_\d+:|/\*[0-9a-f]{4,}\*/\s+[^;]*)", line):
+            lines.append(match[1])
+    return found
+
+
+def loops(lines: list[str]) -> list[range]:
+    """Where all loops lie: from a label to a branch back to it."""
+    labels = {line.rstrip(":"): n for n, line in enumerate(lines) if line.startswith(".L")}
+    targets = [(n, re.search(r"\bBRA\b.*`\((\.L_x_\d+)\)", line)) for n, line in enumerate(lines)]
+    return [range(begin, n + 1) for n, target in targets if target and (begin := labels.get(target[1], n)) < n]
+
+
+def turn(path: FastPath, arch: str) -> list[str]:
+    """The instructions of a turn of the innermost loop that has the mark, without the loops within it."""
     code = functions(disassembled(builds.CSRC / "cuda" / f"{path.source}.cu", arch))
     (lines,) = (lines for name, lines in code.items() if re.search(path.pattern, name))
-    return turn(lines, path.mark)
+    found = loops(lines)
+    own = min((loop for loop in found if any(re.search(path.mark, lines[n]) for n in loop)), key=len)
+    inner = {n for loop in found if loop != own and loop.start >= own.start and loop.stop <= own.stop for n in loop}
+    return [lines[n] for n in own if n not in inner and not lines[n].startswith(".L")]
 
 
 def count(path: FastPath, arch: str) -> float:
     """The instructions of a turn per pixel and channel, or per item."""
-    return len(turn_of(path, arch)) / path.pixels
+    return len(turn(path, arch)) / path.pixels
 
 
 def main() -> None:

@@ -32,5 +32,5 @@ def test_instructions_per_pixel(path, arch):
     assert sass.count(path, arch) <= path.most
     # Graphics cards have one unit for float64 where they have 64 for float32: fewer than one instruction per item belongs to
     # what is rare, and none to the others.
-    assert len([line for line in sass.turn_of(path, arch) if sass.DOUBLES.search(line)]) < path.pixels
-    assert not [line for line in sass.turn_of(path, arch) if "CALL" in line]
+    assert len([line for line in sass.turn(path, arch) if sass.DOUBLES.search(line)]) < path.pixels
+    assert not [line for line in sass.turn(path, arch) if "CALL" in line]

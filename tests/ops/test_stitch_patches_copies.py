@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 
 import pytest
@@ -62,18 +61,6 @@ def test_in_vectors(kernel, window, shuffle, dtype, target):
         stitch_patches(patches, GRID, window, inverse, shuffle=shuffle, out=out),
         reference(patches, inverse, window, shuffle, target),
     )
-
-
-@pytest.mark.parametrize("shuffle", [1, 4])
-def test_many_programs_share_an_image(kernel, shuffle, monkeypatch):
-    """Triton's interpreter has a few large ones otherwise, a GPU many."""
-    if kernel.name == "triton":
-        monkeypatch.setattr(importlib.import_module("fastroute.triton.stitch_patches"), "INTERPRETED", False)
-    patches = values((GRID.num_patches, 3, 64, 64), torch.float16, kernel.device)
-    if shuffle == 4:
-        patches = F.pixel_unshuffle(patches, 4).contiguous(memory_format=torch.channels_last)
-    actual = stitch_patches(patches, GRID, "hann", None, torch.uint8, shuffle)
-    alike(actual, reference(patches, None, "hann", shuffle, torch.uint8))
 
 
 @pytest.mark.parametrize("shuffle", [1, 4])

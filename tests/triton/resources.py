@@ -16,9 +16,6 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
-sys.path.append(str(ROOT / "tests"))
-from machine_code import functions, turn  # noqa: E402
-
 FOLDER = ROOT / "fastroute" / "triton"
 OPS = sorted(path.stem for path in FOLDER.glob("[!_]*.py"))
 
@@ -44,8 +41,8 @@ def describe(variant: Any) -> str:
     return " ".join([variant.kernel.__name__, *types, *settings])
 
 
-def compiled(variant: Any, arch: int) -> Any:
-    """`variant` for `arch`, as a launch with aligned tensors would have it; Triton's cache on disk keeps the result."""
+def compile_variant(variant: Any, arch: int) -> Resources:
+    """Compile for `arch`, as a launch with aligned tensors would; Triton's cache on disk keeps the result."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -59,48 +56,14 @@ def compiled(variant: Any, arch: int) -> Any:
         dict(variant.constants),
         {(i,): [["tt.divisibility", 16]] for i in pointers},
     )
-    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=dict(variant.options))
-
-
-def tool(name: str, kernel: Any, *options: str) -> str:
-    """What a tool that comes with Triton says of a compiled kernel."""
-    import triton
-
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=dict(variant.options))
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(kernel.asm["cubin"])
+        file.write(compiled.asm["cubin"])
         file.flush()
-        command = [getattr(triton.knobs.nvidia, name).path, *options, file.name]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
-
-
-def compile_variant(variant: Any, arch: int) -> Resources:
-    """What `variant` uses on `arch`."""
-    kernel = compiled(variant, arch)
-    text = tool("cuobjdump", kernel, "--dump-resource-usage")
+        tool = triton.knobs.nvidia.cuobjdump.path
+        text = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True).stdout
     registers, stack, local = (int(re.search(rf"{word}:(\d+)", text)[1]) for word in ("REG", "STACK", "LOCAL"))
-    return Resources(registers, stack + local, kernel.metadata.shared)
-
-
-def copying(shuffle: int) -> Any:
-    """The variant of `stitch_patches` that copies pixels of float16 as bytes."""
-    types = {"patches": "*fp16", "out": "*u8"}
-    (found,) = (
-        variant
-        for variant in variants("stitch_patches")
-        if variant.kernel.__name__ == "stitch_patches_copy_kernel"
-        and variant.constants["SHUFFLE"] == shuffle
-        and variant.constants["CHANNELS"] == 3
-        and all(variant.types[name] == kind for name, kind in types.items())
-    )
-    return found
-
-
-def instructions_per_pixel(variant: Any, arch: int) -> float:
-    """Of a variant that copies: instructions of a turn that stores whole vectors, per pixel and channel that a thread writes in
-    it."""
-    (lines,) = functions(tool("nvdisasm", compiled(variant, arch), "-c")).values()
-    pixels = variant.constants["LANES"] * variant.constants["PACK"] * variant.constants["CHANNELS"]
-    return len(turn(lines, r"\bSTG\.E\.128\b")) * 32 * variant.options["num_warps"] / pixels
+    return Resources(registers, stack + local, compiled.metadata.shared)
 
 
 def main(ops: list[str]) -> None:

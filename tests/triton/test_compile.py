@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 import pytest
-from resources import FOLDER, OPS, compile_variant, copying, describe, instructions_per_pixel, variants
+from resources import FOLDER, OPS, compile_variant, describe, variants
 
 pytest.importorskip("triton.compiler", reason="triton is not installed")
 if os.environ.get("TRITON_INTERPRET") == "1":
@@ -14,7 +14,6 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 # Bytes of shared memory that a program may have.
 SHARED = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
 ARCHS = [int(arch) for arch in os.environ.get("FASTROUTE_TEST_ARCHS", "80 90 100").split()]
-COUNTED = [arch for arch in (80, 90, 120) if "FASTROUTE_TEST_ARCHS" not in os.environ or arch in ARCHS]
 
 
 @pytest.mark.slow
@@ -26,14 +25,6 @@ def test_compiles_without_spills(op, arch):
             used = compile_variant(variant, arch)
             assert used.local == 0, f"sm_{arch}: {describe(variant)}: {used}"
             assert used.shared <= SHARED[arch], f"sm_{arch}: {describe(variant)}: {used}"
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("arch", COUNTED)
-@pytest.mark.parametrize(("shuffle", "most"), [(1, 2.6), (4, 2.8)])
-def test_instructions_of_copies(arch, shuffle, most):
-    """Per pixel and channel, with all that finds where a turn reads and writes: 1.3 of them make bytes of numbers."""
-    assert instructions_per_pixel(copying(shuffle), arch) <= most
 
 
 def test_variants_name_all_kernels():
