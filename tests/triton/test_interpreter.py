@@ -55,7 +55,7 @@ def outcomes(tmp_path_factory):
         env={**os.environ, "TRITON_INTERPRET": "1", "FASTROUTE_BACKEND": ""},
         cwd=ROOT,
         capture_output=True,
-        timeout=600,
+        timeout=1200,
     )
     found = {op: [] for op in OPS}
     for case in ElementTree.parse(report).iter("testcase"):
