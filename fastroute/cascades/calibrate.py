@@ -17,7 +17,7 @@ from fastroute.cascades.cells import CELL, Cells, Rectangle, cell_means, edge_sc
 from fastroute.cascades.measured import REGION, Measured, parted, region_of
 from fastroute.cascades.promise import Calibration, learnt_from
 from fastroute.cascades.router import CascadeRouter
-from fastroute.cascades.run import cut
+from fastroute.cascades.run import cut, scaled, within
 from fastroute.cascades.samples import TAUGHT, measure_samples, places_of, samples_of
 from fastroute.cascades.score import fit_score
 from fastroute.degradation import downscale, to_uint8
@@ -113,24 +113,19 @@ def measure(router: CascadeRouter, crop: Tensor, picture: int, contexts: Sequenc
     region = region_of(cells)
     if region is not None:
         own = cells.pixels(region)
-        target = _cut(dense, own, router.scale)
-        at_border, within = parted(scores, region)
+        target = cut(dense, scaled(own, router.scale))
+        at_border, further_in = parted(scores, region)
         for context in contexts:
             outer = cells.pixels(region, context)
-            result = router.networks.run(last, _cut(image, outer, 1))
-            place = Rectangle(own.top - outer.top, own.left - outer.left, own.bottom - outer.top, own.right - outer.left)
-            found = error(_cut(result, place, router.scale), target)
+            result = router.networks.run(last, cut(image, outer))
+            found = error(cut(result, within(own, outer, router.scale)), target)
             found_border, found_within = parted(found, Rectangle(0, 0, REGION, REGION))
             border.append((context, at_border, found_border))
-            inner.append((context, within, found_within))
+            inner.append((context, further_in, found_within))
     places = places_of(scores, min(TAUGHT, scores.numel()))
     pieces = samples_of(cells, places, contexts[0])
     samples = measure_samples(pieces, router.runs(), lambda where: cut(image[0], where), router.scale)
     return Measured(picture, cells, scores, errors, tuple(border), tuple(inner), crop.cpu(), tuple(places), samples)
-
-
-def _cut(image: Tensor, where: Rectangle, scale: int) -> Tensor:  # [1, C, H, W]
-    return image[:, :, scale * where.top : scale * where.bottom, scale * where.left : scale * where.right]
 
 
 def measured_costs(router: CascadeRouter) -> tuple[float, ...]:

@@ -147,7 +147,7 @@ class Layer:
                 continue
             shown = self.results[n][:, scale * (first - place.top) : scale * (last - place.top)].to(band.dtype)
             ramp = fading(self.pieces[n], scale, first, last, band)
-            where = _scaled(Rectangle(first - top, place.left, last - top, place.right), scale)
+            where = scaled(Rectangle(first - top, place.left, last - top, place.right), scale)
             if not self.alone[n]:
                 cut(total, where).addcmul_(shown, ramp)
                 cut(weight, where).add_(ramp)
@@ -231,9 +231,9 @@ def _ramp(before: int, own: int, after: int, scale: int, like: Tensor) -> Tensor
     return torch.cat([rise(before), like.new_ones(own * scale), rise(after).flip(0)])
 
 
-def cut(image: Tensor, where: Rectangle) -> Tensor:  # [C, H, W] -> [C, h, w]
+def cut(image: Tensor, where: Rectangle) -> Tensor:  # [..., H, W] -> [..., h, w]
     """The pixels that lie there."""
-    return image[:, where.top : where.bottom, where.left : where.right]
+    return image[..., where.top : where.bottom, where.left : where.right]
 
 
 def floating(pixels: Tensor, dtype: torch.dtype) -> Tensor:  # [C, h, w]
@@ -255,11 +255,12 @@ def store(result: Tensor, output: Tensor) -> None:  # [C, H, W], [C, H, W]
     output.copy_(rounded.to(torch.int32).to(output.dtype))
 
 
-def _scaled(where: Rectangle, scale: int) -> Rectangle:
+def scaled(where: Rectangle, scale: int) -> Rectangle:
+    """`where` in output pixels."""
     return Rectangle(*(scale * side for side in where))
 
 
 def within(where: Rectangle, outer: Rectangle, scale: int) -> Rectangle:
     """`where` counted from the corner of `outer`, in output pixels."""
     top, left = where.top - outer.top, where.left - outer.left
-    return _scaled(Rectangle(top, left, where.bottom - outer.top, where.right - outer.left), scale)
+    return scaled(Rectangle(top, left, where.bottom - outer.top, where.right - outer.left), scale)
