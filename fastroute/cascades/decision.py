@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastroute.cascades.cells import Cells, Score
-from fastroute.cascades.plan import Plan, make_plan
+from fastroute.cascades.plan import Plan, aligned, make_plan
 
 # Without a calibration: pixels of context, and how the expected error of a class falls from one to the next.
 CONTEXT, FALL = 16, 0.1
@@ -150,11 +150,7 @@ def choose(
         class_ids: int64 [rows, cols], where they are known.
         align: contexts are rounded up to its multiples: networks that fold pixels see them as they do in the whole image.
     """
-
-    def aligned(pixels: int) -> int:
-        return -(-pixels // align) * align
-
-    context = aligned(decision.context if target.context is None else target.context)
+    context = aligned(decision.context if target.context is None else target.context, align)
     last = len(costs) - 1
     if class_ids is not None:
         return make_plan(class_ids, cells, costs, context)
@@ -165,7 +161,7 @@ def choose(
         return make_plan((scores[..., None] > limits).sum(-1), cells, costs, context)
     table = decision.table
     free = table is not None and target.context is None
-    contexts = [aligned(each) for each in table.contexts] if free and table is not None else [context]
+    contexts = [aligned(each, align) for each in table.contexts] if free and table is not None else [context]
     plans = [_searched(table, target, cells, costs, scores, each) for each in contexts]
     if target.fidelity is not None:
         return min(plans, key=lambda found: found[1].cost)[1]

@@ -40,6 +40,11 @@ class Plan:
         return [sum(self.cells.pixels(region, self.context).area for region in regions) for regions in self.regions]
 
 
+def aligned(pixels: int, align: int) -> int:
+    """The next multiple of `align`."""
+    return -(-pixels // align) * align
+
+
 def make_plan(class_ids: Tensor, cells: Cells, costs: Sequence[float], context: int) -> Plan:  # [rows, cols]
     """The cheapest plan known that gives every cell its class or a higher one.
 

@@ -18,7 +18,7 @@ from fastroute.cascades.cells import CELL, Cells, Rectangle, scores_by_rows
 from fastroute.cascades.decision import Decision, Table, Target, choose
 from fastroute.cascades.memory import SMALL, Footprint, Memory, footprint, memory_within, strips
 from fastroute.cascades.networks import Networks, unsupported_half
-from fastroute.cascades.plan import Plan
+from fastroute.cascades.plan import Plan, aligned
 from fastroute.cascades.run import FADE, Limits, Network, Piece, Read, cut, edges_of, floating, layers_of, pieces_of, store
 from fastroute.cascades.samples import measure_samples, sampled_plan
 from fastroute.engines import TORCH
@@ -312,7 +312,7 @@ class CascadeRouter(Router):
         plan = planned(table)
         if scores is None or table is None or call.target.fidelity is None:
             return plan
-        context = -(-table.contexts[0] // self.align) * self.align
+        context = aligned(table.contexts[0], self.align)
         return sampled_plan(plan, table, scores, context, planned, measure)
 
     def runs(self) -> list[Network]:
@@ -326,7 +326,7 @@ class CascadeRouter(Router):
             reach, context, limits, fade = self.facts[k].reach, plan.context, memory.limits, FADE
             if regions == (plan.cells.whole,) and reach is not None and reach <= FARTHEST and call.target.context is None:
                 # Pieces of as much context as the network sees are those of the whole image: there is nothing to blend.
-                context, fade = -(-reach // self.align) * self.align, 0
+                context, fade = aligned(reach, self.align), 0
                 if call.limit is None:
                     size = plan.cells.height, plan.cells.width
                     takes = self._footprints(plan.cells, None)[k]
