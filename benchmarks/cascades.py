@@ -21,7 +21,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -35,7 +34,7 @@ from benchmarks import measure
 from benchmarks.baselines.engines import Engines, Run, by_onnxruntime
 from benchmarks.cascade_tables import FASTROUTE, TODAY, savings_table
 from fastroute import io
-from fastroute.cascades.calibrate import CONTEXTS, best_of_scores, crops_of, measured_costs
+from fastroute.cascades.calibrate import CONTEXTS, best_of_classes, crops_of, measured_costs
 from fastroute.cascades.calibrate import measure as measured
 from fastroute.cascades.cells import CELL, Cells, Rectangle, edge_scores
 from fastroute.cascades.decision import Decision
@@ -252,17 +251,16 @@ def cascades_of(
     contexts: Sequence[int],
     cheap: Sequence[str],
 ) -> dict[str, CascadeRouter]:
-    """A calibrated cascade for each of `cheap`, see `CHEAP`, whose networks are the first two of `sources` and the last."""
+    """A calibrated cascade for each of `cheap`, see `CHEAP`, of those of the first two of `sources` that pay and the last."""
     costs = measured_costs(router)
     found = {}
     for name, numbers in ((name, CHEAP[name]) for name in cheap):
-        own = [costs[n] for n in (*numbers, 2)]
-        made = fastroute.cascade([sources[n] for n in (*numbers, 2)], costs=own).to("cpu", dtype)
-        parts = [
-            replace(c, errors=c.errors[list(numbers)], samples=None if c.samples is None else c.samples[list(numbers)])
-            for c in cells
-        ]
-        learnt = best_of_scores(parts, own, PROMISED, contexts)
+        own = (*numbers, 2)
+        learnt = best_of_classes([c.of(numbers) for c in cells], [costs[n] for n in own], PROMISED, contexts)
+        kept = [own[k] for k in learnt.classes]
+        made = fastroute.cascade([sources[n] for n in kept], costs=learnt.costs).to("cpu", dtype)
+        if learnt.left_out:
+            print(f"  {name}: it keeps {', '.join(made.names)}; before, of the dense cost: {learnt.left_out}")
         print(f"  {name}: of the dense cost by score {learnt.tried}, margin {learnt.table.margin:.2f}, {learnt.table.sampling}",
               flush=True)  # fmt: skip
         made.decision = Decision(learnt.table, score=learnt.score)

@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 import fastroute
 from fastroute import io
 from fastroute.cascades import score
+from fastroute.cascades.calibrate import best_of_classes, best_of_scores
 from fastroute.cascades.cells import CELL, Cells, edge_scores
 from fastroute.cascades.decision import Table
 from fastroute.cascades.distil import width_for
@@ -105,6 +107,33 @@ def test_a_table_learns_the_law_of_its_cells():
     torch.testing.assert_close(expected, (scores / 255).square(), rtol=0.25, atol=2e-6)
     assert found.table.shares[1] == pytest.approx(0.5, rel=0.2) and found.table.inner == pytest.approx(0.1, rel=0.2)
     assert found.table.margin < 1.2 and min(found.reached) > 40 - 0.8
+
+
+def with_another(cells: Measured, factor: float, wrong: float) -> Measured:
+    """A cheapest class beside that of `made`: `factor` times its errors, and in every fifth cell `wrong` times these."""
+    errors = cells.errors * factor
+    errors.view(-1)[cells.picture % 5 :: 5] *= wrong
+    return replace(cells, errors=torch.cat([errors, cells.errors]))
+
+
+def test_a_network_that_costs_more_than_it_saves_is_left_out():
+    costs, asked = [0.001, 0.05, 1.0], (36.0, (8, 16))
+    useless = [with_another(c, 1.5, 300.0) for c in made(spread=0.2)]
+    found, both = best_of_classes(useless, costs, *asked), best_of_scores(useless, costs, *asked)
+    alone = best_of_scores(made(spread=0.2), costs[1:], *asked)
+    assert found.classes == (1, 2) and found.left_out == {0: both.spent} and found.costs == (0.05, 1.0)
+    assert found.spent == alone.spent < both.spent
+    assert torch.equal(found.table.errors, alone.table.errors)
+
+    useful = [with_another(c, 1.0, 1.0) for c in made(spread=0.2)]
+    found = best_of_classes(useful, costs, *asked)
+    assert 0 in found.classes and found.spent < alone.spent
+
+
+def test_every_cascade_that_is_tried_is_shown():
+    told = []
+    best_of_classes([with_another(c, 1.0, 1.0) for c in made(4, 4)], [0.1, 0.2, 1.0], 36.0, (8,), lambda *x: told.append(x))
+    assert told == [(1, 3), (2, 3), (3, 3)]
 
 
 def test_pictures_that_differ_ask_for_a_margin():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -18,6 +18,8 @@ CONTEXT, FALL = 16, 0.1
 FEWEST = 3
 # A target is met by halving the range of a price so often.
 STEPS = 9
+# Makes a plan of the least class of every cell, see :func:`fastroute.cascades.plan.make_plan`.
+Planner = Callable[[Tensor, Cells, Sequence[float], int], Plan]
 
 
 @dataclass(frozen=True)
@@ -138,6 +140,7 @@ def choose(
     scores: Tensor | None,  # [rows, cols]
     class_ids: Tensor | None,  # [rows, cols]
     align: int = 1,
+    planner: Planner = make_plan,
 ) -> Plan:
     """The cheapest plan found that meets `target`.
 
@@ -149,28 +152,35 @@ def choose(
         scores: [rows, cols] of the cells; None where every class is known.
         class_ids: int64 [rows, cols], where they are known.
         align: contexts are rounded up to its multiples: networks that fold pixels see them as they do in the whole image.
+        planner: what makes a plan of classes.
     """
     context = aligned(decision.context if target.context is None else target.context, align)
     last = len(costs) - 1
     if class_ids is not None:
-        return make_plan(class_ids, cells, costs, context)
+        return planner(class_ids, cells, costs, context)
     if target.everywhere or scores is None:
-        return make_plan(torch.full((cells.rows, cells.cols), last), cells, costs, context)
+        return planner(torch.full((cells.rows, cells.cols), last), cells, costs, context)
     if target.budget is None and target.fidelity is None and decision.thresholds is not None:
         limits = torch.tensor(decision.thresholds, dtype=scores.dtype)
-        return make_plan((scores[..., None] > limits).sum(-1), cells, costs, context)
+        return planner((scores[..., None] > limits).sum(-1), cells, costs, context)
     table = decision.table
     free = table is not None and target.context is None
     contexts = [aligned(each, align) for each in table.contexts] if free and table is not None else [context]
-    plans = [_searched(table, target, cells, costs, scores, each) for each in contexts]
+    plans = [_searched(table, target, cells, costs, scores, each, planner) for each in contexts]
     if target.fidelity is not None:
         return min(plans, key=lambda found: found[1].cost)[1]
     return min(plans, key=lambda found: found[0])[1]
 
 
 def _searched(
-    table: Table | None, target: Target, cells: Cells, costs: Sequence[float], scores: Tensor, context: int
-) -> tuple[float, Plan]:  # [rows, cols]
+    table: Table | None,
+    target: Target,
+    cells: Cells,
+    costs: Sequence[float],
+    scores: Tensor,  # [rows, cols]
+    context: int,
+    planner: Planner,
+) -> tuple[float, Plan]:
     """A plan with this context that meets `target`, and its expected error: the price of an error is halved in on."""
     expected = _expected(table, scores, len(costs))
     areas, most = cells.areas(), costs[-1]
@@ -178,7 +188,7 @@ def _searched(
 
     def at(price: float) -> tuple[float, Plan]:
         utility = expected + price * prices[:, None, None]
-        plan = make_plan(utility.argmin(dim=0), cells, costs, context)
+        plan = planner(utility.argmin(dim=0), cells, costs, context)
         return error_of(plan, expected, table, areas), plan
 
     largest = float((expected[0] - expected[-1]).max()) / max(float(prices[-1] - prices[0]), 1e-9)
@@ -186,7 +196,7 @@ def _searched(
     if target.fidelity is not None:
         allowed = 10 ** (-target.fidelity / 10)
         # The dense run is what is always near enough.
-        everywhere = make_plan(torch.full_like(scores, len(costs) - 1, dtype=torch.int64), cells, costs, context)
+        everywhere = planner(torch.full_like(scores, len(costs) - 1, dtype=torch.int64), cells, costs, context)
         best = (0.0, everywhere)
         for _ in range(STEPS):
             middle = (low + high) / 2
@@ -198,7 +208,7 @@ def _searched(
                 high = middle
         return best
     budget = float(target.budget or 1.0) * cells.height * cells.width
-    cheapest = make_plan(torch.zeros_like(scores, dtype=torch.int64), cells, costs, context)
+    cheapest = planner(torch.zeros_like(scores, dtype=torch.int64), cells, costs, context)
     best = (error_of(cheapest, expected, table, areas), cheapest)
     for _ in range(STEPS):
         middle = (low + high) / 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -39,6 +40,11 @@ class Measured:
     image: Tensor | None = None
     places: tuple[Rectangle, ...] = ()
     samples: Tensor | None = None
+
+    def of(self, classes: Sequence[int]) -> Measured:
+        """What was measured of these of the cheaper classes."""
+        samples = None if self.samples is None else self.samples[list(classes)]
+        return replace(self, errors=self.errors[list(classes)], samples=samples)
 
 
 def region_of(cells: Cells) -> Rectangle | None:

@@ -9,8 +9,10 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from fastroute.cascades.cells import Cells
 from fastroute.cascades.decision import FEWEST, Decision, Sampling, Table, Target, choose, error_of
 from fastroute.cascades.measured import Measured, rescored
+from fastroute.cascades.plan import Plan, make_plan
 from fastroute.cascades.samples import FEWER, SHARE, TAUGHT, ratios_of
 from fastroute.cascades.score import CellScore
 from fastroute.cascades.table_fit import learn
@@ -26,8 +28,32 @@ LOWER = 2**-0.25
 # An error that is below what rounding makes.
 EXACT = 1e-10
 
-# A crop, and a table that was learnt from other pictures.
-Test = tuple[Measured, Table]
+
+@dataclass(frozen=True)
+class HeldOut:
+    """A crop, and a table that was learnt from other pictures.
+
+    Attributes:
+        cells: of the crop.
+        table: of the others.
+        plans: of the crop, by the classes of its cells and the context. A margin or a corrected table chooses another one of
+            them, and each is made once.
+    """
+
+    cells: Measured
+    table: Table
+    plans: dict[tuple[bytes, int], Plan] = field(default_factory=dict, repr=False)
+
+    def by(self, table: Table) -> HeldOut:
+        """The same crop by another table."""
+        return replace(self, table=table)
+
+    def plan(self, class_ids: Tensor, cells: Cells, costs: Sequence[float], context: int) -> Plan:  # [rows, cols]
+        """As :func:`make_plan`, with the same costs at every call."""
+        key = class_ids.numpy().tobytes(), context
+        if key not in self.plans:
+            self.plans[key] = make_plan(class_ids, cells, costs, context)
+        return self.plans[key]
 
 
 @dataclass(frozen=True)
@@ -42,6 +68,8 @@ class Calibration:
         spent: share of the dense cost that these crops take, in the mean.
         score: by which cells are told apart; None for the strength of their edges.
         tried: `spent` of each score that was tried, by its name.
+        classes: numbers of the networks that the cascade keeps, rising; empty for all.
+        left_out: `spent` before a network was left out, by its number.
     """
 
     table: Table
@@ -53,6 +81,8 @@ class Calibration:
     spent: float = 1.0
     score: CellScore | None = None
     tried: dict[str, float] = field(default_factory=dict)
+    classes: tuple[int, ...] = ()
+    left_out: dict[int, float] = field(default_factory=dict)
 
 
 def learnt_from(
@@ -72,30 +102,30 @@ def learnt_from(
         learn_score: from cells to a score by which they are told apart; default that which they have.
     """
     pictures = sorted({c.picture for c in cells})
-    tests: list[Test] = []
+    tests: list[HeldOut] = []
     for fold in range(min(FOLDS, len(pictures))):
         tested = set(pictures[fold::FOLDS])
         others = [c for c in cells if c.picture not in tested]
         score = None if learn_score is None else learn_score(others)
         taught = _taught([_scored(c, score) for c in others], contexts, fidelity)
-        tests += [(_scored(c, score), taught) for c in cells if c.picture in tested]
+        tests += [HeldOut(_scored(c, score), taught) for c in cells if c.picture in tested]
     margin = least_margin(tests, costs)
-    plans = [_planned((c, replace(taught, margin=margin)), costs) for c, taught in tests]
+    plans = [_planned(test.by(replace(test.table, margin=margin)), costs) for test in tests]
     sampling = None
     if all(len(c.places) == TAUGHT for c in cells):
         margins = []
         for number in range(FEWEST, TAUGHT + 1):
-            ratios = [_ratios(c, taught, number) for c, taught in tests]
+            ratios = [_ratios(test, number) for test in tests]
             pairs = zip(tests, ratios, strict=True)
-            margins.append(least_margin([(c, taught.corrected(own, 1.0)) for (c, taught), own in pairs], costs))
+            margins.append(least_margin([test.by(test.table.corrected(own, 1.0)) for test, own in pairs], costs))
         nearest = torch.quantile(torch.stack([own.min() for own in ratios]), NEAREST)
         sampling = Sampling(tuple(margins), float(nearest))
-        for n, ((c, taught), own) in enumerate(zip(tests, ratios, strict=True)):
+        for n, (test, own) in enumerate(zip(tests, ratios, strict=True)):
             # As in a call: a crop is measured where that may pay.
-            hoped = taught.corrected(nearest.expand(len(costs) - 1), margins[-1])
-            if _planned((c, hoped), costs, SHARE).spent < plans[n].spent:
-                plans[n] = _planned((c, taught.corrected(own, margins[-1])), costs, SHARE)
-    spent = sum(plan.spent for plan in plans) / sum(float(c.cells.areas().sum()) for c, _ in tests)
+            hoped = test.table.corrected(nearest.expand(len(costs) - 1), margins[-1])
+            if _planned(test.by(hoped), costs, SHARE).spent < plans[n].spent:
+                plans[n] = _planned(test.by(test.table.corrected(own, margins[-1])), costs, SHARE)
+    spent = sum(plan.spent for plan in plans) / sum(float(test.cells.cells.areas().sum()) for test in tests)
     score = None if learn_score is None else learn_score(cells)
     table = replace(_taught([_scored(c, score) for c in cells], contexts, fidelity), margin=margin, sampling=sampling)
     number = sum(c.scores.numel() for c in cells)
@@ -112,8 +142,9 @@ def _taught(cells: Sequence[Measured], contexts: Sequence[int], fidelity: float)
     return Table(found.scores, found.errors, tuple(contexts), found.shares, found.inner, 1.0, fidelity)
 
 
-def _ratios(cells: Measured, table: Table, number: int) -> Tensor:  # [K - 1]
+def _ratios(test: HeldOut, number: int) -> Tensor:  # [K - 1]
     """What `number` of the measured cells tell, those that a call would choose."""
+    cells, table = test.cells, test.table
     assert cells.samples is not None  # asked before
     ranked = sorted(range(TAUGHT), key=lambda n: float(cells.scores[cells.places[n].top, cells.places[n].left]))
     chosen = [ranked[n] for n in FEWER.get(number, range(TAUGHT))]
@@ -135,11 +166,11 @@ class Planned:
     missing: float
 
 
-def _planned(test: Test, costs: Sequence[float], share: float = 0.0) -> Planned:
+def _planned(test: HeldOut, costs: Sequence[float], share: float = 0.0) -> Planned:
     """A crop by its table, and `share` of its dense cost for measuring it."""
-    own, table = test
+    own, table = test.cells, test.table
     expected, areas = table.expected(own.scores), own.cells.areas()
-    plan = choose(Decision(table), Target(fidelity=table.fidelity), own.cells, costs, own.scores, None)
+    plan = choose(Decision(table), Target(fidelity=table.fidelity), own.cells, costs, own.scores, None, planner=test.plan)
     # What was measured of the cheaper classes, and what is expected of regions.
     found = error_of(plan, torch.cat([own.errors, expected[-1:]]), replace(table, margin=1.0), areas)
     predicted = error_of(plan, expected, table, areas)
@@ -147,18 +178,19 @@ def _planned(test: Test, costs: Sequence[float], share: float = 0.0) -> Planned:
     return Planned(plan.cost + share * float(areas.sum()), -10 * math.log10(max(found, EXACT)), missing)
 
 
-def least_margin(tests: Sequence[Test], costs: Sequence[float]) -> float:
+def least_margin(tests: Sequence[HeldOut], costs: Sequence[float]) -> float:
     """A margin at which `KEPT` of the crops keep what their tables promise, and none misses it by more than `WORST` dB.
 
     It begins with what `KEPT` of them would have needed, and the worst but for `WORST` dB, and falls while that holds.
     """
-    fidelity = tests[0][1].fidelity
+    fidelity = tests[0].table.fidelity
 
     def kept(margin: float) -> bool:
-        reached = [_planned((c, replace(table, margin=margin)), costs).reached for c, table in tests]
+        reached = [_planned(test.by(replace(test.table, margin=margin)), costs).reached for test in tests]
         return sum(value >= fidelity for value in reached) >= KEPT * len(reached) and min(reached) >= fidelity - WORST
 
-    needed = torch.tensor([_planned((c, replace(table, margin=1.0)), costs).missing for c, table in tests], dtype=torch.float64)
+    missing = [_planned(test.by(replace(test.table, margin=1.0)), costs).missing for test in tests]
+    needed = torch.tensor(missing, dtype=torch.float64)
     margin = max(1.0, float(torch.quantile(needed, KEPT)), float(needed.max()) / 10 ** (WORST / 10))
     while margin > 1 and kept(lower := max(margin * LOWER, 1.0)):
         margin = lower

@@ -69,7 +69,9 @@ def command(
             if str(error).startswith(name):
                 raise click.UsageError(str(error).removeprefix(name)) from error
         raise
-    save_cascade(out, branches, found, precision=running["precision"])
+    left_out = {Path(branches[k]).stem: round(spent, 4) for k, spent in found.left_out.items()}
+    branches = [branches[k] for k in found.classes]
+    save_cascade(out, branches, found, precision=running["precision"], left_out=left_out)
     if quiet:
         return
     click.echo(f"{found.cells:,} cells of {found.pictures} pictures; costs relative to {Path(model).stem}: " + ", ".join(
@@ -77,6 +79,8 @@ def command(
     spent = ", ".join(f"{name} {share:.2f}" for name, share in found.tried.items())
     which = "that which is learned" if found.score is not None else "the strength of edges"
     click.echo(f"of the dense cost, pictures held out take by score: {spent}; {which} is kept")
+    for name, share in left_out.items():
+        click.echo(f"{name} is left out: with it they take {share:.2f}")
     kept = sum(value >= fidelity for value in found.reached)
     sampling = found.table.sampling
     or_by = (

@@ -39,32 +39,22 @@ def nvcc_reason(archs: Sequence[str] = ARCHS) -> str | None:
     return f"this nvcc does not know sm_{', sm_'.join(missing)}" if missing else None
 
 
-def command(archs: Sequence[str]) -> list[str | Path]:
-    """nvcc, but for what it makes of which source."""
-    codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
-    flags = ["-O3", "-std=c++20", "-DUSE_CUDA", "-Xptxas", "-v", *codes, builds.ABI, *builds.INCLUDES]
-    return [str(builds.NVCC), "-ccbin", builds.CXX[-1], *flags]
-
-
-def cubin(source: Path, arch: str) -> tuple[Path, list[str | Path]]:
-    """Where the machine code of one source for one architecture is kept, and what makes it."""
-    making = [*command([arch]), "-cubin", source]
-    return builds.CACHE / f"{source.stem}-{arch}-{builds.digest(making, [source, *builds.headers()])}.cubin", making
-
-
-def report(source: Path) -> str:
-    """What ptxas says while nvcc compiles one source for all architectures."""
+def machine_code(source: Path, arch: str) -> tuple[Path, str]:
+    """Machine code of one source for one architecture, and what ptxas says of it; kept from run to run."""
     # Of device code alone: the shim's compiler warns of the host's.
-    making = [*command(ARCHS), "-fatbin", source]
-    path = builds.CACHE / f"{source.stem}-{builds.digest(making, [source, *builds.headers()])}.ptxas"
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        text = builds.run([*making, "-o", path.with_suffix(".fatbin")])
+    flags = ["-O3", "-std=c++20", "-DUSE_CUDA", "-Xptxas", "-v", f"-arch=sm_{arch}", builds.ABI, *builds.INCLUDES]
+    making = [str(builds.NVCC), "-ccbin", builds.CXX[-1], *flags, "-cubin", source]
+    cubin = builds.CACHE / f"{source.stem}-{arch}-{builds.digest(making, [source, *builds.headers()])}.cubin"
+    said = cubin.with_suffix(".ptxas")
+    if not said.exists():
+        cubin.parent.mkdir(parents=True, exist_ok=True)
+        fresh = cubin.with_suffix(f".{os.getpid()}")
+        text = builds.run([*making, "-o", fresh])
         if "warning" in text:
             raise RuntimeError(text)
-        path.with_suffix(".fatbin").unlink()
-        path.write_text(text)
-    return path.read_text()
+        fresh.replace(cubin)
+        said.write_text(text)
+    return cubin, said.read_text()
 
 
 def kernels(source: Path) -> list[Kernel]:
@@ -74,7 +64,8 @@ def kernels(source: Path) -> list[Kernel]:
         r"Compiling entry function '(\w+)' for 'sm_(\d+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, "
         r"(\d+) bytes spill loads.*?Used (\d+) registers([^\n]*)"
     )
-    for match in re.finditer(pattern, report(source), re.DOTALL):
+    reports = "".join(machine_code(source, arch)[1] for arch in ARCHS)
+    for match in re.finditer(pattern, reports, re.DOTALL):
         mangled, arch, stack, stores, loads, registers, rest = match.groups()
         shared = re.search(r"(\d+) bytes smem", rest)
         spills = int(stores) + int(loads)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -67,10 +68,10 @@ def reason() -> str | None:
     return compiled.nvcc_reason(ARCHS) or (None if disassembler() else "nvdisasm was not found (CUDA toolkit or Triton)")
 
 
+@cache
 def disassembled(source: Path, arch: str) -> str:
     """Machine code of every kernel of one source, kept from run to run."""
-    cubin = builds.kept(*compiled.cubin(source, arch))
-    return builds.run([disassembler(), "-c", cubin])
+    return builds.run([disassembler(), "-c", compiled.machine_code(source, arch)[0]])
 
 
 def functions(text: str) -> dict[str, list[str]]:
