@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -73,11 +74,32 @@ LONGEST = (
 )
 
 
+# Interpreted and emulated kernels take one in so many cases of every test; .ci/run sets it.
+SHARE = int(os.environ.get("FASTROUTE_TEST_SHARE", "1")) if EMULATED or os.environ.get("TRITON_INTERPRET") == "1" else 1
+
+
+@pytest.hookimpl(trylast=True)  # after what is deselected by name
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Where several processes share the files, none is to be left with a long one at the end."""
+    if SHARE > 1:
+        chosen = sample(items)
+        config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+        items[:] = [item for item in items if item in chosen]
     if hasattr(config, "workerinput"):
+        # Where several processes share the files, none is to be left with a long one at the end.
         order = {name: number for number, name in enumerate(LONGEST)}
         items.sort(key=lambda item: order.get(item.path.name, len(order)))
+
+
+def sample(items: list[pytest.Item]) -> set[pytest.Item]:
+    """One in `SHARE` cases of every test function, one at least, scattered over its parameters and always the same."""
+    functions: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        functions.setdefault(item.nodeid.split("[")[0], []).append(item)
+    chosen: set[pytest.Item] = set()
+    for cases in functions.values():
+        cases.sort(key=lambda item: zlib.crc32(item.nodeid.encode()))
+        chosen.update(cases[: -(-len(cases) // SHARE)])
+    return chosen
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -16,17 +16,28 @@ import fastroute
 from fastroute.backends import unsupported_reasons
 
 ISAS = ("baseline", "avx2", "avx512", "widest")
-# What runs in a process of its own: neither tests nor the package, which would take seconds to import.
+# What runs in a process of its own, and there in one for each instruction set: neither tests nor the package, which would take
+# seconds to import, as torch does once.
 PROGRAM = """
-import sys, torch
-torch.ops.load_library(sys.argv[1])
-packet, overload = sys.argv[2].split(".")
-operator = getattr(getattr(torch.ops.fastroute, packet), overload)
-results = []
-for args, out in torch.load(sys.argv[3], weights_only=True):
-    result = operator(*args, **out)
-    results.append(out.get("out", result))
-torch.save(results, sys.argv[4])
+import os, sys, torch
+library, operator, calls, *isas = sys.argv[1:]
+for isa in isas:
+    child = os.fork()
+    if child:
+        assert os.waitpid(child, 0)[1] == 0, isa
+        continue
+    os.environ.pop("FASTROUTE_ISA", None)
+    if isa != "widest":
+        os.environ["FASTROUTE_ISA"] = isa
+    torch.ops.load_library(library)
+    packet, overload = operator.split(".")
+    run = getattr(getattr(torch.ops.fastroute, packet), overload)
+    results = []
+    for args, out in torch.load(calls, weights_only=True):
+        result = run(*args, **out)
+        results.append(out.get("out", result))
+    torch.save(results, f"{calls}-{isa}")
+    os._exit(0)
 """
 
 
@@ -42,18 +53,12 @@ def run_on_each(operator: str, calls: Sequence[tuple[tuple, dict]], folder: Path
 
     "widest" names none: what the processor has, products of bfloat16 too.
     """
-    torch.save(list(calls), folder / "calls.pt")
-    found = {}
-    for isa in ISAS:
-        environment = {name: value for name, value in os.environ.items() if name != "FASTROUTE_ISA"}
-        environment |= {} if isa == "widest" else {"FASTROUTE_ISA": isa}
-        library = Path(fastroute.__file__).parent / "_ops.so"
-        files = [str(folder / "calls.pt"), str(folder / f"{isa}.pt")]
-        command = [sys.executable, "-c", PROGRAM, str(library), operator, *files]
-        result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
-        assert result.returncode == 0, result.stderr[-4000:]
-        found[isa] = torch.load(folder / f"{isa}.pt", weights_only=True)
-    return found
+    given, library = folder / "calls.pt", Path(fastroute.__file__).parent / "_ops.so"
+    torch.save(list(calls), given)
+    command = [sys.executable, "-c", PROGRAM, str(library), operator, str(given), *ISAS]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert result.returncode == 0, result.stderr[-4000:]
+    return {isa: torch.load(f"{given}-{isa}", weights_only=True) for isa in ISAS}
 
 
 def has_fma() -> bool:

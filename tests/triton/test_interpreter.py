@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 # `TRITON_INTERPRET=1 python -m pytest tests/ops -k triton-cpu` runs them all.
 LAYOUTS = "transposed or expanded or channels_last"
 GEOMETRIES = "(sweep_of_geometries and not 11 and not 17)"
-VECTORS = "(in_vectors and (hann or bfloat16 or uint16 or float32))"
+VECTORS = "(in_vectors and (hann or bfloat16 or uint16 or float32 or 4-torch.float16-torch.uint8 or 1-torch.float16-None))"
 POISONED = "(poisoned and not float32)"
 ROWS = "(test_rows and (crop or uint8)) or (in_rows and not float32 and not 2-2)"
 TYPES = "(types and (float64 or (sliced and not float32)))"
@@ -28,7 +28,7 @@ TYPES = "(types and (float64 or (sliced and not float32)))"
 SIZES = "small1 or small2 or small3 or small4 or small6"
 REPEATED = {
     "adaptive_threshold": "(sweep and not float32 and not 31) or (test_table and not float32 and not tie)",
-    "assign_classes": "(opcheck and False) or budget_holds or no_smaller or sweep_against or unit_of_cost or equal_items or "
+    "assign_classes": "(opcheck and False) or inductor or budget_holds or no_smaller or sweep_against or unit_of_cost or equal_items or "
     "(sweep_of_penalties and not float32 and not 300)",
     "extract_patches": f"{POISONED} or {LAYOUTS} or {GEOMETRIES} or (types and float64)",
     "gather_groups": "complex64 or int16 or uint8",
@@ -38,7 +38,7 @@ REPEATED = {
     "40-classes",
     "refine_boundaries": "(sweep and not float32 and not 22)",
     "scatter_groups": "complex64 or int16 or uint8",
-    "stitch_patches": f"{VECTORS} or {POISONED} or {LAYOUTS} or inductor or through_shuffle or {ROWS} or {TYPES}",
+    "stitch_patches": f"{VECTORS} or {POISONED} or {LAYOUTS} or compiles or through_shuffle or {ROWS} or {TYPES}",
 }
 
 
