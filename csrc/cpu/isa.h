@@ -3,6 +3,8 @@
 
 #include <torch/csrc/stable/ops.h>
 
+#include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
@@ -106,6 +108,15 @@ void parallel(int64_t count, int64_t grain, const F& f) {
         }
     });
     if (first) std::rethrow_exception(first);
+}
+
+// Calls `worker(next)` in every thread, where `next()` gives the number of an item that nobody has done: those from
+// `count` on do not exist. A core that is slower than the others, or busy with something else, does fewer of them.
+template <typename F>
+void in_turn(int64_t count, const F& worker) {
+    std::atomic<int64_t> taken{0};
+    const auto next = [&taken] { return taken.fetch_add(1, std::memory_order_relaxed); };
+    parallel(std::min<int64_t>(count, torch::stable::get_num_threads()), 1, [&](int64_t, int64_t) { worker(next); });
 }
 
 // Items that make a chunk of work worth a thread: about 64 KiB of traffic.

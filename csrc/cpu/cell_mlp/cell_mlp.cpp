@@ -3,7 +3,6 @@
 // Work mapping: one item per block of rows of cells; tiles of cells go through all layers inside the caches, across the
 // ends of rows, and are added to their windows from the left to the right.
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 #include <limits>
 #include <utility>
@@ -97,11 +96,9 @@ void run_blocks(const Problem<T>& p, const Kernels<T>& kernels, const Tensor& im
     const auto image_bytes = p.stride[0] * static_cast<int64_t>(image.element_size());
     const int64_t block_rows = std::clamp<int64_t>(kBlockCells / p.cols, 1, p.rows);
     const int64_t down = (p.rows + block_rows - 1) / block_rows, blocks = image.size(0) * down;
-    std::atomic<int64_t> next{0};
-    const int64_t threads = std::min<int64_t>(blocks, torch::stable::get_num_threads());
-    parallel(threads, 1, [&](int64_t, int64_t) {
+    in_turn(blocks, [&](const auto& next) {
         Workspace<T> ws(p, block_rows);
-        for (int64_t item = next++; item < blocks; item = next++) {
+        for (int64_t item = next(); item < blocks; item = next()) {
             const int64_t b = item / down, row = item % down * block_rows, rows = std::min(block_rows, p.rows - row);
             kernels.run_block(p, pixels + b * image_bytes, row, rows, ws);
             dispatch_floating(kOp, out.scalar_type(), [&](auto zero) {

@@ -178,19 +178,24 @@ Tensor convolved(const std::vector<Tensor>& images,        // [B, C, H, W] each
     const int64_t rows = whole ? 1 : height, length = whole ? batch * height * width : width;
     const int64_t blocks = (length + kBlock - 1) / kBlock, runs = whole ? 1 : batch * height;
     const auto run_block = active_block();
-    parallel(runs * blocks, grain_for(kBlock * (channels + p.outputs) * 4), [&](int64_t begin, int64_t end) {
-        for (int64_t item = begin; item < end; ++item) {
-            const int64_t number = item / blocks, at = item % blocks * kBlock, last = std::min(at + kBlock, length);
-            const Run run{number / rows, number % rows, number * length, length};
-            if constexpr (!kHalf) {
-                run_block(p, run, at, last);
-            } else if (!pairs) {
-                run_widened(run_block, p, run, at, last);
-            } else {
+    const auto run_item = [&](int64_t item) {
+        const int64_t number = item / blocks, at = item % blocks * kBlock, last = std::min(at + kBlock, length);
+        const Run run{number / rows, number % rows, number * length, length};
+        if constexpr (!kHalf) {
+            run_block(p, run, at, last);
+        } else if (!pairs) {
+            run_widened(run_block, p, run, at, last);
+        } else {
 #if FASTROUTE_X86
-                half::run_block(p, run, at, last);
+            half::run_block(p, run, at, last);
 #endif
-            }
+        }
+    };
+    const int64_t items = runs * blocks, grain = grain_for(kBlock * (channels + p.outputs) * 4);
+    const int64_t parts = (items + grain - 1) / grain;
+    in_turn(parts, [&](const auto& next) {
+        for (int64_t part = next(); part < parts; part = next()) {
+            for (int64_t item = part * grain; item < std::min((part + 1) * grain, items); ++item) run_item(item);
         }
     });
     return out;

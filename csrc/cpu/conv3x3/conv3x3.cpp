@@ -118,10 +118,11 @@ void run(Problem& p) {
     p.tiles = tiles_per_block(p.channels);
     const int64_t total = p.images * p.down * p.across, blocks = (total + p.tiles - 1) / p.tiles;
     const auto run_block = active_block();
-    parallel(blocks, 1, [&](int64_t begin, int64_t end) {
+    in_turn(blocks, [&](const auto& next) {
         static thread_local Workspace ws;
         ws.reserve(p);
-        for (int64_t n = begin; n < end; ++n) run_block(p, n * p.tiles, std::min(p.tiles, total - n * p.tiles), ws);
+        for (int64_t n = next(); n < blocks; n = next())
+            run_block(p, n * p.tiles, std::min(p.tiles, total - n * p.tiles), ws);
     });
 }
 

@@ -92,8 +92,8 @@ inline void run_direct(Direct& p) {
     const bool fast = active_bf16(), is_few = fast && p.groups == 1 && p.shuffle == 1 && p.shown <= kFew;
     const int64_t rows = is_few ? kFewRows : kRows, items = (p.height + rows - 1) / rows;
     const Few few = is_few ? few_columns(p) : Few{};
-    parallel(p.images * items, 1, [&](int64_t begin, int64_t end) {
-        for (int64_t item = begin; item < end; ++item) {
+    in_turn(p.images * items, [&](const auto& next) {
+        for (int64_t item = next(); item < p.images * items; item = next()) {
             const int64_t n = item / items, first = item % items * rows, last = std::min(first + rows, p.height);
 #if FASTROUTE_X86
             if (is_few) {

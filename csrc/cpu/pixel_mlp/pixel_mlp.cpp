@@ -103,13 +103,11 @@ template <typename T>
 void run_blocks(const Problem<T>& p, int64_t batch, const std::optional<Tensor>& class_map) {
     const int64_t down = static_cast<int64_t>(p.y.cuts.size()) - 1, across = static_cast<int64_t>(p.x.cuts.size()) - 1;
     const int64_t blocks = batch * down * across;
-    std::atomic<int64_t> next{0};
     std::atomic<bool> good{true};
-    const int64_t threads = std::min<int64_t>(blocks, torch::stable::get_num_threads());
-    parallel(threads, 1, [&](int64_t, int64_t) {
+    in_turn(blocks, [&](const auto& next) {
         Workspace<T> ws(p);
         std::vector<int64_t> counts(p.mlps.size());
-        for (int64_t item = next++; item < blocks; item = next++) {
+        for (int64_t item = next(); item < blocks; item = next()) {
             const int64_t row = item / across % down, col = item % across;
             const Block block{.image = item / across / down,
                               .y0 = p.y.cuts[row],

@@ -3,7 +3,6 @@
 #pragma once
 
 #include <algorithm>
-#include <atomic>
 #include <vector>
 
 #include "common/stitch_patches.h"
@@ -159,15 +158,14 @@ void run_alike(const Items<T, Out>& items) {
     });
 }
 
-// What the layers of a patch cost depends on its kind, and hard patches lie together: each thread takes the next item.
+// What the layers of a patch cost depends on its kind, and hard patches lie together.
 template <typename T, typename Out>
 void run_in_turn(const Items<T, Out>& items, Spent& spent) {
-    std::atomic<int64_t> next{0};
     const int64_t count = items.count();
-    parallel(std::min<int64_t>(count, torch::stable::get_num_threads()), 1, [&](int64_t, int64_t) {
+    in_turn(count, [&](const auto& next) {
         const int64_t start = ticks();
         Scratch<Work<T>> scratch(items.plan, items.plan.upsampling->number);
-        for (int64_t item = next++; item < count; item = next++) items.run(item, scratch);
+        for (int64_t item = next(); item < count; item = next()) items.run(item, scratch);
         if (items.stream) stream_fence();
         spent.add(scratch.spent, ticks() - start);
     });
