@@ -75,10 +75,9 @@ def test_the_default_limit_suits_a_gpu(monkeypatch, size):
             largest = [min(1024, router.networks.largest(c, router.device)) for c in range(router.num_classes)]
             for c, number in enumerate(largest):
                 router.networks._search(c, router.device).best = tuning.Setting(number * 32 * 32)
-        assert not begins(router, Fake(*size)) or size[0] < 1000
-        with monkeypatch.context() as patched:
-            patched.setattr(memory_plan, "DEFAULT_LIMIT", {"cpu": memory_plan.DEFAULT_LIMIT["cuda"]})
-            assert begins(router, Fake(*size)), f"{router} needs more"
+        limits = memory_plan.DEFAULT_LIMIT
+        assert not begins(router, Fake(*size), memory_limit=limits["cpu"]) or size[0] < 1000
+        assert begins(router, Fake(*size), memory_limit=limits["cuda"]), f"{router} needs more"
 
 
 @pytest.mark.parametrize("scale", [1, 1.5, 2, 3, 4])

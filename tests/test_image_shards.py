@@ -241,6 +241,20 @@ def test_nothing_of_a_killed_process_stays(small, router, source, tmp_path, monk
     assert parts.done() == {0, 1, 2}
 
 
+@pytest.mark.parametrize("limit", [{}, {"memory_limit": None}, {"memory_limit": 400_000_000}])
+def test_a_share_has_the_limit_of_one_process(small, router, source, tmp_path, monkeypatch, limit):
+    stream, asked = PatchRouter.stream, []
+
+    def noting(self, *arguments, **options):
+        asked.append(options["memory_limit"])
+        return stream(self, *arguments, **options)
+
+    monkeypatch.setattr(PatchRouter, "stream", noting)
+    upscale_share(LargeImage(source, tmp_path / "out.zarr", Budget(0.9)), router, Shard(1, 1), **limit)
+    whole = limit.get("memory_limit", 512 << 20)
+    assert asked and (asked == [None] if whole is None else 0.9 * whole < asked[0] < whole)
+
+
 def test_classes_are_those_of_the_first_that_has_them(small, router, source, tmp_path):
     large = LargeImage(source, tmp_path / "a.zarr", Budget(0.9))
     upscale_share(large, router, Shard(2, 3))

@@ -56,6 +56,18 @@ class Recorder:
         self.bands.append((y, pixels.clone()))
 
 
+@pytest.mark.parametrize("kind", ["patches", "pixels"])
+def test_the_default_limit_is_the_least_where_nothing_fits_into_it(kind, request, monkeypatch):
+    router, image = request.getfixturevalue(kind), picture(1, 3, 40, 90)[0]
+    options = {} if kind == "patches" else {"scale": 2}
+    smallest, expected = least(router, image, **options), router.upscale(image, **options).image
+    monkeypatch.setattr(memory_plan, "DEFAULT_LIMIT", {"cpu": 1000, "cuda": 1000})
+    writer = Recorder()
+    stats = router.stream(ArrayReader(image.numpy(), True), writer, **options).stats
+    assert stats.working_set == smallest
+    assert torch.equal(bits(torch.cat([band for _, band in writer.bands], dim=1)), bits(expected))
+
+
 def check(router, image, step=1, **options):
     """All limits give the bits of `upscale`; the bands follow one another in steps."""
     expected = router.upscale(image, **options)

@@ -27,7 +27,7 @@ from fastroute.models.precision import probed_dtype, sums_of
 from fastroute.ops import _checks as check
 from fastroute.profiling import RoutedFlops
 from fastroute.runtime.endpoints import Endpoints, home, in_memory, output_like, streamed
-from fastroute.runtime.memory_plan import AUTO, Limit, check_limit, limit_on
+from fastroute.runtime.memory_plan import AUTO, Limit, Preferred, check_limit, limit_on
 from fastroute.runtime.progress import Progress, shown
 from fastroute.runtime.protocols import Reader, Writer, check_reader
 from fastroute.runtime.results import RoutingStats, Stopwatch, Streamed, Upscaled
@@ -214,7 +214,7 @@ class CascadeRouter(Router):
         channels, height, width = reader.shape
         maps = self._class_maps(class_map, (1, channels, height, width))
         ends = streamed(reader, writer, self.output_size(height, width), self.device)
-        call = Call(op, target, maps, limit, progress, memory_limit == AUTO)
+        call = Call(op, target, maps, limit, progress, isinstance(limit, Preferred))
         ids, stats = self._run(ends, [lambda where: reader.read(where.top, where.bottom, where.left, where.right)], call)
         return Streamed(ids[0], stats)
 

@@ -85,7 +85,7 @@ def upscale_file(
             far as the format supports it. The file appears when it is complete; an interrupted run leaves the old file.
         model: a name or a checkpoint, see :func:`fastroute.load`, or a router.
         memory_limit: bytes to hold beside the program, or None for no limit. By default, "auto", it is 512 MiB, or 8 GiB for a
-            router on a GPU.
+            router on a GPU, or the least that is possible where that is more.
         progress: show a progress bar, or call a function with how much is done and how much there is, see the router's
             `upscale`. If it raises, or after Ctrl-C, nothing is left behind.
         device: device of a model that is given by name.

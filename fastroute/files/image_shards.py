@@ -35,7 +35,8 @@ from fastroute.patch.patch_router import PatchRouter
 from fastroute.patch.regions import Merging
 from fastroute.pixel.pixel_router import PixelRouter
 from fastroute.runtime.border import refuse_edge
-from fastroute.runtime.memory_plan import check_limit
+from fastroute.runtime.memory_plan import AUTO as AUTO_LIMIT
+from fastroute.runtime.memory_plan import Limit, check_limit, limit_on
 from fastroute.runtime.progress import Progress, shown
 from fastroute.runtime.results import RoutingStats
 from fastroute.runtime.rows import ReaderSource
@@ -221,7 +222,7 @@ def upscale_bands(
     classes: np.ndarray,  # [rows, cols]
     layout: Layout,
     bands: tuple[int, int],
-    memory_limit: int | None = None,
+    memory_limit: Limit = AUTO_LIMIT,
     progress: Progress = False,
 ) -> RoutingStats:
     """Upscale and store `bands`, the first and one past the last. Each is noted as done once the disk has it.
@@ -229,10 +230,10 @@ def upscale_bands(
     Raises:
         ValueError: another process works on one of them, or `memory_limit` is less than is needed; the message names the least.
     """
-    parts = Parts(image.target)
+    parts, memory_limit = Parts(image.target), limit_on(router.device, memory_limit)
     with image.opened(memory_limit) as (opened, again), parts.claimed(*bands, "bands"):
         held = opened.held + (again.held if again.pixels is not opened.pixels else 0) + SHARDS_HELD * layout.shard_bytes
-        rest = None if memory_limit is None else max(memory_limit - held, 1)
+        rest = None if memory_limit is None else type(memory_limit)(max(memory_limit - held, 1))
         gray = opened.kind == "gray" and router.channels == 3
         writer = ResultWriter(ArrayRows(parts.path("image"), layout, parts.mark), again, gray, layout.shape[1:])
         with whole_limit(OP, memory_limit, rest):
@@ -248,7 +249,7 @@ def upscale_share(
     router: PatchRouter,
     shard: Shard,
     resume: bool = False,
-    memory_limit: int | None = None,
+    memory_limit: Limit = AUTO_LIMIT,
     progress: Progress = False,
 ) -> ShareDone:
     """The share of one process, from the first step to the last.
@@ -258,13 +259,13 @@ def upscale_share(
         router: its networks.
         shard: the share. Shares are neighbouring bands, and as large as each other, but for a band.
         resume: leave out bands that are done, by whomever.
-        memory_limit: bytes that the work may hold, or None for no limit.
+        memory_limit: see :meth:`fastroute.PatchRouter.stream`.
         progress: see :meth:`fastroute.PatchRouter.upscale`.
 
     Raises:
         ValueError, ImportError: see the steps. Nothing has been computed then.
     """
-    check_limit(OP, memory_limit)
+    check_limit(OP, limit_on(router.device, memory_limit))
     layout, parts = begin(image, router), Parts(image.target)
     own = range(layout.bands * (shard.number - 1) // shard.count, layout.bands * shard.number // shard.count)
     if not resume:

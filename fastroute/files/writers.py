@@ -305,7 +305,7 @@ def left_of(limit: int, held: int, path: Path, shape: tuple[int, int, int], dtyp
             f"cannot write {path}: its format is encoded whole, which takes about {most / 1e6:.0f} MB here, "
             f"more than the memory limit of {limit / 1e6:.0f} MB; choose .png, .tif or .zarr, which are written in bands"
         )
-    return max(limit - held - always, 1)
+    return type(limit)(max(limit - held - always, 1))
 
 
 def lost(path: Path, opened: OpenPicture) -> list[str]:

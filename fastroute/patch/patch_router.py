@@ -271,7 +271,8 @@ class PatchRouter(Router):
             budget, penalty, class_map, progress, budget_flops, budget_ms, promote: see :meth:`upscale`. Reading and writing
                 count towards the time where the computation waits for them.
             memory_limit: the largest number of bytes to hold, or None for no limit. By default, "auto", it is 512 MiB, or 8 GiB
-                on a GPU, whose bands and batches are larger. It does not change the result, which is that of :meth:`upscale`.
+                on a GPU, whose bands and batches are larger, or the least that is possible where that is more. It does not
+                change the result, which is that of :meth:`upscale`.
             rows: write only these rows of the result, the first and one past the last; needs the `class_map` of the whole
                 image. They have the bits of a run over all rows with `promote` as given, and need no more of the image than a
                 band above and below. So several processes can share one image.

@@ -235,7 +235,8 @@ class PixelRouter(Router):
                 integer scale few rows are held. If the ratio of the sizes has no small denominator, all features are held.
                 Reading and writing count towards the time where the computation waits for them.
             memory_limit: the largest number of bytes to hold, or None for no limit. By default, "auto", it is 512 MiB, or 8 GiB
-                on a GPU, whose bands are larger. It does not change the result, which is that of :meth:`upscale`.
+                on a GPU, whose bands are larger, or the least that is possible where that is more. It does not change the
+                result, which is that of :meth:`upscale`.
 
         Raises:
             ValueError, TypeError: see :meth:`upscale`. Nothing has been read or written then.

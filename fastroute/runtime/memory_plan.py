@@ -28,6 +28,10 @@ ACTIVATIONS = {"cpu": 256 << 20, "cuda": 2 << 30}
 REARRANGED = 2
 
 
+class Preferred(int):
+    """A limit in bytes that nobody asked for: where nothing fits into it, the least that is possible is taken."""
+
+
 @dataclass(frozen=True)
 class WorkingSet:
     """A model of the memory that is held beside input and output.
@@ -55,6 +59,8 @@ class WorkingSet:
             ValueError: even the lowest band does not fit. The message says which limit would.
         """
         least = self.bytes(self.block)
+        if isinstance(limit, Preferred) and limit < least:
+            return self.block
         if limit is not None and limit < least:
             raise ValueError(f"{op}: memory_limit must be at least {least} bytes ({least / 1e6:.0f} MB) here; got {limit}")
         if self.row == 0:
@@ -66,7 +72,7 @@ class WorkingSet:
 def limit_on(device: torch.device, limit: Limit) -> int | None:
     """`limit` in bytes, or None for no limit."""
     # `check_limit` judges anything else.
-    return on_device(DEFAULT_LIMIT, device) if isinstance(limit, str) and limit == AUTO else limit
+    return Preferred(on_device(DEFAULT_LIMIT, device)) if isinstance(limit, str) and limit == AUTO else limit
 
 
 def spare(device: torch.device) -> int:

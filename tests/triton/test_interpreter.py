@@ -28,8 +28,8 @@ TYPES = "(types and (float64 or (sliced and not float32)))"
 SIZES = "small1 or small2 or small3 or small4 or small6"
 REPEATED = {
     "adaptive_threshold": "(sweep and not float32 and not 31) or (test_table and not float32 and not tie)",
-    "assign_classes": "(opcheck and False) or inductor or budget_holds or no_smaller or sweep_against or unit_of_cost or equal_items or "
-    "(sweep_of_penalties and not float32 and not 300)",
+    "assign_classes": "(opcheck and False) or inductor or budget_holds or no_smaller or sweep_against or unit_of_cost or "
+    "equal_items or (sweep_of_penalties and not float32 and not 300)",
     "extract_patches": f"{POISONED} or {LAYOUTS} or {GEOMETRIES} or (types and float64)",
     "gather_groups": "complex64 or int16 or uint8",
     "group_by_class": "torch.int16 or torch.int32 or (70001 and uint8)",
