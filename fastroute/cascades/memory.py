@@ -12,7 +12,7 @@ from torch import nn
 from fastroute.cascades.cells import CELL
 from fastroute.cascades.run import FADE, TOGETHER, Limits, Piece
 from fastroute.models.network import Facts
-from fastroute.runtime.memory_plan import ACTIVATIONS, BAND_BYTES, REARRANGED, pass_bytes
+from fastroute.runtime.memory_plan import ACTIVATIONS, BAND_BYTES, REARRANGED, Preferred, pass_bytes
 
 # Sides of inputs on which memory is counted: the larger ones take what does not grow with the image as well.
 MEASURED = (128, 512)
@@ -76,9 +76,7 @@ class Memory:
         )
 
 
-def memory_within(
-    op: str, limit: int | None, networks: Sequence[Footprint], values: int, context: int, at_least: bool = False
-) -> Memory:
+def memory_within(op: str, limit: int | None, networks: Sequence[Footprint], values: int, context: int) -> Memory:
     """The plan of one image.
 
     Args:
@@ -87,7 +85,6 @@ def memory_within(
         networks: what each takes.
         values: of a LR row of the result.
         context: pixels around a piece.
-        at_least: take as much more as is needed.
 
     Raises:
         ValueError: no single cell fits. The message says which limit would.
@@ -100,7 +97,7 @@ def memory_within(
     most = Footprint(REARRANGED * most.fixed, REARRANGED * most.pixel)
     cell = max((CELL + 2 * context) ** 2, TOGETHER)
     least = most.fixed + most.pixel * cell + row * (CELL + 2 * FADE + BUFFERS * LEAST_ROWS)
-    if limit < least and not at_least:
+    if limit < least and not isinstance(limit, Preferred):
         raise ValueError(f"{op}: memory_limit must be at least {least} bytes ({least / 1e6:.0f} MB) here; got {limit}")
     spare = max(limit, least) - most.fixed
     rows = max(min(spare // 8, BAND_BYTES) // (BUFFERS * row), LEAST_ROWS)

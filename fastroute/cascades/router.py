@@ -27,7 +27,7 @@ from fastroute.models.precision import probed_dtype, sums_of
 from fastroute.ops import _checks as check
 from fastroute.profiling import RoutedFlops
 from fastroute.runtime.endpoints import Endpoints, home, in_memory, output_like, streamed
-from fastroute.runtime.memory_plan import AUTO, Limit, Preferred, check_limit, limit_on
+from fastroute.runtime.memory_plan import AUTO, Limit, check_limit, limit_on
 from fastroute.runtime.progress import Progress, shown
 from fastroute.runtime.protocols import Reader, Writer, check_reader
 from fastroute.runtime.results import RoutingStats, Stopwatch, Streamed, Upscaled
@@ -53,7 +53,6 @@ class Call:
         maps: int64 [B, rows, cols], where they are given.
         limit: bytes to hold at most.
         progress: see :meth:`CascadeRouter.upscale`.
-        at_least: take more than `limit` where a single cell does.
     """
 
     op: str
@@ -61,7 +60,6 @@ class Call:
     maps: Tensor | None
     limit: int | None
     progress: Progress
-    at_least: bool = False
 
 
 class CascadeRouter(Router):
@@ -214,7 +212,7 @@ class CascadeRouter(Router):
         channels, height, width = reader.shape
         maps = self._class_maps(class_map, (1, channels, height, width))
         ends = streamed(reader, writer, self.output_size(height, width), self.device)
-        call = Call(op, target, maps, limit, progress, isinstance(limit, Preferred))
+        call = Call(op, target, maps, limit, progress)
         ids, stats = self._run(ends, [lambda where: reader.read(where.top, where.bottom, where.left, where.right)], call)
         return Streamed(ids[0], stats)
 
@@ -274,7 +272,7 @@ class CascadeRouter(Router):
         watch, device = Stopwatch(self.device), self.device
         cells = Cells(*ends.source.shape[2:])
         takes, values = self._footprints(cells, call.limit), self.channels * self.scale**2 * cells.width
-        memory = memory_within(call.op, call.limit, takes, values, self._context(call.target), call.at_least)
+        memory = memory_within(call.op, call.limit, takes, values, self._context(call.target))
         plans, pieces = [], []
         with self.lock, patiently(device), ends.opened(memory.rows, memory.rows * self.scale) as sink:
             for n, raw in enumerate(reads):
