@@ -74,8 +74,11 @@ LONGEST = (
 )
 
 
-# Interpreted and emulated kernels take one in so many cases of every test; .ci/run sets it.
-SHARE = int(os.environ.get("FASTROUTE_TEST_SHARE", "1")) if EMULATED or os.environ.get("TRITON_INTERPRET") == "1" else 1
+# One in so many cases of slow tests; .ci/run sets it, with another turn for each commit.
+SHARE = int(os.environ.get("FASTROUTE_TEST_SHARE", "1"))
+TURN = os.environ.get("FASTROUTE_TEST_TURN", "0")
+# Interpreted kernels are tested by a process of their own, and so are emulated ones.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 @pytest.hookimpl(trylast=True)  # after what is deselected by name
@@ -91,14 +94,26 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def sample(items: list[pytest.Item]) -> set[pytest.Item]:
-    """One in `SHARE` cases of every test function, one at least, scattered over its parameters and always the same."""
-    functions: dict[str, list[pytest.Item]] = {}
-    for item in items:
-        functions.setdefault(item.nodeid.split("[")[0], []).append(item)
+    """One in `SHARE` of the slow tests of every file, and all others.
+
+    Every test of an interpreted or emulated kernel is slow, and many of them are alike: of each test function it takes one in
+    twice as many cases, where functions of one name count as one if they are interpreted, which takes longest.
+    """
     chosen: set[pytest.Item] = set()
-    for cases in functions.values():
-        cases.sort(key=lambda item: zlib.crc32(item.nodeid.encode()))
-        chosen.update(cases[: -(-len(cases) // SHARE)])
+    groups: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        if INTERPRETED:
+            groups.setdefault(item.name.split("[")[0], []).append(item)
+        elif EMULATED:
+            groups.setdefault(item.nodeid.split("[")[0], []).append(item)
+        elif item.get_closest_marker("slow"):
+            groups.setdefault(item.nodeid.split("::")[0], []).append(item)
+        else:
+            chosen.add(item)
+    share = 2 * SHARE if INTERPRETED or EMULATED else SHARE
+    for cases in groups.values():
+        cases.sort(key=lambda item: zlib.crc32(f"{TURN} {item.nodeid}".encode()))
+        chosen.update(cases[: -(-len(cases) // share)])
     return chosen
 
 

@@ -95,6 +95,7 @@ def test_outputs_of_every_width(recorded, published):
             torch.testing.assert_close(output, recorded[f"output_width{width}"], rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_published_carn(data_folder):
     path = data_folder / "weights" / "arm-carn.pth"
@@ -107,6 +108,7 @@ def test_published_carn(data_folder):
     assert psnr[0] < psnr[1] < psnr[2] < psnr[3]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backbone", list(BACKBONES))
 def test_widths_share_weights(backbone):
     arm = randomise(ARM(NETWORKS[backbone], (4, 8), 2)).train()
@@ -124,6 +126,7 @@ def test_widths_share_weights(backbone):
         assert not parameter.grad[~inside].any(), f"{name}: a gradient outside the narrower network"
 
 
+@pytest.mark.slow
 def test_gradient_through_a_width():
     arm = randomise(ARM("fsrcnn", (4, 6), 2)).double()
     x = torch.rand(1, 3, 4, 4, dtype=torch.float64, requires_grad=True)
@@ -198,6 +201,7 @@ def test_a_budget_is_spent_where_it_gains_most(cost):
             assert utility[rows, within].sum() == pytest.approx(utility[rows, best].sum().item(), abs=1e-3)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("backbone", list(BACKBONES))
 def test_router(backbone):
@@ -213,6 +217,7 @@ def test_router(backbone):
     torch.testing.assert_close(own, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_budget():
     arm = random_arm()
     router = PatchRouter(arm.branches, arm.classifier, patch=16, stride=12, scale=2, costs=arm.costs(16), merge=1)
@@ -239,6 +244,7 @@ def test_costs():
     assert Bicubic(3)(torch.rand(1, 3, 4, 5)).shape == (1, 3, 12, 15)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("backbone", "ending"), [("fsrcnn", ".pth"), *((backbone, ".safetensors") for backbone in BACKBONES)])
 def test_saved_and_loaded(tmp_path, backbone, ending):
     arm = random_arm(backbone, scale=2)
@@ -254,6 +260,7 @@ def test_saved_and_loaded(tmp_path, backbone, ending):
     torch.testing.assert_close(loaded.image, own.image, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_table_without_measurements_is_refused(tmp_path):
     save_checkpoint(tmp_path / "arm.safetensors", ARM("fsrcnn", (3, 4)))
     with pytest.raises(fastroute.CheckpointError, match="holds no measurements"):

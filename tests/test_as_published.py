@@ -51,6 +51,7 @@ def checkpoint(system, tmp_path) -> Path:
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [(16, 16), (40, 52), (45, 61)])
 def test_equals_the_published_result(system, checkpoint, size):
     image = (picture(1, 3, *size, seed=3)[0].clamp(0, 1) * 255).to(torch.uint8)
@@ -69,6 +70,7 @@ def test_equals_the_published_result(system, checkpoint, size):
     assert np.array_equal(array, result.permute(1, 2, 0).numpy())
 
 
+@pytest.mark.slow
 def test_what_it_decides(system, checkpoint):
     with pytest.raises(ValueError, match="published=True decides window"):
         fastroute.load(checkpoint, published=True, window="hann")
@@ -83,6 +85,7 @@ def test_what_it_decides(system, checkpoint):
     assert torch.equal(pixels.upscale(image).image, fastroute.load("pcsr-fsrcnn-x4").upscale(image).image)
 
 
+@pytest.mark.slow
 def test_on_the_command_line(system, checkpoint, tmp_path):
     image = (picture(1, 3, 45, 61, seed=3)[0].clamp(0, 1) * 255).to(torch.uint8)
     io.write_image(tmp_path / "in.png", image)

@@ -177,6 +177,7 @@ def test_environment_variable(monkeypatch):
     assert select(OP, CPU) in ("cpu", "reference")
 
 
+@pytest.mark.slow
 def test_environment_variable_in_a_fresh_process():
     code = """
         import torch, fastroute
@@ -187,6 +188,7 @@ def test_environment_variable_in_a_fresh_process():
     assert run(code, FASTROUTE_BACKEND="reference") == "reference"
 
 
+@pytest.mark.slow
 def test_import_compiles_nothing_and_touches_no_gpu():
     output = run("""
         import sys
@@ -200,6 +202,7 @@ def test_import_compiles_nothing_and_touches_no_gpu():
     assert output == "[] False False False"
 
 
+@pytest.mark.slow
 def test_works_without_the_extension():
     output = run("""
         import json

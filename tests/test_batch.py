@@ -54,6 +54,7 @@ def names(folder: Path) -> list[str]:
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir())
 
 
+@pytest.mark.slow
 def test_forty_mixed_files(model, folder, tmp_path):
     good, bad = write_kinds(folder), write_bad(folder)
     (folder / "notes.txt").write_text("passed over")
@@ -76,6 +77,7 @@ def test_forty_mixed_files(model, folder, tmp_path):
         assert (written.bits, written.alpha is None) == (picture.bits, picture.alpha is None), name
 
 
+@pytest.mark.slow
 def test_resume_does_what_is_missing(model, folder, tmp_path, monkeypatch):
     for name in ("a.png", "b.png", "c.png", "deep/er/d.png"):
         photo(folder / name)
@@ -100,6 +102,7 @@ def test_resume_does_what_is_missing(model, folder, tmp_path, monkeypatch):
     assert all((out / name).read_bytes() == whole[name] for name in ("b.png", "c.png"))
 
 
+@pytest.mark.slow
 def test_names_and_formats(model, folder, tmp_path):
     for name in ("a.png", "deep/b.JPG", "deep/er/c.tif"):
         photo(folder / name)
@@ -118,6 +121,7 @@ def test_names_and_formats(model, folder, tmp_path):
     assert names(tmp_path / "five") == ["b.JPG", "c.tif"]
 
 
+@pytest.mark.slow
 def test_an_output_folder_among_the_inputs_is_not_read(model, folder):
     photo(folder / "a.png")
     for _ in range(2):
@@ -159,6 +163,7 @@ def test_refused_before_anything_is_written(model, folder, tmp_path, monkeypatch
     assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
 
 
+@pytest.mark.slow
 def test_overwriting_on_request(model, folder):
     photo(folder / "a.png")
     assert call(folder, folder, "--model", model, "--overwrite", "--quiet").exit_code == 0
@@ -167,6 +172,7 @@ def test_overwriting_on_request(model, folder):
     assert Image.open(folder / "a.png").size == (52, 36)
 
 
+@pytest.mark.slow
 def test_what_the_target_cannot_hold_is_told_before_computing(model, folder, tmp_path, monkeypatch):
     Image.fromarray(ramp(channels=4)).save(folder / "clear.png")
     photo(folder / "long.png", 1, 8200)

@@ -53,6 +53,7 @@ def test_a_variant_without_memory_is_not_timed():
     assert compare("case", variants, 128, OURS, SMOKE)["missing"] == {"other": "out of memory: 4 GB more than there are"}
 
 
+@pytest.mark.slow
 def test_a_slow_variant_is_timed_once(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(_common, "SLOW_SECONDS", 0.01)
     variants = {

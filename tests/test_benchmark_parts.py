@@ -313,6 +313,7 @@ def test_classes_by_the_edge_score_cluster():
     assert ids.view(5, 10)[:, 6:].min() >= 1 and ids.view(5, 10)[:, :4].max() == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
 def test_dense_engines_agree(precision: torch.dtype):
     network = nn.Sequential(

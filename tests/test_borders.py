@@ -23,6 +23,7 @@ def test_an_image_is_continued_by_its_edge(shape, dtype):
     assert torch.equal(continued(image).double().reshape(expected.shape), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["classsr-fsrcnn-x4", "cdnsr-fsrcnn-x4", "arm-fsrcnn-x4", "pcsr-fsrcnn-x4"])
 def test_flat_borders(name):
     router = fastroute.load(name, border="edge")
@@ -35,6 +36,7 @@ def test_flat_borders(name):
     assert int(plain.min()) == {"classsr": 250, "cdnsr": 244, "arm": 255, "pcsr": 253}[name.split("-")[0]]
 
 
+@pytest.mark.slow
 def test_the_window_hides_the_grid():
     green = torch.tensor([0, 255, 0], dtype=torch.uint8).view(3, 1, 1).expand(3, 90, 102).contiguous()
     ranges = {}
@@ -45,6 +47,7 @@ def test_the_window_hides_the_grid():
     assert fastroute.load().window == "hann" and 2 * ranges[None] < ranges["uniform"]
 
 
+@pytest.mark.slow
 def test_edge_is_the_cut_result_of_the_continued_image():
     system = random_classsr((3, 5, 9), 2, 8)
     image = picture(2, 3, 21, 30)
@@ -79,6 +82,7 @@ def test_what_needs_more_than_one_call_refuses_an_edge():
         fastroute.load(border="none")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["classsr-fsrcnn-x4", "pcsr-fsrcnn-x4"])
 def test_on_the_command_line(tmp_path, name):
     image = (picture(1, 3, 40, 50)[0] * 255).to(torch.uint8)

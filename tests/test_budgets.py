@@ -61,6 +61,7 @@ def pace_of(router: PatchRouter, dtype: torch.dtype = torch.float32) -> Speed:
     return router.speed(dtype)
 
 
+@pytest.mark.slow
 def test_flops_are_those_of_the_whole_call(router):
     image = picture(2, 3, 90, 70)
     number, each = 2 * 8 * 6, router.branch_flops
@@ -80,6 +81,7 @@ def test_flops_are_those_of_the_whole_call(router):
             router.upscale(image, budget_flops=below)
 
 
+@pytest.mark.slow
 def test_a_stream_has_the_same_budgets(router):
     image = IMAGES[0]
     allowed = 0.7 * 48 * max(router.branch_flops)
@@ -95,6 +97,7 @@ def test_a_stream_has_the_same_budgets(router):
     assert (output == -1).all()
 
 
+@pytest.mark.slow
 def test_milliseconds_are_met():
     """Branches that sleep: the time is theirs, whatever else the machine does."""
     router, image = sleeper(), IMAGES[0]
@@ -110,12 +113,14 @@ def test_milliseconds_are_met():
         router.upscale(image, budget_ms=3)
 
 
+@pytest.mark.slow
 def test_an_expensive_class_that_runs_fast_is_used():
     """Milliseconds go by the clock, not by FLOPs."""
     router = sleeper((2.0, 0.1, 4.0))
     assert router.upscale(IMAGES[0], budget_ms=45).stats.counts_per_class[0] == 0
 
 
+@pytest.mark.slow
 def test_speed_is_measured_once_and_remembered(cache, monkeypatch):
     speed = pace_of(sleeper())
     assert speed.branches == pytest.approx([0.2, 3.0], rel=0.5) and min(speed.classify, speed.rest) > 0
@@ -244,6 +249,7 @@ def test_many_images_of_all_kinds(router, tmp_path):
     assert all(r.stats.seconds["classify"] > 0 for r in results)
 
 
+@pytest.mark.slow
 def test_many_images_within_milliseconds():
     router = sleeper()
     pace_of(router)

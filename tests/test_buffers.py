@@ -14,6 +14,7 @@ import torch
 from fastroute import buffers
 
 
+@pytest.mark.slow
 def test_memory_that_was_let_go_is_used_again(monkeypatch):
     monkeypatch.setattr(buffers, "BUFFER_FROM", 1)
     buffers.release()
@@ -34,6 +35,7 @@ def test_memory_that_was_let_go_is_used_again(monkeypatch):
     buffers.release()
 
 
+@pytest.mark.slow
 def test_at_most_a_few_buffers_are_kept(monkeypatch):
     monkeypatch.setattr(buffers, "BUFFER_FROM", 1)
     buffers.release()

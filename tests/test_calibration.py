@@ -116,6 +116,7 @@ def with_another(cells: Measured, factor: float, wrong: float) -> Measured:
     return replace(cells, errors=torch.cat([errors, cells.errors]))
 
 
+@pytest.mark.slow
 def test_a_network_that_costs_more_than_it_saves_is_left_out():
     costs, asked = [0.001, 0.05, 1.0], (36.0, (8, 16))
     useless = [with_another(c, 1.5, 300.0) for c in made(spread=0.2)]
@@ -136,6 +137,7 @@ def test_every_cascade_that_is_tried_is_shown():
     assert told == [(1, 3), (2, 3), (3, 3)]
 
 
+@pytest.mark.slow
 def test_pictures_that_differ_ask_for_a_margin():
     found = learnt_from(made(spread=0.5), [0.01, 1.0], 40.0, (8, 16))
     assert found.table.margin > 1.5
@@ -144,6 +146,7 @@ def test_pictures_that_differ_ask_for_a_margin():
     assert alike.table.margin < found.table.margin
 
 
+@pytest.mark.slow
 def test_fidelity_is_kept_where_the_table_is_right():
     """A router whose table is that of the very image reaches what it promises, and spends more for more."""
     torch.manual_seed(0)
@@ -180,6 +183,7 @@ def run(*arguments: object) -> str:
     return result.output
 
 
+@pytest.mark.slow
 def test_from_a_folder_to_a_routed_picture(folder, tmp_path):
     out = folder / "routed.safetensors"
     told = run("calibrate", "--model", folder / "heavy.pth", "--cheap", folder / "light.safetensors", "--cheap", "bicubic",
@@ -203,6 +207,7 @@ def test_from_a_folder_to_a_routed_picture(folder, tmp_path):
     assert refused.exit_code == 2 and "not calibrated" in refused.output
 
 
+@pytest.mark.slow
 def test_files_move_with_their_networks(folder, tmp_path):
     for name in ("heavy.pth", "light.safetensors"):
         shutil.copy(folder / name, tmp_path / name)
@@ -222,6 +227,7 @@ def test_files_move_with_their_networks(folder, tmp_path):
         fastroute.load(moved / "routed.safetensors")
 
 
+@pytest.mark.slow
 def test_damaged_cascades_are_refused(folder, tmp_path):
     out = tmp_path / "routed.safetensors"
     networks = ["--model", folder / "heavy.pth", "--cheap", "bicubic"]
@@ -295,6 +301,7 @@ def test_crops_are_made_once_and_read_in_parts(folder, tmp_path):
     assert len(calls) == 6
 
 
+@pytest.mark.slow
 def test_a_student_learns_and_resumes(folder, tmp_path, monkeypatch):
     """It nears a teacher, and an interrupted run goes on with the same weights."""
     clock = itertools.count()
@@ -321,6 +328,7 @@ def test_a_student_learns_and_resumes(folder, tmp_path, monkeypatch):
         Student(again.crops, again.held_out, other, tmp_path / "state.pt")
 
 
+@pytest.mark.slow
 def test_distill_on_the_command_line(folder, tmp_path):
     out = tmp_path / "student.safetensors"
     told = run("distill", "--teacher", folder / "heavy.pth", "--images", folder / "images", "--out", out, "--minutes", "0.02",
@@ -349,6 +357,7 @@ def test_networks_of_other_channels_than_those_of_files_are_refused(folder, tmp_
         assert refused.exit_code == 2 and "must read 3 channels" in refused.output, refused.output
 
 
+@pytest.mark.slow
 def test_a_width_by_its_cost():
     recipe = Recipe(depth=2, scale=2)
     widths = [width_for(flops, recipe) for flops in (2e4, 2e5, 2e6)]

@@ -88,6 +88,7 @@ def test_errors_are_those_of_the_cells():
     torch.testing.assert_close(ratio, torch.tensor([3.0], dtype=torch.float64), rtol=1e-3, atol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("factor", [0.1, 0.3, 1.0])
 def test_a_picture_unlike_those_of_the_table_keeps_the_promise_and_wastes_nothing(factor):
     image, fidelity = large(), 34.0
@@ -106,6 +107,7 @@ def test_a_picture_unlike_those_of_the_table_keeps_the_promise_and_wastes_nothin
     assert spent[0] < spent[2] < 1.4 * spent[0] + 8 * (CELL + 16) ** 2 / CELL**2
 
 
+@pytest.mark.slow
 def test_what_is_measured_is_counted():
     image = large()
     router, _ = cascade(1.0, BUDGETED, image, margin=6.0)
@@ -120,6 +122,7 @@ def test_what_is_measured_is_counted():
     assert seen.stats.work_per_class == pytest.approx(totals)
 
 
+@pytest.mark.slow
 def test_nothing_is_measured_where_it_cannot_pay():
     image, calls = large(), []
     for table_factor, sampling, fidelity in (
@@ -139,6 +142,7 @@ def test_nothing_is_measured_where_it_cannot_pay():
     assert torch.equal(result.image, dense) and result.stats.work_per_class == [0.0, 12.0]
 
 
+@pytest.mark.slow
 def test_streams_measure_the_same_cells():
     image = (large() * 255).round().to(torch.uint8)
     router, _ = cascade(1.0, BUDGETED, image.float() / 255, margin=6.0)
@@ -156,6 +160,7 @@ def sampled(cells: Measured) -> Measured:
     return replace(cells, places=tuple(places), samples=errors)
 
 
+@pytest.mark.slow
 def test_a_calibration_learns_what_measuring_is_worth():
     cells = made(spread=1.0)
     blind = learnt_from(cells, [0.01, 1.0], 40.0, (8, 16))

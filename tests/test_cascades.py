@@ -181,6 +181,7 @@ def test_pieces_within_a_limit():
     assert len(low) == 4 and all(piece.inner.right == 90 and piece.inner.bottom - piece.inner.top <= 64 for piece in low)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("limits", [None, Limits(80 * 80, 64)])
 def test_bands_of_any_height_give_the_same_bits(limits):
     image, cells = random((3, 150, 200), seed=4).clamp(0, 1), Cells(150, 200)
@@ -329,6 +330,7 @@ def test_strips_of_a_network_that_sees_no_further_are_its_whole_result(monkeypat
     torch.testing.assert_close(result.image, expected, rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_what_is_refused():
     image = random((3, 40, 40), seed=13)
     with pytest.raises(ValueError, match="not calibrated"):

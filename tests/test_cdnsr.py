@@ -46,6 +46,7 @@ def test_classifier_flops_as_the_report_prints_them(data_folder):
         assert products + extra == pytest.approx(printed[str(layers)] - misprint, abs=0.5e3)
 
 
+@pytest.mark.slow
 def test_widths(data_folder):
     table = json.loads((data_folder / "fixtures" / "paper-tables.json").read_text())
     assert {name: list(widths) for name, widths in WIDTHS.items()} == table["cdnsr_widths"]
@@ -54,6 +55,7 @@ def test_widths(data_folder):
             assert [branch.width for branch in CDNSR.build(backbone).branches] == table["cdnsr_widths"][backbone]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layers", CLASSIFIER_LAYERS)
 @torch.no_grad()
 def test_routed_through_load(tmp_path, layers):
@@ -265,6 +267,7 @@ def test_the_last_branch_only_teaches(kind):
     assert outputs.grad[0].any() and outputs.grad[1].any() and not outputs.grad[2].any()
 
 
+@pytest.mark.slow
 def test_vgg19(tmp_path):
     """torchvision's layout: 37 layers, of which those up to relu5_1 are read."""
     widths = [64, 64, "M", 128, 128, "M", *[256] * 4, "M", *[512] * 4, "M", *[512] * 4, "M"]

@@ -61,11 +61,13 @@ def found() -> Calibration:
     return best(pictures())
 
 
+@pytest.mark.slow
 def test_what_edges_do_not_tell_is_learnt_and_saves_time(found):
     assert found.tried[LEARNT] < 0.9 * found.tried[EDGE] and found.spent == found.tried[LEARNT]
     assert isinstance(found.score, CellScore)
 
 
+@pytest.mark.slow
 def test_edges_are_kept_where_they_tell_all():
     found = best(pictures(coloured=False))
     assert found.tried[EDGE] == pytest.approx(found.tried[LEARNT], rel=0.1)

@@ -69,6 +69,7 @@ def test_what_python_says_of_noise_is_not_told(tmp_path):
         fastroute.load(path)
 
 
+@pytest.mark.slow
 @given(st.data())
 @settings(max_examples=30)
 def test_damaged_pickle(files, tmp_path, data):
@@ -233,6 +234,7 @@ def test_plain_network_alone_and_as_pcsr_stores_it(tmp_path):
     assert fastroute.load(tmp_path / "plain.safetensors").scale == 3
 
 
+@pytest.mark.slow
 def test_published_files(data_folder):
     weights = data_folder / "weights"
     # A supernet of ARM is a network of its largest width; CARN's has other layers than PCSR's.

@@ -147,6 +147,7 @@ def test_tensors_that_are_no_weights(refused, name):
     refused("x.pth", {"nan": "NaN", "int": "int32", "quantised": "quantised"}.get(name, ""))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_other_floating_types_are_weights(tmp_path, dtype, quick_tuning):
     path = tmp_path / "x.pth"
@@ -155,6 +156,7 @@ def test_other_floating_types_are_weights(tmp_path, dtype, quick_tuning):
     assert router.dtype == torch.float32 and router.upscale(IMAGE).image.isfinite().all()
 
 
+@pytest.mark.slow
 def test_too_many_entries(refused):
     # Each by itself is a whole tensor; one storage serves all, or the file would take long to make.
     blocks = {f"recon_trunk.{i}.conv1.weight": VALUE for i in range(MOST_ENTRIES + 1)}
@@ -193,6 +195,7 @@ def test_metadata(refused, metadata, ending):
     refused(f"x{ending}")
 
 
+@pytest.mark.slow
 def test_metadata_without_end(refused):
     itself: dict = {}
     itself["state_dict"] = itself
@@ -277,6 +280,7 @@ def test_a_device_without_values():
         fastroute.load("classsr-fsrcnn-x4", device="meta")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", ["[" * 10_000, "batch: " + "1" * 5000, "a: &a [*a, *a]"])
 def test_settings_without_end(tmp_path, text):
     path = tmp_path / "settings.yaml"

@@ -106,6 +106,7 @@ def test_router_on_overlapping_patches():
     torch.testing.assert_close(result.image, expected, **TOLERANCE)
 
 
+@pytest.mark.slow
 def test_loaded_checkpoint_is_the_published_network(recorded, data_folder):
     router = fastroute.load(data_folder / "weights" / "classsr-fsrcnn-random.pth")
     assert (router.num_classes, router.patch, router.stride, router.scale) == (3, 32, 28, 4)

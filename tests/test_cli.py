@@ -67,6 +67,7 @@ def test_one_path_alone_lacks_the_output(source):
     fails(call("upscale", source, "--budget", "0.7"), "Missing argument 'OUT'", f"only {source} is given")
 
 
+@pytest.mark.slow
 def test_upscale(model, source, out):
     target, class_map = out / "big.png", out / "classes.png"
     result = call("upscale", source, target, "--model", model, "--class-map", class_map)
@@ -85,6 +86,7 @@ def test_upscale(model, source, out):
     assert "(61 x 45)" in result.output and "(122 x 90)" in result.output and "FLOPs" in result.output
 
 
+@pytest.mark.slow
 def test_upscale_quietly_with_a_budget(model, source, out):
     result = call("upscale", source, out / "a.jpg", "--model", model, "--budget", 1, "--quiet")
     assert (result.exit_code, result.output) == (0, "")
@@ -94,6 +96,7 @@ def test_upscale_quietly_with_a_budget(model, source, out):
     assert (io.read_image(out / "a.jpg").int() - most_expensive.image.int()).abs().float().mean() < 12
 
 
+@pytest.mark.slow
 def test_in_place(model, source):
     fails(call("upscale", source, source, "--model", model), f"{source} is an input and would be overwritten", "--overwrite")
     assert Image.open(source).size == (61, 45)
@@ -142,6 +145,7 @@ def test_bad_output_is_refused_before_reading(model, source, out, monkeypatch, t
     assert [path.name for path in out.iterdir()] == ["folder.png"]
 
 
+@pytest.mark.slow
 def test_a_failing_encoder_keeps_the_old_output(model, source, out, monkeypatch):
     (out / "a.png").write_bytes(b"old")
 
@@ -184,6 +188,7 @@ def test_models(tmp_path, monkeypatch):
     assert rows == [["a", "-", "1.5", "MB", "-", "-"], ["b", "faces", "x2", "1.5", "MB", "-", "30", "dB"]]
 
 
+@pytest.mark.slow
 def test_help_does_not_wait_for_torch():
     for arguments in ([], ["upscale"], ["train"], ["evaluate"]):
         process = python("-X", "importtime", "-m", "fastroute", *arguments, "--help")
@@ -193,6 +198,7 @@ def test_help_does_not_wait_for_torch():
         assert not modules & {"torch", "numpy", "PIL", "fastroute.loading"}
 
 
+@pytest.mark.slow
 def test_names_are_there_whatever_the_program_is_called(tmp_path):
     """Nothing looks at the name of the program: a script called fastroute.py gets the whole package, and so does a command."""
     code = """
@@ -229,6 +235,7 @@ def test_training_defaults_are_told():
                 assert expected == (",".join(map(str, value)) if isinstance(value, tuple) else str(value)), (name, setting)
 
 
+@pytest.mark.slow
 def test_what_the_summary_calls_its_percentages(model, source, out):
     output = call("upscale", source, out / "a.png", "--model", model, "--budget", 0.8, "--class-map", out / "map.png").output
     for words in (
@@ -241,6 +248,7 @@ def test_what_the_summary_calls_its_percentages(model, source, out):
     assert "budget" not in call("upscale", source, out / "a.png", "--model", model).output
 
 
+@pytest.mark.slow
 def test_a_limit_of_memory(model, source, out):
     assert call("upscale", source, out / "whole.png", "--model", model, "--quiet").exit_code == 0
     whole = io.read_image(out / "whole.png")
@@ -257,6 +265,7 @@ def test_a_limit_of_memory(model, source, out):
     assert sorted(path.name for path in out.iterdir()) == ["a.bmp", "a.png", "a.tif", "whole.png"]
 
 
+@pytest.mark.slow
 def test_zarr_arrays_are_single_pictures(model, source, out):
     pytest.importorskip("zarr")
     for given, made in ((source, "a.zarr"), (out / "a.zarr", "b.png"), (source, "a.zarr")):
@@ -327,6 +336,7 @@ def python(*arguments: object) -> subprocess.Popen:
     )
 
 
+@pytest.mark.slow
 def test_as_a_process(model, source, out):
     process = python("-m", "fastroute", "upscale", source, out / "a.png", "--model", model, "--class-map", out / "map.png")
     output, errors = process.communicate(timeout=120)
@@ -334,6 +344,7 @@ def test_as_a_process(model, source, out):
     assert "122 x 90" in output and Image.open(out / "a.png").size == Image.open(out / "map.png").size == (122, 90)
 
 
+@pytest.mark.slow
 def test_an_error_of_a_process(source, out):
     process = python("-m", "fastroute", "upscale", source.parent / "absent.png", out / "a.png")
     output, errors = process.communicate(timeout=120)

@@ -55,6 +55,7 @@ def images(folder: Path) -> list[torch.Tensor]:
     return [io.read_image(folder / name) for name in SIZES]
 
 
+@pytest.mark.slow
 def test_flops_of_one_image(model, folder, tmp_path):
     source, router = folder / "a.png", fastroute.load(model)
     allowed = 0.8 * router.upscale(io.read_image(source), budget=1).stats.flops.dense
@@ -65,6 +66,7 @@ def test_flops_of_one_image(model, folder, tmp_path):
     assert torch.equal(io.read_image(tmp_path / "big.png"), expected.image)
 
 
+@pytest.mark.slow
 def test_milliseconds_of_one_image(model, folder, tmp_path, monkeypatch):
     monkeypatch.setenv("FASTROUTE_CACHE", str(tmp_path / "cache"))
     result = call(folder / "a.png", tmp_path / "big.png", "--model", model, "--budget-ms", 1e6)
@@ -78,6 +80,7 @@ def test_milliseconds_of_one_image(model, folder, tmp_path, monkeypatch):
     assert not (tmp_path / "none.png").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("option", ["--budget", "--budget-flops"])
 def test_one_budget_for_all(model, folder, tmp_path, option):
     router = fastroute.load(model)

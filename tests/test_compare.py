@@ -59,6 +59,7 @@ def call(*arguments: object) -> Result:
     return CliRunner().invoke(main, ["compare", *map(str, arguments)])
 
 
+@pytest.mark.slow
 def test_variants_are_what_the_routers_compute(models, image):
     paths = [models / f"{name}.safetensors" for name in ("routed", "plain", "pixels")]
     found = compare(image, paths, budgets=(0.6, 0.8), runs=1)
@@ -80,6 +81,7 @@ def test_variants_are_what_the_routers_compute(models, image):
     assert torch.equal(by_name[BICUBIC].image, bicubic(image, (90, 122)))
 
 
+@pytest.mark.slow
 def test_quality_is_measured_against_the_reference(models, image):
     path = models / "routed.safetensors"
     reduced = compare(image, [path], downscale=True, runs=1)
@@ -90,6 +92,7 @@ def test_quality_is_measured_against_the_reference(models, image):
         assert one.quality == two.quality == quality.compare(one.image, reduced.reference, SCALE)
 
 
+@pytest.mark.slow
 def test_the_time_of_a_first_run_is_not_counted(models, image, monkeypatch):
     """The median of three runs, of which the first, with its measurements, is a fourth."""
     from fastroute.patch.patch_router import PatchRouter
@@ -106,6 +109,7 @@ def test_the_time_of_a_first_run_is_not_counted(models, image, monkeypatch):
     assert [variant.seconds for variant in found.variants[1:]] == pytest.approx([2.0, 6.0])
 
 
+@pytest.mark.slow
 def test_all_budgets_are_checked_before_anything_runs(models, monkeypatch):
     monkeypatch.setattr(fastroute.PixelRouter, "upscale", lambda *args, **options: pytest.fail("ran"))
     monkeypatch.setattr(fastroute.PatchRouter, "upscale", lambda *args, **options: pytest.fail("ran"))
@@ -142,6 +146,7 @@ def test_bad_options(models, source, tmp_path, monkeypatch, options, words):
     assert [path.name for path in tmp_path.iterdir()] == ["photo.png"]
 
 
+@pytest.mark.slow
 def test_bad_images(models, image):
     path = [models / "routed.safetensors"]
     for bad, error, words in (
@@ -154,6 +159,7 @@ def test_bad_images(models, image):
             compare(bad, path, downscale=True)
 
 
+@pytest.mark.slow
 def test_lists_of_options(models, source, tmp_path, monkeypatch):
     """Several values after one name, the name repeated, and with an equals sign."""
     monkeypatch.chdir(tmp_path)
@@ -190,6 +196,7 @@ def test_detail_of_a_large_image():
     assert down <= 7 and left + across <= 200_000
 
 
+@pytest.mark.slow
 def test_the_page_holds_everything_itself(models, image):
     found = compare(image, [models / "routed.safetensors"], downscale=True, runs=1)
     page = render(found, "<b>&photo.png", (4, 2, 30, 20))
@@ -218,6 +225,7 @@ def test_a_result_like_the_reference_is_called_identical(models, image):
     assert "<td>identical</td>" in render(found, "photo.png")
 
 
+@pytest.mark.slow
 def test_cascades_beside_their_dense_runs(tmp_path):
     """A page for a network and a cascade over it: one dense run, how near the routed one comes to it, and where it differs."""
     torch.manual_seed(0)

@@ -207,6 +207,7 @@ def test_no_router_is_made_of_fake_tensors(name):
         make()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", fastroute.list_models())
 def test_shipped_models_under_autocast(name):
     router, image = fastroute.load(name), (IMAGE * 255).to(torch.uint8)
@@ -234,6 +235,7 @@ def test_graphs_of_a_fixed_size_under_autocast(name):
     assert torch.equal(exported(IMAGE), wanted.image)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("integer", [torch.uint8, torch.uint16])
 def test_integer_images_of_a_fixed_size_are_compiled(integer):
     image = (IMAGE * (255 if integer == torch.uint8 else 65535)).int().to(integer)

@@ -38,6 +38,7 @@ def clear():
     classify._BYTES.clear()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rounds", [1, pytest.param(50, marks=pytest.mark.soak)])
 def test_eight_threads_share_routers_from_their_first_call_on(rounds):
     """Two routers of each kind, every call of every thread under a context of its own."""
@@ -78,6 +79,7 @@ def test_eight_threads_share_routers_from_their_first_call_on(rounds):
         assert not wrong, (seed, wrong[:5])
 
 
+@pytest.mark.slow
 def test_first_calls_that_overlap_know_the_cost_of_classes():
     """The cost was once counted by hooks on the encoder that other threads ran."""
     wanted = pixel_router().class_cost(2.0)
@@ -140,6 +142,7 @@ ACTIONS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rounds", [2, pytest.param(1000, marks=pytest.mark.soak)])
 def test_no_order_of_calls_makes_a_plain_one_wrong(rounds):
     plain = {name: call(PATCHES) for name, call in OPERATORS.items()}

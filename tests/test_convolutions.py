@@ -276,6 +276,7 @@ def test_half_types_run_as_pytorch_has_them():
 
 
 # Those that interpolate the image do so by other operations in a graph, in other last bits.
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["carn", "srresnet features", "rrdbnet", "compact"])
 def test_graphs_give_the_same_bits(name):
     """Of a network that ran before; also where a graph is decomposed, as compilers do."""

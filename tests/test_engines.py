@@ -113,6 +113,7 @@ def broken(_):
     raise MemoryError("not today\nor tomorrow")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -164,6 +165,7 @@ def test_engines_that_cannot_run_here_are_refused(monkeypatch):
     assert "engine" in _common.running_of({"device": "cpu", "precision": "float32", "engine": "auto", "tune": True})
 
 
+@pytest.mark.slow
 def test_torch_compile_agrees(monkeypatch):
     # What its compiler makes is not ours to test: whether the function gets and gives what it should.
     seen = []

@@ -160,6 +160,7 @@ def test_refusals(images, router, tmp_path, monkeypatch):
         evaluation.evaluate(router, images)
 
 
+@pytest.mark.slow
 def test_what_cannot_be_used_is_told_beside_the_others(images, router, model, tmp_path):
     io.write_image(tmp_path / "good.png", torch.zeros(3, 40, 40, dtype=torch.uint8))
     io.write_image(tmp_path / "small.png", torch.zeros(3, 15, 60, dtype=torch.uint8))
@@ -208,6 +209,7 @@ def call(*arguments: object):
     return CliRunner().invoke(main, ["evaluate", *map(str, arguments)])
 
 
+@pytest.mark.slow
 def test_command(images, model, tmp_path):
     target = tmp_path / "result.json"
     result = call(model, "--images", images, "--json", target, "--budget", 0.9, "--exclude", "a.*")
@@ -226,6 +228,7 @@ def test_command(images, model, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["result.json"]
 
 
+@pytest.mark.slow
 def test_command_refuses(images, model, tmp_path):
     for options, words in (
         (["--penalty", 1, "--budget", 0.9], ["give one of --budget and --penalty"]),

@@ -106,6 +106,7 @@ def test_the_hardest_move_up():
     assert set(hardest.tolist()) == set(moved.nonzero().squeeze(1).tolist())
 
 
+@pytest.mark.slow
 @settings(max_examples=8)
 @given(st.data())
 def test_random_class_maps(data):
@@ -178,6 +179,7 @@ def test_windows_and_layouts(window, layout):
     torch.testing.assert_close(fixed.upscale(image).image, router.upscale(image).image, **TOLERANCE)
 
 
+@pytest.mark.slow
 def test_one_graph():
     """Nothing depends on values: the whole upscale is exported, and compiled, without a break."""
     image, other = picture(1, 3, 30, 41, seed=1), picture(1, 3, 30, 41, seed=2)
@@ -203,6 +205,7 @@ def test_results_are_ordinary_tensors():
     result.image.clamp_(0, 1)
 
 
+@pytest.mark.slow
 def test_what_is_refused():
     router, shape = make_router(), (3, 45, 61)
     for other, options, text in [

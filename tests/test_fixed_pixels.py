@@ -92,6 +92,7 @@ def test_layouts(layout):
     )
 
 
+@pytest.mark.slow
 def test_one_graph():
     image, other = picture(1, 3, 9, 11, seed=1), picture(1, 3, 9, 11, seed=2)
     router = make_router()

@@ -51,6 +51,7 @@ def call(model: Path, folder: Path, out: Path, *options: str, code: int = 0) -> 
     return " ".join(result.output.split())
 
 
+@pytest.mark.slow
 def test_shards_give_the_files_of_one_process(groups, model, tmp_path):
     folder = photos(tmp_path / "in", 11)
     call(model, folder, tmp_path / "whole", "--quiet")
@@ -66,6 +67,7 @@ def test_shards_give_the_files_of_one_process(groups, model, tmp_path):
     assert join(tmp_path / "out") and not parts.folder.exists() and not join(tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_folders_that_are_not_there_yet(groups, model, tmp_path):
     folder, out = photos(tmp_path / "in", 4), tmp_path / "not" / "there"
     for number in (1, 2):
@@ -74,6 +76,7 @@ def test_folders_that_are_not_there_yet(groups, model, tmp_path):
     assert [path.name for path in out.parent.iterdir()] == ["there"]
 
 
+@pytest.mark.slow
 def test_a_budget_of_flops(groups, model, tmp_path):
     folder = photos(tmp_path / "in", 5, seed=4)
     least = re.search(r"must be at least (\S+), with", call(model, folder, tmp_path / "a", "--budget-flops", "1", code=2))
@@ -87,6 +90,7 @@ def test_a_budget_of_flops(groups, model, tmp_path):
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_who_classifies_makes_no_difference(groups, model, tmp_path, monkeypatch):
     router, folder = load(model, tune=False), photos(tmp_path / "in", 10)
     jobs = tuple(plan_jobs([folder], tmp_path / "out"))
@@ -113,6 +117,7 @@ def test_who_classifies_makes_no_difference(groups, model, tmp_path, monkeypatch
         assert maps(job).shape == (grid.rows, grid.cols)
 
 
+@pytest.mark.slow
 def test_a_damaged_file_has_no_part_and_other_images_are_refused(groups, model, tmp_path):
     folder = photos(tmp_path / "in", 5)
     (folder / "bad.png").write_bytes(b"\x89PNG no picture")

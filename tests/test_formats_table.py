@@ -6,6 +6,7 @@ import pytest
 from formats_table import BEGIN, END, PAGE, tables
 
 
+@pytest.mark.slow
 def test_the_tables_are_up_to_date():
     pytest.importorskip("pillow_heif", reason="the tables tell of HEIF too")
     shown = PAGE.read_text().split(BEGIN)[1].split(END)[0].strip()

@@ -15,6 +15,7 @@ import fastroute
 PARTS = [(0, 300)] + [pytest.param(first, first + 2500, marks=pytest.mark.soak) for first in range(0, 20_000, 2500)]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
 @pytest.mark.parametrize(("first", "last"), PARTS)
 def test_damaged_files(tmp_path, first, last):

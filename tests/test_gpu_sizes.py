@@ -64,6 +64,7 @@ def begins(router, reader, **options) -> bool:
         return False
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [(600, 800), (9000, 12000)])
 def test_the_default_limit_suits_a_gpu(monkeypatch, size):
     gpu_sizes(monkeypatch)
@@ -80,6 +81,7 @@ def test_the_default_limit_suits_a_gpu(monkeypatch, size):
         assert begins(router, Fake(*size), memory_limit=limits["cuda"]), f"{router} needs more"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scale", [1, 1.5, 2, 3, 4])
 def test_the_default_limit_suits_any_scale_on_a_gpu(scale):
     hidden = ([16] * 4, [256] * 4)
@@ -102,6 +104,7 @@ def test_limits_on_devices():
             router.stream(ArrayReader(picture(1, 3, 9, 9)[0].numpy(), True), None, memory_limit=limit)
 
 
+@pytest.mark.slow
 def test_encoder_bands_on_a_gpu(monkeypatch):
     """As large as memory allows, the same for the model of the memory, and no strips but of very wide images."""
     router, calls, rows = PixelRouter(make_model("carn")), [], pixel_image.rows_in_bands
@@ -164,6 +167,7 @@ def test_batches_on_a_gpu(monkeypatch, tmp_path):
     assert tuning.tuning_key(nn.Identity(), There()) != key
 
 
+@pytest.mark.slow
 def test_speeds_on_a_gpu_are_measured_on_many_patches(monkeypatch):
     router, sizes = make_router(batch=8), []
     upscale = router.upscale

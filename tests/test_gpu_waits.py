@@ -206,6 +206,7 @@ class Brightness(nn.Module):
         return torch.stack([1.02 - bright, bright, bright * 0], dim=1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cells", [True, False])
 @pytest.mark.parametrize(("options", "count"), [({}, 1), ({}, 3), ({"budget": 0.8}, 3), ({"class_map": True}, 3)], ids=str)
 def test_patches_read_back_once(monkeypatch, cells, options, count):

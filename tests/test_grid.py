@@ -69,6 +69,7 @@ def test_every_pixel_is_covered(grid):
     assert grid.output_size == (grid.height * grid.scale, grid.width * grid.scale)
 
 
+@pytest.mark.slow
 @given(st.one_of(grids(), grids("crop")))
 def test_origins_lie_inside_and_increase(grid):
     for origins, size in axes(grid):

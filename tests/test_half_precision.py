@@ -33,6 +33,7 @@ def router_of(name: str) -> PatchRouter:
     return PatchRouter([randomise(BACKBONES[name](), 1)], None, patch=16, stride=12, scale=4, merge=1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", BACKBONES)
 def test_half_networks_come_close(name, dtype, monkeypatch):
@@ -52,6 +53,7 @@ def test_half_networks_come_close(name, dtype, monkeypatch):
         assert router.upscale(converted).image.dtype == kind
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["carn", "carn, fixed mean", "srresnet", "rcan"])
 def test_what_is_added_last_is_not_rounded(name):
     # Nothing but the image, or the mean, comes out of a network whose last layer is 0.
@@ -91,6 +93,7 @@ def test_fixed_routers_do_the_same(name):
     torch.testing.assert_close(fixed.upscale(image, expected.class_map).image, expected.image, rtol=0, atol=0.02)
 
 
+@pytest.mark.slow
 def test_types_are_changed_as_modules_change_theirs():
     router = router_of("carn")
     image = picture(1, 3, 20, 16)
@@ -125,6 +128,7 @@ def test_other_types_are_refused():
         check_precision("load", torch.uint8, torch.device("cpu"))
 
 
+@pytest.mark.slow
 def test_load_takes_a_type():
     router = fastroute.load("arm-fsrcnn-x4", dtype=torch.bfloat16)
     assert router.dtype == torch.bfloat16
@@ -146,6 +150,7 @@ def test_rounding_keeps_the_sum_of_each_kernel():
     assert ((layer.weight.float() - before).abs() <= 2**-7 * before.abs().amax()).all()
 
 
+@pytest.mark.slow
 def test_fsrcnn_stays_float32_beside_other_networks_in_bfloat16(monkeypatch):
     monkeypatch.setattr(precision, "has_float16", lambda: True)
     networks = [randomise(BACKBONES[name](), 1) for name in ("fsrcnn", "carn")]
@@ -163,6 +168,7 @@ def test_fsrcnn_stays_float32_beside_other_networks_in_bfloat16(monkeypatch):
     assert all(p.dtype == torch.float32 for p in router.float().parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["classsr-fsrcnn-x4", "arm-fsrcnn-x4", "cdnsr-fsrcnn-x4", "pcsr-fsrcnn-x4"])
 def test_shipped_models_lose_little(name):
     """Beside a photograph 30 dB from its upscaling, noise of 55 dB costs 0.014 dB."""

@@ -81,6 +81,7 @@ def refused(*arguments: object) -> str:
     return " ".join(result.output.split())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("out", ["out.zarr", "out.ome.zarr", "out.tif", "out.png"])
 @pytest.mark.parametrize("options", [{"budget": 0.9}, {"penalty": 0.3}, {"budget": 1.0}], ids=str)
 def test_shards_give_the_pixels_of_one_process(small, model, router, source, tmp_path, out, options):
@@ -96,6 +97,7 @@ def test_shards_give_the_pixels_of_one_process(small, model, router, source, tmp
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.png", out]
 
 
+@pytest.mark.slow
 def test_a_budget_of_flops_is_one_over_the_image(small, source, tmp_path):
     system = random_classsr((3, 5, 40), 4, 8)
     router = PatchRouter(system.branches, system.classifier, patch=8, stride=6, scale=4, tune=False)
@@ -152,6 +154,7 @@ def test_the_array_is_sharded_and_the_pyramid_of_ome(small, router, source, tmp_
     assert array.metadata.zarr_format == 3 and array.metadata.dimension_names == ("c", "y", "x")
 
 
+@pytest.mark.slow
 def test_levels_of_a_pyramid(tmp_path, monkeypatch):
     from fastroute.files import arrays
 
@@ -177,6 +180,7 @@ def test_levels_of_a_pyramid(tmp_path, monkeypatch):
         assert np.abs(group["1"][:] - mean).max() <= (1e-6 if dtype == torch.float32 else 0.5)
 
 
+@pytest.mark.slow
 def test_what_is_there_is_not_done_again(small, model, source, tmp_path, monkeypatch):
     command = ["upscale", source, tmp_path / "a.zarr", "--model", model, "--budget", "0.85", "--shard", "1/1"]
     run(*command)
@@ -210,6 +214,7 @@ def test_join_after_it_was_killed(small, router, source, tmp_path):
         join(tmp_path / "b.zarr")
 
 
+@pytest.mark.slow
 def test_nothing_of_a_killed_process_stays(small, router, source, tmp_path, monkeypatch):
     large = LargeImage(source, tmp_path / "a.ome.zarr", Budget(0.9))
     image_shards.begin(large, router)
@@ -269,6 +274,7 @@ def test_classes_are_those_of_the_first_that_has_them(small, router, source, tmp
     assert not [path for path in parts.folder.iterdir() if path.name.endswith(".part")]
 
 
+@pytest.mark.slow
 def test_no_two_processes_write_one_band(small, router, source, tmp_path):
     large = LargeImage(source, tmp_path / "a.zarr", Budget(0.9))
     image_shards.begin(large, router)
@@ -306,6 +312,7 @@ def test_what_is_refused_before_anything_is_written(model, source, tmp_path, out
     assert [path.name for path in tmp_path.iterdir()] == ["in.png"] and source.read_bytes() == before
 
 
+@pytest.mark.slow
 def test_other_settings_and_limits_are_refused(small, model, source, tmp_path):
     command = ["upscale", source, tmp_path / "a.zarr", "--model", model, "--shard", "1/3"]
     run(*command, "--budget", "0.9")
@@ -318,6 +325,7 @@ def test_other_settings_and_limits_are_refused(small, model, source, tmp_path):
     assert "--resume is for an OUT that is a folder" in refused("upscale", source, tmp_path / "b.zarr", "--resume")
 
 
+@pytest.mark.slow
 def test_what_a_slurm_array_sets(small, model, source, tmp_path, monkeypatch):
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "8")
     monkeypatch.setenv("SLURM_ARRAY_TASK_MIN", "7")

@@ -92,6 +92,7 @@ def check_hundred(result: Result, folder: Path, out: Path, good: list[str], bad:
         assert len(lines) == 1 and len(lines[0].split(": ", 1)[1]) > 8 and "Error" not in lines[0], (name, lines)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [(), LIMIT])
 def test_a_hundred_files(model, folder, tmp_path, options):
     good, bad = hundred(folder)
@@ -130,6 +131,7 @@ def test_a_hundred_files_after_a_kill(model, folder, tmp_path, options):
     check_hundred(call(folder, out, "--model", model, "--resume", *options), folder, out, good, bad)
 
 
+@pytest.mark.slow
 def test_what_is_no_image_is_named(model, folder, tmp_path):
     photo(folder / "a.png")
     photo(folder / "noext", format="PNG")
@@ -158,6 +160,7 @@ def test_what_is_no_image_is_named(model, folder, tmp_path):
     assert f"by its ending: {folder}/notes.txt" in result.output and len(names(tmp_path / "two")) >= 5
 
 
+@pytest.mark.slow
 def test_class_maps_never_take_the_place_of_a_result(model, folder, tmp_path):
     photo(folder / "x.jpg")
     photo(folder / "x.jpg.png")
@@ -175,6 +178,7 @@ def test_class_maps_never_take_the_place_of_a_result(model, folder, tmp_path):
     assert "where the result of" in call(*arguments, tmp_path / "three" / "x.jpg").output
 
 
+@pytest.mark.slow
 def test_folders_that_are_not_there_yet(model, folder, tmp_path):
     photo(folder / "a.png")
     assert call(folder / "a.png", f"{tmp_path}/new/er/", "--model", model, "--quiet").exit_code == 0
@@ -185,6 +189,7 @@ def test_folders_that_are_not_there_yet(model, folder, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_resuming_with_other_settings_is_refused(model, folder, tmp_path):
     for name in ("a.png", "b.png"):
         photo(folder / name)
@@ -217,6 +222,7 @@ def test_resuming_with_other_settings_is_refused(model, folder, tmp_path):
     assert [o.skipped for o in many_files.run_jobs(router, plan.jobs, resume=True, since=since + 60)] == [False, False]
 
 
+@pytest.mark.slow
 def test_what_cannot_be_written_is_told_before_computing(model, folder, tmp_path, monkeypatch):
     for name in ("a.png", "b.png", f"{'n' * 251}.png"):
         photo(folder / name)
@@ -234,6 +240,7 @@ def test_what_cannot_be_written_is_told_before_computing(model, folder, tmp_path
     assert len(names(tmp_path / "two")) == 3
 
 
+@pytest.mark.slow
 def test_names_that_are_no_text(model, folder, tmp_path):
     name = os.fsdecode(b"x\xff.png")
     photo(folder / name)
@@ -249,6 +256,7 @@ def test_names_that_are_no_text(model, folder, tmp_path):
     assert result.exit_code == 0 and "x?.png" in page.read_text()
 
 
+@pytest.mark.slow
 def test_options_of_a_run(model, folder, tmp_path):
     photo(folder / "a.png", (60, 80))
     sizes = []
@@ -283,6 +291,7 @@ class Ended(Exception):
     pass
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [Ended, KeyboardInterrupt])
 def test_a_callback_counts_and_ends_a_run(model, folder, tmp_path, kind):
     for number in range(8):
@@ -304,6 +313,7 @@ def test_a_callback_counts_and_ends_a_run(model, folder, tmp_path, kind):
     assert 3 <= len(left) < 8 and all(Image.open(out / name).size == (26, 18) for name in left)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [Ended, KeyboardInterrupt])
 @pytest.mark.parametrize("pixels", [False, True])
 def test_a_callback_ends_a_call(folder, tmp_path, kind, pixels):

@@ -128,6 +128,7 @@ def write(folder: str, number: int, entries: int) -> None:
         assert all(len(entry["text"]) == 100 for entry in table.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("entries", [4, pytest.param(100, marks=pytest.mark.soak)])
 def test_sixteen_processes_write_one_folder(folder, entries):
     # Forked, or sixteen imports of torch would take most of the time; they use nothing of it.

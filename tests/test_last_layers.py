@@ -49,6 +49,7 @@ def test_the_image_is_that_of_the_whole_branches(dtype):
     assert ours.networks.produced_bytes(CPU) == 12 * PATCH**2 * 4 and plain.networks.produced_bytes(CPU) == 48 * PATCH**2 * 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("branches", "left"),
     [

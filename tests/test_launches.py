@@ -98,6 +98,7 @@ def test_pixels(monkeypatch, case):
     assert taken.events <= 20
 
 
+@pytest.mark.slow
 def test_patches(monkeypatch):
     taken, waits = counted_patches(monkeypatch)
     assert 50 < taken.launches() <= MOST_OF_PATCHES
@@ -121,6 +122,7 @@ def test_counts_notice_what_they_count(monkeypatch):
     assert counted.allocations == 4 and len(counted.waits) == 1 and counted.launches() == 5
 
 
+@pytest.mark.slow
 def test_the_documentation_tells_these_numbers(monkeypatch):
     """The column "now" of the table."""
     rows = {

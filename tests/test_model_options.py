@@ -66,6 +66,7 @@ def test_shapes_say_the_scale(tmp_path, name, scale):
         fastroute.load(tmp_path / "x.pth", scale=5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("system", [False, True])
 @pytest.mark.parametrize("scale", SCALES)
 def test_weights_of_equal_shapes(tmp_path, scale, system):
@@ -88,6 +89,7 @@ def test_weights_of_equal_shapes(tmp_path, scale, system):
         fastroute.load(path, scale=5)
 
 
+@pytest.mark.slow
 def test_published_weights_are_of_4(data_folder):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -95,6 +97,7 @@ def test_published_weights_are_of_4(data_folder):
             assert fastroute.load(data_folder / "weights" / name).scale == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ending", [".pth", ".safetensors"])
 def test_other_options(tmp_path, ending):
     path = tmp_path / f"x{ending}"
@@ -122,6 +125,7 @@ def test_other_options(tmp_path, ending):
     assert router.upscale(image, scale=3).image.shape == (1, 3, 27, 33)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ending", [".pth", ".safetensors"])
 def test_patch_and_stride(tmp_path, ending):
     path = tmp_path / f"x{ending}"
@@ -163,6 +167,7 @@ def test_impossible_options(tmp_path, options, words):
         fastroute.load(tmp_path / "pcsr.pth", patch=16)
 
 
+@pytest.mark.slow
 def test_regions_are_an_option():
     image = torch.rand(3, 80, 90, generator=torch.Generator().manual_seed(0))
     merged, single = fastroute.load(), fastroute.load(merge=1)

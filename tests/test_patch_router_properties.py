@@ -48,6 +48,7 @@ def branches(scale: int, shuffled: bool) -> list[nn.Module]:
     return [randomise(m, seed).eval() for seed, m in enumerate((long, nn.Sequential(nn.Conv2d(2, 2, 1), *tails[1])))]
 
 
+@pytest.mark.slow
 @given(
     grids(), st.integers(0, 3), st.integers(1, 60), st.booleans(), st.sampled_from(["uniform", "hann"]), st.integers(0, 2**20)
 )

@@ -56,6 +56,7 @@ def by_region(router: PatchRouter, branches: list[nn.Module], image: Tensor, cla
     return stitch_patches(patches_of_regions(outputs, inverse, merged.region, *geometry), grid, router.window)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("merge", [2, 4, 8])
 @pytest.mark.parametrize("size", [(133, 101), (16, 90), (5, 7)], ids=str)
 def test_equals_region_by_region(merge, size):
@@ -71,6 +72,7 @@ def test_equals_region_by_region(merge, size):
         assert (result.class_map >= class_map).all() and (promote or torch.equal(result.class_map, class_map))
 
 
+@pytest.mark.slow
 def test_a_free_class_and_other_last_layers():
     system = random_classsr((5, 8), SCALE, PATCH)
     plain = nn.Sequential(nn.Conv2d(3, 48, 3, padding=1), nn.PixelShuffle(4), nn.Tanh()).eval()
@@ -179,6 +181,7 @@ def test_identity_of_every_merge_is_the_image():
             assert (router.upscale(image, class_map=class_map).image - image).abs().max() < 1e-6
 
 
+@pytest.mark.slow
 def test_load_and_command_line_merge(tmp_path):
     assert fastroute.load().merge == 4 and fastroute.load(merge=1).merge == 1
     with pytest.raises(ValueError, match="PCSR routes pixels and has no merge"):

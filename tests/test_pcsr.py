@@ -197,6 +197,7 @@ def psnr(image: Tensor, hr: Tensor) -> float:
     return 10 * math.log10(255**2 / error[..., 4:-4, 4:-4].double().square().mean().item())
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_trained_networks_beat_bicubic(data: Path) -> None:
     """Any slip in a forward pass costs far more than these margins; a shifted transposed convolution costs 5 dB."""

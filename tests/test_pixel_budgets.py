@@ -149,6 +149,7 @@ def test_an_expensive_class_that_runs_fast_is_used():
     assert stats.counts_per_class[1] > 0.9 * PIXELS
 
 
+@pytest.mark.slow
 def test_milliseconds_are_met(monkeypatch):
     """Upsamplers that sleep: the time is theirs, whatever else the machine does."""
     mlp = pixel_image.pixel_mlp
@@ -228,6 +229,7 @@ def test_a_batch_shares_one_budget(router, budget):
         assert chance[alone == 1].min() < chance[alone == 0].max() - 1e-3
 
 
+@pytest.mark.slow
 def test_features_of_a_batch_are_kept_as_far_as_they_fit(monkeypatch):
     monkeypatch.setattr(pixel_rows, "OUTPUT_BAND", {"cpu": 500})
     monkeypatch.setattr(pixel_rows, "ENCODER_BAND", {"cpu": 33})

@@ -151,6 +151,7 @@ def test_stats():
     assert "pixels" in str(stats)
 
 
+@pytest.mark.slow
 def test_model_is_left_as_it_was():
     model = make_model("carn")
     before = {name: value.clone() for name, value in model.state_dict().items()}

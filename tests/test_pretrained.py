@@ -58,6 +58,7 @@ def picture(height: int, width: int) -> Tensor:
     return (smooth + 0.2 * random((3, height, width), seed=1) * (x > 2)).clamp(0, 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_published_weights_equal_spandrel(weights, name):
     descriptor = spandrel().ModelLoader().load_from_file(weights / f"{name}.pth")
@@ -71,6 +72,7 @@ def test_published_weights_equal_spandrel(weights, name):
         torch.testing.assert_close(result.image.clamp(0, 1), expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_bfloat16_is_near(weights, name):
     image = io.read_image(ROOT / "assets" / "sample.png")[:, 100:140, 100:148].float() / 255
@@ -79,6 +81,7 @@ def test_bfloat16_is_near(weights, name):
     assert half.dtype == torch.float32 and psnr(half, exact) > 50
 
 
+@pytest.mark.slow
 def test_a_long_image(weights):
     image = picture(3000, 20)
     router = fastroute.load(weights / "realesr-animevideov3-x4.pth")
@@ -112,6 +115,7 @@ def test_last_layers_of_rrdbnet_over_tiles_equal_those_over_the_whole():
     assert bool(same.all())
 
 
+@pytest.mark.slow
 def test_architectures_that_spandrel_alone_knows(tmp_path):
     package = spandrel()
     from spandrel.architectures.SPAN import SPAN
@@ -146,6 +150,7 @@ def test_first_layers_of_equal_names(tmp_path):
     torch.testing.assert_close(router.upscale(image).image.clamp(0, 1), expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["first", "second"])
 def test_older_layouts_of_rrdbnet(tmp_path, layout):
     """Those of ESRGAN's own code, in which most networks of users are stored: the weights of the newer one, renamed."""
@@ -297,6 +302,7 @@ def test_options_that_do_not_apply(tmp_path):
     assert fastroute.load(path, scale=2).scale == 2
 
 
+@pytest.mark.slow
 def test_on_the_command_line(tmp_path, monkeypatch):
     path, source = saved(tmp_path / "small.pth", SMALL["compact"]()), ROOT / "assets" / "sample.png"
     target = tmp_path / "result.png"
@@ -322,6 +328,7 @@ def test_on_the_command_line(tmp_path, monkeypatch):
         assert refused.exit_code == 2 and words in refused.output, refused.output
 
 
+@pytest.mark.slow
 def test_rrdbnet_holds_less_than_half_of_what_its_plain_form_does(monkeypatch):
     network, size = RRDBNet(64, 1, 32), (1, 3, 540, 960)
     tiles = pass_bytes(network, size, torch.float32)

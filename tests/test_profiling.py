@@ -138,6 +138,7 @@ def test_pcsr_by_hand():
     assert count_flops(nn.Linear(7, 3), (5, 7), "pcsr") == 2 * 5 * 7 * 3
 
 
+@pytest.mark.slow
 def test_pcsr_demo(data_folder):
     """What the published demo prints for a 420 x 276 image: 130.91 G for CARN, 74.03 G for PCSR, its classifier included."""
     size = (1, 3, 276, 420)

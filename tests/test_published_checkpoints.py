@@ -29,6 +29,7 @@ def srresnet(data_folder) -> tuple[PixelRouter, dict[str, Tensor]]:
     return fastroute.load(data_folder / "weights" / "pcsr-srresnet-random.pth"), recorded
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_features_and_probabilities_of_pcsr_over_srresnet(data_folder, srresnet):
     content = torch.load(data_folder / "weights" / "pcsr-srresnet-random.pth", map_location="cpu", weights_only=True)
@@ -93,6 +94,7 @@ def test_a_checkpoint_of_the_first_phase_is_a_dense_model(tmp_path):
     torch.testing.assert_close(result.image, everything, rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_cdnsr_over_carn(data_folder, tmp_path):
     path = data_folder / "weights" / "cdnsr-carn-random.pth"
     router, state = fastroute.load(path), read_checkpoint(path)[0]
@@ -112,6 +114,7 @@ def arm(data_folder) -> dict[str, Tensor]:
         return {name: torch.from_numpy(arrays[name]) for name in arrays}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("eta", ETAS)
 def test_arm_chooses_as_published(data_folder, arm, eta):
     files = data_folder / "weights"
@@ -120,6 +123,7 @@ def test_arm_chooses_as_published(data_folder, arm, eta):
     assert classes == arm[f"classes_eta{eta:g}"].tolist()
 
 
+@pytest.mark.slow
 def test_arm_with_its_table(data_folder, arm):
     files = data_folder / "weights"
     table = read_table(files / "arm-fsrcnn.state")
@@ -180,6 +184,7 @@ def test_what_is_for_arm_alone(tmp_path):
         fastroute.load("pcsr-fsrcnn-x4", table=tmp_path / "t.state")
 
 
+@pytest.mark.slow
 def test_table_and_eta_on_the_command_line(data_folder, tmp_path):
     files, sample = data_folder / "weights", Path(__file__).parents[1] / "assets" / "sample.png"
     arguments = [sample, tmp_path / "out.png", "--model", files / "arm-fsrcnn.pth", "--scale", 4, "--quiet"]

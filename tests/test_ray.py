@@ -48,6 +48,7 @@ def through_blocks(columns):
     return [row for one in each for row in accessor.for_block(one).iter_rows(public_row_format=True)]
 
 
+@pytest.mark.slow
 def test_files_of_every_kind_and_damaged_ones(router, tmp_path):
     sources = [*write_kinds(tmp_path).values(), *(tmp_path / name for name in write_bad(tmp_path)), tmp_path / "missing.png"]
     targets = [tmp_path / "out" / f"{path.name}.tif" for path in sources]

@@ -98,6 +98,7 @@ def test_fast_form(memory_format):
     torch.testing.assert_close(optimize(fast)(x), fast(x), rtol=0, atol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2))])
 def test_branches_as_the_papers_print_them(data_folder, number):
     table = json.loads((data_folder / "fixtures" / "paper-tables.json").read_text())["branch_flops"]["rcan"]

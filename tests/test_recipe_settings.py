@@ -137,6 +137,7 @@ def call(*arguments: object):
     return CliRunner().invoke(cli.main, ["train", *map(str, arguments)])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", list(SMOKES))
 def test_command(images, tmp_path, name):
     options = [part for setting in SMOKES[name] for part in ("--set", setting)]
@@ -170,6 +171,7 @@ def test_pcsr_for_one_other_factor(images, tmp_path):
     assert refused.exit_code and "train: scale is one factor and scales are several; give one of them" in refused.output
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", list(SMOKES))
 def test_validation_logs_and_resuming(images, tmp_path, name):
     pytest.importorskip("skimage")
@@ -192,6 +194,7 @@ def test_validation_logs_and_resuming(images, tmp_path, name):
     assert ": validation " in call(*watched, "--no-resume").output
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "patch", "stride"), [("cdnsr", 16, 12), ("cdnsr", 5, 4), ("arm", 7, 6), ("arm", 33, 29)])
 def test_any_patch_size_is_loaded_again(images, tmp_path, name, patch, stride):
     settings = [f"--set={setting}" for setting in [*SMOKES[f"{name}-fsrcnn"], f"patch={patch}"]]
@@ -201,6 +204,7 @@ def test_any_patch_size_is_loaded_again(images, tmp_path, name, patch, stride):
     assert router.upscale(torch.rand(3, 40, 41)).image.shape == (3, 160, 164)
 
 
+@pytest.mark.slow
 def test_command_builds_the_table_of_a_published_supernet(images, tmp_path):
     save_checkpoint(tmp_path / "supernet.pth", ARM("fsrcnn", (3, 5)).network)
     options = ["--set", "widths=3,5", "--set", "steps=0", "--set", "table-patches=30", "--init", tmp_path / "supernet.pth"]
@@ -210,6 +214,7 @@ def test_command_builds_the_table_of_a_published_supernet(images, tmp_path):
     assert math.isfinite(trained["classifier.table.psnr"].sum())
 
 
+@pytest.mark.slow
 def test_command_refuses(images, tmp_path):
     (tmp_path / "wrong.yaml").write_text("steps: -1")
     save_checkpoint(tmp_path / "other.pth", ARM("fsrcnn", (3, 5)))

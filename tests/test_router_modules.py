@@ -52,6 +52,7 @@ def test_a_router_is_a_module_of_its_networks(make):
     assert torch.equal(nn.Sequential(router)(IMAGE[None])[0], router(IMAGE))
 
 
+@pytest.mark.slow
 @every
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda r: pickle.loads(pickle.dumps(r))], ids=["deepcopy", "pickle"])
 def test_copies_are_independent(make, duplicate):
@@ -74,6 +75,7 @@ def test_torch_save(make):
     assert torch.equal(torch.load(file, weights_only=False)(IMAGE), router(IMAGE))
 
 
+@pytest.mark.slow
 @every
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_state_dicts(make, dtype):
@@ -95,6 +97,7 @@ def test_the_mode_of_frozen_networks_stays(make):
     assert not router.training
 
 
+@pytest.mark.slow
 @every
 def test_a_module_around_it_moves_it(make):
     router = make()

@@ -79,6 +79,7 @@ def run_elsewhere(program: str, folder: Path) -> str:
     return result.stdout.strip()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [fixed_patches, fixed_pixels])
 def test_a_saved_export_needs_only_the_library(make, tmp_path):
     torch.export.save(exported(make(), tmp_path), tmp_path / "saved.pt2")
@@ -94,6 +95,7 @@ def test_a_compiled_package_needs_only_the_library(make, tmp_path, monkeypatch):
     assert run_elsewhere("torch._inductor.aoti_load_package('compiled.pt2')", tmp_path) == "[True, True, True] []"
 
 
+@pytest.mark.slow
 def test_the_named_result_is_saved_too(tmp_path):
     router, (first, second) = fixed_patches(), frames()
     torch.export.save(torch.export.export(Named(router), (first,)), tmp_path / "saved.pt2")

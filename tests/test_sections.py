@@ -43,6 +43,7 @@ def by_rows(router, image, edges, step, ids):
     return writer.pixels
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("patch", "stride", "merge", "window", "coverage"),
     [

@@ -86,6 +86,7 @@ def test_every_tensor_parameter_has_its_shape(path: Path):
     assert untagged(path.read_text("utf-8")) == []
 
 
+@pytest.mark.slow
 def test_letters_are_those_of_the_glossary():
     """Longer names are words, which explain themselves."""
     text = (ROOT.parent / "CONTRIBUTING.md").read_text("utf-8").partition("The letters are:")[2].partition("Longer names")[0]

@@ -63,6 +63,7 @@ def test_every_job_belongs_to_one_shard(tmp_path, count):
     assert sorted(job.source for job in again) == sorted(job.source for job in shares[0])
 
 
+@pytest.mark.slow
 def test_shares_are_balanced_within_a_tenth(tmp_path):
     jobs = plan_jobs([photos(tmp_path / "in", 1000)], tmp_path / "out")
     pixels = [sum(map(pixels_of, Shard(number, 4).share(jobs))) for number in range(1, 5)]
@@ -88,6 +89,7 @@ def test_shards_of_the_environment():
         Shard.of_environment({**array, "SLURM_ARRAY_TASK_ID": "14"})
 
 
+@pytest.mark.slow
 def test_shards_give_what_one_run_gives(model, tmp_path, monkeypatch):
     folder = photos(tmp_path / "in", 9)
 

@@ -29,6 +29,7 @@ def test_shipped_model_is_listed_and_loads():
     assert all(p.isfinite().all() for m in (router.classifier, *router.branches) for p in m.parameters())
 
 
+@pytest.mark.slow
 def test_shipped_model_is_the_default_of_load():
     default, named = fastroute.load(), fastroute.load(DEFAULT_MODEL)
     for ours, theirs in zip(default.branches, named.branches, strict=True):
@@ -46,6 +47,7 @@ def test_shipped_model_has_a_card():
     assert cards, f"no .md file in {WEIGHTS.name}/ tells how {DEFAULT_MODEL} was made"
 
 
+@pytest.mark.slow
 def test_shipped_model_beats_bicubic_and_uses_all_classes():
     lr, hr = make_pair(io.read_image(SAMPLE), 4)
 

@@ -57,6 +57,7 @@ def test_definition(scale):
     assert torch.equal(x, given), "the input was written to"
 
 
+@pytest.mark.slow
 def test_gradients_reach_every_weight():
     model = randomise(SRResNet(3, 4, blocks=2)).double()
     x = torch.rand(1, 3, 3, 4, dtype=torch.float64, requires_grad=True)
@@ -96,6 +97,7 @@ def test_true_convention_counts_the_real_pass():
     assert count_flops(model, PATCH) == count_flops(model, PATCH, "paper")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backbone", list(WIDTHS))
 def test_published_layout(data_folder, backbone):
     shapes = json.loads((data_folder / "fixtures" / "classsr-state-dict-shapes.json").read_text())["state_dict_shapes"]
@@ -119,6 +121,7 @@ def test_refusals():
         ClassSR.build("edsr")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("backbone", "layers"), [*((backbone, 3) for backbone in WIDTHS), ("fsrcnn", 5)])
 @torch.no_grad()
 def test_classsr_through_load(tmp_path, backbone, layers):

@@ -164,6 +164,7 @@ def test_sampled_decisions(pixels, monkeypatch, options):
     assert (sampled != whole).float().mean() < 0.1
 
 
+@pytest.mark.slow
 def test_carn_in_bands(monkeypatch):
     monkeypatch.setattr(pixel_rows, "OUTPUT_BAND", {"cpu": 2000})
     monkeypatch.setattr(pixel_rows, "ENCODER_BAND", {"cpu": 100})

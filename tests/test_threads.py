@@ -111,6 +111,7 @@ def test_a_call_from_another_thread():
     assert found == [list(range(1, 21))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ["carn", "srresnet"])
 def test_bits_do_not_depend_on_the_number_of_threads(name, dtype):
@@ -157,6 +158,7 @@ def test_no_thread_stays_and_none_is_asked_for_after_a_fork():
     os.close(read)
 
 
+@pytest.mark.slow
 def test_threads_wait_patiently_on_a_busy_machine_only(monkeypatch):
     if "libgomp" not in str(threads.openmp()._name) or sys.platform != "linux":
         pytest.skip("only GNU's OpenMP on Linux is made to")

@@ -47,6 +47,7 @@ def classsr(backbone: str = "fsrcnn", widths: tuple[int, ...] = WIDTHS) -> Class
     return randomise(ClassSR.build(backbone, widths, 2), seed=5).eval()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backbone", ["fsrcnn", "carn", "srresnet"])
 @torch.no_grad()
 def test_cdnsr_takes_the_branches_of_classsr(pool, tmp_path, backbone):
@@ -68,6 +69,7 @@ def test_cdnsr_goes_on_from_cdnsr(pool, tmp_path):
     assert equal(model.state_dict(), other.state_dict())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backbone", ["fsrcnn", "carn", "srresnet"])
 @torch.no_grad()
 def test_arm_takes_the_most_expensive_branch(pool, tmp_path, backbone):

@@ -41,6 +41,7 @@ def rows_last(image):
     return image.permute(1, 2, 0).numpy()
 
 
+@pytest.mark.slow
 def test_png_to_tiff_to_zarr(router, image, tmp_path, monkeypatch):
     monkeypatch.setattr(patch_memory, "PATCHES_PER_BAND", {"cpu": 20})
     done = upscale_file(tmp_path / "in.png", tmp_path / "out.tif", router, budget=0.9)

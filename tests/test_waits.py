@@ -201,6 +201,7 @@ def fixed_on_gpu(router, size, dtype=torch.uint8, **options):
     ), shape
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ROUTERS)
 def test_patch_router(monkeypatch, name):
     fixed, shape = fixed_on_gpu(ROUTERS[name](), (37, 45))
@@ -227,6 +228,7 @@ def test_patch_router_within_a_budget(monkeypatch, size):
             assert "stitch_patches_kernel" in launched and "assign_classes_count_kernel" in launched
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{"penalty": 0.5}, {"budget": 0.95}, {"adaptive": True, "refine": False}], ids=str)
 @pytest.mark.parametrize("kind", ["fsrcnn", "carn"])
 def test_pixel_router(monkeypatch, kind, options):

@@ -86,6 +86,7 @@ def test_what_is_no_router():
         fastroute.warmup(torch.nn.Identity(), SIZE)
 
 
+@pytest.mark.slow
 def test_command_line():
     def run(*arguments):
         return CliRunner().invoke(main, ["warmup", *arguments])

@@ -75,6 +75,7 @@ def test_widths(backend, tf32, name):
         same(band, output[:, :, 4:9].contiguous())
 
 
+@pytest.mark.slow
 def test_opcheck(operator):
     mlps = make(2, [[4, 3], None], 3, torch.float32, operator.device)
     features, residual, class_map = inputs(2, (3, 4), (7, 5), 2, 3, torch.float32, operator.device)

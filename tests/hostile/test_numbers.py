@@ -83,6 +83,7 @@ def refused_or_right(names: tuple[str, ...], run: Callable[[], Any]) -> None:
             assert torch.equal(actual, expected)
 
 
+@pytest.mark.slow
 @campaign
 @given(mostly[8], mostly[8], mostly[4], mostly[4], mostly[1], st.sampled_from(["full", "crop"]))
 def test_tile_grid_extract_and_stitch(height, width, patch, stride, scale, coverage):

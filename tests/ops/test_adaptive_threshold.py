@@ -71,6 +71,7 @@ def test_sweep(kernel, shape, dtype):
         same(adaptive_threshold(turned), adaptive_threshold(score))
 
 
+@pytest.mark.slow
 @given(values=st.lists(st.integers(-8, 8), min_size=1, max_size=30))
 def test_whole_numbers_exactly(kernel, values):
     score = torch.tensor([values], dtype=torch.float32, device=kernel.device)
@@ -85,6 +86,7 @@ def test_images_are_independent(backend):
         same(adaptive_threshold(one[None])[0], ids)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("grad", [False, True])
 def test_opcheck(operator, grad):
     for shape in ((0, 3), (2, 7), (2, 4, 5)):

@@ -119,6 +119,7 @@ def test_zero_scores_tie_under_a_penalty_and_have_a_price_under_a_budget(backend
     assert assign_classes(score, [2.0, 1.0], budget=0.5).tolist() == [1, 1, 1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("grad", [False, True])
 def test_opcheck(operator, grad):
     cost = torch.tensor(COSTS[3], dtype=torch.float64)
@@ -160,6 +161,7 @@ def spend_nearly(score: Tensor) -> Tensor:
     return assign_classes(score, [1.0, 3.0], budget=0.666666666666)
 
 
+@pytest.mark.slow
 def test_compiles_once_for_all_sizes(operator):
     compiles_once(penalise, [(probabilities(n, 3, device=operator.device),) for n in (10, 700, 33)])
     images = [probabilities(b, 2, h, w, device=operator.device) for b, h, w in ((4, 10, 7), (3, 9, 12), (5, 31, 8))]

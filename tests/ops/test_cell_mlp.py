@@ -168,6 +168,7 @@ def test_gradcheck(operator):
     assert torch.autograd.gradcheck(lambda *layers: run(pixels, *layers), tuple(layers))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("grad", [False, True])
 def test_opcheck(operator, grad):
     for case in CASES[1:4]:
@@ -194,6 +195,7 @@ def run_example(image, layers, span, step):
     return cell_mlp(image, layers, 4, span, step)
 
 
+@pytest.mark.slow
 def test_compiles_once_for_all_sizes(operator):
     compiles_once(run_example, examples(operator.device))
 

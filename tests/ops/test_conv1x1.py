@@ -178,6 +178,7 @@ def test_gradcheck_of_the_reference():
     assert torch.autograd.gradcheck(lambda a, b, *rest: conv1x1_reference([a, b], *rest), tensors)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("grad", [False, True])
 def test_opcheck(operator, grad):
     for case in (CASES[3], CASES[2]):
@@ -205,6 +206,7 @@ def run_example(first, second, *rest):
     return conv1x1([first, second], *rest)
 
 
+@pytest.mark.slow
 def test_compiles_once_for_all_sizes(operator):
     compiles_once(run_example, examples())
 

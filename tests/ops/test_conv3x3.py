@@ -296,6 +296,7 @@ def raw(case, *given: bool):
     return (normal(*case[0]), conv3x3_weight(weight, *case[2:]).transformed, *rest, case[1], case[3], 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("grad", [False, True])
 def test_opcheck(operator, grad):
     # Half a minute of symbolic shapes for each with gradients.
@@ -321,6 +322,7 @@ def examples():
         yield normal(*shape), conv3x3_weight(weight, shuffle=2), bias, slope, residual
 
 
+@pytest.mark.slow
 def test_compiles_once_for_all_sizes(operator):
     compiles_once(conv3x3, examples())
 

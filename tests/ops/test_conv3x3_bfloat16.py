@@ -223,6 +223,7 @@ def test_gradients(backend):
             torch.testing.assert_close(grad.double(), wanted, rtol=2e-2, atol=5e-2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("grad", [False, True])
 def test_opcheck(operator, grad):
     case = ((2, 3, 5, 7), 8, 1, 2)
@@ -243,6 +244,7 @@ def test_poisoned(backend, poisoned):
         close(found, exact3x3(image, weight, *rest, *case[2:]), 9 * weight.shape[1])
 
 
+@pytest.mark.slow
 def test_compiles_once_for_all_sizes(operator):
     def examples():
         # No size is one of those of the weight, which a compiler would take for the same number.

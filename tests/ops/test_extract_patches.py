@@ -128,6 +128,7 @@ def test_bits_survive(backend):
     same(bits(patches), bits(torch.cat([image[..., :2], image[..., 1:]])))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("geometry", [(7, 6, 3, 2, "full"), (7, 6, 3, 2, "crop"), (2, 5, 3, 3, "full")], ids=str)
 def test_gradient(backend, geometry):
     height, width, patch, stride, coverage = geometry
@@ -168,6 +169,7 @@ def test_gradient_keeps_type(backend, dtype):
     torch.testing.assert_close(gradient.double(), expected, rtol=0, atol=12 * 9 * torch.finfo(dtype).eps)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("grad", [False, True])
 def test_opcheck(operator, grad):
     image = random((2, 3, 7, 6), device=operator.device)
@@ -217,6 +219,7 @@ def build_and_extract(image: Tensor, order: Tensor | None = None) -> Tensor:
     return extract_patches(image, grid, order, dtype=torch.float16)
 
 
+@pytest.mark.slow
 def test_compiles_once_for_all_sizes(operator):
     sizes = ((2, 20, 30), (3, 21, 17), (4, 40, 9), (2, 33, 33))
     order = torch.arange(10, -1, -1, device=operator.device)

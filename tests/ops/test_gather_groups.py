@@ -110,6 +110,7 @@ def test_gradient(backend):
         same(actual, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("grad", [False, True])
 def test_opcheck(operator, grad):
     for n, shape in ((0, (3,)), (5, ()), (5, (2, 3, 3))):
@@ -141,6 +142,7 @@ def group_and_move(ids: Tensor, x: Tensor) -> Tensor:
     return gather_groups(x, group_by_class(ids, 3))
 
 
+@pytest.mark.slow
 def test_compiles_once_for_all_sizes(operator):
     arguments = []
     for n, h in ((10, 5), (700, 4), (33, 9)):

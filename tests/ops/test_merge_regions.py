@@ -268,6 +268,7 @@ def merge_of(ids: Tensor, costs: Tensor, image: Tensor) -> tuple[Tensor, Tensor,
     return tuple(merge_regions(ids, TileGrid(image.shape[2], image.shape[3], 8, 5), costs))
 
 
+@pytest.mark.slow
 def test_compiles_once_for_all_sizes(operator):
     sizes = ((2, 20, 30), (3, 21, 17), (4, 40, 9), (2, 33, 33))
     images = [torch.zeros(b, 3, h, w, device=operator.device) for b, h, w in sizes]

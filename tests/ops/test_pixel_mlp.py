@@ -141,6 +141,7 @@ def test_published_widths(backend, hidden):
     close(pixel_mlp(features, mlps, large, class_map, residual), features, mlps, large, class_map, residual)
 
 
+@pytest.mark.slow
 @given(data=st.data())
 def test_any_shape(backend, data):
     draw = data.draw
@@ -191,6 +192,7 @@ def leaves(mlps):
     return [t for mlp in mlps for pair in mlp for t in pair]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rows", [None, (1, 4)])
 def test_gradcheck(operator, rows):
     mlps = make(2, [None, [4], []], dtype=torch.float64, device=operator.device)
@@ -204,6 +206,7 @@ def test_gradcheck(operator, rows):
     assert torch.autograd.gradcheck(run, given_leaves)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("grad", [False, True])
 @pytest.mark.parametrize("mapped", [False, True])
 def test_opcheck(operator, grad, mapped):
@@ -243,6 +246,7 @@ def examples(device):
         yield features, class_map, residual
 
 
+@pytest.mark.slow
 def test_compiles_once_for_all_sizes(operator):
     compiles_once(route, examples(operator.device))
 

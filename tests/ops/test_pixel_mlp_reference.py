@@ -212,6 +212,7 @@ def test_no_images() -> None:
     assert pixel_mlp_reference(features, weights, biases, [2], 8, 10, None, residual).shape == (0, 3, 8, 10)
 
 
+@pytest.mark.slow
 def test_gradients() -> None:
     generator = torch.Generator().manual_seed(3)
     features = torch.rand(1, 2, 2, 3, generator=generator, dtype=torch.float64, requires_grad=True)

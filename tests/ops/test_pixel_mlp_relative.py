@@ -145,6 +145,7 @@ def route(features: Tensor, class_map: Tensor, relative: Tensor) -> Tensor:
     return pixel_mlp(features, mlps, (class_map.shape[1], class_map.shape[2]), class_map, relative=relative)
 
 
+@pytest.mark.slow
 def test_compiles_once_for_all_sizes(operator):
     def examples():
         for batch, small, large in ((2, (4, 7), (11, 30)), (3, (6, 5), (24, 21)), (4, (9, 11), (13, 17))):

@@ -105,6 +105,7 @@ def test_gradcheck(operator, rows):
         assert torch.autograd.gradcheck(lambda x, c=class_map: refine_boundaries(x, c, rows), image)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("grad", [False, True])
 def test_opcheck(operator, grad):
     for shape in ((2, 3, 6, 7), (1, 1, 2, 2), (0, 1, 4, 4)):

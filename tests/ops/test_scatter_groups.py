@@ -141,6 +141,7 @@ def group_and_move(ids: Tensor, y: Tensor) -> Tensor:
     return scatter_groups(y, group_by_class(ids, 3))
 
 
+@pytest.mark.slow
 def test_compiles_once_for_all_sizes(operator):
     arguments = []
     for n, h in ((10, 5), (700, 4), (33, 9)):

@@ -164,6 +164,7 @@ def test_gradient_through_shuffle_and_types(backend, dtype, target):
     torch.testing.assert_close(actual.double(), expected, rtol=0, atol=4 * eps)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("grad", [False, True])
 def test_opcheck(operator, grad):
     patches = random((4, 4, 4, 4), device=operator.device)
@@ -207,6 +208,7 @@ def build_and_stitch(image: Tensor, patches: Tensor, inverse: Tensor | None = No
     return stitch_patches(patches, grid, "hann", inverse)
 
 
+@pytest.mark.slow
 def test_compiles_once_for_all_sizes(operator):
     arguments = []
     sizes = ((2, 20, 30), (3, 21, 17), (4, 40, 9), (2, 33, 34))

@@ -197,6 +197,7 @@ def test_bits_survive(backend):
     torch.testing.assert_close(image[0, 0], held[0, 0, :3, :5], rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_opcheck(operator):
     grid = TileGrid(11, 13, 5, 3, 2)
     place = (grid.height, grid.width, grid.patch, grid.stride, grid.scale, grid.crop)
@@ -222,6 +223,7 @@ def stitch_both(first: Tensor, second: Tensor, inverse: Tensor, region: Tensor, 
     return stitch_patches([first, second], grid, "hann", inverse, region=region)
 
 
+@pytest.mark.slow
 def test_compiles_once_for_all_sizes(operator):
     calls = []
     for images, height, width in few([((2, 20, 30), (3, 21, 17)), ((2, 20, 30), (3, 21, 17), (4, 40, 9))])[-1]:

@@ -201,6 +201,7 @@ def test_out_without_images(backend):
     assert stitch_patches(patches_for(grid, 1, 3, device=backend.device), grid, rows=(2, 2), out=band) is band
 
 
+@pytest.mark.slow
 def test_opcheck_of_out(operator):
     patches = random((4, 2, 4, 4), device=operator.device)
     window = make_window("hann", 4).to(operator.device)
@@ -215,6 +216,7 @@ def stitch_into(image: Tensor, patches: Tensor) -> Tensor:
     return stitch_patches(patches, grid, "linear", out=torch.empty_like(image))
 
 
+@pytest.mark.slow
 def test_out_compiles_once_for_all_sizes(operator):
     arguments = []
     for b, h, w in ((2, 20, 30), (3, 21, 17), (4, 40, 9)):

@@ -42,10 +42,10 @@ REPEATED = {
 }
 
 
-@pytest.fixture(scope="module")
-def outcomes(tmp_path_factory):
+@pytest.fixture
+def outcomes(tmp_path):
     """Of each operator, (test, what went wrong or "") of all its tests, from one run: a process takes seconds to start."""
-    report = tmp_path_factory.mktemp("interpreter") / "report.xml"
+    report = tmp_path / "report.xml"
     left_out = " or ".join(f"(test_{op} and ({words}))" for op, words in REPEATED.items())
     files = [path for op in OPS for path in sorted((ROOT / "tests").glob(f"[co]*/test_{op}*.py"))]
     files = [str(path) for path in files if not path.stem.endswith("_reference")]
@@ -68,8 +68,7 @@ def outcomes(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("op", OPS)
-def test_through_the_interpreter(op, outcomes):
-    assert len(outcomes[op]) >= 10
-    failed = [f"{name}\n{wrong}" for name, wrong in outcomes[op] if wrong]
+def test_through_the_interpreter(outcomes):
+    assert all(len(found) >= 5 for found in outcomes.values())
+    failed = [f"{name}\n{wrong}" for found in outcomes.values() for name, wrong in found if wrong]
     assert not failed, "\n".join(failed)[-4000:]

@@ -23,6 +23,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("interpreted kernels are hidden from the compiler", allow_module_level=True)
 
 
+@pytest.mark.slow
 def test_import_loads_no_triton():
     code = "import sys, fastroute; fastroute.info(); print(any(name.split('.')[0] == 'triton' for name in sys.modules))"
     environment = {**os.environ, "TRITON_INTERPRET": "0", "CUDA_VISIBLE_DEVICES": ""}
