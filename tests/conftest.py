@@ -94,26 +94,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def sample(items: list[pytest.Item]) -> set[pytest.Item]:
-    """One in `SHARE` of the slow tests of every file, and all others.
-
-    Every test of an interpreted or emulated kernel is slow, and many of them are alike: of each test function it takes one in
-    twice as many cases, where functions of one name count as one if they are interpreted, which takes longest.
-    """
-    chosen: set[pytest.Item] = set()
-    groups: dict[str, list[pytest.Item]] = {}
-    for item in items:
-        if INTERPRETED:
-            groups.setdefault(item.name.split("[")[0], []).append(item)
-        elif EMULATED:
-            groups.setdefault(item.nodeid.split("[")[0], []).append(item)
-        elif item.get_closest_marker("slow"):
-            groups.setdefault(item.nodeid.split("::")[0], []).append(item)
-        else:
-            chosen.add(item)
-    share = 2 * SHARE if INTERPRETED or EMULATED else SHARE
-    for cases in groups.values():
-        cases.sort(key=lambda item: zlib.crc32(f"{TURN} {item.nodeid}".encode()))
-        chosen.update(cases[: -(-len(cases) // share)])
+    """One in `SHARE` of the slow tests of every file, and all others; of interpreted or emulated kernels half as many."""
+    nested = EMULATED or INTERPRETED
+    share, slow = SHARE * (2 if nested else 1), [item for item in items if nested or item.get_closest_marker("slow")]
+    files: dict[Path, list[pytest.Item]] = {}
+    for item in slow:
+        files.setdefault(item.path, []).append(item)
+    chosen = set(items) - set(slow)
+    for tests in files.values():
+        tests.sort(key=lambda item: zlib.crc32(f"{TURN} {item.nodeid}".encode()))
+        chosen.update(tests[: -(-len(tests) // share)])
     return chosen
 
 

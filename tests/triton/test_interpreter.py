@@ -69,6 +69,6 @@ def outcomes(tmp_path):
 
 @pytest.mark.slow
 def test_through_the_interpreter(outcomes):
-    assert all(len(found) >= 5 for found in outcomes.values())
+    assert all(outcomes.values()), "an operator has no test"
     failed = [f"{name}\n{wrong}" for found in outcomes.values() for name, wrong in found if wrong]
     assert not failed, "\n".join(failed)[-4000:]
