@@ -56,6 +56,13 @@ def small(monkeypatch):
 
 
 @pytest.fixture
+def narrow(small, monkeypatch):
+    """Blocks of a shard, of which three lie side by side in a band."""
+    monkeypatch.setattr("fastroute.files.arrays.PER_SHARD", 2)
+    monkeypatch.setattr("fastroute.files.arrays.BLOCK_BYTES", 1)
+
+
+@pytest.fixture
 def source(tmp_path) -> Path:
     io.write_image(tmp_path / "in.png", as_image(picture(1, 3, *SIZE, seed=1), torch.uint8)[0])
     return tmp_path / "in.png"
@@ -117,7 +124,9 @@ def test_a_budget_of_flops_is_one_over_the_image(small, source, tmp_path):
 @pytest.mark.parametrize("dtype", ["uint8", "uint16", "float32"])
 @pytest.mark.parametrize("channels", [1, 2, 4])
 @pytest.mark.parametrize("out", ["out.zarr", "out.tif"])
-def test_gray_alpha_and_depth(small, router, tmp_path, dtype, channels, out):
+@pytest.mark.parametrize("blocks", ["small", "narrow"])
+def test_gray_alpha_and_depth(request, router, tmp_path, dtype, channels, out, blocks):
+    request.getfixturevalue(blocks)
     image = as_image(picture(1, channels, *SIZE, seed=2)[0], getattr(torch, dtype))
     pixels = image.permute(1, 2, 0).numpy()
     extra = {"extrasamples": ["unassalpha"]} if channels in (2, 4) else {}
@@ -136,6 +145,32 @@ def test_gray_alpha_and_depth(small, router, tmp_path, dtype, channels, out):
     one, other = (tifffile.TiffFile(path).pages[0] for path in (tmp_path / "one-out.tif", tmp_path / out))
     assert np.array_equal(one.asarray(), other.asarray())
     assert (one.photometric, one.extrasamples) == (other.photometric, other.extrasamples)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("out", ["out.zarr", "out.ome.zarr", "out.png"])
+def test_blocks_of_a_band_give_the_pixels_of_one_process(narrow, router, source, tmp_path, out):
+    large, whole = LargeImage(source, tmp_path / out, Budget(0.9)), router.upscale(io.read_image(source), budget=0.9)
+    layout, parts = image_shards.begin(large, router), Parts(large.target)
+    assert layout.columns == [(0, 192), (192, 384), (384, 524)] and layout.bands == 7
+    done = upscale_share(large, router, Shard(1, 2))
+    assert (done.written, done.left) == (3, 4) and parts.done() == set(range(9))
+    done = upscale_share(large, router, Shard(2, 2))
+    assert (done.written, done.left) == (4, 0) and parts.done() == set(range(21))
+    # As if it had been killed between two blocks, and while it wrote one.
+    parts.forget([4, 10, 11])
+    # Of a shard 1/1 under a name of zarr's own.
+    half = ("0", "c", "0", "1", "1.half.partial") if layout.ome else ("c", "1", "1", "0.half.partial")
+    parts.path("image", *half).write_bytes(b"half")
+    with pytest.raises(ValueError, match=r"lacks 2 of 7 bands \(1, 3\)"):
+        join(large.target)
+    before = {path: path.stat().st_mtime_ns for path in parts.path("image").rglob("*") if path.is_file()}
+    done = upscale_share(large, router, Shard(1, 1), resume=True)
+    assert (done.written, done.before, done.left) == (2, 5, 0)
+    after = {path: path.stat().st_mtime_ns for path in parts.path("image").rglob("*") if path.is_file()}
+    assert sum(after.get(path) != time for path, time in before.items()) == 4, "three shards anew, and half of one gone"
+    assert join(large.target)
+    assert np.array_equal(pixels_of(large.target), whole.image.permute(1, 2, 0).numpy())
 
 
 def test_the_array_is_sharded_and_the_pyramid_of_ome(small, router, source, tmp_path):

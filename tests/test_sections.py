@@ -1,8 +1,8 @@
-"""Some rows of a result, computed on their own, are those of the whole result, bit for bit; so are scores of some tile rows."""
+"""A rectangle of a result, computed on its own, is that of the whole result, bit for bit; so are scores of some tile rows."""
 
 from __future__ import annotations
 
-from itertools import pairwise
+from itertools import pairwise, product
 
 import pytest
 import torch
@@ -11,9 +11,10 @@ from support import bits
 
 from fastroute import PatchRouter
 from fastroute.patch import classify, patch_memory
+from fastroute.patch.bands import plan_bands
 from fastroute.patch.classify import block_rows, classify_patches, score_rows
 from fastroute.runtime.protocols import ArrayReader
-from fastroute.runtime.row_ranges import RowsWriter
+from fastroute.runtime.rectangles import RectangleWriter
 from fastroute.runtime.rows import ReaderSource
 
 pytestmark = pytest.mark.usefixtures("quick_tuning")
@@ -33,6 +34,20 @@ class Rows:
         self.pixels[:, y:end] = pixels
 
 
+class Places:
+    """A writer of rectangles, which counts how often each pixel is written."""
+
+    row_step = 1
+
+    def __init__(self, shape, dtype):
+        self.pixels, self.times = torch.zeros(shape, dtype=dtype), torch.zeros(shape, dtype=torch.uint8)
+
+    def write(self, y, x, pixels):
+        here = slice(None), slice(y, y + pixels.shape[1]), slice(x, x + pixels.shape[2])
+        self.pixels[here] = pixels
+        self.times[here] += 1
+
+
 def by_rows(router, image, edges, step, ids):
     """The result in parts, each by a call of its own."""
     size = router.output_size(*image.shape[1:])
@@ -43,17 +58,47 @@ def by_rows(router, image, edges, step, ids):
     return writer.pixels
 
 
+ROUTERS = [
+    (16, 12, 4, "hann", "full"),
+    (16, 12, 1, "uniform", "crop"),
+    (16, 5, 2, "linear", "full"),
+    (8, 8, 4, "uniform", "full"),
+    (16, 8, 8, "crop", "full"),
+]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("patch", "stride", "merge", "window", "coverage"),
-    [
-        (16, 12, 4, "hann", "full"),
-        (16, 12, 1, "uniform", "crop"),
-        (16, 5, 2, "linear", "full"),
-        (8, 8, 4, "uniform", "full"),
-        (16, 8, 8, "crop", "full"),
-    ],
-)
+@pytest.mark.parametrize(("patch", "stride", "merge", "window", "coverage"), ROUTERS)
+@pytest.mark.parametrize("promote", [False, True])
+def test_rectangles_have_the_bits_of_the_whole(monkeypatch, patch, stride, merge, window, coverage, promote):
+    monkeypatch.setattr(patch_memory, "PATCHES_PER_BAND", {"cpu": 20})
+    system = random_classsr((3, 5, 8), 4, patch)
+    settings = {"patch": patch, "stride": stride, "scale": 4, "merge": merge, "window": window, "coverage": coverage}
+    router = PatchRouter(system.branches, system.classifier, tune=False, **settings)
+    image = as_image(picture(1, 3, 93, 161, seed=patch), torch.uint8)[0]
+    grid, read = router.grid(93, 161), []
+    ids = torch.arange(grid.num_patches).view(grid.rows, grid.cols) * 7 % 5 % 3
+    expected = router.upscale(image, class_map=ids, promote=promote).image
+
+    class Noted(ArrayReader):
+        def read(self, y0, y1, x0, x1):
+            read.append((x0, x1))
+            return super().read(y0, y1, x0, x1)
+
+    writer, (height, width) = Places(expected.shape, expected.dtype), expected.shape[1:]
+    for rows, columns in product(pairwise((0, 97, 200, height)), pairwise((0, 1, 190, 193, 340, width))):
+        call = {"class_map": ids, "promote": promote}
+        router.stream(Noted(image.numpy(), True), writer, rows=rows, columns=columns, **call)
+        # No more than the blocks of patches that cover the rectangle.
+        around = patch + merge * stride
+        assert min(x for x, _ in read) >= columns[0] // 4 - around and max(x for _, x in read) <= -(-columns[1] // 4) + around
+        read.clear()
+    assert bool((writer.times == 1).all())
+    assert torch.equal(writer.pixels, expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("patch", "stride", "merge", "window", "coverage"), ROUTERS)
 def test_rows_have_the_bits_of_the_whole(monkeypatch, patch, stride, merge, window, coverage):
     monkeypatch.setattr(patch_memory, "PATCHES_PER_BAND", {"cpu": 20})
     system = random_classsr((3, 5, 8), 4, patch)
@@ -63,7 +108,7 @@ def test_rows_have_the_bits_of_the_whole(monkeypatch, patch, stride, merge, wind
     ids = router.upscale(image).class_map
     expected = router.upscale(image, class_map=ids, promote=False).image
     height = expected.shape[1]
-    assert len(router._bands(1, router.grid(157, 61))) > 2
+    assert len(plan_bands(1, router.grid(157, 61), 20, merge)) > 2
     for step, edges in [(1, (0, 1, 97, 300, height)), (40, (0, 40, 200, 240, height)), (48, (0, 192, 480, height))]:
         assert torch.equal(by_rows(router, image, edges, step, ids), expected)
 
@@ -111,6 +156,9 @@ def test_a_limit_holds_and_little_is_read(monkeypatch):
         ((64, 64), {"class_map": torch.zeros(5, 5)}, r"rows must be two rows of the result, .* of 128; got \(64, 64\)"),
         ((0, 129), {"class_map": torch.zeros(5, 5)}, "rows must be two rows of the result"),
         ((0, 65), {"class_map": torch.zeros(5, 5)}, "rows must be multiples of the writer's row_step, 64"),
+        (None, {"columns": (0, 8)}, "columns must come with the class_map of the whole image"),
+        (None, {"columns": (7, 7), "class_map": torch.zeros(5, 5)}, r"columns must be two columns of the result, .* of 128"),
+        (None, {"columns": (0, 129), "class_map": torch.zeros(5, 5)}, "columns must be two columns of the result"),
         ((0, 64), {"class_map": torch.zeros(5, 4)}, r"class_map must be \(5, 5\) for this image; got \(5, 4\)"),
     ],
 )
@@ -150,7 +198,7 @@ def test_rows_that_arrive_in_any_pieces():
         for _ in range(20):
             cuts = sorted({0, 57, *torch.randint(0, 58, (6,), generator=generator).tolist()})
             writer = Rows((2, 57, 3), torch.float32, step)
-            part = RowsWriter(writer, 0, rows)
+            part = RectangleWriter(writer, (0, 0), rows, (0, 3))
             for first, end in pairwise(cuts):
                 part.write(first, 0, pixels[:, first:end])
             assert writer.written == list(range(*rows))

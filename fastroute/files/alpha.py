@@ -14,26 +14,36 @@ BAND = 64
 
 
 def enlarge_rows(
-    read: Callable[[int, int], Tensor], size_in: tuple[int, int], size_out: tuple[int, int], rows: tuple[int, int]
-) -> Tensor:  # -> [rows, W]
-    """Rows of the enlarged transparency. Their bits do not depend on how many rows are requested together.
+    read: Callable[[int, int], Tensor],
+    size_in: tuple[int, int],
+    size_out: tuple[int, int],
+    rows: tuple[int, int],
+    columns: tuple[int, int] | None = None,
+) -> Tensor:  # -> [rows, columns]
+    """Rows of the enlarged transparency. Their bits do not depend on how many of them are requested together.
 
     Args:
         read: returns rows of the input, (n, w), given the first one and the one after the last.
         size_in, size_out: height and width of the input and of the result.
         rows: the first row of the result, and the one after the last.
+        columns: likewise; by default all.
     """
-    bands = [_band(read, size_in, size_out, top, min(top + BAND, rows[1])) for top in range(rows[0], rows[1], BAND)]
+    wide = columns or (0, size_out[1])
+    bands = [_band(read, size_in, size_out, (top, min(top + BAND, rows[1])), wide) for top in range(rows[0], rows[1], BAND)]
     return bands[0] if len(bands) == 1 else torch.cat(bands)
 
 
 def _band(
-    read: Callable[[int, int], Tensor], size_in: tuple[int, int], size_out: tuple[int, int], top: int, bottom: int
+    read: Callable[[int, int], Tensor],
+    size_in: tuple[int, int],
+    size_out: tuple[int, int],
+    rows: tuple[int, int],
+    columns: tuple[int, int],
 ) -> Tensor:
-    at, down = _taps(size_in[0], size_out[0], top, bottom)
+    at, down = _taps(size_in[0], size_out[0], *rows)
     first, last = int(at.min()), int(at.max()) + 1
     source = read(first, last)
-    across_at, across = _taps(size_in[1], size_out[1], 0, size_out[1])
+    across_at, across = _taps(size_in[1], size_out[1], *columns)
     wide = _weighed(source.float(), across_at, across, 1)
     large = _weighed(wide, at - first, down, 0)
     if source.is_floating_point():

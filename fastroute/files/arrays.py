@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,8 @@ from fastroute.files.readers import ZARR, dtype_of, require
 OME, OME_VERSION = ".ome.zarr", "0.5"
 # The wanted side of a chunk, its bounds, and how many chunks lie side by side in a shard.
 CHUNK, LEAST, MOST, PER_SHARD = 512, 128, 1024, 16
+# The most bytes of the pixels of a block, a row of neighbouring shards that are computed together, if one shard has fewer.
+BLOCK_BYTES = 40 << 20
 # The longer side of the smallest level of a pyramid is at most this.
 SMALLEST_LEVEL = 1024
 COLOURS = ("FF0000", "00FF00", "0000FF")
@@ -62,6 +64,21 @@ class Layout:
     def rows(self, first: int, end: int) -> tuple[int, int]:
         """The rows of pixels in bands `first` to `end`, excluding `end`."""
         return first * self.chunk, min(end * self.chunk, self.shape[1])
+
+    @property
+    def columns(self) -> list[tuple[int, int]]:
+        """The columns of pixels of each block of a band, the first and one past the last."""
+        width, wide = self.shape[2], max(BLOCK_BYTES // self.shard_bytes, 1) * PER_SHARD * self.chunk
+        return [(left, min(left + wide, width)) for left in range(0, width, wide)]
+
+    def blocks(self, bands: Iterable[int], column: int) -> list[int]:
+        """The numbers of the blocks of some bands at one of `columns`."""
+        return [band * len(self.columns) + column for band in bands]
+
+    def complete(self, blocks: Collection[int]) -> set[int]:
+        """The bands whose blocks are all among `blocks`."""
+        columns = range(len(self.columns))
+        return {band for band in range(self.bands) if all(self.blocks((band,), column)[0] in blocks for column in columns)}
 
     @property
     def shard_bytes(self) -> int:
@@ -164,12 +181,12 @@ def ome_metadata(layout: Layout) -> dict[str, Any]:
 
 
 class ArrayRows:
-    """Writes whole rows of shards, each durably.
+    """Writes rows of whole shards, each durably.
 
     Args:
         folder: the folder in which `create` has made the array.
         layout: its layout.
-        done: is called with the numbers of rows of shards that have been stored.
+        done: is called with the numbers of bands whose shards, of the columns that are written, have been stored.
     """
 
     def __init__(self, folder: Path, layout: Layout, done: Callable[[Sequence[int]], object] = lambda numbers: None) -> None:
@@ -179,35 +196,36 @@ class ArrayRows:
 
     def write(self, y: int, x: int, pixels: Tensor) -> None:  # [C, h, w]
         """See :class:`fastroute.Writer`."""
-        side = self.row_step
+        side, across = self.row_step, _across(self.layout, self.layout.shape[2])
         for top in range(0, pixels.shape[1], side):
-            part, number = pixels[:, top : top + side], (y + top) // side
+            part, number = pixels[:, top : top + side].numpy(), (y + top) // side
             row = self.folder / "c" / ("0" if self.layout.ome else "") / str(number)
-            # A process that was killed may have left half a shard, under a name of zarr's own.
-            shutil.rmtree(row, ignore_errors=True)
-            write_row(self.array, y + top, part.numpy(), self.layout)
-            # A part counts as done only once the disk has it.
-            _flush(row)
+            for left in range(0, pixels.shape[2], across):
+                # Shard by shard, so that only one is encoded at a time.
+                shard = row / str((x + left) // across)
+                # A process that was killed may have left half of it, under a name of zarr's own.
+                for file in (*row.glob(f"{shard.name}.*"), shard):
+                    shutil.rmtree(file) if file.is_dir() else file.unlink(missing_ok=True)
+                write_shard(self.array, y + top, x + left, part[:, :, left : left + across], self.layout)
+                # A part counts as done only once the disk has it.
+                _flush(shard)
             self.done([number])
 
 
-def write_row(array: Any, y: int, pixels: np.ndarray, layout: Layout) -> None:  # [C, h, W]
-    """Write a row of shards, shard by shard, so that only one is encoded at a time."""
-    across = _across(layout, pixels.shape[2])
-    for left in range(0, pixels.shape[2], across):
-        part = pixels[:, :, left : left + across]
-        here = slice(y, y + part.shape[1]), slice(left, left + part.shape[2])
-        if layout.ome:
-            array[:, here[0], here[1]] = part
-        else:
-            array[here] = np.moveaxis(part, 0, 2)
+def write_shard(array: Any, y: int, x: int, pixels: np.ndarray, layout: Layout) -> None:  # [C, h, w]
+    """Write some pixels at their place."""
+    here = slice(y, y + pixels.shape[1]), slice(x, x + pixels.shape[2])
+    if layout.ome:
+        array[:, here[0], here[1]] = pixels
+    else:
+        array[here] = np.moveaxis(pixels, 0, 2)
 
 
-def _flush(folder: Path) -> None:
-    """Wait until the disk has the files below `folder`. Shards of nothing but zeros have none."""
-    for path in folder.rglob("*") if folder.is_dir() else ():
-        if path.is_file():
-            handle = os.open(path, os.O_RDONLY)
+def _flush(path: Path) -> None:
+    """Wait until the disk has a file, or the files below a folder. Shards of nothing but zeros have none."""
+    for file in path.rglob("*") if path.is_dir() else [path]:
+        if file.is_file():
+            handle = os.open(file, os.O_RDONLY)
             try:
                 os.fsync(handle)
             finally:

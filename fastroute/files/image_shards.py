@@ -3,14 +3,15 @@
 The steps are functions, which another driver may call: `begin`, `classify_blocks`, `agree_on_classes` and `upscale_bands`. What
 they hand on to each other lies in :class:`fastroute.files.parts.Parts` beside the result. `upscale_share` runs all of them, and
 :func:`fastroute.files.joining.join` makes the result of what they leave. A band is a row of shards of the array that they
-write.
+write, and a block is as much of a band as is computed at a time: all of it, unless the image is very wide.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +94,7 @@ class ShareDone:
         before: the number of bands of its share that were there already.
         left: the number of bands of the whole image that are missing.
         bands: the number of bands of the whole image.
-        stats: of its runs of neighbouring bands.
+        stats: of every part of the image that was computed as a whole.
     """
 
     written: int
@@ -150,6 +151,7 @@ def begin(image: LargeImage, router: PatchRouter) -> Layout:
             "source": {"name": image.source.name, "size": [opened.height, opened.width], "bytes": _bytes(image.source)},
             **image.settings,
             "layout": layout.json(),
+            "columns": layout.columns,
         }
 
         def fill(folder: Path) -> None:
@@ -224,24 +226,35 @@ def upscale_bands(
     bands: tuple[int, int],
     memory_limit: Limit = AUTO_LIMIT,
     progress: Progress = False,
-) -> RoutingStats:
-    """Upscale and store `bands`, the first and one past the last. Each is noted as done once the disk has it.
+) -> list[RoutingStats]:
+    """Upscale and store `bands`, the first and one past the last. Every block is noted as done once the disk has it.
+
+    Blocks that are done, of bands that are not, are left out.
+
+    Returns:
+        Statistics of every part of the image that was computed as a whole.
 
     Raises:
         ValueError: another process works on one of them, or `memory_limit` is less than is needed; the message names the least.
     """
-    parts, memory_limit = Parts(image.target), limit_on(router.device, memory_limit)
+    parts, memory_limit, stats = Parts(image.target), limit_on(router.device, memory_limit), []
     with image.opened(memory_limit) as (opened, again), parts.claimed(*bands, "bands"):
         held = opened.held + (again.held if again.pixels is not opened.pixels else 0) + SHARDS_HELD * layout.shard_bytes
         rest = None if memory_limit is None else type(memory_limit)(max(memory_limit - held, 1))
         gray = opened.kind == "gray" and router.channels == 3
-        writer = ResultWriter(ArrayRows(parts.path("image"), layout, parts.mark), again, gray, layout.shape[1:])
-        with whole_limit(OP, memory_limit, rest):
-            done = router.stream(
-                PictureReader(opened, router.channels), writer, class_map=torch.from_numpy(np.array(classes)), promote=True,
-                rows=layout.rows(*bands), progress=progress, memory_limit=rest,
-            )  # fmt: skip
-    return done.stats
+        known, complete = torch.from_numpy(np.array(classes)), layout.complete(parts.done())
+        for column, columns in enumerate(layout.columns):
+            done = partial(_mark, parts, layout, column)
+            writer = ResultWriter(ArrayRows(parts.path("image"), layout, done), again, gray, layout.shape[1:])
+            there = {block // len(layout.columns) for block in parts.done() if block % len(layout.columns) == column}
+            for first, end in runs([band for band in range(*bands) if band in complete or band not in there]):
+                with whole_limit(OP, memory_limit, rest):
+                    streamed = router.stream(
+                        PictureReader(opened, router.channels), writer, class_map=known, promote=True,
+                        rows=layout.rows(first, end), columns=columns, progress=progress, memory_limit=rest,
+                    )  # fmt: skip
+                stats.append(streamed.stats)
+    return stats
 
 
 def upscale_share(
@@ -269,20 +282,26 @@ def upscale_share(
     layout, parts = begin(image, router), Parts(image.target)
     own = range(layout.bands * (shard.number - 1) // shard.count, layout.bands * shard.number // shard.count)
     if not resume:
-        parts.forget(own)
-    before = parts.done()
+        for column in range(len(layout.columns)):
+            parts.forget(layout.blocks(own, column))
+    before = layout.complete(parts.done())
     todo, stats = [band for band in own if band not in before], []
     if todo:
         classify_blocks(image, router, shard, progress)
         classes = agree_on_classes(image, router)
         for first, end in runs(todo):
-            stats.append(upscale_bands(image, router, classes, layout, (first, end), memory_limit, progress))
-    left = layout.bands - len(parts.done())
+            stats += upscale_bands(image, router, classes, layout, (first, end), memory_limit, progress)
+    left = layout.bands - len(layout.complete(parts.done()))
     return ShareDone(len(todo), len(own) - len(todo), left, layout.bands, tuple(stats))
 
 
 def _only_class(image: LargeImage, router: PatchRouter, merging: Merging) -> int | None:
     return only_class(image.request, PatchCosts(router.costs, router.flop_costs), 1, merging)
+
+
+def _mark(parts: Parts, layout: Layout, column: int, bands: Sequence[int]) -> None:
+    """Note that the blocks of some bands are done."""
+    parts.mark(layout.blocks(bands, column))
 
 
 def _scores(block: int) -> str:

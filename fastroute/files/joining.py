@@ -49,7 +49,7 @@ def join(target: str | Path, progress: Progress = False) -> bool:
         parts.remove()
         return True
     layout, image = Layout.from_json(facts["layout"]), parts.path("image")
-    left = sorted(set(range(layout.bands)) - parts.done())
+    left = sorted(set(range(layout.bands)) - layout.complete(parts.done()))
     if left:
         raise ValueError(
             f"join: {target} lacks {len(left)} of {layout.bands} bands ({spans(left)}); run the shards again with --resume"

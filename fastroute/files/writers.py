@@ -171,7 +171,8 @@ class ResultWriter:
             planes = [mean_of_channels(part) if self.gray else part]
             if self.opened.alpha:
                 size = (self.opened.height, self.opened.width)
-                planes.append(enlarge_rows(self._alpha, size, self.size, (y + top, y + top + part.shape[1]))[None])
+                rows, columns = (y + top, y + top + part.shape[1]), (x, x + part.shape[2])
+                planes.append(enlarge_rows(self._alpha, size, self.size, rows, columns)[None])
             self.writer.write(y + top, x, torch.cat(planes) if len(planes) > 1 else planes[0])
 
     def _alpha(self, y0: int, y1: int) -> Tensor:  # [y1 - y0, w]

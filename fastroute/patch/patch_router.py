@@ -259,6 +259,7 @@ class PatchRouter(Router):
         class_map: Tensor | None = None,  # [1, rows, cols] or [rows, cols]
         promote: bool | None = None,
         rows: tuple[int, int] | None = None,
+        columns: tuple[int, int] | None = None,
         progress: Progress = False,
         memory_limit: Limit = AUTO,
     ) -> Streamed:
@@ -273,9 +274,9 @@ class PatchRouter(Router):
             memory_limit: the largest number of bytes to hold, or None for no limit. By default, "auto", it is 512 MiB, or 8 GiB
                 on a GPU, whose bands and batches are larger, or the least that is possible where that is more. It does not
                 change the result, which is that of :meth:`upscale`.
-            rows: write only these rows of the result, the first and one past the last; needs the `class_map` of the whole
-                image. They have the bits of a run over all rows with `promote` as given, and need no more of the image than a
-                band above and below. So several processes can share one image.
+            rows, columns: write only these of the result, the first and one past the last; needs the `class_map` of the whole
+                image. They have the bits of a run over all of it with `promote` as given, and need no more of it than a band or
+                a block of patches around. So several processes can share one image, and wide images take little memory.
 
         Raises:
             ValueError, TypeError: see :meth:`upscale`. Nothing has been read or written then.
@@ -284,9 +285,10 @@ class PatchRouter(Router):
         refuse_edge("stream", self)
         check_reader("stream", reader, self.channels, check.FLOATING + check.INTEGER_IMAGE)
         limit, most, bands = Budget(budget, budget_flops, budget_ms), limit_on(self.device, memory_limit), None
-        if rows is not None:
-            grid = self.grid(*reader.shape[1:])
-            part = sectioned("stream", reader, writer, rows, class_map, grid, self._bands(1, grid))
+        if rows is not None or columns is not None:
+            merging = Merging(self.grid(*reader.shape[1:]), self.merge)
+            bands = plan_bands(1, merging.grid, patches_per_band(self.networks, self.device)[-1], self.merge)
+            part = sectioned("stream", reader, writer, rows, columns, class_map, merging, bands)
             reader, writer, class_map, bands = part.reader, part.writer, part.class_map, part.bands
         call = self._checked((1, *reader.shape), reader.dtype, limit, penalty, class_map, promote, most, progress, bands)
         if most is not None:
@@ -387,9 +389,6 @@ class PatchRouter(Router):
             batch=max(self.networks.batch_of(c, self.device) for c in range(self.num_classes)),
         )
         return measure_patch_speed(parts, self.channels, self.grid(self.patch, self.patch), dtype, self.device)
-
-    def _bands(self, images: int, grid: TileGrid) -> list[Band]:
-        return plan_bands(images, grid, patches_per_band(self.networks, self.device)[-1], self.merge)
 
     def _memory_plan(self, endpoints: Endpoints, merging: Merging, in_bands: bool, bands: list[Band]) -> WorkingSet:
         return plan_memory(self.networks, self.classifier, self.rounded, endpoints, merging, bands, in_bands)

@@ -46,12 +46,16 @@ void check_on_device(const Extraction& call) {
 template <typename In, typename Out>
 void run_extract_patches(const Extraction& call, const Tensor& out) {
     using W = typename Convert<In, Out>::W;
-    const std::vector<W> means = statistic<W>(call.mean), stds = statistic<W>(call.std);
+    const int64_t channels = call.image.size(1);
+    std::vector<W> means = statistic<W>(call.mean);
+    const std::vector<W> stds = statistic<W>(call.std);
+    // Subtracting 0 changes no bit.
+    if (means.empty() && !stds.empty()) means.resize(channels, 0);
     Task<In, Out> task{
         .images = call.image.const_data_ptr<In>(),
         .from = Layout(call.image),
         .to = Layout(out),
-        .channels = call.image.size(1),
+        .channels = channels,
         .image = {call.image.size(2), call.image.size(3)},
         .size = {call.rows, call.cols},
         .convert = {.mean = means.empty() ? nullptr : means.data(), .std = stds.empty() ? nullptr : stds.data()}};
@@ -70,7 +74,7 @@ void run_extract_patches(const Extraction& call, const Tensor& out) {
     const auto inside = [&](Place at) {
         return at.y + task.size.y <= task.image.y && at.x + task.size.x <= task.image.x;
     };
-    const bool copies = means.empty() && stds.empty() && task.from.x == 1 && task.to.x == 1;
+    const bool copies = means.empty() && task.from.x == 1 && task.to.x == 1;
     Out* const result = out.mutable_data_ptr<Out>();
     const int64_t bytes = task.channels * call.rows * call.cols * static_cast<int64_t>(sizeof(In) + sizeof(Out));
     parallel(call.selected.count, grain_for(bytes), [&](int64_t begin, int64_t end) {

@@ -5,6 +5,7 @@
 
 #include "common/extract_patches.h"
 #include "common/pixel.h"
+#include "cpu/halves.h"
 #include "cpu/memory.h"
 
 namespace fastroute {
@@ -19,20 +20,19 @@ struct Layout {
 template <typename In, typename Out>
 struct Convert {
     using W = std::conditional_t<std::is_same_v<In, double> || std::is_same_v<Out, double>, double, float>;
-    const W* mean;               // [C] or null
+    const W* mean;               // [C]; null where there is neither mean nor std
     const W* std;                // [C] or null
     const Out* table = nullptr;  // [C, 256] for 8-bit pixels: a look-up instead of divisions
 
     // Pixels of a row side by side, in vectors.
     FASTROUTE_INLINE void row(const In* source, int64_t count, int64_t c, Out* target) const {
-        if (mean == nullptr && std == nullptr) {
-            for (int64_t l = 0; l < count; ++l) {
-                if constexpr (std::is_same_v<In, Out>) {
-                    target[l] = source[l];
-                } else {
-                    target[l] = static_cast<Out>(from_pixel<W>(source[l]));
-                }
+        if (mean == nullptr) {
+            if constexpr (std::is_same_v<In, Half> && std::is_same_v<Out, float>) {
+                if (has_halves()) return widen_halves(source, count, target);
+            } else if constexpr (std::is_same_v<In, float> && std::is_same_v<Out, Half>) {
+                if (has_halves()) return narrow_halves(source, count, target);
             }
+            for (int64_t l = 0; l < count; ++l) target[l] = unchanged(source[l]);
         } else {
             for (int64_t l = 0; l < count; ++l) target[l] = (*this)(source[l], c);
         }
@@ -44,13 +44,18 @@ struct Convert {
     }
 
     FASTROUTE_INLINE Out compute(In pixel, int64_t c) const {
+        if (mean == nullptr) return unchanged(pixel);
+        const W value = from_pixel<W>(pixel) - mean[c];
+        return static_cast<Out>(std == nullptr ? value : value / std[c]);
+    }
+
+  private:
+    FASTROUTE_INLINE static Out unchanged(In pixel) {
         if constexpr (std::is_same_v<In, Out>) {
-            if (mean == nullptr && std == nullptr) return pixel;
+            return pixel;
+        } else {
+            return static_cast<Out>(from_pixel<W>(pixel));
         }
-        W value = from_pixel<W>(pixel);
-        if (mean != nullptr) value = value - mean[c];
-        if (std != nullptr) value = value / std[c];
-        return static_cast<Out>(value);
     }
 };
 
@@ -93,23 +98,23 @@ struct ExtractBody {
         }
     }
 
-    // One row of one channel.
-    FASTROUTE_INLINE static void copy_row(const In* source, int64_t from_x, Out* target, int64_t to_x, int64_t count,
-                                          int64_t x, int64_t width, bool inside, bool plain, int64_t c,
-                                          const Convert<In, Out>& convert) {
-        if (!inside) {
-            for (int64_t l = 0; l < count; ++l) {
-                target[l * to_x] = convert(source[std::min(x + l, width - 1) * from_x], c);
-            }
-        } else if (from_x == 1 && to_x == 1) {
-            if (plain) {
-                copy_run(target, source + x, count * sizeof(In));
+    // One row of one channel; `row` is that of the image, whose last pixel is repeated where the patch reaches beyond.
+    FASTROUTE_INLINE static void copy_row(const In* row, int64_t from_x, Out* target, int64_t to_x, Place place,
+                                          int64_t count, int64_t width, int64_t c, const Convert<In, Out>& convert) {
+        const In* source = row + place.x * from_x;
+        const int64_t inside = std::min(count, width - place.x);
+        if (from_x == 1 && to_x == 1) {
+            if (std::is_same_v<In, Out> && convert.mean == nullptr) {
+                copy_run(target, source, inside * sizeof(In));
             } else {
-                convert.row(source + x, count, c, target);
+                convert.row(source, inside, c, target);
             }
         } else {
-            for (int64_t l = 0; l < count; ++l) target[l * to_x] = convert(source[(x + l) * from_x], c);
+            for (int64_t l = 0; l < inside; ++l) target[l * to_x] = convert(source[l * from_x], c);
         }
+        if (inside == count) return;
+        const Out last = target[(inside - 1) * to_x];
+        for (int64_t l = inside; l < count; ++l) target[l * to_x] = last;
     }
 
     // One patch into `out`; `next` is the patch after it, whose pixels are asked for on the way.
@@ -119,43 +124,36 @@ struct ExtractBody {
         const Convert<In, Out> convert = task.convert;
         const int64_t channels = task.channels, height = task.image.y, width = task.image.x;
         const bool inside = place.x + size.x <= width;
-        const bool plain = std::is_same_v<In, Out> && convert.mean == nullptr && convert.std == nullptr;
+        const bool plain = std::is_same_v<In, Out> && convert.mean == nullptr;
         // Both channels_last: a patch row is one run of pixels.
         const bool runs = plain && inside && from.c == 1 && to.c == 1 && from.x == channels && to.x == channels;
+        const bool interleaved = from.x == 1 && inside && channels == 3 && to.x == 3 && to.c == 1;
         const int64_t run_bytes = (from.c == 1 ? size.x * from.x : size.x) * static_cast<int64_t>(sizeof(In));
         const In* image = task.images + place.image * from.n;
         const In* ahead = task.images + next.image * from.n + next.x * from.x;
         const auto row_of = [&](Place at, int64_t k) { return std::min(at.y + k, height - 1) * from.y; };
-        if (from.c == 1 || to.c == 1) {
-            for (int64_t k = 0; k < size.y; ++k) {
-                const In* row = image + row_of(place, k);
-                if (from.c == 1) prefetch_run(ahead + row_of(next, k), run_bytes);
+        // Pixel by pixel where either side is, else planes one after the other: what is written lies side by side.
+        const bool by_pixel = from.c == 1 || to.c == 1;
+        const int64_t outer = by_pixel ? size.y : channels, inner = by_pixel ? channels : size.y;
+        for (int64_t o = 0; o < outer; ++o) {
+            if (by_pixel) {
+                const In* row = image + row_of(place, o);
+                if (from.c == 1) prefetch_run(ahead + row_of(next, o), run_bytes);
                 if (runs) {
-                    copy_run(out + k * to.y, row + place.x * from.x, size.x * channels * sizeof(In));
+                    copy_run(out + o * to.y, row + place.x * from.x, size.x * channels * sizeof(In));
                     continue;
                 }
-                if (from.x == 1) {
-                    for (int64_t c = 0; c < channels; ++c) {
-                        prefetch_run(ahead + row_of(next, k) + c * from.c, run_bytes);
-                    }
-                }
-                if (from.x == 1 && inside && channels == 3 && to.x == 3) {
-                    interleave(row + place.x, from.c, size.x, convert, out + k * to.y);
+                if (interleaved) {
+                    for (int64_t c = 0; c < 3; ++c) prefetch_run(ahead + row_of(next, o) + c * from.c, run_bytes);
+                    interleave(row + place.x, from.c, size.x, convert, out + o * to.y);
                     continue;
-                }
-                for (int64_t c = 0; c < channels; ++c) {
-                    copy_row(row + c * from.c, from.x, out + k * to.y + c * to.c, to.x, size.x, place.x, width, inside,
-                             plain, c, convert);
                 }
             }
-            return;
-        }
-        // Planes one after the other: what is written lies side by side.
-        for (int64_t c = 0; c < channels; ++c) {
-            for (int64_t k = 0; k < size.y; ++k) {
+            for (int64_t i = 0; i < inner; ++i) {
+                const int64_t k = by_pixel ? o : i, c = by_pixel ? i : o;
                 if (from.x == 1) prefetch_run(ahead + row_of(next, k) + c * from.c, run_bytes);
-                copy_row(image + row_of(place, k) + c * from.c, from.x, out + k * to.y + c * to.c, to.x, size.x,
-                         place.x, width, inside, plain, c, convert);
+                copy_row(image + row_of(place, k) + c * from.c, from.x, out + k * to.y + c * to.c, to.x, place, size.x,
+                         width, c, convert);
             }
         }
     }

@@ -78,10 +78,10 @@ void choose_channels(const Stitching& call, StitchPlan<T>& plan) {
 }
 
 // How many rows, which depends on what they are written as.
-template <typename T, typename Out>
-void choose_rows(const Stitching& call, StitchPlan<T>& plan) {
+template <typename T>
+void choose_rows(const Stitching& call, const Writer<T>& writer, StitchPlan<T>& plan) {
     const bool wide_patches = plan.planar() || (plan.layout.shuffle == 4 && std::is_same_v<T, float>);
-    plan.wide = kWideRuns<T, Out> && wide_patches && has_wide_runs() && plan.covers_twice();
+    plan.wide = writer.run_wide != nullptr && wide_patches && plan.covers_twice();
     const Target& target = call.target;
     // Longer runs of each patch: 64 rows of 128 pixels are eight 4 KiB pages.
     if (plan.wide && plan.planar() && plan.upsampling == nullptr) {
@@ -94,15 +94,16 @@ void choose_rows(const Stitching& call, StitchPlan<T>& plan) {
 }
 
 // The items of a call, numbered image by image, channel by channel, rows from the top.
-template <typename T, typename Out>
+template <typename T>
 struct Items {
     using W = Work<T>;
     const StitchPlan<T>& plan;
+    const Writer<T>& writer;
     Target target;
     int64_t row_begin;
-    Out* out;  // [B, C, rows, W·s]
-    int64_t image_step, channel_step, row_step;
-    bool stream;  // past the caches
+    char* out;                                   // [B, C, rows, W·s]
+    int64_t image_step, channel_step, row_step;  // in bytes
+    bool stream;                                 // past the caches
 
     int64_t blocks() const { return (target.rows + plan.rows - 1) / plan.rows; }
     int64_t parts() const { return target.channels / plan.channels; }
@@ -117,12 +118,13 @@ struct Items {
             const TileRange range = covering(y);
             int64_t next = y + 1;
             while (next < last && same(range, covering(next))) ++next;
-            const Rows<Out> to{.data = out + b * image_step + c * channel_step + y * row_step,
-                               .channel_step = channel_step,
-                               .row_step = row_step,
-                               .count = next - y,
-                               .stream = stream};
-            run_isa<StitchBody<T, Out>, kPrecise<T, Out>>(plan, b, c, row_begin + y, range, &scratch, to);
+            const Rows<T> to{.data = out + b * image_step + c * channel_step + y * row_step,
+                             .channel_step = channel_step,
+                             .row_step = row_step,
+                             .count = next - y,
+                             .stream = stream,
+                             .writer = &writer};
+            run_isa<StitchBody<T>, kPrecise<T>>(plan, b, c, row_begin + y, range, &scratch, to);
             y = next;
         }
     }
@@ -132,24 +134,25 @@ struct Items {
     static bool same(TileRange a, TileRange b) { return a.first == b.first && a.last == b.last; }
 };
 
-template <typename T, typename Out>
-Items<T, Out> items_of(const Stitching& call, const StitchPlan<T>& plan, const Tensor& out) {
+template <typename T>
+Items<T> items_of(const Stitching& call, const StitchPlan<T>& plan, const Writer<T>& writer, const Tensor& out) {
     const Target& target = call.target;
     const int64_t pixels = target.batch * target.channels * target.rows * target.width;
     return {.plan = plan,
+            .writer = writer,
             .target = target,
             .row_begin = call.row_begin,
-            .out = out.mutable_data_ptr<Out>(),
-            .image_step = out.stride(0),
-            .channel_step = out.stride(1),
-            .row_step = out.stride(2),
+            .out = static_cast<char*>(out.mutable_data_ptr()),
+            .image_step = out.stride(0) * writer.bytes,
+            .channel_step = out.stride(1) * writer.bytes,
+            .row_step = out.stride(2) * writer.bytes,
             // What does not fit in the caches anyway should not push anything else out of them.
-            .stream = pixels * static_cast<int64_t>(sizeof(Out)) >= kStreamFrom};
+            .stream = pixels * writer.bytes >= kStreamFrom};
 }
 
 // Items that cost alike: each thread takes as many.
-template <typename T, typename Out>
-void run_alike(const Items<T, Out>& items) {
+template <typename T>
+void run_alike(const Items<T>& items) {
     const int64_t item_bytes = items.plan.channels * items.plan.rows * items.target.width * 8;
     parallel(items.count(), grain_for(item_bytes), [&](int64_t begin, int64_t end) {
         Scratch<Work<T>> scratch(items.plan, 0);
@@ -159,8 +162,8 @@ void run_alike(const Items<T, Out>& items) {
 }
 
 // What the layers of a patch cost depends on its kind, and hard patches lie together.
-template <typename T, typename Out>
-void run_in_turn(const Items<T, Out>& items, Spent& spent) {
+template <typename T>
+void run_in_turn(const Items<T>& items, Spent& spent) {
     const int64_t count = items.count();
     in_turn(count, [&](const auto& next) {
         const int64_t start = ticks();
@@ -178,15 +181,14 @@ void stitch(const Stitching& call, const Tensor& out, const Upsampling* upsampli
     const Tables<T> tables(call, upsampling);
     StitchPlan<T> plan = first_plan(call, tables, upsampling);
     choose_channels(call, plan);
-    dispatch_image(kOp, out.scalar_type(), [&](auto zero) {
-        using Out = decltype(zero);
-        choose_rows<T, Out>(call, plan);
-        const Items<T, Out> items = items_of<T, Out>(call, plan, out);
-        if constexpr (std::is_same_v<T, float>) {
-            if (upsampling != nullptr) return run_in_turn(items, *spent);
-        }
-        run_alike(items);
-    });
+    Writer<T> writer{};
+    dispatch_image(kOp, out.scalar_type(), [&](auto zero) { writer = writer_of<T, decltype(zero)>(); });
+    choose_rows(call, writer, plan);
+    const Items<T> items = items_of(call, plan, writer, out);
+    if constexpr (std::is_same_v<T, float>) {
+        if (upsampling != nullptr) return run_in_turn(items, *spent);
+    }
+    run_alike(items);
 }
 
 }  // namespace

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "common/pixel.h"
+#include "cpu/halves.h"
 #include "cpu/isa.h"
 
 namespace fastroute {
@@ -11,6 +12,9 @@ namespace fastroute {
 // A run of sums as pixels.
 template <typename T, typename W>
 FASTROUTE_INLINE void to_pixels(T* __restrict to, const W* __restrict from, int64_t count) {
+    if constexpr (std::is_same_v<T, Half> && std::is_same_v<W, float>) {
+        if (has_halves()) return narrow_halves(from, count, to);
+    }
     if constexpr (std::is_integral_v<T>) {
         // Bounds that the compiler does not know: it would turn comparisons with constants into masks, not into minima.
         W zero = 0, one = 1;

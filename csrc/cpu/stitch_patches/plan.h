@@ -177,13 +177,37 @@ struct Scratch {
     }
 };
 
+template <typename T>
+struct Rows;
+
+// How sums become pixels of one type. The bodies below know the type of the patches alone, which keeps their number,
+// and the time that the extension takes to compile, at that of those types.
+template <typename T>
+struct Writer {
+    using W = Work<T>;
+    int64_t bytes;  // of a pixel
+    bool integers;  // pixels are not sums of pixels: they are written when all is summed
+    bool copies;    // pixels are sums as they are
+    // Finished columns [x, x + count) of the rows from [channels, rows, step].
+    void (*emit)(const W* window, int64_t step, int64_t channels, int64_t x, int64_t count, const Rows<T>& out);
+    // Whole vectors of every row at a time, see `StitchBody::run`; null where there are no such.
+    void (*run_wide)(const StitchPlan<T>& plan, int64_t image, int64_t c, int64_t at, TileRange range, bool direct,
+                     Scratch<W>* scratch, const Rows<T>& out);
+};
+
 // Where an item of work goes: rows of one image, channel after channel.
-template <typename Out>
+template <typename T>
 struct Rows {
-    Out* data;
-    int64_t channel_step, row_step;
+    char* data;
+    int64_t channel_step, row_step;  // in bytes
     int64_t count;
-    bool stream;
+    bool stream;  // past the caches
+    const Writer<T>* writer;
+
+    template <typename Out>
+    FASTROUTE_INLINE Out* at(int64_t c, int64_t r, int64_t x) const {
+        return reinterpret_cast<Out*>(data + c * channel_step + r * row_step) + x;
+    }
 };
 
 }  // namespace

@@ -5,22 +5,12 @@
 #include <optional>
 #include <utility>
 
+#include "cpu/halves.h"
 #include "cpu/stitch_patches/plan.h"
 #include "cpu/stitch_patches/spent.h"
 
 namespace fastroute {
 namespace {
-
-#if FASTROUTE_X86
-// Eight at a time by an instruction that the compiler makes no use of by itself.
-FASTROUTE_AVX2 __attribute__((noinline)) inline void widen_halves(const Half* from, int64_t count, float* to) {
-    int64_t l = 0;
-    for (; l + 8 <= count; l += 8) {
-        _mm256_storeu_ps(to + l, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + l))));
-    }
-    for (; l < count; ++l) to[l] = static_cast<float>(from[l]);
-}
-#endif
 
 // `rows` rows of `span` pixels of a patch to [channels][rows][span], channels and rows as far apart as `to` says.
 template <typename T>
@@ -48,11 +38,9 @@ struct UnpackBody {
     }
 
     FASTROUTE_INLINE static void widen(const T* __restrict from, int64_t count, W* __restrict to) {
-#if FASTROUTE_X86
         if constexpr (std::is_same_v<T, Half>) {
-            if (active_isa() != Isa::baseline) return widen_halves(from, count, to);
+            if (has_halves()) return widen_halves(from, count, to);
         }
-#endif
         for (int64_t l = 0; l < count; ++l) to[l] = static_cast<W>(from[l]);
     }
 

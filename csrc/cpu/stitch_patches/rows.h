@@ -12,17 +12,17 @@ namespace {
 
 constexpr int64_t kUnpacked = 4096;  // sums that are unpacked before they are merged: 16 KiB
 
+// See Writer::emit.
 template <typename T, typename Out>
-struct StitchBody {
+struct EmitBody {
     using W = Work<T>;
 
-    // Finished columns [x, x + count) of the rows to the image.
-    FASTROUTE_INLINE static void emit(const W* window, int64_t step, int64_t channels, int64_t x, int64_t count,
-                                      Rows<Out> out) {
+    FASTROUTE_INLINE static void run(const W* window, int64_t step, int64_t channels, int64_t x, int64_t count,
+                                     const Rows<T>& out) {
         for (int64_t c = 0; c < channels; ++c) {
             for (int64_t r = 0; r < out.count; ++r) {
                 const W* from = window + (c * out.count + r) * step;
-                Out* to = out.data + c * out.channel_step + r * out.row_step + x;
+                Out* to = out.template at<Out>(c, r, x);
                 if constexpr (std::is_same_v<Out, W>) {
                     out.stream ? stream_copy(to, from, count * sizeof(W)) : copy_run(to, from, count * sizeof(W));
                 } else {
@@ -31,6 +31,27 @@ struct StitchBody {
             }
         }
     }
+};
+
+// Asks for the lines of the image that will be written when the next rows are computed: many short runs, which the
+// hardware does not foresee, and of which the processor waits for one after the other.
+template <typename T>
+FASTROUTE_INLINE void expect(const Rows<T>& out, int64_t row, int64_t x, int64_t columns, int64_t channels,
+                             int64_t rows) {
+    if (out.stream && out.writer->copies) return;
+    const int64_t bytes = columns * out.writer->bytes;
+    for (int64_t c = 0; c < channels; ++c) {
+        for (int64_t r = row; r < row + rows; ++r) {
+            const char* line = out.data + c * out.channel_step + r * out.row_step + x * out.writer->bytes;
+            for (int64_t at = 0; at < bytes; at += kLine) __builtin_prefetch(line + at, 1, 2);
+            __builtin_prefetch(line + bytes - 1, 1, 2);
+        }
+    }
+}
+
+template <typename T>
+struct StitchBody {
+    using W = Work<T>;
 
     // The same columns times wy into the sum over tile rows.
     FASTROUTE_INLINE static void add(const W* window, int64_t span, int64_t channels, int64_t rows, int64_t x,
@@ -109,103 +130,10 @@ struct StitchBody {
         }
     }
 
-    // Asks for the lines of the image that will be written when the next rows are computed: many short runs, which the
-    // hardware does not foresee, and of which the processor waits for one after the other.
-    FASTROUTE_INLINE static void expect(const Out* data, int64_t columns, int64_t channels, int64_t rows,
-                                        const Rows<Out>& out) {
-        if (out.stream && std::is_same_v<Out, W>) return;
-        for (int64_t c = 0; c < channels; ++c) {
-            for (int64_t r = 0; r < rows; ++r) {
-                const char* line = reinterpret_cast<const char*>(data + c * out.channel_step + r * out.row_step);
-                const int64_t bytes = columns * static_cast<int64_t>(sizeof(Out));
-                for (int64_t at = 0; at < bytes; at += kLine) __builtin_prefetch(line + at, 1, 2);
-                __builtin_prefetch(line + bytes - 1, 1, 2);
-            }
-        }
-    }
-
-#if FASTROUTE_X86
-    // What `run` does where at most two tile rows and columns meet, in whole vectors. The two tiles of a column follow
-    // each other, so that what one leaves for the other stays in the caches.
-    static void run_wide(const StitchPlan<T>& plan, int64_t image, int64_t c, int64_t at, TileRange range, bool direct,
-                         Scratch<W>* scratch, Rows<Out> out) {
-        const int64_t cols = plan.geometry.x.count(), span = plan.span, rows = out.count;
-        const int64_t held = plan.channels * rows * span;
-        int64_t shared = 0;  // columns of this tile that the window holds the beginning of
-        for (int64_t j = 0; j < cols; ++j) {
-            const int64_t x0 = plan.origin_x(j), finished = plan.finished(j);
-            const int64_t kept = std::min(span, plan.width - x0);
-            for (int64_t i = range.first; i <= range.last; ++i) {
-                const int64_t k = at - plan.origin_y(i);
-                const Held<T>& tile = plan.held(image, i, j);
-                const Runs mode = direct ? Runs::put : i < range.last ? Runs::begin : Runs::finish;
-                W* window = scratch->window.data() + (i - range.first) * held;
-                const auto target = [&](int64_t r, int64_t begin) {
-                    return RunTarget<Out>{.weight_x = plan.weights_x + j * span + begin,
-                                          .weight_y = plan.weights_y + i * span + k + r,
-                                          .window = window + r * span,
-                                          .sum = scratch->window.data() + 2 * held + r * span + begin,
-                                          .out = out.data + r * out.row_step + x0 + begin,
-                                          .window_channel = rows * span,
-                                          .window_row = span,
-                                          .sum_channel = rows * span,
-                                          .sum_row = span,
-                                          .out_channel = out.channel_step,
-                                          .out_row = out.row_step,
-                                          .stream = out.stream};
-                };
-                if (plan.planar()) {
-                    PlanarPatch<T> patch(plan, tile, k, rows, i - range.first, scratch);
-                    // As few as lie in the first-level cache until they are merged.
-                    const int64_t most =
-                        plan.unpacked() ? std::clamp<int64_t>(kUnpacked / plan.channels / span, 1, kRows) : kRows;
-                    const W* weight = plan.weights_x + j * span;
-                    const bool unit = std::all_of(weight + shared, weight + finished, [](W w) { return w == W(1); });
-                    for (int64_t r = 0, count; r < rows; r += count) {
-                        count = std::min(rows - r, most);
-                        if (mode == Runs::put || mode == Runs::finish) {
-                            expect(out.data + r * out.row_step + x0, finished, plan.channels, count, out);
-                        }
-                        const W* values = patch.next(c, k + r, count);
-                        const PlanarRows some{.pixels = values,
-                                              .channel_step = patch.layout.c,
-                                              .row_step = patch.layout.y,
-                                              .channels = plan.channels,
-                                              .rows = count,
-                                              .count = kept};
-                        each_planar_row(mode, unit, some, shared, finished, target(r, 0));
-                    }
-                    continue;
-                }
-                if constexpr (std::is_same_v<T, float>) {
-                    const T* patch = tile.data;
-                    const T* ahead = j + 1 < cols ? plan.held(image, i, j + 1).data : patch;
-                    for (int64_t r = 0; r < rows; r += 4) {
-                        const int64_t lr_row = (k + r) / 4 * tile.y;
-                        const auto runs = [&](int64_t begin, int64_t end, Runs to, bool joined) {
-                            const int64_t offset = c * 16 + lr_row + begin / 4 * plan.layout.x;
-                            const ShuffledRow from{.pixels = patch + offset,
-                                                   .ahead = ahead + offset,
-                                                   .step = plan.layout.x,
-                                                   .count = (end - begin) / 4,
-                                                   .channels = plan.channels};
-                            each_shuffled_run(to, joined, from, target(r, begin));
-                        };
-                        runs(0, shared, mode, true);
-                        runs(shared, finished, mode, false);
-                        runs(finished, kept, Runs::keep, false);
-                    }
-                }
-            }
-            shared = kept - finished;
-        }
-    }
-#endif
-
     // The output rows from `at` on, which the same tile rows cover. Columns outside and rows inside: what is being
     // summed stays in the first-level cache.
     FASTROUTE_INLINE static void run(const StitchPlan<T>& plan, int64_t image, int64_t c, int64_t at, TileRange range,
-                                     Scratch<W>* scratch, Rows<Out> out) {
+                                     Scratch<W>* scratch, Rows<T> out) {
         W* window = scratch->window.data();
         for (auto& computed : scratch->computed) computed.region = -1;
         const int64_t cols = plan.geometry.x.count(), span = plan.span, width = plan.width, rows = out.count;
@@ -215,11 +143,9 @@ struct StitchBody {
         bool direct = range.first == range.last;
         for (int64_t r = 0; r < rows; ++r) direct = direct && top[r] == W(1);
         const bool whole = plan.side_by_side() && rows % factor == 0;
-        if constexpr (kWideRuns<T, Out>) {
-            const bool aligned = plan.planar() || (whole && at % factor == 0);
-            if (plan.wide && aligned && (direct || range.last == range.first + 1)) {
-                return run_wide(plan, image, c, at, range, direct, scratch, out);
-            }
+        const bool aligned = plan.planar() || (whole && at % factor == 0);
+        if (plan.wide && aligned && (direct || range.last == range.first + 1)) {
+            return out.writer->run_wide(plan, image, c, at, range, direct, scratch, out);
         }
         scratch->sum.resize(channels * plan.rows * width);
         W* sum = scratch->sum.data();
@@ -252,12 +178,12 @@ struct StitchBody {
                                scratch->row.data(), c);
                 }
                 const int64_t finished = plan.finished(j);
-                if (direct && std::is_integral_v<Out>) {
+                if (direct && out.writer->integers) {
                     for (int64_t r = 0; r < channels * rows; ++r) {
                         copy_run(sum + r * width + x0, window + r * span, finished * sizeof(W));
                     }
                 } else if (direct) {
-                    emit(window, span, channels, x0, finished, out);
+                    out.writer->emit(window, span, channels, x0, finished, out);
                 } else {
                     add(window, span, channels, rows, x0, finished, plan.weights_y + i * span + k, i == range.first,
                         sum, width);
@@ -268,9 +194,109 @@ struct StitchBody {
                 }
             }
         }
-        if (!direct || std::is_integral_v<Out>) emit(sum, width, channels, 0, width, out);
+        if (!direct || out.writer->integers) out.writer->emit(sum, width, channels, 0, width, out);
     }
 };
+
+#if FASTROUTE_X86
+// What `run` does where at most two tile rows and columns meet, in whole vectors. The two tiles of a column follow
+// each other, so that what one leaves for the other stays in the caches.
+template <typename T, typename Out>
+void run_wide(const StitchPlan<T>& plan, int64_t image, int64_t c, int64_t at, TileRange range, bool direct,
+              Scratch<Work<T>>* scratch, const Rows<T>& out) {
+    using W = Work<T>;
+    const int64_t cols = plan.geometry.x.count(), span = plan.span, rows = out.count;
+    const int64_t held = plan.channels * rows * span;
+    int64_t shared = 0;  // columns of this tile that the window holds the beginning of
+    for (int64_t j = 0; j < cols; ++j) {
+        const int64_t x0 = plan.origin_x(j), finished = plan.finished(j);
+        const int64_t kept = std::min(span, plan.width - x0);
+        for (int64_t i = range.first; i <= range.last; ++i) {
+            const int64_t k = at - plan.origin_y(i);
+            const Held<T>& tile = plan.held(image, i, j);
+            const Runs mode = direct ? Runs::put : i < range.last ? Runs::begin : Runs::finish;
+            W* window = scratch->window.data() + (i - range.first) * held;
+            const auto target = [&](int64_t r, int64_t begin) {
+                return RunTarget<Out>{.weight_x = plan.weights_x + j * span + begin,
+                                      .weight_y = plan.weights_y + i * span + k + r,
+                                      .window = window + r * span,
+                                      .sum = scratch->window.data() + 2 * held + r * span + begin,
+                                      .out = out.template at<Out>(0, r, x0 + begin),
+                                      .window_channel = rows * span,
+                                      .window_row = span,
+                                      .sum_channel = rows * span,
+                                      .sum_row = span,
+                                      .out_channel = out.channel_step / static_cast<int64_t>(sizeof(Out)),
+                                      .out_row = out.row_step / static_cast<int64_t>(sizeof(Out)),
+                                      .stream = out.stream};
+            };
+            if (plan.planar()) {
+                PlanarPatch<T> patch(plan, tile, k, rows, i - range.first, scratch);
+                // As few as lie in the first-level cache until they are merged.
+                const int64_t most =
+                    plan.unpacked() ? std::clamp<int64_t>(kUnpacked / plan.channels / span, 1, kRows) : kRows;
+                const W* weight = plan.weights_x + j * span;
+                const bool unit = std::all_of(weight + shared, weight + finished, [](W w) { return w == W(1); });
+                for (int64_t r = 0, count; r < rows; r += count) {
+                    count = std::min(rows - r, most);
+                    if (mode == Runs::put || mode == Runs::finish) {
+                        expect(out, r, x0, finished, plan.channels, count);
+                    }
+                    const W* values = patch.next(c, k + r, count);
+                    const PlanarRows some{.pixels = values,
+                                          .channel_step = patch.layout.c,
+                                          .row_step = patch.layout.y,
+                                          .channels = plan.channels,
+                                          .rows = count,
+                                          .count = kept};
+                    each_planar_row(mode, unit, some, shared, finished, target(r, 0));
+                }
+                continue;
+            }
+            if constexpr (std::is_same_v<T, float>) {
+                const T* patch = tile.data;
+                const T* ahead = j + 1 < cols ? plan.held(image, i, j + 1).data : patch;
+                for (int64_t r = 0; r < rows; r += 4) {
+                    const int64_t lr_row = (k + r) / 4 * tile.y;
+                    const auto runs = [&](int64_t begin, int64_t end, Runs to, bool joined) {
+                        const int64_t offset = c * 16 + lr_row + begin / 4 * plan.layout.x;
+                        const ShuffledRow from{.pixels = patch + offset,
+                                               .ahead = ahead + offset,
+                                               .step = plan.layout.x,
+                                               .count = (end - begin) / 4,
+                                               .channels = plan.channels};
+                        each_shuffled_run(to, joined, from, target(r, begin));
+                    };
+                    runs(0, shared, mode, true);
+                    runs(shared, finished, mode, false);
+                    runs(finished, kept, Runs::keep, false);
+                }
+            }
+        }
+        shared = kept - finished;
+    }
+}
+#endif
+
+template <typename T, typename Out>
+void emit(const Work<T>* window, int64_t step, int64_t channels, int64_t x, int64_t count, const Rows<T>& out) {
+    run_isa<EmitBody<T, Out>, kPrecise<T, Out>>(window, step, channels, x, count, out);
+}
+
+template <typename T, typename Out>
+Writer<T> writer_of() {
+    Writer<T> writer{.bytes = sizeof(Out),
+                     .integers = std::is_integral_v<Out>,
+                     .copies = std::is_same_v<Out, Work<T>>,
+                     .emit = emit<T, Out>,
+                     .run_wide = nullptr};
+#if FASTROUTE_X86
+    if constexpr (kWideRuns<T, Out>) {
+        if (has_wide_runs()) writer.run_wide = run_wide<T, Out>;
+    }
+#endif
+    return writer;
+}
 
 }  // namespace
 }  // namespace fastroute
