@@ -48,7 +48,7 @@ CSRC = ROOT / "csrc"
 sys.path.insert(0, str(ROOT / "building"))
 
 from target_torch import STABLE_ABI, NoTorch, Torch, target_torch  # noqa: E402, found by the line above
-from toolchain import STANDARD, Cuda, compiler_name, find_compiler, find_cuda  # noqa: E402
+from toolchain import STANDARD, Cuda, compiler_name, find_compiler, find_cuda, for_host  # noqa: E402
 
 DEBUG = os.environ.get("FASTROUTE_DEBUG") == "1"
 MODULE = "_C" + str(sysconfig.get_config_var("EXT_SUFFIX"))
@@ -235,7 +235,7 @@ def ninja_file(folder: Path, torch: Torch, cuda: Cuda) -> str:
         code = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in cuda.archs]
         # A device newer than the last one compiles its PTX when it first runs it.
         code.append(f"-gencode=arch=compute_{cuda.archs[-1]},code=compute_{cuda.archs[-1]}")
-        flags = ["-O3", f"-std={STANDARD}", "-DUSE_CUDA", *code, "-Xcompiler", ",".join(host), *includes]
+        flags = ["-O3", f"-std={STANDARD}", "-DUSE_CUDA", *code, *for_host(host), *includes]
         depends = "--generate-dependencies-with-compile --dependency-output $out.d"
         rule("nvcc", f"{quote(*command, *flags)} $flags {depends} -c $in -o $out", "compile", depends=True)
         # nvcc links too: it knows where its runtime lies, and takes the static one.

@@ -105,3 +105,8 @@ def cuda_archs(nvcc: str) -> tuple[str, ...]:
         raise SystemExit(f"FASTROUTE_CUDA_ARCHS must list compute capabilities, as in '8.0 9.0'; got {', '.join(wrong)}")
     known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout.split()
     return tuple(sorted(asked, key=int)) or tuple(arch for arch in CUDA_ARCHS if f"compute_{arch}" in known)
+
+
+def for_host(flags: list[str]) -> list[str]:
+    """Flags that nvcc hands on to the host's compiler: it splits them at commas, and a shell reads them once more."""
+    return [word for flag in flags for word in ("-Xcompiler", shlex.quote(flag).replace(",", "\\,"))]

@@ -18,7 +18,7 @@ import fastroute
 from fastroute import PatchRouter, PixelRouter, engines
 from fastroute.cli import _common
 from fastroute.cli.evaluate import command as evaluate
-from fastroute.engines import Programs, compiled, engine_of, inductor, tensorrt, usable_engines
+from fastroute.engines import Programs, compiled, engine_of, inductor, tensorrt, told, usable_engines
 from fastroute.models.arm import Bicubic
 from fastroute.models.carn import CARN
 from fastroute.models.fsrcnn import FSRCNN
@@ -151,6 +151,10 @@ def test_engines_that_cannot_run_here_are_refused(monkeypatch):
         router.compile("tensorrt")
     with pytest.raises(ValueError, match="openvino computes in float32 and bfloat16"):
         PatchRouter([nn.Conv2d(3, 3, 3, padding=1).double()], scale=1).compile("openvino")
+    monkeypatch.setattr(torch, "__path__", ["/home/me/my environment/torch"])
+    with pytest.raises(ValueError, match=r"torch lies at a path with spaces, /home/me/my environment/torch"):
+        router.compile("torch.compile")
+    monkeypatch.undo()
     monkeypatch.setattr(inductor.shutil, "which", lambda _: None)
     with pytest.raises(ValueError, match=r"torch\.compile needs a C\+\+ compiler"):
         router.compile("torch.compile")
@@ -233,3 +237,17 @@ def test_auto_compares_those_that_are_there():
     assert "torch" in usable_engines(CPU, torch.float32) and engine_of("torch").compile(nn.ReLU(), [], torch.float32, 1)([
         torch.tensor([-1.0])
     ])[0].tolist() == [0.0]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (ValueError("no such layer\nat line 7"), "no such layer"),
+        (KeyError(), "KeyError"),
+        (RuntimeError("backend raised:\n\nCompileError: C++\nCommand: g++"), "backend raised: CompileError: C++"),
+        (RuntimeError("it raised:\nC++\nOutput:\na.cpp:1: fatal error: x.h: No such file"),
+         "it raised: C++ (a.cpp:1: fatal error: x.h: No such file)"),
+    ],
+)  # fmt: skip
+def test_errors_of_engines_are_told_in_one_line(error, words):
+    assert told(error) == words

@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import shutil
 import subprocess
 import sys
 import venv
@@ -50,6 +51,20 @@ def test_a_torch_that_cannot_be_built_against(building, monkeypatch, tmp_path):
     monkeypatch.setenv("FASTROUTE_TORCH", str(tmp_path))
     with pytest.raises(found.NoTorch, match="is not the folder of a torch package"):
         found.target_torch()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")
+def test_flags_for_the_compiler_below_nvcc(building, tmp_path):
+    folder = tmp_path / "a path, not 'plain', with Größe"
+    folder.mkdir()
+    (folder / "a.cu").write_text("const char* path() { return __FILE__; }\n")
+    flags = building("toolchain").for_host(["-Wall", f"-ffile-prefix-map={folder}/=here/"])
+    command = ["nvcc", "-ccbin", "c++", *flags, "-c", str(folder / "a.cu"), "-o", str(folder / "a.o")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    content = (folder / "a.o").read_bytes()
+    assert b"here/a.cu" in content and b"not 'plain'" not in content
 
 
 def test_an_isolated_build_finds_the_torch_of_its_environment(building, monkeypatch, tmp_path):

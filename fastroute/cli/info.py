@@ -28,7 +28,10 @@ def _check() -> int:
     bad = counts["WRONG"] + counts["FAILED"]
     skipped = f"; {counts['skipped']} cannot run here and were skipped" if counts["skipped"] else ""
     if bad:
-        click.echo(f"{bad} of {bad + counts['ok']} checks went wrong{skipped}. Do not use what they name: install it again.")
+        click.echo(
+            f"{bad} of {bad + counts['ok']} checks went wrong{skipped}. Do not use what they name. A backend is mended by "
+            "installing fastroute again, an engine by installing its package again, or by doing without it."
+        )
         return 1
     click.echo(f"All {counts['ok']} checks are ok{skipped}.")
     return 0

@@ -108,8 +108,7 @@ def compiled(name: str, branch: nn.Module, reads: torch.dtype, size: Sequence[in
             run = engine.compile(branch, shapes, precision, torch.get_num_threads())
             found = [y.float() for y in run([x if engine.FLOAT32_ENDS else x.to(reads) for x in examples])]
         except Exception as error:  # an engine is foreign code and may raise anything
-            words = str(error).strip().splitlines() or [type(error).__name__]
-            raise ValueError(f"{what}: {words[0]}") from error
+            raise ValueError(f"{what}: {told(error)}") from error
     for got, wanted in zip(found, expected, strict=True):
         if got.shape != wanted.shape:
             raise ValueError(f"{what}: it gives {tuple(got.shape)} instead of {tuple(wanted.shape)}")
@@ -117,3 +116,11 @@ def compiled(name: str, branch: nn.Module, reads: torch.dtype, size: Sequence[in
         if not apart <= most:
             raise ValueError(f"{what}: it differs from PyTorch by {apart:.2g}, more than {most:.2g}")
     return run
+
+
+def told(error: Exception) -> str:
+    """What an error says, in one line: its first one, continued if it ends in a colon, and a compiler's own first complaint."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    first = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+    complaint = next((line for line in lines if "error: " in line and line not in first), None)
+    return first if complaint is None else f"{first} ({complaint})"

@@ -21,6 +21,10 @@ def unsupported_reasons(device: torch.device, dtype: torch.dtype) -> list[str]:
     """See :class:`fastroute.engines.Engine`."""
     if device.type == "cpu" and not any(map(shutil.which, COMPILERS)):
         return ["torch.compile needs a C++ compiler, and there is none"]
+    if device.type == "cpu" and " " in torch.__path__[0]:
+        return [
+            f"torch.compile does not quote its compiler's arguments, and torch lies at a path with spaces, {torch.__path__[0]}"
+        ]
     if device.type == "cuda" and find_spec("triton") is None:
         return ["torch.compile needs Triton, which is not installed"]
     return []
