@@ -73,7 +73,8 @@ def _fill(
             if not bool(missing.any()):
                 break
     filled = filled if result.is_floating_point() else filled.round_()
-    result.copy_(torch.where(alpha == 0, filled.to(result.dtype), result))
+    # Older versions of torch choose between no numbers of 16 bits.
+    result.copy_(torch.where(alpha == 0, filled, result.double()))
 
 
 def _squares(sums: Tensor, inside: tuple[slice, slice]) -> Iterator[Tensor]:  # [K, h', w'] -> [K, h, w] each
