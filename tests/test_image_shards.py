@@ -153,10 +153,8 @@ def test_blocks_of_a_band_give_the_pixels_of_one_process(narrow, router, source,
     large, whole = LargeImage(source, tmp_path / out, Budget(0.9)), router.upscale(io.read_image(source), budget=0.9)
     layout, parts = image_shards.begin(large, router), Parts(large.target)
     assert layout.columns == [(0, 192), (192, 384), (384, 524)] and layout.bands == 7
-    done = upscale_share(large, router, Shard(1, 2))
-    assert (done.written, done.left) == (3, 4) and parts.done() == set(range(9))
-    done = upscale_share(large, router, Shard(2, 2))
-    assert (done.written, done.left) == (4, 0) and parts.done() == set(range(21))
+    for number, left in ((1, 4), (2, 0)):
+        assert upscale_share(large, router, Shard(number, 2)).left == left and len(parts.done()) == 3 * (7 - left)
     # As if it had been killed between two blocks, and while it wrote one.
     parts.forget([4, 10, 11])
     # Of a shard 1/1 under a name of zarr's own.
@@ -165,8 +163,7 @@ def test_blocks_of_a_band_give_the_pixels_of_one_process(narrow, router, source,
     with pytest.raises(ValueError, match=r"lacks 2 of 7 bands \(1, 3\)"):
         join(large.target)
     before = {path: path.stat().st_mtime_ns for path in parts.path("image").rglob("*") if path.is_file()}
-    done = upscale_share(large, router, Shard(1, 1), resume=True)
-    assert (done.written, done.before, done.left) == (2, 5, 0)
+    assert upscale_share(large, router, Shard(1, 1), resume=True).written == 2
     after = {path: path.stat().st_mtime_ns for path in parts.path("image").rglob("*") if path.is_file()}
     assert sum(after.get(path) != time for path, time in before.items()) == 4, "three shards anew, and half of one gone"
     assert join(large.target)

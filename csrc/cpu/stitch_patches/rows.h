@@ -53,7 +53,7 @@ template <typename T>
 struct StitchBody {
     using W = Work<T>;
 
-    // The same columns times wy into the sum over tile rows.
+    // Columns [x, x + count) of the rows, finished in the window, times wy into the sum over tile rows.
     FASTROUTE_INLINE static void add(const W* window, int64_t span, int64_t channels, int64_t rows, int64_t x,
                                      int64_t count, const W* weight, bool first, W* sum, int64_t width) {
         for (int64_t row = 0; row < channels * rows; ++row) {
