@@ -244,10 +244,17 @@ class ArrayPixels:
         self.array = zarr3().open_array(str(folder / "0" if layout.ome else folder), mode="r")
 
     def read(self, first: int, end: int) -> np.ndarray:  # [C, end - first, W]
-        """Rows `first` to `end`, excluding `end`."""
-        if self.layout.ome:
-            return np.asarray(self.array[:, first:end])
-        return np.ascontiguousarray(np.moveaxis(np.asarray(self.array[first:end]), 2, 0))
+        """Rows `first` to `end`, excluding `end`.
+
+        Raises:
+            ValueError: they are damaged.
+        """
+        try:
+            pixels = np.asarray(self.array[:, first:end] if self.layout.ome else self.array[first:end])
+        except ValueError as error:
+            where = f"rows {first} to {end - 1} of {self.array.store_path}"
+            raise ValueError(f"{where} are damaged ({error}); run the shards again without --resume") from error
+        return pixels if self.layout.ome else np.ascontiguousarray(np.moveaxis(pixels, 2, 0))
 
 
 def add_levels(folder: Path, layout: Layout) -> None:

@@ -8,6 +8,7 @@ write, and a block is as much of a band as is computed at a time: all of it, unl
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -45,6 +46,8 @@ from fastroute.runtime.rows import ReaderSource
 OP = "upscale"
 # What the work needs beside the router's share of a limit, in shards: one is cut out, encoded, and compressed.
 SHARDS_HELD = 4
+# A source is known by this many samples of so many bytes: of a small file all of it.
+SAMPLES, SAMPLE = 64, 64 << 10
 
 
 @dataclass(frozen=True)
@@ -148,7 +151,7 @@ def begin(image: LargeImage, router: PatchRouter) -> Layout:
         rows = router.merge * router.stride * router.scale
         layout = Layout.of(image.target, (channels, *size), opened.dtype, rows)
         facts = {
-            "source": {"name": image.source.name, "size": [opened.height, opened.width], "bytes": _bytes(image.source)},
+            "source": {"name": image.source.name, "size": [opened.height, opened.width], "content": digest_of(image.source)},
             **image.settings,
             "layout": layout.json(),
             "columns": layout.columns,
@@ -160,6 +163,8 @@ def begin(image: LargeImage, router: PatchRouter) -> Layout:
             parts.note(folder, "origin", reading)
 
         parts.begin(facts, fill)
+        if not parts.path("image").is_dir():
+            raise ValueError(parts.damaged("image is not there"))
     return layout
 
 
@@ -281,9 +286,11 @@ def upscale_share(
     check_limit(OP, limit_on(router.device, memory_limit))
     layout, parts = begin(image, router), Parts(image.target)
     own = range(layout.bands * (shard.number - 1) // shard.count, layout.bands * shard.number // shard.count)
-    if not resume:
-        for column in range(len(layout.columns)):
-            parts.forget(layout.blocks(own, column))
+    if not resume and own:
+        # The same shard may be running, whose work is not to be forgotten.
+        with parts.claimed(own.start, own.stop, "bands"):
+            for column in range(len(layout.columns)):
+                parts.forget(layout.blocks(own, column))
     before = layout.complete(parts.done())
     todo, stats = [band for band in own if band not in before], []
     if todo:
@@ -308,6 +315,14 @@ def _scores(block: int) -> str:
     return f"scores/{block:06}"
 
 
-def _bytes(path: Path) -> int | None:
-    """The size of a file. A folder, such as an array, has none that says anything."""
-    return path.stat().st_size if path.is_file() else None
+def digest_of(path: Path) -> str | None:
+    """A digest of the length of a file and of samples of its content. A folder, such as an array, has none."""
+    if not path.is_file():
+        return None
+    size, found = path.stat().st_size, hashlib.sha256()
+    found.update(str(size).encode())
+    with open(path, "rb") as file:
+        for number in range(SAMPLES):
+            file.seek(max(size - SAMPLE, 0) * number // (SAMPLES - 1))
+            found.update(file.read(SAMPLE))
+    return found.hexdigest()[:16]

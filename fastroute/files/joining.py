@@ -9,7 +9,7 @@ import torch
 from fastroute.files.arrays import ArrayPixels, Layout, add_levels, is_zarr
 from fastroute.files.parts import Parts, spans
 from fastroute.files.readers import open_source
-from fastroute.files.writers import open_writer
+from fastroute.files.writers import check_target, open_writer
 from fastroute.io.files import replace_folder
 from fastroute.io.read import AUTO
 from fastroute.runtime.progress import Progress, shown
@@ -34,9 +34,11 @@ def join(target: str | Path, progress: Progress = False) -> bool:
     target, parts = Path(target), Parts(target)
     if not parts.begun:
         if target.exists():
-            # What an earlier call that was killed has left.
-            parts.remove()
+            # What an earlier call that was killed has left. A folder without facts is none of ours.
+            parts.tidy()
             return False
+        if parts.folder.is_dir():
+            raise ValueError(f"join: {parts.damaged('facts.json is not there')}")
         raise ValueError(f"join: there is neither {target} nor {parts.folder}; run the shards first")
     facts = parts.facts()
     if "layout" not in facts:
@@ -49,12 +51,16 @@ def join(target: str | Path, progress: Progress = False) -> bool:
         parts.remove()
         return True
     layout, image = Layout.from_json(facts["layout"]), parts.path("image")
-    left = sorted(set(range(layout.bands)) - layout.complete(parts.done()))
-    if left:
-        raise ValueError(
-            f"join: {target} lacks {len(left)} of {layout.bands} bands ({spans(left)}); run the shards again with --resume"
-        )
-    with parts.claimed(layout.bands, layout.bands + 1, "the joining, band"):
+    check_target(target)
+    # Nobody may begin a band again meanwhile.
+    with parts.claimed(0, layout.bands + 1, "bands"):
+        left = sorted(set(range(layout.bands)) - layout.complete(parts.done()))
+        if left:
+            raise ValueError(
+                f"join: {target} lacks {len(left)} of {layout.bands} bands ({spans(left)}); run the shards again with --resume"
+            )
+        if not image.is_dir() and not (is_zarr(target) and target.exists()):
+            raise ValueError(f"join: {parts.damaged('image is not there')}")
         # Otherwise an earlier call was killed after the array had got its name.
         if image.is_dir():
             if not is_zarr(target):

@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 
@@ -62,9 +62,25 @@ class Parts:
             )
 
     def facts(self) -> dict[str, Any]:
-        """What the folder was begun with."""
-        found: dict[str, Any] = json.loads((self.folder / FACTS).read_text())
+        """What the folder was begun with.
+
+        Raises:
+            ValueError: it does not say so; it is damaged, or something else.
+        """
+        return self._read(FACTS)
+
+    def _read(self, name: str) -> dict[str, Any]:
+        try:
+            found = json.loads(self.path(name).read_text())
+        except (OSError, ValueError) as error:
+            raise ValueError(self.damaged(f"{name}: {getattr(error, 'strerror', None) or error}")) from error
+        if not isinstance(found, dict):
+            raise ValueError(self.damaged(f"{name} is no record"))
         return found
+
+    def damaged(self, what: str) -> str:
+        """The words for a folder that cannot be used, and what to do about it."""
+        return f"{self.folder} is damaged or something else ({what}); remove it, and run all shards anew"
 
     @staticmethod
     def note(folder: Path, name: str, values: Mapping[str, Any]) -> None:
@@ -73,8 +89,7 @@ class Parts:
 
     def noted(self, name: str) -> dict[str, Any]:
         """The values that the process which made the folder has stored under `name`."""
-        found: dict[str, Any] = json.loads(self.path(f"{name}.json").read_text())
-        return found
+        return self._read(f"{name}.json")
 
     def path(self, *names: str) -> Path:
         """The path of something in the folder."""
@@ -92,7 +107,13 @@ class Parts:
 
     def get(self, name: str) -> np.ndarray:  # [...]
         """The array under `name`."""
-        found: np.ndarray = np.load(self.path(f"{name}.npy"))
+        return self._load(f"{name}.npy")
+
+    def _load(self, name: str, mmap_mode: Literal["r"] | None = None) -> np.ndarray:  # [...]
+        try:
+            found: np.ndarray = np.load(self.path(name), mmap_mode=mmap_mode)
+        except (OSError, ValueError, EOFError) as error:
+            raise ValueError(self.damaged(f"{name}: {error}")) from error
         return found
 
     def agreed(self, name: str, make: Callable[[], np.ndarray]) -> np.ndarray:  # [...]
@@ -102,8 +123,7 @@ class Parts:
             with published_folder(self.path(name)) as new:
                 np.save(new / "array.npy", array)
         # A process of many needs only some of it.
-        found: np.ndarray = np.load(self.path(name, "array.npy"), mmap_mode="r")
-        return found
+        return self._load(f"{name}/array.npy", mmap_mode="r")
 
     def mark(self, numbers: Sequence[int]) -> None:
         """Note that the parts `numbers` are complete and stored."""
@@ -136,7 +156,7 @@ class Parts:
         """
         import fcntl  # not on Windows
 
-        with open(self.path("lock"), "a+b") as file:
+        with self._lock() as file:
             try:
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, end - first, first)
             except OSError as error:
@@ -148,11 +168,21 @@ class Parts:
                     ) from error
             yield
 
+    def _lock(self) -> BinaryIO:
+        try:
+            return open(self.path("lock"), "a+b")
+        except FileNotFoundError as error:
+            raise ValueError(f"{self.target}: {self.folder} is gone; another process has joined or removed it") from error
+
     def remove(self) -> None:
         """Remove the folder, and what killed processes have left of it, and of the result, beside them."""
         if self.folder.exists():
             # A folder of which half is gone would be taken for one that others have begun.
             self.folder.rename(new_part(self.folder))
+        self.tidy()
+
+    def tidy(self) -> None:
+        """Remove what killed processes have left of the folder and of the result beside them."""
         remove_parts([self.folder, self.target])
 
 

@@ -21,8 +21,9 @@ class Section:
     """Consecutive bands of one image, or some columns of them, as an image of their own.
 
     Regions never lie in two bands, nor in two blocks of patches, and the result of a patch does not depend on those that run
-    with it. So bands and blocks that are computed as a part of a section have the bits that they have in the whole image.
-    Patches of the band above and of the block to the left also cover some of the result, so they are computed too.
+    with it, but for the last bits of some of PyTorch's own convolutions. So bands and blocks that are computed as a part of a
+    section have the bits that they have in the whole image. Patches of the band above and of the block to the left also cover
+    some of the result, so they are computed too.
 
     Attributes:
         tiles, across: the first tile row and one past the last, and the tile columns likewise.
@@ -126,9 +127,10 @@ def sectioned(
 
 def _span(op: str, name: str, given: Sequence[int] | None, size: int) -> Span:
     """Rows or columns of a result of `size` of them, by default all."""
+    wrong = f"{op}: {name} must be two {name} of the result, the first and one past the last of {size}; got {given}"
+    if given is not None and (not isinstance(given, Sequence) or len(given) != 2):
+        raise ValueError(wrong)
     first, end = (0, size) if given is None else (whole(op, name, at, LARGEST_IMAGE, least=0) for at in given)
     if not first < end <= size:
-        raise ValueError(
-            f"{op}: {name} must be two {name} of the result, the first and one past the last of {size}; got {given}"
-        )
+        raise ValueError(wrong)
     return first, end
