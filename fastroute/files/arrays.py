@@ -73,12 +73,17 @@ class Layout:
 
     def blocks(self, bands: Iterable[int], column: int) -> list[int]:
         """The numbers of the blocks of some bands at one of `columns`."""
-        return [band * len(self.columns) + column for band in bands]
+        across = len(self.columns)
+        return [band * across + column for band in bands]
+
+    def bands_at(self, blocks: Iterable[int], column: int) -> set[int]:
+        """The bands whose block at one of `columns` is among `blocks`."""
+        across = len(self.columns)
+        return {block // across for block in blocks if block % across == column}
 
     def complete(self, blocks: Collection[int]) -> set[int]:
         """The bands whose blocks are all among `blocks`."""
-        columns = range(len(self.columns))
-        return {band for band in range(self.bands) if all(self.blocks((band,), column)[0] in blocks for column in columns)}
+        return set.intersection(*(self.bands_at(blocks, column) for column in range(len(self.columns))))
 
     @property
     def shard_bytes(self) -> int:

@@ -247,11 +247,12 @@ def upscale_bands(
         held = opened.held + (again.held if again.pixels is not opened.pixels else 0) + SHARDS_HELD * layout.shard_bytes
         rest = None if memory_limit is None else type(memory_limit)(max(memory_limit - held, 1))
         gray = opened.kind == "gray" and router.channels == 3
-        known, complete = torch.from_numpy(np.array(classes)), layout.complete(parts.done())
+        known, before = torch.from_numpy(np.array(classes)), parts.done()
+        complete = layout.complete(before)
         for column, columns in enumerate(layout.columns):
             done = partial(_mark, parts, layout, column)
             writer = ResultWriter(ArrayRows(parts.path("image"), layout, done), again, gray, layout.shape[1:])
-            there = {block // len(layout.columns) for block in parts.done() if block % len(layout.columns) == column}
+            there = layout.bands_at(before, column)
             for first, end in runs([band for band in range(*bands) if band in complete or band not in there]):
                 with whole_limit(OP, memory_limit, rest):
                     streamed = router.stream(

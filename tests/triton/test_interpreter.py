@@ -69,6 +69,8 @@ def outcomes(tmp_path):
 
 @pytest.mark.slow
 def test_through_the_interpreter(outcomes):
-    assert all(outcomes.values()), "an operator has no test"
+    # Of all tests, not of a share of them, every operator has several.
+    least = 10 if os.environ.get("FASTROUTE_TEST_SHARE", "1") == "1" else 1
+    assert all(len(found) >= least for found in outcomes.values())
     failed = [f"{name}\n{wrong}" for found in outcomes.values() for name, wrong in found if wrong]
     assert not failed, "\n".join(failed)[-4000:]
