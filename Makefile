@@ -42,8 +42,8 @@ TEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -q tests -p no:benchmark -n $(WORKERS
 test: $(VENV)/installed
 	$(TEST)
 
-# For the time between two edits: all tests but those marked `slow`, which take half a second or more.
-LEFT_OUT := whatever takes half a second or more, thus all of compilers and what they compile (Triton and its interpreter, nvcc \
+# For the time between two edits: all tests but those marked `slow`, which take a third of a second or more.
+LEFT_OUT := whatever takes a third of a second or more, thus all of compilers and what they compile (Triton and its interpreter, nvcc \
 	and the emulated GPU, sanitizers, Inductor, graphs of whole routers, OpenVINO, narrower instruction sets), browsers and the \
 	site, mypy, Ray clusters, training, examples, smoke runs of benchmarks, and processes that are killed or whose memory is measured
 test-fast: $(VENV)/installed

@@ -78,6 +78,7 @@ def test_score_of_another_shape():
         ScoreClassifier(lambda x: x.mean(dim=(2, 3)), (0.5,))(torch.rand(2, 3, 4, 4))
 
 
+@pytest.mark.slow
 def test_router_of_functions_free_classes_and_a_score():
     image, grid = picture(1, 3, 60, 45), TileGrid(60, 45, 16, 12, 2)
     score = edge_score(patches_of(image, grid))

@@ -151,6 +151,7 @@ def test_table_by_hand():
         table.fit(torch.ones(3), torch.ones(3, 3))
 
 
+@pytest.mark.slow
 def test_table_from_data():
     arm = random_arm()
     lr, hr = picture(12, 3, 16, 16, 3), picture(12, 3, 32, 32, 4)

@@ -187,6 +187,7 @@ def test_what_the_target_cannot_hold_is_told_before_computing(model, folder, tmp
     assert Image.open(out / "clear.jpg").size == (26, 18)
 
 
+@pytest.mark.slow
 def test_failures_of_one_file_stop_no_other(folder, tmp_path, monkeypatch):
     for name in "abcd":
         photo(folder / f"{name}.png", width={"a": 13, "b": 14, "c": 15, "d": 16}[name])
@@ -213,6 +214,7 @@ def test_failures_of_one_file_stop_no_other(folder, tmp_path, monkeypatch):
     assert outcomes["a.png"].stats is not None and sum(outcomes["a.png"].stats.counts_per_class) > 0
 
 
+@pytest.mark.slow
 def test_little_is_read_ahead(folder, tmp_path, monkeypatch):
     for number in range(12):
         photo(folder / f"{number:02}.png")

@@ -67,6 +67,7 @@ def test_edge_is_the_cut_result_of_the_continued_image():
         pixels.upscale(image, scale=2.5)
 
 
+@pytest.mark.slow
 def test_what_needs_more_than_one_call_refuses_an_edge():
     router = fastroute.load(border="edge")
     image = torch.rand(3, 40, 40)

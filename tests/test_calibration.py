@@ -100,6 +100,7 @@ def test_values_that_fall_are_averaged():
     assert rising(torch.tensor([0.0, 2, 0, 4, 1]), counts).tolist() == [2.0, 2.0, 2.0, 3.25, 3.25]
 
 
+@pytest.mark.slow
 def test_a_table_learns_the_law_of_its_cells():
     found = learnt_from(made(), [0.01, 1.0], 40.0, (8, 16))
     scores = torch.tensor([1.0, 4.0, 12.0], dtype=torch.float64)
@@ -347,6 +348,7 @@ def test_distill_on_the_command_line(folder, tmp_path):
     assert refused.exit_code == 2 and "decides the width alone" in refused.output
 
 
+@pytest.mark.slow
 def test_networks_of_other_channels_than_those_of_files_are_refused(folder, tmp_path):
     save_checkpoint(tmp_path / "gray.pth", Compact(8, 1, 2, 1))
     for command in (

@@ -72,6 +72,7 @@ def test_their_number_goes_by_the_image():
     assert [sampling.margin(number) for number in (1, 3, 4, 5, 24)] == [3.0, 3.0, 2.0, 1.5, 1.5]
 
 
+@pytest.mark.slow
 def test_errors_are_those_of_the_cells():
     """Networks that see no further than the context: every cell has the error that it has in the whole image."""
     image = picture(2, 200, 170).float() / 255

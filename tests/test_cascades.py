@@ -148,6 +148,7 @@ def drawn(plan: Plan, image: Tensor, networks: list[nn.Module], rows: int, limit
     return output
 
 
+@pytest.mark.slow
 def test_regions_within_the_reach_of_a_context_are_exact():
     """With as much context as a network sees, every pixel is that of the whole image, but for the blends."""
     image = random((3, 150, 200), seed=4).clamp(0, 1)
@@ -262,6 +263,7 @@ def test_class_maps_are_kept_or_raised():
             router.upscale(image, class_map=wrong)
 
 
+@pytest.mark.slow
 def test_it_is_a_module():
     router, image = build(), random((3, 64, 64), seed=11)
     exact = router.upscale(image, budget=0.5).image
@@ -290,6 +292,7 @@ class Counted(fastroute.ArrayReader):
         return super().read(y0, y1, x0, x1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("limit", [None, 8_000_000])
 @pytest.mark.parametrize("step", [1, 48])
 @pytest.mark.parametrize("choice", [{"budget": 0.5}, {"budget": 1}, {"budget": 0.05}])
@@ -305,6 +308,7 @@ def test_streams_are_the_same(limit, step, choice):
     assert (reader.most < 200 * 150) == (limit is not None) or choice == {"budget": 0.5}
 
 
+@pytest.mark.slow
 def test_a_limit_that_no_cell_fits_into_is_refused_with_one_that_does():
     router, image = build(), random((3, 200, 150), seed=12)
     with pytest.raises(ValueError, match=r"memory_limit must be at least \d+ bytes") as caught:

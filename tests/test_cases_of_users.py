@@ -95,6 +95,7 @@ def upscale(source, target, model, *options):
     return CliRunner().invoke(main, ["upscale", str(source), str(target), "--model", str(model), "--quiet", *options])
 
 
+@pytest.mark.slow
 def test_every_case_is_listed():
     found = {path.relative_to(CASES).as_posix() for path in CASES.glob("*/*") if path.suffix != ".py"}
     assert found == {*READ, *REFUSED}

@@ -228,6 +228,7 @@ def test_contrastive_loss_by_hand():
     assert loss(images(10), images(40), images(90)).item() == pytest.approx(far - near, abs=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [ContrastiveLoss, CSDLoss])
 def test_contrastive_gradients(kind):
     generator = torch.Generator().manual_seed(6)

@@ -106,6 +106,7 @@ def test_cells_keep_their_errors_by_another_score(score):
     assert torch.equal(new.border[0][2], own.border[0][2])
 
 
+@pytest.mark.slow
 def test_it_travels_with_a_cascade(found, tmp_path: Path):
     names = []
     for name, network in (("light", Compact(8, 1, 2)), ("heavy", Compact(16, 6, 2))):

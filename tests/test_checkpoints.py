@@ -43,6 +43,7 @@ def refused(path, *words: str) -> str:
     return message
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["whole.pth", "whole.pt", "whole.safetensors", "legacy.pth"])
 def test_cut_short(files, tmp_path, name):
     data = (files / name).read_bytes()
@@ -161,6 +162,7 @@ def test_metadata_that_makes_no_sense(tmp_path, metadata):
     refused(path)
 
 
+@pytest.mark.slow
 def test_missing_unexpected_and_misshapen_entries(tmp_path):
     whole = ClassSR.fsrcnn((3, 4)).state_dict()
     path = tmp_path / "weights.pth"
@@ -188,6 +190,7 @@ def test_strict_in_both_directions():
     assert torch.equal(model.head_conv[0].weight, before + 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("wrapper", "prefix"),
     [

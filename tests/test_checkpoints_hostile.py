@@ -124,6 +124,7 @@ def test_shapes_of_more_values_than_are_stored(refused, name):
     refused("x.pth", "fewer than its values take")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", WIDE)
 def test_networks_that_their_weights_do_not_fill(refused, name):
     torch.save(WIDE[name], "x.pth")
@@ -240,6 +241,7 @@ def test_published_descriptions(refused, model):
     refused("x.pth")
 
 
+@pytest.mark.slow
 def test_archives(tmp_path, refused):
     torch.save({"a": VALUE}, "small.pth")
     with zipfile.ZipFile("small.pth") as small, zipfile.ZipFile("x.pth", "w", zipfile.ZIP_DEFLATED) as bomb:

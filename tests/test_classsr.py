@@ -82,6 +82,7 @@ def test_mixture_of_networks_that_do_not_fit():
             FSRCNN.mixture([FSRCNN(4, scale=4), other], images, weights)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimized", [True, False])
 def test_router_on_known_patches(recorded, published, optimized):
     """An image made of the recorded patches side by side: routing and stitching give the recorded outputs back."""
@@ -95,6 +96,7 @@ def test_router_on_known_patches(recorded, published, optimized):
     torch.testing.assert_close(result.image, expected, **TOLERANCE)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_router_on_overlapping_patches():
     system = random_classsr((4, 6, 8))
@@ -180,6 +182,7 @@ def test_default_architecture():
         ClassSR([])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ending", [".pth", ".pt", ".safetensors"])
 @pytest.mark.parametrize("scale", [2, 4])
 def test_round_trip(tmp_path, ending, scale):

@@ -99,6 +99,7 @@ def test_one_budget_for_all(model, folder, tmp_path, option):
     assert not torch.equal(io.read_image(tmp_path / "each" / "a.png"), expected[0])
 
 
+@pytest.mark.slow
 def test_what_fails_in_its_turn_stops_no_other(model, folder, tmp_path, monkeypatch):
     router = fastroute.load(model)
     name = "answer" if isinstance(router, fastroute.PixelRouter) else "upscale"
@@ -117,6 +118,7 @@ def test_what_fails_in_its_turn_stops_no_other(model, folder, tmp_path, monkeypa
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_shared_budget_that_is_too_small(model, folder, tmp_path):
     result = call(folder, tmp_path / "out", "--model", model, "--budget-flops", 1000, "--shared-budget")
     assert result.exit_code == 2 and "Invalid value for --budget-flops: upscale: budget_flops must be at least" in result.output

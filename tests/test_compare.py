@@ -220,6 +220,7 @@ def test_the_page_holds_everything_itself(models, image):
     assert " / ".join(f"{100 * n / sum(counts):.0f}" for n in counts) + " %" in page
 
 
+@pytest.mark.slow
 def test_a_result_like_the_reference_is_called_identical(models, image):
     found = compare(image, [models / "plain.safetensors"], reference=bicubic(image, (90, 122)), runs=1)
     assert "<td>identical</td>" in render(found, "photo.png")

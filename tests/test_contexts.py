@@ -158,6 +158,7 @@ AS_THEY_ARE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*torch.jit")
 @pytest.mark.parametrize(("row", "name"), [(row, name) for row, (_, names) in AS_THEY_ARE.items() for name in names])
 def test_calls_of_another_kind(row, name):

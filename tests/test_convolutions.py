@@ -291,6 +291,7 @@ def test_graphs_give_the_same_bits(name):
     assert not EXTENSION.info or any("conv3x3" in str(node.target) for node in program.graph.nodes)
 
 
+@pytest.mark.slow
 def test_graphs_of_another_type_than_ran():
     network, result = layer_of(nn.ReLU())
     x = picture(1, 4, 9, 9)

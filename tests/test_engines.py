@@ -141,6 +141,7 @@ def test_an_engine_that_computes_something_else_is_refused_by_name(monkeypatch, 
     assert "'openvino' cannot be used for CARN" in caplog.text and router.networks._engines(0) == ["torch"]
 
 
+@pytest.mark.slow
 def test_engines_that_cannot_run_here_are_refused(monkeypatch):
     router = router_of("fsrcnn")
     with pytest.raises(ValueError, match=r"engine must be one of torch, torch\.compile, openvino, tensorrt, auto; got 'onnx'"):

@@ -98,6 +98,7 @@ def test_equal_images():
         quality.compare(target[:, :, 1:], target, 2)
 
 
+@pytest.mark.slow
 def test_rows_are_those_of_the_router(images, router):
     rows = evaluation.evaluate(router, images)
     assert [row.image for row in rows] == ["b.png", "more/a.png"]
@@ -115,6 +116,7 @@ def test_rows_are_those_of_the_router(images, router):
         assert row.seconds > 0
 
 
+@pytest.mark.slow
 def test_budget_reaches_the_router(images, router):
     expensive, cheap = evaluation.evaluate(router, images, budget=1), evaluation.evaluate(router, images, budget=0.8)
     assert all(row.counts[:2] == [0, 0] for row in expensive)
@@ -182,6 +184,7 @@ def test_one_image(images, router):
     assert (row.image, row.psnr) == ("a.png", other.psnr)
 
 
+@pytest.mark.slow
 def test_first_call_is_not_timed(images, router, monkeypatch):
     calls, upscale = [], router.upscale
 

@@ -76,6 +76,7 @@ def test_metadata(router, tmp_path, ending):
         assert whole.read_bytes() == bands.read_bytes()
 
 
+@pytest.mark.slow
 def test_transparency_in_bands():
     for dtype in (torch.uint8, torch.uint16, torch.float32):
         peak = {torch.uint8: 255, torch.uint16: 65535, torch.float32: 1}[dtype]

@@ -113,6 +113,7 @@ def test_a_failed_stage_has_no_time(clock):
     assert "a" not in watch.finish()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"budget": 0.8}, {"penalty": 0.3}], ids=str)
 def test_patches_are_waited_for_when_statistics_are_asked_for(timed, monkeypatch, options):
     monkeypatch.setattr(patch_memory, "PATCHES_PER_BAND", {"cpu": 8})
@@ -138,6 +139,7 @@ def test_pixels_are_waited_for_when_statistics_are_asked_for(timed, monkeypatch)
         assert timed.waits == number
 
 
+@pytest.mark.slow
 def test_a_budget_of_time_waits_for_the_classifier(timed, monkeypatch):
     router, image, asked = make_router(), picture(1, 3, 101, 61), []
     speed = Speed([1.0, 2.0, 3.0], 1.0, 0.0)
@@ -241,6 +243,7 @@ def test_pixels_read_back_once(monkeypatch, options):
     assert once.read == 1 and "pixel_mlp" in seen.names
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("sample", "most"), [(1 << 22, 3), (2000, 13)], ids=["whole", "rows"])
 @pytest.mark.parametrize("classes", [2, 3])
 def test_a_budget_of_pixels_waits_for_no_step_of_its_search(monkeypatch, classes, sample, most):
@@ -292,6 +295,7 @@ def test_bands_of_patches(count, size):
     assert len(numbers) == count * grid.num_patches and band_of_patches(bands, grid, GPU).device == GPU
 
 
+@pytest.mark.slow
 def test_routers_without_weights_stay_where_they_are_moved():
     for function in (Bicubic(4), lambda x: x.repeat(1, 1, 4, 4)):
         router = PatchRouter([function])

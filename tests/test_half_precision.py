@@ -85,6 +85,7 @@ def test_pixel_router_adds_to_an_image_of_float32():
     torch.testing.assert_close(PixelRouter(free).bfloat16().upscale(image, scale=4).image, bilinear, rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["fsrcnn", "carn", "own"])
 def test_fixed_routers_do_the_same(name):
     router, image = router_of(name).bfloat16(), picture(1, 3, 40, 31)

@@ -121,6 +121,7 @@ def test_a_budget_of_flops_is_one_over_the_image(small, source, tmp_path):
     assert np.array_equal(pixels_of(large.target), expected.image.permute(1, 2, 0).numpy())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["uint8", "uint16", "float32"])
 @pytest.mark.parametrize("channels", [1, 2, 4])
 @pytest.mark.parametrize("out", ["out.zarr", "out.tif"])
@@ -170,6 +171,7 @@ def test_blocks_of_a_band_give_the_pixels_of_one_process(narrow, router, source,
     assert np.array_equal(pixels_of(large.target), whole.image.permute(1, 2, 0).numpy())
 
 
+@pytest.mark.slow
 def test_the_array_is_sharded_and_the_pyramid_of_ome(small, router, source, tmp_path):
     large = LargeImage(source, tmp_path / "a.ome.zarr", Budget(0.9))
     upscale_share(large, router, Shard(1, 1))
@@ -324,6 +326,7 @@ def test_no_two_processes_write_one_band(small, router, source, tmp_path):
     assert Parts(large.target).done() == set(range(7)) and folder.is_dir()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("out", "options", "words"),
     [

@@ -88,6 +88,7 @@ def test_entries_that_could_not_be_written_again_are_left_out(folder):
     assert cache.remember("b", ENTRY) and set(cache.read()) == {"a", "odd", "b"}
 
 
+@pytest.mark.slow
 def test_the_oldest_entries_go(folder):
     (folder / "x.json").write_text(json.dumps({str(i): ENTRY for i in range(MOST_ENTRIES)}))
     cache = JsonCache("x.json")

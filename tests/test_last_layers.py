@@ -33,6 +33,7 @@ def run(router: PatchRouter, image: torch.Tensor) -> fastroute.Upscaled:
     return router.upscale(image, class_map=torch.arange(grid.num_patches).view(grid.rows, grid.cols) % router.num_classes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.uint8], ids=str)
 def test_the_image_is_that_of_the_whole_branches(dtype):
     image = torch.rand(3, 45, 61)
@@ -90,6 +91,7 @@ def test_the_time_of_the_layers_is_that_of_the_branches():
     assert seconds["stitch"] > 0 and seconds["branches"] > 0 and parts <= seconds["total"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("branches", "options"),
     [

@@ -88,6 +88,7 @@ def counted_patches(monkeypatch, merge: int | None = None) -> tuple[Counted, lis
     return launched, waits
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", PIXEL_CASES)
 def test_pixels(monkeypatch, case):
     options, most = PIXEL_CASES[case]

@@ -46,6 +46,7 @@ def same(path, network, **options) -> None:
         torch.testing.assert_close(result, network.eval()(image), rtol=0, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("scale", "ending"), [(2, ".pth"), (3, ".safetensors")])
 @pytest.mark.parametrize("name", NETWORKS)
 def test_a_model_says_its_own_scale(tmp_path, name, scale, ending):
@@ -54,6 +55,7 @@ def test_a_model_says_its_own_scale(tmp_path, name, scale, ending):
     assert quiet(tmp_path / f"x{ending}").scale == scale
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "scale"), [("carn", 2), ("carn", 4), ("srresnet", 3), ("srresnet", 4), ("rcan", 2), ("rcan", 3), ("rcan", 8)]
 )
@@ -181,6 +183,7 @@ def test_regions_are_an_option():
         fastroute.load("pcsr-fsrcnn-x4", merge=1)
 
 
+@pytest.mark.slow
 def test_metadata_of_others(tmp_path):
     """Plain values beside the weights, under the same name."""
     for content in ({"params": FSRCNN(3, 2).state_dict()}, FSRCNN(3, 2).state_dict()):

@@ -74,6 +74,7 @@ def test_while_a_process_works_nobody_joins_or_forgets(large, router):
     assert join(large.target)
 
 
+@pytest.mark.slow
 def test_a_folder_that_the_user_made_since_is_not_replaced(large):
     large.target.mkdir()
     (large.target / "notes.txt").write_text("precious")

@@ -44,6 +44,7 @@ def idle(router, monkeypatch):
     return router
 
 
+@pytest.mark.slow
 def test_budget_holds_and_is_spent(router):
     image = picture(1, 3, 88, 96, seed=3)
     grid = TileGrid(88, 96, PATCH, STRIDE, SCALE)
@@ -130,6 +131,7 @@ def test_classes_are_obeyed(system):
             assert not torch.allclose(output[place], dense[(class_map[i, j] + 1) % 3][place], rtol=0, atol=1e-2)
 
 
+@pytest.mark.slow
 def test_statistics(router, system):
     result = router.upscale(picture(2, 3, 30, 41))
     stats = result.stats
@@ -196,6 +198,7 @@ def test_refused_options(idle, options, message):
         idle.upscale(picture(1, 3, 15, 20), **options)
 
 
+@pytest.mark.slow
 def test_refused_types_of_class_maps(idle):
     for class_map in (torch.zeros(2, 3), [[0, 0, 0], [0, 0, 0]]):
         with pytest.raises(TypeError, match="upscale: class_map must be"):

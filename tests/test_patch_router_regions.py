@@ -83,6 +83,7 @@ def test_a_free_class_and_other_last_layers():
     torch.testing.assert_close(result.image, by_region(router, branches, IMAGE, class_map, False), rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("per_band", [1, 30, 60])
 def test_bands_and_streams_change_nothing(router, monkeypatch, per_band):
     whole = router.upscale(IMAGE)

@@ -118,6 +118,7 @@ def test_a_stream_has_the_same_budgets(router):
     assert (output == -1).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("whole", [True, False])
 def test_milliseconds_become_classes(monkeypatch, whole):
     """A speed that nobody has, so slow that the time of the test itself is next to nothing."""

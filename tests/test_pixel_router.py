@@ -65,6 +65,7 @@ def agree(result, model, lr, size, **options):
     assert result.class_map.dtype == torch.uint8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["fsrcnn", "carn"])
 @pytest.mark.parametrize("hidden", [([5], [7, 9]), (None, [], [4, 4])], ids=str)
 @pytest.mark.parametrize(

@@ -89,6 +89,7 @@ def test_a_long_image(weights):
     torch.testing.assert_close(router.upscale(image).image.clamp(0, 1), expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", SMALL)
 def test_small_ones_equal_spandrel_at_any_size(tmp_path, kind):
     path = saved(tmp_path / "small.pth", SMALL[kind]())
@@ -135,6 +136,7 @@ def test_architectures_that_spandrel_alone_knows(tmp_path):
         torch.testing.assert_close(router.upscale(image).image, descriptor(image[None])[0], rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_first_layers_of_equal_names(tmp_path):
     """SwinIR and many more begin with a `conv_first` as SRResNet does, and are none."""
     package = spandrel()

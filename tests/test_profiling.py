@@ -35,6 +35,7 @@ def test_branches_as_the_papers_print_them(tables):
         assert abs(flops - printed) < 0.6e6, f"width {width}: {flops / 1e6:.2f} M"
 
 
+@pytest.mark.slow
 def test_literal_figures():
     paper = [count_flops(FSRCNN(width), PATCH, "paper") for width in (16, 36, 56)]
     assert paper == [141_262_848, 304_570_368, 467_877_888]

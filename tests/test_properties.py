@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -60,6 +61,7 @@ def test_stitch_undoes_extract(backend, grid, b, c, seed, window):
     torch.testing.assert_close(stitched, image[:, :, :height, :width], rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
 @given(grids(), BATCHES, SEEDS, st.integers(1, 5))
 def test_stitch_through_inverse_undoes_extract_in_class_order(backend, grid, b, seed, classes):
     image = random((b, 2, grid.height, grid.width), torch.uint8, backend.device, seed)
@@ -103,6 +105,7 @@ def test_extract_has_its_adjoint(backend, grid, b, c, seed, repeated):
     adjoint(extract_patches(image, grid, order), image, seed + 1)
 
 
+@pytest.mark.slow
 @given(grids(3), st.integers(1, 2), CHANNELS, SEEDS, st.integers(0, len(WINDOWS)), st.booleans())
 def test_stitch_has_its_adjoint(backend, grid, b, c, seed, window, repeated):
     span, n = grid.patch * grid.scale, b * grid.num_patches

@@ -68,6 +68,7 @@ def sampler(*hidden: int) -> dict:
     return {"name": "liif-sampler", "args": {"imnet_spec": {"name": "mlp", "args": {"hidden_list": list(hidden)}}}}
 
 
+@pytest.mark.slow
 def test_encoder_options_of_a_configuration_are_read(tmp_path):
     model = PCSR.build(FSRCNN(20, shrink=6, depth=2, upsample=False), [[5], [9]], [7]).eval()
     spec = {"encoder_spec": {"name": "fsrcnn", "args": {"d": 20, "s": 6, "m": 2}}}

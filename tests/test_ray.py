@@ -79,6 +79,7 @@ def test_files_of_every_kind_and_damaged_ones(router, tmp_path):
         assert stats.work_per_class == upscaled.stats.work_per_class
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["rgb.png", "rgba16.png", "gray.jpg", "planar16.tif", "rgb.webp"])
 def test_content_of_files(router, tmp_path, kind):
     path = write_kinds(tmp_path)[kind]
@@ -142,6 +143,7 @@ def test_columns_that_are_missing(router):
         Upscaler(router, quality=0)
 
 
+@pytest.mark.slow
 def test_one_image_at_a_time_is_computed(router, tmp_path, monkeypatch):
     """While others are read and written."""
     busy, most = Counter(), Counter()
@@ -178,6 +180,7 @@ class Local:
         self.count, self.begin, self.end = (SimpleNamespace(remote=getattr(begun, name)) for name in ("count", "begin", "end"))
 
 
+@pytest.mark.slow
 def test_an_image_whose_worker_died_is_alone_and_given_up_at_last(router, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(get=lambda value: value))
     begun = Local()
@@ -233,6 +236,7 @@ def test_room_for_workers():
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_without_ray(router, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     io.write_image(tmp_path / "a.png", torch.zeros(3, 8, 8, dtype=torch.uint8))

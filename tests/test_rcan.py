@@ -68,6 +68,7 @@ def test_input_range_matters():
     assert (unit(x) - whole(x)).abs().max() > 1e-3
 
 
+@pytest.mark.slow
 def test_gradients_reach_every_weight():
     model = randomise(RCAN(4, 2, groups=1, blocks=2, reduction=2, input_range=3)).double()
     x = torch.rand(1, 3, 3, 4, dtype=torch.float64, requires_grad=True)

@@ -41,6 +41,7 @@ ROUTERS = {"patches": patches, "pixels": pixels, "tiles": tiles}
 every = pytest.mark.parametrize("make", ROUTERS.values(), ids=ROUTERS)
 
 
+@pytest.mark.slow
 @every
 def test_a_router_is_a_module_of_its_networks(make):
     router = make()
@@ -67,6 +68,7 @@ def test_copies_are_independent(make, duplicate):
     assert torch.equal(router(IMAGE), before) and router.dtype == torch.float32 and other.dtype == torch.bfloat16
 
 
+@pytest.mark.slow
 @every
 def test_torch_save(make):
     router, file = make(), standard_io.BytesIO()

@@ -113,6 +113,7 @@ def test_rows_have_the_bits_of_the_whole(monkeypatch, patch, stride, merge, wind
         assert torch.equal(by_rows(router, image, edges, step, ids), expected)
 
 
+@pytest.mark.slow
 def test_classes_may_be_raised_as_in_the_whole(monkeypatch):
     """Classes as the classifier gives them, raised where regions form."""
     monkeypatch.setattr(patch_memory, "PATCHES_PER_BAND", {"cpu": 20})

@@ -18,12 +18,14 @@ def test_the_picture_is_the_same_everywhere():
     assert picture[:, 0, [0, 1, 27, 28, 55]].tolist() == [[0, 2, 54, 138, 202], [20, 22, 74, 169, 233], [40, 42, 94, 200, 8]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("known", KNOWN, ids=lambda known: known.what)
 def test_a_right_result(known):
     expected = self_check.upscale(known, CPU, TORCH)
     assert judge("cpu", known, expected, CPU, TORCH) == Verdict("ok", "cpu")
 
 
+@pytest.mark.slow
 def test_a_wrong_and_a_broken_result(monkeypatch):
     known = KNOWN[0]
     right = self_check.upscale(known, CPU, TORCH)

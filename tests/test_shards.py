@@ -49,6 +49,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*.png"))}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [1, 2, 3, 7, 64])
 def test_every_job_belongs_to_one_shard(tmp_path, count):
     jobs = plan_jobs([photos(tmp_path / "in", 200, seed=count)], tmp_path / "out")

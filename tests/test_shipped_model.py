@@ -21,6 +21,7 @@ SAMPLE = Path(__file__).parents[1] / "assets" / "sample.png"
 pytestmark = pytest.mark.skipif(not FILE.is_file(), reason=f"the package ships no {FILE.name} yet")
 
 
+@pytest.mark.slow
 def test_shipped_model_is_listed_and_loads():
     assert DEFAULT_MODEL in fastroute.list_models()
     router = fastroute.load(DEFAULT_MODEL)

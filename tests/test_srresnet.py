@@ -80,6 +80,7 @@ def test_fast_form(memory_format):
     torch.testing.assert_close(optimize(model).to(memory_format=memory_format)(x), model(x), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_branches_as_the_papers_print_them(data_folder):
     table = json.loads((data_folder / "fixtures" / "paper-tables.json").read_text())["branch_flops"]["srresnet"]
     assert tuple(table["widths"]) == WIDTHS["srresnet"]

@@ -99,6 +99,7 @@ def test_patches(patches, monkeypatch, dtype, size):
     assert size[0] < 64 or heights[0] < heights[-1], "the limit changes nothing"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("patch", "stride"), [(8, 8), (16, 5), (32, 28)])
 @pytest.mark.parametrize("options", [{"budget": 0.85}, {"penalty": 0.4}, {"budget": 1}], ids=str)
 def test_patch_sizes_and_choices(monkeypatch, patch, stride, options):
@@ -106,6 +107,7 @@ def test_patch_sizes_and_choices(monkeypatch, patch, stride, options):
     check(make_patch_router(patch, stride), as_image(picture(1, 3, 75, 50), torch.uint8)[0], 7, **options)
 
 
+@pytest.mark.slow
 def test_classifier_of_another_kind(monkeypatch):
     class Brightness(nn.Module):
         def forward(self, patches):

@@ -92,6 +92,7 @@ def test_one_step_by_hand(tmp_path):
         assert torch.allclose(moved[large], -0.01 / 200 * parameter.grad[large].sign(), rtol=0.02)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stops", [(4,), (2, 3)])
 def test_a_resumed_run_ends_bit_for_bit_like_an_uninterrupted_one(tmp_path, images, stops):
     def trainer(name: str) -> Trainer:

@@ -81,6 +81,7 @@ def test_arm_takes_the_most_expensive_branch(pool, tmp_path, backbone):
         assert not torch.allclose(model.run(1, x), other.branches[0](x), atol=1e-2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backbone", ["fsrcnn", "carn", "srresnet", "rcan"])
 @torch.no_grad()
 def test_pcsr_takes_the_layers_up_to_the_features(pool, tmp_path, backbone):

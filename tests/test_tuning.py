@@ -312,6 +312,7 @@ def test_routers_can_be_copied_while_they_measure(run):
     assert again._search(0, networks.device) is networks._search(0, networks.device)
 
 
+@pytest.mark.slow
 def test_routers_measure_on_photographs_too(cache, monkeypatch):
     # Real times: whatever is chosen, the result stays.
     image = picture(1, 3, 120, 160)

@@ -212,6 +212,7 @@ def test_patch_router(monkeypatch, name):
     assert {"extract_patches", "assign_classes", "group_by_class", "stitch_patches"} <= set(seen.names)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [(40, 52), (37, 45), (9, 60)])
 def test_patch_router_within_a_budget(monkeypatch, size):
     """Patches on the classifier's cells, off them, and no cells at all; as operators, and as the launchers of Triton."""

@@ -39,6 +39,7 @@ def make_router(**options) -> fastroute.PatchRouter:
     return fastroute.PatchRouter(system.branches, system.classifier, patch=16, stride=12, scale=4, **options)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("short_trials")
 def test_a_search_is_completed_and_kept(cache):
     router = make_router()

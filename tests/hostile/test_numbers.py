@@ -97,6 +97,7 @@ def test_tile_grid_extract_and_stitch(height, width, patch, stride, scale, cover
     refused_or_right(("TileGrid", "extract_patches", "stitch_patches"), run)
 
 
+@pytest.mark.slow
 @campaign
 @given(mostly[2], edge, edge)
 def test_stitch_patches(shuffle, begin, end):

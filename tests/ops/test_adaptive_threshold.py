@@ -108,6 +108,7 @@ def threshold(score):
     return adaptive_threshold(score, torch.uint8)
 
 
+@pytest.mark.slow
 def test_compiles_once_for_all_sizes(operator):
     compiles_once(threshold, [(scores(b, h, w, device=operator.device),) for b, h, w in ((4, 10, 7), (3, 9, 12), (5, 31, 8))])
 
@@ -117,6 +118,7 @@ def test_compiles_with_inductor(operator):
     inductor_equals_eager(threshold, scores(2, 30, 7, device=operator.device))
 
 
+@pytest.mark.slow
 def test_deterministic(backend):
     score = scores(2, 310, 500, device=backend.device)
     repeats(lambda: adaptive_threshold(score), backend.device)

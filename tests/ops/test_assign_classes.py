@@ -168,6 +168,7 @@ def test_compiles_once_for_all_sizes(operator):
     compiles_once(spend, [(x,) for x in images])
 
 
+@pytest.mark.slow
 def test_compiled_budget_equals_eager(operator):
     score = probabilities(10, 2, device=operator.device)
     assert int(spend_nearly(score).sum()) == 5

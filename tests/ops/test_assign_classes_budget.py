@@ -192,6 +192,7 @@ def logits_of(n: int, classes: int, dtype: torch.dtype, device: torch.device) ->
     return (3 * torch.randn(n, classes, dtype=torch.float64, generator=generator) + 10).to(dtype).to(device)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", FLOATING, ids=str)
 def test_logits_and_least_penalties_against_reference(kernel, dtype):
     # On a CPU the search of many items begins between two penalties that a sample suggests.

@@ -161,6 +161,7 @@ def test_expanded_arguments(backend):
     close(conv3x3(image, weight, every_other, every_other), image, weight, every_other, every_other, None, 1, 1)
 
 
+@pytest.mark.slow
 @given(
     size=st.tuples(st.integers(0, 2), st.integers(1, 23), st.integers(1, 23)),
     groups=st.integers(1, 3),

@@ -188,6 +188,7 @@ def test_opcheck(operator, grad):
             opcheck(OP, (image, order, mean, std, 3, 2, False, torch.float32, False, 5, 7))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("grad", [False, True])
 def test_opcheck_backward(operator, grad):
     upstream = random((3, 2, 3, 3), device=operator.device).requires_grad_(grad)

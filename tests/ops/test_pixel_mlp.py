@@ -130,6 +130,7 @@ def test_sweep(backend, dtype, small, large, hidden):
         close(pixel_mlp(features, mlps, large, flat, residual), features, mlps, large, flat, residual)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("hidden", [[[58] * 4], [[74] * 4], [[10] * 3, [58] * 4], [[256], [1, 256, 1]], [[20] * 3, None]])
 def test_published_widths(backend, hidden):
     mlps = make(48, hidden, device=backend.device)

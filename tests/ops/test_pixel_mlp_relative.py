@@ -100,6 +100,7 @@ def test_published_coordinates(backend, small, large):
     close(pixel_mlp(features, mlps, large, relative=relative), features, mlps, large, relative=relative)
 
 
+@pytest.mark.slow
 def test_gradcheck(operator):
     mlps = make(2, [None, [4], []], dtype=torch.float64, device=operator.device)
     features, residual, class_map = inputs(1, 2, (2, 3), (5, 4), 3, dtype=torch.float64, device=operator.device)
@@ -116,6 +117,7 @@ def test_gradcheck(operator):
     assert relative.grad is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("grad", [False, True])
 def test_opcheck(operator, grad):
     mlps = make(2, [[4, 3], None], device=operator.device)

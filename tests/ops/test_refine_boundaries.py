@@ -131,6 +131,7 @@ def examples(device):
         yield random(shape, device=device), classes(shape, 0.2, device)
 
 
+@pytest.mark.slow
 def test_compiles_once_for_all_sizes(operator):
     compiles_once(refine_boundaries, examples(operator.device))
 

@@ -110,6 +110,7 @@ def test_gradient(backend):
         same(actual, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("grad", [False, True])
 def test_opcheck(operator, grad):
     for n, shape in ((0, (3,)), (5, ()), (5, (2, 3, 3))):

@@ -121,6 +121,7 @@ def test_sweep_of_types_and_layouts(kernel, dtype, layout):
             same(stitch_patches(patches, grid, "hann", order, target), reference(patches, grid, "hann", order, target))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("geometry", [(4, 5, 3, 2, "full"), (5, 6, 3, 2, "crop"), (2, 5, 3, 1, "full")], ids=str)
 def test_gradient(backend, geometry):
     height, width, patch, stride, coverage = geometry
@@ -180,6 +181,7 @@ def test_opcheck(operator, grad):
         opcheck(OP, (patches, inverse, window.repeat(2), 5, 6, 4, 2, 2, False, 2, torch.uint8, 3, 8))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("grad", [False, True])
 def test_opcheck_backward(operator, grad):
     upstream = random((1, 2, 5, 6), device=operator.device).requires_grad_(grad)

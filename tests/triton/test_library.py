@@ -114,6 +114,7 @@ def test_compiler_sees_the_kernels(monkeypatch, function, shape, kernels):
     assert not any("fastroute" in name for name in names), names
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("function", "op", "argument"),
     [(assign, "assign_classes", torch.rand(9, 2)), (group, "group_by_class", torch.zeros(40, dtype=torch.int64))],
