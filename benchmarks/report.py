@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
-from benchmarks import cascade_tables
+from benchmarks import cascade_tables, loss_tables
 from benchmarks.measure import RESULTS, ROOT
 from fastroute import io
 
@@ -17,6 +17,7 @@ from fastroute import io
 PAGES = {
     ROOT / "README.md": ("headline", "cascade_today"),
     ROOT / "docs" / "pretrained.md": ("cascade_savings", "cascade_pictures"),
+    ROOT / "docs" / "training.md": ("losses", "norms"),
     ROOT / "docs" / "benchmarks.md": (
         "operators",
         "headline_details",
@@ -301,6 +302,22 @@ def of_cascades(folder: Path, table: Callable[[Sequence[dict]], str]) -> str:
     content = json.loads((folder / "cascades.json").read_text())
     if table is not cascade_tables.today_table and not cascade_tables.of_kind(content["rows"], "picture"):
         raise FileNotFoundError("only the ways to run the network in full have been compared")
+    return table(content["rows"]) + footer(content)
+
+
+def losses(folder: Path) -> str:
+    """What each loss of the recipes does."""
+    return of_losses(folder, loss_tables.losses_table)
+
+
+def norms(folder: Path) -> str:
+    """What batch norms should normalise by in joint training."""
+    return of_losses(folder, loss_tables.norms_table)
+
+
+def of_losses(folder: Path, table: Callable[[Sequence[dict]], str]) -> str:
+    """A table of the result of `benchmarks.losses`."""
+    content = json.loads((folder / "losses.json").read_text())
     return table(content["rows"]) + footer(content)
 
 

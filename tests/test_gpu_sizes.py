@@ -112,7 +112,7 @@ def test_encoder_bands_on_a_gpu(monkeypatch):
     for passing, pixels in ((1 << 10, 1 << 21), (1 << 14, 1 << 17), (1 << 30, 16 * 640)):
         memory.passing = passing
         assert memory.encoder_band(grid) == (pixels, pixels // 16)
-        assert memory.encoder_band(here) == (1 << 14, 640)
+        assert memory.encoder_band(here) == (1 << 15, 640)
         whole = memory.working_set(grid, True, 0, 4, False).fixed
         with monkeypatch.context() as patched:
             patched.setattr(PixelMemory, "encoder_band", lambda self, _: (0, 1))
@@ -121,7 +121,7 @@ def test_encoder_bands_on_a_gpu(monkeypatch):
     monkeypatch.setattr(pixel_image, "rows_in_bands", lambda *args: calls.append(args[4:]) or rows(*args))
     image = picture(1, 3, 6, 1300)
     strips = router.upscale(image, scale=1)
-    assert calls.pop() == (1 << 14, 16, 640)
+    assert calls.pop() == (1 << 15, 16, 640)
     encoder_band = PixelMemory.encoder_band
     monkeypatch.setattr(PixelMemory, "encoder_band", lambda self, _: encoder_band(self, grid))
     whole = router.upscale(image, scale=1)

@@ -15,6 +15,7 @@ import fastroute
 from fastroute.models.carn import CARN
 from fastroute.models.fsrcnn import FSRCNN
 from fastroute.models.pcsr import PCSR
+from fastroute.models.srresnet import SRResNet
 from fastroute.pixel import pixel_rows
 from fastroute.pixel.pixel_router import PixelRouter
 from fastroute.profiling import count_flops
@@ -40,6 +41,8 @@ def make_encoder(kind):
                 nn.init.uniform_(norm.running_mean, -0.1, 0.1)
                 nn.init.uniform_(norm.running_var, 0.5, 2)
         return network.eval()
+    if kind == "srresnet":
+        return SRResNet(8, blocks=3, upsample=False).eval()
     return FSRCNN(8, shrink=4, depth=2, upsample=False).eval()
 
 
@@ -176,19 +179,45 @@ def test_to(optimized):
     assert all(tensor.is_meta for tensor in weights) and router.device == torch.device("meta")
 
 
-@pytest.mark.parametrize("kind", ["fsrcnn", "carn"])
+@pytest.fixture
+def unwritten_is_nan():
+    """Memory that was never written holds no numbers."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("kind", ["fsrcnn", "carn", "srresnet"])
 @pytest.mark.parametrize("rows", [1, 2, 5, 30])
 @pytest.mark.parametrize(("height", "width"), [(1, 1), (4, 7), (30, 7), (9, 47)])
-def test_encoder_in_bands(kind, rows, height, width):
+def test_encoder_in_bands(unwritten_is_nan, kind, rows, height, width):
     encoder = make_encoder(kind)
     image = torch.rand(2, 3, height, width)
+    given = image.clone()
     with torch.inference_mode():
         # FSRCNN is known as the sequence that it is optimised to.
-        for network in (optimize(encoder), *([encoder] if kind == "carn" else [])):
+        for network in (optimize(encoder), *([encoder] if kind != "fsrcnn" else [])):
             assert not row_stages.unsupported_reasons(network)
             parts = row_stages.rows_in_bands(network, lambda y, x: image[:, :, y, x], height, width, width * rows, 1, 10)
             out = torch.cat([torch.cat(part, dim=3) for part in parts], dim=2)
             torch.testing.assert_close(out, encoder(image), rtol=1e-5, atol=1e-5)
+    assert torch.equal(image, given)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 8])
+@pytest.mark.parametrize("layers", [(5,), (1, 7), (3, 5, 1), (1,)], ids=str)
+def test_kernels_of_any_size_in_bands(unwritten_is_nan, rows, layers):
+    """Layers with activations between them, in place and not."""
+    activations = [nn.PReLU(4), nn.LeakyReLU(0.2, inplace=True), nn.BatchNorm2d(4), nn.ReLU()]
+    modules = []
+    for n, size in enumerate(layers):
+        modules += [nn.Conv2d(4, 4, size, padding=size // 2, groups=1 + n % 2), activations[n]]
+    network = nn.Sequential(*modules).eval().requires_grad_(False)
+    image = torch.rand(2, 4, 11, 6)
+    for module in (network, optimize(network)):
+        parts = row_stages.rows_in_bands(module, lambda y, x: image[:, :, y, x], 11, 6, 6 * rows, 1, 4)
+        out = torch.cat([torch.cat(part, dim=3) for part in parts], dim=2)
+        torch.testing.assert_close(out, network(image), rtol=1e-5, atol=1e-5)
 
 
 def test_encoder_that_cannot_run_in_bands():

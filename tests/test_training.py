@@ -113,6 +113,34 @@ def test_an_interrupt_within_a_step(pool, tmp_path):
     assert equal(resumed.state_dict(), whole.state_dict())
 
 
+def test_norms_of_joint_training(pool, tmp_path):
+    """They keep the statistics of the branches' training, or go on with those of the batches."""
+    recipe = dataclasses.replace(RECIPE, backbone="carn", widths=(4, 8), branch_steps=(2, 3))
+    found = {}
+    for norms in ("running", "batch"):
+        trainer = Trainer(pool, dataclasses.replace(recipe, norms=norms), tmp_path / f"{norms}.pt")
+        original, kept = trainer.begin, []
+
+        def begin(stage, original=original, kept=kept, trainer=trainer):
+            original(stage)
+            kept.append(
+                [(norm.training, norm.running_mean.clone(), norm.num_batches_tracked.clone()) for norm in trainer.norms]
+            )
+
+        trainer.begin = begin
+        trainer.run()
+        found[norms] = kept
+    # Two stages of the branches, then classifier, joint and routing.
+    for norms, stages in found.items():
+        modes = [{training for training, *_ in stage} for stage in stages]
+        assert modes == [{True}] * 2 + [{norms == "batch"}] * 3
+    first, last = found["running"][2], found["running"][4]
+    assert all(torch.equal(a[1], b[1]) and a[2] == b[2] for a, b in zip(first, last, strict=True))
+    assert not any(torch.equal(a[1], b[1]) for a, b in zip(found["batch"][2], found["batch"][4], strict=True))
+    with pytest.raises(ValueError, match="norms must be one of running, batch; got 'frozen'"):
+        dataclasses.replace(RECIPE, norms="frozen")
+
+
 def test_a_resumed_run_repeats_only_what_was_not_saved(pool, tmp_path):
     with pytest.raises(Stop):
         stopping(Trainer(pool, RECIPE, tmp_path / "state.pt", save_every=2), 7).run()

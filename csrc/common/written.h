@@ -22,6 +22,7 @@ inline std::vector<std::array<int64_t, 2>> sorted_axes(const Tensor& x) {  // (s
 
 // Whether no two elements share an address, as in every slice of a tensor that is not expanded.
 inline bool is_injective(const Tensor& x) {
+    if (x.numel() == 0) return true;  // whatever its strides are
     const auto axes = sorted_axes(x);
     int64_t extent = 1;
     for (size_t i = axes.size(); i-- > 0;) {

@@ -126,7 +126,7 @@ def one_device(op: str, tensors: Iterable[tuple[str, Tensor]]) -> None:
 def written(op: str, name: str, out: Tensor, inputs: Iterable[Any]) -> None:  # [B, C, rows, W·s]
     """Every element of `out` has an address of its own, which none of `inputs` has."""
     wrapped = torch._C._functorch.is_functorch_wrapped_tensor
-    if torch.compiler.is_compiling() or type(out) is not Tensor or wrapped(out):
+    if torch.compiler.is_compiling() or type(out) is not Tensor or wrapped(out) or out.numel() == 0:
         return
     axes = _axes(out)
     extent = 1
@@ -142,6 +142,12 @@ def written(op: str, name: str, out: Tensor, inputs: Iterable[Any]) -> None:  # 
             raise ValueError(
                 f"{op}: {name} must not share memory with an input, which is read while it is written; give a tensor of its own"
             )
+
+
+def channels_side_by_side(op: str, out: Tensor | None) -> None:  # [B, C, H, W]
+    """A convolution can write into `out`."""
+    if out is not None and out.shape[1] > 1 and out.stride(1) != 1:
+        raise ValueError(f"{op}: out must have its channels side by side (channels_last); its strides are {out.stride()}")
 
 
 def _axes(x: Tensor) -> list[tuple[int, int]]:  # [...]

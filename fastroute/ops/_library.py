@@ -8,7 +8,7 @@ and gradients, in a namespace of their own (fastroute/triton/_library.py).
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -273,6 +273,16 @@ def in_plain_torch(op: str, reference: Callable[..., Any], *args: Any, **out: An
         if op in str(error):
             raise
         raise NotImplementedError(f"{op}: torch.func cannot transform this call: {error}") from error
+
+
+def write_result(op: str, out: Tensor, y: Tensor, inputs: Iterable[Tensor]) -> None:  # [...], [...], [...] each
+    """Write `y`, which the reference made of `inputs`, into `out`, with the errors of a kernel that writes there itself."""
+    check.written(op, "out", out, inputs)
+    check.dtype(op, "out", out.dtype, (y.dtype,))
+    if y.shape != out.shape:
+        raise ValueError(f"{op}: out must be {tuple(y.shape)}; got {tuple(out.shape)}")
+    with torch.no_grad():
+        out.copy_(y)
 
 
 def call(name: str, reference: Callable[..., Any], device: torch.device, *args: Any, **out: Any) -> Any:

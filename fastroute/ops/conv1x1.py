@@ -9,11 +9,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastroute.ops import _checks as check
-from fastroute.ops._library import by_reference, call, in_own_dtype, in_plain_torch, is_transformed, register
+from fastroute.ops._library import by_reference, call, in_own_dtype, in_plain_torch, is_transformed, register, write_result
 from fastroute.reference.conv1x1 import conv1x1_reference
 
 SCHEMAS = [
     "conv1x1(Tensor[] images, Tensor weight, Tensor? bias, Tensor? slope, Tensor? residual) -> Tensor",
+    "conv1x1.out(Tensor[] images, Tensor weight, Tensor? bias, Tensor? slope, Tensor? residual, *, Tensor(a!) out) -> ()",
 ]
 
 
@@ -23,6 +24,7 @@ def conv1x1(
     bias: Tensor | None = None,  # [O]
     slope: Tensor | None = None,  # [O]
     residual: Tensor | None = None,  # [B, O, H, W]
+    out: Tensor | None = None,  # [B, O, H, W]
 ) -> Tensor:  # [B, O, H, W]
     """A 1 x 1 convolution over the joined channels of several images, a sum and a rectifier, in one pass.
 
@@ -38,15 +40,18 @@ def conv1x1(
         slope: (O,), also float32, the factor of negative numbers: zeros for ReLU, one number for a leaky ReLU, the weight of a
             PReLU. Default: no rectifier.
         residual: (B, O, H, W), added before the rectifier. Default: none.
+        out: write into this tensor, for example some rows of a larger one, whose channels lie side by side (channels_last).
+            Of the shape of the result. Default: a new tensor.
 
     Returns:
-        (B, O, H, W), channels_last. Sums are float32 and rounded once, at the end.
+        (B, O, H, W), channels_last; `out` when it is given. Sums are float32 and rounded once, at the end.
 
     Raises:
-        ValueError: shapes that do not match, tensors on several devices, no image.
+        ValueError: shapes that do not match, tensors on several devices, no image, or an `out` that shares memory with an
+            input.
         TypeError: another dtype, or tensors of several dtypes.
 
-    Differentiable: yes: where a gradient is needed, PyTorch's own convolution runs.
+    Differentiable: yes, without `out`: where a gradient is needed, PyTorch's own convolution runs.
     Deterministic: yes, bit for bit, for any number of threads.
     Synchronises: no.
     CUDA-graph safe: yes; on a GPU PyTorch's own convolution runs.
@@ -80,20 +85,28 @@ def conv1x1(
         ("bias", bias, (outputs,)),
         ("slope", slope, (outputs,)),
         ("residual", residual, (batch, outputs, height, width)),
+        ("out", out, (batch, outputs, height, width)),
     )
-    given = [x for x in (*parts, weight, bias, slope, residual) if x is not None]
+    given = [x for x in (*parts, weight, bias, slope, residual, out) if x is not None]
     for x in given:
-        name = "bias" if x is bias else "slope" if x is slope else "every tensor"
+        name = "bias" if x is bias else "slope" if x is slope else "out" if x is out else "every tensor"
         check.convolution_dtype(op, name, x.dtype, None if x is parts[0] else parts[0].dtype)
         check.same_device(op, "the first image", parts[0], "every tensor", x)
-    differentiated = torch.is_grad_enabled() and any(x.requires_grad for x in given)
+    check.channels_side_by_side(op, out)
     arguments = (parts, weight, bias, slope, residual)
+    written = {} if out is None else {"out": out}
     if is_transformed(given):
-        result: Tensor = in_plain_torch(op, conv1x1_plain, *arguments)
+        result: Tensor = in_plain_torch(op, conv1x1_plain, *arguments, **written)
         return result
+    if out is not None and parts[0].device.type != "cpu":
+        check.written(op, "out", out, given[:-1])
+        with torch.no_grad():
+            return out.copy_(conv1x1_plain(*arguments))
+    differentiated = out is None and torch.is_grad_enabled() and any(x.requires_grad for x in given)
     if parts[0].device.type != "cpu" or differentiated:
         return conv1x1_plain(*arguments)
-    return call(op, _reference, parts[0].device, *arguments)
+    found: Tensor = call(op, _reference if out is None else _reference_out, parts[0].device, *arguments, **written)
+    return found if out is None else out
 
 
 @in_own_dtype
@@ -160,4 +173,18 @@ def _reference(
     return conv1x1_reference(images, weight, bias, slope, residual)
 
 
+def _reference_out(
+    images: list[Tensor],  # [B, C, H, W] each
+    weight: Tensor,  # [O, C of all images]
+    bias: Tensor | None,  # [O]
+    slope: Tensor | None,  # [O]
+    residual: Tensor | None,  # [B, O, H, W]
+    *,
+    out: Tensor,  # [B, O, H, W]
+) -> None:
+    inputs = [x for x in (*images, weight, bias, slope, residual) if x is not None]
+    write_result("conv1x1", out, _reference(images, weight, bias, slope, residual), inputs)
+
+
 register("conv1x1", _reference, _fake, *by_reference(conv1x1_reference))
+register("conv1x1.out", _reference_out, lambda *args, out: None)

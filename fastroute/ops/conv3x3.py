@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastroute.ops import _checks as check
-from fastroute.ops._library import by_reference, call, in_own_dtype, in_plain_torch, is_transformed, register
+from fastroute.ops._library import by_reference, call, in_own_dtype, in_plain_torch, is_transformed, register, write_result
 from fastroute.reference.conv3x3 import PAD, SIDE, TAPS, conv3x3_reference, paired_weight, transformed_weight
 
 SCHEMAS = [
@@ -170,8 +170,7 @@ def _check(
         if x is not None:
             check.convolution_dtype(op, name, x.dtype, None if x is image else image.dtype)
             check.same_device(op, "image", image, name, x)
-    if out is not None and out.shape[1] > 1 and out.stride(1) != 1:
-        raise ValueError(f"{op}: out must have its channels side by side (channels_last); its strides are {out.stride()}")
+    check.channels_side_by_side(op, out)
     return groups
 
 
@@ -265,13 +264,8 @@ def _reference_out(
     *,
     out: Tensor,  # [B, O / s / s, H s, W s]
 ) -> None:
-    check.written("conv3x3", "out", out, [x for x in (image, weight, bias, slope, residual) if x is not None])
-    y = _reference(image, weight, bias, slope, residual, channels, shuffle, context)
-    check.dtype("conv3x3", "out", out.dtype, (image.dtype,))
-    if y.shape != out.shape:
-        raise ValueError(f"conv3x3: out must be {tuple(y.shape)}; got {tuple(out.shape)}")
-    with torch.no_grad():
-        out.copy_(y)
+    inputs = [x for x in (image, weight, bias, slope, residual) if x is not None]
+    write_result("conv3x3", out, _reference(image, weight, bias, slope, residual, channels, shuffle, context), inputs)
 
 
 register("conv3x3", _reference, _fake, *by_reference(conv3x3_reference))

@@ -20,7 +20,7 @@ from fastroute.runtime.memory_plan import ACTIVATIONS, REARRANGED, LiveBytes, Wo
 # The most pixels of a band, of the output and of the encoder's input. They bound the memory, but give threads enough work. A
 # GPU takes an 8K image in one band, if memory allows.
 OUTPUT_BAND = {"cpu": 1 << 20, "cuda": 1 << 25}
-ENCODER_BAND = {"cpu": 1 << 14, "cuda": 1 << 21}
+ENCODER_BAND = {"cpu": 1 << 15, "cuda": 1 << 21}
 # Pixels of the image that an output band corresponds to. In a GPU's large bands, the features count too.
 INPUT_BAND = {"cpu": sys.maxsize, "cuda": 1 << 21}
 # By how many a GPU divides these numbers where less memory is allowed, the last one in any case.

@@ -217,13 +217,24 @@ class Conv1x1(FusedConv2d):
         parts: Sequence[Tensor],  # [B, C, H, W] each
         slope: float | None = None,
         residual: Tensor | None = None,  # [B, O, H, W]
+        out: Tensor | None = None,  # [B, O, H, W]
     ) -> Tensor:  # [B, O, H, W]
-        """The layer over the joined channels of `parts`, a sum with `residual`, and its rectifier or one with `slope`."""
+        """The layer over the joined channels of `parts`, a sum with `residual`, and its rectifier or one with `slope`.
+
+        `out` is that of :func:`fastroute.conv1x1`.
+        """
         if self.has_kernel(*parts, *(() if residual is None else (residual,))):
             weight, bias = self._parameters["weight"], self._parameters["bias"]
             assert weight is not None  # for the type checker
-            return torch.ops.fastroute.conv1x1.default(parts, weight.flatten(1), bias, self._slopes(slope), residual)
+            arguments = (parts, weight.flatten(1), bias, self._slopes(slope), residual)
+            if out is None or torch.compiler.is_compiling():
+                y = torch.ops.fastroute.conv1x1.default(*arguments)
+                # Compilers take no slice as what an operator writes.
+                return y if out is None else out.copy_(y)
+            torch.ops.fastroute.conv1x1.out(*arguments, out=out)
+            return out
         x = parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=1)
         # PyTorch's convolutions refuse an image without rows.
         y = super().forward(x) if x.numel() else x.new_zeros(x.shape[0], self.out_channels, *x.shape[2:])
-        return self._rectified(y if residual is None else y + residual, slope)
+        y = self._rectified(y if residual is None else y + residual, slope)
+        return y if out is None else out.copy_(y)

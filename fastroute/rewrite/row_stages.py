@@ -1,22 +1,39 @@
 """Encoders that run in bands of rows: the same numbers, with activations that mostly stay in the caches.
 
 A layer that reads rows above and below keeps the last rows it has seen, so a band flows through all layers and no row is
-computed twice. A layer with a kernel of 2p + 1 lags p rows behind its input. Where two paths meet, the shorter one waits.
+computed twice. A layer with a kernel of 2p + 1 lags p rows behind its input. Where two paths meet, the shorter one waits. Every
+stage writes its rows behind those that its reader sees again, so rows are never joined: stages are made from the last to the
+first, each knowing what its reader wants.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import pairwise
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from itertools import accumulate, pairwise
+from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastroute.models.carn import CARN, CascadingBlock, EfficientResidualBlock
+from fastroute.models.fused import rectify_
 from fastroute.models.srresnet import SLOPE, ResidualBlock, SRResNet
 from fastroute.rewrite.convolutions import Conv1x1, Conv3x3
+from fastroute.rewrite.rows import History, Room, Rows
+
+
+class Sum(NamedTuple):
+    """What follows the last convolution of a residual block.
+
+    Attributes:
+        shortcut: rows that are added to its output.
+        slope: of the leaky ReLU behind the sum; None for none.
+    """
+
+    shortcut: Rows
+    slope: float | None
 
 
 class LayerStage(ABC):
@@ -24,149 +41,204 @@ class LayerStage(ABC):
 
     Attributes:
         reach: pixels on each side of a pixel that its output depends on.
+        before: rows before the new ones that it reads again. Whoever hands it rows keeps them by a :class:`History`.
+        beyond: rows of zeros above and below the image that it reads.
+        room: rows before the new ones that must have a place in the memory of its input.
     """
 
     reach = 0
+    before = 0
+    beyond = 0
+
+    @property
+    def room(self) -> tuple[int, int]:
+        """What must have a place in the memory of its input: rows before the new ones, and rows beyond the image."""
+        return self.before, self.beyond
 
     @abstractmethod
-    def push(self, x: Tensor, last: bool) -> Tensor:  # [B, C, n, w] -> [B, C', m, w]
-        """Take the next rows. `last` says that none follow."""
+    def push(self, rows: Rows, last: bool, following: Sum | None = None) -> Rows:
+        """Take the next rows, (B, C, n, w), and return (B, C', m, w). `last` says that none follow."""
 
 
 class Pointwise(LayerStage):
-    """A layer that reads one pixel at a time."""
+    """A layer that reads one pixel at a time.
 
-    def __init__(self, layer: nn.Module) -> None:
-        self.layer = layer
+    Args:
+        layer: the layer.
+        before, beyond: what the reader of the output wants, as for every other stage.
+    """
 
-    def push(self, x: Tensor, last: bool) -> Tensor:  # [B, C, n, w]
+    def __init__(self, layer: nn.Module, before: int = 0, beyond: int = 0) -> None:
+        self.layer, self.out = layer, Room(before, beyond)
+
+    @property
+    def room(self) -> tuple[int, int]:
+        """In place, its output is where its input was."""
+        return (self.out.before, self.out.beyond) if self._in_place else (0, 0)
+
+    @property
+    def _in_place(self) -> bool:
+        return isinstance(self.layer, nn.Identity) or bool(getattr(self.layer, "inplace", False))
+
+    def push(self, rows: Rows, last: bool, following: Sum | None = None) -> Rows:
         """See :class:`LayerStage`."""
-        return self.layer(x) if x.shape[2] else self.layer(x.new_zeros(x.shape[0], x.shape[1], 1, x.shape[3]))[:, :, :0]
+        assert following is None  # the last layer of a residual block is a convolution
+        x = rows.new
+        if self._in_place:
+            if x.shape[2]:
+                self.layer(x)
+            return rows
+        return self.out.fill(x.shape, x, last, lambda out: _written(self.layer(x), out))
 
 
-class Product(LayerStage):
-    """A 1 x 1 convolution as a matrix product, which is faster on channels_last rows."""
+class Convolution(LayerStage):
+    """A convolution with an odd kernel that keeps the size of its input, or the merge of a cascade, whose kernel has one tap.
 
-    def __init__(self, layer: nn.Conv2d) -> None:
-        self.layer = layer
+    Args:
+        layer: the convolution.
+        before, beyond: what the reader of the output wants.
+    """
 
-    def push(self, x: Tensor, last: bool) -> Tensor:  # [B, C, n, w]
-        """See :class:`LayerStage`."""
-        if isinstance(self.layer, Conv1x1):
-            return self.layer(x)
-        weight = self.layer.weight.flatten(1)
-        return F.linear(x.permute(0, 2, 3, 1), weight, self.layer.bias).permute(0, 3, 1, 2)
-
-
-class RowConvolution(LayerStage):
-    """A convolution with an odd kernel that keeps the size of its input."""
-
-    def __init__(self, layer: nn.Conv2d) -> None:
+    def __init__(self, layer: nn.Conv2d, before: int = 0, beyond: int = 0) -> None:
         self.layer, self.pad = layer, layer.kernel_size[0] // 2
-        self.reach = self.pad
-        self.held: Tensor | None = None
+        self.reach, self.before, self.beyond = self.pad, 2 * self.pad, self.pad
+        self.out = Room(before, beyond)
 
-    def push(self, x: Tensor, last: bool) -> Tensor:  # [B, C, n, w]
+    def push(self, rows: Rows, last: bool, following: Sum | None = None) -> Rows:
         """See :class:`LayerStage`."""
-        b, c, _, w = x.shape
-        edge = x.new_zeros(b, c, self.pad, w).contiguous(memory_format=torch.channels_last)
-        pieces = [edge if self.held is None else self.held, x, *([edge] if last else [])]
-        rows = torch.cat(pieces, dim=2)
-        # A copy, because a view would keep the whole band in memory.
-        self.held = rows[:, :, max(rows.shape[2] - 2 * self.pad, 0) :].clone()
+        begin = self.out.next
+        end = max(rows.end if last else rows.end - self.pad, begin)
+        parts = [rows.between(begin - self.pad, end + self.pad)] if end > begin else [rows.new]
+        return self.merge(parts, end - begin, last, following)
+
+    def merge(
+        self,
+        parts: Sequence[Tensor],  # [B, C, n, w] each
+        count: int,
+        last: bool,
+        following: Sum | None = None,
+    ) -> Rows:
+        """The next `count` rows, of the joined channels of `parts`, (B, C, n, w) each."""
+        batch, _, _, width = parts[0].shape
+        begin = self.out.next
+        shortcut = None if following is None else following.shortcut.between(begin, begin + count)
+        slope = None if following is None else following.slope
+
+        def make(out: Tensor | None) -> Tensor:  # [B, O, m, w] -> [B, O, m, w]
+            if isinstance(self.layer, Conv1x1):
+                return self.layer.fused(parts, slope, shortcut, out)
+            if isinstance(self.layer, Conv3x3) and slope is None:
+                return self.layer.fused(parts[0], residual=shortcut, out=out, context=1)
+            y = self.layer.fused(parts[0], context=1) if isinstance(self.layer, Conv3x3) else self._plain(parts)
+            y = y if shortcut is None else y.add_(shortcut)
+            return _written(y if slope is None else rectify_(y, slope), out)
+
+        return self.out.fill((batch, self.layer.out_channels, count, width), parts[0], last, make)
+
+    def _plain(self, parts: Sequence[Tensor]) -> Tensor:  # [B, C, n, w] each -> [B, O, n - 2 p, w]
         layer = self.layer
-        if rows.shape[2] <= 2 * self.pad:
-            return x.new_zeros(b, layer.out_channels, 0, w)
-        if isinstance(layer, Conv3x3):
-            return layer.fused(rows, context=1)
-        return F.conv2d(rows, layer.weight, layer.bias, padding=(0, self.pad), groups=layer.groups)
+        if self.pad or layer.groups > 1:
+            return F.conv2d(parts[0], layer.weight, layer.bias, padding=(0, self.pad), groups=layer.groups)
+        # Products, which are faster on channels_last rows. Each part has its own, added to those before: joining the parts
+        # would move more than the product reads.
+        weights = layer.weight.flatten(1).split([part.shape[1] for part in parts], dim=1)
+        batch, _, count, width = parts[0].shape
+        total: Tensor | None = None
+        for part, weight in zip(parts, weights, strict=True):
+            pixels = part.permute(0, 2, 3, 1).reshape(batch * count * width, part.shape[1])
+            total = F.linear(pixels, weight, layer.bias) if total is None else total.addmm_(pixels, weight.t())
+        assert total is not None  # there is at least one part
+        return total.view(batch, count, width, layer.out_channels).permute(0, 3, 1, 2)
+
+
+def _written(y: Tensor, out: Tensor | None) -> Tensor:  # [B, C, n, w], [B, C, n, w] -> [B, C, n, w]
+    return y if out is None else out.copy_(y)
 
 
 class Chain(LayerStage):
     """Stages one after the other."""
 
-    def __init__(self, stages: Iterable[LayerStage]) -> None:
+    def __init__(self, stages: Sequence[LayerStage]) -> None:
         self.stages = list(stages)
+        self.histories = [History(stage.before) for stage in self.stages]
         self.reach = sum(stage.reach for stage in self.stages)
+        self.before, self.beyond = self.stages[0].before, self.stages[0].beyond
 
-    def push(self, x: Tensor, last: bool) -> Tensor:  # [B, C, n, w]
+    @property
+    def room(self) -> tuple[int, int]:
+        """That of the first stage."""
+        return self.stages[0].room
+
+    def push(self, rows: Rows, last: bool, following: Sum | None = None) -> Rows:
         """See :class:`LayerStage`."""
-        for stage in self.stages:
-            x = stage.push(x, last)
-        return x
-
-
-class Waiting:
-    """Rows of a short path that wait for those of a longer one."""
-
-    def __init__(self) -> None:
-        self.held: Tensor | None = None
-
-    def take(self, x: Tensor, count: int) -> Tensor:  # [B, C, n, w] -> [B, C, count, w]
-        """Add the next rows and return the first `count` waiting rows."""
-        rows = x if self.held is None or self.held.shape[2] == 0 else torch.cat([self.held, x], dim=2)
-        self.held = rows[:, :, count:].clone()
-        return rows[:, :, :count]
+        for number, (stage, history) in enumerate(zip(self.stages, self.histories, strict=True)):
+            final = number == len(self.stages) - 1
+            # The rows of the first stage are complete.
+            given = history.complete(rows, last) if number and (stage.before or stage.beyond) else rows
+            rows = stage.push(given, last, following if final else None)
+        return rows
 
 
 class Residual(LayerStage):
-    """body(x) + x, followed by a layer in place.
+    """body(x) + x and a leaky ReLU, both by the last convolution of the body.
 
     Args:
         body: the layers.
-        last: the layer applied to the sum.
+        slope: of the leaky ReLU; None for none.
     """
 
-    def __init__(self, body: LayerStage, last: Callable[[Tensor], Tensor] = F.relu_) -> None:
-        self.body, self.shortcut, self.last = body, Waiting(), last
-        self.reach = body.reach
+    def __init__(self, body: LayerStage, slope: float | None) -> None:
+        self.body, self.slope = body, slope
+        self.reach, self.beyond = body.reach, body.beyond
+        self.before = max(body.before, body.reach)
 
-    def push(self, x: Tensor, last: bool) -> Tensor:  # [B, C, n, w]
+    def push(self, rows: Rows, last: bool, following: Sum | None = None) -> Rows:
         """See :class:`LayerStage`."""
-        y = self.body.push(x, last)
-        return self.last(y.add_(self.shortcut.take(x, y.shape[2])))
-
-
-class Merge:
-    """The layers of a cascade's merge. If they start with a product, the parts of their input are never joined."""
-
-    def __init__(self, module: nn.Module) -> None:
-        layers = list(module.children())
-        self.first = layers[0]
-        self.rest = Chain(make_stage(layer) for layer in layers[1:])
-
-    def push(self, parts: Sequence[Tensor], last: bool) -> Tensor:  # [B, C, n, w] each -> [B, C', n, w]
-        """Merge parts that hold the same rows."""
-        assert isinstance(self.first, nn.Conv2d)
-        if isinstance(self.first, Conv1x1):
-            return self.rest.push(self.first.fused(parts), last)
-        b, _, n, w = parts[0].shape
-        # Each part has its own product, added to those before: joining the parts would move more than the product reads.
-        weights = self.first.weight.flatten(1).split([part.shape[1] for part in parts], dim=1)
-        total: Tensor | None = None
-        for part, weight in zip(parts, weights, strict=True):
-            rows = part.permute(0, 2, 3, 1).reshape(b * n * w, part.shape[1])
-            total = F.linear(rows, weight, self.first.bias) if total is None else total.addmm_(rows, weight.t())
-        assert total is not None
-        return self.rest.push(total.view(b, n, w, self.first.out_channels).permute(0, 3, 1, 2), last)
+        return self.body.push(rows, last, Sum(rows, self.slope))
 
 
 class Cascade(LayerStage):
-    """CARN's cascade: each merge reads the input and the outputs of all blocks so far."""
+    """CARN's cascade: each merge reads the input and the outputs of all blocks so far.
 
-    def __init__(self, blocks: Sequence[LayerStage], merges: Sequence[Merge]) -> None:
-        self.steps = list(zip(blocks, merges, strict=True))
-        self.reach = sum(block.reach for block in blocks)
-        self.waiting = [[Waiting() for _ in range(n + 1)] for n in range(len(self.steps))]
+    Args:
+        blocks: functions that make each block for what its reader wants: rows before, and rows beyond.
+        merges: the layers of each merge, the first of which reads all of them.
+        before, beyond: what the reader of the output wants.
+    """
 
-    def push(self, x: Tensor, last: bool) -> Tensor:  # [B, C, n, w]
+    def __init__(
+        self,
+        blocks: Sequence[Callable[[int, int], LayerStage]],
+        merges: Sequence[nn.Module],
+        before: int = 0,
+        beyond: int = 0,
+    ) -> None:
+        reaches = [block(0, 0).reach for block in blocks]
+        self.reach = sum(reaches)
+        # The output of a block waits until the last merge has read it.
+        self.blocks = [block(self.reach - lag, 0) for block, lag in zip(blocks, accumulate(reaches), strict=True)]
+        self.merges = []
+        for merge, reader in zip(merges, [*self.blocks[1:], None], strict=True):
+            wanted = (before, beyond) if reader is None else reader.room
+            rest = make_chain(list(merge.children())[1:], *wanted)
+            first = next(merge.children())
+            assert isinstance(first, nn.Conv2d)
+            self.merges.append((Convolution(first, *rest.room), rest))
+        self.inputs = [History(block.before) for block in self.blocks]
+        self.outputs = [History(self.reach - lag) for lag in accumulate(reaches)]
+        self.before, self.beyond = max(self.blocks[0].before, self.reach), self.blocks[0].beyond
+
+    def push(self, rows: Rows, last: bool, following: Sum | None = None) -> Rows:
         """See :class:`LayerStage`."""
-        parts = [x]
-        for (block, merge), waiting in zip(self.steps, self.waiting, strict=True):
-            y = block.push(x, last)
-            parts = [*(wait.take(part, y.shape[2]) for wait, part in zip(waiting, parts, strict=True)), y]
-            x = merge.push(parts, last)
-        return x
+        trail = [rows]
+        for number, (block, (first, rest)) in enumerate(zip(self.blocks, self.merges, strict=True)):
+            # The input of the first block is complete.
+            given = self.inputs[number].complete(rows, last) if number else rows
+            trail.append(self.outputs[number].complete(block.push(given, last), last))
+            new = trail[-1]
+            merged = first.merge([part.between(new.begin, new.end) for part in trail], new.end - new.begin, last)
+            rows = rest.push(merged, last)
+        return rows
 
 
 def unsupported_reasons(module: nn.Module) -> list[str]:
@@ -187,31 +259,38 @@ def unsupported_reasons(module: nn.Module) -> list[str]:
     return [f"{type(module).__name__} is unknown"]
 
 
-def make_stage(module: nn.Module) -> LayerStage:
-    """`module` in bands, ready for the first row of an image."""
+def make_stage(module: nn.Module, before: int = 0, beyond: int = 0) -> LayerStage:
+    """`module` in bands, ready for the first row of an image, for a reader that wants rows before the new ones and beyond."""
     if isinstance(module, CARN):
-        # Stages have a state, so each use of a shared block is a stage of its own.
-        blocks = [make_stage(block) for block in (module.b1, module.b2, module.b3)]
-        merges = [Merge(merge) for merge in (module.c1, module.c2, module.c3)]
-        return Chain([make_stage(module.entry), Cascade(blocks, merges)])
+        blocks = [partial(make_stage, block) for block in (module.b1, module.b2, module.b3)]
+        cascade = Cascade(blocks, (module.c1, module.c2, module.c3), before, beyond)
+        return Chain([make_stage(module.entry, *cascade.room), cascade])
     if isinstance(module, CascadingBlock):
-        merges = [Merge(merge) for merge in (module.c1, module.c2, module.c3)]
-        return Cascade([make_stage(module.b1) for _ in merges], merges)
+        # Stages have a state, so each use of the shared block is a stage of its own.
+        return Cascade([partial(make_stage, module.b1)] * 3, (module.c1, module.c2, module.c3), before, beyond)
     if isinstance(module, EfficientResidualBlock):
-        return Residual(make_stage(module.body))
+        return Residual(make_stage(module.body, before, beyond), slope=0.0)
     if isinstance(module, SRResNet):
-        first = [make_stage(module.conv_first), Pointwise(nn.LeakyReLU(SLOPE, inplace=True))]
-        return Chain([*first, make_stage(module.recon_trunk)])
+        activation = nn.LeakyReLU(SLOPE, inplace=True)
+        return make_chain([module.conv_first, activation, *module.recon_trunk], before, beyond)
     if isinstance(module, ResidualBlock):
-        body = [make_stage(module.conv1), Pointwise(nn.ReLU(inplace=True)), make_stage(module.conv2)]
-        return Residual(Chain(body), last=lambda y: y)
+        return Residual(make_chain([module.conv1, nn.ReLU(inplace=True), module.conv2], before, beyond), slope=None)
     if isinstance(module, nn.Sequential):
-        return Chain(make_stage(child) for child in module)
+        return make_chain(list(module), before, beyond)
     if isinstance(module, nn.Conv2d):
-        return Product(module) if module.kernel_size == (1, 1) and module.groups == 1 else RowConvolution(module)
+        return Convolution(module, before, beyond)
     if isinstance(module, nn.ReLU):
-        return Pointwise(nn.ReLU(inplace=True))
-    return Pointwise(module)
+        return Pointwise(nn.ReLU(inplace=True), before, beyond)
+    return Pointwise(module, before, beyond)
+
+
+def make_chain(modules: Sequence[nn.Module], before: int, beyond: int) -> Chain:
+    """The stages of `modules`, made from the last to the first: each knows what its reader wants."""
+    stages: list[LayerStage] = []
+    for module in reversed(modules or [nn.Identity()]):
+        stages.insert(0, make_stage(module, before, beyond))
+        before, beyond = stages[0].room
+    return Chain(stages)
 
 
 # The least number of rows of a band and, by default, the largest number of columns of a strip.
@@ -237,10 +316,12 @@ def rows_in_bands(
     stages = [make_stage(module) for _ in range(count)]
     spans = [slice(max(a - stages[0].reach, 0), min(b + stages[0].reach, width)) for a, b in pairwise(edges)]
     rows = max(min_rows, pixels // max(span.stop - span.start for span in spans))
+    inlets = [(Room(*stage.room), History(stage.before)) for stage in stages]
     for top in range(0, height, rows):
         parts = []
-        for stage, span, (left, right) in zip(stages, spans, pairwise(edges), strict=True):
-            result = stage.push(read(slice(top, min(top + rows, height)), span), top + rows >= height)
+        for stage, (room, history), span, (left, right) in zip(stages, inlets, spans, pairwise(edges), strict=True):
+            x, last = read(slice(top, min(top + rows, height)), span), top + rows >= height
+            result = stage.push(history.complete(room.fill(x.shape, x, last, partial(_written, x)), last), last).new
             parts.append(result[:, :, :, left - span.start : right - span.start])
         if parts[0].shape[2]:
             yield parts

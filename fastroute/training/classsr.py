@@ -25,6 +25,7 @@ from fastroute.training.validation import Upscale
 # Squared errors in [0, 1]²: that of a usual patch, which `balance` leaves its weight, and what keeps the weight of a flat
 # patch, which is nearly exact already, from growing without end.
 LEVEL, FLAT = 1e-3, 2e-4
+NORMS = ("running", "batch")
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,8 @@ class BranchRecipe:
             a patch counts by the share of its error that goes away.
         learning_rate: peak rate, annealed by a cosine.
         optimizer: "adam" or "soap", of all stages; see :func:`fastroute.training.optimizers.make_optimizer`.
+        norms: by what the batch norms of CARN normalise once the branches have been pre-trained: "running" for the statistics
+            of that pre-training, as in inference, "batch" for those of each batch. The published loop takes those of a patch.
         seed: fixes initial weights and batches.
     """
 
@@ -57,6 +60,7 @@ class BranchRecipe:
     balance: float = 0.0
     learning_rate: float = 1e-3
     optimizer: str = "adam"
+    norms: str = "running"
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -72,6 +76,8 @@ class BranchRecipe:
         for name in ("focus", "balance"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"train: {name} must lie in [0, 1]; got {getattr(self, name)}")
+        if self.norms not in NORMS:
+            raise ValueError(f"train: norms must be one of {', '.join(NORMS)}; got {self.norms!r}")
         check_optimizer(self.optimizer)
         check_backbone(self.backbone, BACKBONES)
 
@@ -139,6 +145,13 @@ class BranchTrainer(RecipeTrainer):
         return [
             Stage(f"branch {k + 1}", r.branch_steps[k], r.learning_rate, "branch", k) for k in reversed(range(len(r.widths)))
         ]
+
+    def begin(self, stage: Stage) -> None:
+        """See :class:`fastroute.training.Trainer`."""
+        super().begin(stage)
+        if stage.branch is None and self.recipe.norms == "running":
+            for norm in self.norms:
+                norm.eval()
 
     def parameters(self, stage: Stage) -> list[nn.Parameter]:
         """See :class:`fastroute.training.Trainer`."""

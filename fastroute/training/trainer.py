@@ -174,13 +174,17 @@ class Trainer:
         self.best: tuple[int, float] | None = None  # stage and PSNR
         self._settled = True  # the weights are those after `step` steps
         # What a forward pass changes: statistics of batch norms, and how they were before a step that is not done.
-        norms = [module for module in self.model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
-        self._statistics = [buffer for module in norms for buffer in module.buffers()]
+        self.norms = [module for module in self.model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+        self._statistics = [buffer for module in self.norms for buffer in module.buffers()]
         self._before: list[Tensor] = []
 
     def plan(self) -> list[Stage]:
         """The stages in their order."""
         return [Stage("training", self.recipe.steps, self.recipe.learning_rate)]
+
+    def begin(self, stage: Stage) -> None:
+        """Put the model into the mode in which `stage` trains it; called before its first step and after each validation."""
+        self.model.train()
 
     def parameters(self, stage: Stage) -> list[nn.Parameter]:
         """What `stage` trains."""
@@ -273,6 +277,7 @@ class Trainer:
         loss_of = distributed.averaging(self.loss, parameters)
         half = torch.autocast(self.device.type, PRECISIONS[self.precision], enabled=self.precision != "float32")
         hidden = distributed.rank() > 0
+        self.begin(stage)
         with tqdm(total=stage.steps, initial=self.step, desc=stage.name, unit="step", disable=hidden) as bar:
             for step in range(self.step, stage.steps):
                 rng = np.random.default_rng([self.recipe.seed, number, step])
@@ -316,7 +321,7 @@ class Trainer:
             paths.append(self.state_path.with_name("best.safetensors"))
         for path in paths:
             self.write(path)
-        self.model.train()
+        self.begin(stage)
 
     def _log(self, stage: Stage, **numbers: float) -> None:
         for log in self.logs:

@@ -108,6 +108,8 @@ GOOD: list[tuple[str, dict[str, Any]]] = [
                                 biases=[rand(5), rand(3)], slope=0.1, cell=2, span=3, step=2)),
     ("conv1x1", dict(images=[rand(2, 2, 3, 5), rand(2, 1, 3, 5)], weight=rand(4, 3), bias=rand(4), slope=rand(4),
                      residual=rand(2, 4, 3, 5))),
+    ("conv1x1.out", dict(images=[rand(2, 2, 3, 5), rand(2, 1, 3, 5)], weight=rand(4, 3), bias=rand(4), slope=None,
+                         residual=rand(2, 4, 3, 5), out=rand(2, 3, 5, 4).permute(0, 3, 1, 2))),
     ("conv1x1", dict(images=[rand(1, 19, 2, 7)], weight=rand(17, 19), bias=None, slope=None, residual=None)),
     ("conv3x3", dict(image=rand(2, 3, 5, 6), weight=KERNEL, bias=rand(8), slope=rand(8), residual=rand(2, 2, 10, 12),
                      channels=8, shuffle=2, context=0)),

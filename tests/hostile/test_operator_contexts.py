@@ -69,6 +69,12 @@ WRITERS = {
         lambda x, out=None: fastroute.refine_boundaries(x, CLASSES, out=torch.empty(1, 2, 8, 8) if out is None else out),
         rand(1, 2, 8, 8),
     ),
+    "conv1x1": Case(
+        lambda x, out=None: fastroute.conv1x1(
+            x, KERNEL[:, :, 0, 0], out=torch.empty(1, 5, 6, 3).permute(0, 3, 1, 2) if out is None else out
+        ),
+        rand(1, 2, 5, 6),
+    ),
     "conv3x3": Case(
         lambda x, out=None: fastroute.conv3x3(
             x, KERNEL, out=torch.empty(1, 5, 6, 3).permute(0, 3, 1, 2) if out is None else out

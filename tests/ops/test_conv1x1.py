@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.library import opcheck
 from torch.nn import functional as F
 
-from fastroute import conv1x1
+from fastroute import conv1x1, use_backend
 from fastroute.reference.conv1x1 import conv1x1_reference
 
 OP = torch.ops.fastroute.conv1x1.default
@@ -126,6 +126,47 @@ def test_any_shape(backend, size, channels, outputs, layout, given, seed):
     rest = [x if wanted else None for x, wanted in zip(others, given, strict=True)]
     laid = [in_layout(x, layout) for x in images]
     close(conv1x1(laid, weight, *rest), laid, weight, *rest)
+
+
+@pytest.mark.parametrize("case", [CASES[1], CASES[3], CASES[7], CASES[10], EMPTY[1]], ids=str)
+def test_out(backend, case):
+    """Into a whole tensor, into channels, rows and columns of a larger one, and nothing beside them."""
+    images, *rest = arguments(case)
+    expected = conv1x1(images, *rest)
+    b, c, h, w = expected.shape
+    larger = torch.full((b + 1, h + 3, w + 2, c + 5), 7.0).permute(0, 3, 1, 2)
+    for out in (torch.empty_like(expected), larger[1:, 3 : c + 3, 2 : h + 2, 1 : w + 1]):
+        assert conv1x1(images, *rest, out=out) is out
+        same(out.contiguous(), expected.contiguous())
+    larger[1:, 3 : c + 3, 2 : h + 2, 1 : w + 1] = 7.0
+    assert (larger == 7).all()
+
+
+@pytest.mark.parametrize("asked", ["cpu", "reference"])
+def test_out_is_refused(asked):
+    image, weight = normal(1, 4, 6, 6).contiguous(memory_format=torch.channels_last), normal(4, 4)
+    given = image.clone()
+    with use_backend(asked):
+        for arguments_ in ({"images": image}, {"images": [given, given], "weight": weight.repeat(1, 2), "residual": image}):
+            with pytest.raises(ValueError, match=r"^conv1x1: out must not share memory with an input"):
+                conv1x1(**{"weight": weight} | arguments_, out=image)
+        with pytest.raises(ValueError, match=r"^conv1x1: out must not share memory between its own elements"):
+            conv1x1(image, weight, out=torch.zeros(1, 6, 1, 4).expand(1, 6, 6, 4).permute(0, 3, 1, 2))
+        with pytest.raises(ValueError, match=r"^conv1x1: out must have its channels side by side"):
+            conv1x1(image, weight, out=torch.zeros(1, 4, 6, 6))
+        with pytest.raises(ValueError, match=r"^conv1x1: out must be \(1, 4, 6, 6\); got \(1, 4, 6, 5\)"):
+            conv1x1(image, weight, out=torch.zeros(1, 6, 5, 4).permute(0, 3, 1, 2))
+        with pytest.raises(TypeError, match=r"^conv1x1: out must be "):
+            conv1x1(image, weight, out=image.double())
+    assert torch.equal(image, given)
+
+
+def test_out_has_no_gradient(backend):
+    image, weight = normal(1, 2, 4, 4).requires_grad_(), normal(3, 2)
+    out = torch.empty(1, 4, 4, 3).permute(0, 3, 1, 2)
+    conv1x1(image, weight, out=out)
+    assert not out.requires_grad
+    close(out, [image.detach()], weight, None, None, None)
 
 
 def test_bits_do_not_depend_on_other_pixels(backend):

@@ -22,7 +22,7 @@ FASTROUTE_AVX512_BF16 __attribute__((noinline)) void run_pixels(const Problem<Nu
                                                                 int64_t offset, int64_t at, int64_t first) {
     __m512 sum[Pixels][Vectors];
     bf16::multiply(images.data(), static_cast<int64_t>(images.size()), offset, p.columns, first, p.bias, sum);
-    Number* to = p.out + (run.first + at) * p.outputs + first;
+    Number* to = p.out.at(run) + at * p.out.pixel + first;
 #pragma GCC unroll 4
     for (int v = 0; v < Vectors; ++v) {
         const int64_t channel = first + v * kLanes, count = std::min<int64_t>(kLanes, p.outputs - channel);
@@ -32,12 +32,12 @@ FASTROUTE_AVX512_BF16 __attribute__((noinline)) void run_pixels(const Problem<Nu
         for (int i = 0; i < Pixels; ++i) {
             __m512 value = sum[i][v];
             if (p.adds) {
-                const View<Number>& residual = p.residual;
+                const View<const Number>& residual = p.residual;
                 const Number* from = residual.at(run) + (at + i) * residual.pixel + channel * residual.channel;
                 value = value + bf16::widened(from, residual.channel, count);
             }
             if (p.rectified) value = bf16::rectified(value, slope);
-            bf16::store_rounded(to + i * p.outputs + v * kLanes, value, count);
+            bf16::store_rounded(to + i * p.out.pixel + v * kLanes, value, count);
         }
     }
 }
@@ -56,13 +56,13 @@ void run_vectors(const Problem<Number>& p, const std::vector<Pairs>& images, con
 inline std::vector<Pairs> pairs_of(const Problem<Number>& p, const Run& run, int64_t begin, int64_t end,
                                    std::vector<Number>& room) {
     int64_t copied = 0;
-    const auto lies = [](const View<Number>& image) { return image.channel == 1 && image.channels % 2 == 0; };
-    for (const View<Number>& image : p.images) copied += lies(image) ? 0 : (image.channels + 1) / 2 * 2;
+    const auto lies = [](const View<const Number>& image) { return image.channel == 1 && image.channels % 2 == 0; };
+    for (const View<const Number>& image : p.images) copied += lies(image) ? 0 : (image.channels + 1) / 2 * 2;
     room.assign(copied * (end - begin), Number(0.0f));
     std::vector<Pairs> found;
     Number* to = room.data();
     const float* weight = p.weight;
-    for (const View<Number>& image : p.images) {
+    for (const View<const Number>& image : p.images) {
         const Number* from = image.at(run) + begin * image.pixel;
         const int64_t count = (image.channels + 1) / 2;
         found.push_back({lies(image) ? from : to, count, lies(image) ? image.pixel : 2 * count, weight});

@@ -2,6 +2,7 @@
 // channels of all images one after the other, which are never joined.
 // Work mapping: one item per block of consecutive pixels, whose sums stay in registers until they are written.
 #include <algorithm>
+#include <initializer_list>
 #include <limits>
 #include <type_traits>
 #include <utility>
@@ -11,6 +12,7 @@
 #include "common/dispatch.h"
 #include "common/huge_pages.h"
 #include "common/numbers.h"
+#include "common/written.h"
 #include "cpu/conv1x1/bf16.h"
 #include "cpu/conv1x1/problem.h"
 #include "cpu/intrinsics.h"
@@ -43,14 +45,14 @@ using Block = void (*)(const Problem<float>&, const Run&, int64_t, int64_t);
 void run_widened(Block run_block, const Problem<BFloat16>& p, const Run& run, int64_t begin, int64_t end) {
     const int64_t pixels = end - begin;
     std::vector<std::vector<float>> room;
-    const auto widened = [&](const View<BFloat16>& view) {
+    const auto widened = [&](const View<const BFloat16>& view) {
         std::vector<float>& numbers = room.emplace_back(pixels * view.channels);
         const BFloat16* from = view.at(run) + begin * view.pixel;
         for (int64_t i = 0; i < pixels; ++i) {
             for (int64_t c = 0; c < view.channels; ++c)
                 numbers[i * view.channels + c] = from[i * view.pixel + c * view.channel];
         }
-        return View<float>{numbers.data(), view.channels, 0, 1, 0, view.channels};
+        return View<const float>{numbers.data(), view.channels, 0, 1, 0, view.channels};
     };
     Problem<float> q{.images = {},
                      .residual = {},
@@ -61,23 +63,30 @@ void run_widened(Block run_block, const Problem<BFloat16>& p, const Run& run, in
                      .weight = p.weight,
                      .bias = p.bias,
                      .slope = p.slope,
-                     .out = nullptr};
-    for (const View<BFloat16>& image : p.images) q.images.push_back(widened(image));
+                     .out = {}};
+    for (const View<const BFloat16>& image : p.images) q.images.push_back(widened(image));
     if (p.adds) q.residual = widened(p.residual);
     std::vector<float> sums(pixels * p.outputs);
-    q.out = sums.data();
-    run_block(q, {0, 0, 0, pixels}, 0, pixels);
-    BFloat16* to = p.out + (run.first + begin) * p.outputs;
-    for (float sum : sums) *to++ = sum;
+    q.out = {sums.data(), p.outputs, 0, 1, 0, p.outputs};
+    run_block(q, {0, 0, pixels}, 0, pixels);
+    BFloat16* to = p.out.at(run) + begin * p.out.pixel;
+    for (int64_t i = 0; i < pixels; ++i) {
+        for (int64_t o = 0; o < p.outputs; ++o) to[i * p.out.pixel + o] = sums[i * p.outputs + o];
+    }
 }
 
 template <typename T>
-View<T> checked_view(const char* name, const Tensor& x, const Tensor& first) {  // [B, C, H, W] each
+View<T> view_of(const Tensor& x, T* data) {  // [B, C, H, W]
+    return {data, x.size(1), x.stride(0), x.stride(1), x.stride(2), x.stride(3)};
+}
+
+template <typename T>
+View<const T> checked_view(const char* name, const Tensor& x, const Tensor& first) {  // [B, C, H, W] each
     check_like(kOp, name, x, first.scalar_type(), "the first image", 4);
     FASTROUTE_CHECK(x.size(0) == first.size(0) && x.size(2) == first.size(2) && x.size(3) == first.size(3), kOp, ": ",
                     name, " must be as many pixels as the first image, (", first.size(0), ", C, ", first.size(2), ", ",
                     first.size(3), ")");
-    return {x.const_data_ptr<T>(), x.size(1), x.stride(0), x.stride(1), x.stride(2), x.stride(3)};
+    return view_of(x, x.const_data_ptr<T>());
 }
 
 // One number per output, in whole vectors: `x` or, where there is none, `otherwise`.
@@ -110,10 +119,10 @@ std::vector<float> packed_weight(const Tensor& weight, const Problem<T>& p, int6
         return packed;
     }
     int64_t rows = 0;
-    for (const View<T>& image : p.images) rows += (image.channels + 1) / 2;
+    for (const View<const T>& image : p.images) rows += (image.channels + 1) / 2;
     std::vector<float> packed(rows * p.columns);
     T* to = reinterpret_cast<T*>(packed.data());
-    for (const View<T>& image : p.images) {
+    for (const View<const T>& image : p.images) {
         for (int64_t first = 0; first < p.outputs; first += kPad) {
             const int64_t last = std::min(first + kPad, p.outputs);
             for (int64_t c = 0; c < image.channels; ++c) {
@@ -129,16 +138,34 @@ std::vector<float> packed_weight(const Tensor& weight, const Problem<T>& p, int6
 
 // Whether the pixels of all images follow each other at one stride.
 template <typename T>
-bool is_one_run(const View<T>& view, int64_t height, int64_t width) {
-    return (height == 1 || view.row == width * view.pixel) && view.image == height * width * view.pixel;
+bool is_one_run(const View<T>& view, int64_t batch, int64_t height, int64_t width) {
+    return (height == 1 || view.row == width * view.pixel) && (batch == 1 || view.image == height * width * view.pixel);
+}
+
+// The tensor to write: `given`, which nothing that is read may share, or a new one.
+template <typename T>
+Tensor result_for(const std::vector<Tensor>& inputs, const std::optional<Tensor>& given, int64_t outputs) {
+    const Tensor& first = inputs[0];
+    const std::initializer_list<int64_t> size = {first.size(0), outputs, first.size(2), first.size(3)};
+    if (!given.has_value()) {
+        return prefer_huge_pages(empty_tensor(kOp, "the result", size, first.scalar_type(), first,
+                                              torch::headeronly::MemoryFormat::ChannelsLast));
+    }
+    checked_view<T>("out", *given, first);
+    FASTROUTE_CHECK(given->size(1) == outputs, kOp, ": out must have the ", outputs, " channels of the result; got ",
+                    given->size(1));
+    FASTROUTE_CHECK(given->stride(1) == 1 || outputs == 1, kOp, ": out must have its channels side by side");
+    check_written(kOp, "out", *given, inputs);
+    return *given;
 }
 
 template <typename T>
-Tensor convolved(const std::vector<Tensor>& images,        // [B, C, H, W] each
-                 const Tensor& weight,                     // [O, C of all images]
-                 const std::optional<Tensor>& bias,        // [O]
-                 const std::optional<Tensor>& slope,       // [O]
-                 const std::optional<Tensor>& residual) {  // [B, O, H, W]
+Tensor convolved(const std::vector<Tensor>& images,      // [B, C, H, W] each
+                 const Tensor& weight,                   // [O, C of all images]
+                 const std::optional<Tensor>& bias,      // [O]
+                 const std::optional<Tensor>& slope,     // [O]
+                 const std::optional<Tensor>& residual,  // [B, O, H, W]
+                 const std::optional<Tensor>& given) {   // [B, O, H, W]
     Problem<T> p{};
     int64_t channels = 0;
     for (const Tensor& image : images) {
@@ -163,24 +190,28 @@ Tensor convolved(const std::vector<Tensor>& images,        // [B, C, H, W] each
         FASTROUTE_CHECK(p.residual.channels == p.outputs, kOp, ": residual must have the ", p.outputs,
                         " channels of the result; got ", p.residual.channels);
     }
-    const Tensor out =
-        prefer_huge_pages(empty_tensor(kOp, "the result", {batch, p.outputs, height, width}, images[0].scalar_type(),
-                                       images[0], torch::headeronly::MemoryFormat::ChannelsLast));
+    std::vector<Tensor> inputs = images;
+    for (const auto* x : {&bias, &slope, &residual}) {
+        if (x->has_value()) inputs.push_back(**x);
+    }
+    inputs.push_back(weight);
+    const Tensor out = result_for<T>(inputs, given, p.outputs);
     if (out.numel() == 0) return out;
 
     constexpr bool kHalf = std::is_same_v<T, BFloat16>;
     const bool pairs = kHalf && active_bf16();
     const auto packed = packed_weight(weight, p, channels, pairs);
     p.weight = packed.data(), p.bias = biases.data(), p.slope = slopes.data();
-    p.out = out.mutable_data_ptr<T>();
-    bool whole = !p.adds || is_one_run(p.residual, height, width);
-    for (const View<T>& view : p.images) whole &= is_one_run(view, height, width);
+    p.out = view_of(out, out.mutable_data_ptr<T>());
+    bool whole = is_one_run(p.out, batch, height, width);
+    if (p.adds) whole &= is_one_run(p.residual, batch, height, width);
+    for (const View<const T>& view : p.images) whole &= is_one_run(view, batch, height, width);
     const int64_t rows = whole ? 1 : height, length = whole ? batch * height * width : width;
     const int64_t blocks = (length + kBlock - 1) / kBlock, runs = whole ? 1 : batch * height;
     const auto run_block = active_block();
     const auto run_item = [&](int64_t item) {
         const int64_t number = item / blocks, at = item % blocks * kBlock, last = std::min(at + kBlock, length);
-        const Run run{number / rows, number % rows, number * length, length};
+        const Run run{number / rows, number % rows, length};
         if constexpr (!kHalf) {
             run_block(p, run, at, last);
         } else if (!pairs) {
@@ -201,17 +232,35 @@ Tensor convolved(const std::vector<Tensor>& images,        // [B, C, H, W] each
     return out;
 }
 
+Tensor by_type(const std::vector<Tensor>& images,      // [B, C, H, W] each
+               const Tensor& weight,                   // [O, C of all images]
+               const std::optional<Tensor>& bias,      // [O]
+               const std::optional<Tensor>& slope,     // [O]
+               const std::optional<Tensor>& residual,  // [B, O, H, W]
+               const std::optional<Tensor>& out) {     // [B, O, H, W]
+    FASTROUTE_CHECK(!images.empty(), kOp, ": images must hold at least one");
+    switch (images[0].scalar_type()) {
+        case ScalarType::Float: return convolved<float>(images, weight, bias, slope, residual, out);
+        case ScalarType::BFloat16: return convolved<BFloat16>(images, weight, bias, slope, residual, out);
+        default: fail(kOp, ": the images must be float32 or bfloat16");
+    }
+}
+
 Tensor conv1x1(const std::vector<Tensor>& images,        // [B, C, H, W] each
                const Tensor& weight,                     // [O, C of all images]
                const std::optional<Tensor>& bias,        // [O]
                const std::optional<Tensor>& slope,       // [O]
                const std::optional<Tensor>& residual) {  // [B, O, H, W]
-    FASTROUTE_CHECK(!images.empty(), kOp, ": images must hold at least one");
-    switch (images[0].scalar_type()) {
-        case ScalarType::Float: return convolved<float>(images, weight, bias, slope, residual);
-        case ScalarType::BFloat16: return convolved<BFloat16>(images, weight, bias, slope, residual);
-        default: fail(kOp, ": the images must be float32 or bfloat16");
-    }
+    return by_type(images, weight, bias, slope, residual, std::nullopt);
+}
+
+void conv1x1_out(const std::vector<Tensor>& images,      // [B, C, H, W] each
+                 const Tensor& weight,                   // [O, C of all images]
+                 const std::optional<Tensor>& bias,      // [O]
+                 const std::optional<Tensor>& slope,     // [O]
+                 const std::optional<Tensor>& residual,  // [B, O, H, W]
+                 const Tensor& out) {                    // [B, O, H, W]
+    by_type(images, weight, bias, slope, residual, out);
 }
 
 }  // namespace
@@ -219,6 +268,9 @@ Tensor conv1x1(const std::vector<Tensor>& images,        // [B, C, H, W] each
 
 namespace fastroute {
 
-STABLE_TORCH_LIBRARY_IMPL(fastroute, CPU, m) { FASTROUTE_IMPL(m, "conv1x1", conv1x1::conv1x1); }
+STABLE_TORCH_LIBRARY_IMPL(fastroute, CPU, m) {
+    FASTROUTE_IMPL(m, "conv1x1", conv1x1::conv1x1);
+    FASTROUTE_IMPL(m, "conv1x1.out", conv1x1::conv1x1_out);
+}
 
 }  // namespace fastroute

@@ -20,7 +20,7 @@ FASTROUTE_TARGET __attribute__((noinline)) void run_pixels(const Problem<float>&
         for (int i = 0; i < Pixels; ++i) sum[i][v] = bias;
     }
     const float* b = p.weight + first;
-    for (const View<float>& image : p.images) {
+    for (const View<const float>& image : p.images) {
         const float* a = image.at(run) + at * image.pixel;
         for (int64_t k = 0; k < image.channels; ++k, a += image.channel, b += p.columns) {
             Floats weight[Vectors];
@@ -34,7 +34,7 @@ FASTROUTE_TARGET __attribute__((noinline)) void run_pixels(const Problem<float>&
             }
         }
     }
-    float* to = p.out + (run.first + at) * p.outputs + first;
+    float* to = p.out.at(run) + at * p.out.pixel + first;
 #pragma GCC unroll 4
     for (int v = 0; v < Vectors; ++v) {
         const int64_t channel = first + v * kLanes, count = std::min<int64_t>(kLanes, p.outputs - channel);
@@ -44,13 +44,13 @@ FASTROUTE_TARGET __attribute__((noinline)) void run_pixels(const Problem<float>&
         for (int i = 0; i < Pixels; ++i) {
             Floats value = sum[i][v];
             if (p.adds) {
-                const View<float>& residual = p.residual;
+                const View<const float>& residual = p.residual;
                 const float* from = residual.at(run) + (at + i) * residual.pixel + channel * residual.channel;
                 const bool dense = count == kLanes && residual.channel == 1;
                 value = value + (dense ? load(from) : load_some(from, residual.channel, count));
             }
             if (p.rectified) value = value > Floats{} ? value : value * slope;
-            store_some(to + i * p.outputs + v * kLanes, value, count);
+            store_some(to + i * p.out.pixel + v * kLanes, value, count);
         }
     }
 }

@@ -8,26 +8,26 @@ namespace fastroute::conv1x1 {
 
 // Pixels of one stretch of memory in every image: all of them, or those of one row.
 struct Run {
-    int64_t image, row, first, count;
+    int64_t image, row, count;
 };
 
 // An image (B, C, H, W) by its strides, in elements.
 template <typename T>
 struct View {
-    const T* data;
+    T* data;
     int64_t channels, image, channel, row, pixel;
 
-    const T* at(const Run& run) const { return data + run.image * image + run.row * row; }
+    T* at(const Run& run) const { return data + run.image * image + run.row * row; }
 };
 
 template <typename T>
 struct Problem {
-    std::vector<View<T>> images;
-    View<T> residual;
+    std::vector<View<const T>> images;
+    View<const T> residual;
     bool adds, rectified;
     int64_t outputs, columns;            // outputs, and the same in whole vectors
     const float *weight, *bias, *slope;  // [C][columns], or pairs of bfloat16 [pairs][columns]; [columns]; [columns]
-    T* out;                              // [B, H, W, outputs]
+    View<T> out;                         // [B, H, W, outputs], outputs side by side
 };
 
 }  // namespace fastroute::conv1x1

@@ -99,12 +99,14 @@ struct ExtractBody {
     }
 
     // One row of one channel; `row` is that of the image, whose last pixel is repeated where the patch reaches beyond.
+    // `plain`: nothing is converted.
     FASTROUTE_INLINE static void copy_row(const In* row, int64_t from_x, Out* target, int64_t to_x, Place place,
-                                          int64_t count, int64_t width, int64_t c, const Convert<In, Out>& convert) {
+                                          int64_t count, int64_t width, int64_t c, const Convert<In, Out>& convert,
+                                          bool plain) {
         const In* source = row + place.x * from_x;
         const int64_t inside = std::min(count, width - place.x);
         if (from_x == 1 && to_x == 1) {
-            if (std::is_same_v<In, Out> && convert.mean == nullptr) {
+            if (plain) {
                 copy_run(target, source, inside * sizeof(In));
             } else {
                 convert.row(source, inside, c, target);
@@ -153,7 +155,7 @@ struct ExtractBody {
                 const int64_t k = by_pixel ? o : i, c = by_pixel ? i : o;
                 if (from.x == 1) prefetch_run(ahead + row_of(next, k) + c * from.c, run_bytes);
                 copy_row(image + row_of(place, k) + c * from.c, from.x, out + k * to.y + c * to.c, to.x, place, size.x,
-                         width, c, convert);
+                         width, c, convert, plain);
             }
         }
     }
