@@ -52,7 +52,7 @@ def low_resolution(path: Path, size: tuple[int, int] | None = None) -> Tensor:  
     return (lr if size is None else tiled(lr, *size))[None]
 
 
-def bicubic(lr: Tensor) -> Tensor:  # uint8 [C, h, w] -> uint8 [C, H, W]
+def bicubic(lr: Tensor, scale: int = SCALE) -> Tensor:  # uint8 [C, h, w] -> uint8 [C, H, W]
     """Plain bicubic enlargement."""
-    wide = F.interpolate(lr[None].float(), scale_factor=SCALE, mode="bicubic")[0]
+    wide = F.interpolate(lr[None].float(), scale_factor=scale, mode="bicubic")[0]
     return wide.clamp(0, 255).round().to(torch.uint8)

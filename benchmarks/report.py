@@ -25,6 +25,7 @@ PAGES = {
         "class_mixes",
         "pixel_routing",
         "quality",
+        "quality_scales",
     ),
 }
 # Results of the operators, in the order of the table. Those in full have a row per size, the others only the smallest and the
@@ -284,40 +285,34 @@ def pixel_routing(folder: Path) -> str:
 
 def cascade_today(folder: Path) -> str:
     """Real-ESRGAN as people run it today, beside dense and routed runs."""
-    return of_cascades(folder, cascade_tables.today_table)
+    return of_rows(folder, "cascades", cascade_tables.today_table)
 
 
 def cascade_savings(folder: Path) -> str:
     """What routing Real-ESRGAN saves, by fidelity and by what stands beside it."""
-    return of_cascades(folder, cascade_tables.savings_table)
+    return of_rows(folder, "cascades", cascade_tables.savings_table, "picture")
 
 
 def cascade_pictures(folder: Path) -> str:
     """Every picture at one fidelity."""
-    return of_cascades(folder, cascade_tables.pictures_table)
-
-
-def of_cascades(folder: Path, table: Callable[[Sequence[dict]], str]) -> str:
-    """A table of the result of `benchmarks.cascades`."""
-    content = json.loads((folder / "cascades.json").read_text())
-    if table is not cascade_tables.today_table and not cascade_tables.of_kind(content["rows"], "picture"):
-        raise FileNotFoundError("only the ways to run the network in full have been compared")
-    return table(content["rows"]) + footer(content)
+    return of_rows(folder, "cascades", cascade_tables.pictures_table, "picture")
 
 
 def losses(folder: Path) -> str:
     """What each loss of the recipes does."""
-    return of_losses(folder, loss_tables.losses_table)
+    return of_rows(folder, "losses", loss_tables.losses_table)
 
 
 def norms(folder: Path) -> str:
     """What batch norms should normalise by in joint training."""
-    return of_losses(folder, loss_tables.norms_table)
+    return of_rows(folder, "losses", loss_tables.norms_table)
 
 
-def of_losses(folder: Path, table: Callable[[Sequence[dict]], str]) -> str:
-    """A table of the result of `benchmarks.losses`."""
-    content = json.loads((folder / "losses.json").read_text())
+def of_rows(folder: Path, name: str, table: Callable[[Sequence[dict]], str], kind: str | None = None) -> str:
+    """A table of the result `name`, which must have rows of `kind`."""
+    content = json.loads((folder / f"{name}.json").read_text())
+    if kind is not None and not cascade_tables.of_kind(content["rows"], kind):
+        raise FileNotFoundError(f"{name} holds no {kind}")
     return table(content["rows"]) + footer(content)
 
 
@@ -330,6 +325,16 @@ def quality(folder: Path) -> str:
             continue
         flops = f"{100 * row['flops']:.0f} %" if row["flops"] else ""
         lines.append(f"| {row['network']} | {row['psnr']:.2f} dB | {row['gain']:+.2f} dB | {flops} |")
+    return "\n".join(lines) + "\n" + footer(content)
+
+
+def quality_scales(folder: Path) -> str:
+    """PSNR of the shipped models at factors other than 4."""
+    content = json.loads((folder / "quality_scales.json").read_text())
+    lines = ["| factor | network | PSNR (RGB) | over bicubic | true FLOPs |", "| --- | --- | --- | --- | --- |"]
+    for row in content["rows"]:
+        flops = f"{100 * row['flops']:.0f} %" if row["flops"] else ""
+        lines.append(f"| {row['scale']} | {row['network']} | {row['psnr']:.2f} dB | {row['gain']:+.2f} dB | {flops} |")
     return "\n".join(lines) + "\n" + footer(content)
 
 

@@ -1,0 +1,69 @@
+"""PSNR of the shipped models at the factors 2 and 3 on the 2K photographs, dense and routed, beside bicubic."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from functools import partial
+
+from torch import Tensor
+
+import fastroute
+from benchmarks import images
+from benchmarks.measure import device
+from benchmarks.setting import Setting
+from fastroute import io
+from fastroute.degradation import make_pair
+from fastroute.loading import DEFAULT_MODEL
+from fastroute.quality import compare
+from fastroute.runtime.results import Upscaled
+
+SCALES = (2, 3)
+BICUBIC = "bicubic"
+TITLES = {DEFAULT_MODEL.replace("x4", f"x{scale}"): "ClassSR-FSRCNN" for scale in SCALES}
+# Upscales by any factor.
+PIXELS, PIXELS_TITLE = "pcsr-fsrcnn-x4", "PCSR-FSRCNN, trained for 4"
+
+
+def networks(scale: int) -> dict[str, Callable[[Tensor], Upscaled]]:
+    """What enlarges an 8-bit image `scale` times, by name."""
+    found: dict[str, Callable[[Tensor], Upscaled]] = {}
+    for model in fastroute.list_models():
+        router = fastroute.load(model, device=device())
+        if model == PIXELS:
+            call, title = partial(router.upscale, scale=scale), PIXELS_TITLE
+        elif router.scale == scale and router.num_classes > 1:
+            call, title = router.upscale, TITLES.get(model, model)
+        else:
+            continue
+        found[f"{title}, largest branch everywhere"] = partial(call, budget=1.0)
+        found[f"{title}, routed by its classifier"] = call
+    return found
+
+
+def test_quality_of_scales(setting: Setting) -> None:
+    """The mean over photographs of every network's PSNR, RGB, in 8 bits."""
+    paths, rows = images.photographs("test2k"), []
+    for scale in SCALES:
+        known = networks(scale)
+        scores: dict[str, list[float]] = {name: [] for name in (BICUBIC, *known)}
+        flops: dict[str, list[float]] = {name: [] for name in known}
+        for path in paths[:1] if setting.smoke else paths:
+            lr, hr = make_pair(io.read_image(path), scale)
+            if setting.smoke:
+                lr, hr = lr[:, :64, :64].contiguous(), hr[:, : 64 * scale, : 64 * scale]
+            scores[BICUBIC].append(compare(images.bicubic(lr, scale), hr, scale)["psnr"])
+            for name, run in known.items():
+                result = run(lr.to(device()))
+                scores[name].append(compare(result.image.cpu(), hr, scale)["psnr"])
+                flops[name].append(result.stats.flops.fraction)
+        base = statistics.mean(scores[BICUBIC])
+        for name, values in scores.items():
+            value = statistics.mean(values)
+            share = statistics.mean(flops[name]) if name in flops else None
+            row = {"scale": scale, "network": name, "psnr": value, "gain": value - base, "flops": share, "per_image": values}
+            rows.append(row)
+            print(f"x{scale}  {name:<48} {value:.3f} dB  {value - base:+.3f}  {share or 0:.3f}")
+            assert value > 10
+    count = len(rows[0]["per_image"])
+    setting.save("quality_scales", rows, f"{count} of {images.source('test2k')}, 8-bit, a border of the factor left out")
