@@ -10,12 +10,12 @@ its batch norms. About an hour on one core; --effort shortens all stages alike.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from torch import Tensor, nn
@@ -33,28 +33,49 @@ SCALE, BATCH = 4, 16
 # HR pixels of the middle of each test image.
 CROP = (640, 960)
 # Steps at an effort of 1.
-FSRCNN_STEPS = {"branch_steps": (800, 1000, 1500), "classifier_steps": 300, "joint_steps": 150}
-DISTILL_STEPS, ROUTING_STEPS = 100, 300
-CARN_STEPS = {"branch_steps": (400, 500, 600), "classifier_steps": 150, "joint_steps": 250}
+BRANCH_STEPS, CARN_BRANCH_STEPS = (800, 1000, 1500), (400, 500, 600)
+STEPS = {"classifier": 900, "joint": 200, "distill": 120, "routing": 400}
+CARN_STEPS = {"classifier": 150, "joint": 250}
 CARN_WIDTHS, CARN_PATCH = (8, 12, 16), 16
-# What each run of a system changes of the recipe.
-CDNSR_RUNS: dict[str, dict[str, Any]] = {
-    "all losses": {},
-    "without the FLOPs loss": {"lambda_reg": 0.0},
-    "without the contrastive loss": {"contrast_weight": 0.0},
-    "CSD's contrastive loss": {"contrast": "csd"},
-    "without joint training": {"joint_rate": 0.0},
-    "without distillation": {"distill_rate": 0.0},
-    "all losses, target 0.85": {"variant": "r"},
-    "all losses, target 0.5": {"variant": "s"},
-}
-CLASSSR_RUNS: dict[str, dict[str, Any]] = {
-    "all losses": {},
-    "without the class loss": {"class_weight": 0.0},
-    "without the average loss": {"average_weight": 0.0},
-    "without both": {"class_weight": 0.0, "average_weight": 0.0},
-    "all losses, then the routing loss": {"routing_rate": 1e-3},
-}
+
+
+class Run(NamedTuple):
+    """A run of some stages.
+
+    Attributes:
+        name: what the table calls it; "" for one that others start from.
+        key: a short name.
+        start: key of the run whose result it starts from; "" for the branches.
+        stages: those that it trains; all others do nothing.
+        changes: of the recipe.
+    """
+
+    name: str
+    key: str
+    start: str
+    stages: tuple[str, ...]
+    changes: dict[str, Any] = {}  # noqa: RUF012 - never written
+
+
+# Three stages, each from the result of the one before.
+CDNSR_RUNS = (
+    Run("classifier", "classifier", "", ("classifier",)),
+    Run("classifier, joint", "joint", "classifier", ("joint",)),
+    Run("classifier, joint, distillation: all losses", "all", "joint", ("distill",)),
+    Run("the same without the contrastive loss", "plain", "joint", ("distill",), {"contrast_weight": 0.0}),
+    Run("the same with CSD's contrastive loss", "csd", "joint", ("distill",), {"contrast": "csd"}),
+    Run("", "free", "", ("classifier", "joint"), {"lambda_reg": 0.0}),
+    Run("the same without the FLOPs loss", "free-all", "free", ("distill",)),
+)
+CLASSSR_RUNS = (
+    Run("all losses", "all", "", ("classifier", "joint")),
+    Run("without the class loss", "no-class", "", ("classifier", "joint"), {"class_weight": 0.0}),
+    Run("without the average loss", "no-average", "", ("classifier", "joint"), {"average_weight": 0.0}),
+    Run("without both", "neither", "", ("classifier", "joint"), {"class_weight": 0.0, "average_weight": 0.0}),
+    Run("all losses, then the routing loss", "routed", "all", ("routing",)),
+)
+# Beside an image loss of 1000; more decides everything at so few steps.
+LAMBDA = 3.0
 # Whose statistics the batch norms take in joint training.
 NORM_RUNS = {"running": "those of the branches' training", "batch": "of the batch", "patch": "of each patch, as published"}
 
@@ -74,20 +95,38 @@ class Bench:
         # The reduced images are sharper, and quickly read.
         exclude = [path.name for path in io.list_images(train)[few:]] if few else []
         self.pool = Pool.build(train, SCALE, shrinks=(2.5,), exclude=exclude)
-        self.small = dataclasses.replace(self.pool, patch=CARN_PATCH)
+        self.small = replace(self.pool, patch=CARN_PATCH)
         self.pairs = [make_pair(middle(io.read_image(path)), SCALE) for path in io.list_images(images)[:few]]
 
-    def steps(self, numbers: dict[str, Any]) -> dict[str, Any]:
-        """The numbers of steps at this effort."""
-        shortened = {k: np.maximum(np.multiply(v, self.effort).astype(int), 1).tolist() for k, v in numbers.items()}
-        return {k: tuple(v) if isinstance(v, list) else v for k, v in shortened.items()}
+    def steps(self, number: int) -> int:
+        """A number of steps at this effort."""
+        return max(int(number * self.effort), 1)
 
     def train(
         self, trainer: type[classsr.BranchTrainer], name: str, recipe: Any, pool: Pool, start: Start | None = None
     ) -> Any:
         """The trained model of `recipe`."""
-        path = self.folder / f"{trainer.system}-{name.replace(' ', '-')}.pt"
-        return trainer(pool, recipe, path, start).run().eval()
+        return trainer(pool, recipe, self.folder / f"{trainer.system}-{name}.pt", start).run().eval()
+
+    def branches(self, name: str, pool: Pool, steps: Sequence[int], **options: Any) -> Start:
+        """Branches of a short training, with a classifier that has learnt nothing."""
+        recipe = classsr.Recipe(
+            **options, batch=BATCH, branch_steps=tuple(map(self.steps, steps)), **only(classsr.Recipe, (), {})
+        )
+        return started(self.train(classsr.Trainer, name, recipe, pool), "branches")
+
+    def staged(
+        self, trainer: type[classsr.BranchTrainer], recipe: Any, runs: Sequence[Run], pool: Pool, branches: Start
+    ) -> Iterator[tuple[str, Any]]:
+        """The names and models of the runs that the table shows."""
+        done = {"": branches}
+        for run in runs:
+            steps = {stage: self.steps(STEPS[stage]) for stage in run.stages}
+            own = replace(recipe, **only(type(recipe), run.stages, steps), **run.changes)
+            model = self.train(trainer, run.key, own, pool, done[run.start])
+            done[run.key] = started(model, f"{trainer.system}-fsrcnn")
+            if run.name:
+                yield run.name, model
 
     def measured(self, model: nn.Module, patch: int = 32) -> dict[str, Any]:
         """PSNR as the classifier routes and with every patch in the most expensive branch, FLOPs, and shares of the classes."""
@@ -114,43 +153,39 @@ class Bench:
                 yield row | {"op": f"{row['system']}, {row['run']}", "times": {}}
 
     def _losses(self) -> Iterator[dict[str, Any]]:
-        steps = self.steps(FSRCNN_STEPS)
-        once = {"branch_steps": (1, 1, 1), "learning_rate": 0.0}
-        branches = self._branches("branches", classsr.Recipe(batch=BATCH, **steps), self.pool)
-        for name, changes in CDNSR_RUNS.items():
-            count = {**steps, **self.steps({"distill_steps": DISTILL_STEPS})}
-            recipe = cdnsr.Recipe(batch=BATCH, **count | once | changes)
-            yield {
-                "system": "CDNSR",
-                "run": name,
-                **self.measured(self.train(cdnsr.Trainer, name, recipe, self.pool, branches)),
-            }
-        for name, changes in CLASSSR_RUNS.items():
-            count = {**steps, **self.steps({"routing_steps": ROUTING_STEPS})}
-            recipe = classsr.Recipe(batch=BATCH, **count | once | {"routing_rate": 0.0} | changes)
-            yield {
-                "system": "ClassSR",
-                "run": name,
-                **self.measured(self.train(classsr.Trainer, name, recipe, self.pool, branches)),
-            }
+        branches = self.branches("branches", self.pool, BRANCH_STEPS)
+        alike = {"batch": BATCH, "branch_steps": (1, 1, 1), "learning_rate": 0.0}
+        for name, model in self.staged(
+            cdnsr.Trainer, cdnsr.Recipe(**alike, lambda_reg=LAMBDA), CDNSR_RUNS, self.pool, branches
+        ):
+            yield {"system": "CDNSR", "run": name, **self.measured(model)}
+        for name, model in self.staged(classsr.Trainer, classsr.Recipe(**alike), CLASSSR_RUNS, self.pool, branches):
+            yield {"system": "ClassSR", "run": name, **self.measured(model)}
 
     def _norms(self) -> Iterator[dict[str, Any]]:
-        alike = {"backbone": "carn", "widths": CARN_WIDTHS, "patch": CARN_PATCH, "batch": BATCH, "routing_rate": 0.0}
-        steps = self.steps(CARN_STEPS) | {"routing_steps": 1}
-        branches = self._branches("norm branches", classsr.Recipe(**alike | steps), self.small)
-        once = {"branch_steps": (1, 1, 1), "learning_rate": 0.0}
+        alike = {"backbone": "carn", "widths": CARN_WIDTHS, "patch": CARN_PATCH}
+        branches = self.branches("norm-branches", self.small, CARN_BRANCH_STEPS, **alike)
+        still = {"batch": BATCH, "branch_steps": (1, 1, 1), "learning_rate": 0.0}
+        stages = only(classsr.Recipe, tuple(CARN_STEPS), {stage: self.steps(number) for stage, number in CARN_STEPS.items()})
         for name, told in NORM_RUNS.items():
-            recipe = classsr.Recipe(**alike | steps | once, norms="running" if name == "running" else "batch")
+            recipe = classsr.Recipe(**alike, **still, **stages, norms="running" if name == "running" else "batch")
             trainer = PatchNorms if name == "patch" else classsr.Trainer
-            trained = self.train(trainer, f"norms {name}", recipe, self.small, branches)
+            trained = self.train(trainer, f"norms-{name}", recipe, self.small, branches)
             yield {"system": "norms", "run": told, **self.measured(trained, CARN_PATCH)}
 
-    def _branches(self, name: str, recipe: classsr.Recipe, pool: Pool) -> Start:
-        """Branches of a short training, with a classifier that has learnt nothing."""
-        still = {"classifier_steps": 1, "joint_steps": 1, "routing_steps": 1}
-        rates = {"classifier_rate": 0.0, "joint_rate": 0.0, "routing_rate": 0.0}
-        model = self.train(classsr.Trainer, name, dataclasses.replace(recipe, **still, **rates), pool)
-        return Start({key: value.clone() for key, value in model.state_dict().items()}, name, "branches")
+
+def only(recipe: Any, stages: Sequence[str], steps: dict[str, int]) -> dict[str, Any]:
+    """Settings of a recipe by which all stages behind the branches but `stages` take one step that changes nothing."""
+    settings: dict[str, Any] = {f"{stage}_steps": number for stage, number in steps.items()}
+    for stage in ("classifier", "joint", "distill", "routing"):
+        if stage not in stages and any(field.name == f"{stage}_steps" for field in fields(recipe)):
+            settings |= {f"{stage}_steps": 1, f"{stage}_rate": 0.0}
+    return settings
+
+
+def started(model: nn.Module, recipe: str) -> Start:
+    """The weights of `model`, for a run to start from."""
+    return Start({key: value.clone() for key, value in model.state_dict().items()}, "a run before", recipe)
 
 
 class PatchNorms(classsr.Trainer):
@@ -203,7 +238,7 @@ def main() -> None:
     if asked.save:
         notes = (
             f"x{SCALE}; small data: images reduced by 2.5, batches of {BATCH} patches; FSRCNN of widths 16, 36 and 56, "
-            f"branches trained once for {', '.join(map(str, FSRCNN_STEPS['branch_steps']))} steps; CARN of widths "
+            f"branches trained once for {', '.join(map(str, BRANCH_STEPS))} steps; CARN of widths "
             f"{', '.join(map(str, CARN_WIDTHS))} on patches of {CARN_PATCH}; RGB PSNR on the middle of each test image, "
             f"{CROP[1]} x {CROP[0]}; one run each"
         )

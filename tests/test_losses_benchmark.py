@@ -28,13 +28,13 @@ def test_a_run_of_one_step_each(tmp_path, monkeypatch, capsys):
         (tmp_path / folder).mkdir()
         image = (picture(1, 3, size, size, seed=size)[0] * 255).to(torch.uint8)
         io.write_image(tmp_path / folder / "a.png", image)
-    monkeypatch.setattr(losses, "CDNSR_RUNS", {"all losses": {}, "without the FLOPs loss": {"lambda_reg": 0.0}})
-    monkeypatch.setattr(losses, "CLASSSR_RUNS", {"all losses": {}})
+    monkeypatch.setattr(losses, "CDNSR_RUNS", losses.CDNSR_RUNS[:3])
+    monkeypatch.setattr(losses, "CLASSSR_RUNS", losses.CLASSSR_RUNS[:1])
     words = ["--train", str(tmp_path / "train"), "--images", str(tmp_path / "test"), "--effort", "0.0001"]
     rows = losses.run(losses.arguments(words))
-    assert [row["system"] for row in rows] == ["CDNSR", "CDNSR", "ClassSR", "norms", "norms", "norms"]
+    assert [row["system"] for row in rows] == ["CDNSR", "CDNSR", "CDNSR", "ClassSR", "norms", "norms", "norms"]
     for row in rows:
         assert 5 < row["psnr"] < 60 and 5 < row["dense_psnr"] < 60
         assert 0 < row["flops"] <= 1.01 and sum(row["classes"]) == pytest.approx(1)
-    assert len(losses_table(rows).splitlines()) == 5 and len(norms_table(rows).splitlines()) == 5
-    assert "without the FLOPs loss" in capsys.readouterr().out
+    assert len(losses_table(rows).splitlines()) == 6 and len(norms_table(rows).splitlines()) == 5
+    assert "classifier, joint, distillation: all losses" in capsys.readouterr().out

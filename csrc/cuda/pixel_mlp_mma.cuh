@@ -43,12 +43,14 @@ inline constexpr int kLayerSteps = kSteps<T> * Tiles;
 // By the steps of one layer: where the next layer's activations wait in shared memory, and how many
 // warps and blocks of a multiprocessor the registers of Steps · Rows allow.
 FASTROUTE_HOST_DEVICE constexpr bool mma_through_shared(int steps) { return steps > 16; }
-FASTROUTE_HOST_DEVICE constexpr int mma_warps(int steps) { return steps >= 8 && !mma_through_shared(steps) ? 8 : 4; }
+// All warps of a block share its copy of the weights, so few large blocks leave more of them in a multiprocessor.
+FASTROUTE_HOST_DEVICE constexpr int mma_warps(int steps) {
+    if (mma_through_shared(steps)) return 4;
+    return steps == 5 ? 12 : 8;
+}
 FASTROUTE_HOST_DEVICE constexpr int mma_rows(int steps) { return steps > 8 ? 1 : 2; }
 FASTROUTE_HOST_DEVICE constexpr int mma_blocks(int steps) {
-    if (mma_through_shared(steps)) return 2;
-    if (steps >= 8) return steps == 10 ? 2 : 1;
-    return steps > 5 ? 2 : (steps > 4 ? 3 : 4);
+    return mma_through_shared(steps) || steps <= 4 || steps == 10 ? 2 : 1;
 }
 
 // The first layer's activations of this warp's pixels, as operands: what the feature gives and what the place gives.

@@ -116,15 +116,16 @@ Plan<T> plan_of(const Call& call, int64_t max_shared) {
             continue;
         }
         int64_t widest = 1;
-        bool same = true;
-        for (int64_t n = 0; n < depth; ++n) {
-            same &= weights[at + n].scalar_type() == weights[at].scalar_type();
-            if (n + 1 < depth) widest = std::max(widest, weights[at + n].size(0));
-        }
+        // Tensor cores take weights of the features' type, and round those of float32 to it, as autocast does.
         const auto type = std::is_same_v<T, Half>    ? ScalarType::Half
                           : std::is_same_v<T, float> ? ScalarType::Float
                                                      : ScalarType::BFloat16;
-        c.fragments = (sizeof(T) == 2 || (sizeof(T) == 4 && call.tf32)) && same && weights[at].scalar_type() == type;
+        c.fragments = sizeof(T) == 2 || (sizeof(T) == 4 && call.tf32);
+        for (int64_t n = 0; n < depth; ++n) {
+            const ScalarType given = weights[at + n].scalar_type();
+            c.fragments &= given == type || given == ScalarType::Float;
+            if (n + 1 < depth) widest = std::max(widest, weights[at + n].size(0));
+        }
         c.units = static_cast<int32_t>(weights[at].size(0));
         c.kind = depth == 1 ? Kind::linear : (c.fragments ? Kind::mma : Kind::simt);
         c.padded = static_cast<int32_t>(round_up(c.units, c.fragments ? 16 : kUnits));

@@ -45,7 +45,8 @@ def pixel_mlp(
     and the queries of the pixels are never stored.
 
     On a GPU, products of float32 are made as torch makes its own: where `torch.backends.cuda.matmul` allows TF32, which it
-    does not by default, their operands are rounded to 10 bits behind the point; sums stay float32.
+    does not by default, their operands are rounded to 10 bits behind the point; sums stay float32. Beside features of a half
+    type, weights of float32 are rounded to that type there, as torch.autocast rounds them.
 
     Args:
         features: (B, D, h, w), float32, float16, bfloat16 or float64.

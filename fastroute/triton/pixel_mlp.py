@@ -148,8 +148,8 @@ def pixel_mlp_triton(
 ) -> Tensor:  # [B, C, rows, W]
     """See :func:`fastroute.pixel_mlp`; `precision` says how products of float32 are made.
 
-    Half types have products of half types and float32 sums; tensors of several types are computed in float32. In float64 the
-    reference runs. Pixels of no class are free.
+    Half types have products of half types and float32 sums, to which weights of float32 are rounded, as under autocast; other
+    tensors of several types are computed in float32. In float64 the reference runs. Pixels of no class are free.
     """
     rows, size = (row_begin, row_end), (height, width)
     if class_map is not None and check_on_host(class_map):
@@ -163,7 +163,7 @@ def pixel_mlp_triton(
     out = features.new_empty((batch, channels, row_end - row_begin, width))
     if out.numel() == 0:
         return out
-    mixed = any(x.dtype != features.dtype for x in (*weights, *biases))
+    mixed = any(x.dtype not in (features.dtype, torch.float32) for x in (*weights, *biases))
     dtype = torch.float32 if mixed else features.dtype
     # Given coordinates may make a pixel read a feature beside its nearest.
     beside = int(relative is not None)

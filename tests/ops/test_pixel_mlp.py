@@ -298,6 +298,19 @@ def test_errors(kind, args, words):
         pixel_mlp(**{"features": FEATURES, "mlps": MLPS, "size": (6, 8), "class_map": MAP} | args)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("hidden", [[[]], [[33, 17], None]], ids=str)
+def test_float32_weights_beside_half_features(backend, dtype, hidden):
+    """As under autocast: where a GPU multiplies, they are rounded to the type of the features."""
+    halves = make(9, hidden, dtype=dtype, device=backend.device)
+    exact = make(9, hidden, device=backend.device)
+    given = [[(w, b.float()) for (w, _), (_, b) in zip(a, c, strict=True)] for a, c in zip(exact, halves, strict=True)]
+    features, residual, class_map = inputs(1, 9, (4, 5), (9, 11), len(hidden), dtype=dtype, device=backend.device)
+    output = pixel_mlp(features, given, (9, 11), class_map, residual)
+    rounded = half_activations("pixel_mlp", features) and (EMULATED or backend.name != "cpu")
+    close(output, features, halves if rounded else given, (9, 11), class_map, residual)
+
+
 @pytest.mark.parametrize(("dtype", "value"), [(torch.uint8, 2), (torch.uint8, 255), (torch.int64, -1), (torch.int64, 1 << 32)])
 @pytest.mark.parametrize("place", [0, -1])
 def test_class_out_of_range(backend, dtype, value, place):
