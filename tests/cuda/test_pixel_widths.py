@@ -85,7 +85,8 @@ def test_half(backend, hidden, dim, channels, layout, dtype):
 
 
 def test_weights_of_another_type(backend):
-    mlps = make(9, [[20, 6], []], 3, torch.float32, backend.device)
+    """Those of float32 are rounded to the type of the features, see `tests/ops/test_pixel_mlp.py`; no others are."""
+    mlps = make(9, [[20, 6], []], 3, torch.float64, backend.device)
     features, residual, class_map = inputs(9, (3, 4), (7, 10), 2, 3, torch.float16, backend.device)
     output = pixel_mlp(features, mlps, (7, 10), class_map, residual)
     true = exact(features, mlps, (7, 10), class_map, residual)
