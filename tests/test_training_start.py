@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,20 +11,26 @@ import torch
 from interrupted import equal
 from networks import picture, randomise
 
+from fastroute import io
+from fastroute.degradation import make_pair
+from fastroute.loading import DEFAULT_MODEL, WEIGHTS
 from fastroute.models.arm import ARM
 from fastroute.models.carn import CARN
 from fastroute.models.cdnsr import CDNSR
 from fastroute.models.checkpoints import CheckpointError, save_checkpoint
 from fastroute.models.classsr import ClassSR
-from fastroute.models.fsrcnn import FSRCNN
+from fastroute.models.fsrcnn import FSRCNN, resampled_tail
 from fastroute.models.rcan import RCAN
 from fastroute.models.srresnet import SRResNet
 from fastroute.training import arm, cdnsr, pcsr
+from fastroute.training.classsr import Recipe as classsr_recipe
+from fastroute.training.classsr import Trainer as classsr_trainer
 from fastroute.training.data import Pool
 from fastroute.training.recipes import RECIPES
 from fastroute.training.start import Start
 
 WIDTHS = (4, 8)
+SAMPLE = Path(__file__).parents[1] / "assets" / "sample.png"
 SETTINGS = {
     "cdnsr": cdnsr.Recipe(widths=WIDTHS, branch_steps=(1, 1), scale=2),
     "arm": arm.Recipe(widths=WIDTHS, scale=2),
@@ -136,3 +143,28 @@ def test_published_networks(pool, tmp_path, data_folder):
     assert torch.equal(model.encoder.head_conv[0].weight, start.state["head_conv.0.weight"])
     whole = Start.read(data_folder / "weights" / "pcsr-fsrcnn-x4.pth")
     assert equal(dict(whole.state), begin("pcsr", pool, tmp_path, whole, width=48).state_dict())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scale", [2, 3])
+def test_another_factor_begins_with_resampled_last_layers(tmp_path, scale):
+    """The shipped weights for 4, as they are, and beside them with the last layer of their own factor."""
+    lr, hr = make_pair(io.read_image(SAMPLE), scale)
+    empty = Pool([], [], np.zeros((0, 3), np.int32), np.zeros(0, np.float32), 32, scale)
+    recipe = classsr_recipe(scale=scale)
+    start = Start.read(WEIGHTS / f"{DEFAULT_MODEL}.safetensors")
+    assert start.scale == 4 and start.at_scale(4) is start
+    found = {}
+    for name, given in (("resampled", start), ("as it is", start._replace(scale=0))):
+        model = classsr_trainer(empty, recipe, tmp_path / f"{name}.pt", given).model.eval()
+        with torch.no_grad():
+            image = model.branches[2](lr[None].float() / 255)[0]
+        found[name] = -10 * (image - hr.float() / 255).square().mean().log10().item()
+    assert found["resampled"] > 24 > 15 > found["as it is"]
+
+
+def test_resampled_last_layers_of_one_factor_are_the_same():
+    kernel = torch.rand(3, 2, 9, 9)
+    assert resampled_tail(kernel, 3, 3).allclose(kernel, atol=1e-5)
+    # Of twice the factor every other tap lies between two.
+    assert resampled_tail(torch.ones(1, 1, 9, 9), 2, 4).allclose(torch.ones(1, 1, 9, 9))

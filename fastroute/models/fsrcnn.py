@@ -25,6 +25,33 @@ class TransposedConv2d(nn.ConvTranspose2d):
         return SubpixelPlan.of(self).upsample(input, self.weight, self.bias)
 
 
+# Taps of the transposed convolution on each axis.
+TAIL = 9
+
+
+def tail_padding(scale: int) -> int:
+    """The padding of the transposed convolution.
+
+    3 puts the centre of a tap half an HR pixel from that of the LR pixel. A stride of 2 only allows 4.
+    """
+    return 3 if scale >= 3 else 4
+
+
+def tail_distances(scale: int) -> Tensor:  # -> [9]
+    """How far each tap of the transposed convolution writes from its LR pixel, in LR pixels.
+
+    Output pixel o lies at LR coordinate (o + 0.5) / scale - 0.5. Tap t of LR pixel i writes o = scale * i - padding + t.
+    """
+    return (torch.arange(TAIL, dtype=torch.float32) - tail_padding(scale) + 0.5) / scale - 0.5
+
+
+def resampled_tail(kernel: Tensor, old: int, new: int) -> Tensor:  # [C, O, 9, 9]
+    """The kernel of the transposed convolution by `old` as one by `new`, linearly interpolated between taps; 0 beyond them."""
+    at = (tail_distances(new) - tail_distances(old)[0]) * old  # in taps of the old one
+    weights = (1 - (at[:, None] - torch.arange(TAIL)).abs()).clamp(min=0).to(kernel)
+    return weights @ kernel @ weights.t()
+
+
 class FSRCNN(nn.Module):
     """FSRCNN with the module names of the published checkpoints.
 
@@ -61,10 +88,9 @@ class FSRCNN(nn.Module):
         self.body_conv = nn.Sequential(*body)
         self.tail_conv: TransposedConv2d | None = None
         if upsample:
-            # A padding of 3 puts the centre of a tap half an HR pixel from that of the LR pixel. A stride of 2 only allows 4.
-            padding = 3 if scale >= 3 else 4
-            extra = scale - 9 + 2 * padding
-            self.tail_conv = TransposedConv2d(width, channels, 9, scale, padding, output_padding=extra)
+            padding = tail_padding(scale)
+            extra = scale - TAIL + 2 * padding
+            self.tail_conv = TransposedConv2d(width, channels, TAIL, scale, padding, output_padding=extra)
         self.reset_parameters()
 
     @torch.no_grad()
@@ -86,9 +112,7 @@ class FSRCNN(nn.Module):
             return
         nn.init.normal_(self.tail_conv.weight, std=0.001)
         self.tail_conv.bias.zero_()  # type: ignore[union-attr]
-        # Output pixel o lies at LR coordinate (o + 0.5) / scale - 0.5. Tap t of LR pixel i writes o = scale * i - padding + t.
-        output = torch.arange(9, dtype=torch.float32) - int(self.tail_conv.padding[0])
-        hat = (1 - ((output + 0.5) / self.scale - 0.5).abs()).clamp(min=0)
+        hat = (1 - tail_distances(self.scale).abs()).clamp(min=0)
         for c in range(self.channels):
             self.tail_conv.weight[c] = 0
             self.tail_conv.weight[c, c] = hat[:, None] * hat[None, :]

@@ -64,7 +64,7 @@ class RecipeTrainer(Trainer, ABC):
         self.model = self.build() if model is None else model
         self.prepare()
         if init is not None:
-            self.start_from(init)
+            self.start_from(init.at_scale(recipe.scale))
         super().__init__(self.model, pool, recipe, state_path, save_every=save_every, device=device, **options)
 
     # The first part of the recipe's name.

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from fastroute.models.checkpoints import CheckpointError, load_weights, read_checkpoint, state_dict_of
+from fastroute.models.fsrcnn import TAIL, resampled_tail
 from fastroute.models.pcsr import rename_published
 
 # What a network has and an encoder has not.
@@ -27,11 +28,13 @@ class Start(NamedTuple):
         state: a state dict.
         name: what messages call it.
         recipe: that made it; "" where that is unknown.
+        scale: its upscaling factor; 0 where that is unknown.
     """
 
     state: Mapping[str, Tensor]
     name: str = "init"
     recipe: str = ""
+    scale: int = 0
 
     @classmethod
     def read(cls, path: str | Path) -> Start:
@@ -44,7 +47,19 @@ class Start(NamedTuple):
         model = content.get("model")
         if isinstance(model, Mapping) and isinstance(model.get("sd"), Mapping):
             content = {rename_published(str(key)): value for key, value in model["sd"].items()}
-        return cls(state_dict_of(content, path), str(path), metadata.get("system", "").strip('"'))
+        scale = metadata.get("scale", "")
+        recipe = metadata.get("system", "").strip('"')
+        return cls(state_dict_of(content, path), str(path), recipe, int(scale) if scale.isdecimal() else 0)
+
+    def at_scale(self, scale: int) -> Start:
+        """The weights for networks of another factor: the last layers of FSRCNN are resampled, all others stay."""
+        if self.scale in (0, scale):
+            return self
+        tails = [
+            key for key, value in self.state.items() if key.endswith("tail_conv.weight") and value.shape[2:] == (TAIL, TAIL)
+        ]
+        made = {key: resampled_tail(self.state[key], self.scale, scale) for key in tails}
+        return self._replace(state={**self.state, **made}, scale=scale)
 
     @property
     def branches(self) -> list[Start]:
