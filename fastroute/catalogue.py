@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 DEFAULT_MODEL = "classsr-fsrcnn-x4"
+# For factors without a model of their own.
+ANY_SCALE = "pcsr-fsrcnn-x4"
 WEIGHTS = Path(__file__).parent / "weights"
 # A row of a card's table.
 ROW = re.compile(r"^\|\s*(\S[^|]*?)\s*\|\s*(\S[^|]*?)\s*\|\s*$", re.MULTILINE)
@@ -36,6 +38,14 @@ class Card:
 def list_models() -> list[str]:
     """The names of the models shipped with the package."""
     return sorted(path.stem for path in WEIGHTS.glob("*.safetensors"))
+
+
+def default_model(scale: float | None = None) -> str:
+    """The shipped model for an upscaling factor: `DEFAULT_MODEL` or its like, and `ANY_SCALE` where there is none."""
+    if scale is None:
+        return DEFAULT_MODEL
+    name = f"{DEFAULT_MODEL.rpartition('-x')[0]}-x{scale:g}"
+    return name if name in list_models() else ANY_SCALE
 
 
 def read_card(name: str) -> Card:

@@ -20,7 +20,7 @@ from fastroute._contexts import levels_to_caller, ordinarily
 from fastroute.cascades import opening
 from fastroute.cascades.router import CascadeRouter
 from fastroute.cascades.stored import CASCADE, read_cascade
-from fastroute.catalogue import DEFAULT_MODEL, WEIGHTS, list_models
+from fastroute.catalogue import WEIGHTS, default_model, list_models
 from fastroute.engines import ANY, TORCH, check_engine
 from fastroute.grid import usual_stride
 from fastroute.models import arm as arm_models
@@ -53,7 +53,7 @@ LARGEST = {"scale": 64, "patch": 4096, "stride": 4096}
 @ordinarily
 @buffers.explained("load", "free memory, or choose a smaller model")
 def load(
-    name_or_path: str | Path | nn.Module | Any = DEFAULT_MODEL,
+    name_or_path: str | Path | nn.Module | Any | None = None,
     *,
     device: str | torch.device = "cpu",
     scale: float | None = None,
@@ -77,7 +77,8 @@ def load(
             FSRCNN, CARN, SRResNet or RCAN in their published layout; ARM with its table, as `fastroute train` writes it;
             PCSR over FSRCNN or CARN as published or as `fastroute train` writes it; one of those networks alone, or as PCSR's
             code stores it; Real-ESRGAN's networks; others that spandrel knows (the extra `pretrained`); or a cascade that
-            `fastroute calibrate` wrote. Or a module, a spandrel model, or "package.module:function" that gives one.
+            `fastroute calibrate` wrote. Or a module, a spandrel model, or "package.module:function" that gives one. Default:
+            the shipped ClassSR for `scale`, which is 4 if not given, and PCSR for other factors than 2, 3 and 4.
         device: where to run.
         scale: upscaling factor. Default: that which the file says, or the shapes of its weights. FSRCNN's are the same at 2, 3
             and 4, and its published files do not say: the factor is then the one at which flat images stay flat, and 4 where
@@ -115,6 +116,7 @@ def load(
     device = usable_device(device)
     check_precision("load", dtype, device)
     asked = _asked(scale, patch, stride)
+    name_or_path = default_model(scale) if name_or_path is None else name_or_path
     asked |= {name: value for name, value in (("window", window), ("batch", batch), ("merge", merge)) if value is not None}
     asked["border"] = check_border("load", border)
     if eta is not None and not real("load", "eta", eta) > 0:

@@ -17,9 +17,9 @@ from PIL import Image
 
 import fastroute
 from fastroute import TileGrid, io
+from fastroute.catalogue import DEFAULT_MODEL
 from fastroute.cli import main
 from fastroute.cli.train import RECIPE_NAMES
-from fastroute.loading import DEFAULT_MODEL
 from fastroute.models.checkpoints import save_checkpoint
 from fastroute.models.fsrcnn import FSRCNN
 from fastroute.models.pcsr import PCSR

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 
 import pytest
 import torch
+from click.testing import CliRunner
 from networks import picture, random_classsr, randomise
 
 import fastroute
-from fastroute import CheckpointError
+from fastroute import CheckpointError, PatchRouter, PixelRouter, io
+from fastroute.catalogue import default_model
+from fastroute.cli import main
 from fastroute.grid import usual_stride
 from fastroute.models.carn import CARN
 from fastroute.models.checkpoints import read_checkpoint, save_checkpoint
@@ -194,3 +198,26 @@ def test_metadata_of_others(tmp_path):
     torch.save({"params": FSRCNN(3, 2).state_dict(), "metadata": {"scale": "much"}}, tmp_path / "x.pth")
     with pytest.raises(CheckpointError, match="its scale is 'much', not a number"):
         fastroute.load(tmp_path / "x.pth")
+
+
+@pytest.mark.parametrize("scale", [None, 2, 3, 4, 4.0, 2.5, 8])
+def test_the_default_model_goes_by_the_scale(scale, tmp_path):
+    """Those of ClassSR where there is one for the factor, PCSR for any other."""
+    name = default_model(scale)
+    assert name == (f"classsr-fsrcnn-x{scale or 4:g}" if scale in (None, 2, 3, 4) else "pcsr-fsrcnn-x4")
+    router = fastroute.load(scale=scale)
+    assert type(router) is (PixelRouter if name.startswith("pcsr") else PatchRouter)
+    image = torch.rand(1, 3, 9, 11)
+    size = tuple(round(n * (scale or 4)) for n in (9, 11))
+    assert router(image).shape == (1, 3, *size)
+    io.write_image(tmp_path / "in.png", (image[0] * 255).to(torch.uint8))
+    given = [] if scale is None else ["--scale", str(scale)]
+    result = CliRunner().invoke(main, ["upscale", str(tmp_path / "in.png"), str(tmp_path / "out.png"), *given])
+    assert result.exit_code == 0, result.output
+    assert io.read_image(tmp_path / "out.png").shape[1:] == size
+
+
+@pytest.mark.parametrize("scale", [0, -2, math.nan, math.inf, "2"])
+def test_the_default_model_has_a_scale(scale):
+    with pytest.raises((ValueError, TypeError), match=r"^load: scale must be"):
+        fastroute.load(scale=scale)

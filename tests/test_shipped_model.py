@@ -11,8 +11,8 @@ from torch.nn import functional as F
 
 import fastroute
 from fastroute import io
+from fastroute.catalogue import DEFAULT_MODEL, WEIGHTS
 from fastroute.degradation import make_pair
-from fastroute.loading import DEFAULT_MODEL, WEIGHTS
 from fastroute.models.checkpoints import read_checkpoint
 
 FILE = WEIGHTS / f"{DEFAULT_MODEL}.safetensors"

@@ -12,8 +12,8 @@ from interrupted import equal
 from networks import picture, randomise
 
 from fastroute import io
+from fastroute.catalogue import DEFAULT_MODEL, WEIGHTS
 from fastroute.degradation import make_pair
-from fastroute.loading import DEFAULT_MODEL, WEIGHTS
 from fastroute.models.arm import ARM
 from fastroute.models.carn import CARN
 from fastroute.models.cdnsr import CDNSR

@@ -22,8 +22,8 @@ import fastroute
 from benchmarks.e2e.patch_routing import shipped_model
 from benchmarks.measure import ROOT, device, peak_memory, use_device
 from fastroute import io
+from fastroute.catalogue import DEFAULT_MODEL
 from fastroute.files import many_files
-from fastroute.loading import DEFAULT_MODEL
 from fastroute.models.arm import edge_score
 from fastroute.runtime.results import Upscaled
 

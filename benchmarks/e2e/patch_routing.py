@@ -14,8 +14,8 @@ from benchmarks import images
 from benchmarks.e2e._patches import BATCHED, DENSE, PUBLISHED, ROUTED, SLOW_SECONDS, Memory, dense_runs, patchwise, routed_runs
 from benchmarks.measure import alternate, device, exactly, peak_memory
 from benchmarks.setting import Setting
+from fastroute.catalogue import DEFAULT_MODEL, WEIGHTS
 from fastroute.grid import TileGrid
-from fastroute.loading import DEFAULT_MODEL, WEIGHTS
 from fastroute.models.checkpoints import load_weights, read_checkpoint
 from fastroute.models.classsr import ClassSR
 

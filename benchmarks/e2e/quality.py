@@ -18,8 +18,8 @@ from benchmarks import images
 from benchmarks.measure import device, synchronise
 from benchmarks.setting import Setting
 from fastroute import io
+from fastroute.catalogue import DEFAULT_MODEL
 from fastroute.degradation import make_pair
-from fastroute.loading import DEFAULT_MODEL
 from fastroute.models.arm import WIDTHS
 from fastroute.runtime.results import Upscaled
 from fastroute.training import arm

@@ -13,8 +13,8 @@ from benchmarks import images
 from benchmarks.measure import device
 from benchmarks.setting import Setting
 from fastroute import io
+from fastroute.catalogue import DEFAULT_MODEL
 from fastroute.degradation import make_pair
-from fastroute.loading import DEFAULT_MODEL
 from fastroute.quality import compare
 from fastroute.runtime.results import Upscaled
 

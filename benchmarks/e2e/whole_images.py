@@ -21,8 +21,8 @@ from benchmarks.e2e.patch_routing import shipped_model
 from benchmarks.measure import Timing, alternate, device, summary, synchronise
 from benchmarks.setting import Setting
 from fastroute import io
+from fastroute.catalogue import DEFAULT_MODEL
 from fastroute.files.readers import open_reader
-from fastroute.loading import DEFAULT_MODEL
 from fastroute.runtime.results import Upscaled
 
 OURS = "fastroute"

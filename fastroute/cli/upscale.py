@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from fastroute.catalogue import DEFAULT_MODEL
+from fastroute.catalogue import DEFAULT_MODEL, default_model
 from fastroute.cli._common import (
     Command,
     check_deciding,
@@ -43,9 +43,9 @@ SLOW_TO_WRITE = 1 << 25
 @click.command("upscale", cls=Command)
 @click.argument("sources", metavar="IN...", nargs=-1, type=click.Path(path_type=Path))
 @click.argument("out", metavar="OUT", type=click.Path())
-@click.option("--model", metavar="MODEL", default=DEFAULT_MODEL, show_default=True,
-              help="A shipped model, see `fastroute models`, a checkpoint file, or package.module:function, which gives a "
-              "network of your own.")  # fmt: skip
+@click.option("--model", metavar="MODEL", help="A shipped model, see `fastroute models`, a checkpoint file, or "
+              "package.module:function, which gives a network of your own.  "
+              f"[default: {DEFAULT_MODEL}, or the one for --scale]")  # fmt: skip
 @click.option("--cheap", multiple=True, metavar="MODEL", help="A cheaper network of MODEL's scale, or bicubic, for the easy "
               "parts; may be repeated. Needs --budget.")  # fmt: skip
 @click.option("--budget", type=float, help="Branch FLOPs as a fraction of what the most expensive branch takes everywhere, say "
@@ -59,7 +59,8 @@ SLOW_TO_WRITE = 1 << 25
 @click.option("--shared-budget", is_flag=True,
               help="All inputs share one budget, which is spent where it helps most. Reads them twice.")  # fmt: skip
 @click.option("--scale", type=float,
-              help="Upscaling factor: any for PCSR; needed for others whose checkpoint does not state it.")  # fmt: skip
+              help="Upscaling factor: any for PCSR; needed for others whose checkpoint does not state it. Without --model "
+              "any: it chooses the model.")  # fmt: skip
 @model_options
 @click.option("--window", type=click.Choice(WINDOWS), help="How overlapping patches are blended.  [default: hann]")
 @click.option("--border", type=click.Choice(["zero", "edge"]), default="zero", show_default=True,
@@ -102,7 +103,7 @@ SLOW_TO_WRITE = 1 << 25
 def command(
     sources: tuple[Path, ...],
     out: str,
-    model: str,
+    model: str | None,
     cheap: tuple[str, ...],
     class_map: Path | None,
     file_format: str | None,
@@ -162,7 +163,7 @@ def command(
         tell_measuring()
     reading = {} if max_pixels == "auto" else {"max_pixels": max_pixels}
     task = Task(
-        model,
+        model or default_model(chosen.get("scale")),
         running,
         {
             "scale": chosen.get("scale"),
