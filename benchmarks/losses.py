@@ -33,9 +33,12 @@ SCALE, BATCH = 4, 16
 # HR pixels of the middle of each test image.
 CROP = (640, 960)
 # Steps at an effort of 1.
-BRANCH_STEPS, CARN_BRANCH_STEPS = (800, 1000, 1500), (400, 500, 600)
-STEPS = {"classifier": 900, "joint": 200, "distill": 120, "routing": 400}
-CARN_STEPS = {"classifier": 150, "joint": 250}
+BRANCH_STEPS, CARN_BRANCH_STEPS = (800, 1000, 1500), (300, 400, 500)
+STEPS = {
+    "cdnsr": {"classifier": 900, "joint": 200, "distill": 120},
+    "classsr": {"classifier": 400, "joint": 100, "routing": 300},
+}
+CARN_STEPS = {"classifier": 100, "joint": 200}
 CARN_WIDTHS, CARN_PATCH = (8, 12, 16), 16
 
 
@@ -71,7 +74,6 @@ CLASSSR_RUNS = (
     Run("all losses", "all", "", ("classifier", "joint")),
     Run("without the class loss", "no-class", "", ("classifier", "joint"), {"class_weight": 0.0}),
     Run("without the average loss", "no-average", "", ("classifier", "joint"), {"average_weight": 0.0}),
-    Run("without both", "neither", "", ("classifier", "joint"), {"class_weight": 0.0, "average_weight": 0.0}),
     Run("all losses, then the routing loss", "routed", "all", ("routing",)),
 )
 # Beside an image loss of 1000; more decides everything at so few steps.
@@ -121,7 +123,7 @@ class Bench:
         """The names and models of the runs that the table shows."""
         done = {"": branches}
         for run in runs:
-            steps = {stage: self.steps(STEPS[stage]) for stage in run.stages}
+            steps = {stage: self.steps(STEPS[trainer.system][stage]) for stage in run.stages}
             own = replace(recipe, **only(type(recipe), run.stages, steps), **run.changes)
             model = self.train(trainer, run.key, own, pool, done[run.start])
             done[run.key] = started(model, f"{trainer.system}-fsrcnn")

@@ -43,7 +43,6 @@ class LayerStage(ABC):
         reach: pixels on each side of a pixel that its output depends on.
         before: rows before the new ones that it reads again. Whoever hands it rows keeps them by a :class:`History`.
         beyond: rows of zeros above and below the image that it reads.
-        room: rows before the new ones that must have a place in the memory of its input.
     """
 
     reach = 0

@@ -60,7 +60,7 @@ class BranchRecipe:
     balance: float = 0.0
     learning_rate: float = 1e-3
     optimizer: str = "adam"
-    norms: str = "running"
+    norms: str = "batch"
     seed: int = 0
 
     def __post_init__(self) -> None:
