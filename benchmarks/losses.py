@@ -112,9 +112,9 @@ class Bench:
 
     def branches(self, name: str, pool: Pool, steps: Sequence[int], **options: Any) -> Start:
         """Branches of a short training, with a classifier that has learnt nothing."""
-        recipe = classsr.Recipe(
-            **options, batch=BATCH, branch_steps=tuple(map(self.steps, steps)), **only(classsr.Recipe, (), {})
-        )
+        # Also statistics of batch norms stay as the branches' training leaves them.
+        still = {"norms": "running", **only(classsr.Recipe, (), {})}
+        recipe = classsr.Recipe(**options, **still, batch=BATCH, branch_steps=tuple(map(self.steps, steps)))
         return started(self.train(classsr.Trainer, name, recipe, pool), "branches")
 
     def staged(

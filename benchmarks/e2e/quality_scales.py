@@ -4,40 +4,34 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable
-from functools import partial
 
 from torch import Tensor
 
 import fastroute
 from benchmarks import images
+from benchmarks.e2e.quality import variants
 from benchmarks.measure import device
+from benchmarks.report import BUDGET
 from benchmarks.setting import Setting
 from fastroute import io
-from fastroute.catalogue import DEFAULT_MODEL
+from fastroute.catalogue import ANY_SCALE, default_model
 from fastroute.degradation import make_pair
 from fastroute.quality import compare
 from fastroute.runtime.results import Upscaled
 
 SCALES = (2, 3)
 BICUBIC = "bicubic"
-TITLES = {DEFAULT_MODEL.replace("x4", f"x{scale}"): "ClassSR-FSRCNN" for scale in SCALES}
-# Upscales by any factor.
-PIXELS, PIXELS_TITLE = "pcsr-fsrcnn-x4", "PCSR-FSRCNN, trained for 4"
+TITLES = {**{default_model(scale): "ClassSR-FSRCNN" for scale in SCALES}, ANY_SCALE: "PCSR-FSRCNN, trained for 4"}
 
 
 def networks(scale: int) -> dict[str, Callable[[Tensor], Upscaled]]:
     """What enlarges an 8-bit image `scale` times, by name."""
     found: dict[str, Callable[[Tensor], Upscaled]] = {}
     for model in fastroute.list_models():
-        router = fastroute.load(model, device=device())
-        if model == PIXELS:
-            call, title = partial(router.upscale, scale=scale), PIXELS_TITLE
-        elif router.scale == scale and router.num_classes > 1:
-            call, title = router.upscale, TITLES.get(model, model)
-        else:
-            continue
-        found[f"{title}, largest branch everywhere"] = partial(call, budget=1.0)
-        found[f"{title}, routed by its classifier"] = call
+        router = fastroute.load(model, device=device(), **({"scale": scale} if model == ANY_SCALE else {}))
+        if router.scale == scale and router.num_classes > 1:
+            runs = variants(TITLES.get(model, model), router)
+            found |= {name: run for name, run in runs.items() if BUDGET not in name}
     return found
 
 

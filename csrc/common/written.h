@@ -4,6 +4,8 @@
 #include <algorithm>
 #include <array>
 #include <cstdint>
+#include <initializer_list>
+#include <optional>
 #include <vector>
 
 #include "common/checks.h"
@@ -74,6 +76,15 @@ inline void check_written(const char* op, const char* name, const Tensor& out, c
                         " must not share memory with an input, which is read while it is written; give a tensor of "
                         "its own");
     }
+}
+
+// `inputs` and those of `more` that are given.
+inline std::vector<Tensor> with_given(std::vector<Tensor> inputs,
+                                      std::initializer_list<const std::optional<Tensor>*> more) {
+    for (const auto* x : more) {
+        if (x->has_value()) inputs.push_back(**x);
+    }
+    return inputs;
 }
 
 }  // namespace fastroute

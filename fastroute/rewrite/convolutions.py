@@ -23,6 +23,16 @@ def version_of(weight: Tensor) -> int:  # [...]
     return -1 if weight.is_inference() else weight._version
 
 
+def run_into(operator: Any, arguments: tuple[Any, ...], out: Tensor | None) -> Tensor:  # [B, O, H, W] -> [B, O, H, W]
+    """The result of an operator, in `out` where that is given."""
+    if out is None or torch.compiler.is_compiling():
+        y: Tensor = operator.default(*arguments)
+        # Compilers take no slice as what an operator writes.
+        return y if out is None else out.copy_(y)
+    operator.out(*arguments, out=out)
+    return out
+
+
 class FusedConv2d(nn.Conv2d):
     """A convolution that keeps the size, with what follows it. Where its kernel does not apply, PyTorch's own layers run.
 
@@ -138,13 +148,9 @@ class Conv3x3(FusedConv2d):
         runs = self.has_kernel(*((x,) if residual is None else (x, residual)))
         weight = self._transformed(shuffle, factor) if runs else None
         if weight is not None:
-            arguments = (x, weight, self._bias(factor), self._slopes(slope), residual, self.out_channels, shuffle, context)
-            if out is None or torch.compiler.is_compiling():
-                y = torch.ops.fastroute.conv3x3.default(*arguments)
-                # Compilers take no slice as what an operator writes.
-                return y if out is None else out.copy_(y)
-            torch.ops.fastroute.conv3x3.out(*arguments, out=out)
-            return out
+            bias, slopes = self._bias(factor), self._slopes(slope)
+            arguments = (x, weight, bias, slopes, residual, self.out_channels, shuffle, context)
+            return run_into(torch.ops.fastroute.conv3x3, arguments, out)
         y = F.conv2d(x, self.weight, self.bias, padding=(1 - context, 1), groups=self.groups)
         y = self._rectified(y if factor == 1 else y * factor, slope)
         if shuffle > 1:
@@ -227,12 +233,7 @@ class Conv1x1(FusedConv2d):
             weight, bias = self._parameters["weight"], self._parameters["bias"]
             assert weight is not None  # for the type checker
             arguments = (parts, weight.flatten(1), bias, self._slopes(slope), residual)
-            if out is None or torch.compiler.is_compiling():
-                y = torch.ops.fastroute.conv1x1.default(*arguments)
-                # Compilers take no slice as what an operator writes.
-                return y if out is None else out.copy_(y)
-            torch.ops.fastroute.conv1x1.out(*arguments, out=out)
-            return out
+            return run_into(torch.ops.fastroute.conv1x1, arguments, out)
         x = parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=1)
         # PyTorch's convolutions refuse an image without rows.
         y = super().forward(x) if x.numel() else x.new_zeros(x.shape[0], self.out_channels, *x.shape[2:])

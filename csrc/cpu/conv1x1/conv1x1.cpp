@@ -2,7 +2,6 @@
 // channels of all images one after the other, which are never joined.
 // Work mapping: one item per block of consecutive pixels, whose sums stay in registers until they are written.
 #include <algorithm>
-#include <initializer_list>
 #include <limits>
 #include <type_traits>
 #include <utility>
@@ -142,23 +141,6 @@ bool is_one_run(const View<T>& view, int64_t batch, int64_t height, int64_t widt
     return (height == 1 || view.row == width * view.pixel) && (batch == 1 || view.image == height * width * view.pixel);
 }
 
-// The tensor to write: `given`, which nothing that is read may share, or a new one.
-template <typename T>
-Tensor result_for(const std::vector<Tensor>& inputs, const std::optional<Tensor>& given, int64_t outputs) {
-    const Tensor& first = inputs[0];
-    const std::initializer_list<int64_t> size = {first.size(0), outputs, first.size(2), first.size(3)};
-    if (!given.has_value()) {
-        return prefer_huge_pages(empty_tensor(kOp, "the result", size, first.scalar_type(), first,
-                                              torch::headeronly::MemoryFormat::ChannelsLast));
-    }
-    checked_view<T>("out", *given, first);
-    FASTROUTE_CHECK(given->size(1) == outputs, kOp, ": out must have the ", outputs, " channels of the result; got ",
-                    given->size(1));
-    FASTROUTE_CHECK(given->stride(1) == 1 || outputs == 1, kOp, ": out must have its channels side by side");
-    check_written(kOp, "out", *given, inputs);
-    return *given;
-}
-
 template <typename T>
 Tensor convolved(const std::vector<Tensor>& images,      // [B, C, H, W] each
                  const Tensor& weight,                   // [O, C of all images]
@@ -190,12 +172,20 @@ Tensor convolved(const std::vector<Tensor>& images,      // [B, C, H, W] each
         FASTROUTE_CHECK(p.residual.channels == p.outputs, kOp, ": residual must have the ", p.outputs,
                         " channels of the result; got ", p.residual.channels);
     }
-    std::vector<Tensor> inputs = images;
-    for (const auto* x : {&bias, &slope, &residual}) {
-        if (x->has_value()) inputs.push_back(**x);
+    if (given.has_value()) {
+        checked_view<T>("out", *given, images[0]);
+        FASTROUTE_CHECK(given->size(1) == p.outputs, kOp, ": out must have the ", p.outputs,
+                        " channels of the result; got ", given->size(1));
+        FASTROUTE_CHECK(given->stride(1) == 1 || p.outputs == 1, kOp, ": out must have its channels side by side");
+        std::vector<Tensor> read = images;
+        read.push_back(weight);
+        check_written(kOp, "out", *given, with_given(std::move(read), {&bias, &slope, &residual}));
     }
-    inputs.push_back(weight);
-    const Tensor out = result_for<T>(inputs, given, p.outputs);
+    const Tensor out = given.has_value()
+                           ? *given
+                           : prefer_huge_pages(empty_tensor(kOp, "the result", {batch, p.outputs, height, width},
+                                                            images[0].scalar_type(), images[0],
+                                                            torch::headeronly::MemoryFormat::ChannelsLast));
     if (out.numel() == 0) return out;
 
     constexpr bool kHalf = std::is_same_v<T, BFloat16>;
