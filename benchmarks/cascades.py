@@ -34,7 +34,7 @@ from benchmarks import measure
 from benchmarks.baselines.engines import Engines, Run, by_onnxruntime
 from benchmarks.cascade_tables import FASTROUTE, TODAY, savings_table
 from fastroute import io
-from fastroute.cascades.calibrate import CONTEXTS, best_of_classes, crops_of, measured_costs
+from fastroute.cascades.calibrate import CONTEXTS, best_of_classes, crops_of, measured_costs, wide_of
 from fastroute.cascades.calibrate import measure as measured
 from fastroute.cascades.cells import CELL, Cells, Rectangle, edge_scores
 from fastroute.cascades.decision import Decision
@@ -252,11 +252,13 @@ def cascades_of(
     cheap: Sequence[str],
 ) -> dict[str, CascadeRouter]:
     """A calibrated cascade for each of `cheap`, see `CHEAP`, of those of the first two of `sources` that pay and the last."""
-    costs = measured_costs(router)
+    costs, wide = measured_costs(router), wide_of(router, contexts)
     found = {}
     for name, numbers in ((name, CHEAP[name]) for name in cheap):
         own = (*numbers, 2)
-        learnt = best_of_classes([c.of(numbers) for c in cells], [costs[n] for n in own], PROMISED, contexts)
+        learnt = best_of_classes(
+            [c.of(numbers) for c in cells], [costs[n] for n in own], PROMISED, contexts, wide=[wide[n] for n in numbers]
+        )
         kept = [own[k] for k in learnt.classes]
         made = fastroute.cascade([sources[n] for n in kept], costs=learnt.costs).to("cpu", dtype)
         if learnt.left_out:

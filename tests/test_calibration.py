@@ -195,6 +195,7 @@ def test_from_a_folder_to_a_routed_picture(folder, tmp_path):
     assert router.names == ["bicubic", "light", "heavy"] and router.num_classes == 3
     table = router.decision.table
     assert table is not None and table.fidelity == 30.0
+    assert table.wide == (False, False)
     assert table.sampling is not None and min(table.sampling.margins) >= 1 and f"or by {table.sampling.margins[-1]:.2f}" in told
     source, target = folder / "images" / "0.png", tmp_path / "result.png"
     told = run("upscale", source, target, "--model", out, "--fidelity", "35")
@@ -262,6 +263,9 @@ def test_damaged_cascades_are_refused(folder, tmp_path):
         {"margin": 0.1},
         {"inner": -1},
         {"fidelity": "40"},
+        {"wide": 3},
+        {"wide": [1]},
+        {"wide": [True, False]},
         {"sampling": 3},
         {"sampling": {"margins": [2.0]}},
         {"sampling": {"margins": [0.5], "least": 0.3}},

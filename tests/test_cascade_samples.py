@@ -60,9 +60,12 @@ def test_cells_lie_at_even_ranks():
 
 
 def test_their_number_goes_by_the_image():
-    assert number_of_samples(Cells(400, 640), 8) == 5 and number_of_samples(Cells(720, 1280), 8) == 20
-    assert number_of_samples(Cells(2160, 3840), 8) == 24 and number_of_samples(Cells(340, 512), 8) == 3
-    assert number_of_samples(Cells(20, 40), 8) == 2
+    costs = [0.001, 1.0]
+    assert number_of_samples(Cells(400, 640), 8, costs) == 5 and number_of_samples(Cells(720, 1280), 8, costs) == 19
+    assert number_of_samples(Cells(2160, 3840), 8, costs) == 24 and number_of_samples(Cells(340, 512), 8, costs) == 3
+    assert number_of_samples(Cells(20, 40), 8, costs) == 2
+    # All networks run on every one of them.
+    assert number_of_samples(Cells(720, 1280), 8, [10.0, 30.0, 40.0]) == 10
     # Fewer are some of those that a calibration measures.
     scores = torch.randperm(200, generator=torch.Generator().manual_seed(3)).reshape(10, 20).double()
     five = sorted(places_of(scores, 5), key=lambda place: float(scores[place.top, place.left]))

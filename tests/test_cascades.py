@@ -14,7 +14,7 @@ import fastroute
 from fastroute.cascades import memory
 from fastroute.cascades import router as router_module
 from fastroute.cascades.cells import CELL, Cells, Rectangle, edge_scores
-from fastroute.cascades.decision import Decision
+from fastroute.cascades.decision import Decision, Table, error_of
 from fastroute.cascades.plan import PASS, Plan, cover, exact_cover, make_plan, spent
 from fastroute.cascades.router import CascadeRouter
 from fastroute.cascades.run import FADE, Limits, edges_of, layers_of, pieces_of
@@ -370,3 +370,18 @@ def test_what_is_refused():
     ):
         with pytest.raises(ValueError, match=words):
             fastroute.cascade([small, large], **options)
+
+
+def test_what_sees_far_errs_in_regions():
+    """A cheaper class that sees farther than the context errs as the last does there, but for the whole image."""
+    cells = Cells(2 * CELL, 3 * CELL)
+    errors = torch.tensor([[1e-3, 1e-3], [1e-4, 1e-4], [1e-5, 1e-5]], dtype=torch.float64)
+    table = Table(torch.tensor([1.0, 2.0]), errors, margin=2.0, wide=(False, True))
+    expected = errors[:, :1, None].expand(3, 2, 3)
+    ids = torch.tensor([[0, 1, 1], [0, 1, 1]])
+    plan = Plan(cells, ((Rectangle(0, 0, 2, 1),), (Rectangle(0, 1, 2, 3),), ()), 16, ids, 1.0)
+    # The column along the border of its region errs by the whole of the last class's error, the other by a fourth.
+    own = (1e-3 + (1e-4 + 1e-5) + (1e-4 + 0.25e-5)) / 3
+    assert error_of(plan, expected, table, cells.areas()) == pytest.approx(2 * own, rel=1e-6)
+    whole = Plan(cells, ((), (cells.whole,), ()), 16, torch.ones(2, 3, dtype=torch.int64), 1.0)
+    assert error_of(whole, expected, table, cells.areas()) == pytest.approx(2e-4, rel=1e-6)

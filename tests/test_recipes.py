@@ -188,11 +188,40 @@ def test_arm_starts_from_a_supernet_or_from_the_whole(pools, tmp_path):
         assert equal(model.network.state_dict(), other.network.state_dict()) and model.table.ready
 
 
+@pytest.mark.parametrize("name", ["arm", "pcsr"])
+def test_balanced_errors(pools, tmp_path, name):
+    """The weight of a patch is (1e-3 / (bicubic error + 2e-4))^balance."""
+    losses = {}
+    for balance in (0.0, 1.0):
+        recipe = dataclasses.replace(CASES[name][1], balance=balance)
+        trainer = make(name, pools, tmp_path / f"{balance}.pt", recipe)
+        stage = trainer.stages[0]
+        losses[balance], error, _ = trainer.loss(stage, np.random.default_rng(1))
+        errors = torch.tensor([1e-3, 2e-4, 5e-5, 0])
+        indices = np.array([0, 3, 4, len(trainer.pool) - 1])
+        bicubic = 10 ** (-torch.from_numpy(trainer.pool.psnr[indices]) / 10)
+        expected = ((1e-3 / (bicubic + 2e-4)) ** balance * errors).mean()
+        torch.testing.assert_close(trainer.balanced(errors, indices), expected)
+    assert losses[0.0] == 100 * error and losses[1.0] != losses[0.0]
+
+
+def test_pcsr_focus(pools, tmp_path):
+    """Half of the first phase's patches come from the harder half, beside half of the rest: 3 of 4; then no longer."""
+    trainer = make("pcsr", pools, tmp_path / "state.pt", dataclasses.replace(PCSR, batch=4000, focus=0.5))
+    heavy, light = (trainer.draw(stage, np.random.default_rng(0)) for stage in trainer.stages)
+    half = len(trainer.pool) // 2
+    plain = make("pcsr", pools, tmp_path / "plain.pt", dataclasses.replace(PCSR, batch=4000))
+    usual = np.mean(plain.draw(plain.stages[0], np.random.default_rng(0)) >= half)
+    assert (heavy[:2000] >= half).all() and (heavy[2000:] < half).any()
+    assert np.mean(light >= half) == usual
+
+
 def test_pcsr_scales(pools, tmp_path):
     trainer = make("pcsr", pools, tmp_path / "state.pt")
     sizes = set()
     for seed in range(12):
-        lr, hr = trainer._draw(np.random.default_rng(seed))
+        rng = np.random.default_rng(seed)
+        lr, hr = trainer._pairs(trainer.draw(trainer.stages[0], rng), rng)
         assert lr.shape == (2, 3, 8, 8)
         sizes.add(hr.shape[2])
         up = torch.nn.functional.interpolate(lr, hr.shape[2:], mode="bicubic")

@@ -116,6 +116,16 @@ def test_exclusion(folder, pool):
         Pool.build(folder, SCALE, PATCH, exclude=("la*", "flat.png", "small*"))
 
 
+def test_shrinks(folder, pool):
+    more = Pool.build(folder, SCALE, PATCH, shrinks=(1.0, 1.5, 2.5), stride=STRIDE)
+    assert len(more.lr) > len(pool.lr) and more.images == pool.images
+    for shrinks in ((), (0.5,), (1.0, float("nan")), (float("inf"),)):
+        with pytest.raises(ValueError, match="shrinks must be numbers of at least 1; got"):
+            Pool.build(folder, SCALE, PATCH, shrinks=shrinks)
+    with pytest.raises(ValueError, match="reduced by 50 and more, no image is as large as a patch of 8 x 2 pixels"):
+        Pool.build(folder, SCALE, PATCH, shrinks=(90, 50))
+
+
 def test_small_images_are_named(tmp_path):
     for number in range(6):
         io.write_image(tmp_path / f"{number}.png", torch.zeros(3, 15 + (number == 3), 90 + number, dtype=torch.uint8))

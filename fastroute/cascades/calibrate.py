@@ -70,7 +70,12 @@ def calibrate(
             for crop in crops_of(io.read_image(path), crops, rng):
                 cells.append(measure(router, crop, number, contexts))
                 bar.update()
-    return best_of_classes(cells, measured_costs(router), fidelity, contexts, progress)
+    return best_of_classes(cells, measured_costs(router), fidelity, contexts, progress, wide_of(router, contexts))
+
+
+def wide_of(router: CascadeRouter, contexts: Sequence[int]) -> list[bool]:
+    """Which of the cheaper networks see farther than every context."""
+    return [facts.reach is None or facts.reach > max(contexts) for facts in router.facts[:-1]]
 
 
 def best_of_classes(
@@ -79,13 +84,14 @@ def best_of_classes(
     fidelity: float,
     contexts: Sequence[int] = CONTEXTS,
     progress: Progress = False,
+    wide: Sequence[bool] = (),
 ) -> Calibration:
     """That of the networks which pay: without a cheaper one, pictures held out may take less of the dense cost.
 
     A network that costs next to nothing is chosen wherever its error is thought to be small, and so wherever that is thought
     wrongly; the margin that covers this can be worth more than the network saves.
     """
-    classes = tuple(range(len(costs)))
+    classes, wide = tuple(range(len(costs))), list(wide) or [False] * (len(costs) - 1)
     left_out: dict[int, float] = {}
     # All of them, all but one, and so on down to two.
     most = 1 + sum(range(2, len(classes)))
@@ -93,7 +99,7 @@ def best_of_classes(
 
         def tried(chosen: tuple[int, ...]) -> Calibration:
             own = [c.of(chosen[:-1]) for c in cells]
-            found = best_of_scores(own, [costs[k] for k in chosen], fidelity, contexts)
+            found = best_of_scores(own, [costs[k] for k in chosen], fidelity, contexts, [wide[k] for k in chosen[:-1]])
             bar.update()
             return replace(found, classes=chosen)
 
@@ -110,11 +116,15 @@ def best_of_classes(
 
 
 def best_of_scores(
-    cells: Sequence[Measured], costs: Sequence[float], fidelity: float, contexts: Sequence[int] = CONTEXTS
+    cells: Sequence[Measured],
+    costs: Sequence[float],
+    fidelity: float,
+    contexts: Sequence[int] = CONTEXTS,
+    wide: Sequence[bool] = (),
 ) -> Calibration:
     """The better of two scores on pictures held out: the strength of edges, and one that is learnt."""
     learners = {EDGE: None} if any(c.image is None for c in cells) else {EDGE: None, LEARNT: fit_score}
-    tried = {name: learnt_from(cells, costs, fidelity, contexts, learner) for name, learner in learners.items()}
+    tried = {name: learnt_from(cells, costs, fidelity, contexts, learner, wide) for name, learner in learners.items()}
     # That which needs no learning, where it is as good.
     best = min(tried, key=lambda name: tried[name].spent)
     return replace(tried[best], tried={name: found.spent for name, found in tried.items()})

@@ -53,6 +53,8 @@ class Table:
         margin: by what a promise multiplies all errors.
         fidelity: in dB, by default.
         sampling: None where pictures are not measured.
+        wide: of each cheaper class, whether it sees farther than a context reaches: computed in regions, it errs by what the
+            last class does beside its own errors. Empty for none.
     """
 
     scores: Tensor
@@ -63,6 +65,7 @@ class Table:
     margin: float = 1.0
     fidelity: float = 40.0
     sampling: Sampling | None = None
+    wide: tuple[bool, ...] = ()
 
     def corrected(self, ratios: Tensor, margin: float) -> Table:  # [K - 1]
         """The table of a picture on which the errors of the cheaper classes are `ratios` times those of others, as measured."""
@@ -239,16 +242,24 @@ def error_of(plan: Plan, expected: Tensor, table: Table | None, areas: Tensor) -
         heavy = classes == last
         if bool(heavy.all()) and plan.regions[last] == (plan.cells.whole,):
             return 0.0
-        own = torch.where(heavy, own * region_shares(plan, table), own) * table.margin
+        own = torch.where(heavy, own * region_shares(plan, table, last), own)
+        for k in (k for k, wide in enumerate(table.wide) if wide):
+            own = torch.where(classes == k, own + expected[last] * region_shares(plan, table, k), own)
+        own = own * table.margin
     return float((own * areas).sum() / areas.sum())
 
 
-def region_shares(plan: Plan, table: Table) -> Tensor:  # [rows, cols]
-    """By what the error of the last class is multiplied in every cell: less with more context, and far from a border."""
+def region_shares(plan: Plan, table: Table, k: int) -> Tensor:  # [rows, cols]
+    """By what the error of being computed in the regions of class `k` is multiplied in every cell of these.
+
+    Less with more context, and far from a border; 0 where one region is the whole image.
+    """
     shares = torch.zeros_like(plan.class_ids, dtype=torch.float64)
+    if plan.regions[k] == (plan.cells.whole,):
+        return shares
     share = table.shares[max(n for n, context in enumerate(table.contexts) if context <= max(plan.context, table.contexts[0]))]
     rows, cols = shares.shape
-    for region in plan.regions[-1]:
+    for region in plan.regions[k]:
         # Cells along a border that is not the image's see least of what lies beyond.
         inside = torch.full((region.bottom - region.top, region.right - region.left), share * table.inner, dtype=torch.float64)
         if region.top > 0:

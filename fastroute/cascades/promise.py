@@ -91,6 +91,7 @@ def learnt_from(
     fidelity: float,
     contexts: Sequence[int],
     learn_score: Callable[[Sequence[Measured]], CellScore] | None = None,
+    wide: Sequence[bool] = (),
 ) -> Calibration:
     """The table of all cells, with margins at which most of the pictures keep the promise when the others taught.
 
@@ -100,6 +101,7 @@ def learnt_from(
         fidelity: in dB.
         contexts: from which calls choose.
         learn_score: from cells to a score by which they are told apart; default that which they have.
+        wide: see :class:`fastroute.cascades.decision.Table`.
     """
     pictures = sorted({c.picture for c in cells})
     tests: list[HeldOut] = []
@@ -107,7 +109,7 @@ def learnt_from(
         tested = set(pictures[fold::FOLDS])
         others = [c for c in cells if c.picture not in tested]
         score = None if learn_score is None else learn_score(others)
-        taught = _taught([_scored(c, score) for c in others], contexts, fidelity)
+        taught = _taught([_scored(c, score) for c in others], contexts, fidelity, wide)
         tests += [HeldOut(_scored(c, score), taught) for c in cells if c.picture in tested]
     margin = least_margin(tests, costs)
     plans = [_planned(test.by(replace(test.table, margin=margin)), costs) for test in tests]
@@ -127,7 +129,7 @@ def learnt_from(
                 plans[n] = _planned(test.by(test.table.corrected(own, margins[-1])), costs, SHARE)
     spent = sum(plan.spent for plan in plans) / sum(float(test.cells.cells.areas().sum()) for test in tests)
     score = None if learn_score is None else learn_score(cells)
-    table = replace(_taught([_scored(c, score) for c in cells], contexts, fidelity), margin=margin, sampling=sampling)
+    table = replace(_taught([_scored(c, score) for c in cells], contexts, fidelity, wide), margin=margin, sampling=sampling)
     number = sum(c.scores.numel() for c in cells)
     reached = tuple(plan.reached for plan in plans)
     return Calibration(table, tuple(costs), len(pictures), number, fidelity, reached, spent, score)
@@ -137,9 +139,9 @@ def _scored(cells: Measured, score: CellScore | None) -> Measured:
     return cells if score is None else rescored(cells, score)
 
 
-def _taught(cells: Sequence[Measured], contexts: Sequence[int], fidelity: float) -> Table:
+def _taught(cells: Sequence[Measured], contexts: Sequence[int], fidelity: float, wide: Sequence[bool]) -> Table:
     found = learn(cells, contexts)
-    return Table(found.scores, found.errors, tuple(contexts), found.shares, found.inner, 1.0, fidelity)
+    return Table(found.scores, found.errors, tuple(contexts), found.shares, found.inner, 1.0, fidelity, None, tuple(wide))
 
 
 def _ratios(test: HeldOut, number: int) -> Tensor:  # [K - 1]

@@ -311,7 +311,7 @@ class CascadeRouter(Router):
         if scores is None or table is None or call.target.fidelity is None:
             return plan
         context = aligned(table.contexts[0], self.align)
-        return sampled_plan(plan, table, scores, context, planned, measure)
+        return sampled_plan(plan, table, scores, context, self.costs, planned, measure)
 
     def runs(self) -> list[Network]:
         """Each class as a function of images."""

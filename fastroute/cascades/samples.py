@@ -26,9 +26,9 @@ FEWER = {3: (0, 2, 4), 4: (0, 1, 3, 4)}
 RANKS = (0.2, 0.9)
 
 
-def number_of_samples(cells: Cells, context: int) -> int:
-    """How many cells of an image are measured, with `context` pixels around each."""
-    share = SHARE * cells.height * cells.width / (CELL + 2 * context) ** 2
+def number_of_samples(cells: Cells, context: int, costs: Sequence[float]) -> int:
+    """How many cells of an image are measured, with `context` pixels around each, by networks of these costs of a pixel."""
+    share = SHARE * cells.height * cells.width / (CELL + 2 * context) ** 2 * costs[-1] / sum(costs)
     return min(max(int(share), FEWEST), MOST, cells.rows * cells.cols)
 
 
@@ -73,6 +73,7 @@ def sampled_plan(
     table: Table,
     scores: Tensor,  # [rows, cols]
     context: int,
+    costs: Sequence[float],
     again: Callable[[Table], Plan],
     measure: Callable[[Sequence[Piece]], Tensor],
 ) -> Plan:
@@ -83,15 +84,17 @@ def sampled_plan(
         table: of the cascade, with `sampling`.
         scores: of the cells.
         context: pixels around a cell that is measured.
+        costs: of a pixel in each class.
         again: makes a plan by another table.
         measure: see :func:`measure_samples`.
     """
     cells, sampling = plan.cells, table.sampling
     if sampling is None:
         return plan
-    places = places_of(scores, number_of_samples(cells, context))
+    places = places_of(scores, number_of_samples(cells, context, costs))
     pieces = samples_of(cells, places, context)
-    spent = sum(piece.outer.area for piece in pieces)
+    pixels = sum(piece.outer.area for piece in pieces)
+    spent = pixels * sum(costs) / costs[-1]
     # A picture that turns out to need the dense run pays for having been measured.
     if plan.cost + spent > (1 + SHARE) * cells.height * cells.width + PASS:
         return plan
@@ -100,4 +103,4 @@ def sampled_plan(
     if again(table.corrected(nearest, margin)).cost + spent >= plan.cost:
         return plan
     ratios = ratios_of(measure(pieces), places, table.expected(scores))
-    return replace(again(table.corrected(ratios, margin)), sampled=spent)
+    return replace(again(table.corrected(ratios, margin)), sampled=pixels)

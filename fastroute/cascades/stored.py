@@ -63,6 +63,7 @@ def save_cascade(path: Path, branches: Sequence[str | Path], calibration: Calibr
         "costs": list(calibration.costs),
         "inner": table.inner,
         "margin": table.margin,
+        "wide": list(table.wide),
         "sampling": None if table.sampling is None else asdict(table.sampling),
         "fidelity": table.fidelity,
         "pictures": calibration.pictures,
@@ -169,7 +170,14 @@ def _table(content: Mapping[str, Tensor], about: Mapping[str, Any], classes: int
         _number(about["margin"], "margin", 1.0),
         _number(about["fidelity"], "fidelity", 0.0),
         _sampling(about.get("sampling")),
+        _wide(about.get("wide", []), classes),
     )
+
+
+def _wide(told: Any, classes: int) -> tuple[bool, ...]:
+    if not isinstance(told, list) or len(told) not in (0, classes - 1) or not all(isinstance(own, bool) for own in told):
+        raise ValueError("it must say of every cheaper network, or of none, whether it sees far")
+    return tuple(told)
 
 
 def _sampling(told: Any) -> Sampling | None:

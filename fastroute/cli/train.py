@@ -29,6 +29,8 @@ RECIPE_NAMES = tuple(
 @click.option("--out", type=click.Path(path_type=Path), help="Folder for the state of training, from which the same command "
               "resumes, and the result.  [default: runs/RECIPE]")  # fmt: skip
 @click.option("--exclude", multiple=True, metavar="PATTERN", help="File names to leave out, such as '*-x4.png'; repeatable.")
+@click.option("--shrinks", default="1,1.6,2.5", show_default=True, metavar="N,N,...",
+              help="Use every image reduced by each of these factors: the larger, the crisper its edges.")  # fmt: skip
 @click.option("--init", type=click.Path(path_type=Path), help="Start from the weights of this checkpoint: of the same recipe, "
               "of a ClassSR (cdnsr takes its branches, arm and pcsr the largest), or of one network (arm, pcsr).")  # fmt: skip
 @click.option("--config", type=click.Path(path_type=Path), help="YAML file of settings, NAME: VALUE; the options below and "
@@ -62,6 +64,7 @@ def command(
     images: Path,
     out: Path | None,
     exclude: tuple[str, ...],
+    shrinks: str,
     init: Path | None,
     config: Path | None,
     assignments: tuple[str, ...],
@@ -84,13 +87,14 @@ def command(
     On several GPUs or machines: torchrun --nproc-per-node N -m fastroute train RECIPE ... --device cuda
     """
     from fastroute import buffers
-    from fastroute.training.data import Pool
+    from fastroute.training.data import SHRINKS, Pool
     from fastroute.training.distributed import processes, rank
     from fastroute.training.logs import make_log
     from fastroute.training.recipes import RECIPES, configure, write_config
     from fastroute.training.start import Start
     from fastroute.training.validation import Validation
 
+    factors = _factors(shrinks)
     settings = {name: value for name, value in options.items() if value is not None}
     for assignment in assignments:
         name, equals, value = assignment.partition("=")
@@ -105,7 +109,7 @@ def command(
         at = device_of(where)
         if at.type == "cpu":
             buffers.keep_freed()
-        pool = Pool.build(images, plan.scale, plan.patch, exclude=exclude)
+        pool = Pool.build(images, plan.scale, plan.patch, factors, exclude=exclude)
         first = rank() == 0
         watched = Validation(validate, plan.scale, validate_every, exclude) if validate is not None and first else None
         trainer = RECIPES[recipe][1](
@@ -118,12 +122,23 @@ def command(
         trainer.run()
         if not first:
             return
-        more = f" --init {init}" if init is not None else ""
+        more = (f" --init {init}" if init is not None else "") + (f" --shrinks {shrinks}" if factors != SHRINKS else "")
         command = f"python -m fastroute train {recipe} --images DIR --config FILE{more} --precision {precision}"
         write_config(folder / "config.yaml", plan, f"To repeat the training: {command}")
         target = folder / f"{recipe}-x{plan.scale}.safetensors"
         trainer.write(target)
     click.echo(f"wrote {target}; use it with: fastroute upscale IN OUT --model {target}")
+
+
+def _factors(text: str) -> tuple[float, ...]:
+    from fastroute.training.data import check_shrinks
+
+    try:
+        factors = tuple(float(part) for part in text.split(","))
+        check_shrinks(factors)
+    except ValueError:
+        raise click.BadParameter(f"must be numbers of at least 1; got {text!r}", param_hint="--shrinks") from None
+    return factors
 
 
 def _check_folder(folder: Path) -> None:

@@ -7,13 +7,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from fastroute.grid import usual_stride
 from fastroute.models.arm import ARM, BACKBONES, BINS, edge_score
 from fastroute.patch.patch_router import PatchRouter
 from fastroute.training.base import RecipeTrainer, routed
-from fastroute.training.checks import check_backbone, check_settings, check_widths
+from fastroute.training.checks import check_backbone, check_settings, check_shares, check_widths
 from fastroute.training.optimizers import check_optimizer
 from fastroute.training.start import Start, start_network
 from fastroute.training.trainer import Stage, StepResult
@@ -32,6 +31,7 @@ class Recipe:
         scale, patch: upscaling factor and LR patch size.
         steps: each trains one width; 0 only measures the table, of weights to start from.
         batch: patches per step.
+        balance: how much the widths heed easy patches, as for ClassSR; see :class:`fastroute.training.classsr.BranchRecipe`.
         learning_rate: peak rate, annealed by a cosine.
         optimizer: "adam" or "soap", of all stages; see :func:`fastroute.training.optimizers.make_optimizer`.
         bins: of the table.
@@ -46,6 +46,7 @@ class Recipe:
     patch: int = 32
     steps: int = 30000
     batch: int = 32
+    balance: float = 0.0
     learning_rate: float = 1e-3
     optimizer: str = "adam"
     bins: int = BINS
@@ -56,6 +57,7 @@ class Recipe:
     def __post_init__(self) -> None:
         check_settings(self, ("scale", "patch", "batch", "bins", "table_patches"), ("steps", "seed"))
         check_widths(self.widths)
+        check_shares(self, "balance")
         check_optimizer(self.optimizer)
         check_backbone(self.backbone, BACKBONES)
         if not self.eta > 0:
@@ -110,10 +112,12 @@ class Trainer(RecipeTrainer):
         """See :class:`fastroute.training.Trainer`."""
         # By the square of its cost, as published: a wide network learns more slowly. Interpolation costs nothing.
         k = int(rng.choice(len(self.share), p=self.share))
-        lr, hr = self.batch(self.pool.draw(0, len(self.pool.positions), self.recipe.batch, rng), rng)
+        indices = self.draw_patches(self.recipe.batch, rng)
+        lr, hr = self.batch(indices, rng)
         # Squared, as PSNR counts.
-        loss = F.mse_loss(self.model.run(k, lr), hr)
-        return StepResult(100 * loss, loss.detach(), lambda: f", last width {int(self.model.widths[k - 1])}")
+        errors = (self.model.run(k, lr) - hr).square().mean(dim=(1, 2, 3))
+        loss, width = self.balanced(errors, indices), int(self.model.widths[k - 1])
+        return StepResult(100 * loss, errors.detach().mean(), lambda: f", last width {width}")
 
     def finish(self) -> None:
         """See :class:`fastroute.training.Trainer`."""

@@ -6,17 +6,23 @@ from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from fastroute.grid import usual_stride
 from fastroute.models.checkpoints import load_weights
 from fastroute.runtime.router import Router
+from fastroute.runtime.transfer import to_device
 from fastroute.training.checks import OWN
 from fastroute.training.data import Pool
 from fastroute.training.start import Start
 from fastroute.training.trainer import Trainer
 from fastroute.training.validation import Upscale
+
+# Squared errors in [0, 1]²: that of a usual patch, which `balance` leaves its weight, and what keeps the weight of a flat
+# patch, which is nearly exact already, from growing without end.
+LEVEL, FLAT = 1e-3, 2e-4
 
 
 def routed(router: Router, **options: Any) -> Upscale:
@@ -80,6 +86,25 @@ class RecipeTrainer(Trainer, ABC):
     def start_from(self, start: Start) -> None:
         """Take the weights of `start`, in the layout of the model or in another that fits."""
         load_weights(self.model, start.state, start.name)
+
+    def draw_patches(self, size: int, rng: np.random.Generator, own: tuple[int, int] = (0, 0)) -> np.ndarray:
+        """Numbers of the `size` patches of a batch; the recipe's `focus` of them from the range `own`, if it is not empty."""
+        indices = self.pool.draw(0, len(self.pool.positions), size, rng)
+        if own[1] > own[0]:
+            count = round(size * self.recipe.focus)
+            indices[:count] = self.pool.draw(*own, count, rng)
+        return indices
+
+    def balanced(self, errors: Tensor, indices: np.ndarray) -> Tensor:  # [n]
+        """The mean squared error of a batch, each patch weighed as the recipe's `balance` says.
+
+        Args:
+            errors: (n,), mean squared error of each patch of this process.
+            indices: (N,), numbers of the batch's patches in the pool.
+        """
+        psnr = torch.from_numpy(self.pool.psnr[indices[self.rows]]).to(errors.dtype)
+        weights = (LEVEL / (10 ** (-psnr / 10) + FLAT)) ** self.recipe.balance
+        return (to_device(weights, self.device) * errors).mean()
 
     def metadata(self) -> dict[str, Any]:
         """The settings, and what :func:`fastroute.load` reads."""

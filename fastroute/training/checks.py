@@ -44,6 +44,13 @@ def check_settings(recipe: Any, positive: Sequence[str], not_negative: Sequence[
             raise ValueError(f"train: {name} must be at least {bound}; got {getattr(recipe, name)}")
 
 
+def check_shares(recipe: Any, *names: str) -> None:
+    """Raise a ValueError that names the first of these settings that is outside of [0, 1]."""
+    for name in names:
+        if not 0 <= getattr(recipe, name) <= 1:
+            raise ValueError(f"train: {name} must lie in [0, 1]; got {getattr(recipe, name)}")
+
+
 def check_backbone(backbone: str, known: Iterable[str]) -> None:
     """Raise a ValueError that lists the known backbones."""
     if backbone not in (*known, OWN):

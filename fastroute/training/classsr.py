@@ -14,17 +14,13 @@ from fastroute.grid import usual_stride
 from fastroute.models.classsr import BACKBONES, ClassSR, PatchClassifier
 from fastroute.patch.patch_router import PatchRouter
 from fastroute.profiling import count_flops
-from fastroute.runtime.transfer import to_device
 from fastroute.training.base import RecipeTrainer, class_shares, routed
-from fastroute.training.checks import check_backbone, check_settings, check_widths
+from fastroute.training.checks import check_backbone, check_settings, check_shares, check_widths
 from fastroute.training.losses import average_loss, class_loss, routing_loss
 from fastroute.training.optimizers import check_optimizer
 from fastroute.training.trainer import Stage, StepResult
 from fastroute.training.validation import Upscale
 
-# Squared errors in [0, 1]²: that of a usual patch, which `balance` leaves its weight, and what keeps the weight of a flat
-# patch, which is nearly exact already, from growing without end.
-LEVEL, FLAT = 1e-3, 2e-4
 NORMS = ("running", "batch")
 
 
@@ -73,9 +69,7 @@ class BranchRecipe:
             )
         if self.patch < (cell := PatchClassifier.CELL):
             raise ValueError(f"train: patch must be at least {cell}, the side of a cell of the classifier; got {self.patch}")
-        for name in ("focus", "balance"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"train: {name} must lie in [0, 1]; got {getattr(self, name)}")
+        check_shares(self, "focus", "balance")
         if self.norms not in NORMS:
             raise ValueError(f"train: norms must be one of {', '.join(NORMS)}; got {self.norms!r}")
         check_optimizer(self.optimizer)
@@ -168,11 +162,9 @@ class BranchTrainer(RecipeTrainer):
         lr, hr = self.batch(indices, rng)
         if stage.branch is None:
             return self.system_loss(stage, lr, hr, rng)
-        bicubic = to_device(torch.from_numpy(10 ** (-self.pool.psnr[indices[self.rows]] / 10)).to(lr.dtype), self.device)
         # Squared, as PSNR counts: the error of strong edges decides, which the absolute one undervalues.
         errors = (self.model.branches[stage.branch](lr) - hr).square().mean(dim=(1, 2, 3))
-        weights = (LEVEL / (bicubic + FLAT)) ** self.recipe.balance
-        return StepResult(100 * (weights * errors).mean(), errors.detach().mean(), lambda: "")
+        return StepResult(100 * self.balanced(errors, indices), errors.detach().mean(), lambda: "")
 
     def system_loss(self, stage: Stage, lr: Tensor, hr: Tensor, rng: np.random.Generator) -> StepResult:
         """Loss of the stages after the branches, for pairs of patches; see :meth:`fastroute.training.Trainer.loss`."""
@@ -180,16 +172,11 @@ class BranchTrainer(RecipeTrainer):
 
     def draw(self, stage: Stage, rng: np.random.Generator) -> np.ndarray:
         """Numbers of the patches of a step."""
-        total, size = len(self.pool.positions), self.recipe.batch
         # The classifier needs larger batches: its average loss compares class shares within one.
         if stage.branch is None:
-            size *= 2
-        indices = self.pool.draw(0, total, size, rng)
-        if stage.branch is not None:
-            own = round(size * self.recipe.focus)
-            low, high = self.pool.class_range(stage.branch, len(self.recipe.widths))
-            indices[:own] = self.pool.draw(low, max(high, low + 1), own, rng)
-        return indices
+            return self.draw_patches(2 * self.recipe.batch, rng)
+        low, high = self.pool.class_range(stage.branch, len(self.recipe.widths))
+        return self.draw_patches(self.recipe.batch, rng, (low, max(high, low + 1)))
 
 
 class Trainer(BranchTrainer):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -22,6 +23,8 @@ from fastroute.runtime.transfer import to_device
 from fastroute.training import distributed
 
 NAMED_AT_MOST = 4
+# Factors by which every image is reduced for training, by default.
+SHRINKS = (1.0, 1.6, 2.5)
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,7 +54,7 @@ class Pool:
         folder: str | Path,
         scale: int = 4,
         patch: int = 32,
-        shrinks: Sequence[float] = (1.0, 1.6, 2.5),
+        shrinks: Sequence[float] = SHRINKS,
         stride: int = 16,
         exclude: Sequence[str] = (),
     ) -> Pool:
@@ -60,14 +63,17 @@ class Pool:
         Args:
             folder: searched recursively.
             scale, patch: upscaling factor and LR patch size.
-            shrinks: each image is also used reduced by these factors, which adds sharper material.
+            shrinks: each image is used reduced by each of these factors, at least 1, which adds sharper material. One that
+                becomes smaller than a patch is left out.
             stride: distance of the patch positions in LR pixels.
             exclude: glob patterns of file names to leave out, such as pixel art, whose structure no photograph has.
 
         Raises:
-            ValueError: `folder` holds no image, or one smaller than a patch.
+            ValueError: `folder` holds no image, or one smaller than a patch; `shrinks` are not numbers of at least 1, or leave
+                no image as large as a patch.
             fastroute.io.ImageError: an image cannot be read.
         """
+        check_shrinks(shrinks)
         paths = [p for p in io.list_images(folder) if not any(fnmatch(p.name, pattern) for pattern in exclude)]
         if not paths:
             raise ValueError(f"train: every image in {folder} is excluded by {', '.join(exclude)}")
@@ -89,6 +95,9 @@ class Pool:
                 psnrs.append(psnr.numpy().ravel())
                 lrs.append(lr)
                 hrs.append(hr)
+        if not lrs:
+            least = f"{min(shrinks):g}"
+            raise ValueError(f"train: reduced by {least} and more, no image is as large as a patch of {patch} x {scale} pixels")
         psnr_all = np.concatenate(psnrs)
         order = np.argsort(-psnr_all, kind="stable")
         where = np.concatenate(positions).astype(np.int32)[order]
@@ -182,6 +191,12 @@ class Pairs:
         lr, hr = (to_device(torch.stack(images), device) for images in zip(*pairs, strict=True))
         lr, hr = (x.float().div_(255) if x.dtype == torch.uint8 else x.float() for x in (lr, hr))
         return lr, hr
+
+
+def check_shrinks(shrinks: Sequence[float]) -> None:
+    """Raise a ValueError unless `shrinks` are finite numbers of at least 1."""
+    if not shrinks or not all(1 <= shrink < math.inf for shrink in shrinks):
+        raise ValueError(f"train: shrinks must be numbers of at least 1; got {tuple(shrinks)}")
 
 
 def check_sizes(paths: Sequence[Path], side: int) -> None:

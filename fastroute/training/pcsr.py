@@ -17,7 +17,7 @@ from fastroute.pixel.pixel_router import PixelRouter
 from fastroute.reference.pixel_mlp import bilinear_reference
 from fastroute.runtime.transfer import to_device
 from fastroute.training.base import RecipeTrainer, class_shares, routed
-from fastroute.training.checks import check_backbone, check_settings
+from fastroute.training.checks import check_backbone, check_settings, check_shares
 from fastroute.training.data import downscale, to_uint8
 from fastroute.training.losses import average_loss
 from fastroute.training.optimizers import check_optimizer
@@ -43,6 +43,8 @@ class Recipe:
         batch: patches per step.
         pixels: output pixels of every LR pixel at which a step evaluates classifier and upsamplers, drawn anew for each step
             and LR pixel; 0 for all. They take most of the time; every feature still learns in every step.
+        focus: share of the patches of phase 1 that comes from the harder half of them, by bicubic interpolation.
+        balance: how much phase 1 heeds easy patches, as for ClassSR; see :class:`fastroute.training.classsr.BranchRecipe`.
         learning_rate, light_rate: peak rates of the phases, annealed by a cosine.
         optimizer: "adam" or "soap", of all stages; see :func:`fastroute.training.optimizers.make_optimizer`.
         image_weight: of the absolute error in phase 2.
@@ -61,6 +63,8 @@ class Recipe:
     light_steps: int = 6000
     batch: int = 16
     pixels: int = 4
+    focus: float = 0.0
+    balance: float = 0.0
     learning_rate: float = 1e-3
     light_rate: float = 1e-3
     optimizer: str = "adam"
@@ -76,6 +80,7 @@ class Recipe:
             raise ValueError(f"train: upsamplers must be at least two, the last not empty; got {self.upsamplers}")
         if not self.scales or min(self.scales) < 1 or list(self.scales) != sorted(set(self.scales)):
             raise ValueError(f"train: scales must be positive and rise; got {self.scales}")
+        check_shares(self, "focus", "balance")
         check_optimizer(self.optimizer)
         check_backbone(self.backbone, BACKBONES)
         for name, mlps in (("upsamplers", self.upsamplers), ("classifier", (self.classifier,))):
@@ -137,7 +142,8 @@ class Trainer(RecipeTrainer):
     def loss(self, stage: Stage, rng: np.random.Generator) -> StepResult:
         """See :class:`fastroute.training.Trainer`."""
         r = self.recipe
-        lr, hr = self._draw(rng)
+        indices = self.draw(stage, rng)
+        lr, hr = self._pairs(indices, rng)
         scale = hr.shape[2] // lr.shape[2]
         chosen = torch.from_numpy(choose_pixels(lr.shape[2] * lr.shape[3], scale**2, r.pixels, rng))
         chosen = to_device(chosen, self.device)
@@ -147,8 +153,8 @@ class Trainer(RecipeTrainer):
             heavy = bilinear + run_mlp(self.model.upsamplers[-1], features, chosen, scale)
         if stage.kind == "heavy":
             # Squared, as PSNR counts.
-            loss = F.mse_loss(heavy, target)
-            return StepResult(100 * loss, loss.detach(), lambda: f", x{scale}")
+            errors = (heavy - target).square().mean(dim=(1, 2, 3))
+            return StepResult(100 * self.balanced(errors, indices), errors.detach().mean(), lambda: f", x{scale}")
         probability = run_mlp(self.model.classifier, features, chosen, scale).softmax(dim=-1)
         outputs = [bilinear + run_mlp(mlp, features, chosen, scale) for mlp in self.model.upsamplers[:-1]]
         mixed = (torch.stack([*outputs, heavy], dim=-1) * probability[..., None, :]).sum(dim=-1)
@@ -156,10 +162,17 @@ class Trainer(RecipeTrainer):
         loss = r.image_weight * F.l1_loss(mixed, target) + r.average_weight * average_loss(pixels)
         return StepResult(loss, F.mse_loss(mixed.detach(), target), partial(class_shares, pixels.detach()))
 
-    def _draw(self, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-        """A batch of one scale. For smaller factors than the pool's, part of each HR patch is reduced anew."""
+    def draw(self, stage: Stage, rng: np.random.Generator) -> np.ndarray:
+        """Numbers of the patches of a step."""
+        return self.draw_patches(self.recipe.batch, rng, self.pool.class_range(1, 2) if stage.kind == "heavy" else (0, 0))
+
+    def _pairs(self, indices: np.ndarray, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+        """A batch of one scale.
+
+        For smaller factors than the pool's, part of each HR patch is reduced anew.
+        """
         r = self.recipe
-        lr, hr = self.batch(self.pool.draw(0, len(self.pool.positions), r.batch, rng), rng)
+        lr, hr = self.batch(indices, rng)
         scale = int(rng.choice(r.scales))
         if scale < r.scale:
             span = r.patch * scale
