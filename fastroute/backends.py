@@ -12,6 +12,8 @@ import re
 import sys
 import threading
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -201,14 +203,46 @@ def _driver_version() -> tuple[int, int] | None:
 
 
 @functools.cache
-def _fastest(op: str, index: int | None) -> str:
+def _kernels(op: str, index: int | None) -> tuple[str, ...]:
     device = torch.device("cuda" if index is None else f"cuda:{index}")
-    return next((backend for backend in ("cuda", "triton") if not unsupported_reasons(op, backend, device)), "reference")
+    return tuple(backend for backend in ("cuda", "triton") if not unsupported_reasons(op, backend, device))
+
+
+def kernels_on_gpu(op: str, index: int | None) -> list[str]:
+    """The backends that have a kernel of `op` on this GPU, the usually faster first. They are found once per process."""
+    return list(_kernels(op, index))
+
+
+# By operator and number of a GPU, the backend that was measured to be faster there; see `fastroute.runtime.kernels`.
+_preferred: dict[tuple[str, int | None], str] = {}
+# The operators whose backend is chosen while somebody records them.
+_called: set[str] | None = None
+
+
+def prefer(op: str, index: int | None, backend: str | None) -> None:
+    """Let `backend`, which has a kernel of `op`, run it on this GPU unless another one is requested; None for the usual one."""
+    if backend is None:
+        _preferred.pop((op, index), None)
+    else:
+        _preferred[op, index] = backend
+
+
+@contextmanager
+def recorded() -> Iterator[set[str]]:
+    """The operators whose backend on a GPU is chosen within the block, by any thread."""
+    global _called
+    before, _called = _called, set()
+    try:
+        yield _called
+    finally:
+        _called = before
 
 
 def _fastest_on_gpu(op: str, index: int | None) -> str:
-    """The backend of `op` on this GPU. It is needed in every call, and therefore found once per process."""
-    return _fastest(op, index)
+    """The backend of `op` on this GPU."""
+    if _called is not None:
+        _called.add(op)
+    return _preferred.get((op, index)) or next(iter(_kernels(op, index)), "reference")
 
 
 # The values are constant in a process, so a trace of torch.compile need not look inside. This is the attribute that

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from fastroute._arguments import whole
 from fastroute.budget.speed import noise
 from fastroute.ops import _checks as check
 from fastroute.patch.patch_router import PatchRouter
+from fastroute.runtime.kernels import choose_kernels
 from fastroute.runtime.router import Router
 
 # The options of a call that choose classes, in the place of which a class map is given.
@@ -29,16 +30,20 @@ class Warmed:
         images: number of images that were upscaled.
         seconds: time that all of them took.
         measured: for each class of a patch router, whether it is known how its branch runs fastest; empty for other routers.
+        kernels: on a GPU, the backend of each operator of which two have kernels: the one that was faster on these images, and
+            runs the operator on this GPU from now on, in this process.
     """
 
     images: int
     seconds: float
     measured: tuple[bool, ...] = ()
+    kernels: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
         left = [str(c) for c, done in enumerate(self.measured) if not done]
         missing = f"; still to be measured: class {', '.join(left)}" if left else ""
-        return f"{self.images} images in {self.seconds:.1f} s{missing}"
+        by = "".join(f"; {op} by {backend}" for op, backend in self.kernels.items())
+        return f"{self.images} images in {self.seconds:.1f} s{missing}{by}"
 
 
 def warmup(router: Router, size: tuple[int, int], *, dtype: torch.dtype = torch.uint8, **options: Any) -> Warmed:
@@ -47,7 +52,8 @@ def warmup(router: Router, size: tuple[int, int], *, dtype: torch.dtype = torch.
     Pictures of noise are upscaled. So Triton and `torch.compile` compile their kernels, which their caches keep, for all
     classes and for mixtures of them; memory is mapped; and the search for the fastest way to run each branch, which otherwise
     takes place on the first images, comes to its end and is kept in `tuning.json`. Under a budget of milliseconds the speed is
-    measured too. Other processes on the same machine find all that is kept.
+    measured too. On a GPU the kernels of CUDA and Triton are compared, operator by operator, and the faster ones used from then
+    on, where no backend is requested. Other processes on the same machine find all that is kept when they warm up.
 
     Args:
         router: any router. An engine that its `compile` has chosen has compiled its programs then; here they run.
@@ -80,10 +86,20 @@ def warmup(router: Router, size: tuple[int, int], *, dtype: torch.dtype = torch.
     if isinstance(router, PatchRouter):
         images += _search(router, picture, {name: value for name, value in options.items() if name not in CHOOSING})
         measured = tuple(router.networks.settled(c, router.device) for c in range(router.num_classes))
+    runs = 0
+
+    def run() -> None:
+        nonlocal runs
+        runs += 1
+        router.upscale(picture, **options)
+
+    shapes = [list(x.shape) for x in router.parameters()]
+    about = [type(router).__name__, str(router.dtype), shapes, [height, width], str(dtype), sorted(options)]
+    kernels = choose_kernels(router.device, run, about)
     for _ in range(2):  # with the settings found; the second image finds memory where the first one left it
         result = router.upscale(picture, **options)
     _ = result.stats.seconds  # waits for the device
-    return Warmed(images + 2, time.perf_counter() - begin, measured)
+    return Warmed(images + runs + 2, time.perf_counter() - begin, measured, kernels)
 
 
 def _search(router: PatchRouter, picture: Tensor, options: dict[str, Any]) -> int:  # [C, H, W]

@@ -19,9 +19,10 @@ GPU = torch.device("cuda", 0)
 @pytest.fixture(autouse=True)
 def forgotten_choices():
     """What was found in a process is kept; here it changes from test to test."""
-    backends._fastest.cache_clear()
+    backends._kernels.cache_clear()
     yield
-    backends._fastest.cache_clear()
+    backends._kernels.cache_clear()
+    backends._preferred.clear()
 
 
 @pytest.fixture
