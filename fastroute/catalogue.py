@@ -44,7 +44,8 @@ def default_model(scale: float | None = None) -> str:
     """The shipped model for an upscaling factor: `DEFAULT_MODEL` or its like, and `ANY_SCALE` where there is none."""
     if scale is None:
         return DEFAULT_MODEL
-    name = f"{DEFAULT_MODEL.rpartition('-x')[0]}-x{scale:g}"
+    # Written out: 4.0000001 is another factor than 4.
+    name = f"{DEFAULT_MODEL.rpartition('-x')[0]}-x{int(scale) if scale == int(scale) else scale}"
     return name if name in list_models() else ANY_SCALE
 
 

@@ -24,7 +24,16 @@ from fastroute.catalogue import WEIGHTS, default_model, list_models
 from fastroute.engines import ANY, TORCH, check_engine
 from fastroute.grid import usual_stride
 from fastroute.models import arm as arm_models
-from fastroute.models.architectures import FIRST_LAYERS, SECOND_LAYERS, arm_of, classsr_of, network_of, pcsr_of, widths_of
+from fastroute.models.architectures import (
+    FIRST_LAYERS,
+    SECOND_LAYERS,
+    arm_of,
+    classsr_of,
+    network_of,
+    pcsr_of,
+    scale_of_weights,
+    widths_of,
+)
 from fastroute.models.arm import ARM, EdgeClassifier
 from fastroute.models.arm_tables import read_table
 from fastroute.models.checkpoints import (
@@ -39,7 +48,7 @@ from fastroute.models.checkpoints import (
 from fastroute.models.network import Facts
 from fastroute.models.pcsr import PCSR, PUBLISHED
 from fastroute.models.precision import check_precision
-from fastroute.models.scales import scale_of_flat_images, scale_of_shapes
+from fastroute.models.scales import scale_of_shapes
 from fastroute.patch.patch_router import PatchRouter
 from fastroute.pixel.pixel_router import PixelRouter
 from fastroute.runtime.border import ZERO, check_border
@@ -349,25 +358,14 @@ def _scale(state: Mapping[str, Tensor], prefix: str, path: Path, settings: Mappi
     if "scale" in asked:
         scale = asked["scale"]
         if scale != int(scale):
-            raise ValueError(f"its networks upscale by whole factors alone; got scale={scale:g}")
+            raise ValueError(f"its networks upscale by whole factors alone; got scale={scale}")
         if known is not None and scale != known:
             raise CheckpointError(f"cannot use {path}: it upscales by {known} alone; got scale={scale:g}")
         return int(scale)
     if known is not None or not width:
         return known or 4
 
-    def build(scale: int) -> nn.Module:
-        with torch.device("meta"):
-            network = network_of(backbone, state, prefix, width, scale)
-        own = {key.removeprefix(prefix): value.float() for key, value in state.items() if key.startswith(prefix)}
-        network.load_state_dict(own, assign=True)
-        return network
-
-    try:
-        judged = scale_of_flat_images(build)
-    except (RuntimeError, ValueError):
-        # Weights that do not fit are refused later, by their names.
-        judged = None
+    judged = scale_of_weights(backbone, state, prefix, width)
     if judged != 4:
         reason = (
             "the weights keep flat images flat at no factor from 2 to 4 or at several, so 4 is assumed"

@@ -12,7 +12,7 @@ from networks import picture, random_classsr, randomise
 
 import fastroute
 from fastroute import CheckpointError, PatchRouter, PixelRouter, io
-from fastroute.catalogue import default_model
+from fastroute.catalogue import ANY_SCALE, DEFAULT_MODEL, default_model
 from fastroute.cli import main
 from fastroute.grid import usual_stride
 from fastroute.models.carn import CARN
@@ -221,3 +221,9 @@ def test_the_default_model_goes_by_the_scale(scale, tmp_path):
 def test_the_default_model_has_a_scale(scale):
     with pytest.raises((ValueError, TypeError), match=r"^load: scale must be"):
         fastroute.load(scale=scale)
+
+
+def test_a_factor_nearly_whole_is_none():
+    assert default_model(4.0000001) == default_model(2.9999999) == ANY_SCALE and default_model(4.0) == DEFAULT_MODEL
+    with pytest.raises(ValueError, match=r"whole factors alone; got scale=4\.0000001"):
+        fastroute.load(DEFAULT_MODEL, scale=4.0000001)

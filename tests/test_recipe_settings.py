@@ -54,7 +54,7 @@ def images(tmp_path_factory):
         ("arm-fsrcnn", {"eta": "0"}, "eta must be above 0"),
         ("arm-fsrcnn", {"backbone": "edsr"}, "backbone must be one of fsrcnn, carn, srresnet, rcan; got 'edsr'"),
         ("arm-fsrcnn", {"steps": "-1"}, "steps must be at least 0"),
-        ("arm-fsrcnn", {"joint_steps": "3"}, "arm-fsrcnn has no setting 'joint_steps'; it has backbone, batch, bins"),
+        ("arm-fsrcnn", {"joint_steps": "3"}, "arm-fsrcnn has no setting 'joint_steps'; it has backbone, balance, batch, bins"),
         ("arm-fsrcnn", {"steps": "many"}, "steps must be a whole number; got 'many'"),
         ("arm-fsrcnn", {"eta": "much"}, "eta must be a number; got 'much'"),
         ("pcsr-fsrcnn", {"upsamplers": "3,4"}, "upsamplers must be at least two"),
@@ -72,7 +72,7 @@ def test_refused_settings(name, settings, message):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("steps: 3\nsteqs: 4", r"a\.yaml: arm-fsrcnn has no setting 'steqs'; it has backbone, batch"),
+        ("steps: 3\nsteqs: 4", r"a\.yaml: arm-fsrcnn has no setting 'steqs'; it has backbone, balance, batch"),
         ("steps: many", r"a\.yaml: steps must be a whole number; got 'many'"),
         ("steps: 2.5", r"a\.yaml: steps must be a whole number; got '2\.5'"),
         ("steps: [1, 2]", r"a\.yaml: steps must be a whole number; got '1,2'"),

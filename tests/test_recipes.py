@@ -105,8 +105,19 @@ def test_state_of_another_recipe(pools, tmp_path):
     changed = dataclasses.replace(PCSR, upsamplers=((), (3,), (5, 6)))
     with pytest.raises(ValueError, match=r"was saved by a recipe with other upsamplers; train to another folder"):
         make("pcsr", pools, tmp_path / "state.pt", changed).run()
-    with pytest.raises(ValueError, match="was saved by a recipe with other"):
+    with pytest.raises(ValueError, match="was saved by another kind of training; train to another folder"):
         make("arm", pools, tmp_path / "state.pt").run()
+
+
+def test_state_of_another_origin(pools, tmp_path):
+    """What else decided what was learnt, as far as both tell."""
+    origin = {"images": "a", "--init": ""}
+    make("pcsr", pools, tmp_path / "state.pt", origin=origin).run()
+    for same in (origin, {}, {"images": "a", "--shrinks": "1"}):
+        make("pcsr", pools, tmp_path / "state.pt", origin=same).run()
+    with pytest.raises(ValueError, match="was saved by a training with other images, --init; train to another folder"):
+        make("pcsr", pools, tmp_path / "state.pt", origin={"images": "b", "--init": "c"}).run()
+    make("pcsr", pools, tmp_path / "new.pt", origin={"images": "b"}, resume=False).run()
 
 
 @pytest.mark.parametrize(

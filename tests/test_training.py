@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -319,6 +320,37 @@ def test_command_refuses(images, tmp_path):
     (tmp_path / "file").write_text("")
     fails(train("--images", images, "--out", tmp_path / "file"), "cannot make the folder")
     assert not list(tmp_path.rglob("*.pt")) and not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_command_refuses_before_images_are_read(images, tmp_path):
+    """The folder holds a picture that cannot be read, which would be named first."""
+    out = tmp_path / "done"
+    assert train("--images", images, "--out", out, *OPTIONS).exit_code == 0
+    folder = tmp_path / "images"
+    shutil.copytree(images, folder)
+    (folder / "broken.png").write_bytes(b"no image")
+    save_checkpoint(tmp_path / "other.pth", ClassSR.fsrcnn((3, 4), 2))
+    new = ("--images", folder, "--out", tmp_path / "o")
+    for arguments, words in (
+        ((*new, "--validate-every", 0), ["--validate-every"]),
+        ((*new, "--validate", tmp_path / "absent"), ["absent is not a folder"]),
+        ((*new, "--resume"), ["nothing to resume"]),
+        ((*new, "--init", tmp_path / "other.pth"), ["does not fit"]),
+        ((*new, "--set", "widths=1,16,36"), ["FSRCNN"]),
+        ((*new, "--set", "backbone=own"), ["needs a model, given in Python"]),
+        ((*new, "--scale", 3, "--set", "scale=2"), ["scale=2 contradicts --scale 3"]),
+        ((*new, "--shrinks", "1,x"), ["--shrinks", "numbers of at least 1"]),
+        (("--images", folder, "--out", out, *OPTIONS), ["other images"]),
+        (("--images", images, "--out", out, *OPTIONS, "--set", "balance=0.5"), ["other balance"]),
+        (("--images", images, "--out", out, *OPTIONS, "--shrinks", "1,2"), ["other --shrinks"]),
+        (("--images", images, "--out", out, *OPTIONS, "--init", tmp_path / "other.pth"), ["other --init"]),
+    ):
+        result = train(*arguments)
+        fails(result, *words)
+        assert "broken.png" not in result.output and "reading images" not in result.output, arguments
+    assert not (tmp_path / "o").exists()
+    again = train("--images", images, "--out", out, *OPTIONS)
+    assert again.exit_code == 0 and "this training is complete" in again.output
 
 
 def test_command_names_bad_images(tmp_path):

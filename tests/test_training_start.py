@@ -155,12 +155,22 @@ def test_another_factor_begins_with_resampled_last_layers(tmp_path, scale):
     start = Start.read(WEIGHTS / f"{DEFAULT_MODEL}.safetensors")
     assert start.scale == 4 and start.at_scale(4) is start
     found = {}
-    for name, given in (("resampled", start), ("as it is", start._replace(scale=0))):
+    for name, given in (("resampled", start), ("as it is", start._replace(scale=scale))):
         model = classsr_trainer(empty, recipe, tmp_path / f"{name}.pt", given).model.eval()
         with torch.no_grad():
             image = model.branches[2](lr[None].float() / 255)[0]
         found[name] = -10 * (image - hr.float() / 255).square().mean().log10().item()
     assert found["resampled"] > 24 > 15 > found["as it is"]
+    # Published files do not say their factor: flat images stay flat at one alone.
+    unknown = start._replace(scale=0).at_scale(scale)
+    assert equal(dict(unknown.state), dict(start.at_scale(scale).state))
+
+
+def test_weights_whose_factor_nothing_tells_stay_as_they_are():
+    start = Start(randomise(FSRCNN(8, 2)).state_dict())
+    with pytest.warns(UserWarning, match="init does not say its upscaling factor"):
+        found = start.at_scale(2)
+    assert found is start
 
 
 def test_resampled_last_layers_of_one_factor_are_the_same():

@@ -74,7 +74,11 @@ def network_of(op: str, source: Source, router: Router) -> tuple[str, nn.Module,
     if isinstance(router, CascadeRouter):
         return name or router.names[0], router.networks.members[0], router.facts[0]
     network: nn.Module = next(iter(getattr(router, "branches", [router])))
-    return name or type(network).__name__, network, Facts(type(network).__name__, int(router.scale), router.channels)
+    kind = type(network).__name__
+    # Routers of patches undo the last pixel shuffle of their branches while they stitch.
+    if (factor := int(getattr(router, "shuffle", 1))) > 1:
+        network = nn.Sequential(network, nn.PixelShuffle(factor))
+    return name or kind, network, Facts(kind, int(router.scale), router.channels)
 
 
 def refuse_patches(asked: Mapping[str, Any], name: str) -> None:

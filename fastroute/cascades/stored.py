@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -32,6 +31,7 @@ if TYPE_CHECKING:
 CASCADE = "cascade"
 TENSORS = ("scores", "errors", "contexts", "shares")
 MOST_BRANCHES, MOST_BINS, MOST_CONTEXT = 16, 4096, 4096
+MOST_NUMBER = 1e30
 
 
 def save_cascade(path: Path, branches: Sequence[str | Path], calibration: Calibration, **about: Any) -> None:
@@ -137,13 +137,16 @@ def read_cascade(
     scale = opened[-1][2].scale
     if asked.get("scale", scale) != scale:
         raise CheckpointError(f"cannot use {path}: it upscales by {scale} alone; got scale={asked['scale']:g}")
-    try:
-        check_costs("load", costs, names)
-    except ValueError as error:
-        raise CheckpointError(f"cannot use {path}: {error}") from error
-    return CascadeRouter(
+    router = CascadeRouter(
         [module for _, module, _ in opened], [facts for _, _, facts in opened], Decision(table, score=score), costs, names
     )
+    try:
+        check_costs("load", costs, names)
+        # Whatever took which time: a file whose networks have changed places promises nothing.
+        check_costs("load", router.branch_flops, names)
+    except ValueError as error:
+        raise CheckpointError(f"cannot use {path}: {str(error).removeprefix('load: ')}") from error
+    return router
 
 
 def _table(content: Mapping[str, Tensor], about: Mapping[str, Any], classes: int) -> Table:
@@ -151,6 +154,8 @@ def _table(content: Mapping[str, Tensor], about: Mapping[str, Any], classes: int
     if missing:
         raise ValueError(f"{', '.join(missing)} missing")
     scores, errors, contexts, shares = (content[name] for name in TENSORS)
+    if any(x.is_complex() for x in (scores, errors, contexts, shares)):
+        raise ValueError("its tensors must be real")
     bins = len(scores) if scores.ndim == 1 else 0
     if not 1 < bins <= MOST_BINS or errors.shape != (classes, bins):
         raise ValueError(f"its errors must be ({classes}, bins) and its scores (bins,), 2 bins at least")
@@ -193,7 +198,8 @@ def _sampling(told: Any) -> Sampling | None:
 
 
 def _number(value: object, name: str, least: float) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value < math.inf:
+    # Whole numbers have no end.
+    if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value <= MOST_NUMBER:
         raise ValueError(f"its {name} must be a number from {least:g} on; it is {str(value)[:40]!r}")
     return float(value)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+from fnmatch import fnmatch
 from pathlib import Path
 
 import click
@@ -52,7 +54,8 @@ RECIPE_NAMES = tuple(
 @click.option("--validate", type=click.Path(path_type=Path), metavar="FOLDER",
               help="Images that are not trained on: their PSNR and SSIM are measured at intervals, and best.safetensors and "
               "last.safetensors written beside the state.")  # fmt: skip
-@click.option("--validate-every", type=int, metavar="N", default=1000, show_default=True, help="Steps between two validations.")
+@click.option("--validate-every", type=click.IntRange(min=1), metavar="N", default=1000, show_default=True,
+              help="Steps between two validations.")  # fmt: skip
 @click.option("--log", "logs", type=click.Choice(("csv", "tensorboard")), multiple=True,
               help="Write the numbers of the training to log.csv, or for TensorBoard; may be repeated.")  # fmt: skip
 @click.option("--resume/--no-resume", default=None, help="Require a saved state to go on from, or begin anew over one.  "
@@ -92,32 +95,45 @@ def command(
     from fastroute.training.logs import make_log
     from fastroute.training.recipes import RECIPES, configure, write_config
     from fastroute.training.start import Start
+    from fastroute.training.state import read_state
     from fastroute.training.validation import Validation
 
     factors = _factors(shrinks)
     settings = {name: value for name, value in options.items() if value is not None}
     for assignment in assignments:
-        name, equals, value = assignment.partition("=")
+        name, equals, value = (part.strip() for part in assignment.partition("="))
         if not equals:
             raise click.BadParameter(f"must be NAME=VALUE; got {assignment!r}", param_hint="--set")
-        settings[name.strip().replace("-", "_")] = value.strip()
+        name = name.replace("-", "_")
+        if options.get(name) not in (None, value):
+            option = f"--{name.replace('_', '-')} {options[name]}"
+            raise click.BadParameter(f"{assignment} contradicts {option}; give one of them", param_hint="--set")
+        settings[name] = value
     plan = configure(recipe, settings, config)
     start = None if init is None else Start.read(init)
     folder = Path("runs") / recipe if out is None else out
     _check_folder(folder)
+    origin = _origin(images, exclude, factors, init)
     with processes(device) as where:
         at = device_of(where)
         if at.type == "cpu":
             buffers.keep_freed()
-        pool = Pool.build(images, plan.scale, plan.patch, factors, exclude=exclude)
         first = rank() == 0
-        watched = Validation(validate, plan.scale, validate_every, exclude) if validate is not None and first else None
+        watched = None
+        if first:
+            # What is wrong whatever the images are is said before they are read.
+            held = read_state(folder / "state.pt", plan, precision, resume, origin)
+            RECIPES[recipe][1].check(plan, start)
+            watched = Validation(validate, plan.scale, validate_every, exclude) if validate is not None else None
+        pool = Pool.build(images, plan.scale, plan.patch, factors, exclude=exclude)
         trainer = RECIPES[recipe][1](
             pool, plan, folder / "state.pt", start, device=at, precision=precision, validation=watched,
-            logs=[make_log(name, folder) for name in logs], resume=resume,
+            logs=[make_log(name, folder) for name in logs], resume=resume, origin=origin,
         )  # fmt: skip
         if first:
             click.echo(f"{len(pool.positions):,} patches from {pool.images} images, whole and reduced")
+            if held is not None and held["stage"] >= len(trainer.stages):
+                click.echo("this training is complete; --no-resume begins it anew, and another --out another one")
             folder.mkdir(parents=True, exist_ok=True)
         trainer.run()
         if not first:
@@ -139,6 +155,18 @@ def _factors(text: str) -> tuple[float, ...]:
     except ValueError:
         raise click.BadParameter(f"must be numbers of at least 1; got {text!r}", param_hint="--shrinks") from None
     return factors
+
+
+def _origin(images: Path, exclude: tuple[str, ...], factors: tuple[float, ...], init: Path | None) -> dict[str, str]:
+    """What a state belongs to beside its recipe: names and sizes of the images, what is made of them, and the first weights."""
+    from fastroute import io
+
+    paths = [path for path in io.list_images(images) if not any(fnmatch(path.name, pattern) for pattern in exclude)]
+    root = images if images.is_dir() else images.parent
+    told = sorted(f"{path.relative_to(root)} {path.stat().st_size}" for path in paths)
+    digest = hashlib.sha256("\n".join(told).encode()).hexdigest()
+    first = "" if init is None else hashlib.sha256(init.read_bytes()).hexdigest()
+    return {"images": digest, "--shrinks": ",".join(f"{factor:g}" for factor in factors), "--init": first}
 
 
 def _check_folder(folder: Path) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fastroute.models import arm as arm_models
@@ -17,6 +18,7 @@ from fastroute.models.fsrcnn import FSRCNN
 from fastroute.models.pcsr import BACKBONES as ENCODERS
 from fastroute.models.pcsr import PCSR, encoder_of
 from fastroute.models.rcan import RCAN
+from fastroute.models.scales import scale_of_flat_images
 from fastroute.models.srresnet import SRResNet
 
 # The weight that identifies a backbone. Its first size is the width.
@@ -144,3 +146,20 @@ def widths_of(state: Mapping[str, Tensor], pattern: str) -> list[int]:
     """The output channels of the convolutions whose keys match `pattern`, by the number in its group."""
     found = {int(m[1] or 0): v.shape[0] for k, v in state.items() if (m := re.fullmatch(pattern, k)) and v.ndim == 4 and len(v)}
     return [found[k] for k in sorted(found)]
+
+
+def scale_of_weights(backbone: str, state: Mapping[str, Tensor], prefix: str, width: int) -> int | None:
+    """The factor at which the network under `prefix` keeps flat images flat; None where that does not tell, or nothing fits."""
+
+    def build(scale: int) -> nn.Module:
+        with torch.device("meta"):
+            network = network_of(backbone, state, prefix, width, scale)
+        own = {key.removeprefix(prefix): value.float() for key, value in state.items() if key.startswith(prefix)}
+        network.load_state_dict(own, assign=True)
+        return network
+
+    try:
+        return scale_of_flat_images(build)
+    except (RuntimeError, ValueError):
+        # Weights that do not fit are refused later, by their names.
+        return None

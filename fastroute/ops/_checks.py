@@ -123,10 +123,14 @@ def one_device(op: str, tensors: Iterable[tuple[str, Tensor]]) -> None:
         same_device(op, *first, name, x)
 
 
+# Tensors whose memory can be asked for.
+PLAIN = (Tensor, torch.nn.Parameter)
+
+
 def written(op: str, name: str, out: Tensor, inputs: Iterable[Any]) -> None:  # [B, C, rows, W·s]
     """Every element of `out` has an address of its own, which none of `inputs` has."""
     wrapped = torch._C._functorch.is_functorch_wrapped_tensor
-    if torch.compiler.is_compiling() or type(out) is not Tensor or wrapped(out) or out.numel() == 0:
+    if torch.compiler.is_compiling() or type(out) not in PLAIN or wrapped(out) or out.numel() == 0:
         return
     axes = _axes(out)
     extent = 1
@@ -138,15 +142,21 @@ def written(op: str, name: str, out: Tensor, inputs: Iterable[Any]) -> None:  # 
             )
         extent += (size - 1) * stride
     for x in inputs:
-        if type(x) is Tensor and not wrapped(x) and x.device == out.device and x.device.type != "meta" and _may_overlap(out, x):
+        if type(x) in PLAIN and not wrapped(x) and x.device == out.device and x.device.type != "meta" and _may_overlap(out, x):
             raise ValueError(
                 f"{op}: {name} must not share memory with an input, which is read while it is written; give a tensor of its own"
             )
 
 
+def without_gradient(op: str, out: Tensor | None) -> None:  # [...]
+    """Raise the error of torch's own operators for an `out` that is part of a graph: what is written has no gradient."""
+    if out is not None and torch.is_grad_enabled() and out.requires_grad:
+        raise RuntimeError(f"{op}: out must not require gradients, which a result written has not; use torch.no_grad()")
+
+
 def channels_side_by_side(op: str, out: Tensor | None) -> None:  # [B, C, H, W]
     """A convolution can write into `out`."""
-    if out is not None and out.shape[1] > 1 and out.stride(1) != 1:
+    if out is not None and out.numel() and out.shape[1] > 1 and out.stride(1) != 1:
         raise ValueError(f"{op}: out must have its channels side by side (channels_last); its strides are {out.stride()}")
 
 

@@ -317,9 +317,13 @@ def call(name: str, reference: Callable[..., Any], device: torch.device, *args: 
             or torch.is_inference_mode_enabled()
             or (torch.is_grad_enabled() and torch._C._any_requires_grad(*args))
         ):
-            return run(*args, **out)
+            found = run(*args, **out)
+            # Torch counts what its own operators write, for whoever has saved it for a gradient.
+            for written in out.values():
+                if not written.is_inference():
+                    torch.autograd.graph.increment_version(written)
+            return found
         # What torch would do itself, but only after it has entered Python, which takes as long as the rest of a small call.
-        # A tensor that is written has to go the whole way: its version is counted there.
         with torch._C._AutoDispatchBelowAutograd():
             return run(*args)
     except torch.OutOfMemoryError:

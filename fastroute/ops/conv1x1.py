@@ -93,6 +93,7 @@ def conv1x1(
         check.convolution_dtype(op, name, x.dtype, None if x is parts[0] else parts[0].dtype)
         check.same_device(op, "the first image", parts[0], "every tensor", x)
     check.channels_side_by_side(op, out)
+    check.without_gradient(op, out)
     arguments = (parts, weight, bias, slope, residual)
     written = {} if out is None else {"out": out}
     if is_transformed(given):

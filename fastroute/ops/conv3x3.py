@@ -131,6 +131,9 @@ def conv3x3(
             return out.copy_(conv3x3_plain(*plain))
     if image.device.type != "cpu" or (out is None and torch.is_grad_enabled() and any(x.requires_grad for x in given)):
         return conv3x3_plain(*plain)
+    if out is not None and prepared is None:
+        # The kernel sees a transformed copy of it.
+        check.written(op, "out", out, [kernel])
     transformed = prepared.transformed if prepared is not None else kernel_weight(kernel.detach(), groups, shuffle)
     arguments = (image, transformed, bias, slope, residual, kernel.shape[0], shuffle, context)
     found: Tensor = call(op, _reference if out is None else _reference_out, image.device, *arguments, **written)
@@ -171,6 +174,7 @@ def _check(
             check.convolution_dtype(op, name, x.dtype, None if x is image else image.dtype)
             check.same_device(op, "image", image, name, x)
     check.channels_side_by_side(op, out)
+    check.without_gradient(op, out)
     return groups
 
 

@@ -112,6 +112,7 @@ def stitch_patches(
     if out is not None:
         check.rank(op, "out", out, "(B, C, rows, W)", 4)
         check.same_device(op, "patches", patches, "out", out)
+        check.without_gradient(op, out)
         if dtype not in (None, out.dtype):
             raise TypeError(f"{op}: dtype must be that of out, {out.dtype}; got {dtype}")
         dtype = out.dtype

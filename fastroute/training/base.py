@@ -73,6 +73,18 @@ class RecipeTrainer(Trainer, ABC):
             self.start_from(init.at_scale(recipe.scale))
         super().__init__(self.model, pool, recipe, state_path, save_every=save_every, device=device, **options)
 
+    @classmethod
+    def check(cls, recipe: Any, init: Start | None = None) -> None:
+        """Raise what `recipe`, or weights to start from, would be refused for by :class:`RecipeTrainer` with any images."""
+        if recipe.backbone == OWN:
+            raise ValueError(f"train: backbone={OWN} needs a model, given in Python, and a model needs backbone={OWN}")
+        trial = cls.__new__(cls)
+        trial.recipe, trial.device = recipe, torch.device("cpu")
+        trial.model = trial.build()
+        trial.prepare()
+        if init is not None:
+            trial.start_from(init.at_scale(recipe.scale))
+
     # The first part of the recipe's name.
     system: str
 

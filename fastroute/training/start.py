@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -10,6 +11,8 @@ from typing import NamedTuple
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
+from fastroute._contexts import levels_to_caller
+from fastroute.models.architectures import FIRST_LAYERS, scale_of_weights, widths_of
 from fastroute.models.checkpoints import CheckpointError, load_weights, read_checkpoint, state_dict_of
 from fastroute.models.fsrcnn import TAIL, resampled_tail
 from fastroute.models.pcsr import rename_published
@@ -52,14 +55,35 @@ class Start(NamedTuple):
         return cls(state_dict_of(content, path), str(path), recipe, int(scale) if scale.isdecimal() else 0)
 
     def at_scale(self, scale: int) -> Start:
-        """The weights for networks of another factor: the last layers of FSRCNN are resampled, all others stay."""
-        if self.scale in (0, scale):
-            return self
+        """The weights for networks of another factor: the last layers of FSRCNN are resampled, all others stay.
+
+        Where nothing says for which factor they are, it is the one at which flat images stay flat; where that does not tell
+        either, all stay.
+
+        Warns:
+            UserWarning: FSRCNN's weights that keep flat images flat at no factor, or at several.
+        """
         tails = [
             key for key, value in self.state.items() if key.endswith("tail_conv.weight") and value.shape[2:] == (TAIL, TAIL)
         ]
-        made = {key: resampled_tail(self.state[key], self.scale, scale) for key in tails}
+        own = self.scale or (self._judged() if tails else None) or scale
+        if own == scale:
+            return self
+        made = {key: resampled_tail(self.state[key], own, scale) for key in tails}
         return self._replace(state={**self.state, **made}, scale=scale)
+
+    def _judged(self) -> int | None:
+        """The factor of FSRCNN's weights, or a warning."""
+        network = self.network.state
+        width = widths_of(network, re.escape(FIRST_LAYERS["fsrcnn"]) + "()")
+        found = scale_of_weights("fsrcnn", network, "", width[0]) if width else None
+        if found is None:
+            warnings.warn(
+                f"{self.name} does not say its upscaling factor, and its weights keep flat images flat at no factor from 2 to "
+                "4 or at several, so they are taken as they are",
+                stacklevel=levels_to_caller(),
+            )
+        return found
 
     @property
     def branches(self) -> list[Start]:

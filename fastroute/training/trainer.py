@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -123,6 +123,8 @@ class Trainer:
         validation: at its intervals, PSNR and SSIM are measured, and best.safetensors and last.safetensors written beside the
             state. "best" compares within the present stage.
         logs: get the numbers of the training.
+        origin: what else decides what is learnt, such as a digest of the images, by what messages call it. It is saved with the
+            state, which only a training of the same origin goes on from.
         resume: True requires a state to go on from, False begins anew over one; by default the training goes on if it can.
 
     Raises:
@@ -150,6 +152,7 @@ class Trainer:
         precision: str = "float32",
         validation: Validation | None = None,
         logs: Sequence[Log] = (),
+        origin: Mapping[str, str] | None = None,
         resume: bool | None = None,
     ) -> None:
         if precision not in PRECISIONS:
@@ -160,7 +163,7 @@ class Trainer:
         self.data: Data = ready if callable(getattr(data, "batch", None)) else Pairs(ready)
         self.recipe, self.state_path, self.save_every = recipe, Path(state_path), save_every
         self.device, self.precision = torch.device(device), precision
-        self.validation, self.logs, self.resume = validation, tuple(logs), resume
+        self.validation, self.logs, self.resume, self.origin = validation, tuple(logs), resume, dict(origin or {})
         # Of the rows of a batch; every process draws the same numbers for all of them.
         self.rows = slice(distributed.rank(), None, distributed.size())
         self.criterion = loss
@@ -340,12 +343,14 @@ class Trainer:
             "scaler": self.scaler.state_dict(),
             "helper": {} if self.helper is None else self.helper.state_dict(),
             "best": None if self.best is None else list(self.best),
+            "origin": self.origin,
         }
         self.state_path.parent.mkdir(parents=True, exist_ok=True)
         io.write_atomically(self.state_path, lambda file: torch.save(state, file))
 
     def _load(self) -> dict | None:
-        state = distributed.from_first(lambda: read_state(self.state_path, self.recipe, self.precision, self.resume))
+        about = self.recipe, self.precision, self.resume, self.origin
+        state = distributed.from_first(lambda: read_state(self.state_path, *about))
         if state is None:
             return None
         load_weights(self.model, state["model"], self.state_path)

@@ -176,7 +176,8 @@ Tensor convolved(const std::vector<Tensor>& images,      // [B, C, H, W] each
         checked_view<T>("out", *given, images[0]);
         FASTROUTE_CHECK(given->size(1) == p.outputs, kOp, ": out must have the ", p.outputs,
                         " channels of the result; got ", given->size(1));
-        FASTROUTE_CHECK(given->stride(1) == 1 || p.outputs == 1, kOp, ": out must have its channels side by side");
+        FASTROUTE_CHECK(given->stride(1) == 1 || p.outputs == 1 || given->numel() == 0, kOp,
+                        ": out must have its channels side by side");
         std::vector<Tensor> read = images;
         read.push_back(weight);
         check_written(kOp, "out", *given, with_given(std::move(read), {&bias, &slope, &residual}));

@@ -153,7 +153,8 @@ Tensor convolved(const Tensor& image,                    // [B, C, H, W]
     if (given.has_value()) {
         check_like(kOp, "out", *given, type, "the image", 4);
         check_shape("out", *given, p);
-        FASTROUTE_CHECK(given->stride(1) == 1 || given->size(1) == 1, kOp, ": out must have its channels side by side");
+        FASTROUTE_CHECK(given->stride(1) == 1 || given->size(1) == 1 || given->numel() == 0, kOp,
+                        ": out must have its channels side by side");
         check_written(kOp, "out", *given, with_given({image, weight}, {&bias, &slope, &residual}));
     }
     const auto biases = per_column<T>("bias", bias, 0, p), slopes = per_column<T>("slope", slope, 1, p);
