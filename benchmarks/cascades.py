@@ -370,10 +370,10 @@ def main() -> None:
     if asked.save:
         height, width = asked.size
         notes = (
-            f"{asked.model.stem} in {asked.precision}, crops of {width} x {height} as they are and reduced four times; "
-            f"calibrated for {PROMISED:g} dB on pictures apart; times relative to the fastest dense run of that precision, "
-            f"{next(row['fastest'] for row in rows if row.get('precision') == asked.precision)} or fastroute's own; the "
-            f"ways to run it in full on one crop of {min(width, COMPARED[1])} x {min(height, COMPARED[0])}"
+            f"{asked.model.stem} in {asked.precision}; "
+            f"dense: one crop of {min(width, COMPARED[1])} x {min(height, COMPARED[0])}; routed: crops of {width} x {height}, native and reduced four times, calibrated for {PROMISED:g} dB on other "
+            "pictures, relative to the fastest dense run, "
+            f"{next(row['fastest'] for row in rows if row.get('precision') == asked.precision)} or fastroute's own"
         )
         if asked.dense:
             notes = f"{asked.model.stem}, one crop of {width} x {height}; the faster of {asked.turns} runs each"

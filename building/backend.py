@@ -9,7 +9,6 @@ from typing import Any
 
 from setuptools import build_meta
 from setuptools.build_meta import (
-    build_editable,
     build_sdist,
     build_wheel,
     get_requires_for_build_sdist,
@@ -41,6 +40,14 @@ def get_requires_for_build_editable(config_settings: dict[str, Any] | None = Non
     """What else an editable install needs."""
     check()
     return build_meta.get_requires_for_build_editable(config_settings)
+
+
+def build_editable(
+    wheel_directory: str, config_settings: dict[str, Any] | None = None, metadata_directory: str | None = None
+) -> str:
+    """An editable install by a path and not by a finder, before which a folder called fastroute, such as a clone, would come."""
+    settings = {"editable_mode": "compat", **(config_settings or {})}
+    return str(build_meta.build_editable(wheel_directory, settings, metadata_directory))
 
 
 def check() -> None:

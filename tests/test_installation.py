@@ -91,6 +91,14 @@ def test_a_build_without_torch_ends_before_anything_is_downloaded(building, monk
     backend.check()
 
 
+def test_editable_installs_are_paths(building, monkeypatch):
+    """A finder comes behind the folders of the path, in which a clone called fastroute may lie."""
+    backend, given = building("backend"), []
+    monkeypatch.setattr(backend.build_meta, "build_editable", lambda *args: given.append(args) or "a.whl")
+    assert backend.build_editable("to") == backend.build_editable("to", {"editable_mode": "strict"}, "from") == "a.whl"
+    assert given == [("to", {"editable_mode": "compat"}, None), ("to", {"editable_mode": "strict"}, "from")]
+
+
 def test_torch_is_no_requirement_of_the_build():
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     (requires,) = [line for line in text.splitlines() if line.startswith("requires = ")]

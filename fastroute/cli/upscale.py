@@ -133,8 +133,8 @@ def command(
 
     \b
     fastroute upscale IN OUT        one image; the ending of OUT names the format
-    fastroute upscale IN... FOLDER  images, folders, and patterns such as 'photos/**/*.jpg'; a new FOLDER needs
-                                    a / at its end
+    fastroute upscale IN... FOLDER  images, folders, and patterns such as 'photos/**/*.jpg'; for one image a
+                                    new FOLDER needs a / at its end
 
     Depth, transparency, colour profile and metadata are kept as far as the format holds them.
     """

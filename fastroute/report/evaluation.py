@@ -212,8 +212,8 @@ def table(rows: Sequence[Row]) -> str:
 
 # The legend below a table.
 LEGEND = """\
-bicubic, PSNR: dB, of RGB, by bicubic enlargement and by the model; PSNR-Y, SSIM-Y: of luma.
-GFLOPs: done, classifier included; paper G: as PCSR counts, with it, or as ClassSR does, without it;
+size: of the result. bicubic, PSNR: dB of RGB, of bicubic enlargement and of the model; PSNR-Y, SSIM-Y: of luma.
+GFLOPs: done, classifier included; paper G: as the papers count, PCSR's with the classifier, ClassSR's without it;
 of dense, of paper dense: beside the most expensive class everywhere, in either count.
 s: seconds of upscaling, without the measurements of a first call; per class: patches or pixels, cheapest class first."""
 

@@ -47,7 +47,7 @@ METHOD = 4
 # The environment variable that turns off all measuring if it is "0".
 SWITCH = "FASTROUTE_TUNE"
 # Logged when measuring begins.
-MEASURING = "measuring on this image how %s runs fastest; nothing is computed twice"
+MEASURING = "finding out while upscaling how this machine runs %s fastest; nothing is computed twice"
 
 CACHE = JsonCache("tuning.json")
 
