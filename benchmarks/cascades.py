@@ -369,11 +369,12 @@ def main() -> None:
     print(f"\n{savings_table(rows)}")
     if asked.save:
         height, width = asked.size
+        small = f"{min(width, COMPARED[1])} x {min(height, COMPARED[0])}"
+        fastest = next(row["fastest"] for row in rows if row.get("precision") == asked.precision)
         notes = (
-            f"{asked.model.stem} in {asked.precision}; "
-            f"dense: one crop of {min(width, COMPARED[1])} x {min(height, COMPARED[0])}; routed: crops of {width} x {height}, native and reduced four times, calibrated for {PROMISED:g} dB on other "
-            "pictures, relative to the fastest dense run, "
-            f"{next(row['fastest'] for row in rows if row.get('precision') == asked.precision)} or fastroute's own"
+            f"{asked.model.stem} in {asked.precision}; dense: one crop of {small}; routed: crops of {width} x {height}, native "
+            f"and reduced four times, calibrated for {PROMISED:g} dB on other pictures, relative to the fastest dense run, "
+            f"{fastest} or fastroute's own"
         )
         if asked.dense:
             notes = f"{asked.model.stem}, one crop of {width} x {height}; the faster of {asked.turns} runs each"

@@ -45,7 +45,7 @@ def get_requires_for_build_editable(config_settings: dict[str, Any] | None = Non
 def build_editable(
     wheel_directory: str, config_settings: dict[str, Any] | None = None, metadata_directory: str | None = None
 ) -> str:
-    """An editable install by a path and not by a finder, before which a folder called fastroute, such as a clone, would come."""
+    """An editable install by a path and not by a finder, which a folder called fastroute, as of a clone, would hide."""
     settings = {"editable_mode": "compat", **(config_settings or {})}
     return str(build_meta.build_editable(wheel_directory, settings, metadata_directory))
 
