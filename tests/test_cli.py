@@ -67,6 +67,21 @@ def test_one_path_alone_lacks_the_output(source):
     fails(call("upscale", source, "--budget", "0.7"), "Missing argument 'OUT'", f"only {source} is given")
 
 
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ([], ""),
+        (["--precision", "bfloat16"], "  networks: float32 by torch"),
+        (["--precision", "bfloat16", "--model", "pcsr-fsrcnn-x4"], "  networks: bfloat16 by torch"),
+    ],
+)
+def test_precision_is_told_as_it_was(source, out, arguments, told):
+    """Branches of FSRCNN stay in float32: they would lose too much."""
+    result = call("upscale", source, out / "big.png", *arguments)
+    assert result.exit_code == 0, result.output
+    assert [line for line in result.output.splitlines() if line.startswith("  networks")] == ([told] if told else [])
+
+
 @pytest.mark.slow
 def test_upscale(model, source, out):
     target, class_map = out / "big.png", out / "classes.png"

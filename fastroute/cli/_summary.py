@@ -9,9 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import click
+import torch
+from torch import nn
 from tqdm import tqdm
 
 from fastroute.cascades.router import CascadeRouter
+from fastroute.engines import TORCH
 from fastroute.files.jobs import Plan
 from fastroute.files.many_files import Job, Outcome, Router
 from fastroute.io import Picture
@@ -54,6 +57,8 @@ def tell_routing(router: Router, job: Job, stats: RoutingStats, chosen: dict[str
         click.echo(f"         as {paper.paper} counts, {counted} the classifier: {100 * paper.fraction:.0f} %")
     if "budget" in chosen:
         click.echo(f"         the budget of {chosen['budget']:g} bounds only the branches, not the classifier")
+    if told := _how(router):
+        click.echo(f"  networks: {told}")
     seconds = stats.seconds
     parts = {name: taken for name, taken in seconds.items() if name != "total"}
     # This can be long in a process's first call, which maps memory and builds kernels.
@@ -61,6 +66,28 @@ def tell_routing(router: Router, job: Job, stats: RoutingStats, chosen: dict[str
     stages = ", ".join(f"{name} {taken:.3f}" for name, taken in (parts | {"other": other}).items())
     asked = f" of the {chosen['budget_ms']:g} ms asked for" if "budget_ms" in chosen else ""
     click.echo(f"  time: {seconds['total']:.3f} s{asked} ({stages})")
+
+
+def _how(router: Router) -> str:
+    """In which precision and by which engine the networks ran, where that is not PyTorch in float32 for all of them.
+
+    A router in half precision keeps networks in float32 that would lose too much, or gain no time.
+    """
+    networks: Iterable[nn.Module]
+    if isinstance(router, CascadeRouter):
+        networks, engines = router.networks.members, [TORCH] * router.num_classes
+    elif isinstance(router, PixelRouter):
+        networks, engines = [router], [TORCH]
+    else:
+        networks = router.branches
+        engines = [router.networks.setting(c, router.device).engine for c in range(router.num_classes)]
+    kinds = [next((str(x.dtype).removeprefix("torch.") for x in n.parameters()), "float32") for n in networks]
+    found = list(dict.fromkeys(zip(kinds, engines, strict=True)))
+    if found == [("float32", TORCH)] and router.dtype == torch.float32:
+        return ""
+    if len(found) == 1:
+        return f"{found[0][0]} by {found[0][1]}"
+    return ", ".join(f"class {k + 1} {kind} by {name}" for k, (kind, name) in enumerate(zip(kinds, engines, strict=True)))
 
 
 def tell_many(plan: Plan, outcomes: Iterable[Outcome], folder: Path, quiet: bool, known: bool = True) -> None:
