@@ -83,6 +83,7 @@ def folder(tmp_path, monkeypatch):
     photos.mkdir()
     for number, left in enumerate((0, 160)):
         io.write_image(photos / f"{number}.png", sample[:, 100:292, left : left + 192].contiguous())
+    shutil.copytree(photos, tmp_path / "other-photos")
     pcsr = randomise(PCSR.build(FSRCNN(8, upsample=False), [[4], [24, 24]], [4]))
     torch.save(pcsr.state_dict(), tmp_path / "pcsr-carn-x4.pth")
     for name, network in (("realesrgan-x4plus", RRDBNet(8, 1, 8)), ("realesr-animevideov3-x4", Compact(8, 1))):

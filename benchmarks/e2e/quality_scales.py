@@ -21,7 +21,7 @@ from fastroute.runtime.results import Upscaled
 
 SCALES = (2, 3)
 BICUBIC = "bicubic"
-TITLES = {**{default_model(scale): "ClassSR-FSRCNN" for scale in SCALES}, ANY_SCALE: "PCSR-FSRCNN, trained for 4"}
+TITLES = {**{default_model(scale): "ClassSR-FSRCNN" for scale in SCALES}, ANY_SCALE: "PCSR-FSRCNN, trained for 2, 3 and 4"}
 
 
 def networks(scale: int) -> dict[str, Callable[[Tensor], Upscaled]]:

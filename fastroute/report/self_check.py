@@ -40,7 +40,7 @@ class Known:
 STEP = 4099
 KNOWN = (
     Known("classsr-fsrcnn-x4", "patches", "002d97ff4b72ff69983bff51557f6fa9c58d585c7d76ffff93c480"),
-    Known("pcsr-fsrcnn-x4", "pixels", "002d4aee4b7ce1699815ff516b5b6faf808d583f7a76d9ff93c487"),
+    Known("pcsr-fsrcnn-x4", "pixels", "002d54cf4b76eb699717ff5164706fadd78d58548d76f1f693c67f"),
     Known("realesrgan-x4plus-student", "cascade", "032d5ecb4c73936a9747c351637c6e95818c585a8675e9d190bf6c"),
 )
 # Engines compile networks, one of which tells enough.
