@@ -203,14 +203,10 @@ def _driver_version() -> tuple[int, int] | None:
 
 
 @functools.cache
-def _kernels(op: str, index: int | None) -> tuple[str, ...]:
+def kernels_on_gpu(op: str, index: int | None) -> tuple[str, ...]:
+    """The backends that have a kernel of `op` on this GPU, the usually faster first. They are found once per process."""
     device = torch.device("cuda" if index is None else f"cuda:{index}")
     return tuple(backend for backend in ("cuda", "triton") if not unsupported_reasons(op, backend, device))
-
-
-def kernels_on_gpu(op: str, index: int | None) -> list[str]:
-    """The backends that have a kernel of `op` on this GPU, the usually faster first. They are found once per process."""
-    return list(_kernels(op, index))
 
 
 # By operator and number of a GPU, the backend that was measured to be faster there; see `fastroute.runtime.kernels`.
@@ -242,7 +238,7 @@ def _fastest_on_gpu(op: str, index: int | None) -> str:
     """The backend of `op` on this GPU."""
     if _called is not None:
         _called.add(op)
-    return _preferred.get((op, index)) or next(iter(_kernels(op, index)), "reference")
+    return _preferred.get((op, index)) or next(iter(kernels_on_gpu(op, index)), "reference")
 
 
 # The values are constant in a process, so a trace of torch.compile need not look inside. This is the attribute that

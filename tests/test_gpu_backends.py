@@ -19,9 +19,9 @@ GPU = torch.device("cuda", 0)
 @pytest.fixture(autouse=True)
 def forgotten_choices():
     """What was found in a process is kept; here it changes from test to test."""
-    backends._kernels.cache_clear()
+    backends.kernels_on_gpu.cache_clear()
     yield
-    backends._kernels.cache_clear()
+    backends.kernels_on_gpu.cache_clear()
     backends._preferred.clear()
 
 

@@ -160,13 +160,17 @@ def _factors(text: str) -> tuple[float, ...]:
 def _origin(images: Path, exclude: tuple[str, ...], factors: tuple[float, ...], init: Path | None) -> dict[str, str]:
     """What a state belongs to beside its recipe: names and sizes of the images, what is made of them, and the first weights."""
     from fastroute import io
+    from fastroute.cascades.stored import digest
 
     paths = [path for path in io.list_images(images) if not any(fnmatch(path.name, pattern) for pattern in exclude)]
     root = images if images.is_dir() else images.parent
     told = sorted(f"{path.relative_to(root)} {path.stat().st_size}" for path in paths)
-    digest = hashlib.sha256("\n".join(told).encode()).hexdigest()
-    first = "" if init is None else hashlib.sha256(init.read_bytes()).hexdigest()
-    return {"images": digest, "--shrinks": ",".join(f"{factor:g}" for factor in factors), "--init": first}
+    names = hashlib.sha256("\n".join(told).encode()).hexdigest()
+    return {
+        "images": names,
+        "--shrinks": ",".join(f"{factor:g}" for factor in factors),
+        "--init": "" if init is None else digest(init),
+    }
 
 
 def _check_folder(folder: Path) -> None:

@@ -64,14 +64,14 @@ def choose_kernels(device: torch.device, run: Callable[[], object], about: objec
     return found
 
 
-def _known(entry: dict, contenders: dict[str, list[str]]) -> dict[str, str]:
+def _known(entry: dict, contenders: dict[str, tuple[str, ...]]) -> dict[str, str]:
     """What an entry of the cache says, if it says it of all operators."""
     held = entry.get("kernels")
     whole = isinstance(held, dict) and all(held.get(op) in names for op, names in contenders.items())
     return {op: held[op] for op in contenders} if whole else {}  # type: ignore[index]
 
 
-def _faster(op: str, names: list[str], index: int, run: Callable[[], object]) -> str:
+def _faster(op: str, names: tuple[str, ...], index: int, run: Callable[[], object]) -> str:
     """The backend of `names` with which `run` is fastest; the first unless another one is faster by more than noise."""
     least = dict.fromkeys(names, float("inf"))
     for turn in range(ROUNDS + 1):

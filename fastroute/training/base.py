@@ -62,28 +62,27 @@ class RecipeTrainer(Trainer, ABC):
         model: nn.Module | None = None,
         **options: Any,
     ) -> None:
-        if (model is not None) != (recipe.backbone == OWN):
-            raise ValueError(f"train: backbone={OWN} needs a model, given in Python, and a model needs backbone={OWN}")
         self.pool, self.recipe, self.device = pool, recipe, torch.device(device)
-        # Drawn on the CPU: the same initial weights on every device.
-        torch.manual_seed(recipe.seed)
-        self.model = self.build() if model is None else model
-        self.prepare()
-        if init is not None:
-            self.start_from(init.at_scale(recipe.scale))
+        self._make(model, init)
         super().__init__(self.model, pool, recipe, state_path, save_every=save_every, device=device, **options)
 
     @classmethod
     def check(cls, recipe: Any, init: Start | None = None) -> None:
         """Raise what `recipe`, or weights to start from, would be refused for by :class:`RecipeTrainer` with any images."""
-        if recipe.backbone == OWN:
-            raise ValueError(f"train: backbone={OWN} needs a model, given in Python, and a model needs backbone={OWN}")
         trial = cls.__new__(cls)
         trial.recipe, trial.device = recipe, torch.device("cpu")
-        trial.model = trial.build()
-        trial.prepare()
+        trial._make(None, init)
+
+    def _make(self, model: nn.Module | None, init: Start | None) -> None:
+        """The model with its first weights, and what the steps need of it."""
+        if (model is not None) != (self.recipe.backbone == OWN):
+            raise ValueError(f"train: backbone={OWN} needs a model, given in Python, and a model needs backbone={OWN}")
+        # Drawn on the CPU: the same initial weights on every device.
+        torch.manual_seed(self.recipe.seed)
+        self.model = self.build() if model is None else model
+        self.prepare()
         if init is not None:
-            trial.start_from(init.at_scale(recipe.scale))
+            self.start_from(init.at_scale(self.recipe.scale))
 
     # The first part of the recipe's name.
     system: str
