@@ -21,6 +21,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -38,7 +39,7 @@ from fastroute.cascades.calibrate import CONTEXTS, best_of_classes, crops_of, me
 from fastroute.cascades.calibrate import measure as measured
 from fastroute.cascades.cells import CELL, Cells, Rectangle, edge_scores
 from fastroute.cascades.decision import Decision
-from fastroute.cascades.measured import Measured
+from fastroute.cascades.measured import Measured, Seen
 from fastroute.cascades.router import CascadeRouter
 from fastroute.cascades.run import FADE
 from fastroute.degradation import downscale, to_uint8
@@ -209,14 +210,12 @@ def calibrated(
     router: CascadeRouter, paths: Sequence[Path], cache: Path | None, until: float, contexts: Sequence[int]
 ) -> list[Measured]:
     """The cells of the pictures that fit into the time, four at least; kept in `cache`."""
-    key = [str(router), sorted(path.name for path in paths)]
+    key = [str(router), sorted(path.name for path in paths), sorted(field.name for field in fields(Measured))]
     if cache is not None and cache.exists():
-        held = torch.load(cache)
+        with torch.serialization.safe_globals([Measured, Seen, Cells, Rectangle]):
+            held = torch.load(cache)
         if held["key"] == key:
-            return [
-                Measured(number, Cells(*size), *rest, tuple(Rectangle(*place) for place in places), samples)
-                for number, size, *rest, places, samples in held["cells"]
-            ]
+            return held["cells"]
     cells: list[Measured] = []
     for number, path in enumerate(paths):
         if number >= 4 and time.perf_counter() > until:
@@ -225,21 +224,7 @@ def calibrated(
             cells.append(measured(router, crop, number, contexts))
         print(f"  calibration: {number + 1} of {len(paths)} pictures", flush=True)
     if cache is not None:
-        plain = [
-            (
-                c.picture,
-                (c.cells.height, c.cells.width),
-                c.scores,
-                c.errors,
-                c.border,
-                c.inner,
-                c.image,
-                [tuple(place) for place in c.places],
-                c.samples,
-            )
-            for c in cells
-        ]
-        io.write_atomically(cache, lambda file: torch.save({"key": key, "cells": plain}, file))
+        io.write_atomically(cache, lambda file: torch.save({"key": key, "cells": cells}, file))
     return cells
 
 
@@ -265,7 +250,7 @@ def cascades_of(
             print(f"  {name}: it keeps {', '.join(made.names)}; before, of the dense cost: {learnt.left_out}")
         print(f"  {name}: of the dense cost by score {learnt.tried}, margin {learnt.table.margin:.2f}, {learnt.table.sampling}",
               flush=True)  # fmt: skip
-        made.decision = Decision(learnt.table, score=learnt.score)
+        made.decision = Decision(learnt.table, score=learnt.score, base=learnt.base)
         found[name] = made
     return found
 

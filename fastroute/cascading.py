@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from torch import nn
@@ -11,6 +12,7 @@ from fastroute._arguments import real, whole
 from fastroute._contexts import ordinarily
 from fastroute.cascades.decision import CONTEXT, Decision
 from fastroute.cascades.opening import check_costs, open_all
+from fastroute.cascades.output_score import scored_class
 from fastroute.cascades.router import CascadeRouter
 from fastroute.cascades.sources import Source
 from fastroute.loading import open_network
@@ -36,7 +38,9 @@ def cascade(
     Args:
         branches: the networks, cheapest first: names or files that :func:`fastroute.load` takes and that hold one network,
             modules, spandrel models, functions, or "bicubic" for interpolation.
-        score: "edge", the mean strength of edges.
+        score: "edge", the mean strength of edges; or "output", the mean gradient of what a cheaper network makes of the cell,
+            which foretells better where it fails. That network, the best of those that cost at most a tenth of the most
+            expensive one, then runs on the whole image.
         context: pixels around a region. 8 to 16 suit networks of a large receptive field; more is nearer to the whole image.
         thresholds: of the scores, rising, one less than there are networks: a cell runs in the network whose number is that of
             the thresholds that its score exceeds. Without them calls need a `budget` or a `class_map`.
@@ -56,8 +60,8 @@ def cascade(
     op = "cascade"
     if not branches or isinstance(branches, (str, Path)):
         raise ValueError(f"{op}: branches must be a list of at least one network; got {branches!r}")
-    if score != "edge":
-        raise ValueError(f"{op}: score must be 'edge'; got {score!r}")
+    if score not in ("edge", "output"):
+        raise ValueError(f"{op}: score must be 'edge' or 'output'; got {score!r}")
     whole(op, "context", context, 4096, least=0)
     opened = open_branches(op, branches)
     limits = None if thresholds is None else tuple(real(op, "thresholds", t) for t in thresholds)
@@ -73,6 +77,8 @@ def cascade(
         names,
     )
     check_costs(op, router.costs, names)
+    if score == "output" and len(names) > 1:
+        router.decision = replace(router.decision, base=scored_class(router.costs))
     return router
 
 

@@ -192,10 +192,12 @@ def test_from_a_folder_to_a_routed_picture(folder, tmp_path):
     assert "promised 30 dB" in told and "cells of 4 pictures" in told
     assert "held out take by score: edge " in told and ", learned " in told
     router = fastroute.load(out)
-    assert router.names == ["bicubic", "light", "heavy"] and router.num_classes == 3
+    # What is left out depends on what the networks take here.
+    assert [name for name in ("bicubic", "light") if f"{name} is left out" not in told] == router.names[:-1]
+    assert router.names[-1] == "heavy" and ", output " in told
     table = router.decision.table
     assert table is not None and table.fidelity == 30.0
-    assert table.wide == (False, False)
+    assert table.wide == (False,) * (router.num_classes - 1)
     assert table.sampling is not None and min(table.sampling.margins) >= 1 and f"or by {table.sampling.margins[-1]:.2f}" in told
     source, target = folder / "images" / "0.png", tmp_path / "result.png"
     told = run("upscale", source, target, "--model", out, "--fidelity", "35")

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from fastroute import io
 from fastroute.cascades.cells import CELL, Cells, Rectangle, cell_means, edge_scores
-from fastroute.cascades.measured import REGION, Measured, parted, region_of
+from fastroute.cascades.measured import REGION, Measured, Seen, parted, region_of
+from fastroute.cascades.output_score import strengths
 from fastroute.cascades.promise import Calibration, learnt_from
 from fastroute.cascades.router import CascadeRouter
 from fastroute.cascades.run import cut, scaled, within
@@ -29,7 +30,7 @@ SHRINKS = (1, 4)
 # Side of what is cut out of a picture, in cells.
 SIDE = 8
 # The scores that are tried.
-EDGE, LEARNT = "edge", "learned"
+EDGE, LEARNT, OUTPUT = "edge", "learned", "output"
 # Side and number of the runs by which times are taken.
 TIMED, RUNS = 96, 3
 
@@ -107,7 +108,8 @@ def best_of_classes(
         while len(classes) > 2:
             fewer = {left: tried(tuple(k for k in classes if k != left)) for left in classes[:-1]}
             least = min(fewer, key=lambda left: fewer[left].spent)
-            if fewer[least].spent >= best.spent:
+            # A network that is never chosen changes nothing.
+            if fewer[least].spent > best.spent:
                 break
             left_out[least] = best.spent
             best = fewer[least]
@@ -122,9 +124,15 @@ def best_of_scores(
     contexts: Sequence[int] = CONTEXTS,
     wide: Sequence[bool] = (),
 ) -> Calibration:
-    """The better of two scores on pictures held out: the strength of edges, and one that is learnt."""
-    learners = {EDGE: None} if any(c.image is None for c in cells) else {EDGE: None, LEARNT: fit_score}
-    tried = {name: learnt_from(cells, costs, fidelity, contexts, learner, wide) for name, learner in learners.items()}
+    """The best of several scores on pictures held out: the strength of edges, one that is learnt, and results of networks."""
+    tried = {EDGE: learnt_from(cells, costs, fidelity, contexts, None, wide)}
+    if not any(c.image is None for c in cells):
+        tried[LEARNT] = learnt_from(cells, costs, fidelity, contexts, fit_score, wide)
+    for k in range(len(costs) - 1):
+        if all(c.outputs and c.outputs[k] is not None for c in cells):
+            found = learnt_from([c.by_output(k) for c in cells], costs, fidelity, contexts, None, wide, k)
+            if OUTPUT not in tried or found.spent < tried[OUTPUT].spent:
+                tried[OUTPUT] = found
     # That which needs no learning, where it is as good.
     best = min(tried, key=lambda name: tried[name].spent)
     return replace(tried[best], tried={name: found.spent for name, found in tried.items()})
@@ -154,7 +162,8 @@ def measure(router: CascadeRouter, crop: Tensor, picture: int, contexts: Sequenc
         return cell_means(squares, side)[0, 0].double().cpu()
 
     scores = edge_scores(image)[0].double().cpu()
-    errors = torch.stack([error(router.networks.run(k, image), dense) for k in range(last)])
+    results = [router.networks.run(k, image) for k in range(last)]
+    errors = torch.stack([error(result, dense) for result in results])
     border, inner = [], []
     region = region_of(cells)
     if region is not None:
@@ -168,10 +177,22 @@ def measure(router: CascadeRouter, crop: Tensor, picture: int, contexts: Sequenc
             found_border, found_within = parted(found, Rectangle(0, 0, REGION, REGION))
             border.append((context, at_border, found_border))
             inner.append((context, further_in, found_within))
-    places = places_of(scores, min(TAUGHT, scores.numel()))
-    pieces = samples_of(cells, places, contexts[0])
-    samples = measure_samples(pieces, router.runs(), lambda where: cut(image[0], where), router.scale)
-    return Measured(picture, cells, scores, errors, tuple(border), tuple(inner), crop.cpu(), tuple(places), samples)
+    seen: list[Seen | None] = []
+    for told in [scores, *(strengths(result, side)[0].double().cpu() for result in results)]:
+        if seen and router.networks.weightless(len(seen) - 1):
+            seen.append(None)
+            continue
+        places = places_of(told, min(TAUGHT, told.numel()))
+        pieces = samples_of(cells, places, contexts[0])
+        samples = measure_samples(pieces, router.runs(), lambda where: cut(image[0], where), router.scale)
+        seen.append(Seen(told, tuple(places), samples))
+    first, *outputs = seen
+    assert first is not None
+    # A copy: the crop is part of a picture, all of which would be held.
+    pixels = crop.cpu().clone()
+    return Measured(
+        picture, cells, scores, errors, tuple(border), tuple(inner), pixels, first.places, first.samples, tuple(outputs)
+    )
 
 
 def measured_costs(router: CascadeRouter) -> tuple[float, ...]:

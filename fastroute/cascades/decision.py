@@ -107,12 +107,14 @@ class Decision:
         thresholds: of scores, one less than there are classes; a cell's class is the number of those that its score exceeds.
         context: pixels, without a table.
         score: of cells; None for the strength of their edges.
+        base: the class whose result is scored instead, see :func:`fastroute.cascades.output_score.strengths`.
     """
 
     table: Table | None = None
     thresholds: tuple[float, ...] | None = None
     context: int = CONTEXT
     score: Score | None = None
+    base: int | None = None
 
     def target(self, classes: int, budget: float | None, fidelity: float | None, mapped: bool, context: int | None) -> Target:
         """What a call asks for.

@@ -15,6 +15,19 @@ REGION = 4
 
 
 @dataclass(frozen=True)
+class Seen:
+    """Cells of one picture by another score.
+
+    Attributes:
+        scores, places, samples: see :class:`Measured`.
+    """
+
+    scores: Tensor
+    places: tuple[Rectangle, ...]
+    samples: Tensor
+
+
+@dataclass(frozen=True)
 class Measured:
     """Cells of one picture.
 
@@ -29,6 +42,7 @@ class Measured:
         image: uint8 [C, H, W], its pixels, from which other scores may be computed.
         places, samples: cells that were measured as a call does it, see :mod:`fastroute.cascades.samples`, and [K - 1, N], the
             errors found.
+        outputs: of each cheaper class, its cells by the scores of its result; None of one without weights.
     """
 
     picture: int
@@ -40,11 +54,32 @@ class Measured:
     image: Tensor | None = None
     places: tuple[Rectangle, ...] = ()
     samples: Tensor | None = None
+    outputs: tuple[Seen | None, ...] = ()
 
     def of(self, classes: Sequence[int]) -> Measured:
         """What was measured of these of the cheaper classes."""
-        samples = None if self.samples is None else self.samples[list(classes)]
-        return replace(self, errors=self.errors[list(classes)], samples=samples)
+        own = list(classes)
+        samples = None if self.samples is None else self.samples[own]
+        seen = [self.outputs[k] for k in own] if self.outputs else []
+        outputs = tuple(None if one is None else replace(one, samples=one.samples[own]) for one in seen)
+        return replace(self, errors=self.errors[own], samples=samples, outputs=outputs)
+
+    def by(self, scores: Tensor) -> Measured:  # [rows, cols]
+        """The same cells by other scores."""
+        region = region_of(self.cells)
+        if region is None:
+            return replace(self, scores=scores)
+        border, within = parted(scores, region)
+        return replace(
+            self, scores=scores, border=tuple((context, border, found) for context, _, found in self.border),
+            inner=tuple((context, within, found) for context, _, found in self.inner),
+        )  # fmt: skip
+
+    def by_output(self, k: int) -> Measured:
+        """The same cells by the result of class `k`, and the cells that a call would measure then."""
+        seen = self.outputs[k]
+        assert seen is not None  # asked before
+        return replace(self.by(seen.scores), places=seen.places, samples=seen.samples)
 
 
 def region_of(cells: Cells) -> Rectangle | None:
@@ -67,12 +102,4 @@ def rescored(cells: Measured, score: Score) -> Measured:
     """The same cells by another score; those without pixels as they are."""
     if cells.image is None:
         return cells
-    scores = score(cells.image[None].float() / 255, cells.scores.float()).double()
-    region = region_of(cells.cells)
-    if region is None:
-        return replace(cells, scores=scores)
-    border, within = parted(scores, region)
-    return replace(
-        cells, scores=scores, border=tuple((context, border, found) for context, _, found in cells.border),
-        inner=tuple((context, within, found) for context, _, found in cells.inner),
-    )  # fmt: skip
+    return cells.by(score(cells.image[None].float() / 255, cells.scores.float()).double())

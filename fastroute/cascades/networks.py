@@ -55,9 +55,13 @@ class Networks(nn.Module):
     def run(self, k: int, images: Tensor) -> Tensor:  # [N, C, h, w] -> [N, C, h * scale, w * scale]
         """What network `k` makes of `images`, floating in [0, 1]; float32, or float64 as the networks are."""
         given, member = sums_of(self.dtype), self.members[k]
-        weightless = isinstance(member, Function) or next(member.parameters(), None) is None
-        taken = given if weightless or self._mixed(k) else parameter_dtype(member)
+        taken = given if self.weightless(k) or self._mixed(k) else parameter_dtype(member)
         return member(images.to(taken).contiguous(memory_format=torch.channels_last)).to(given)
+
+    def weightless(self, k: int) -> bool:
+        """Whether network `k` is a function, such as interpolation, or has no weights."""
+        member = self.members[k]
+        return isinstance(member, Function) or next(member.parameters(), None) is None
 
     def _mixed(self, k: int) -> bool:
         """Whether network `k` keeps the image in float32 where its layers compute in a half type."""

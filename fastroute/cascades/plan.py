@@ -26,6 +26,7 @@ class Plan:
         class_ids: int64 [rows, cols], the class in which every cell runs.
         cost: in pixels of the most expensive class.
         sampled: pixels on which all classes ran before, to make it.
+        base: the class that runs on the whole image whatever is chosen, since its result is scored; None where the image is.
     """
 
     cells: Cells
@@ -34,6 +35,12 @@ class Plan:
     class_ids: Tensor
     cost: float
     sampled: int = 0
+    base: int | None = None
+
+    @property
+    def dense(self) -> bool:
+        """Whether the most expensive class runs on the whole image."""
+        return self.regions[-1] == (self.cells.whole,)
 
     def work(self) -> list[int]:
         """LR pixels that each class runs on, context included."""
@@ -45,21 +52,34 @@ def aligned(pixels: int, align: int) -> int:
     return -(-pixels // align) * align
 
 
-def make_plan(class_ids: Tensor, cells: Cells, costs: Sequence[float], context: int) -> Plan:  # [rows, cols]
+def make_plan(
+    class_ids: Tensor,  # [rows, cols]
+    cells: Cells,
+    costs: Sequence[float],
+    context: int,
+    base: int | None = None,
+) -> Plan:
     """The cheapest plan known that gives every cell its class or a higher one.
 
     Args:
         class_ids: the least class of every cell.
         cells: of the image.
         costs: of a pixel in each class, rising.
-        context: see :class:`Plan`.
+        context, base: see :class:`Plan`.
     """
     most = costs[-1]
     shares = [cost / most for cost in costs]
     executed, regions = class_ids.clone(), []
     done = torch.zeros_like(class_ids, dtype=torch.bool)
-    total = 0.0
+    area = float(cells.pixels(cells.whole).area)
+    scored = 0.0 if base is None else shares[base] * area
+    total = scored
     for k in reversed(range(len(costs))):
+        if base is not None and k <= base:
+            # Its result is there, and better than those below.
+            regions.append(tuple([cells.whole] if k == base else []))
+            executed = torch.where(done, executed, base)
+            continue
         found = cover((class_ids == k) & ~done, cells, context)
         for region in found:
             inside = slice(region.top, region.bottom), slice(region.left, region.right)
@@ -67,12 +87,12 @@ def make_plan(class_ids: Tensor, cells: Cells, costs: Sequence[float], context: 
             done[inside] = True
         regions.append(tuple(found))
         total += shares[k] * spent(found, cells, context)
-    whole = float(cells.pixels(cells.whole).area) + PASS
+    whole = area + PASS + scored
     if len(costs) > 1 and total >= whole:
         nothing: tuple[Rectangle, ...] = ()
         everywhere = torch.full_like(class_ids, len(costs) - 1)
-        return Plan(cells, (*(nothing,) * (len(costs) - 1), (cells.whole,)), context, everywhere, whole)
-    return Plan(cells, tuple(reversed(regions)), context, executed, total)
+        return Plan(cells, (*(nothing,) * (len(costs) - 1), (cells.whole,)), context, everywhere, whole, base=base)
+    return Plan(cells, tuple(reversed(regions)), context, executed, total, base=base)
 
 
 def spent(regions: Sequence[Rectangle], cells: Cells, context: int) -> float:

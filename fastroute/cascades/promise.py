@@ -36,12 +36,14 @@ class HeldOut:
     Attributes:
         cells: of the crop.
         table: of the others.
+        base: see :class:`fastroute.cascades.plan.Plan`.
         plans: of the crop, by the classes of its cells and the context. A margin or a corrected table chooses another one of
             them, and each is made once.
     """
 
     cells: Measured
     table: Table
+    base: int | None = None
     plans: dict[tuple[bytes, int], Plan] = field(default_factory=dict, repr=False)
 
     def by(self, table: Table) -> HeldOut:
@@ -52,7 +54,7 @@ class HeldOut:
         """As :func:`make_plan`, with the same costs at every call."""
         key = class_ids.numpy().tobytes(), context
         if key not in self.plans:
-            self.plans[key] = make_plan(class_ids, cells, costs, context)
+            self.plans[key] = make_plan(class_ids, cells, costs, context, self.base)
         return self.plans[key]
 
 
@@ -67,6 +69,7 @@ class Calibration:
         promised, reached: dB that were asked for, and found on each crop, planned by what other pictures taught.
         spent: share of the dense cost that these crops take, in the mean.
         score: by which cells are told apart; None for the strength of their edges.
+        base: the class whose result is scored instead.
         tried: `spent` of each score that was tried, by its name.
         classes: numbers of the networks that the cascade keeps, rising; empty for all.
         left_out: `spent` before a network was left out, by its number.
@@ -80,6 +83,7 @@ class Calibration:
     reached: tuple[float, ...]
     spent: float = 1.0
     score: CellScore | None = None
+    base: int | None = None
     tried: dict[str, float] = field(default_factory=dict)
     classes: tuple[int, ...] = ()
     left_out: dict[int, float] = field(default_factory=dict)
@@ -92,6 +96,7 @@ def learnt_from(
     contexts: Sequence[int],
     learn_score: Callable[[Sequence[Measured]], CellScore] | None = None,
     wide: Sequence[bool] = (),
+    base: int | None = None,
 ) -> Calibration:
     """The table of all cells, with margins at which most of the pictures keep the promise when the others taught.
 
@@ -102,6 +107,7 @@ def learnt_from(
         contexts: from which calls choose.
         learn_score: from cells to a score by which they are told apart; default that which they have.
         wide: see :class:`fastroute.cascades.decision.Table`.
+        base: the class whose result gave the scores; None where the image did.
     """
     pictures = sorted({c.picture for c in cells})
     tests: list[HeldOut] = []
@@ -110,7 +116,7 @@ def learnt_from(
         others = [c for c in cells if c.picture not in tested]
         score = None if learn_score is None else learn_score(others)
         taught = _taught([_scored(c, score) for c in others], contexts, fidelity, wide)
-        tests += [HeldOut(_scored(c, score), taught) for c in cells if c.picture in tested]
+        tests += [HeldOut(_scored(c, score), taught, base) for c in cells if c.picture in tested]
     margin = least_margin(tests, costs)
     plans = [_planned(test.by(replace(test.table, margin=margin)), costs) for test in tests]
     sampling = None
@@ -132,7 +138,7 @@ def learnt_from(
     table = replace(_taught([_scored(c, score) for c in cells], contexts, fidelity, wide), margin=margin, sampling=sampling)
     number = sum(c.scores.numel() for c in cells)
     reached = tuple(plan.reached for plan in plans)
-    return Calibration(table, tuple(costs), len(pictures), number, fidelity, reached, spent, score)
+    return Calibration(table, tuple(costs), len(pictures), number, fidelity, reached, spent, score, base)
 
 
 def _scored(cells: Measured, score: CellScore | None) -> Measured:

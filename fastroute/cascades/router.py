@@ -18,7 +18,8 @@ from fastroute.cascades.cells import CELL, Cells, Rectangle, scores_by_rows
 from fastroute.cascades.decision import Decision, Table, Target, choose
 from fastroute.cascades.memory import SMALL, Footprint, Memory, footprint, memory_within, strips
 from fastroute.cascades.networks import Networks, unsupported_half
-from fastroute.cascades.plan import Plan, aligned
+from fastroute.cascades.output_score import Base, scored_result
+from fastroute.cascades.plan import Plan, aligned, make_plan
 from fastroute.cascades.run import FADE, Limits, Network, Piece, Read, cut, edges_of, floating, layers_of, pieces_of, store
 from fastroute.cascades.samples import measure_samples, sampled_plan
 from fastroute.engines import TORCH
@@ -41,6 +42,8 @@ if TYPE_CHECKING:
 
 # Pixels of context that make the result of a whole image, if they are no more, even where none is asked for.
 FARTHEST = 40
+# Bytes of a result that was scored and is kept for what is chosen of it, where no limit is asked for.
+KEPT = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -274,33 +277,44 @@ class CascadeRouter(Router):
         takes, values = self._footprints(cells, call.limit), self.channels * self.scale**2 * cells.width
         memory = memory_within(call.op, call.limit, takes, values, self._context(call.target))
         plans, pieces = [], []
+        scored = kept = 0
         with self.lock, patiently(device), ends.opened(memory.rows, memory.rows * self.scale) as sink:
             for n, raw in enumerate(reads):
 
                 def read(where: Rectangle, raw: Read = raw) -> Tensor:
                     return floating(to_device(raw(where), device), self.dtype)
 
-                plans.append(self._plan(read, cells, call, n, watch))
-                pieces.append(self._pieces(plans[-1], call, memory))
-                self._write(plans[-1], pieces[-1], read, sink, n, memory.rows, call.progress, watch)
+                plan, base = self._plan(read, cells, call, n, memory, watch)
+                plans.append(plan)
+                pieces.append(self._pieces(plan, call, memory))
+                if base is not None:
+                    scored += base.pixels if plan.dense or base.results is None else 0
+                    kept = max(kept, memory.row * cells.height if base.results is not None else 0)
+                self._write(plan, pieces[-1], base, read, sink, n, memory.rows, call.progress, watch)
         with torch.inference_mode(False):
             ids = torch.stack([plan.class_ids for plan in plans]).clone()
-        held = max(memory.held(own, cells.height) for own in pieces)
-        return ids, self._stats(plans, pieces, held, watch)
+        held = kept + max(memory.held(own, cells.height) for own in pieces)
+        return ids, self._stats(plans, pieces, scored, held, watch)
 
-    def _plan(self, read: Read, cells: Cells, call: Call, number: int, watch: Stopwatch) -> Plan:
+    def _plan(
+        self, read: Read, cells: Cells, call: Call, number: int, memory: Memory, watch: Stopwatch
+    ) -> tuple[Plan, Base | None]:
         class_ids = None if call.maps is None else call.maps[number]
         if self.facts[-1].tiling == INTERNAL or self.num_classes == 1:
             class_ids = torch.full((cells.rows, cells.cols), self.num_classes - 1)
-        scores = None
+        scores, base = None, None
         if class_ids is None and not call.target.everywhere:
             with watch.stage("classify"):
-                scores = scores_by_rows(read, cells, self.decision.score)
+                if self.decision.base is None:
+                    scores = scores_by_rows(read, cells, self.decision.score)
+                else:
+                    scores, base = self._scored(self.decision.base, read, cells, call, memory)
+        planner = partial(make_plan, base=None if base is None else base.number)
 
         def planned(table: Table | None) -> Plan:
             with watch.stage("assign"):
                 decision = replace(self.decision, table=table)
-                return choose(decision, call.target, cells, self.costs, scores, class_ids, self.align)
+                return choose(decision, call.target, cells, self.costs, scores, class_ids, self.align, planner)
 
         def measure(pieces: Sequence[Piece]) -> Tensor:  # [K - 1, N]
             with watch.stage("classify"):
@@ -309,9 +323,15 @@ class CascadeRouter(Router):
         table = self.decision.table
         plan = planned(table)
         if scores is None or table is None or call.target.fidelity is None:
-            return plan
+            return plan, base
         context = aligned(table.contexts[0], self.align)
-        return sampled_plan(plan, table, scores, context, self.costs, planned, measure)
+        return sampled_plan(plan, table, scores, context, self.costs, planned, measure), base
+
+    def _scored(self, k: int, read: Read, cells: Cells, call: Call, memory: Memory) -> tuple[Tensor, Base]:  # [rows, cols]
+        """Scores by the result of class `k`, and that result."""
+        pieces = self._pieces_of(k, (cells.whole,), self.decision.context, cells, call, memory)
+        keep = call.limit is None and memory.row * cells.height <= KEPT
+        return scored_result(k, pieces, partial(self.networks.run, k), read, cells, self.scale, keep)
 
     def runs(self) -> list[Network]:
         """Each class as a function of images."""
@@ -319,27 +339,30 @@ class CascadeRouter(Router):
 
     def _pieces(self, plan: Plan, call: Call, memory: Memory) -> list[list[Piece]]:
         """The pieces of each class."""
-        found = []
-        for k, regions in enumerate(plan.regions):
-            reach, context, limits, fade = self.facts[k].reach, plan.context, memory.limits, FADE
-            if regions == (plan.cells.whole,) and reach is not None and reach <= FARTHEST and call.target.context is None:
-                # Pieces of as much context as the network sees are those of the whole image: there is nothing to blend.
-                context, fade = aligned(reach, self.align), 0
-                if call.limit is None:
-                    size = plan.cells.height, plan.cells.width
-                    takes = self._footprints(plan.cells, None)[k]
-                    limits = Limits(tallest=strips(*size, context, takes, self.device))
-            found.append(pieces_of(plan.cells, regions, context, limits, fade))
-        return found
+        every = enumerate(plan.regions)
+        return [self._pieces_of(k, regions, plan.context, plan.cells, call, memory) for k, regions in every]
+
+    def _pieces_of(
+        self, k: int, regions: Sequence[Rectangle], context: int, cells: Cells, call: Call, memory: Memory
+    ) -> list[Piece]:
+        reach, limits, fade = self.facts[k].reach, memory.limits, FADE
+        if tuple(regions) == (cells.whole,) and reach is not None and reach <= FARTHEST and call.target.context is None:
+            # Pieces of as much context as the network sees are those of the whole image: there is nothing to blend.
+            context, fade = aligned(reach, self.align), 0
+            if call.limit is None:
+                takes = self._footprints(cells, None)[k]
+                limits = Limits(tallest=strips(cells.height, cells.width, context, takes, self.device))
+        return pieces_of(cells, regions, context, limits, fade)
 
     def _write(
-        self, plan: Plan, pieces: Sequence[Sequence[Piece]], read: Read, sink: Sink, number: int, rows: int,
+        self, plan: Plan, pieces: Sequence[Sequence[Piece]], base: Base | None, read: Read, sink: Sink, number: int, rows: int,
         progress: Progress, watch: Stopwatch,
     ) -> None:  # fmt: skip
         """The bands of one image, through its layers, into `sink`."""
         images, exact = (number, number + 1), sums_of(self.dtype)
-        with shown(progress, sum(map(len, pieces)), "region") as bar:
-            layers = layers_of(plan, pieces, self.runs(), read, self.scale, bar.update)
+        ready = base.ready if base is not None and not plan.dense else {}
+        with shown(progress, sum(map(len, pieces)) - sum(map(len, ready.values())), "region") as bar:
+            layers = layers_of(plan, pieces, self.runs(), read, self.scale, bar.update, ready)
             for top, bottom in pairwise(edges_of(pieces, plan.cells.height, rows)):
                 with watch.stage("branches"):
                     for layer in layers:
@@ -374,13 +397,16 @@ class CascadeRouter(Router):
         return self._memory
 
     def _stats(
-        self, plans: Sequence[Plan], pieces: Sequence[Sequence[Sequence[Piece]]], held: int, watch: Stopwatch
+        self, plans: Sequence[Plan], pieces: Sequence[Sequence[Sequence[Piece]]], scored: int, held: int, watch: Stopwatch
     ) -> RoutingStats:
+        """What was done; class `base` ran on `scored` pixels for their scores alone."""
         stages = ("tune", "classify", "assign", "branches", "stitch")
         seconds = {**dict.fromkeys(stages, 0.0), **watch.finish()}
         counts = [sum(int((plan.class_ids == k).sum()) for plan in plans) for k in range(self.num_classes)]
         sampled = sum(plan.sampled for plan in plans)
         work = [sampled + sum(piece.outer.area for own in pieces for piece in own[k]) for k in range(self.num_classes)]
+        if self.decision.base is not None:
+            work[self.decision.base] += scored
         routed = sum(flops * pixels for flops, pixels in zip(self.branch_flops, work, strict=True))
         dense = self.branch_flops[-1] * sum(plan.cells.height * plan.cells.width for plan in plans)
         flops = RoutedFlops(routed, dense, dense)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -167,13 +167,14 @@ class Layer:
 
 def layers_of(
     plan: Plan, pieces: Sequence[Sequence[Piece]], networks: Sequence[Network], read: Read, scale: int,
-    done: Callable[[], object] = lambda: None,
+    done: Callable[[], object] = lambda: None, ready: Mapping[int, Sequence[Tensor]] | None = None,
 ) -> list[Layer]:  # fmt: skip
-    """The classes of a plan that have pieces, the lowest first."""
+    """The classes of a plan that have pieces, the lowest first; `ready` are results that are there, by class."""
     made: list[Layer] = []
-    for own, network in zip(pieces, networks, strict=True):
+    for k, (own, network) in enumerate(zip(pieces, networks, strict=True)):
         if own:
             made.append(Layer(own, network, read, scale, not made, done))
+            made[-1].results.update(enumerate((ready or {}).get(k, ())))
     return made
 
 

@@ -95,8 +95,9 @@ def sampled_plan(
     pieces = samples_of(cells, places, context)
     pixels = sum(piece.outer.area for piece in pieces)
     spent = pixels * sum(costs) / costs[-1]
-    # A picture that turns out to need the dense run pays for having been measured.
-    if plan.cost + spent > (1 + SHARE) * cells.height * cells.width + PASS:
+    # A picture that turns out to need the dense run pays for having been measured. That it was scored changes nothing.
+    scored = 0.0 if plan.base is None else costs[plan.base] / costs[-1]
+    if plan.cost + spent > (1 + SHARE + scored) * cells.height * cells.width + PASS:
         return plan
     nearest = torch.full((len(table.errors) - 1,), sampling.least, dtype=torch.float64)
     margin = sampling.margin(len(places))

@@ -69,7 +69,8 @@ def save_cascade(path: Path, branches: Sequence[str | Path], calibration: Calibr
         "pictures": calibration.pictures,
         "cells": calibration.cells,
         "reached": [round(value, 2) for value in calibration.reached],
-        "score": "edge" if calibration.score is None else "learned",
+        "score": _score(calibration),
+        "base": calibration.base,
         "tried": {name: round(value, 4) for name, value in calibration.tried.items()},
     }
     data = save({name: tensor.contiguous() for name, tensor in tensors.items()}, {CASCADE: json.dumps(content)})
@@ -77,6 +78,12 @@ def save_cascade(path: Path, branches: Sequence[str | Path], calibration: Calibr
         io.write_atomically(path, lambda file: file.write(data))
     except OSError as error:
         raise CheckpointError(f"cannot write {path}: {error.strerror}") from error
+
+
+def _score(calibration: Calibration) -> str:
+    if calibration.base is not None:
+        return "output"
+    return "edge" if calibration.score is None else "learned"
 
 
 def _entry(branch: str | Path, path: Path) -> dict[str, str]:
@@ -125,8 +132,9 @@ def read_cascade(
         table = _table(content, about, len(branches))
         costs = [_number(cost, "costs", 0.0) for cost in about["costs"]]
         kind = about.get("score", "edge")
-        if kind not in ("edge", "learned"):
+        if kind not in ("edge", "learned", "output"):
             raise ValueError(f"its score is {str(kind)[:40]!r}, which is unknown")
+        base = _base(about["base"], len(branches)) if kind == "output" else None
         # Calibrations are of networks of three channels.
         score = stored_score(content, 3) if kind == "learned" else None
     except (ValueError, TypeError, KeyError, RecursionError) as error:
@@ -137,9 +145,8 @@ def read_cascade(
     scale = opened[-1][2].scale
     if asked.get("scale", scale) != scale:
         raise CheckpointError(f"cannot use {path}: it upscales by {scale} alone; got scale={asked['scale']:g}")
-    router = CascadeRouter(
-        [module for _, module, _ in opened], [facts for _, _, facts in opened], Decision(table, score=score), costs, names
-    )
+    decision = Decision(table, score=score, base=base)
+    router = CascadeRouter([module for _, module, _ in opened], [facts for _, _, facts in opened], decision, costs, names)
     try:
         check_costs("load", costs, names)
         # Whatever took which time: a file whose networks have changed places promises nothing.
@@ -177,6 +184,12 @@ def _table(content: Mapping[str, Tensor], about: Mapping[str, Any], classes: int
         _sampling(about.get("sampling")),
         _wide(about.get("wide", []), classes),
     )
+
+
+def _base(told: Any, classes: int) -> int:
+    if isinstance(told, bool) or not isinstance(told, int) or not 0 <= told < classes - 1:
+        raise ValueError(f"its base must be the number of a cheaper network; it is {str(told)[:40]!r}")
+    return told
 
 
 def _wide(told: Any, classes: int) -> tuple[bool, ...]:

@@ -78,6 +78,8 @@ def command(
         f"{Path(name).stem} {cost:.3f}" for name, cost in zip(branches[:-1], found.costs, strict=False)))  # fmt: skip
     spent = ", ".join(f"{name} {share:.2f}" for name, share in found.tried.items())
     which = "that which is learned" if found.score is not None else "the strength of edges"
+    if found.base is not None:
+        which = f"that of what {Path(branches[found.base]).stem} makes of them"
     click.echo(f"of the dense cost, pictures held out take by score: {spent}; {which} is kept")
     for name, share in left_out.items():
         click.echo(f"{name} is left out: with it they take {share:.2f}")
