@@ -238,20 +238,25 @@ def cascades_of(
 ) -> dict[str, CascadeRouter]:
     """A calibrated cascade for each of `cheap`, see `CHEAP`, of those of the first two of `sources` that pay and the last."""
     costs, wide = measured_costs(router), wide_of(router, contexts)
-    found = {}
+    found: dict[str, CascadeRouter] = {}
+    made_of: dict[tuple[int, ...], CascadeRouter] = {}
     for name, numbers in ((name, CHEAP[name]) for name in cheap):
         own = (*numbers, 2)
         learnt = best_of_classes(
             [c.of(numbers) for c in cells], [costs[n] for n in own], PROMISED, contexts, wide=[wide[n] for n in numbers]
         )
-        kept = [own[k] for k in learnt.classes]
+        kept = tuple(own[k] for k in learnt.classes)
+        if kept in made_of:
+            print(f"  {name}: it keeps {', '.join(made_of[kept].names)}, as another one does", flush=True)
+            found[name] = made_of[kept]
+            continue
         made = fastroute.cascade([sources[n] for n in kept], costs=learnt.costs).to("cpu", dtype)
         if learnt.left_out:
             print(f"  {name}: it keeps {', '.join(made.names)}; before, of the dense cost: {learnt.left_out}")
         print(f"  {name}: of the dense cost by score {learnt.tried}, margin {learnt.table.margin:.2f}, {learnt.table.sampling}",
               flush=True)  # fmt: skip
         made.decision = Decision(learnt.table, score=learnt.score, base=learnt.base)
-        found[name] = made
+        found[name] = made_of[kept] = made
     return found
 
 
@@ -269,9 +274,11 @@ def routed_rows(
     calls: dict[str, Callable[[], Any]] = {} if dense.slower > SLOWER else {dense.fastest: dense.peer(image)}
     full = next(iter(cascades.values()))
     calls[FASTROUTE] = partial(full.upscale, image, budget=1)
-    for cheap, router in cascades.items():
+    # Cascades that a calibration made the same run once.
+    first = {name: next(other for other in cascades if cascades[other] is router) for name, router in cascades.items()}
+    for cheap in dict.fromkeys(first.values()):
         for fidelity in fidelities:
-            calls[f"{cheap}, {fidelity:g}"] = partial(router.upscale, image, fidelity=fidelity)
+            calls[f"{cheap}, {fidelity:g}"] = partial(cascades[cheap].upscale, image, fidelity=fidelity)
     seconds, results = dict.fromkeys(calls, math.inf), {}
     for _ in range(turns):
         for label, call in calls.items():
@@ -283,15 +290,15 @@ def routed_rows(
     strength = float(edge_scores(image).mean())
     for cheap in cascades:
         for fidelity in fidelities:
-            label = f"{cheap}, {fidelity:g}"
-            found = results[label]
+            label, ran = f"{cheap}, {fidelity:g}", f"{first[cheap]}, {fidelity:g}"
+            found = results[ran]
             seen = borders(found.image[0], expected, found.class_map[0], full.scale)
             times = {way: measure.summary([seconds[way]]) for way in ways}
             yield {
                 "op": f"{name}, {size}, {label} dB", "kind": "picture", "picture": name, "size": size, "cheap": cheap,
-                "fidelity": fidelity, "psnr": psnr(found.image[0], expected), "time": seconds[label] / base,
+                "fidelity": fidelity, "psnr": psnr(found.image[0], expected), "time": seconds[ran] / base,
                 "flops": found.stats.flops.of_one_pass, "border": seen,
-                "edges": strength, "times": {**times, f"fastroute {cheap}": measure.summary([seconds[label]])},
+                "edges": strength, "times": {**times, f"fastroute {cheap}": measure.summary([seconds[ran]])},
             }  # fmt: skip
 
 

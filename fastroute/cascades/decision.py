@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from fastroute.cascades.cells import Cells, Score
-from fastroute.cascades.plan import Plan, aligned, make_plan
+from fastroute.cascades.partition import Cut, Partition, Region
+from fastroute.cascades.plan import Plan, aligned, make_plan, plan_of
 
 # Without a calibration: pixels of context, and how the expected error of a class falls from one to the next.
 CONTEXT, FALL = 16, 0.1
 # Cells of a picture that are measured at least, see :mod:`fastroute.cascades.samples`.
 FEWEST = 3
-# A target is met by halving the range of a price so often.
-STEPS = 9
-# Makes a plan of the least class of every cell, see :func:`fastroute.cascades.plan.make_plan`.
-Planner = Callable[[Tensor, Cells, Sequence[float], int], Plan]
+# A target is met by halving the range of a price so often. It ends where every cell is cheap, and spans so many e-folds.
+STEPS, RANGE = 9, 19.0
+# Sums of one order and of another differ by no more than this share.
+SLACK = 1e-9
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,11 @@ class Table:
     fidelity: float = 40.0
     sampling: Sampling | None = None
     wide: tuple[bool, ...] = ()
+
+    def share(self, context: int) -> float:
+        """By what the last class's error is multiplied with that context."""
+        least = max(context, self.contexts[0])
+        return self.shares[max(n for n, each in enumerate(self.contexts) if each <= least)]
 
     def corrected(self, ratios: Tensor, margin: float) -> Table:  # [K - 1]
         """The table of a picture on which the errors of the cheaper classes are `ratios` times those of others, as measured."""
@@ -145,7 +151,6 @@ def choose(
     scores: Tensor | None,  # [rows, cols]
     class_ids: Tensor | None,  # [rows, cols]
     align: int = 1,
-    planner: Planner = make_plan,
 ) -> Plan:
     """The cheapest plan found that meets `target`.
 
@@ -157,73 +162,93 @@ def choose(
         scores: [rows, cols] of the cells; None where every class is known.
         class_ids: int64 [rows, cols], where they are known.
         align: contexts are rounded up to its multiples: networks that fold pixels see them as they do in the whole image.
-        planner: what makes a plan of classes.
     """
     context = aligned(decision.context if target.context is None else target.context, align)
     last = len(costs) - 1
     if class_ids is not None:
-        return planner(class_ids, cells, costs, context)
+        return make_plan(class_ids, cells, costs, context)
     if target.everywhere or scores is None:
-        return planner(torch.full((cells.rows, cells.cols), last), cells, costs, context)
+        return make_plan(torch.full((cells.rows, cells.cols), last), cells, costs, context)
     if target.budget is None and target.fidelity is None and decision.thresholds is not None:
         limits = torch.tensor(decision.thresholds, dtype=scores.dtype)
-        return planner((scores[..., None] > limits).sum(-1), cells, costs, context)
+        return make_plan((scores[..., None] > limits).sum(-1), cells, costs, context, decision.base)
     table = decision.table
     free = table is not None and target.context is None
     contexts = [aligned(each, align) for each in table.contexts] if free and table is not None else [context]
-    plans = [_searched(table, target, cells, costs, scores, each, planner) for each in contexts]
+    found = [Search(decision, cells, costs, scores, each).found(target) for each in contexts]
     if target.fidelity is not None:
-        return min(plans, key=lambda found: found[1].cost)[1]
-    return min(plans, key=lambda found: found[0])[1]
+        return min(found, key=lambda one: one[1].cost)[1]
+    return min(found, key=lambda one: one[0])[1]
 
 
-def _searched(
-    table: Table | None,
-    target: Target,
-    cells: Cells,
-    costs: Sequence[float],
-    scores: Tensor,  # [rows, cols]
-    context: int,
-    planner: Planner,
-) -> tuple[float, Plan]:
-    """A plan with this context that meets `target`, and its expected error: the price of an error is halved in on."""
-    expected = _expected(table, scores, len(costs))
-    areas, most = cells.areas(), costs[-1]
-    prices = torch.tensor([cost / most for cost in costs], dtype=torch.float64)
+class Search:
+    """Plans of an image with one context, by the price of an error.
 
-    def at(price: float) -> tuple[float, Plan]:
-        utility = expected + price * prices[:, None, None]
-        plan = planner(utility.argmin(dim=0), cells, costs, context)
-        return error_of(plan, expected, table, areas), plan
+    Args:
+        decision, cells, costs, scores, context: see :func:`choose`.
+    """
 
-    largest = float((expected[0] - expected[-1]).max()) / max(float(prices[-1] - prices[0]), 1e-9)
-    low, high = math.log(max(largest, 1e-11)) - 18.0, math.log(max(largest, 1e-11)) + 1.0
-    if target.fidelity is not None:
-        allowed = 10 ** (-target.fidelity / 10)
-        # The dense run is what is always near enough.
-        everywhere = planner(torch.full_like(scores, len(costs) - 1, dtype=torch.int64), cells, costs, context)
-        best = (0.0, everywhere)
-        for _ in range(STEPS):
-            middle = (low + high) / 2
-            error, plan = at(math.exp(middle))
-            if error <= allowed:
-                low = middle
-                best = (error, plan) if plan.cost <= best[1].cost else best
+    def __init__(
+        self,
+        decision: Decision,
+        cells: Cells,
+        costs: Sequence[float],
+        scores: Tensor,  # [rows, cols]
+        context: int,
+    ) -> None:
+        self.table, self.cells, self.costs, self.context, self.base = decision.table, cells, costs, context, decision.base
+        self.expected = _expected(self.table, scores, len(costs))
+        self.areas, self.region = cells.areas(), None
+        errors = self.expected
+        if self.table is not None:
+            share, margin = self.table.share(context), self.table.margin
+            self.region = Region(share, share * self.table.inner, self.table.wide)
+            errors = margin * errors
+        self.partition = Partition(cells, costs, context, errors, self.region, self.base)
+
+    def found(self, target: Target) -> tuple[float, Plan]:
+        """The plan that meets `target`, and its expected error."""
+        high = math.log(max(self.partition.largest, 1e-11)) + 1.0
+        low = high - RANGE
+        everywhere = self._same(len(self.costs) - 1)
+        area, parts = self.partition.area, self.partition.together + 1
+        allowed = 0.0 if target.fidelity is None else 10 ** (-target.fidelity / 10)
+        budget = float(target.budget or 1.0) * area
+        met: list[Cut] = []
+        for _ in range(math.ceil(STEPS * math.log(2) / math.log(parts))):
+            prices = [low + (high - low) * n / parts for n in range(1, parts)]
+            cuts = self.partition.at([math.exp(price) for price in prices])
+            if target.fidelity is not None:
+                # What costs as much as the dense run is that run.
+                fit = [n for n, cut in enumerate(cuts) if cut.error <= allowed or cut.cost >= everywhere.cost]
+                below = max(fit, default=-1)
             else:
-                high = middle
-        return best
-    budget = float(target.budget or 1.0) * cells.height * cells.width
-    cheapest = planner(torch.zeros_like(scores, dtype=torch.int64), cells, costs, context)
-    best = (error_of(cheapest, expected, table, areas), cheapest)
-    for _ in range(STEPS):
-        middle = (low + high) / 2
-        error, plan = at(math.exp(middle))
-        if plan.cost <= budget:
-            high = middle
-            best = (error, plan) if error <= best[0] else best
+                fit = [n for n, cut in enumerate(cuts) if cut.cost <= budget]
+                below = min(fit, default=len(cuts)) - 1
+            met += [cuts[n] for n in fit]
+            low, high = ([low, *prices][below + 1], [*prices, high][below + 1])
+        if target.fidelity is not None:
+            for cut in sorted(met, key=lambda cut: cut.cost):
+                plan = self._plan(cut)
+                if self._error(plan) <= allowed * (1 + SLACK):
+                    return self._error(plan), min(plan, everywhere, key=lambda one: one.cost)
+            return 0.0, everywhere
+        if met:
+            plan = self._plan(min(met, key=lambda cut: cut.error))
         else:
-            low = middle
-    return best
+            plan = self._same(0)
+        return self._error(plan), plan
+
+    def _same(self, k: int) -> Plan:
+        """The plan of class `k` everywhere."""
+        class_ids = torch.full((self.cells.rows, self.cells.cols), k)
+        return make_plan(class_ids, self.cells, self.costs, self.context, self.base)
+
+    def _plan(self, cut: Cut) -> Plan:
+        return plan_of(cut, self.cells, self.costs, self.context, self.base)
+
+    def _error(self, plan: Plan) -> float:
+        return error_of(plan, self.expected, self.table, self.areas)
 
 
 def _expected(table: Table | None, scores: Tensor, classes: int) -> Tensor:  # [rows, cols] -> [K, rows, cols]
@@ -259,7 +284,7 @@ def region_shares(plan: Plan, table: Table, k: int) -> Tensor:  # [rows, cols]
     shares = torch.zeros_like(plan.class_ids, dtype=torch.float64)
     if plan.regions[k] == (plan.cells.whole,):
         return shares
-    share = table.shares[max(n for n, context in enumerate(table.contexts) if context <= max(plan.context, table.contexts[0]))]
+    share = table.share(plan.context)
     rows, cols = shares.shape
     for region in plan.regions[k]:
         # Cells along a border that is not the image's see least of what lies beyond.

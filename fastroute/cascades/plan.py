@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from fastroute.cascades.cells import Cells, Rectangle
-
-# What a pass costs beside its pixels, in pixels.
-PASS = 256
+from fastroute.cascades.partition import BLOCK, PASS, Cut, covering
 
 
 @dataclass(frozen=True)
@@ -67,31 +66,62 @@ def make_plan(
         costs: of a pixel in each class, rising.
         context, base: see :class:`Plan`.
     """
-    most = costs[-1]
-    shares = [cost / most for cost in costs]
-    executed, regions = class_ids.clone(), []
-    done = torch.zeros_like(class_ids, dtype=torch.bool)
+
+    def regions_of(k: int, done: Tensor) -> list[Rectangle]:  # [rows, cols]
+        return cover((class_ids == k) & ~done, cells, context)
+
+    return _assembled(regions_of, cells, costs, context, base)
+
+
+def plan_of(cut: Cut, cells: Cells, costs: Sequence[float], context: int, base: int | None = None) -> Plan:
+    """The plan of an image that was cut, its regions joined where that costs less."""
+
+    def regions_of(k: int, done: Tensor) -> list[Rectangle]:  # [rows, cols]
+        if k == 0:
+            return cover(~done, cells, context)
+        own = [region for region in cut.regions[k] if not bool(_within(done, region).all())]
+        # Blocks were cut each by itself.
+        return joined(own, cells, context) if max(cells.rows, cells.cols) > BLOCK else own
+
+    return _assembled(regions_of, cells, costs, context, base)
+
+
+def _within(values: Tensor, region: Rectangle) -> Tensor:  # [rows, cols] -> [h, w]
+    return values[region.top : region.bottom, region.left : region.right]
+
+
+def _assembled(
+    regions_of: Callable[[int, Tensor], Sequence[Rectangle]],
+    cells: Cells,
+    costs: Sequence[float],
+    context: int,
+    base: int | None,
+) -> Plan:
+    """The plan of these regions of each class; the highest is asked for first, the others with the cells that are done."""
+    shares = [cost / costs[-1] for cost in costs]
+    executed = torch.zeros(cells.rows, cells.cols, dtype=torch.int64)
+    done = torch.zeros_like(executed, dtype=torch.bool)
+    regions: list[tuple[Rectangle, ...]] = []
     area = float(cells.pixels(cells.whole).area)
     scored = 0.0 if base is None else shares[base] * area
     total = scored
     for k in reversed(range(len(costs))):
         if base is not None and k <= base:
             # Its result is there, and better than those below.
-            regions.append(tuple([cells.whole] if k == base else []))
-            executed = torch.where(done, executed, base)
+            regions.append((cells.whole,) if k == base else ())
+            executed[~done] = base
             continue
-        found = cover((class_ids == k) & ~done, cells, context)
+        found = sorted(regions_of(k, done))
         for region in found:
-            inside = slice(region.top, region.bottom), slice(region.left, region.right)
-            executed[inside] = torch.where(done[inside], executed[inside], k)
-            done[inside] = True
+            inside = _within(done, region)
+            _within(executed, region)[~inside] = k
+            inside.fill_(True)
         regions.append(tuple(found))
         total += shares[k] * spent(found, cells, context)
     whole = area + PASS + scored
     if len(costs) > 1 and total >= whole:
-        nothing: tuple[Rectangle, ...] = ()
-        everywhere = torch.full_like(class_ids, len(costs) - 1)
-        return Plan(cells, (*(nothing,) * (len(costs) - 1), (cells.whole,)), context, everywhere, whole, base=base)
+        everywhere = torch.full_like(executed, len(costs) - 1)
+        return Plan(cells, (*((),) * (len(costs) - 1), (cells.whole,)), context, everywhere, whole, base=base)
     return Plan(cells, tuple(reversed(regions)), context, executed, total, base=base)
 
 
@@ -101,63 +131,48 @@ def spent(regions: Sequence[Rectangle], cells: Cells, context: int) -> float:
 
 
 def cover(needed: Tensor, cells: Cells, context: int) -> list[Rectangle]:  # bool [rows, cols]
-    """Rectangles that hold all `needed` cells, and others where that costs less than going around them.
-
-    It begins with rectangles of nothing but needed cells, and joins two as long as one around both costs less than they do.
-    """
+    """Rectangles that hold all `needed` cells, and others where that costs less than going around them."""
     if bool(needed.all()):
         return [cells.whole] if needed.numel() else []
-    regions = dict(enumerate(exact_cover(needed)))
+    return joined(covering(needed.numpy(), cells, context), cells, context)
+
+
+def joined(rectangles: Sequence[Rectangle], cells: Cells, context: int) -> list[Rectangle]:
+    """The same cells, and others: two rectangles are joined as long as one around both costs less than they do."""
+    regions = dict(enumerate(rectangles))
     costs = {n: spent([region], cells, context) for n, region in regions.items()}
-    heap = [gain for n in regions for gain in _gains(n, regions, costs, cells, context) if gain[2] > n]
+    # Where several lie over each other it is the last one; of those before, what is seen is enough to find them.
+    owners = np.full((cells.rows, cells.cols), -1)
+    # Joined regions cost less only where their contexts meet, or where one pass less is worth more than what lies between.
+    reach = 2 * context // cells.side + 2
+
+    def gains(n: int) -> Iterator[tuple[float, int, int]]:
+        """Negative gains of joining region `n` with each other one near it, where there is any."""
+        own = regions[n]
+        window = owners[max(own.top - reach, 0) : own.bottom + reach, max(own.left - reach, 0) : own.right + reach]
+        for m in np.unique(window).tolist():
+            if m != n and m in regions:
+                gain = costs[n] + costs[m] - spent([own.joined(regions[m])], cells, context)
+                if gain >= 0:
+                    yield -gain, min(n, m), max(n, m)
+
+    for n, own in regions.items():
+        owners[own.top : own.bottom, own.left : own.right] = n
+    heap = [gain for n in regions for gain in gains(n) if gain[2] > n]
     heapq.heapify(heap)
     following = len(regions)
     while heap:
         _, a, b = heapq.heappop(heap)
         if a not in regions or b not in regions:
             continue
-        joined = regions[a].joined(regions[b])
+        both = regions[a].joined(regions[b])
         # What else lies within is computed with it.
-        for n in [n for n, region in regions.items() if joined.holds(region)]:
-            del regions[n], costs[n]
-        regions[following], costs[following] = joined, spent([joined], cells, context)
-        for gain in _gains(following, regions, costs, cells, context):
+        for n in {int(n) for n in np.unique(owners[both.top : both.bottom, both.left : both.right])} & regions.keys():
+            if both.holds(regions[n]):
+                del regions[n], costs[n]
+        owners[both.top : both.bottom, both.left : both.right] = following
+        regions[following], costs[following] = both, spent([both], cells, context)
+        for gain in gains(following):
             heapq.heappush(heap, gain)
         following += 1
     return sorted(regions.values())
-
-
-def _gains(
-    n: int, regions: dict[int, Rectangle], costs: dict[int, float], cells: Cells, context: int
-) -> Iterator[tuple[float, int, int]]:
-    """Negative gains of joining region `n` with each other one, where there is any."""
-    own = regions[n]
-    # Joined regions cost less only where their contexts meet, or where one pass less is worth more than what lies between.
-    reach = 2 * context // cells.side + 2
-    for m, other in regions.items():
-        apart = max(own.top - other.bottom, other.top - own.bottom, own.left - other.right, other.left - own.right)
-        if m != n and apart <= reach:
-            joined = own.joined(other)
-            gain = costs[n] + costs[m] - spent([joined], cells, context)
-            if gain >= 0:
-                yield -gain, min(n, m), max(n, m)
-
-
-def exact_cover(needed: Tensor) -> list[Rectangle]:  # bool [rows, cols]
-    """Rectangles of needed cells alone that hold all of them: runs along rows, joined where those of the next row are alike."""
-    found: list[Rectangle] = []
-    open_runs: dict[tuple[int, int], int] = {}  # columns to the first row
-    for row, line in enumerate([*needed.tolist(), []]):
-        runs: set[tuple[int, int]] = set()
-        start = None
-        for col, wanted in enumerate([*line, False]):
-            if wanted and start is None:
-                start = col
-            elif not wanted and start is not None:
-                runs.add((start, col))
-                start = None
-        for run in [run for run in open_runs if run not in runs]:
-            found.append(Rectangle(open_runs.pop(run), run[0], row, run[1]))
-        for run in runs:
-            open_runs.setdefault(run, row)
-    return sorted(found)

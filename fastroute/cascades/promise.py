@@ -9,10 +9,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from fastroute.cascades.cells import Cells
 from fastroute.cascades.decision import FEWEST, Decision, Sampling, Table, Target, choose, error_of
 from fastroute.cascades.measured import Measured, rescored
-from fastroute.cascades.plan import Plan, make_plan
 from fastroute.cascades.samples import FEWER, SHARE, TAUGHT, ratios_of
 from fastroute.cascades.score import CellScore
 from fastroute.cascades.table_fit import learn
@@ -37,25 +35,15 @@ class HeldOut:
         cells: of the crop.
         table: of the others.
         base: see :class:`fastroute.cascades.plan.Plan`.
-        plans: of the crop, by the classes of its cells and the context. A margin or a corrected table chooses another one of
-            them, and each is made once.
     """
 
     cells: Measured
     table: Table
     base: int | None = None
-    plans: dict[tuple[bytes, int], Plan] = field(default_factory=dict, repr=False)
 
     def by(self, table: Table) -> HeldOut:
         """The same crop by another table."""
         return replace(self, table=table)
-
-    def plan(self, class_ids: Tensor, cells: Cells, costs: Sequence[float], context: int) -> Plan:  # [rows, cols]
-        """As :func:`make_plan`, with the same costs at every call."""
-        key = class_ids.numpy().tobytes(), context
-        if key not in self.plans:
-            self.plans[key] = make_plan(class_ids, cells, costs, context, self.base)
-        return self.plans[key]
 
 
 @dataclass(frozen=True)
@@ -178,7 +166,7 @@ def _planned(test: HeldOut, costs: Sequence[float], share: float = 0.0) -> Plann
     """A crop by its table, and `share` of its dense cost for measuring it."""
     own, table = test.cells, test.table
     expected, areas = table.expected(own.scores), own.cells.areas()
-    plan = choose(Decision(table), Target(fidelity=table.fidelity), own.cells, costs, own.scores, None, planner=test.plan)
+    plan = choose(Decision(table, base=test.base), Target(fidelity=table.fidelity), own.cells, costs, own.scores, None)
     # What was measured of the cheaper classes, and what is expected of regions.
     found = error_of(plan, torch.cat([own.errors, expected[-1:]]), replace(table, margin=1.0), areas)
     predicted = error_of(plan, expected, table, areas)

@@ -19,7 +19,7 @@ from fastroute.cascades.decision import Decision, Table, Target, choose
 from fastroute.cascades.memory import SMALL, Footprint, Memory, footprint, memory_within, strips
 from fastroute.cascades.networks import Networks, unsupported_half
 from fastroute.cascades.output_score import Base, scored_result
-from fastroute.cascades.plan import Plan, aligned, make_plan
+from fastroute.cascades.plan import Plan, aligned
 from fastroute.cascades.run import FADE, Limits, Network, Piece, Read, cut, edges_of, floating, layers_of, pieces_of, store
 from fastroute.cascades.samples import measure_samples, sampled_plan
 from fastroute.engines import TORCH
@@ -309,12 +309,11 @@ class CascadeRouter(Router):
                     scores = scores_by_rows(read, cells, self.decision.score)
                 else:
                     scores, base = self._scored(self.decision.base, read, cells, call, memory)
-        planner = partial(make_plan, base=None if base is None else base.number)
 
         def planned(table: Table | None) -> Plan:
             with watch.stage("assign"):
                 decision = replace(self.decision, table=table)
-                return choose(decision, call.target, cells, self.costs, scores, class_ids, self.align, planner)
+                return choose(decision, call.target, cells, self.costs, scores, class_ids, self.align)
 
         def measure(pieces: Sequence[Piece]) -> Tensor:  # [K - 1, N]
             with watch.stage("classify"):
