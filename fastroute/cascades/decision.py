@@ -233,10 +233,7 @@ class Search:
                 if self._error(plan) <= allowed * (1 + SLACK):
                     return self._error(plan), min(plan, everywhere, key=lambda one: one.cost)
             return 0.0, everywhere
-        if met:
-            plan = self._plan(min(met, key=lambda cut: cut.error))
-        else:
-            plan = self._same(0)
+        plan = self._plan(min(met, key=lambda cut: cut.error)) if met else self._same(0)
         return self._error(plan), plan
 
     def _same(self, k: int) -> Plan:

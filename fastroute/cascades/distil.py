@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
 
@@ -65,7 +64,7 @@ def distil(
     """
     if not minutes > 0:
         raise ValueError(f"distill: minutes must be positive; got {minutes:g}")
-    paths = [path for path in io.list_images(images) if not any(fnmatch(path.name, pattern) for pattern in exclude)]
+    paths = io.list_images(images, exclude)
     if len(paths) < 2:
         raise ValueError(f"distill: at least two images are needed, one of which tests the student; {images} has {len(paths)}")
     name, module, facts = teacher

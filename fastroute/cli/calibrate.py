@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +57,7 @@ def command(
     where, dtype = device_of(running["device"]), precision_of(running)
     if where.type == "cpu":
         buffers.keep_freed()
-    paths = [path for path in io.list_images(images) if not any(fnmatch(path.name, pattern) for pattern in exclude)]
+    paths = io.list_images(images, exclude)
     try:
         # By what a network without weights costs it is the first; others by their FLOPs.
         branches = sorted_by_cost([*cheap, model])

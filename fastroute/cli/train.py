@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-from fnmatch import fnmatch
 from pathlib import Path
 
 import click
@@ -162,7 +161,7 @@ def _origin(images: Path, exclude: tuple[str, ...], factors: tuple[float, ...], 
     from fastroute import io
     from fastroute.cascades.stored import digest
 
-    paths = [path for path in io.list_images(images) if not any(fnmatch(path.name, pattern) for pattern in exclude)]
+    paths = io.list_images(images, exclude)
     root = images if images.is_dir() else images.parent
     told = sorted(f"{path.relative_to(root)} {path.stat().st_size}" for path in paths)
     names = hashlib.sha256("\n".join(told).encode()).hexdigest()

@@ -8,8 +8,9 @@ import secrets
 import shutil
 import stat
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import BinaryIO
 
@@ -30,11 +31,15 @@ class ImageMemoryError(ImageError, MemoryError):
     """An image file for which memory ran out; the message says what to do."""
 
 
-def list_images(folder: str | Path) -> list[Path]:
+def list_images(folder: str | Path, exclude: Sequence[str] = ()) -> list[Path]:
     """The image files below `folder`, sorted by path; see :func:`is_image`.
 
+    Args:
+        folder: where to look.
+        exclude: patterns of file names to leave out, such as "*-x4.png".
+
     Raises:
-        ValueError: `folder` is not a folder or contains no image.
+        ValueError: `folder` is not a folder, contains no image, or all of them are left out.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -42,7 +47,10 @@ def list_images(folder: str | Path) -> list[Path]:
     paths = [path for path in walk(folder).images if path.is_file()]
     if not paths:
         raise ValueError(f"images: {folder} holds no image file ({', '.join(READ_SUFFIXES)})")
-    return paths
+    found = [path for path in paths if not any(fnmatch(path.name, pattern) for pattern in exclude)]
+    if not found:
+        raise ValueError(f"images: every image in {folder} is excluded by {', '.join(exclude)}")
+    return found
 
 
 def check_writable(path: str | Path) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatch
 from functools import lru_cache
 from pathlib import Path
 from typing import Protocol
@@ -74,9 +73,7 @@ class Pool:
             fastroute.io.ImageError: an image cannot be read.
         """
         check_shrinks(shrinks)
-        paths = [p for p in io.list_images(folder) if not any(fnmatch(p.name, pattern) for pattern in exclude)]
-        if not paths:
-            raise ValueError(f"train: every image in {folder} is excluded by {', '.join(exclude)}")
+        paths = io.list_images(folder, exclude)
         check_sizes(paths, patch * scale)
         lrs: list[Tensor] = []
         hrs: list[Tensor] = []

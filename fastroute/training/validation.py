@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import NamedTuple
 
@@ -48,9 +47,7 @@ class Validation:
         self.scale = int(whole("train", "scale", scale, LARGEST_SPAN))
         self.every = int(whole("train", "validate_every", every, LARGEST_SPAN))
         metrics()
-        self.paths = [path for path in io.list_images(images) if not any(fnmatch(path.name, pattern) for pattern in exclude)]
-        if not self.paths:
-            raise ValueError(f"train: every validation image in {images} is excluded by {', '.join(exclude)}")
+        self.paths = io.list_images(images, exclude)
         self.pairs = [self._pair(path) for path in self.paths]
 
     def _pair(self, path: Path) -> tuple[Tensor, Tensor]:
