@@ -17,8 +17,8 @@ from fastroute.cascades.plan import Plan, aligned, make_plan, plan_of
 CONTEXT, FALL = 16, 0.1
 # Cells of a picture that are measured at least, see :mod:`fastroute.cascades.samples`.
 FEWEST = 3
-# A target is met by halving the range of a price so often. It ends where every cell is cheap, and spans so many e-folds.
-STEPS, RANGE = 9, 19.0
+# Prices that are tried, and the e-folds that they span; at the highest every cell is cheap.
+NUMBER, RANGE = 512, 19.0
 # Sums of one order and of another differ by no more than this share.
 SLACK = 1e-9
 
@@ -151,6 +151,7 @@ def choose(
     scores: Tensor | None,  # [rows, cols]
     class_ids: Tensor | None,  # [rows, cols]
     align: int = 1,
+    searches: dict[int, Search] | None = None,
 ) -> Plan:
     """The cheapest plan found that meets `target`.
 
@@ -162,6 +163,7 @@ def choose(
         scores: [rows, cols] of the cells; None where every class is known.
         class_ids: int64 [rows, cols], where they are known.
         align: contexts are rounded up to its multiples: networks that fold pixels see them as they do in the whole image.
+        searches: what was found before, by the context, and is to be used again with another margin or fidelity.
     """
     context = aligned(decision.context if target.context is None else target.context, align)
     last = len(costs) - 1
@@ -175,7 +177,12 @@ def choose(
     table = decision.table
     free = table is not None and target.context is None
     contexts = [aligned(each, align) for each in table.contexts] if free and table is not None else [context]
-    found = [Search(decision, cells, costs, scores, each).found(target) for each in contexts]
+    known = {} if searches is None else searches
+    for each in contexts:
+        if each not in known:
+            known[each] = Search(decision, cells, costs, scores, each)
+    margin = 1.0 if table is None else table.margin
+    found = [known[each].found(target, margin) for each in contexts]
     if target.fidelity is not None:
         return min(found, key=lambda one: one[1].cost)[1]
     return min(found, key=lambda one: one[0])[1]
@@ -198,26 +205,36 @@ class Search:
     ) -> None:
         self.table, self.cells, self.costs, self.context, self.base = decision.table, cells, costs, context, decision.base
         self.expected = _expected(self.table, scores, len(costs))
-        self.areas, self.region = cells.areas(), None
-        errors = self.expected
+        self.areas, region = cells.areas(), None
         if self.table is not None:
-            share, margin = self.table.share(context), self.table.margin
-            self.region = Region(share, share * self.table.inner, self.table.wide)
-            errors = margin * errors
-        self.partition = Partition(cells, costs, context, errors, self.region, self.base)
+            share = self.table.share(context)
+            region = Region(share, share * self.table.inner, self.table.wide)
+        self.partition = Partition(cells, costs, context, self.expected, region, self.base)
+        self.highest = math.log(max(self.partition.largest, 1e-11)) + 1.0
+        self.cuts: dict[int, Cut] = {}
+        self.plans: dict[Cut, tuple[float, Plan]] = {}
 
-    def found(self, target: Target) -> tuple[float, Plan]:
-        """The plan that meets `target`, and its expected error."""
-        high = math.log(max(self.partition.largest, 1e-11)) + 1.0
-        low = high - RANGE
+    def at(self, numbers: Sequence[int]) -> list[Cut]:
+        """The cuts at some of `NUMBER` prices, which rise evenly in their logarithms.
+
+        A margin makes all errors larger, which is as if all prices were lower: the cuts are the same.
+        """
+        missing = [n for n in numbers if n not in self.cuts]
+        if missing:
+            prices = [math.exp(self.highest - RANGE * (1 - n / NUMBER)) for n in missing]
+            self.cuts.update(zip(missing, self.partition.at(prices), strict=True))
+        return [self.cuts[n] for n in numbers]
+
+    def found(self, target: Target, margin: float = 1.0) -> tuple[float, Plan]:
+        """The plan that meets `target`, and `margin` times its expected error."""
         everywhere = self._same(len(self.costs) - 1)
-        area, parts = self.partition.area, self.partition.together + 1
-        allowed = 0.0 if target.fidelity is None else 10 ** (-target.fidelity / 10)
-        budget = float(target.budget or 1.0) * area
+        allowed = 0.0 if target.fidelity is None else 10 ** (-target.fidelity / 10) / margin
+        budget = float(target.budget or 1.0) * self.partition.area
         met: list[Cut] = []
-        for _ in range(math.ceil(STEPS * math.log(2) / math.log(parts))):
-            prices = [low + (high - low) * n / parts for n in range(1, parts)]
-            cuts = self.partition.at([math.exp(price) for price in prices])
+        low, high, parts = 0, NUMBER, self.partition.together + 1
+        while high - low > 1:
+            numbers = sorted({low + max((high - low) * n // parts, 1) for n in range(1, parts)} - {high})
+            cuts = self.at(numbers)
             if target.fidelity is not None:
                 # What costs as much as the dense run is that run.
                 fit = [n for n, cut in enumerate(cuts) if cut.error <= allowed or cut.cost >= everywhere.cost]
@@ -226,26 +243,29 @@ class Search:
                 fit = [n for n, cut in enumerate(cuts) if cut.cost <= budget]
                 below = min(fit, default=len(cuts)) - 1
             met += [cuts[n] for n in fit]
-            low, high = ([low, *prices][below + 1], [*prices, high][below + 1])
+            low, high = ([low, *numbers][below + 1], [*numbers, high][below + 1])
         if target.fidelity is not None:
             for cut in sorted(met, key=lambda cut: cut.cost):
-                plan = self._plan(cut)
-                if self._error(plan) <= allowed * (1 + SLACK):
-                    return self._error(plan), min(plan, everywhere, key=lambda one: one.cost)
+                error, plan = self._plan(cut)
+                if error <= allowed * (1 + SLACK):
+                    return margin * error, min(plan, everywhere, key=lambda one: one.cost)
             return 0.0, everywhere
-        plan = self._plan(min(met, key=lambda cut: cut.error)) if met else self._same(0)
-        return self._error(plan), plan
+        error, plan = self._plan(min(met, key=lambda cut: cut.error)) if met else self._with_error(self._same(0))
+        return margin * error, plan
 
     def _same(self, k: int) -> Plan:
         """The plan of class `k` everywhere."""
         class_ids = torch.full((self.cells.rows, self.cells.cols), k)
         return make_plan(class_ids, self.cells, self.costs, self.context, self.base)
 
-    def _plan(self, cut: Cut) -> Plan:
-        return plan_of(cut, self.cells, self.costs, self.context, self.base)
+    def _plan(self, cut: Cut) -> tuple[float, Plan]:
+        if cut not in self.plans:
+            self.plans[cut] = self._with_error(plan_of(cut, self.cells, self.costs, self.context, self.base))
+        return self.plans[cut]
 
-    def _error(self, plan: Plan) -> float:
-        return error_of(plan, self.expected, self.table, self.areas)
+    def _with_error(self, plan: Plan) -> tuple[float, Plan]:
+        table = None if self.table is None else replace(self.table, margin=1.0)
+        return error_of(plan, self.expected, table, self.areas), plan
 
 
 def _expected(table: Table | None, scores: Tensor, classes: int) -> Tensor:  # [rows, cols] -> [K, rows, cols]

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from fastroute.cascades.decision import FEWEST, Decision, Sampling, Table, Target, choose, error_of
+from fastroute.cascades.decision import FEWEST, Decision, Sampling, Search, Table, Target, choose, error_of
 from fastroute.cascades.measured import Measured, rescored
 from fastroute.cascades.samples import FEWER, SHARE, TAUGHT, ratios_of
 from fastroute.cascades.score import CellScore
@@ -35,15 +35,17 @@ class HeldOut:
         cells: of the crop.
         table: of the others.
         base: see :class:`fastroute.cascades.plan.Plan`.
+        searches: see :func:`fastroute.cascades.decision.choose`.
     """
 
     cells: Measured
     table: Table
     base: int | None = None
+    searches: dict[int, Search] = field(default_factory=dict, repr=False)
 
     def by(self, table: Table) -> HeldOut:
-        """The same crop by another table."""
-        return replace(self, table=table)
+        """The same crop by another table; what was searched is known where that differs by its margin alone."""
+        return replace(self, table=table, searches=self.searches if table.errors is self.table.errors else {})
 
 
 @dataclass(frozen=True)
@@ -166,7 +168,8 @@ def _planned(test: HeldOut, costs: Sequence[float], share: float = 0.0) -> Plann
     """A crop by its table, and `share` of its dense cost for measuring it."""
     own, table = test.cells, test.table
     expected, areas = table.expected(own.scores), own.cells.areas()
-    plan = choose(Decision(table, base=test.base), Target(fidelity=table.fidelity), own.cells, costs, own.scores, None)
+    decision, target = Decision(table, base=test.base), Target(fidelity=table.fidelity)
+    plan = choose(decision, target, own.cells, costs, own.scores, None, searches=test.searches)
     # What was measured of the cheaper classes, and what is expected of regions.
     found = error_of(plan, torch.cat([own.errors, expected[-1:]]), replace(table, margin=1.0), areas)
     predicted = error_of(plan, expected, table, areas)
