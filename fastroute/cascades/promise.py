@@ -22,7 +22,7 @@ KEPT, WORST = 0.95, 1.5
 # This share of the pictures comes nearer than what is called the nearest.
 NEAREST = 0.1
 # By what a margin is lowered as long as promises are kept.
-LOWER = 2**-0.25
+LOWER = 2**-0.0625
 # An error that is below what rounding makes.
 EXACT = 1e-10
 
