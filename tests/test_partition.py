@@ -12,10 +12,11 @@ from torch import Tensor
 
 from fastroute.cascades import partition
 from fastroute.cascades.cells import CELL, Cells, Rectangle
-from fastroute.cascades.decision import Decision, Table, Target, choose, error_of
+from fastroute.cascades.decision import Decision, Table, Target, error_of
 from fastroute.cascades.guillotine import cheapest, parts
 from fastroute.cascades.partition import COUNTED, PASS, Blocks, Cut, Partition, Region, covering, sums, work
 from fastroute.cascades.plan import joined, plan_of, spent
+from fastroute.cascades.search import choose
 
 SIZES = [(5 * CELL, 4 * CELL), (3 * CELL + 7, 4 * CELL - 5), (CELL, 6 * CELL), (1, 1)]
 
@@ -195,3 +196,25 @@ def test_a_cut_of_blocks_becomes_one_plan():
     plan = plan_of(Cut(((), halves), 0.0, 0.0), cells, [0.1, 1.0], 8)
     assert plan.regions == ((Rectangle(0, 8, 20, 20),), (Rectangle(0, 0, 20, 8),))
     assert bool((plan.class_ids[:, :8] == 1).all()) and bool((plan.class_ids[:, 8:] == 0).all())
+
+
+@pytest.mark.parametrize("spread", [0.0, 0.05, 1.0])
+@pytest.mark.parametrize("base", [None, 0])
+def test_a_little_too_far_off_is_mended_by_a_few_cells(spread, base):
+    """Where cells are alike no cut lies between the cheap network everywhere and the dense run; a few better cells will do."""
+    cells, costs = Cells(10 * CELL, 12 * CELL), [1.0, 100.0]
+    generator = torch.Generator().manual_seed(3)
+    scores = torch.exp(spread * torch.randn(10, 12, generator=generator, dtype=torch.float64))
+    known = torch.linspace(0.05, 12, 200, dtype=torch.float64)
+    law = (known / 255).square()
+    table = Table(known, torch.stack([law, 0.01 * law]), (8,), (1.0,))
+    cheap = float(table.expected(scores)[0].mean())
+    area = float(cells.areas().sum())
+    fidelity = -10 * float(np.log10(0.92 * cheap))
+    plan = choose(Decision(table, base=base), Target(fidelity=fidelity), cells, costs, scores, None)
+    assert error_of(plan, table.expected(scores), table, cells.areas()) <= 0.92 * cheap * (1 + 1e-6)
+    assert 0 < int((plan.class_ids == 1).sum()) < 20 and plan.cost < 0.3 * area
+    # A budget is spent, not left.
+    for budget in (0.1, 0.3, 0.6):
+        plan = choose(Decision(table, base=base), Target(budget=budget), cells, costs, scores, None)
+        assert 0.7 * budget * area < plan.cost <= budget * area

@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from fastroute.cascades.cells import Cells, Score
-from fastroute.cascades.partition import Cut, Partition, Region
-from fastroute.cascades.plan import Plan, aligned, make_plan, plan_of
+from fastroute.cascades.cells import Score
+from fastroute.cascades.plan import Plan
 
 # Without a calibration: pixels of context, and how the expected error of a class falls from one to the next.
 CONTEXT, FALL = 16, 0.1
 # Cells of a picture that are measured at least, see :mod:`fastroute.cascades.samples`.
 FEWEST = 3
-# Prices that are tried, and the e-folds that they span; at the highest every cell is cheap.
-NUMBER, RANGE = 512, 19.0
-# Sums of one order and of another differ by no more than this share.
-SLACK = 1e-9
 
 
 @dataclass(frozen=True)
@@ -143,132 +136,8 @@ class Decision:
         return Target(budget, fidelity, False, context)
 
 
-def choose(
-    decision: Decision,
-    target: Target,
-    cells: Cells,
-    costs: Sequence[float],
-    scores: Tensor | None,  # [rows, cols]
-    class_ids: Tensor | None,  # [rows, cols]
-    align: int = 1,
-    searches: dict[int, Search] | None = None,
-) -> Plan:
-    """The cheapest plan found that meets `target`.
-
-    Args:
-        decision: by what classes are chosen.
-        target: of the call.
-        cells: of the image.
-        costs: of a pixel in each class, rising.
-        scores: [rows, cols] of the cells; None where every class is known.
-        class_ids: int64 [rows, cols], where they are known.
-        align: contexts are rounded up to its multiples: networks that fold pixels see them as they do in the whole image.
-        searches: what was found before, by the context, and is to be used again with another margin or fidelity.
-    """
-    context = aligned(decision.context if target.context is None else target.context, align)
-    last = len(costs) - 1
-    if class_ids is not None:
-        return make_plan(class_ids, cells, costs, context)
-    if target.everywhere or scores is None:
-        return make_plan(torch.full((cells.rows, cells.cols), last), cells, costs, context)
-    if target.budget is None and target.fidelity is None and decision.thresholds is not None:
-        limits = torch.tensor(decision.thresholds, dtype=scores.dtype)
-        return make_plan((scores[..., None] > limits).sum(-1), cells, costs, context, decision.base)
-    table = decision.table
-    free = table is not None and target.context is None
-    contexts = [aligned(each, align) for each in table.contexts] if free and table is not None else [context]
-    known = {} if searches is None else searches
-    for each in contexts:
-        if each not in known:
-            known[each] = Search(decision, cells, costs, scores, each)
-    margin = 1.0 if table is None else table.margin
-    found = [known[each].found(target, margin) for each in contexts]
-    if target.fidelity is not None:
-        return min(found, key=lambda one: one[1].cost)[1]
-    return min(found, key=lambda one: one[0])[1]
-
-
-class Search:
-    """Plans of an image with one context, by the price of an error.
-
-    Args:
-        decision, cells, costs, scores, context: see :func:`choose`.
-    """
-
-    def __init__(
-        self,
-        decision: Decision,
-        cells: Cells,
-        costs: Sequence[float],
-        scores: Tensor,  # [rows, cols]
-        context: int,
-    ) -> None:
-        self.table, self.cells, self.costs, self.context, self.base = decision.table, cells, costs, context, decision.base
-        self.expected = _expected(self.table, scores, len(costs))
-        self.areas, region = cells.areas(), None
-        if self.table is not None:
-            share = self.table.share(context)
-            region = Region(share, share * self.table.inner, self.table.wide)
-        self.partition = Partition(cells, costs, context, self.expected, region, self.base)
-        self.highest = math.log(max(self.partition.largest, 1e-11)) + 1.0
-        self.cuts: dict[int, Cut] = {}
-        self.plans: dict[Cut, tuple[float, Plan]] = {}
-
-    def at(self, numbers: Sequence[int]) -> list[Cut]:
-        """The cuts at some of `NUMBER` prices, which rise evenly in their logarithms.
-
-        A margin makes all errors larger, which is as if all prices were lower: the cuts are the same.
-        """
-        missing = [n for n in numbers if n not in self.cuts]
-        if missing:
-            prices = [math.exp(self.highest - RANGE * (1 - n / NUMBER)) for n in missing]
-            self.cuts.update(zip(missing, self.partition.at(prices), strict=True))
-        return [self.cuts[n] for n in numbers]
-
-    def found(self, target: Target, margin: float = 1.0) -> tuple[float, Plan]:
-        """The plan that meets `target`, and `margin` times its expected error."""
-        everywhere = self._same(len(self.costs) - 1)
-        allowed = 0.0 if target.fidelity is None else 10 ** (-target.fidelity / 10) / margin
-        budget = float(target.budget or 1.0) * self.partition.area
-        met: list[Cut] = []
-        low, high, parts = 0, NUMBER, self.partition.together + 1
-        while high - low > 1:
-            numbers = sorted({low + max((high - low) * n // parts, 1) for n in range(1, parts)} - {high})
-            cuts = self.at(numbers)
-            if target.fidelity is not None:
-                # What costs as much as the dense run is that run.
-                fit = [n for n, cut in enumerate(cuts) if cut.error <= allowed or cut.cost >= everywhere.cost]
-                below = max(fit, default=-1)
-            else:
-                fit = [n for n, cut in enumerate(cuts) if cut.cost <= budget]
-                below = min(fit, default=len(cuts)) - 1
-            met += [cuts[n] for n in fit]
-            low, high = ([low, *numbers][below + 1], [*numbers, high][below + 1])
-        if target.fidelity is not None:
-            for cut in sorted(met, key=lambda cut: cut.cost):
-                error, plan = self._plan(cut)
-                if error <= allowed * (1 + SLACK):
-                    return margin * error, min(plan, everywhere, key=lambda one: one.cost)
-            return 0.0, everywhere
-        error, plan = self._plan(min(met, key=lambda cut: cut.error)) if met else self._with_error(self._same(0))
-        return margin * error, plan
-
-    def _same(self, k: int) -> Plan:
-        """The plan of class `k` everywhere."""
-        class_ids = torch.full((self.cells.rows, self.cells.cols), k)
-        return make_plan(class_ids, self.cells, self.costs, self.context, self.base)
-
-    def _plan(self, cut: Cut) -> tuple[float, Plan]:
-        if cut not in self.plans:
-            self.plans[cut] = self._with_error(plan_of(cut, self.cells, self.costs, self.context, self.base))
-        return self.plans[cut]
-
-    def _with_error(self, plan: Plan) -> tuple[float, Plan]:
-        table = None if self.table is None else replace(self.table, margin=1.0)
-        return error_of(plan, self.expected, table, self.areas), plan
-
-
-def _expected(table: Table | None, scores: Tensor, classes: int) -> Tensor:  # [rows, cols] -> [K, rows, cols]
+def expected_errors(table: Table | None, scores: Tensor, classes: int) -> Tensor:  # [rows, cols] -> [K, rows, cols]
+    """What every class is expected to err by in cells of these scores, by a table or without one."""
     if table is not None:
         return table.expected(scores)
     # An error that grows as the square of the score, as that of interpolation does, and falls from class to class.

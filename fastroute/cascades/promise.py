@@ -9,10 +9,11 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from fastroute.cascades.decision import FEWEST, Decision, Sampling, Search, Table, Target, choose, error_of
+from fastroute.cascades.decision import FEWEST, Decision, Sampling, Table, Target, error_of
 from fastroute.cascades.measured import Measured, rescored
 from fastroute.cascades.samples import FEWER, SHARE, TAUGHT, ratios_of
 from fastroute.cascades.score import CellScore
+from fastroute.cascades.search import Search, choose
 from fastroute.cascades.table_fit import learn
 
 # Parts of the pictures each of which is tested by what the others taught.
@@ -35,7 +36,7 @@ class HeldOut:
         cells: of the crop.
         table: of the others.
         base: see :class:`fastroute.cascades.plan.Plan`.
-        searches: see :func:`fastroute.cascades.decision.choose`.
+        searches: see :func:`fastroute.cascades.search.choose`.
     """
 
     cells: Measured

@@ -15,13 +15,14 @@ from torch import Tensor, nn
 from fastroute._arguments import real, whole
 from fastroute._contexts import ordinarily
 from fastroute.cascades.cells import CELL, Cells, Rectangle, scores_by_rows
-from fastroute.cascades.decision import Decision, Table, Target, choose
+from fastroute.cascades.decision import Decision, Table, Target
 from fastroute.cascades.memory import SMALL, Footprint, Memory, footprint, memory_within, strips
 from fastroute.cascades.networks import Networks, unsupported_half
 from fastroute.cascades.output_score import Base, scored_result
 from fastroute.cascades.plan import Plan, aligned
 from fastroute.cascades.run import FADE, Limits, Network, Piece, Read, cut, edges_of, floating, layers_of, pieces_of, store
 from fastroute.cascades.samples import measure_samples, sampled_plan
+from fastroute.cascades.search import choose
 from fastroute.engines import TORCH
 from fastroute.models.network import INTERNAL, Facts
 from fastroute.models.precision import probed_dtype, sums_of
