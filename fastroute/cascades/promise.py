@@ -24,6 +24,8 @@ KEPT, WORST = 0.95, 1.5
 NEAREST = 0.1
 # By what a margin is lowered as long as promises are kept.
 LOWER = 2**-0.0625
+# With this margin everything is dense; a promise that even the dense run cannot keep, of more than `EXACT`, ends here.
+LARGEST = 1e6
 # An error that is below what rounding makes.
 EXACT = 1e-10
 
@@ -181,7 +183,8 @@ def _planned(test: HeldOut, costs: Sequence[float], share: float = 0.0) -> Plann
 def least_margin(tests: Sequence[HeldOut], costs: Sequence[float]) -> float:
     """A margin at which `KEPT` of the crops keep what their tables promise, and none misses it by more than `WORST` dB.
 
-    It begins with what `KEPT` of them would have needed, and the worst but for `WORST` dB, and falls while that holds.
+    It begins with what `KEPT` of them would have needed, and the worst but for `WORST` dB, rises until promises are kept, since
+    another margin makes another plan, and falls while they are.
     """
     fidelity = tests[0].table.fidelity
 
@@ -192,6 +195,8 @@ def least_margin(tests: Sequence[HeldOut], costs: Sequence[float]) -> float:
     missing = [_planned(test.by(replace(test.table, margin=1.0)), costs).missing for test in tests]
     needed = torch.tensor(missing, dtype=torch.float64)
     margin = max(1.0, float(torch.quantile(needed, KEPT)), float(needed.max()) / 10 ** (WORST / 10))
+    while margin < LARGEST and not kept(margin):
+        margin /= LOWER**4
     while margin > 1 and kept(lower := max(margin * LOWER, 1.0)):
         margin = lower
     return margin
