@@ -39,7 +39,7 @@ def cascade(
         branches: the networks, cheapest first: names or files that :func:`fastroute.load` takes and that hold one network,
             modules, spandrel models, functions, or "bicubic" for interpolation.
         score: "edge", the mean strength of edges; or "output", the mean gradient of what a cheaper network makes of the cell,
-            which foretells better where it fails. That network, the best of those that cost at most a tenth of the most
+            which knows noise from detail. That network, the best of those that cost at most a tenth of the most
             expensive one, then runs on the whole image.
         context: pixels around a region. 8 to 16 suit networks of a large receptive field; more is nearer to the whole image.
         thresholds: of the scores, rising, one less than there are networks: a cell runs in the network whose number is that of

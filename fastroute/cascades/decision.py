@@ -153,7 +153,7 @@ def error_of(plan: Plan, expected: Tensor, table: Table | None, areas: Tensor) -
     last = len(expected) - 1
     if table is not None and last > 0:
         heavy = classes == last
-        if bool(heavy.all()) and plan.regions[last] == (plan.cells.whole,):
+        if plan.dense:
             return 0.0
         own = torch.where(heavy, own * region_shares(plan, table, last), own)
         for k in (k for k, wide in enumerate(table.wide) if wide):

@@ -49,8 +49,8 @@ def scored_class(costs: Sequence[float]) -> int:
 def strengths(result: Tensor, side: int) -> Tensor:  # [B, C, H, W] -> [B, rows, cols]
     """The mean absolute difference of neighbouring pixels within every cell, in levels of 8 bits.
 
-    What a network makes of a cell foretells how far it is from another one better than the cell itself: it has removed the
-    noise, and made visible what it takes for detail.
+    A network has removed the noise of a cell, and made visible what it takes for detail. Whether that foretells its errors
+    better than the cell itself is for a calibration to find out.
 
     Args:
         result: of a network, floating in [0, 1]; what lies beyond is cut off.

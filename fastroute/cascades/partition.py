@@ -90,7 +90,6 @@ class Blocks:
     """The cells of an image in blocks of equal sizes, the last ones of which may reach beyond it."""
 
     def __init__(self, cells: Cells) -> None:
-        self.cells = cells
         self.rows, self.cols = (_spans(*both, cells.side) for both in ((cells.rows, cells.height), (cells.cols, cells.width)))
         self.values = (self.rows[0].size * self.cols[0].size) ** 2
 
@@ -167,6 +166,9 @@ class Region:
         return k < len(self.wide) and self.wide[k]
 
 
+EXACT = Region(0.0, 0.0)
+
+
 class Partition:
     """All cuts of an image, at any price of a pass.
 
@@ -175,7 +177,7 @@ class Partition:
         costs: of a pixel in each class, rising.
         context: pixels around a region that are computed and cropped.
         errors: [K, rows, cols] expected of every class.
-        region: of the last class, None if its regions have no errors.
+        region: of the last class; by default its regions have no errors.
         base: see :class:`fastroute.cascades.plan.Plan`.
     """
 
@@ -185,7 +187,7 @@ class Partition:
         costs: Sequence[float],
         context: int,
         errors: Tensor,  # [K, rows, cols]
-        region: Region | None = None,
+        region: Region = EXACT,
         base: int | None = None,
     ) -> None:
         self.cells, self.context, self.region, self.base = cells, context, region, base
@@ -236,7 +238,7 @@ class Partition:
         errors = []
         for k in range(self.lowest, len(self.shares) - 1):
             own = sums(blocks, self.errors[k])
-            errors.append(own + last if self.region is not None and k != self.base and self.region.is_wide(k) else own)
+            errors.append(own + last if k != self.base and self.region.is_wide(k) else own)
         errors.append(last)
         for own in errors:
             own[beyond] = np.inf
@@ -250,8 +252,6 @@ class Partition:
 
     def _of_regions(self, blocks: Sequence[Block]) -> Values:
         """What the last class errs by in every rectangle, as a region."""
-        if self.region is None:
-            return np.zeros_like(sums(blocks, self.errors[-1]))
         everything, within = (sums(blocks, self.errors[-1], inner) for inner in (False, True))
         return self.region.border * (everything - within) + self.region.inner * within
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastroute.cascades.cells import Cells
 from fastroute.cascades.decision import Decision, Target, error_of, expected_errors
-from fastroute.cascades.partition import Cut, Partition, Region
+from fastroute.cascades.partition import EXACT, Cut, Partition, Region
 from fastroute.cascades.plan import Plan, aligned, make_plan, plan_of
 
 # Prices that are tried, and the e-folds that they span; at the highest every cell is cheap.
@@ -85,7 +85,7 @@ class Search:
     ) -> None:
         self.table, self.cells, self.costs, self.context, self.base = decision.table, cells, costs, context, decision.base
         self.expected = expected_errors(self.table, scores, len(costs))
-        self.areas, region = cells.areas(), None
+        self.areas, region = cells.areas(), EXACT
         if self.table is not None:
             share = self.table.share(context)
             region = Region(share, share * self.table.inner, self.table.wide)
