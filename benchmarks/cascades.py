@@ -210,7 +210,7 @@ def calibrated(
     router: CascadeRouter, paths: Sequence[Path], cache: Path | None, until: float, contexts: Sequence[int]
 ) -> list[Measured]:
     """The cells of the pictures that fit into the time, four at least; kept in `cache`."""
-    key = [str(router), sorted(path.name for path in paths), sorted(field.name for field in fields(Measured))]
+    key = [str(router), sorted(path.name for path in paths), list(contexts), sorted(field.name for field in fields(Measured))]
     if cache is not None and cache.exists():
         with torch.serialization.safe_globals([Measured, Seen, Cells, Rectangle]):
             held = torch.load(cache)

@@ -12,6 +12,7 @@ from pathlib import Path
 from benchmarks import cascade_tables, loss_tables
 from benchmarks.measure import RESULTS, ROOT
 from fastroute import io
+from fastroute._extras import remedy
 
 # The sections that each page has, and has once.
 PAGES = {
@@ -391,7 +392,7 @@ def main() -> None:
     if not (folders[0] / "quality.json").exists():
         return
     if importlib.util.find_spec("matplotlib") is None:
-        print(f"{CURVES} is left as it is: it needs matplotlib (pip install 'fastroute[benchmark]')")
+        print(f"{CURVES} is left as it is: it needs matplotlib ({remedy('benchmark')})")
     else:
         draw_budgets(folders[0], CURVES)
 

@@ -19,6 +19,8 @@ from typing import Any
 
 import torch
 
+from fastroute._extras import remedy
+
 GPU_BACKENDS = ("triton", "cuda")
 BACKENDS = ("reference", "cpu", *GPU_BACKENDS)
 VARIABLE = "FASTROUTE_BACKEND"
@@ -154,7 +156,7 @@ def _triton_reasons(op: str, device_type: str, index: int | None) -> list[str]:
     version = next(filter(None, map(installed_version, TRITON)), None)
     if version is None:
         others = [f"; {name} is for {maker} GPUs" for name, maker in OTHER_TRITONS.items() if installed_version(name)]
-        return [f'triton is not installed (run `pip install ".[gpu]"` in a copy of the source){"".join(others)}']
+        return [f"triton is not installed: {remedy('gpu')}{''.join(others)}"]
     if _release(version) < TRITON_VERSION:
         return [f"triton {version} is older than {'.'.join(map(str, TRITON_VERSION))}"]
     if device_type == "cpu" and not _interpreted():

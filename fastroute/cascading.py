@@ -14,6 +14,7 @@ from fastroute.cascades.decision import CONTEXT, Decision
 from fastroute.cascades.opening import check_costs, open_all
 from fastroute.cascades.output_score import scored_class
 from fastroute.cascades.router import CascadeRouter
+from fastroute.cascades.score import EDGE, OUTPUT
 from fastroute.cascades.sources import Source
 from fastroute.loading import open_network
 from fastroute.models.network import Facts
@@ -23,7 +24,7 @@ from fastroute.models.network import Facts
 def cascade(
     branches: Sequence[Source],
     *,
-    score: str = "edge",
+    score: str = EDGE,
     context: int = CONTEXT,
     thresholds: Sequence[float] | None = None,
     costs: Sequence[float] | None = None,
@@ -60,7 +61,7 @@ def cascade(
     op = "cascade"
     if not branches or isinstance(branches, (str, Path)):
         raise ValueError(f"{op}: branches must be a list of at least one network; got {branches!r}")
-    if score not in ("edge", "output"):
+    if score not in (EDGE, OUTPUT):
         raise ValueError(f"{op}: score must be 'edge' or 'output'; got {score!r}")
     whole(op, "context", context, 4096, least=0)
     opened = open_branches(op, branches)
@@ -77,7 +78,7 @@ def cascade(
         names,
     )
     check_costs(op, router.costs, names)
-    if score == "output" and len(names) > 1:
+    if score == OUTPUT and len(names) > 1:
         router.decision = replace(router.decision, base=scored_class(router.costs))
     return router
 

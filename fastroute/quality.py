@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from fastroute._extras import remedy
+
 # The side of SSIM's Gaussian window, 2 · round(3.5 · 1.5) + 1.
 SSIM_WINDOW = 11
 # Y of ITU-R BT.601 in 16 … 235, from RGB in 0 … 255.
@@ -65,7 +67,5 @@ def metrics() -> tuple[Any, Any]:
     try:
         from skimage.metrics import peak_signal_noise_ratio, structural_similarity
     except ImportError as error:
-        raise ValueError(
-            f'evaluate: PSNR and SSIM need scikit-image ({error}): run pip install ".[evaluate]" in a copy of the source'
-        ) from error
+        raise ValueError(f"evaluate: PSNR and SSIM need scikit-image ({error}): {remedy('evaluate')}") from error
     return peak_signal_noise_ratio, structural_similarity

@@ -235,7 +235,7 @@ def test_a_peer_that_wins_is_named(results: Path):
 
 
 def test_device_report_as_a_page(results: Path, monkeypatch: pytest.MonkeyPatch):
-    pytest.importorskip("matplotlib", reason="the plots need matplotlib: pip install 'fastroute[benchmark]'")
+    pytest.importorskip("matplotlib", reason="the plots need matplotlib: pip install '.[benchmark]'")
     monkeypatch.setattr(sys, "argv", ["device_report", str(results)])
     device_report.main()
     text = (results / "report.html").read_text()

@@ -13,11 +13,11 @@ from torch import Tensor
 import fastroute
 from fastroute.cascades import promise
 from fastroute.cascades import score as module
-from fastroute.cascades.calibrate import EDGE, LEARNT, best_of_scores
+from fastroute.cascades.calibrate import best_of_scores
 from fastroute.cascades.cells import CELL, Cells, Rectangle, edge_scores, scores_by_rows
 from fastroute.cascades.measured import Measured, region_of, rescored
 from fastroute.cascades.promise import Calibration
-from fastroute.cascades.score import NAMES, CellScore, fit_score, stored_score
+from fastroute.cascades.score import EDGE, LEARNED, NAMES, CellScore, fit_score, stored_score
 from fastroute.cascades.stored import save_cascade
 from fastroute.models.checkpoints import CheckpointError, save_checkpoint
 from fastroute.models.compact import Compact
@@ -63,15 +63,15 @@ def found() -> Calibration:
 
 @pytest.mark.slow
 def test_what_edges_do_not_tell_is_learnt_and_saves_time(found):
-    assert found.tried[LEARNT] < 0.9 * found.tried[EDGE] and found.spent == found.tried[LEARNT]
+    assert found.tried[LEARNED] < 0.9 * found.tried[EDGE] and found.spent == found.tried[LEARNED]
     assert isinstance(found.score, CellScore)
 
 
 @pytest.mark.slow
 def test_edges_are_kept_where_they_tell_all():
     found = best(pictures(coloured=False))
-    assert found.tried[EDGE] == pytest.approx(found.tried[LEARNT], rel=0.1)
-    assert (found.score is None) == (found.tried[EDGE] <= found.tried[LEARNT])
+    assert found.tried[EDGE] == pytest.approx(found.tried[LEARNED], rel=0.1)
+    assert (found.score is None) == (found.tried[EDGE] <= found.tried[LEARNED])
 
 
 def test_folds_without_pixels_learn_from_edges_alone():

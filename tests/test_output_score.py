@@ -14,7 +14,7 @@ from test_calibration import made, picture
 from torch import Tensor, nn
 
 import fastroute
-from fastroute.cascades.calibrate import EDGE, OUTPUT, best_of_classes, best_of_scores, measure
+from fastroute.cascades.calibrate import best_of_classes, best_of_scores, measure
 from fastroute.cascades.cells import CELL, Cells, Rectangle, edge_scores
 from fastroute.cascades.decision import Decision, Sampling, Table
 from fastroute.cascades.measured import Measured, Seen
@@ -23,6 +23,7 @@ from fastroute.cascades.plan import PASS, make_plan
 from fastroute.cascades.promise import Calibration
 from fastroute.cascades.run import pieces_of
 from fastroute.cascades.samples import places_of
+from fastroute.cascades.score import EDGE, OUTPUT
 from fastroute.cascades.stored import save_cascade
 from fastroute.models.checkpoints import save_checkpoint
 from fastroute.models.compact import Compact

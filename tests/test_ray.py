@@ -41,7 +41,7 @@ def column(values) -> np.ndarray:
 
 def through_blocks(columns):
     """The columns as Ray gives them back, from a block of each row."""
-    block = pytest.importorskip("ray.data.block", reason='Ray is missing: pip install "fastroute[ray]"')
+    block = pytest.importorskip("ray.data.block", reason='Ray is missing: pip install ".[ray]"')
     count = len(next(iter(columns.values())))
     accessor = block.BlockAccessor
     each = [accessor.batch_to_block({name: values[n : n + 1] for name, values in columns.items()}) for n in range(count)]
@@ -114,7 +114,7 @@ def test_arrays(router, tmp_path, channels, dtype):
 
 def test_several_kinds_of_pixels_in_one_block(router):
     images = [as_image(picture(1, 3, size, 2 * size), torch.uint8)[0].permute(1, 2, 0).numpy() for size in (8, 9, 10)]
-    block = pytest.importorskip("ray.data.block", reason='Ray is missing: pip install "fastroute[ray]"')
+    block = pytest.importorskip("ray.data.block", reason='Ray is missing: pip install ".[ray]"')
     made = block.BlockAccessor.batch_to_block(Upscaler(router, images=True)({"image": column(images)}))
     back = block.BlockAccessor.for_block(made).to_batch_format("numpy")
     assert [image.shape for image in back["image"]] == [(2 * size, 4 * size, 3) for size in (8, 9, 10)]

@@ -58,7 +58,7 @@ class Cluster:
 
 @pytest.fixture
 def cluster(request, monkeypatch) -> Iterator[Cluster]:
-    pytest.importorskip("ray.data", reason='Ray is missing: pip install "fastroute[ray]"')
+    pytest.importorskip("ray.data", reason='Ray is missing: pip install ".[ray]"')
     # Sockets need a short path. Nodes and workers inherit the environment.
     with tempfile.TemporaryDirectory(prefix="ray", dir="/tmp", ignore_cleanup_errors=True) as folder:
         monkeypatch.setenv("RAY_TMPDIR", folder)

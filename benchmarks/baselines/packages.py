@@ -16,11 +16,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fastroute._extras import remedy
 from fastroute.grid import TileGrid
 
 # Python that a package needs where fastroute runs on an older one.
 NEEDS = {"kornia": (3, 11), "onnxruntime": (3, 11)}
-HINT = 'not installed: pip install "fastroute[benchmark]"'
+HINT = f"not installed: {remedy('benchmark')}"
 
 
 def find(name: str) -> ModuleType | str:

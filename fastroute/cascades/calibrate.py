@@ -20,7 +20,7 @@ from fastroute.cascades.promise import Calibration, learnt_from
 from fastroute.cascades.router import CascadeRouter
 from fastroute.cascades.run import cut, scaled, within
 from fastroute.cascades.samples import TAUGHT, measure_samples, places_of, samples_of
-from fastroute.cascades.score import fit_score
+from fastroute.cascades.score import EDGE, LEARNED, OUTPUT, fit_score
 from fastroute.degradation import downscale, to_uint8
 from fastroute.runtime.progress import Progress, shown
 
@@ -29,8 +29,6 @@ CONTEXTS = (8, 12, 16, 24)
 SHRINKS = (1, 4)
 # Side of what is cut out of a picture, in cells.
 SIDE = 8
-# The scores that are tried.
-EDGE, LEARNT, OUTPUT = "edge", "learned", "output"
 # Another score than edges is kept where pictures held out take no more than this share of the time with it. Margins hang on the
 # few pictures that are furthest off, so smaller differences are chance.
 WORTH = 0.9
@@ -130,7 +128,7 @@ def best_of_scores(
     """The best of several scores on pictures held out: the strength of edges, one that is learnt, and results of networks."""
     tried = {EDGE: learnt_from(cells, costs, fidelity, contexts, None, wide)}
     if not any(c.image is None for c in cells):
-        tried[LEARNT] = learnt_from(cells, costs, fidelity, contexts, fit_score, wide)
+        tried[LEARNED] = learnt_from(cells, costs, fidelity, contexts, fit_score, wide)
     for k in range(len(costs) - 1):
         if all(c.outputs and c.outputs[k] is not None for c in cells):
             found = learnt_from([c.by_output(k) for c in cells], costs, fidelity, contexts, None, wide, k)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -188,15 +189,18 @@ def least_margin(tests: Sequence[HeldOut], costs: Sequence[float]) -> float:
     """
     fidelity = tests[0].table.fidelity
 
+    def planned(margin: float) -> list[Planned]:
+        return list(pool.map(lambda test: _planned(test.by(replace(test.table, margin=margin)), costs), tests))
+
     def kept(margin: float) -> bool:
-        reached = [_planned(test.by(replace(test.table, margin=margin)), costs).reached for test in tests]
+        reached = [plan.reached for plan in planned(margin)]
         return sum(value >= fidelity for value in reached) >= KEPT * len(reached) and min(reached) >= fidelity - WORST
 
-    missing = [_planned(test.by(replace(test.table, margin=1.0)), costs).missing for test in tests]
-    needed = torch.tensor(missing, dtype=torch.float64)
-    margin = max(1.0, float(torch.quantile(needed, KEPT)), float(needed.max()) / 10 ** (WORST / 10))
-    while margin < LARGEST and not kept(margin):
-        margin /= LOWER**4
-    while margin > 1 and kept(lower := max(margin * LOWER, 1.0)):
-        margin = lower
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        needed = torch.tensor([plan.missing for plan in planned(1.0)], dtype=torch.float64)
+        margin = max(1.0, float(torch.quantile(needed, KEPT)), float(needed.max()) / 10 ** (WORST / 10))
+        while margin < LARGEST and not kept(margin):
+            margin /= LOWER**4
+        while margin > 1 and kept(lower := max(margin * LOWER, 1.0)):
+            margin = lower
     return margin

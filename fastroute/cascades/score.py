@@ -15,6 +15,8 @@ from fastroute.cascades.measured import Measured
 from fastroute.cascades.table_fit import FLOOR
 from fastroute.ops.cell_mlp import cell_mlp
 
+# The scores of cells: the mean strength of their edges, one that is learnt, and that of what a cheaper network makes of them.
+EDGE, LEARNED, OUTPUT = "edge", "learned", "output"
 # Side of the squares that the features are computed of, sizes of their layers, and the slope of their leaky ReLU.
 SQUARE, SIZES, SLOPE = 4, (24, 16), 0.1
 # How it learns: steps, cells of a step, and the rate, which falls to nothing by a cosine.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -95,6 +96,16 @@ class Search:
         self.plans: dict[Cut, tuple[float, Plan]] = {}
         self.apart: dict[int, tuple[float, Plan]] = {}
 
+    @cached_property
+    def gains(self) -> Tensor:  # [rows, cols]
+        """What the last class is better by in every cell than the lowest one."""
+        return self.expected[self.partition.lowest] - self.expected[-1]
+
+    @cached_property
+    def order(self) -> Tensor:  # [rows * cols]
+        """The cells from the one that gains most on."""
+        return self.gains.flatten().argsort(descending=True, stable=True)
+
     def at(self, numbers: Sequence[int]) -> list[Cut]:
         """The cuts at some of `NUMBER` prices, which rise evenly in their logarithms.
 
@@ -183,8 +194,7 @@ class Search:
         """A plan with the last class for the `number` cells that gain most by it, and its error."""
         if number not in self.apart:
             lowest, last = self.partition.lowest, len(self.costs) - 1
-            gains = self.expected[lowest] - self.expected[last]
-            order = gains.flatten().argsort(descending=True, stable=True)
+            gains, order = self.gains, self.order
             shares = torch.tensor(self.partition.shares, dtype=gains.dtype)
             # What an error is worth there is what the others decide by.
             price = float(gains.flatten()[order[min(number, len(order) - 1)]].clamp(min=0)) / max(

@@ -19,7 +19,7 @@ from fastroute.cascades.decision import Decision, Sampling, Table
 from fastroute.cascades.opening import Opener, check_costs, open_all, refuse_patches
 from fastroute.cascades.router import CascadeRouter
 from fastroute.cascades.samples import MOST
-from fastroute.cascades.score import stored_score
+from fastroute.cascades.score import EDGE, LEARNED, OUTPUT, stored_score
 from fastroute.cascades.sources import BICUBIC
 from fastroute.catalogue import list_models
 from fastroute.models.checkpoints import CheckpointError
@@ -82,8 +82,8 @@ def save_cascade(path: Path, branches: Sequence[str | Path], calibration: Calibr
 
 def _score(calibration: Calibration) -> str:
     if calibration.base is not None:
-        return "output"
-    return "edge" if calibration.score is None else "learned"
+        return OUTPUT
+    return EDGE if calibration.score is None else LEARNED
 
 
 def _entry(branch: str | Path, path: Path) -> dict[str, str]:
@@ -131,12 +131,12 @@ def read_cascade(
             raise ValueError("it must name at least two networks")
         table = _table(content, about, len(branches))
         costs = [_number(cost, "costs", 0.0) for cost in about["costs"]]
-        kind = about.get("score", "edge")
-        if kind not in ("edge", "learned", "output"):
+        kind = about.get("score", EDGE)
+        if kind not in (EDGE, LEARNED, OUTPUT):
             raise ValueError(f"its score is {str(kind)[:40]!r}, which is unknown")
-        base = _base(about["base"], len(branches)) if kind == "output" else None
+        base = _base(about["base"], len(branches)) if kind == OUTPUT else None
         # Calibrations are of networks of three channels.
-        score = stored_score(content, 3) if kind == "learned" else None
+        score = stored_score(content, 3) if kind == LEARNED else None
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise CheckpointError(f"cannot use {path}: no whole cascade: {str(error)[:200]}") from error
     sources = [_source(branch, path) for branch in branches]

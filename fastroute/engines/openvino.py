@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastroute._copies import inference_copy
+from fastroute._extras import remedy
 from fastroute.engines import Compiled
 
 HINTS = {torch.float32: "f32", torch.bfloat16: "bf16"}
@@ -26,7 +27,7 @@ def unsupported_reasons(device: torch.device, dtype: torch.dtype) -> list[str]:
             f"openvino computes in float32 and bfloat16; the networks compute in {str(dtype).removeprefix('torch.')}"
         )
     if find_spec("openvino") is None:
-        reasons.append("openvino is not installed; pip install 'fastroute[openvino]'")
+        reasons.append(f"openvino is not installed: {remedy('openvino')}")
     return reasons
 
 

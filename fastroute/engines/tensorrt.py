@@ -8,6 +8,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor, nn
 
+from fastroute._extras import remedy
 from fastroute.engines import Compiled
 
 # The largest number of patches that pass together, and of pixels along a side. Larger batches run in parts.
@@ -20,7 +21,7 @@ def unsupported_reasons(device: torch.device, dtype: torch.dtype) -> list[str]:
     """See :class:`fastroute.engines.Engine`."""
     reasons = [] if device.type == "cuda" else [f"tensorrt runs on NVIDIA GPUs only; the networks are on {device}"]
     if find_spec("torch_tensorrt") is None:
-        reasons.append("torch_tensorrt is not installed; pip install 'fastroute[tensorrt]'")
+        reasons.append(f"torch_tensorrt is not installed: {remedy('tensorrt')}")
     return reasons
 
 

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastroute._extras import remedy
 from fastroute.files.readers import ZARR, dtype_of, require
 
 # OME-Zarr's own ending, and the version of its specification, https://ngff.openmicroscopy.org/0.5.
@@ -124,8 +125,7 @@ def zarr3() -> Any:
     zarr = require("zarr")
     if int(zarr.__version__.split(".")[0]) < 3:
         raise ImportError(
-            f"arrays with shards need zarr 3, and {zarr.__version__} is installed: with Python 3.11 or newer, run "
-            'pip install ".[large]" in a copy of the source'
+            f"arrays with shards need zarr 3, and {zarr.__version__} is installed: with Python 3.11 or newer, {remedy('large')}"
         )
     return zarr
 

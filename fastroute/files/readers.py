@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fastroute import io
+from fastroute._extras import remedy
 from fastroute.io.decoded import Decoded
 from fastroute.io.hidden import REACH, fill_hidden
 from fastroute.io.picture import Metadata, Origin
@@ -31,7 +32,7 @@ def require(name: str) -> Any:
     try:
         return import_module(name)
     except ImportError as error:
-        raise ImportError(f'large files need {name}: run pip install ".[large]" in a copy of the source') from error
+        raise ImportError(f"large files need {name}: {remedy('large')}") from error
 
 
 class TensorReader:

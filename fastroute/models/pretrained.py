@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastroute import buffers
+from fastroute._extras import remedy
 from fastroute.models.adapters import Described
 from fastroute.models.checkpoints import CheckpointError, fitted, shown, without_prefixes
 from fastroute.models.compact import Compact
@@ -121,9 +122,7 @@ def spandrel_network(state: Mapping[str, Any], path: Path, known: str = "") -> t
     try:
         import spandrel
     except ImportError as error:
-        raise CheckpointError(
-            f"{unknown}; many more are known where spandrel is: pip install 'fastroute[pretrained]'"
-        ) from error
+        raise CheckpointError(f"{unknown}; many more are known where spandrel is: {remedy('pretrained')}") from error
     except (RuntimeError, OSError) as error:
         reason = (str(error).splitlines() or [""])[0][:200]
         raise CheckpointError(

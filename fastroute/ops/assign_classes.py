@@ -147,7 +147,7 @@ def _check_values(cost: Tensor | Sequence[float], budget: float | None) -> None:
     if budget is not None and not possible - BUDGET_SLACK <= budget <= 1 + BUDGET_SLACK:
         raise ValueError(
             f"{OP}: budget must lie in [{possible:.4g}, 1], from everything in the cheapest class to everything in the "
-            f"most expensive; got {budget:g}"
+            f"most expensive; got {budget}"
         )
 
 

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
+from fastroute._extras import remedy
+
 # The variable that limits what Ray's C++ code prints.
 BACKEND_LOG = "RAY_BACKEND_LOG_LEVEL"
 STDERR = 2
@@ -77,8 +79,7 @@ def imported() -> Any:
         import ray
         import ray.data
     except ImportError as error:
-        words = f"a cluster needs Ray, which cannot be imported ({error})"
-        raise ImportError(f'{words}: run pip install ".[ray]" in a copy of the source') from error
+        raise ImportError(f"a cluster needs Ray, which cannot be imported ({error}): {remedy('ray')}") from error
     return ray
 
 

@@ -9,7 +9,6 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -110,15 +109,10 @@ def evaluate(
     if own is None:
         options = {**options, "scale": factor}
     folder = Path(images)
-    found, told = [folder], [] if notes is None else notes
+    paths, told = [folder], [] if notes is None else notes
     if not folder.is_file():
-        io.list_images(folder)  # refuses what is not a folder, and a folder without images
-        content = walk(folder)
-        found = content.images
+        paths, content = io.list_images(folder, exclude), walk(folder)
         told += [*content.others, *((path, f"a folder that cannot be read: {why}") for path, why in content.unreadable)]
-    paths = [p for p in found if not any(fnmatch(p.name, pattern) for pattern in exclude)]
-    if not paths:
-        raise ValueError(f"evaluate: no image is left in {folder}; the patterns exclude {', '.join(exclude)}")
     # Fail early if scikit-image is missing.
     metrics()
     rows: list[Row] = []

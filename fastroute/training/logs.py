@@ -8,6 +8,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
+from fastroute._extras import remedy
+
 COLUMNS = ("stage", "step", "steps", "rate", "loss", "psnr", "validation_psnr", "validation_ssim")
 LOGS = ("csv", "tensorboard")
 
@@ -75,9 +77,7 @@ class TensorBoardLog:
 
     def __init__(self, folder: str | Path) -> None:
         if find_spec("tensorboard") is None:
-            raise ValueError(
-                'train: log=tensorboard needs another package: run pip install ".[tensorboard]" in a copy of the source'
-            )
+            raise ValueError(f"train: log=tensorboard needs another package: {remedy('tensorboard')}")
         self.folder = Path(folder)
 
     def begin(self, steps: int) -> None:

@@ -8,6 +8,8 @@ from importlib.util import find_spec
 import torch
 from torch import nn
 
+from fastroute._extras import remedy
+
 OPTIMIZERS = ("adam", "soap")
 # Largest side of the matrices of gradients that SOAP keeps; neighbouring sides of a weight are joined up to it.
 LARGEST_SIDE = 256
@@ -22,7 +24,7 @@ def check_optimizer(name: str) -> None:
     if name not in OPTIMIZERS:
         raise ValueError(f"train: optimizer must be one of {', '.join(OPTIMIZERS)}; got {name!r}")
     if name == "soap" and find_spec("pytorch_optimizer") is None:
-        raise ValueError('train: optimizer=soap needs another package: run pip install ".[train]" in a copy of the source')
+        raise ValueError(f"train: optimizer=soap needs another package: {remedy('train')}")
 
 
 def make_optimizer(name: str, parameters: Sequence[nn.Parameter], rate: float) -> torch.optim.Optimizer:

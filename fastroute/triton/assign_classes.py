@@ -3,7 +3,9 @@ penalty whose mean cost fits.
 
 The penalty is searched on the device, in a fixed number of passes over the items. Doubles, taken as integers, are in order;
 a pass cuts the interval of integers into equal parts, counts the classes at every cut, and the next pass begins by keeping
-the one part in which the mean cost passes the budget. Counts are integers, so atomic additions give the same on every run."""
+the one part in which the mean cost passes the budget. Counts are integers, so atomic additions give the same on every run.
+Classes are chosen in float32, and in float64 only where two of them are nearer than float32 can tell apart: on many GPUs a
+double takes 64 times as long."""
 
 from __future__ import annotations
 
@@ -40,6 +42,8 @@ CUTS = 1 << BITS
 # Items compared at once, and steps of so many items per program.
 ITEMS, STEPS = (256, 64) if INTERPRETED else (64, 32)
 BLOCK = 512 * WIDER
+# Values of float32 that are nearer to each other than this share of what they were made of may be rounded the wrong way round.
+UNSURE = tl.constexpr(2.0**-20)
 # Values that one launch writes.
 PACK = 8
 
@@ -139,6 +143,39 @@ def interval(state, totals, share, low, high, threshold, total, classes, step, K
     return low, high
 
 
+@triton.jit
+def choose(logs, prices, penalty, item, total, classes, CUTS: tl.constexpr, ITEMS: tl.constexpr):
+    """The classes of `item` [ITEMS] at every `penalty` [CUTS], as float64 chooses them."""
+    known = (item < total)[None, :]
+    best = tl.full((CUTS, ITEMS), 0, tl.int32)
+    most = tl.full((CUTS, ITEMS), -float("inf"), tl.float32)
+    second = most
+    reach = tl.full((CUTS, ITEMS), 0, tl.float32)
+    rough = penalty.to(tl.float32)
+    for k in range(classes):
+        log = tl.load(logs + k * total.to(tl.int64) + item, mask=item < total, other=0).to(tl.float32)[None, :]
+        price = (rough * tl.load(prices + k).to(tl.float32))[:, None]
+        value = log - price
+        reach = tl.maximum(reach, tl.abs(log) + tl.abs(price))
+        better = value > most
+        second = tl.where(better, most, tl.maximum(second, value))
+        best = tl.where(better, k, best)
+        most = tl.where(better, value, most)
+    # Rounded are the logarithm, the penalty, the price, their product and the difference: less than 5 units in the last place
+    # of `reach`, for each of the two.
+    unsure = known & (most - second <= reach * UNSURE)
+    if tl.max(tl.max(unsure.to(tl.int32), 1), 0) > 0:
+        best = tl.full((CUTS, ITEMS), 0, tl.int32)
+        exact = tl.full((CUTS, ITEMS), 0, tl.float64)
+        for k in range(classes):
+            log = tl.load(logs + k * total.to(tl.int64) + item, mask=item < total, other=0)
+            value = log[None, :] - product(penalty, tl.load(prices + k))[:, None]
+            better = (value > exact) | (k == 0)
+            best = tl.where(better, k, best)
+            exact = tl.where(better, value, exact)
+    return best
+
+
 @triton.jit(do_not_specialize=["low", "high", "threshold", "total", "classes", "step"])
 def assign_classes_count_kernel(
     logs,  # [K, N]
@@ -169,14 +206,7 @@ def assign_classes_count_kernel(
     begin = program * STEPS * ITEMS
     for part in range(tl.minimum(STEPS, (total - begin + ITEMS - 1) // ITEMS)):
         item = begin + part * ITEMS + tl.arange(0, ITEMS)
-        best = tl.full((CUTS, ITEMS), 0, tl.int32)
-        most = tl.full((CUTS, ITEMS), 0, tl.float64)
-        for k in range(classes):
-            log = tl.load(logs + k * total.to(tl.int64) + item, mask=item < total, other=0)
-            value = log[None, :] - product(penalty, tl.load(prices + k))[:, None]
-            better = (value > most) | (k == 0)
-            best = tl.where(better, k, best)
-            most = tl.where(better, value, most)
+        best = choose(logs, prices, penalty, item, total, classes, CUTS, ITEMS)
         known = (item < total)[None, :] & (best >= 0)
         place = tl.reshape(cut[:, None] * K2 + best, (CUTS * ITEMS,))
         counts += tl.histogram(place, CUTS * K2, mask=tl.reshape(known, (CUTS * ITEMS,)))
@@ -208,14 +238,7 @@ def assign_classes_choose_kernel(
     if tl.program_id(0) == 0:
         tl.store(solved, penalty)
     item = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    best = tl.full((BLOCK,), 0, tl.int32)
-    most = tl.full((BLOCK,), 0, tl.float64)
-    for k in range(classes):
-        log = tl.load(logs + k * total.to(tl.int64) + item, mask=item < total, other=0)
-        value = log - product(penalty, tl.load(prices + k))
-        better = (value > most) | (k == 0)
-        best = tl.where(better, k, best)
-        most = tl.where(better, value, most)
+    best = tl.reshape(choose(logs, prices, tl.full((1,), 0, tl.float64) + penalty, item, total, classes, 1, BLOCK), (BLOCK,))
     tl.store(out + item, best.to(out.dtype.element_ty), mask=item < total)
 
 

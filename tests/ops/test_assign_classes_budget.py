@@ -138,6 +138,15 @@ def test_both_ends(backend, classes):
         assert (assign_classes(score, cost, budget=least - slack) == cheapest).all()
 
 
+def test_what_float32_cannot_tell_apart(backend):
+    rank = torch.randperm(60, generator=torch.Generator().manual_seed(6))
+    gain = (3.0 * (1 + 1e-12 * rank.double())).to(backend.device)
+    score = torch.stack([torch.ones_like(gain), gain, 0.1 * gain], dim=1)
+    for expensive in (0, 1, 29, 59, 60):
+        ids = assign_classes(score, [1.0, 2.0, 2.0], budget=(60 + expensive) / 120)
+        assert ids.tolist() == [int(r >= 60 - expensive) for r in rank.tolist()]
+
+
 def test_equal_items_change_together(backend):
     rows = probabilities(4, 3, device=backend.device)
     copies = torch.arange(40, device=backend.device) % 4
