@@ -1,7 +1,8 @@
 """stitch_patches: out[b, c, Y, X] = Σ_i wy[i, Y] · Σ_j wx[j, X] · patch(i, j)[c, Y - y_i, X - x_j], the sums over the tile
 rows i and tile columns j that cover the pixel, columns first and products rounded on their own, as everywhere. One program
-writes a block of one channel and every output pixel once; the weights of both axes are normalised by a kernel before. A patch
-in a region is read where a table says, which another kernel makes."""
+writes a block of pixels in all channels, of which images have few, so that where a pixel comes from is found out once; the
+weights of both axes are normalised by a kernel before. A patch in a region is read where a table says, which another kernel
+makes."""
 
 from __future__ import annotations
 
@@ -36,6 +37,14 @@ from fastroute.triton._stitch_tables import axis_weights, region_table, table_va
 # Warps of a program, and its elements of the gradient: one for each thread, as in `_block`.
 WARPS = 8
 BLOCK = 32 * WARPS
+# Channels that a program of the forward kernel writes together, at most.
+MOST_CHANNELS = 4
+
+
+@triton.jit
+def weighted(at, weight, known, WORK: tl.constexpr):
+    """What lies at `at`, where it is `known`, times `weight`."""
+    return tl.where(known, product(to_work(tl.load(at, mask=known, other=0), WORK), weight), 0)
 
 
 # A thread has one pixel, so that alignment helps nothing; `out` may be a slice of rows, which begins anywhere.
@@ -60,7 +69,7 @@ def stitch_patches_kernel(
     row_begin,
     out_height,
     out_width,
-    channels,
+    groups,
     patch_n,
     patch_c,
     patch_y,
@@ -72,17 +81,19 @@ def stitch_patches_kernel(
     STRIDE: tl.constexpr,
     SCALE: tl.constexpr,
     SHUFFLE: tl.constexpr,
+    GROUP: tl.constexpr,
     WORK: tl.constexpr,
     BLOCK_Y: tl.constexpr,
     BLOCK_X: tl.constexpr,
 ):
-    """With a fused pixel shuffle of factor r, pixel (k, l) of channel c is element (k / r, l / r) of channel
-    c·r² + (k mod r)·r + l mod r. A place out of range adds nothing: a GPU cannot raise without a wait."""
+    """One program writes `GROUP` channels, up to four, of one of `groups` groups. With a fused pixel shuffle of factor r, pixel
+    (k, l) of channel c is element (k / r, l / r) of channel c·r² + (k mod r)·r + l mod r. A place out of range adds nothing: a
+    GPU cannot raise without a wait."""
     SPAN: tl.constexpr = PATCH * SCALE
     program = tl.program_id(0)
     blocks_y, blocks_x = (out_height + BLOCK_Y - 1) // BLOCK_Y, (out_width + BLOCK_X - 1) // BLOCK_X
     plane = program // blocks_x // blocks_y
-    image, c = (plane // channels).to(tl.int64), plane % channels
+    image, c = (plane // groups).to(tl.int64), plane % groups * GROUP
     # One axis: of blocks of two the compiler would not see along which neighbours lie.
     BLOCK: tl.constexpr = BLOCK_Y * BLOCK_X
     line = (program // blocks_x % blocks_y) * BLOCK_Y + tl.arange(0, 1 if BLOCK_Y == 1 else BLOCK) // BLOCK_X
@@ -93,12 +104,14 @@ def stitch_patches_kernel(
     last_y = last_covering(y // SCALE, rows, height, PATCH, STRIDE)
     first_x = first_covering(x // SCALE, cols, PATCH, STRIDE)
     last_x = last_covering(x // SCALE, cols, width, PATCH, STRIDE)
-    total = tl.full((BLOCK,), 0, WORK)
+    total0 = tl.full((BLOCK,), 0, WORK)
+    total1, total2, total3 = total0, total0, total0
     # Ends of the loops are the same for a whole block: steps in which no tile covers a pixel would take as long.
     for i in range(tl.min(first_y), tl.max(last_y) + 1):
         row = inside & (i >= first_y) & (i <= last_y)
         k = y - origin(i, height, PATCH, STRIDE) * SCALE
-        strip = tl.full((BLOCK,), 0, WORK)
+        strip0 = tl.full((BLOCK,), 0, WORK)
+        strip1, strip2, strip3 = strip0, strip0, strip0
         for other in range(tl.max(last_x - first_x) + 1):
             j = first_x + other
             reads = row & (j <= last_x)
@@ -116,13 +129,33 @@ def stitch_patches_kernel(
                 known = reads & (place >= 0) & (place < places)
             channel = (c * SHUFFLE + k % SHUFFLE) * SHUFFLE + column % SHUFFLE
             within = (k // SHUFFLE).to(tl.int64) * step_y + (column // SHUFFLE).to(tl.int64) * patch_x
-            pixel = tl.load(patches + begin + channel.to(tl.int64) * step_c + within, mask=known, other=0)
+            at = patches + begin + channel.to(tl.int64) * step_c + within
             weight = tl.load(weights + (rows + j) * SPAN + column, mask=(x < out_width) & (j <= last_x), other=0)
-            strip += tl.where(known, product(to_work(pixel, WORK), weight), 0)
+            next_channel = step_c.to(tl.int64) * (SHUFFLE * SHUFFLE)
+            strip0 += weighted(at, weight, known, WORK)
+            if GROUP > 1:
+                strip1 += weighted(at + next_channel, weight, known, WORK)
+            if GROUP > 2:
+                strip2 += weighted(at + 2 * next_channel, weight, known, WORK)
+            if GROUP > 3:
+                strip3 += weighted(at + 3 * next_channel, weight, known, WORK)
         weight = tl.load(weights + i * SPAN + k, mask=(line < out_height) & (i >= first_y) & (i <= last_y), other=0)
-        total += tl.where(row, product(strip, weight), 0)
-    target = image * out_n + c.to(tl.int64) * out_c + line.to(tl.int64) * out_y + x
-    tl.store(out + target, to_pixel(total, out.dtype.element_ty), mask=inside)
+        total0 += tl.where(row, product(strip0, weight), 0)
+        if GROUP > 1:
+            total1 += tl.where(row, product(strip1, weight), 0)
+        if GROUP > 2:
+            total2 += tl.where(row, product(strip2, weight), 0)
+        if GROUP > 3:
+            total3 += tl.where(row, product(strip3, weight), 0)
+    target = out + image * out_n + c.to(tl.int64) * out_c + line.to(tl.int64) * out_y + x
+    step = out_c.to(tl.int64)
+    tl.store(target, to_pixel(total0, out.dtype.element_ty), mask=inside)
+    if GROUP > 1:
+        tl.store(target + step, to_pixel(total1, out.dtype.element_ty), mask=inside)
+    if GROUP > 2:
+        tl.store(target + 2 * step, to_pixel(total2, out.dtype.element_ty), mask=inside)
+    if GROUP > 3:
+        tl.store(target + 3 * step, to_pixel(total3, out.dtype.element_ty), mask=inside)
 
 
 def _constants(dtype: torch.dtype, patch: int, stride: int, scale: int) -> dict:
@@ -180,10 +213,12 @@ def _stitch(
     weights = axis_weights(window, height, width, rows, cols, patch, stride, scale, crop)
     batch, channels, out_height, out_width = out.shape
     block = _block()
-    programs = batch * channels * ceil_div(out_height, block["BLOCK_Y"]) * ceil_div(out_width, block["BLOCK_X"])
+    # Images have one to four channels.
+    group = channels if 0 < channels <= MOST_CHANNELS else 1
+    programs = batch * channels // group * ceil_div(out_height, block["BLOCK_Y"]) * ceil_div(out_width, block["BLOCK_X"])
     pointers = (patches, inverse, table, weights, out)
-    sizes = (places, height, width, rows, cols, row_begin, out_height, out_width, channels)
-    constants |= {"SHUFFLE": shuffle, **block}
+    sizes = (places, height, width, rows, cols, row_begin, out_height, out_width, channels // group)
+    constants |= {"SHUFFLE": shuffle, "GROUP": group, **block}
     launch(stitch_patches_kernel, programs, *pointers, *sizes, *steps, *out.stride()[:3], **constants, num_warps=WARPS)
 
 
@@ -357,6 +392,7 @@ def variants() -> Iterator[Variant]:
         "out_height",
         "out_width",
         "channels",
+        "groups",
         "lines_count",
     )
     sizes = dict.fromkeys((*names, "out_n", "out_c", "out_y"), "i32")
@@ -368,8 +404,10 @@ def variants() -> Iterator[Variant]:
         pointers = {name: f"*{NAMES[source]}" for name in ("patches", "grad")}
         return {**rest, **pointers, "out": f"*{NAMES[target]}", "weights": work}
 
-    def forward(source: torch.dtype, target: torch.dtype, shuffle: int = 1, missing: tuple = ("table",)) -> Variant:
-        block = {"SHUFFLE": shuffle, **_block(), **dict.fromkeys(missing)}
+    def forward(
+        source: torch.dtype, target: torch.dtype, shuffle: int = 1, missing: tuple = ("table",), group: int = 3
+    ) -> Variant:
+        block = {"SHUFFLE": shuffle, "GROUP": group, **_block(), **dict.fromkeys(missing)}
         constants = {**_constants(source, 32, 28, 4), **block}
         return Variant(stitch_patches_kernel, types(source, target), constants, {"num_warps": WARPS})
 
@@ -379,6 +417,7 @@ def variants() -> Iterator[Variant]:
         yield forward(source, source, shuffle=4)
         yield forward(source, torch.uint8, shuffle=4, missing=("inverse", "table"))
         yield forward(source, source, missing=("inverse",))
+        yield from (forward(source, source, group=group) for group in (1, 2, 4) if every)
         yield forward(source, torch.uint8, shuffle=4, missing=("inverse",))
         constants = _constants(source, 32, 28, 4)
         backward, options = {**constants, "BLOCK": BLOCK, "WIDER": WIDER}, {"num_warps": WARPS}

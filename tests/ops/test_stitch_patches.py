@@ -95,6 +95,15 @@ def test_sweep_of_geometries(kernel, geometry):
         same(stitch_patches(patches, grid, window, inverse), stitch_patches(patches[inverse], grid, window))
 
 
+@pytest.mark.parametrize("channels", [1, 2, 3, 4, 5])
+def test_numbers_of_channels(backend, channels):
+    grid = TileGrid(7, 9, 4, 3, 2)
+    patches = random((2 * grid.num_patches, 4 * channels, 4, 4), device=backend.device)
+    image = stitch_patches(patches, grid, "hann", shuffle=2)
+    assert image.shape == (2, channels, 14, 18)
+    same(image, reference(patches, grid, "hann", shuffle=2))
+
+
 @pytest.mark.parametrize("window", [*WINDOWS, "lopsided"])
 def test_reference_is_fold(window):
     # Where no tile is shifted, fold of the weighted patches over fold of the weights says the same.
