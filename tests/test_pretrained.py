@@ -209,7 +209,7 @@ def test_without_spandrel_the_error_says_what_to_install(tmp_path, monkeypatch, 
         monkeypatch.setattr(sys, "meta_path", [Broken(), *sys.meta_path])
     else:
         monkeypatch.setitem(sys.modules, "spandrel", None)
-    wanted = r"cannot be imported: operator torchvision::nms" if present else r"pip install 'fastroute\[pretrained\]'"
+    wanted = r"cannot be imported: operator torchvision::nms" if present else r'run pip install "\.\[pretrained\]"'
     with pytest.raises(fastroute.CheckpointError, match=wanted):
         fastroute.load(path)
 
