@@ -150,7 +150,7 @@ def test_pcsr_at_a_scale(images):
 def test_refusals(images, router, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="evaluate: scale must be 2, that of the model; got 4"):
         evaluation.evaluate(router, images, scale=4)
-    with pytest.raises(ValueError, match=r"images: every image in .* is excluded by \*\.png"):
+    with pytest.raises(ValueError, match=r"evaluate: no image is left in .*; the patterns exclude \*\.png"):
         evaluation.evaluate(router, images, exclude=["*.png"])
     io.write_image(tmp_path / "small.png", torch.zeros(3, 15, 60, dtype=torch.uint8))
     with pytest.raises(ValueError, match=r"at least 16 x 16 pixels; .*small\.png has 60 x 15"):
@@ -256,3 +256,11 @@ def test_infinite_numbers_are_null(tmp_path):
     evaluation.write_json(tmp_path / "x.json", [row])
     content = json.loads((tmp_path / "x.json").read_text())
     assert content["images"][0]["psnr"] is None and content["mean"]["psnr_y"] is None and content["mean"]["ssim"] == 1
+
+
+def test_a_link_to_nothing_is_told(router, tmp_path):
+    io.write_image(tmp_path / "good.png", torch.zeros(3, 40, 60, dtype=torch.uint8))
+    (tmp_path / "gone.png").symlink_to(tmp_path / "nothing.png")
+    errors: list[str] = []
+    assert len(evaluation.evaluate(router, tmp_path, errors=errors)) == 1
+    assert len(errors) == 1 and "gone.png" in errors[0]

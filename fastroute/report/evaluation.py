@@ -9,6 +9,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -109,10 +110,16 @@ def evaluate(
     if own is None:
         options = {**options, "scale": factor}
     folder = Path(images)
-    paths, told = [folder], [] if notes is None else notes
+    found, told = [folder], [] if notes is None else notes
     if not folder.is_file():
-        paths, content = io.list_images(folder, exclude), walk(folder)
+        io.list_images(folder)  # refuses what is not a folder, and a folder without images
+        content = walk(folder)
+        found = content.images
         told += [*content.others, *((path, f"a folder that cannot be read: {why}") for path, why in content.unreadable)]
+    # Not by list_images: it leaves out what is no file, such as a link to nothing, without a word.
+    paths = [p for p in found if not any(fnmatch(p.name, pattern) for pattern in exclude)]
+    if not paths:
+        raise ValueError(f"evaluate: no image is left in {folder}; the patterns exclude {', '.join(exclude)}")
     # Fail early if scikit-image is missing.
     metrics()
     rows: list[Row] = []
