@@ -271,11 +271,10 @@ def test_it_is_a_module():
     half = copy.deepcopy(router).bfloat16()
     assert half.dtype == torch.bfloat16 and router.dtype == torch.float32
     near = half.upscale(image, budget=0.5).image
-    # On a CPU these networks of 3 x 3 convolutions stay float32, which is faster there.
-    assert near.dtype == torch.float32 and torch.equal(near, exact)
+    assert near.dtype == torch.float32 and 0 < float((near - exact).abs().max()) < 0.05
     with fastroute.use_backend("reference"):
         rounded = copy.deepcopy(router).bfloat16().upscale(image, budget=0.5).image
-    assert 0 < float((rounded - exact).abs().max()) < 0.05
+    assert float((rounded - near).abs().max()) < 0.05
     assert torch.equal(router.upscale(image, budget=0.5).image, exact)
     again = build()
     again.load_state_dict(router.state_dict())

@@ -13,22 +13,22 @@ from torch.nn import functional as F
 
 from fastroute import use_backend
 from fastroute.backends import EXTENSION
+from fastroute.models import rrdbnet
 from fastroute.models.carn import CARN
 from fastroute.models.compact import Compact
 from fastroute.models.fsrcnn import FSRCNN
 from fastroute.models.rcan import RCAN
-from fastroute.models.rrdbnet import RRDBNet
+from fastroute.models.rrdbnet import DenseBlock, RRDBNet
 from fastroute.models.srresnet import SRResNet
 from fastroute.rewrite.convolutions import (
     Conv1x1,
     Conv3x3,
     FusedConv2d,
 )
-from fastroute.rewrite.optimize import optimize, simplify
-from fastroute.rewrite.replace import is_faster_in_float32, is_rectifier, replace_convolutions
+from fastroute.rewrite.optimize import optimize
+from fastroute.rewrite.replace import is_rectifier, replace_convolutions
 
 needs_kernels = pytest.mark.skipif(bool(EXTENSION.reasons), reason="; ".join(EXTENSION.reasons))
-CPU = torch.device("cpu")
 NETWORKS = {
     "carn": lambda: CARN(16, 4, groups=4),
     "carn features": lambda: CARN(16, upsample=False),
@@ -307,13 +307,22 @@ def test_graphs_of_another_type_than_ran():
     assert torch.equal(compiled(x.bfloat16()), copy.deepcopy(network).bfloat16()(x.bfloat16()))
 
 
-def test_is_faster_in_float32():
-    for name, faster in {"carn": False, "srresnet": True, "rrdbnet": True, "compact": True}.items():
-        network = NETWORKS[name]()
-        assert is_faster_in_float32(optimize(network), CPU) == (faster and not EXTENSION.reasons), name
-        # Convolutions that were not replaced gain nothing.
-        assert not is_faster_in_float32(simplify(network), CPU)
-        assert not is_faster_in_float32(optimize(network), torch.device("cuda"))
-    with use_backend("reference"):
-        assert not is_faster_in_float32(optimize(SRResNet(16, 4, blocks=2)), CPU)
-    assert not is_faster_in_float32(nn.Identity(), CPU)
+@needs_kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("height", [1, 7, 12, 13, 17, 24, 53])
+def test_dense_blocks_in_bands_of_rows(monkeypatch, poisoned, height, dtype):
+    """Of at least twelve rows, those before the first and behind the last one included."""
+    block = randomise(DenseBlock(8, 4), 1).eval().requires_grad_(False)
+    x, around = picture(2, 8, height, 19), picture(2, 8, height, 19).flip(3)
+    expected = {None: block(x), around: block(x, around)}
+    rewritten = replace_convolutions(copy.deepcopy(block)).to(dtype)
+    ran = []
+    plain = DenseBlock._banded
+    monkeypatch.setattr(DenseBlock, "_banded", staticmethod(lambda *given: ran.append(0) or plain(*given)))
+    for most in (0, 1 << 30):
+        monkeypatch.setattr(rrdbnet, "BAND", most)
+        for given, wanted in expected.items():
+            found = rewritten(x.to(dtype), None if given is None else given.to(dtype)).float()
+            off = {torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
+            torch.testing.assert_close(found, wanted, rtol=off, atol=off * float(wanted.abs().max()))
+    assert len(ran) == 2

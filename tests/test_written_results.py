@@ -77,6 +77,20 @@ def test_an_empty_out_has_no_strides_to_refuse(shape):
             assert run(out=out) is out
 
 
+@pytest.mark.parametrize("by", ["cpu", "reference"])
+def test_channels_behind_those_that_are_read(by):
+    """One row of a larger tensor, whose three rows are read; and one channel, one pixel and one image of several."""
+    for batch, outputs, rows, width in ((2, 4, 1, 7), (2, 1, 4, 7), (2, 4, 4, 1), (1, 4, 4, 7), (2, 1, 1, 1)):
+        memory = random((batch, rows + 2, width, 4 + outputs), seed=5).permute(0, 3, 1, 2)
+        read, written = memory[:, :4], memory[:, 4:, 1:-1]
+        kernel = random((outputs, 4, 3, 3), seed=6)
+        with fastroute.use_backend(by):
+            expected = fastroute.conv3x3(read.clone(), kernel, context=1)
+            assert torch.equal(fastroute.conv3x3(read, kernel, out=written, context=1), expected)
+            with pytest.raises(ValueError, match="must not share memory with an input"):
+                fastroute.conv3x3(read, kernel, out=memory[:, 3 : 3 + outputs, 1:-1], context=1)
+
+
 def test_a_raw_weight_is_an_input_too():
     memory = torch.zeros(10000)
     weight, image = memory[:576].view(8, 8, 3, 3), random((2, 8, 6, 7), seed=1)

@@ -47,23 +47,25 @@ inline bool may_overlap(const Tensor& x, const Tensor& y) {
     auto at_x = reinterpret_cast<int64_t>(x.const_data_ptr()), at_y = reinterpret_cast<int64_t>(y.const_data_ptr());
     if (at_x + bytes_of(x, axes_x) <= at_y || at_y + bytes_of(y, axes_y) <= at_x) return false;
     const auto item = static_cast<int64_t>(x.element_size());
-    if (item != static_cast<int64_t>(y.element_size()) || axes_x.size() != axes_y.size()) return true;
+    if (item != static_cast<int64_t>(y.element_size())) return true;
     if (at_x > at_y) std::swap(at_x, at_y), std::swap(axes_x, axes_y);
     if ((at_y - at_x) % item != 0) return true;
     // Where y begins, in digits along the strides of both. One digit whose ranges do not meet keeps them apart, as long
     // as no digit is carried into the next.
-    int64_t rest = (at_y - at_x) / item;
+    int64_t rest = (at_y - at_x) / item, above = 0;
     bool apart = false;
-    for (size_t i = 0; i < axes_x.size(); ++i) {
-        const auto [stride, size_x] = axes_x[i];
-        if (stride != axes_y[i][0] || stride == 0) return true;
-        const int64_t digit = rest / stride;
-        rest %= stride;
-        const int64_t end = std::max(size_x, digit + axes_y[i][1]);
-        if (i > 0 && end > axes_x[i - 1][0] / stride) return true;
+    for (auto a = axes_x.begin(), b = axes_y.begin(); a != axes_x.end() || b != axes_y.end();) {
+        // One element along a stride that only the other has.
+        const int64_t stride = std::max(a == axes_x.end() ? 0 : (*a)[0], b == axes_y.end() ? 0 : (*b)[0]);
+        if (stride <= 0) return true;
+        const int64_t size_x = a != axes_x.end() && (*a)[0] == stride ? (*a++)[1] : 1;
+        const int64_t size_y = b != axes_y.end() && (*b)[0] == stride ? (*b++)[1] : 1;
+        const int64_t digit = rest / stride, end = std::max(size_x, digit + size_y);
+        if (above > 0 && end > above / stride) return true;
+        rest %= stride, above = stride;
         apart |= digit >= size_x;
     }
-    return rest != 0 ? true : apart ? false : true;
+    return rest != 0 || !apart;
 }
 
 // `out` can be written while `inputs` are read.

@@ -72,12 +72,10 @@ def distil(
         raise ValueError(f"distill: the teacher must read 3 channels, those of image files; {name} reads {facts.channels}")
     device = device or torch.device("cpu")
     networks = Networks([module], [facts])
-    # The teacher is not trained, so it may be fastest in float32.
-    taught_in = torch.float32 if networks.exact_in(device, dtype) else dtype
-    if taught_in != torch.float32:
-        networks.halve(device, taught_in)
-    networks.to(device, taught_in)
-    networks.dtype = taught_in
+    if dtype != torch.float32:
+        networks.halve(dtype)
+    networks.to(device, dtype)
+    networks.dtype = dtype
     recipe = replace(recipe, scale=facts.scale, channels=facts.channels)
     start = None
     if init is not None:
@@ -86,7 +84,7 @@ def distil(
         recipe = replace(recipe, width=width_for(cost * networks.flops()[0], recipe))
     held = paths[::HELD_OUT][:MOST_HELD_OUT]
     learnt_from = [path for path in paths if path not in held]
-    key = f"{key} {str(taught_in).removeprefix('torch.')}"
+    key = f"{key} {str(dtype).removeprefix('torch.')}"
     folder = out.with_suffix(".crops") if cache is None else cache
     made = partial(Crops, folder, teacher=lambda x: networks.run(0, x.to(device)).cpu(), key=key, scale=facts.scale)
     student = Student(

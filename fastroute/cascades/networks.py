@@ -14,7 +14,7 @@ from fastroute.models.network import AnySize, Facts
 from fastroute.models.precision import HALVES, round_weights, sums_of
 from fastroute.profiling import count_flops
 from fastroute.rewrite.optimize import parameter_dtype
-from fastroute.rewrite.replace import is_faster_in_float32, replace_convolutions
+from fastroute.rewrite.replace import replace_convolutions
 
 # Side of the input on which FLOPs are counted.
 COUNTED = 64
@@ -35,16 +35,9 @@ class Networks(nn.Module):
         self.dtype = torch.float32
         self._arrange()
 
-    def halve(self, device: torch.device, dtype: torch.dtype) -> None:
+    def halve(self, dtype: torch.dtype) -> None:
         """Round the weights to a half type, with care; `.to` would do so without."""
-        for member in self.members:
-            if not _stays_exact(member, device, dtype):
-                round_weights(member, dtype)
-
-    def exact_in(self, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
-        """The weights that stay float32 if the others are converted to `dtype` on `device`."""
-        kept = [member for member in self.members if _stays_exact(member, device, dtype)]
-        return [x for member in kept for x in (*member.parameters(), *member.buffers())]
+        round_weights(self.members, dtype)
 
     def _arrange(self) -> None:
         # The format in which convolutions of many channels run fastest, on CPUs and GPUs alike.
@@ -76,10 +69,6 @@ class Networks(nn.Module):
             counted = float(count_flops(member, size)) / (size[2] * size[3])
             found.append(counted or 32.0 * facts.channels * facts.scale**2)
         return found
-
-
-def _stays_exact(member: nn.Module, device: torch.device, dtype: torch.dtype) -> bool:
-    return dtype == torch.bfloat16 and is_faster_in_float32(member, device)
 
 
 def unsupported_half(facts: Facts, dtype: torch.dtype) -> str:

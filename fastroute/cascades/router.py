@@ -121,11 +121,8 @@ class CascadeRouter(Router):
                 raise ValueError(f"CascadeRouter.to: {name}: {reason}")
         return super()._apply(fn, recurse)
 
-    def _before_halving(self, device: torch.device, dtype: torch.dtype) -> None:
-        self.networks.halve(device, dtype)
-
-    def _exact_in(self, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
-        return self.networks.exact_in(device, dtype)
+    def _before_halving(self, dtype: torch.dtype) -> None:
+        self.networks.halve(dtype)
 
     def _moved(self) -> None:
         self.networks.dtype, self._memory = self.dtype, None

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastroute.models.fused import convolve, is_fused
+from fastroute.models.fused import Fused, convolve, is_fused
 
 SLOPE = 0.2
 # What a dense block and a chain of three add to their input.
@@ -15,6 +17,12 @@ RESIDUAL = 0.2
 # at four times.
 TILE, REACH = 96, 2
 CHAIN = ("rdb1", "rdb2", "rdb3")
+# Convolutions of a dense block.
+LAYERS = 5
+# Rows of a tile of `conv3x3`: a band is a whole number of them.
+TILE_ROWS = 4
+# Bytes of a dense block's channels: those of a larger image are computed in bands of rows, which stay in the caches.
+BAND = 8 << 20
 
 
 class DenseBlock(nn.Module):
@@ -29,27 +37,81 @@ class DenseBlock(nn.Module):
 
     def __init__(self, width: int, growth: int) -> None:
         super().__init__()
-        for number in range(1, 6):
-            out = growth if number < 5 else width
+        for number in range(1, LAYERS + 1):
+            out = growth if number < LAYERS else width
             self.add_module(f"conv{number}", nn.Conv2d(width + (number - 1) * growth, out, 3, padding=1))
 
-    def forward(self, x: Tensor) -> Tensor:  # [B, C, h, w]
-        """See the class."""
-        layers = [getattr(self, f"conv{number}") for number in range(1, 5)]
-        last = self.conv5
+    def forward(self, x: Tensor, around: Tensor | None = None) -> Tensor:  # [B, C, h, w] each
+        """See the class. The last block of a chain also adds its result to `around`, the input of the chain."""
+        *layers, last = (getattr(self, f"conv{number}") for number in range(1, LAYERS + 1))
         if is_fused(last) and last.has_kernel(x):
-            # Each layer writes its channels behind those that it reads, so that nothing is joined.
-            size = (x.shape[0], last.in_channels, *x.shape[2:])
-            joined = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
-            joined[:, : x.shape[1]] = x
-            for layer in layers:
-                end = layer.in_channels + layer.out_channels
-                layer.fused(joined[:, : layer.in_channels], slope=SLOPE, out=joined[:, layer.in_channels : end])
-            return last.fused(joined, factor=RESIDUAL, residual=x)
+            row = x.shape[0] * last.in_channels * x.shape[3] * x.element_size()
+            whole = torch.compiler.is_compiling() or row * x.shape[2] <= BAND
+            if not whole:
+                return self._banded(x, around, layers, last, BAND // row)
+            return _added(around, self._joined(x, layers, last))
         found = [x]
         for layer in layers:
             found.append(convolve(layer, torch.cat(found, dim=1) if len(found) > 1 else x, SLOPE))
-        return torch.add(x, last(torch.cat(found, dim=1)), alpha=RESIDUAL)
+        return _added(around, torch.add(x, last(torch.cat(found, dim=1)), alpha=RESIDUAL))
+
+    @staticmethod
+    def _joined(x: Tensor, layers: Sequence[Fused], last: Fused) -> Tensor:  # [B, C, h, w]
+        """Each layer writes its channels behind those that it reads, so that nothing is joined."""
+        size = (x.shape[0], last.in_channels, *x.shape[2:])
+        joined = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+        joined[:, : x.shape[1]] = x
+        for layer in layers:
+            end = layer.in_channels + layer.out_channels
+            layer.fused(joined[:, : layer.in_channels], slope=SLOPE, out=joined[:, layer.in_channels : end])
+        return last.fused(joined, factor=RESIDUAL, residual=x)
+
+    @staticmethod
+    def _banded(
+        x: Tensor,  # [B, C, h, w]
+        around: Tensor | None,  # [B, C, h, w]
+        layers: Sequence[Fused],
+        last: Fused,
+        rows: int,
+    ) -> Tensor:  # [B, C, h, w]
+        """The same for so many rows after the other: layer k lags k rows behind, until the last band.
+
+        What the layers still read of the band before lies above the new rows; the first band has a row of zeros there, and the
+        last one below.
+        """
+        batch, width, height = x.shape[:3]
+        kept = LAYERS + 1
+        rows = max(rows, 2 * kept) // TILE_ROWS * TILE_ROWS
+        joined = torch.empty(
+            (batch, last.in_channels, kept + rows + 1, x.shape[3]),
+            dtype=x.dtype, device=x.device, memory_format=torch.channels_last,
+        )  # fmt: skip
+        joined[:, :, kept - 1] = 0
+        result = torch.empty_like(x, memory_format=torch.channels_last)
+        for begin in range(0, height, rows):
+            end, top = min(begin + rows, height), begin - kept
+            joined[:, :width, kept : end - top] = x[:, :, begin:end]
+            if end == height:
+                joined[:, :, end - top] = 0
+            for lag, layer in enumerate((*layers, last), 1):
+                first, after = max(begin - lag, 0), height if end == height else end - lag
+                read = joined[:, : layer.in_channels, first - 1 - top : after + 1 - top]
+                if layer is last:
+                    found = result[:, :, first:after]
+                    last.fused(read, factor=RESIDUAL, residual=x[:, :, first:after], out=found, context=1)
+                    if around is not None:
+                        torch.add(around[:, :, first:after], found, alpha=RESIDUAL, out=found)
+                else:
+                    written = joined[:, layer.in_channels : layer.in_channels + layer.out_channels]
+                    layer.fused(read, slope=SLOPE, out=written[:, :, first - top : after - top], context=1)
+            if end < height:
+                joined[:, :, :kept] = joined[:, :, rows : rows + kept]
+        return result
+
+
+def _added(around: Tensor | None, found: Tensor) -> Tensor:  # [B, C, h, w] each
+    """What a chain finds, added to its input."""
+    return found if around is None else torch.add(around, found, alpha=RESIDUAL)
 
 
 class Chain(nn.Module):
@@ -62,10 +124,9 @@ class Chain(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # [B, C, h, w]
         """See the class."""
-        y = x
-        for name in CHAIN:
-            y = getattr(self, name)(y)
-        return torch.add(x, y, alpha=RESIDUAL)
+        first, second, third = (getattr(self, name) for name in CHAIN)
+        result: Tensor = third(second(first(x)), x)
+        return result
 
 
 class RRDBNet(nn.Module):

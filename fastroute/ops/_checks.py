@@ -174,11 +174,14 @@ def _may_overlap(x: Tensor, y: Tensor) -> bool:  # [...], [...]
     lower = x if x.data_ptr() == at_x else y
     if at_x + (sum(stride * (size - 1) for stride, size in of_x) + 1) * lower.element_size() <= at_y:
         return False
-    if item != y.element_size() or len(of_x) != len(of_y) or (at_y - at_x) % item:
+    if item != y.element_size() or (at_y - at_x) % item:
         return True
     rest, apart, radix = (at_y - at_x) // item, False, None
-    for (stride, size), (other, count) in zip(of_x, of_y, strict=True):
-        if stride != other or stride == 0:
+    while of_x or of_y:
+        # One element along a stride that only the other has.
+        stride = max(axes[0][0] for axes in (of_x, of_y) if axes)
+        size, count = (axes.pop(0)[1] if axes and axes[0][0] == stride else 1 for axes in (of_x, of_y))
+        if stride <= 0:
             return True
         digit, left = divmod(rest, stride)
         if radix is not None and max(size, digit + count) > radix // stride:

@@ -20,13 +20,17 @@ SCHEMAS = [
 ]
 
 
+# With so few channels to sum, or to compute, the transforms of bfloat16 take longer than the products that they save.
+FEW_INPUTS, FEW_OUTPUTS = 12, 4
+
+
 class Conv3x3Weight(NamedTuple):
     """What :func:`conv3x3_weight` gives. O output channels, C input channels, G groups.
 
     Attributes:
         weight: (O, C / G, 3, 3), as it was given.
-        transformed: (36, G, C / G, P), its values at the 36 points of a tile; in bfloat16 (9, G, pairs, P, 2), the kernel of
-            every tap for the pairs of the C / G channels.
+        transformed: (36, G, C / G, P) float32, its values at the 36 points of a tile; for few channels of bfloat16, where
+            the processor multiplies these, (9, G, pairs, P, 2), the kernel of every tap for the pairs of the C / G channels.
         shuffle: factor of the pixel shuffle behind the convolution; 1 for none.
     """
 
@@ -62,7 +66,10 @@ def kernel_weight(
     weight: Tensor, groups: int, shuffle: int
 ) -> Tensor:  # [O, C / G, 3, 3] -> [36, G, C / G, P] or [9, G, pairs, P, 2]
     """What the kernel reads: see :class:`Conv3x3Weight`."""
-    return (paired_weight if weight.dtype == torch.bfloat16 else transformed_weight)(weight, groups, shuffle)
+    few = weight.shape[1] <= FEW_INPUTS or weight.shape[0] <= FEW_OUTPUTS * groups
+    if few and weight.dtype == torch.bfloat16 and torch.cpu._is_avx512_bf16_supported():
+        return paired_weight(weight, groups, shuffle)
+    return transformed_weight(weight, groups, shuffle)
 
 
 def conv3x3(
@@ -79,8 +86,8 @@ def conv3x3(
     By Winograd's minimal filtering F(4 x 4, 3 x 3): 36 products for every 16 outputs and input channel, where a direct
     convolution needs 144. Errors are about 1e-6 of the largest value at 64 channels per group, two to three times those of
     direct float32 sums, and about 1e-5 at 200 channels. The transforms, the products, the rectifier, the pixel shuffle and the
-    sum happen tile by tile inside the caches. In bfloat16, whose numbers are too short for that, by direct float32 sums, which
-    are rounded once.
+    sum happen tile by tile inside the caches. Images of bfloat16, whose numbers are too short for that, are widened to float32
+    when they are read, and rounded once, when the result is written.
 
     >>> prepared = fastroute.conv3x3_weight(layer.weight)  # once
     >>> y = fastroute.conv3x3(x, prepared, layer.bias, slope=torch.zeros(64))  # relu(layer(x))
@@ -107,7 +114,7 @@ def conv3x3(
         TypeError: another dtype, or tensors of several dtypes.
 
     Differentiable: yes, without `out`: where a gradient is needed, PyTorch's own convolution runs.
-    Deterministic: yes, bit for bit, for any number of threads. In float32 a number that is not finite spreads over its tile.
+    Deterministic: yes, bit for bit, for any number of threads. A number that is not finite may spread over its tile.
     Synchronises: no.
     CUDA-graph safe: yes; on a GPU PyTorch's own convolution runs.
     Memory layout: any strides, channels_last images are read fastest; writes channels_last.
@@ -235,7 +242,7 @@ def _reference(
 ) -> Tensor:  # [B, O / s / s, H s, W s]
     op = "conv3x3"
     check.rank(op, "image", image, "(B, C, H, W)", 4)
-    direct = image.dtype == torch.bfloat16
+    direct = image.dtype == torch.bfloat16 and weight.ndim == 5
     wanted = f"({TAPS**2}, G, pairs of C / G, P, 2)" if direct else f"({SIDE**2}, G, C / G, P)"
     check.rank(op, "weight", weight, wanted, 5 if direct else 4)
     check.at_least(op, 1, channels=channels, shuffle=shuffle)
@@ -250,7 +257,12 @@ def _reference(
     check.product(op, "the result", image.shape[0], channels, image.shape[2], image.shape[3])
     shape = _result_shape(image, channels, shuffle, context)
     check.shapes(op, ("bias", bias, (channels,)), ("slope", slope, (channels,)), ("residual", residual, shape))
-    for name, x in (("image", image), ("weight", weight), ("bias", bias), ("slope", slope), ("residual", residual)):
+    if image.dtype == torch.bfloat16 and not direct:
+        check.dtype(op, "weight", weight.dtype, (torch.float32,))
+    named = [("image", image), ("bias", bias), ("slope", slope), ("residual", residual)]
+    if direct or image.dtype != torch.bfloat16:
+        named.append(("weight", weight))
+    for name, x in named:
         if x is not None:
             check.convolution_dtype(op, name, x.dtype, None if x is image else image.dtype)
     return conv3x3_reference(image, weight, bias, slope, residual, channels, shuffle, context)

@@ -160,11 +160,11 @@ class PatchRouter(Router):
             f"{str(self.dtype).removeprefix('torch.')} on {self.device})"
         )
 
-    def _before_halving(self, device: torch.device, dtype: torch.dtype) -> None:
-        self.networks.before_halving(device, dtype)
+    def _before_halving(self, dtype: torch.dtype) -> None:
+        self.networks.before_halving(dtype)
 
-    def _exact_in(self, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
-        return self.networks.exact_in(device, dtype)
+    def _exact_in(self, dtype: torch.dtype) -> list[Tensor]:
+        return self.networks.exact_in(dtype)
 
     def _moved(self) -> None:
         self.networks.moved()

@@ -14,7 +14,6 @@ from fastroute.models.precision import HALVES, round_weights, sums_of
 from fastroute.ops._upsampled import Upsampler, Upsamplers, upsamples
 from fastroute.profiling import count_each
 from fastroute.rewrite.optimize import interpolation, optimize, parameter_dtype, split_shuffle, split_upsampler
-from fastroute.rewrite.replace import is_faster_in_float32
 from fastroute.runtime.memory_plan import REARRANGED, pass_bytes
 
 Modules = Sequence[nn.Module] | nn.ModuleList
@@ -69,21 +68,18 @@ class PreparedNetworks:
         """The device of the networks."""
         return next((p.device for branch in self.modules for p in branch.parameters()), torch.device("cpu"))
 
-    def exact_in(self, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
-        """The weights that stay float32 if the others are converted to `dtype` on `device`."""
-        kept = [
-            module
-            for module, whole in zip(self.modules, self._wholly_rounded, strict=True)
-            if whole or is_faster_in_float32(module, device)
-        ]
-        tensors = [x for module in kept for x in (*module.parameters(), *module.buffers())]
-        return tensors if dtype == torch.bfloat16 and self.dtype == torch.float32 else []
+    def exact_in(self, dtype: torch.dtype) -> list[Tensor]:
+        """The weights that stay float32 if the others are converted to `dtype`."""
+        if dtype != torch.bfloat16 or self.dtype != torch.float32:
+            return []
+        kept = [module for module, whole in zip(self.modules, self._wholly_rounded, strict=True) if whole]
+        return [x for module in kept for x in (*module.parameters(), *module.buffers())]
 
     @torch.no_grad()
-    def before_halving(self, device: torch.device, dtype: torch.dtype) -> None:
+    def before_halving(self, dtype: torch.dtype) -> None:
         """Called while the weights are still exact, before they are converted to `dtype`."""
         self._exact = self.cut(self.modules)[1]
-        spared = {id(x) for x in self.exact_in(device, dtype)}
+        spared = {id(x) for x in self.exact_in(dtype)}
         for module in self.modules:
             if not any(id(p) in spared for p in module.parameters()):
                 round_weights(module, dtype)

@@ -1,4 +1,4 @@
-"""Reference of `conv3x3`: Winograd's F(4 x 4, 3 x 3) tile by tile, direct sums in bfloat16, and the weights of both."""
+"""Reference of `conv3x3`: Winograd's F(4 x 4, 3 x 3) tile by tile, direct sums of bfloat16, and the weights of both."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def transforms() -> tuple[Tensor, Tensor, Tensor]:  # [4, 6], [6, 3], [6, 6]
 
 
 def transformed_weight(weight: Tensor, groups: int, shuffle: int) -> Tensor:  # [O, C / G, 3, 3] -> [36, G, C / G, P]
-    """G w G^T of every kernel, computed in float64; of the dtype of `weight`.
+    """G w G^T of every kernel, computed in float64; of the dtype of `weight`, float32 for bfloat16.
 
     The outputs of a group come pixel by pixel, as a pixel shuffle by `shuffle` places them; the channels of each pixel are
     padded to `PAD` by zeros.
@@ -57,7 +57,7 @@ def transformed_weight(weight: Tensor, groups: int, shuffle: int) -> Tensor:  # 
     points = torch.kron(g, g) @ weight.double().reshape(-1, TAPS**2).t()
     points = points.reshape(SIDE**2, groups, shown, parts, inputs)
     columns = F.pad(points.permute(0, 1, 4, 3, 2), (0, -shown % PAD)).flatten(3)
-    return columns.to(weight.dtype).contiguous()
+    return columns.to(torch.float32 if weight.dtype == torch.bfloat16 else weight.dtype).contiguous()
 
 
 def paired_weight(weight: Tensor, groups: int, shuffle: int) -> Tensor:  # [O, C / G, 3, 3] -> [9, G, pairs, P, 2]
@@ -87,7 +87,7 @@ def unpaired_weight(
 
 def conv3x3_reference(
     image: Tensor,  # [B, C, H, W]
-    weight: Tensor,  # [36, G, C / G, P] or, in bfloat16, [9, G, pairs, P, 2]
+    weight: Tensor,  # [36, G, C / G, P] or, of bfloat16, [9, G, pairs, P, 2]
     bias: Tensor | None,  # [O]
     slope: Tensor | None,  # [O]
     residual: Tensor | None,  # [B, O / s / s, H s, W s]
@@ -104,8 +104,12 @@ def conv3x3_reference(
     over the channels c of its group, then y + bias, slope · y where that is negative, a pixel shuffle, and y + residual.
     With `context` the first tile begins at the second row, and the first and last row are not outside of the image.
 
-    In bfloat16 all of it is computed in float32 and rounded at the end, y by direct sums over taps and channels.
+    Images of bfloat16 are computed in float32 and rounded at the end; with weights of bfloat16, y by direct sums over taps and
+    channels.
     """
+    if image.dtype == torch.bfloat16 and weight.ndim == 4:
+        bias, slope, residual = (None if x is None else x.float() for x in (bias, slope, residual))
+        return conv3x3_reference(image.float(), weight, bias, slope, residual, channels, shuffle, context).to(image.dtype)
     if weight.ndim == 5:
         groups = weight.shape[1]
         kernel = unpaired_weight(weight, image.shape[1] // groups, channels, shuffle).float()

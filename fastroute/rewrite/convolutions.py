@@ -14,8 +14,6 @@ from fastroute.models.fused import rectify_
 from fastroute.ops.conv3x3 import kernel_weight
 
 PLAIN = (Tensor, nn.Parameter)
-# Those in which the kernels are faster than PyTorch's layers: they multiply bfloat16 by one instruction set alone.
-DTYPES = (torch.float32, torch.bfloat16) if torch.cpu._is_avx512_bf16_supported() else (torch.float32,)
 
 
 def version_of(weight: Tensor) -> int:  # [...]
@@ -43,6 +41,8 @@ class FusedConv2d(nn.Conv2d):
     """
 
     OPERATOR = ""
+    # In which its kernel is faster than PyTorch's layers.
+    DTYPES: tuple[torch.dtype, ...] = ()
     rectifier: nn.Module | None
 
     def __init__(self, layer: nn.Conv2d, rectifier: nn.Module | None = None, shuffle: int = 1) -> None:
@@ -72,7 +72,7 @@ class FusedConv2d(nn.Conv2d):
         graded = torch.is_grad_enabled()
         # Called for every layer of every pass, so attributes are taken from where they lie.
         weight = self._parameters["weight"]
-        if weight is None or weight.dtype not in DTYPES:
+        if weight is None or weight.dtype not in self.DTYPES:
             return False
         for x in (weight, *inputs):
             if x.dtype is not weight.dtype or type(x) not in PLAIN or not x.is_cpu or (graded and x.requires_grad):
@@ -117,6 +117,8 @@ class Conv3x3(FusedConv2d):
     """A 3 x 3 convolution that runs by :func:`fastroute.conv3x3`."""
 
     OPERATOR = "conv3x3"
+    # Processors with AMX multiply whole matrices of bfloat16 at once, for which PyTorch has kernels.
+    DTYPES = (torch.float32,) if torch.cpu._is_amx_tile_supported() else (torch.float32, torch.bfloat16)
 
     transformed: Tensor | None
 
@@ -213,6 +215,7 @@ class Conv1x1(FusedConv2d):
     """A 1 x 1 convolution of one group that runs by :func:`fastroute.conv1x1`."""
 
     OPERATOR = "conv1x1"
+    DTYPES = Conv3x3.DTYPES if torch.cpu._is_avx512_bf16_supported() else (torch.float32,)
 
     def forward(self, x: Tensor) -> Tensor:  # [B, C, H, W] -> [B, O, H, W]
         """The layer with what follows it."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from fastroute.backends import select
 from fastroute.ops.conv3x3 import TAPS
 from fastroute.rewrite.convolutions import Conv1x1, Conv3x3
 from fastroute.rewrite.sequence import RECTIFIERS, FusedSequential, takes_all
@@ -101,18 +100,3 @@ def _is_fusible(shuffle: nn.Module | None, layer: nn.Module) -> bool:
         return False
     assert isinstance(layer, nn.Conv2d)
     return layer.out_channels % (layer.groups * shuffle.upscale_factor**2) == 0
-
-
-def is_faster_in_float32(module: nn.Module, device: torch.device) -> bool:
-    """Whether `module`, rewritten, runs at least as fast on `device` in float32 as in bfloat16.
-
-    bfloat16 halves the time of a direct convolution on a CPU, :func:`fastroute.conv3x3` takes a third of it. Grouped and
-    1 x 1 convolutions gain less, so most weights must be of full 3 x 3 convolutions.
-    """
-    if device.type != "cpu" or select("conv3x3", device) != "cpu":
-        return False
-    sizes = {True: 0, False: 0}
-    for layer in module.modules():
-        if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d):
-            sizes[isinstance(layer, Conv3x3) and layer.groups == 1] += layer.weight.numel()
-    return sizes[True] > sizes[False]

@@ -85,17 +85,17 @@ class Router(FullPrecision, ABC):
             device, dtype = probed_dtype(fn, torch.empty(0, dtype=self.dtype, device=self.device))
             check_precision(op, dtype, device)
             if dtype in HALVES and self.dtype not in HALVES:
-                self._before_halving(device, dtype)
-            super()._apply(_sparing(fn, self._exact_in(device, dtype)), recurse)
+                self._before_halving(dtype)
+            super()._apply(_sparing(fn, self._exact_in(dtype)), recurse)
             self.dtype = dtype
             self._moved()
         return self
 
-    def _before_halving(self, device: torch.device, dtype: torch.dtype) -> None:
-        """Called while the weights are still exact, before they are converted to a half type on `device`."""
+    def _before_halving(self, dtype: torch.dtype) -> None:
+        """Called while the weights are still exact, before they are converted to a half type."""
 
-    def _exact_in(self, device: torch.device, dtype: torch.dtype) -> Iterable[Tensor]:
-        """Weights and buffers that stay float32 in a router of `dtype` on `device`."""
+    def _exact_in(self, dtype: torch.dtype) -> Iterable[Tensor]:
+        """Weights and buffers that stay float32 in a router of `dtype`."""
         return ()
 
     def _moved(self) -> None:

@@ -1,4 +1,7 @@
-"""Tests of `conv3x3` and `conv1x1` in bfloat16: float32 sums of rounded numbers, rounded once at the end."""
+"""Tests of `conv3x3` and `conv1x1` in bfloat16: float32 sums of rounded numbers, rounded once at the end.
+
+`conv3x3` multiplies at the points of its tiles or directly, as its weight was prepared: both are tried for all shapes.
+"""
 
 from __future__ import annotations
 
@@ -13,11 +16,15 @@ from torch.library import opcheck
 from torch.nn import functional as F
 
 from fastroute import conv1x1, conv3x3, conv3x3_weight
-from fastroute.reference.conv3x3 import paired_weight, unpaired_weight
+from fastroute.ops.conv3x3 import FEW_INPUTS, FEW_OUTPUTS, Conv3x3Weight
+from fastroute.reference.conv3x3 import paired_weight, transformed_weight, unpaired_weight
 
 HALF = torch.bfloat16
 OPS = ("conv1x1", "conv3x3")
 RAW = torch.ops.fastroute
+# How a weight is prepared.
+WAYS = {"tiles": transformed_weight, "direct": paired_weight}
+EACH_WAY = pytest.mark.parametrize("way", WAYS)
 # Image (B, C, H, W), output channels, groups, shuffle: one pixel, one row, one column, groups of one channel, odd and even
 # groups, few outputs over one and several bands of rows, several vectors and blocks of outputs, with and without a shuffle.
 CASES = [
@@ -52,6 +59,10 @@ PIXEL_CASES = [
 def normal(*shape: int, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed + sum(shape))
     return torch.randn(shape, generator=generator).to(HALF)
+
+
+def prepared(way: str, weight: Tensor, groups: int = 1, shuffle: int = 1) -> Conv3x3Weight:
+    return Conv3x3Weight(weight, WAYS[way](weight, groups, shuffle), shuffle)
 
 
 def parameters(case, seed=0):
@@ -105,7 +116,8 @@ def test_table(backend):
     assert found.flatten().tolist() == [-58, -0.5]
 
 
-def test_sums_are_rounded_once(backend):
+@EACH_WAY
+def test_sums_are_rounded_once(backend, way):
     """256 and 255 times 1/2: rounded in between, the halves would be lost."""
     image = torch.full((1, 256, 1, 1), 0.5).to(HALF)
     image[0, 0] = 256
@@ -117,7 +129,22 @@ def test_sums_are_rounded_once(backend):
     # Few outputs, and more.
     for outputs in (4, 5):
         residual = torch.full((1, outputs, 1, 1), -256.0).to(HALF)
-        assert conv3x3(image, kernel[:outputs], residual=residual).flatten().tolist() == [127.5] * outputs
+        assert conv3x3(image, prepared(way, kernel[:outputs]), residual=residual).flatten().tolist() == [127.5] * outputs
+
+
+def test_ways_of_weights():
+    """Few channels are summed directly where the processor can do so, and weights of float32 never."""
+    direct = 5 if torch.cpu._is_avx512_bf16_supported() else 4
+    for outputs, inputs, groups, ndim in (
+        (FEW_OUTPUTS, 64, 1, direct),
+        (FEW_OUTPUTS + 1, 64, 1, 4),
+        (64, FEW_INPUTS, 1, direct),
+        (64, FEW_INPUTS + 1, 1, 4),
+        (4 * FEW_OUTPUTS, 64, 4, direct),
+    ):
+        weight = normal(outputs, inputs, 3, 3)
+        assert conv3x3_weight(weight, groups).transformed.ndim == ndim
+        assert conv3x3_weight(weight.float(), groups).transformed.ndim == 4
 
 
 @pytest.mark.parametrize("inputs", [1, 2, 3, 6])
@@ -129,15 +156,16 @@ def test_paired_weights_hold_all_numbers(inputs):
     assert paired.ne(0).sum() == weight.ne(0).sum()
 
 
+@EACH_WAY
 @pytest.mark.parametrize("case", CASES + EMPTY, ids=str)
-def test_sweep_3x3(backend, case):
+def test_sweep_3x3(backend, case, way):
     shape, _, groups, shuffle = case
     weight, bias, slope, residual = parameters(case)
-    prepared, image = conv3x3_weight(weight, groups, shuffle), normal(*shape)
+    ready, image = prepared(way, weight, groups, shuffle), normal(*shape)
     for layout in LAYOUTS[:4]:
         laid, added = in_layout(image, layout), in_layout(residual, layout)
         for rest in ((None, None, None), (bias, slope, added)):
-            found = conv3x3(laid, prepared, *rest)
+            found = conv3x3(laid, ready, *rest)
             close(found, exact3x3(laid, weight, *rest, groups, shuffle), 9 * weight.shape[1])
             assert found.is_contiguous(memory_format=torch.channels_last) or 0 in shape
 
@@ -162,24 +190,28 @@ def test_sweep_1x1(backend, case):
     shuffle=st.integers(1, 2),
     layout=st.sampled_from(LAYOUTS),
     given=st.tuples(st.booleans(), st.booleans(), st.booleans()),
+    way=st.sampled_from(list(WAYS)),
 )
-@settings(max_examples=60)
-def test_any_shape(backend, size, groups, inputs, shown, shuffle, layout, given):
+@settings(max_examples=120)
+def test_any_shape(backend, size, groups, inputs, shown, shuffle, layout, given, way):
     case = ((size[0], groups * inputs, *size[1:]), groups * shown * shuffle**2, groups, shuffle)
     weight, *others = parameters(case)
     rest = [x if wanted else None for x, wanted in zip(others, given, strict=True)]
     image = in_layout(normal(*case[0]), layout)
-    found = conv3x3(image, conv3x3_weight(weight, groups, shuffle), *rest)
+    found = conv3x3(image, prepared(way, weight, groups, shuffle), *rest)
     close(found, exact3x3(image, weight, *rest, groups, shuffle), 9 * inputs)
 
 
+@EACH_WAY
 @pytest.mark.parametrize("outputs", [3, 12])
-def test_bands_and_slices(backend, outputs):
+def test_bands_and_slices(backend, outputs, way):
     """A band with its neighbours, written into some channels of a larger tensor: all bits of the whole image."""
     weight, bias, slope, _ = parameters(((1, 5, 40, 9), outputs, 1, 1))
+    weight = prepared(way, weight)
     image = normal(2, 5, 40, 9)
     whole = conv3x3(image, weight, bias, slope)
-    for begin, height in ((1, 1), (4, 3), (9, 30)):
+    # Tiles begin at every fourth row.
+    for begin, height in ((1, 1), (4, 3), (9, 30)) if way == "direct" else ((4, 3), (8, 31)):
         larger = torch.full((2, height, 9, outputs + 4), 7.0).to(HALF).permute(0, 3, 1, 2)
         band = image[:, :, begin - 1 : begin + height + 1]
         conv3x3(band, weight, bias, slope, out=larger[:, 3 : outputs + 3], context=1)
@@ -189,18 +221,21 @@ def test_bands_and_slices(backend, outputs):
     assert conv3x3(image[:, :, :2], weight, context=1).shape == (2, outputs, 0, 9)
 
 
+@EACH_WAY
 @pytest.mark.parametrize("channels", [1, 4, 5])
-def test_not_a_number(backend, channels):
-    """What is not finite reaches the pixels that read it, of its own group, and no others."""
+def test_not_a_number(backend, channels, way):
+    """What is not finite reaches the pixels that read it, of its own group, and no others but those of their tiles."""
     image = normal(1, 2 * channels, 9, 9)
     image[0, channels - 1, 4, 5] = torch.inf
-    found = conv3x3(image, normal(8, channels, 3, 3)).isfinite()
-    assert not found[:, :4, 3:6, 4:7].any()
-    assert (~found).sum() == 4 * 9
+    found = conv3x3(image, prepared(way, normal(8, channels, 3, 3), 2)).isfinite()
+    assert not found[:, :4, 3:6, 4:7].any() and found[:, 4:].all()
+    assert found[:, :, 8].all() and found[:, :, :, :4].all() and found[..., 8].all()
+    assert way == "tiles" or (~found).sum() == 4 * 9
     image = normal(1, channels, 9, 9)
     image[0, channels - 1, 0, 8] = torch.nan
-    found = conv3x3(image, normal(3, channels, 3, 3)).isfinite()
-    assert (~found).sum() == 3 * 4 and not found[:, :, :2, 7:].any()
+    found = conv3x3(image, prepared(way, normal(3, channels, 3, 3))).isfinite()
+    assert not found[:, :, :2, 7:].any() and found[:, :, 4:].all()
+    assert way == "tiles" or (~found).sum() == 3 * 4
 
 
 def test_gradients(backend):
@@ -211,10 +246,10 @@ def test_gradients(backend):
     grads = torch.autograd.grad(y.float().sum(), (image, weight, bias, slope, residual))
     doubles = [x.detach().double().requires_grad_() for x in (image, weight, bias, slope, residual)]
     expected = torch.autograd.grad(exact3x3(*doubles, 2, 2).sum(), doubles)
-    prepared = paired_weight(weight.detach(), 2, 2).requires_grad_()
+    paired = paired_weight(weight.detach(), 2, 2).requires_grad_()
     own = torch.autograd.grad(
-        RAW.conv3x3.default(image, prepared, bias, slope, residual, 8, 2).float().sum(),
-        (image, prepared, bias, slope, residual),
+        RAW.conv3x3.default(image, paired, bias, slope, residual, 8, 2).float().sum(),
+        (image, paired, bias, slope, residual),
     )
     own = (own[0], unpaired_weight(own[1], 2, 8, 2), *own[2:])
     for found in (grads, own):
@@ -224,23 +259,25 @@ def test_gradients(backend):
 
 
 @pytest.mark.slow
+@EACH_WAY
 @pytest.mark.parametrize("grad", [False, True])
-def test_opcheck(operator, grad):
+def test_opcheck(operator, grad, way):
     case = ((2, 3, 5, 7), 8, 1, 2)
     weight, *rest = (x.requires_grad_(grad) for x in parameters(case))
-    image, paired = normal(*case[0]).requires_grad_(grad), paired_weight(weight.detach(), 1, 2).requires_grad_(grad)
-    opcheck(RAW.conv3x3.default, (image, paired, *rest, 8, 2, 0))
+    image, ready = normal(*case[0]).requires_grad_(grad), WAYS[way](weight.detach(), 1, 2).requires_grad_(grad)
+    opcheck(RAW.conv3x3.default, (image, ready, *rest, 8, 2, 0))
     opcheck(RAW.conv1x1.default, ([image, image], weight.detach().flatten(1)[:, :6].requires_grad_(grad), *rest[:2], None))
     if not grad:
-        arguments = (image, paired, *rest, 8, 2, 0)
+        arguments = (image, ready, *rest, 8, 2, 0)
         opcheck(RAW.conv3x3.out, arguments, {"out": RAW.conv3x3.default(*arguments).clone()})
 
 
-def test_poisoned(backend, poisoned):
+@EACH_WAY
+def test_poisoned(backend, poisoned, way):
     for case in CASES[:8]:
         weight, *rest = parameters(case)
         image = normal(*case[0])
-        found = conv3x3(image, conv3x3_weight(weight, *case[2:]), *rest)
+        found = conv3x3(image, prepared(way, weight, *case[2:]), *rest)
         close(found, exact3x3(image, weight, *rest, *case[2:]), 9 * weight.shape[1])
 
 
@@ -255,26 +292,29 @@ def test_compiles_once_for_all_sizes(operator):
     compiles_once(conv3x3, examples())
 
 
+@EACH_WAY
 @pytest.mark.parametrize("outputs", [3, 40])
-def test_deterministic(backend, outputs):
-    weight, *rest = parameters(((2, 20, 60, 70), outputs, 1, 1))
+def test_deterministic(backend, outputs, way):
+    kernel, *rest = parameters(((2, 20, 60, 70), outputs, 1, 1))
+    weight = prepared(way, kernel)
     image = normal(2, 20, 60, 70)
     if backend.is_reference:
         same(conv3x3(image, weight, *rest), conv3x3(image, weight, *rest))
     else:
-        repeats(lambda: (conv3x3(image, weight, *rest), conv1x1(image, weight[:, :, 1, 1], *rest)), backend.device)
+        repeats(lambda: (conv3x3(image, weight, *rest), conv1x1(image, kernel[:, :, 1, 1], *rest)), backend.device)
 
 
 @pytest.mark.slow
 @only_the_cpu_kernels("conv3x3")
 def test_instruction_sets(tmp_path):
-    """Without products of bfloat16 the sums are those of float32, in another order."""
+    """Without products of bfloat16 the direct sums are those of float32, in another order."""
     calls, expected = [], []
-    for case in CASES:
-        weight, *rest = parameters(case)
-        image = normal(*case[0])
-        calls.append(((image, paired_weight(weight, *case[2:]), *rest, case[1], case[3], 0), {}))
-        expected.append((exact3x3(image, weight, *rest, *case[2:]), 9 * weight.shape[1]))
+    for prepare in WAYS.values():
+        for case in CASES:
+            weight, *rest = parameters(case)
+            image = normal(*case[0])
+            calls.append(((image, prepare(weight, *case[2:]), *rest, case[1], case[3], 0), {}))
+            expected.append((exact3x3(image, weight, *rest, *case[2:]), 9 * weight.shape[1]))
     found = run_on_each("conv3x3.default", calls, tmp_path)
     pixels = ([normal(2, 7, 9, 11), normal(2, 4, 9, 11)], normal(19, 11), normal(19), normal(19), normal(2, 19, 9, 11))
     others = run_on_each("conv1x1.default", [(pixels, {})], tmp_path)
@@ -282,6 +322,8 @@ def test_instruction_sets(tmp_path):
         for result, (exact, sums) in zip(found[isa], expected, strict=True):
             close(result, exact, sums)
         close(others[isa][0], exact1x1(*pixels), 11)
+    tiles = range(len(CASES))
+    assert all(torch.equal(found["avx2"][n], found["avx512"][n]) for n in tiles)
 
 
 @pytest.mark.parametrize(
@@ -305,7 +347,10 @@ def test_errors_past_python(asked):
     image, weight = normal(1, 4, 6, 6), normal(8, 4, 3, 3)
     with use_backend(asked):
         for wrong in (
-            conv3x3_weight(weight.float()).transformed,
+            transformed_weight(weight.double(), 1, 1),
+            transformed_weight(weight, 1, 1).to(HALF),
+            transformed_weight(weight[:, :2], 1, 1),
+            paired_weight(weight.float(), 1, 1),
             paired_weight(weight[:, :2], 1, 1),
             paired_weight(weight, 1, 2),
         ):

@@ -8,8 +8,8 @@
 
 #define FASTROUTE_SIMD FASTROUTE_TARGET FASTROUTE_INLINE
 
-// Channels in a cache line.
-inline constexpr int64_t kLine = 16;
+// Bytes in a cache line.
+inline constexpr int64_t kLine = 64;
 // Vectors of outputs in a block of registers.
 inline constexpr int kMostVectors = FASTROUTE_BYTES == 64 ? 4 : 2;
 
@@ -37,31 +37,35 @@ FASTROUTE_SIMD void outputs_of(const Floats* m, Floats* y) {
 }
 
 // The 6 x 6 inputs of a tile. Rows and columns outside of the image are zeros: of them, the address is never used.
+template <typename T>
 struct Inputs {
-    const float* row[6];
+    const T* row[6];
     int64_t pixel, channel;
     bool row_inside[6], column_inside[6];
 };
 
-// How inputs are read: all of them and whole vectors, some of them, or numbers that do not lie side by side.
-enum class Reading { whole, some, apart };
-
-// `count` channels of a column of `in`, `Rows` rows from First on.
-template <Reading How, int First, int Rows>
-FASTROUTE_SIMD void read_column(const Inputs& in, int column, int64_t c, int64_t count, Floats* d) {
-    const Lanes none = first_lanes(0), lanes = in.column_inside[column] ? first_lanes(count) : none;
+// `count` channels from c on as whole vectors of float32, [6][6]. `Whole`: all are there, side by side.
+template <bool Whole, typename T>
+FASTROUTE_TARGET __attribute__((noinline)) void gather(const Inputs<T>& in, int64_t c, int64_t count, float* to) {
+    for (int i = 0; i < 6; ++i) {
+        const T* from = in.row[i] + c * in.channel;
 #pragma GCC unroll 6
-    for (int i = First; i < First + Rows; ++i) {
-        const float* from = in.row[i] + column * in.pixel + c * in.channel;
-        if constexpr (How == Reading::whole) {
-            d[i] = load(from);
-        } else if constexpr (How == Reading::some) {
-            d[i] = load_lanes(from, in.row_inside[i] ? lanes : none);
-        } else {
-            const bool inside = in.row_inside[i] && in.column_inside[column];
-            d[i] = load_some(from, in.channel, inside ? count : 0);
+        for (int j = 0; j < 6; ++j, from += in.pixel, to += kLanes) {
+            if constexpr (Whole) {
+                store(to, load_floats(from));
+            } else {
+                const bool inside = in.row_inside[i] && in.column_inside[j];
+                store(to, inside ? load_some(from, in.channel, count) : Floats{});
+            }
         }
     }
+}
+
+// Column `column` of the inputs that lie side by side, `Rows` rows from First on.
+template <int First, int Rows>
+FASTROUTE_SIMD void read_column(const float* const* row, int64_t at, Floats* d) {
+#pragma GCC unroll 6
+    for (int i = First; i < First + Rows; ++i) d[i] = load(row[i] + at);
 }
 
 // Row `Row` of B^T d, six columns, by B, into its six planes.
@@ -76,28 +80,28 @@ FASTROUTE_SIMD void write_row(const Floats* d, float* to, int64_t plane) {
     store(to + (Row * 6 + 3) * plane, a), store(to + (Row * 6 + 4) * plane, b);
 }
 
-// B^T d B for `count` channels from c on. Two rows at a time fit the registers; inputs are read again from the cache.
-template <Reading How>
-FASTROUTE_SIMD void transform_vector(const Inputs& in, int64_t c, int64_t count, float* to, int64_t plane) {
+// B^T d B of a vector of channels, whose pixels are `pixel` apart. Two rows at a time fit the registers; inputs are
+// read again from the cache.
+FASTROUTE_SIMD void transform_vector(const float* const* row, int64_t pixel, float* to, int64_t plane) {
     Floats a[6], b[6];
 #pragma GCC unroll 6
     for (int j = 0; j < 6; ++j) {
         Floats d[6];
-        read_column<How, 1, 4>(in, j, c, count, d);
+        read_column<1, 4>(row, j * pixel, d);
         at_pair(d, kNear, kFar, a[j], b[j]);
     }
     write_row<1>(a, to, plane), write_row<2>(b, to, plane);
 #pragma GCC unroll 6
     for (int j = 0; j < 6; ++j) {
         Floats d[6];
-        read_column<How, 1, 4>(in, j, c, count, d);
+        read_column<1, 4>(row, j * pixel, d);
         at_pair(d, kFar, kNear, a[j], b[j]);
     }
     write_row<3>(a, to, plane), write_row<4>(b, to, plane);
 #pragma GCC unroll 6
     for (int j = 0; j < 6; ++j) {
         Floats d[6];
-        read_column<How, 0, 6>(in, j, c, count, d);
+        read_column<0, 6>(row, j * pixel, d);
         at_ends(d, a[j], b[j]);
     }
     write_row<0>(a, to, plane), write_row<5>(b, to, plane);
@@ -105,7 +109,8 @@ FASTROUTE_SIMD void transform_vector(const Inputs& in, int64_t c, int64_t count,
 
 // Asks for a cache line of every pixel that the next tile of the row reads and this one does not: pixels lie too far
 // apart for a processor to notice that they follow each other. Beyond the image nothing is touched by it.
-FASTROUTE_SIMD void prefetch_next(const Inputs& in, int64_t c) {
+template <typename T>
+FASTROUTE_SIMD void prefetch_next(const Inputs<T>& in, int64_t c) {
 #pragma GCC unroll 6
     for (int i = 0; i < 6; ++i) {
 #pragma GCC unroll 4
@@ -117,12 +122,14 @@ struct Tile {
     int64_t image, top, left;
 };
 
-FASTROUTE_SIMD Tile tile_at(const Problem& p, int64_t tile) {
+template <typename T>
+FASTROUTE_SIMD Tile tile_at(const Winograd<T>& p, int64_t tile) {
     return {tile / (p.across * p.down), tile / p.across % p.down * kTile, tile % p.across * kTile};
 }
 
-FASTROUTE_TARGET __attribute__((noinline)) void transform_tile(const Problem& p, const Tile& tile, float* to) {
-    Inputs in{.row = {}, .pixel = p.x.pixel, .channel = p.x.channel, .row_inside = {}, .column_inside = {}};
+template <typename T>
+FASTROUTE_TARGET __attribute__((noinline)) void transform_tile(const Winograd<T>& p, const Tile& tile, float* to) {
+    Inputs<T> in{.row = {}, .pixel = p.x.pixel, .channel = p.x.channel, .row_inside = {}, .column_inside = {}};
     bool whole = true;
     for (int i = 0; i < 6; ++i) {
         const int64_t y = tile.top - 1 + i, x = tile.left - 1 + i;
@@ -131,19 +138,27 @@ FASTROUTE_TARGET __attribute__((noinline)) void transform_tile(const Problem& p,
         whole &= in.row_inside[i] && in.column_inside[i];
     }
     const int64_t plane = p.transformed_plane();
+    alignas(FASTROUTE_BYTES) float gathered[6 * 6 * kLanes];
+    const float* row[6];
+    for (int i = 0; i < 6; ++i) row[i] = gathered + i * 6 * kLanes;
     int64_t c = 0;
-    if (in.channel != 1) {
-        for (; c < p.channels; c += kLanes)
-            transform_vector<Reading::apart>(in, c, std::min<int64_t>(kLanes, p.channels - c), to + c, plane);
-    }
-    if (whole) {
+    if (whole && in.channel == 1) {
         for (; c + kLanes <= p.channels; c += kLanes) {
-            if (c % kLine == 0) prefetch_next(in, c);
-            transform_vector<Reading::whole>(in, c, kLanes, to + c, plane);
+            if (c * static_cast<int64_t>(sizeof(T)) % kLine == 0) prefetch_next(in, c);
+            if constexpr (std::is_same_v<T, float>) {
+                const float* at[6];
+                for (int i = 0; i < 6; ++i) at[i] = in.row[i] + c;
+                transform_vector(at, in.pixel, to + c, plane);
+            } else {
+                gather<true>(in, c, kLanes, gathered);
+                transform_vector(row, kLanes, to + c, plane);
+            }
         }
     }
-    for (; c < p.channels; c += kLanes)
-        transform_vector<Reading::some>(in, c, std::min<int64_t>(kLanes, p.channels - c), to + c, plane);
+    for (; c < p.channels; c += kLanes) {
+        gather<false>(in, c, std::min<int64_t>(kLanes, p.channels - c), gathered);
+        transform_vector(row, kLanes, to + c, plane);
+    }
 }
 
 // to[r][v] = Σ_k a[r][k] · b[k][v] for Rows tiles and Vectors vectors of outputs.
@@ -214,7 +229,8 @@ FASTROUTE_SIMD void multiply_few_tiles(const float* a, int64_t a_row, const floa
 #endif
 
 // The outputs of a tile from `vectors` vectors of products, which begin at column `first` of group `group`.
-FASTROUTE_TARGET __attribute__((noinline)) void write_tile(const Problem& p, const Tile& tile, int64_t group,
+template <typename T>
+FASTROUTE_TARGET __attribute__((noinline)) void write_tile(const Winograd<T>& p, const Tile& tile, int64_t group,
                                                            int64_t first, int64_t vectors, const float* products) {
     const int64_t rows = std::min(kTile, p.height - tile.top), cols = std::min(kTile, p.width - tile.left);
     const int64_t plane = p.products_plane();
@@ -234,9 +250,9 @@ FASTROUTE_TARGET __attribute__((noinline)) void write_tile(const Problem& p, con
         const Floats bias = load(p.bias + group * p.columns + first), slope = load(p.slope + group * p.columns + first);
         const int64_t y0 = tile.top * p.shuffle + part / p.shuffle, x0 = tile.left * p.shuffle + part % p.shuffle;
         const int64_t channel = group * p.shown + within;
-        float* to = p.y.at(tile.image, y0, x0, channel);
+        T* to = p.y.at(tile.image, y0, x0, channel);
         const bool adds = p.residual.data != nullptr;
-        const float* add = adds ? p.residual.at(tile.image, y0, x0, channel) : nullptr;
+        const T* add = adds ? p.residual.at(tile.image, y0, x0, channel) : nullptr;
 #pragma GCC unroll 4
         for (int i = 0; i < kTile; ++i) {
             if (i >= rows) break;
@@ -250,9 +266,9 @@ FASTROUTE_TARGET __attribute__((noinline)) void write_tile(const Problem& p, con
                 Floats value = y[j] + bias;
                 if (p.rectified) value = value > Floats{} ? value : value * slope;
                 if (adds) {
-                    const float* at = add + (i * p.residual.row + j * p.residual.pixel) * p.shuffle;
+                    const T* at = add + (i * p.residual.row + j * p.residual.pixel) * p.shuffle;
                     const bool dense = count == kLanes && p.residual.channel == 1;
-                    value = value + (dense ? load(at) : load_some(at, p.residual.channel, count));
+                    value = value + (dense ? load_floats(at) : load_some(at, p.residual.channel, count));
                 }
                 store_some(to + (i * p.y.row + j * p.y.pixel) * p.shuffle, value, count);
             }
@@ -261,7 +277,8 @@ FASTROUTE_TARGET __attribute__((noinline)) void write_tile(const Problem& p, con
 }
 
 // Tiles [begin, begin + count) of all images, row by row.
-FASTROUTE_TARGET __attribute__((noinline)) void run_block(const Problem& p, int64_t begin, int64_t count,
+template <typename T>
+FASTROUTE_TARGET __attribute__((noinline)) void run_block(const Winograd<T>& p, int64_t begin, int64_t count,
                                                           const Workspace& ws) {
     const int64_t row = padded(p.channels);
     for (int64_t t = 0; t < count; ++t) transform_tile(p, tile_at(p, begin + t), ws.transformed + t * row);

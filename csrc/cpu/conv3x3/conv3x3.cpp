@@ -1,7 +1,7 @@
 // conv3x3: out[b, o, y, x] = residual[b, o, y, x] + rectify(bias[o] + Σ_{c, i, j} w[o, c, i, j] · image[b, c, y - 1 +
 // i, x - 1 + j]), pixels outside of the image being 0 and the sum over the channels of o's group, by Winograd's minimal
-// filtering F(4 x 4, 3 x 3): 36 products for every 16 outputs and input channel instead of 144. In bfloat16, whose
-// numbers are too short for it, by direct sums: direct.h.
+// filtering F(4 x 4, 3 x 3): 36 products for every 16 outputs and input channel instead of 144, in float32 also where
+// images are bfloat16, whose numbers are too short for it. Weights that stayed bfloat16 ask for direct sums: direct.h.
 // Work mapping: tiles of 4 x 4 outputs are numbered over all images; blocks of them are transformed, multiplied at one
 // point after the other, and transformed back inside the caches. One item per block.
 #include "cpu/conv3x3/plan.h"
@@ -29,12 +29,13 @@ namespace {
 
 constexpr const char* kOp = "conv3x3";
 
-decltype(&baseline::run_block) active_block() {
+template <typename T>
+decltype(&baseline::run_block<T>) active_block() {
 #if FASTROUTE_X86
-    if (active_isa() == Isa::avx512) return avx512::run_block;
-    if (active_isa() == Isa::avx2) return avx2::run_block;
+    if (active_isa() == Isa::avx512) return avx512::run_block<T>;
+    if (active_isa() == Isa::avx2) return avx2::run_block<T>;
 #endif
-    return baseline::run_block;
+    return baseline::run_block<T>;
 }
 
 template <typename T>
@@ -71,11 +72,13 @@ std::vector<float> per_column(const char* name, const std::optional<Tensor>& x, 
     return found;
 }
 
-// The shape of a call, checked, `direct` for weights of bfloat16.
+// The shape of a call, checked, `direct` for sums of bfloat16.
 Shape checked(const Tensor& image,   // [B, C, H, W]
               const Tensor& weight,  // [36, G, C / G, P] or [9, G, pairs, P, 2]
               bool direct, int64_t channels, int64_t shuffle, int64_t context) {
-    check_like(kOp, "weight", weight, image.scalar_type(), "the image", direct ? 5 : 4);
+    check_cpu(kOp, "weight", weight), check_rank(kOp, "weight", weight, direct ? 5 : 4);
+    FASTROUTE_CHECK(weight.scalar_type() == (direct ? ScalarType::BFloat16 : ScalarType::Float), kOp,
+                    ": weight must be ", direct ? "bfloat16" : "float32", ", as conv3x3_weight gives it");
     check_at_least(kOp, "channels", channels, 1), check_at_least(kOp, "shuffle", shuffle, 1);
     FASTROUTE_CHECK(context == 0 || (context == 1 && image.size(2) >= 2), kOp,
                     ": context must be 0, or 1 for an image of at least 2 rows; got ", context);
@@ -113,11 +116,12 @@ Shape checked(const Tensor& image,   // [B, C, H, W]
     return p;
 }
 
-void run(Problem& p) {
+template <typename T>
+void run(Winograd<T>& p) {
     p.down = p.height / kTile + (p.height % kTile > 0), p.across = p.width / kTile + (p.width % kTile > 0);
     p.tiles = tiles_per_block(p.channels);
     const int64_t total = p.images * p.down * p.across, blocks = (total + p.tiles - 1) / p.tiles;
-    const auto run_block = active_block();
+    const auto run_block = active_block<T>();
     in_turn(blocks, [&](const auto& next) {
         static thread_local Workspace ws;
         ws.reserve(p);
@@ -131,7 +135,7 @@ void run(Direct& p) {
     run_direct(p);
 }
 
-// Everything but the check of `out` where it is given. P is Problem or Direct, T the numbers of the tensors.
+// Everything but the check of `out` where it is given. P is Winograd<T> or Direct, T the numbers of the images.
 template <typename P, typename T>
 Tensor convolved(const Tensor& image,                    // [B, C, H, W]
                  const Tensor& weight,                   // [36, G, C / G, P] or [9, G, pairs, P, 2]
@@ -167,7 +171,7 @@ Tensor convolved(const Tensor& image,                    // [B, C, H, W]
     if (out.numel() == 0) return out;
     const Tensor dense = as_contiguous(weight);
     p.rectified = slope.has_value();
-    p.weight = reinterpret_cast<const float*>(dense.const_data_ptr<T>());
+    p.weight = static_cast<const float*>(dense.const_data_ptr());
     p.bias = biases.data(), p.slope = slopes.data();
     p.y = view_of<T>(out);
     run(p);
@@ -186,8 +190,10 @@ Tensor by_type(const Tensor& image,                    // [B, C, H, W]
         return convolve(image, weight, bias, slope, residual, channels, shuffle, context, out);
     };
     switch (image.scalar_type()) {
-        case ScalarType::Float: return run_as(convolved<Problem, float>);
-        case ScalarType::BFloat16: return run_as(convolved<Direct, BFloat16>);
+        case ScalarType::Float: return run_as(convolved<Winograd<float>, float>);
+        case ScalarType::BFloat16:
+            return weight.dim() == 5 ? run_as(convolved<Direct, BFloat16>)
+                                     : run_as(convolved<Winograd<BFloat16>, BFloat16>);
         default: fail(kOp, ": image must be float32 or bfloat16");
     }
 }

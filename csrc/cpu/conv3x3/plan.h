@@ -62,11 +62,12 @@ struct Few {
     std::vector<float> weight, zeros;
 };
 
-// float32, by Winograd's method. The weight: [kPoints][groups][in][columns].
-struct Problem : Shape {
-    int64_t down, across, tiles;    // tiles of an image, and of a block
-    View<const float> x, residual;  // residual.data may be null
-    View<float> y;                  // behind the shuffle, as residual is
+// float32 and bfloat16, by Winograd's method in float32. The weight: [kPoints][groups][in][columns].
+template <typename T>
+struct Winograd : Shape {
+    int64_t down, across, tiles;  // tiles of an image, and of a block
+    View<const T> x, residual;    // residual.data may be null
+    View<T> y;                    // behind the shuffle, as residual is
 
     // Planes lie one line further apart than they are large, so that their lines fall into different sets of a cache.
     int64_t transformed_plane() const { return tiles * padded(channels) + kPad; }
@@ -84,7 +85,8 @@ class Workspace {
   public:
     float *transformed = nullptr, *products = nullptr;  // [kPoints][tiles][channels], [kPoints][tiles][columns]
 
-    void reserve(const Problem& p) {
+    template <typename T>
+    void reserve(const Winograd<T>& p) {
         const int64_t first = kPoints * p.transformed_plane(), count = first + kPoints * p.products_plane();
         if (count > size_) {
             size_ = 0;
