@@ -171,7 +171,7 @@ class Dense:
         return lambda: network(arranged if own else arranged.to(precision))
 
     def compare(self, image: Tensor, routers: dict[str, CascadeRouter], turns: int) -> None:  # [1, C, H, W]
-        """Time all ways in both precisions on one crop."""
+        """Time all ways in both precisions on one crop; the first run of each may be a slow one."""
         for name, router in routers.items():
             seconds: dict[str, float] = {}
             missing: dict[str, str] = {}
@@ -183,7 +183,7 @@ class Dense:
                         missing[way] = run
                         continue
                     with torch.inference_mode():
-                        seconds[way] = min(timed(run)[1] for _ in range(turns))
+                        seconds[way] = min(timed(run)[1] for _ in range(turns + 1))
                 print(f"  {name}, {way}: {seconds[way]:.1f} s", flush=True)
             peers = {way: taken for way, taken in seconds.items() if way != FASTROUTE}
             if PRECISIONS[name] == self.precision:
@@ -369,7 +369,7 @@ def main() -> None:
             f"{fastest} or fastroute's own"
         )
         if asked.dense:
-            notes = f"{asked.model.stem}, one crop of {width} x {height}; the faster of {asked.turns} runs each"
+            notes = f"{asked.model.stem}, one crop of {width} x {height}; the fastest of {asked.turns + 1} runs each"
         shown = [Path(word).name if "/" in word else word for word in sys.argv[1:]]
         command = " ".join(["python", "-m", "benchmarks.cascades", *shown])
         print(measure.save("cascades", rows, notes, command=command))

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import numpy as np
+from numpy.lib.stride_tricks import as_strided
 from numpy.typing import NDArray
 
 from fastroute.cascades.cells import Rectangle
@@ -18,19 +19,27 @@ Values = NDArray[np.float64]
 
 
 def cheapest(whole: Values) -> Values:
-    """The least sum over all cuts of every rectangle, from the values of rectangles that stay whole."""
+    """The least sum over all cuts of every rectangle, from the values of rectangles that stay whole.
+
+    Grids are small, so that what a call of numpy takes counts most: all cuts of a height, or of a width, are one. Their first
+    parts are s = 1, 2, ... high; the others, h - s high and s further down, lie by a stride of their own.
+    """
     best = whole.copy()
-    _, rows, cols, _, _ = best.shape
+    number, rows, cols, _, _ = best.shape
+    of_grid, of_height, of_width, of_top, of_left = best.strides
     for h in range(1, rows + 1):
         tops = rows - h + 1
         own = best[:, h - 1, :, :tops]
-        for s in range(1, h):
-            np.minimum(own, best[:, s - 1, :, :tops] + best[:, h - s - 1, :, s : s + tops], out=own)
+        if h > 1:
+            shape, steps = (number, h - 1, cols, tops, cols), (of_grid, of_top - of_height, of_width, of_top, of_left)
+            below = as_strided(best[:, h - 2, :, 1:], shape, steps)
+            np.minimum(own, (best[:, : h - 1, :, :tops] + below).min(axis=1), out=own)
         for w in range(2, cols + 1):
             lefts = cols - w + 1
             wide = own[:, w - 1, :, :lefts]
-            for s in range(1, w):
-                np.minimum(wide, own[:, s - 1, :, :lefts] + own[:, w - s - 1, :, s : s + lefts], out=wide)
+            across = (of_grid, of_left - of_width, of_top, of_left)
+            behind = as_strided(own[:, w - 2, :, 1:], (number, w - 1, tops, lefts), across)
+            np.minimum(wide, (own[:, : w - 1, :, :lefts] + behind).min(axis=1), out=wide)
     return best
 
 

@@ -308,21 +308,20 @@ class CascadeRouter(Router):
                 else:
                     scores, base = self._scored(self.decision.base, read, cells, call, memory)
 
-        def planned(table: Table | None) -> Plan:
+        def planned(table: Table | None, coarse: bool = False) -> Plan:
             with watch.stage("assign"):
                 decision = replace(self.decision, table=table)
-                return choose(decision, call.target, cells, self.costs, scores, class_ids, self.align)
+                return choose(decision, call.target, cells, self.costs, scores, class_ids, self.align, coarse=coarse)
 
         def measure(pieces: Sequence[Piece]) -> Tensor:  # [K - 1, N]
             with watch.stage("classify"):
                 return measure_samples(pieces, self.runs(), read, self.scale)
 
         table = self.decision.table
-        plan = planned(table)
         if scores is None or table is None or call.target.fidelity is None:
-            return plan, base
+            return planned(table), base
         context = aligned(table.contexts[0], self.align)
-        return sampled_plan(plan, table, scores, context, self.costs, planned, measure), base
+        return sampled_plan(cells, table, scores, context, self.costs, self.decision.base, planned, measure), base
 
     def _scored(self, k: int, read: Read, cells: Cells, call: Call, memory: Memory) -> tuple[Tensor, Base]:  # [rows, cols]
         """Scores by the result of class `k`, and that result."""

@@ -69,39 +69,44 @@ def ratios_of(errors: Tensor, places: Sequence[Rectangle], expected: Tensor) -> 
 
 
 def sampled_plan(
-    plan: Plan,
+    cells: Cells,
     table: Table,
     scores: Tensor,  # [rows, cols]
     context: int,
     costs: Sequence[float],
-    again: Callable[[Table], Plan],
+    base: int | None,
+    planned: Callable[[Table, bool], Plan],
     measure: Callable[[Sequence[Piece]], Tensor],
 ) -> Plan:
-    """A plan by a table that was corrected on the picture itself, or `plan` where measuring cannot pay.
+    """A plan by a table that was corrected on the picture itself, or by the table as it is where measuring cannot pay.
 
     Args:
-        plan: by the table as it is.
-        table: of the cascade, with `sampling`.
+        cells: of the picture.
+        table: of the cascade.
         scores: of the cells.
         context: pixels around a cell that is measured.
         costs: of a pixel in each class.
-        again: makes a plan by another table.
+        base: see :class:`fastroute.cascades.plan.Plan`.
+        planned: makes a plan by a table, a coarse one if that is asked for.
         measure: see :func:`measure_samples`.
     """
-    cells, sampling = plan.cells, table.sampling
+    sampling = table.sampling
     if sampling is None:
-        return plan
+        return planned(table, False)
     places = places_of(scores, number_of_samples(cells, context, costs))
     pieces = samples_of(cells, places, context)
     pixels = sum(piece.outer.area for piece in pieces)
     spent = pixels * sum(costs) / costs[-1]
     # A picture that turns out to need the dense run pays for having been measured. That it was scored changes nothing.
-    scored = 0.0 if plan.base is None else costs[plan.base] / costs[-1]
-    if plan.cost + spent > (1 + SHARE + scored) * cells.height * cells.width + PASS:
-        return plan
+    scored = 0.0 if base is None else costs[base] / costs[-1]
+    most = (1 + SHARE + scored) * cells.height * cells.width + PASS
     nearest = torch.full((len(table.errors) - 1,), sampling.least, dtype=torch.float64)
     margin = sampling.margin(len(places))
-    if again(table.corrected(nearest, margin)).cost + spent >= plan.cost:
-        return plan
+    plan = planned(table, True)
+    if plan.cost + spent > most or planned(table.corrected(nearest, margin), True).cost + spent >= plan.cost:
+        # Now in earnest.
+        plan = planned(table, False)
+        if plan.cost + spent > most or planned(table.corrected(nearest, margin), False).cost + spent >= plan.cost:
+            return plan
     ratios = ratios_of(measure(pieces), places, table.expected(scores))
-    return replace(again(table.corrected(ratios, margin)), sampled=pixels)
+    return replace(planned(table.corrected(ratios, margin), False), sampled=pixels)

@@ -33,6 +33,7 @@ def choose(
     class_ids: Tensor | None,  # [rows, cols]
     align: int = 1,
     searches: dict[int, Search] | None = None,
+    coarse: bool = False,
 ) -> Plan:
     """The cheapest plan found that meets `target`.
 
@@ -45,6 +46,7 @@ def choose(
         class_ids: int64 [rows, cols], where they are known.
         align: contexts are rounded up to its multiples: networks that fold pixels see them as they do in the whole image.
         searches: what was found before, by the context, and is to be used again with another margin or fidelity.
+        coarse: whether the best cut will do: a plan that costs somewhat more, in a quarter of the time.
     """
     context = aligned(decision.context if target.context is None else target.context, align)
     last = len(costs) - 1
@@ -63,7 +65,7 @@ def choose(
         if each not in known:
             known[each] = Search(decision, cells, costs, scores, each)
     margin = 1.0 if table is None else table.margin
-    found = [known[each].found(target, margin) for each in contexts]
+    found = [known[each].found(target, margin, coarse) for each in contexts]
     if target.fidelity is not None:
         return min(found, key=lambda one: one[1].cost)[1]
     return min(found, key=lambda one: one[0])[1]
@@ -117,17 +119,17 @@ class Search:
             self.cuts.update(zip(missing, self.partition.at(prices), strict=True))
         return [self.cuts[n] for n in numbers]
 
-    def found(self, target: Target, margin: float = 1.0) -> tuple[float, Plan]:
-        """The plan that meets `target`, and `margin` times its expected error."""
+    def found(self, target: Target, margin: float = 1.0, coarse: bool = False) -> tuple[float, Plan]:
+        """The plan that meets `target`, and `margin` times its expected error; `coarse`: among cuts alone."""
         if target.fidelity is not None:
             allowed = 10 ** (-target.fidelity / 10) / margin
             error, plan = self._near(allowed)
-            if error < TIGHT * allowed:
+            if error < TIGHT * allowed and not coarse:
                 error, plan = min([(error, plan), *self._fewest(allowed)], key=lambda one: one[1].cost)
         else:
             budget = float(target.budget or 1.0) * self.partition.area
             error, plan = self._within(budget)
-            if plan.cost < TIGHT * budget:
+            if plan.cost < TIGHT * budget and not coarse:
                 error, plan = min([(error, plan), *self._most(budget)], key=lambda one: one[0])
         return margin * error, plan
 

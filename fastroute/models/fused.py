@@ -13,6 +13,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+# Bytes of activations for each thread that stay in the caches.
+CACHED = 4 << 20
+
+
+def cached_bytes() -> int:
+    """Bytes of activations that stay in the caches: layers that take more for an image run in bands of rows."""
+    return CACHED * torch.get_num_threads()
+
 
 class Fused(Protocol):
     """A convolution that runs together with what follows it."""

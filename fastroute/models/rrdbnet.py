@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastroute.models.fused import Fused, convolve, is_fused
+from fastroute.models.fused import Fused, cached_bytes, convolve, is_fused
 
 SLOPE = 0.2
 # What a dense block and a chain of three add to their input.
@@ -21,8 +21,6 @@ CHAIN = ("rdb1", "rdb2", "rdb3")
 LAYERS = 5
 # Rows of a tile of `conv3x3`: a band is a whole number of them.
 TILE_ROWS = 4
-# Bytes of a dense block's channels: those of a larger image are computed in bands of rows, which stay in the caches.
-BAND = 8 << 20
 
 
 class DenseBlock(nn.Module):
@@ -46,9 +44,8 @@ class DenseBlock(nn.Module):
         *layers, last = (getattr(self, f"conv{number}") for number in range(1, LAYERS + 1))
         if is_fused(last) and last.has_kernel(x):
             row = x.shape[0] * last.in_channels * x.shape[3] * x.element_size()
-            whole = torch.compiler.is_compiling() or row * x.shape[2] <= BAND
-            if not whole:
-                return self._banded(x, around, layers, last, BAND // row)
+            if not torch.compiler.is_compiling() and row * x.shape[2] > (cached := cached_bytes()):
+                return self._banded(x, around, layers, last, cached // row)
             return _added(around, self._joined(x, layers, last))
         found = [x]
         for layer in layers:

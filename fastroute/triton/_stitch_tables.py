@@ -12,11 +12,23 @@ import triton.language as tl
 from torch import Tensor
 
 from fastroute.grid import covered_size, tile_count
-from fastroute.triton._common import WIDER, Variant, ceil_div, launch, quotient
+from fastroute.triton._common import WIDER, Variant, ceil_div, launch, quotient, work_type
 from fastroute.triton._geometry import first_covering, last_covering, max_cover, origin
 
 # Entries of one program.
 BLOCK = 128 * WIDER
+# Warps of a program of `stitch_patches` and of its adjoint.
+WARPS = 8
+
+
+def constants_of(dtype: torch.dtype, patch: int, stride: int, scale: int) -> dict:
+    """What is fixed when the kernels of `stitch_patches` and its adjoint are compiled."""
+    return {"PATCH": patch, "STRIDE": stride, "SCALE": scale, "WORK": work_type(dtype)}
+
+
+def weights_pointer(dtype: torch.dtype) -> str:
+    """The type of the weights for patches of `dtype`, as Triton writes it."""
+    return "*fp64" if dtype == torch.float64 else "*fp32"
 
 
 @triton.jit(do_not_specialize=["height", "width", "rows", "cols", "length_y", "length_x", "cover"])

@@ -14,29 +14,24 @@ import triton.language as tl
 from torch import Tensor
 
 from fastroute.grid import covered_size, tile_count
-from fastroute.ops import _checks as check
 from fastroute.ops.stitch_patches import check_places, check_regions
 from fastroute.triton._common import (
     FLOATING,
     INTEGER_IMAGE,
     INTERPRETED,
     NAMES,
-    WIDER,
     Variant,
     ceil_div,
     launch,
     product,
     to_pixel,
-    to_type,
     to_work,
-    work_type,
 )
 from fastroute.triton._geometry import first_covering, last_covering, origin
-from fastroute.triton._stitch_tables import axis_weights, region_table, table_variants
+from fastroute.triton._stitch_backward import _stitch_patches_backward_triton as _stitch_patches_backward_triton
+from fastroute.triton._stitch_backward import backward_variants
+from fastroute.triton._stitch_tables import WARPS, axis_weights, constants_of, region_table, table_variants, weights_pointer
 
-# Warps of a program, and its elements of the gradient: one for each thread, as in `_block`.
-WARPS = 8
-BLOCK = 32 * WARPS
 # Channels that a program of the forward kernel writes together, at most.
 MOST_CHANNELS = 4
 
@@ -158,10 +153,6 @@ def stitch_patches_kernel(
         tl.store(target + 3 * step, to_pixel(total3, out.dtype.element_ty), mask=inside)
 
 
-def _constants(dtype: torch.dtype, patch: int, stride: int, scale: int) -> dict:
-    return {"PATCH": patch, "STRIDE": stride, "SCALE": scale, "WORK": work_type(dtype)}
-
-
 def _block() -> dict[str, int]:
     """A program's block: on a device a run of one row, a pixel for each thread, so that neighbours read neighbouring pixels.
 
@@ -209,7 +200,7 @@ def _stitch(
     """Patches one by one, their strides being `steps`; or by `table`, of whose pixels the last of `steps` is the stride."""
     height, width, patch, stride, scale, crop, shuffle = geometry
     rows, cols = tile_count(height, patch, stride, crop), tile_count(width, patch, stride, crop)
-    constants = _constants(patches.dtype, patch, stride, scale)
+    constants = constants_of(patches.dtype, patch, stride, scale)
     weights = axis_weights(window, height, width, rows, cols, patch, stride, scale, crop)
     batch, channels, out_height, out_width = out.shape
     block = _block()
@@ -280,101 +271,6 @@ def stitch_patches_triton(
     return out
 
 
-@triton.jit(
-    do_not_specialize=[
-        "lines_count", "height", "width", "rows", "cols", "out_height", "out_width", "grad_n", "grad_c", "grad_y"
-    ],
-    do_not_specialize_on_alignment=["grad"],
-)  # fmt: skip
-def stitch_patches_backward_kernel(
-    grad,  # [B, C, out_height, out_width]
-    numbers,  # [N] patches by the row that holds them, or None
-    begin,  # [M + 1] where the patches of a row begin in `numbers`, or None
-    weights,  # [rows + cols, P]
-    out,  # [M, C, P, P]
-    lines_count,
-    height,
-    width,
-    rows,
-    cols,
-    out_height,
-    out_width,
-    grad_n,
-    grad_c,
-    grad_y,
-    grad_x,
-    channels,
-    PATCH: tl.constexpr,
-    STRIDE: tl.constexpr,
-    SCALE: tl.constexpr,
-    WORK: tl.constexpr,
-    BLOCK: tl.constexpr,
-    WIDER: tl.constexpr,
-):
-    """The adjoint: patch pixel (k, l) reads the gradient of its output pixel times wy[k] and then wx[l]; a row that several
-    patches read sums them in their order, one that none reads is 0. One program writes a run of one row."""
-    SPAN: tl.constexpr = PATCH * SCALE
-    size = channels * SPAN * SPAN
-    pieces = (size + BLOCK - 1) // BLOCK
-    program = tl.program_id(0)
-    m = (program // pieces).to(tl.int64) * WIDER + tl.arange(0, 1 if WIDER == 1 else WIDER * BLOCK) // BLOCK
-    place = (program % pieces) * BLOCK + tl.arange(0, WIDER * BLOCK) % BLOCK
-    inside = (m < lines_count) & (place < size)
-    c, k, column = place // (SPAN * SPAN), place // SPAN % SPAN, place % SPAN
-    total = tl.full((WIDER * BLOCK,), 0, WORK)
-    start = m
-    count = tl.full(m.shape, 1, tl.int64)
-    if begin is not None:
-        start = tl.load(begin + m, mask=m < lines_count, other=0)
-        count = tl.load(begin + m + 1, mask=m < lines_count, other=0) - start
-    for repeat in range(tl.max(count)):
-        number = start + repeat
-        held = (m < lines_count) & (repeat < count)
-        if numbers is not None:
-            number = tl.load(numbers + number, mask=held, other=0)
-        tiles = rows * cols
-        tile = (number % tiles).to(tl.int32)
-        y = origin(tile // cols, height, PATCH, STRIDE) * SCALE + k
-        x = origin(tile % cols, width, PATCH, STRIDE) * SCALE + column
-        reads = inside & held & (y < out_height) & (x < out_width)
-        at = number // tiles * grad_n + c.to(tl.int64) * grad_c + y.to(tl.int64) * grad_y + x.to(tl.int64) * grad_x
-        value = to_work(tl.load(grad + at, mask=reads, other=0), WORK)
-        wy = tl.load(weights + tile // cols * SPAN + k, mask=reads, other=0)
-        wx = tl.load(weights + (rows + tile % cols) * SPAN + column, mask=reads, other=0)
-        total += tl.where(reads, product(product(value, wy), wx), 0)
-    tl.store(out + m * size + place, to_type(total, out.dtype.element_ty), mask=inside)
-
-
-def _stitch_patches_backward_triton(
-    grad: Tensor,  # [B, C, H·s, W·s]
-    inverse: Tensor | None,  # [N]
-    window: Tensor,  # [P]
-    height: int,
-    width: int,
-    patch: int,
-    stride: int,
-    scale: int,
-    crop: bool,
-    num_patches: int,
-) -> Tensor:  # [M, C, P, P]
-    """The adjoint of :func:`fastroute.stitch_patches`."""
-    rows, cols = tile_count(height, patch, stride, crop), tile_count(width, patch, stride, crop)
-    numbers = begin = None
-    if inverse is not None:
-        check.in_range("stitch_patches", "inverse", inverse, num_patches)
-        lines, numbers = torch.sort(inverse, stable=True)
-        begin = torch.searchsorted(lines, torch.arange(num_patches + 1, device=inverse.device))
-    constants = _constants(grad.dtype, patch, stride, scale)
-    weights = axis_weights(window, height, width, rows, cols, patch, stride, scale, crop)
-    span, channels = patch * scale, grad.shape[1]
-    out = torch.empty((num_patches, channels, span, span), dtype=grad.dtype, device=grad.device)
-    programs = ceil_div(num_patches, WIDER) * ceil_div(channels * span * span, BLOCK)
-    sizes = (num_patches, height, width, rows, cols, *grad.shape[2:], *grad.stride(), channels)
-    constants |= {"BLOCK": BLOCK, "WIDER": WIDER, "num_warps": WARPS}
-    launch(stitch_patches_backward_kernel, programs, grad, numbers, begin, weights, out, *sizes, **constants)
-    return out
-
-
 def unsupported_reasons(device: torch.device) -> list[str]:
     """Why these kernels cannot run on `device`."""
     return []
@@ -382,34 +278,17 @@ def unsupported_reasons(device: torch.device) -> list[str]:
 
 def variants() -> Iterator[Variant]:
     """The kernels as the launchers call them."""
-    names = (
-        "places",
-        "height",
-        "width",
-        "rows",
-        "cols",
-        "row_begin",
-        "out_height",
-        "out_width",
-        "channels",
-        "groups",
-        "lines_count",
-    )
+    names = ("places", "height", "width", "rows", "cols", "row_begin", "out_height", "out_width", "groups")
     sizes = dict.fromkeys((*names, "out_n", "out_c", "out_y"), "i32")
-    strides = {f"{name}_{axis}": "i32" for name in ("patch", "grad") for axis in "ncyx"}
-    rest = {**dict.fromkeys(("inverse", "table", "numbers", "begin"), "*i64"), **sizes, **strides}
-
-    def types(source: torch.dtype, target: torch.dtype) -> dict[str, str]:
-        work = "*fp64" if source == torch.float64 else "*fp32"
-        pointers = {name: f"*{NAMES[source]}" for name in ("patches", "grad")}
-        return {**rest, **pointers, "out": f"*{NAMES[target]}", "weights": work}
+    rest = {**dict.fromkeys(("inverse", "table"), "*i64"), **sizes, **{f"patch_{axis}": "i32" for axis in "ncyx"}}
 
     def forward(
         source: torch.dtype, target: torch.dtype, shuffle: int = 1, missing: tuple = ("table",), group: int = 3
     ) -> Variant:
         block = {"SHUFFLE": shuffle, "GROUP": group, **_block(), **dict.fromkeys(missing)}
-        constants = {**_constants(source, 32, 28, 4), **block}
-        return Variant(stitch_patches_kernel, types(source, target), constants, {"num_warps": WARPS})
+        pointers = {"patches": f"*{NAMES[source]}", "out": f"*{NAMES[target]}", "weights": weights_pointer(source)}
+        constants = {**constants_of(source, 32, 28, 4), **block}
+        return Variant(stitch_patches_kernel, {**rest, **pointers}, constants, {"num_warps": WARPS})
 
     for source in FLOATING:
         every = source == torch.float32
@@ -419,10 +298,5 @@ def variants() -> Iterator[Variant]:
         yield forward(source, source, missing=("inverse",))
         yield from (forward(source, source, group=group) for group in (1, 2, 4) if every)
         yield forward(source, torch.uint8, shuffle=4, missing=("inverse",))
-        constants = _constants(source, 32, 28, 4)
-        backward, options = {**constants, "BLOCK": BLOCK, "WIDER": WIDER}, {"num_warps": WARPS}
-        yield Variant(stitch_patches_backward_kernel, types(source, source), backward, options)
-        if every:
-            without = {**backward, "numbers": None, "begin": None}
-            yield Variant(stitch_patches_backward_kernel, types(source, source), without, options)
+    yield from backward_variants()
     yield from table_variants()
