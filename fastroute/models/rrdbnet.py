@@ -71,14 +71,15 @@ class DenseBlock(nn.Module):
         last: Fused,
         rows: int,
     ) -> Tensor:  # [B, C, h, w]
-        """The same for so many rows after the other: layer k lags k rows behind, until the last band.
+        """The same for so many rows after the other: layer k lags k tiles behind, until the last band.
 
         What the layers still read of the band before lies above the new rows; the first band has a row of zeros there, and the
-        last one below.
+        last one below. A row would be enough of a lag; with whole tiles all of them lie as they do in an image that is computed
+        at once, and the numbers are the same, bit for bit.
         """
         batch, width, height = x.shape[:3]
-        kept = LAYERS + 1
-        rows = max(rows, 2 * kept) // TILE_ROWS * TILE_ROWS
+        kept = LAYERS * TILE_ROWS + 1
+        rows = max(rows - kept, kept) // TILE_ROWS * TILE_ROWS + TILE_ROWS
         joined = torch.empty(
             (batch, last.in_channels, kept + rows + 1, x.shape[3]),
             dtype=x.dtype, device=x.device, memory_format=torch.channels_last,
@@ -90,7 +91,8 @@ class DenseBlock(nn.Module):
             joined[:, :width, kept : end - top] = x[:, :, begin:end]
             if end == height:
                 joined[:, :, end - top] = 0
-            for lag, layer in enumerate((*layers, last), 1):
+            for number, layer in enumerate((*layers, last), 1):
+                lag = number * TILE_ROWS
                 first, after = max(begin - lag, 0), height if end == height else end - lag
                 read = joined[:, : layer.in_channels, first - 1 - top : after + 1 - top]
                 if layer is last:

@@ -252,7 +252,6 @@ def unsupported_reasons(module: nn.Module) -> list[str]:
         kernel = module.kernel_size
         plain = module.stride == (1, 1) and module.dilation == (1, 1) and module.padding_mode == "zeros"
         same = kernel[0] == kernel[1] and kernel[0] % 2 == 1 and module.padding == (kernel[0] // 2, kernel[0] // 2)
-        same &= getattr(module, "shuffle", 1) == 1
         return [] if plain and same else [f"{module} is not a plain convolution that keeps its size"]
     if isinstance(module, nn.ReLU | nn.LeakyReLU | nn.PReLU | nn.BatchNorm2d | nn.Identity):
         return []

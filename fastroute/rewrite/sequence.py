@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -11,17 +10,11 @@ from torch import Tensor, nn
 from torch.nn.modules import module as modules
 
 from fastroute.backends import select
-from fastroute.models.fused import cached_bytes
 from fastroute.rewrite.convolutions import PLAIN, Conv1x1, Conv3x3, FusedConv2d, version_of
-from fastroute.rewrite.row_stages import rows_in_bands, unsupported_reasons
 
 RECTIFIERS = (nn.ReLU, nn.LeakyReLU, nn.PReLU)
 # Layers that keep the type of their input and may stand between the convolutions.
 OTHERS = (nn.Conv2d, nn.Identity, nn.PixelShuffle, *RECTIFIERS)
-
-
-# By how much the numbers of a layer must be more than what stays in the caches, so that bands pay.
-FAR = 8
 
 
 def takes_all(layers: Iterable[nn.Module | None]) -> bool:
@@ -74,10 +67,6 @@ def place_of(weight: Tensor) -> tuple[int, int]:  # [...]
     return version_of(weight), weight.data_ptr()
 
 
-def _part(image: Tensor, rows: slice, columns: slice) -> Tensor:  # [B, C, H, W] -> [B, C, n, m]
-    return image[:, :, rows, columns]
-
-
 class FusedSequential(nn.Sequential):
     """:class:`torch.nn.Sequential` of a branch, whose convolutions are called at their operators.
 
@@ -94,15 +83,12 @@ class FusedSequential(nn.Sequential):
         self._modules.update(layers._modules)  # type: ignore[arg-type]
         self.training = layers.training
         self._steps: list[Step] | None = None
-        self._pixel = 0  # bytes that the layer of most channels reads and writes for a pixel; 0 if no bands can be made
 
     def forward(self, x: Tensor) -> Tensor:  # [B, C, H, W]
         """See :class:`torch.nn.Sequential`."""
         steps = self._ready(x)
         if steps is None:
             return super().forward(x)
-        if self._pixel * x.shape[2] * x.shape[3] > FAR * (cached := cached_bytes()):
-            return self._in_bands(x, cached // self._pixel)
         conv3x3, conv1x1 = torch.ops.fastroute.conv3x3.default, torch.ops.fastroute.conv1x1.default
         for layer, weight, bias, _, values in steps:
             if weight is None:
@@ -112,23 +98,6 @@ class FusedSequential(nn.Sequential):
             elif isinstance(layer, Conv1x1):
                 x = conv1x1([x], values[0], bias, layer._slopes(None), None)
         return x
-
-    def _in_bands(self, x: Tensor, pixels: int) -> Tensor:  # [B, C, H, W]
-        """The same, about so many pixels through all layers after the other: what lies between these stays in the caches."""
-        batch, _, height, width = x.shape
-        channels = next(layer.out_channels for layer in reversed(list(self)) if isinstance(layer, nn.Conv2d))
-        size = (batch, channels, height, width)
-        result = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
-        for image, out in zip(x.split(1), result.split(1), strict=True):
-            top = 0
-            for strips in rows_in_bands(self, partial(_part, image), height, width, pixels):
-                bottom, left = top + strips[0].shape[2], 0
-                for strip in strips:
-                    right = left + strip.shape[3]
-                    out[:, :, top:bottom, left:right] = strip
-                    left = right
-                top = bottom
-        return result
 
     def _ready(self, x: Tensor) -> list[Step] | None:  # [B, C, H, W]
         """The calls, if they may be made for `x`."""
@@ -169,8 +138,6 @@ class FusedSequential(nn.Sequential):
             else:
                 values = (weight.detach().flatten(1),)
             steps.append(Step(layer, weight, layer._parameters["bias"], place_of(weight), values))
-        channels = [layer.in_channels + layer.out_channels for layer in self if isinstance(layer, nn.Conv2d)]
-        self._pixel = 0 if unsupported_reasons(self) else max(channels) * x.element_size()
         return steps
 
     def _apply(self, *arguments: Any, **options: Any) -> FusedSequential:
