@@ -39,7 +39,7 @@ class DenseBlock(nn.Module):
             out = growth if number < LAYERS else width
             self.add_module(f"conv{number}", nn.Conv2d(width + (number - 1) * growth, out, 3, padding=1))
 
-    def forward(self, x: Tensor, around: Tensor | None = None) -> Tensor:  # [B, C, h, w] each
+    def forward(self, x: Tensor, around: Tensor | None = None) -> Tensor:  # [B, C, h, w], [B, C, h, w]
         """See the class. The last block of a chain also adds its result to `around`, the input of the chain."""
         *layers, last = (getattr(self, f"conv{number}") for number in range(1, LAYERS + 1))
         if is_fused(last) and last.has_kernel(x):
@@ -108,7 +108,7 @@ class DenseBlock(nn.Module):
         return result
 
 
-def _added(around: Tensor | None, found: Tensor) -> Tensor:  # [B, C, h, w] each
+def _added(around: Tensor | None, found: Tensor) -> Tensor:  # [B, C, h, w], [B, C, h, w]
     """What a chain finds, added to its input."""
     return found if around is None else torch.add(around, found, alpha=RESIDUAL)
 
