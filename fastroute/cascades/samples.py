@@ -100,13 +100,14 @@ def sampled_plan(
     # A picture that turns out to need the dense run pays for having been measured. That it was scored changes nothing.
     scored = 0.0 if base is None else costs[base] / costs[-1]
     most = (1 + SHARE + scored) * cells.height * cells.width + PASS
-    nearest = torch.full((len(table.errors) - 1,), sampling.least, dtype=torch.float64)
     margin = sampling.margin(len(places))
-    plan = planned(table, True)
-    if plan.cost + spent > most or planned(table.corrected(nearest, margin), True).cost + spent >= plan.cost:
-        # Now in earnest.
-        plan = planned(table, False)
-        if plan.cost + spent > most or planned(table.corrected(nearest, margin), False).cost + spent >= plan.cost:
-            return plan
+    hoped = table.corrected(torch.full((len(table.errors) - 1,), sampling.least, dtype=torch.float64), margin)
+    # Where coarse plans say no, better ones decide.
+    for coarse in (True, False):
+        plan = planned(table, coarse)
+        if plan.cost + spent <= most and planned(hoped, coarse).cost + spent < plan.cost:
+            break
+    else:
+        return plan
     ratios = ratios_of(measure(pieces), places, table.expected(scores))
     return replace(planned(table.corrected(ratios, margin), False), sampled=pixels)

@@ -257,14 +257,12 @@ def _reference(
     check.product(op, "the result", image.shape[0], channels, image.shape[2], image.shape[3])
     shape = _result_shape(image, channels, shuffle, context)
     check.shapes(op, ("bias", bias, (channels,)), ("slope", slope, (channels,)), ("residual", residual, shape))
-    if image.dtype == torch.bfloat16 and not direct:
-        check.dtype(op, "weight", weight.dtype, (torch.float32,))
-    named = [("image", image), ("bias", bias), ("slope", slope), ("residual", residual)]
-    if direct or image.dtype != torch.bfloat16:
-        named.append(("weight", weight))
-    for name, x in named:
+    transformed = torch.float32 if image.dtype == torch.bfloat16 and not direct else image.dtype
+    check.convolution_dtype(op, "image", image.dtype, None)
+    check.convolution_dtype(op, "weight", weight.dtype, transformed)
+    for name, x in (("bias", bias), ("slope", slope), ("residual", residual)):
         if x is not None:
-            check.convolution_dtype(op, name, x.dtype, None if x is image else image.dtype)
+            check.convolution_dtype(op, name, x.dtype, image.dtype)
     return conv3x3_reference(image, weight, bias, slope, residual, channels, shuffle, context)
 
 

@@ -107,19 +107,19 @@ def conv3x3_reference(
     Images of bfloat16 are computed in float32 and rounded at the end; with weights of bfloat16, y by direct sums over taps and
     channels.
     """
-    if image.dtype == torch.bfloat16 and weight.ndim == 4:
+    if image.dtype == torch.bfloat16:
         bias, slope, residual = (None if x is None else x.float() for x in (bias, slope, residual))
-        return conv3x3_reference(image.float(), weight, bias, slope, residual, channels, shuffle, context).to(image.dtype)
+        wide = conv3x3_reference(image.float(), weight.float(), bias, slope, residual, channels, shuffle, context)
+        return wide.to(image.dtype)
     if weight.ndim == 5:
         groups = weight.shape[1]
-        kernel = unpaired_weight(weight, image.shape[1] // groups, channels, shuffle).float()
+        kernel = unpaired_weight(weight, image.shape[1] // groups, channels, shuffle)
         size = image.shape[0], channels, image.shape[2] - 2 * context, image.shape[3]
         # PyTorch's convolutions refuse an image without rows.
-        y = image.new_zeros(size, dtype=torch.float32)
+        y = image.new_zeros(size)
         if y.numel():
-            y = F.conv2d(image.float(), kernel, padding=(1 - context, 1), groups=groups)
-        bias, slope, residual = (None if x is None else x.float() for x in (bias, slope, residual))
-        return _followed(y, bias, slope, residual, shuffle).to(image.dtype)
+            y = F.conv2d(image, kernel, padding=(1 - context, 1), groups=groups)
+        return _followed(y, bias, slope, residual, shuffle)
     batch, inputs, height, width = image.shape
     height -= 2 * context
     groups = weight.shape[1]
